@@ -1,0 +1,82 @@
+"""What the array API standard lacks, one small file per library.
+
+A backend knows arrays and nothing of the method: it selects the largest entries
+exactly, views floats as integers, branches on a traced predicate. `backend_of`
+finds the backend of an array without importing any framework that the caller has
+not imported already.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
+
+__all__ = ["Array", "Backend", "backend_of"]
+
+Array = Any
+"""An array of any library that follows the array API standard."""
+
+
+class Backend(Protocol):
+    """The functions that every file in this folder provides."""
+
+    def is_concrete(self, x: Array) -> bool:
+        """Whether the values of ``x`` can be read now (not traced, not meta)."""
+
+    def ordering_key(self, x: Array) -> Array:
+        """Keys that order as ``|x|`` does, subnormal numbers included.
+
+        NaN, where a traced program cannot refuse it, orders above infinity.
+        """
+
+    def exponent(self, x: Array) -> Array:
+        """The integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
+
+    def keep_largest(
+        self, keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array
+    ) -> list[Array]:
+        """Masks of the ``counts[stage]`` largest keys of all arrays together.
+
+        Of equal keys the lowest (position of the array, row-major index) is kept.
+        Keys are non-negative and share one dtype.
+        """
+
+    def keep_largest_per_row(
+        self, keys: Array, counts: tuple[int, ...], stage: int | Array
+    ) -> Array:
+        """Mask of the ``counts[stage]`` largest keys of each row of ``keys``, shape (rows, n).
+
+        Of equal keys the lowest index is kept.
+        """
+
+    def cond(
+        self,
+        predicate: bool | Array,
+        true_fun: Callable[..., Any],
+        false_fun: Callable[..., Any],
+        *operands: Any,
+    ) -> Any:
+        """``true_fun(*operands)`` if ``predicate`` else ``false_fun(*operands)``."""
+
+
+def backend_of(x: Array) -> Backend:
+    """Return the backend of an array.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> backend_of(numpy.ones(3)).__name__
+    'safe_core.backends.numpy'
+    """
+    if is_numpy_array(x):
+        name = "numpy"
+    elif is_torch_array(x):
+        name = "torch"
+    elif is_jax_array(x):
+        name = "jax"
+    else:
+        name = "standard"
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))

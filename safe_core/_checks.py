@@ -1,0 +1,59 @@
+"""Validation shared by the public entry points: name the argument, the rule, the value."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Rational, Real
+from typing import Any
+
+
+def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
+    """Return ``value`` as a finite float in ``[low, high]``, or raise."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a Python number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value!r}")
+    return number
+
+
+def integer(name: str, value: Any, *, low: int) -> int:
+    """Return ``value`` as an int of at least ``low``, or raise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    return int(value)
+
+
+def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``options``, or raise."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return str(value)
+
+
+def decimal_fraction(value: Any) -> Fraction:
+    """The exact fraction that ``value`` prints as: 0.29 is 29/100.
+
+    In binary 0.29 * 100 is below 29, so counts taken from the float would be short.
+    """
+    if isinstance(value, Rational):
+        return Fraction(value.numerator, value.denominator)
+    return Fraction(Decimal(str(value)))
+
+
+def sparsity(name: str, value: Any) -> Any:
+    """Return ``value``, a fraction of zeros in ``[0, 1)``, or raise."""
+    if isinstance(value, Decimal):
+        value = Fraction(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a Python number in [0, 1), got {value!r}; an array or a traced "
+            "value is refused because float32 arithmetic gets the number of zeros wrong"
+        )
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return value

@@ -1,0 +1,356 @@
+"""The ADMM state machine over one stored array instead of two.
+
+ADMM splits the weights x from a sparse copy z and couples the two by a scaled dual
+variable u. Right after a dual update ``u = v - z`` with ``z = proj(v)``: z lives on
+the support and u off it. So one array ``anchor = z - u`` and a boolean ``support``
+hold both, exactly, and the gradient of the penalty ``lambda/2 |x - z + u|^2`` is
+``lambda * (x - anchor)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array
+
+from .layout import Layout
+from .projection import apply_support, select, wide_dtype
+from .sharpness import norm
+from .sparsity import Pattern
+
+__all__ = [
+    "SplitState",
+    "Targets",
+    "dual_residual",
+    "dual_update",
+    "final_support",
+    "init",
+    "penalty_gradient",
+    "primal_residual",
+    "recover",
+    "rescale_dual",
+]
+
+
+class SplitState(NamedTuple):
+    """Both ADMM variables of a list of arrays.
+
+    Attributes
+    ----------
+    anchor : list of arrays
+        ``z - u``, shaped as the parameter, in its dtype or float32 if that is wider:
+        in 16 bits small increments of u would be lost.
+    support : list of bool arrays
+        Where z may be non-zero; u is zero there.
+    """
+
+    anchor: list[Array]
+    support: list[Array]
+
+
+class Targets(NamedTuple):
+    """What a projection must know of the arrays besides their values.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Names for messages, one per array.
+    layouts : tuple of Layout or None
+        Roles of the axes, one per array; None where they are unknown.
+    """
+
+    names: tuple[str, ...]
+    layouts: tuple[Layout | None, ...]
+
+
+def init(
+    params: Sequence[Array],
+    pattern: Pattern,
+    targets: Targets,
+    *,
+    importance: Sequence[Array | None] | None = None,
+) -> SplitState:
+    """Start at ``z = proj(x_0)`` and ``u = 0``.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        The parameters ``x_0`` to be made sparse.
+    pattern : pattern
+        The constraint; the initial sparsity of one that changes over time.
+    targets : Targets
+        Names and layouts of ``params``.
+    importance : sequence of arrays or None, optional
+        P, broadcastable to the parameters; 1 where None.
+
+    Returns
+    -------
+    SplitState
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import Unstructured
+    >>> state = init([numpy.asarray([1.0, 3.0])], Unstructured(0.5), Targets(("x",), (None,)))
+    >>> state.anchor, state.support
+    ([array([0., 3.])], [array([False,  True])])
+    """
+    wide = _widened(params)
+    support = _select(wide, pattern, targets, importance, step=0)
+    return SplitState(apply_support(wide, support), support)
+
+
+def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
+    """``penalty * (x - anchor)``, the gradient of ``penalty / 2 * |x - z + u|^2``.
+
+    Parameters
+    ----------
+    x, anchor : array
+        One parameter, unperturbed, and its anchor.
+    penalty : float or scalar array
+        The penalty parameter lambda.
+
+    Returns
+    -------
+    array
+        Shaped as ``x``, in the dtype of ``anchor``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> penalty_gradient(numpy.asarray([1.0]), numpy.asarray([3.0]), 0.5)
+    array([-1.])
+    """
+    return penalty * (array_namespace(x).astype(x, anchor.dtype) - anchor)
+
+
+def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
+    """Return z and u.
+
+    ``z = where(support, anchor, 0)`` and ``u = where(support, 0, -anchor)``.
+
+    Parameters
+    ----------
+    state : SplitState
+
+    Returns
+    -------
+    z, u : lists of arrays
+        Shapes and dtypes of the anchors.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> recover(SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])]))
+    ([array([2., 0.])], [array([ 0., -3.])])
+    """
+    z, u = [], []
+    for anchor, support in zip(state.anchor, state.support, strict=True):
+        xp = array_namespace(anchor)
+        zero = xp.zeros_like(anchor)
+        z.append(xp.where(support, anchor, zero))
+        u.append(xp.where(support, zero, -anchor))
+    return z, u
+
+
+def dual_update(
+    params: Sequence[Array],
+    state: SplitState,
+    pattern: Pattern,
+    targets: Targets,
+    *,
+    importance: Sequence[Array | None] | None = None,
+    relaxation: float = 1.0,
+    step: int | Array | None = None,
+) -> SplitState:
+    """``v = alpha x + (1 - alpha) z + u``, then ``z = proj(v)`` and ``u = v - z``.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        The parameters x after the step of the base optimizer.
+    state : SplitState
+        The split before the update.
+    pattern : pattern
+        The constraint.
+    targets : Targets
+        Names and layouts of ``params``.
+    importance : sequence of arrays or None, optional
+        P, broadcastable to the parameters; 1 where None.
+    relaxation : float
+        Over-relaxation alpha; 1 is plain ADMM.
+    step : int or integer array, optional
+        The stage of a sparsity that changes over time; None is its end.
+
+    Returns
+    -------
+    SplitState
+
+    References
+    ----------
+    Boyd et al. 2011, "Distributed Optimization and Statistical Learning via the
+    Alternating Direction Method of Multipliers", sections 3.1.1 and 3.4.3.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import Unstructured
+    >>> pattern, targets = Unstructured(0.5), Targets(("x",), (None,))
+    >>> state = init([numpy.asarray([1.0, 3.0])], pattern, targets)
+    >>> dual_update([numpy.asarray([1.0, 3.0])], state, pattern, targets).anchor
+    [array([-1.,  3.])]
+    """
+    z, u = recover(state)
+    v = []
+    for x, z_i, u_i in zip(_widened(params), z, u, strict=True):
+        relaxed = x if relaxation == 1 else relaxation * x + (1 - relaxation) * z_i
+        v.append(relaxed + u_i)
+    support = _select(v, pattern, targets, importance, step)
+    anchor = [
+        array_namespace(v_i).where(mask, v_i, -v_i)
+        for v_i, mask in zip(v, support, strict=True)
+    ]
+    return SplitState(anchor, support)
+
+
+def final_support(
+    params: Sequence[Array],
+    pattern: Pattern,
+    targets: Targets,
+    *,
+    importance: Sequence[Array | None] | None = None,
+) -> list[Array]:
+    """The support of ``proj(x_T)``, the sparse result of training.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        The parameters after the last step.
+    pattern : pattern
+        The constraint; the final sparsity of one that changes over time.
+    targets : Targets
+        Names and layouts of ``params``.
+    importance : sequence of arrays or None, optional
+        P, broadcastable to the parameters; 1 where None.
+
+    Returns
+    -------
+    list of bool arrays
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import Unstructured
+    >>> final_support([numpy.asarray([1.0, 3.0])], Unstructured(0.5), Targets(("x",), (None,)))
+    [array([False,  True])]
+    """
+    return _select(params, pattern, targets, importance, step=None)
+
+
+def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
+    """Multiply u by ``ratio = lambda_old / lambda_new``.
+
+    u is the dual variable divided by lambda; when lambda changes, this keeps the dual
+    variable itself (Boyd et al. 2011, section 3.4.1).
+
+    Parameters
+    ----------
+    state : SplitState
+    ratio : float or scalar array
+        Finite; 1 leaves every bit as it is.
+
+    Returns
+    -------
+    SplitState
+
+    Examples
+    --------
+    >>> import numpy
+    >>> state = SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])])
+    >>> rescale_dual(state, 0.5).anchor
+    [array([2. , 1.5])]
+    """
+    anchor = [
+        array_namespace(a).where(mask, a, ratio * a)
+        for a, mask in zip(state.anchor, state.support, strict=True)
+    ]
+    return SplitState(anchor, state.support)
+
+
+def primal_residual(params: Sequence[Array], state: SplitState) -> Array:
+    """``|x - z|_2``: how far the weights are from their sparse copy.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+    state : SplitState
+
+    Returns
+    -------
+    array
+        A scalar.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> state = SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])])
+    >>> float(primal_residual([numpy.asarray([5.0, 4.0])], state))
+    5.0
+    """
+    z, _ = recover(state)
+    return norm([x - z_i for x, z_i in zip(_widened(params), z, strict=True)])
+
+
+def dual_residual(state: SplitState, previous: SplitState, penalty: float | Array) -> Array:
+    """``lambda * |z - z_previous|_2``: how far the sparse copy moved in a dual update.
+
+    Parameters
+    ----------
+    state, previous : SplitState
+        After and before the update.
+    penalty : float or scalar array
+        The penalty parameter lambda.
+
+    Returns
+    -------
+    array
+        A scalar.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> before = SplitState([numpy.asarray([1.0])], [numpy.asarray([True])])
+    >>> after = SplitState([numpy.asarray([4.0])], [numpy.asarray([True])])
+    >>> float(dual_residual(after, before, 0.5))
+    1.5
+    """
+    z, old = recover(state)[0], recover(previous)[0]
+    return penalty * norm([a - b for a, b in zip(z, old, strict=True)])
+
+
+def _widened(params: Sequence[Array]) -> list[Array]:
+    """16-bit parameters in float32, others as they are."""
+    return [
+        array_namespace(x).astype(x, wide_dtype(array_namespace(x), [x]), copy=False)
+        for x in params
+    ]
+
+
+def _select(
+    v: Sequence[Array],
+    pattern: Pattern,
+    targets: Targets,
+    importance: Sequence[Array | None] | None,
+    step: int | Array | None,
+) -> list[Array]:
+    return select(
+        v,
+        pattern,
+        importance=[None] * len(v) if importance is None else importance,
+        layouts=targets.layouts,
+        names=targets.names,
+        step=step,
+    )

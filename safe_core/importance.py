@@ -1,0 +1,146 @@
+"""Where the diagonal P of the generalised projection comes from.
+
+A source is a frozen dataclass with three functions of lists of arrays: `init` makes
+its state, `refresh` takes in the loss gradient at a dual update, `metric` turns the
+state into P. Arrays that a caller has, such as Wanda's, need no source: they are
+handed to the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array
+
+from . import _checks
+from .projection import wide_dtype
+
+__all__ = ["Importance", "SquaredGradient", "wanda"]
+
+
+class Importance(Protocol):
+    """What `Method.importance` may be: a hashable source of P."""
+
+    def init(self, params: Sequence[Array]) -> list[Array]:
+        """Return the state before any gradient was seen."""
+
+    def refresh(self, state: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
+        """Return the state after the loss gradients of a dual update."""
+
+    def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
+        """Return P. ``joint`` says that all arrays compete in one pool."""
+
+
+@dataclass(frozen=True)
+class SquaredGradient:
+    """The squared loss gradient, averaged over dual updates.
+
+    ``m <- decay * m + (1 - decay) * g^2`` and ``P = m``: the diagonal of the empirical
+    Fisher information, and SNIP's saliency squared for ``decay=0``. The gradient is the
+    one at the perturbed point, unscaled and before the penalty. The average starts at
+    zero; its common factor changes no projection, so none is corrected. P is 1 until a
+    gradient has been seen, for an all-zero P would keep entries 0, 1, 2, ...
+
+    Attributes
+    ----------
+    decay : float
+        Weight of the past, in [0, 1).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``decay`` is not a number in [0, 1).
+
+    References
+    ----------
+    Lee et al. 2019, "SNIP: Single-shot Network Pruning based on Connection
+    Sensitivity"; Lee et al. 2025, section 3.4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> source = SquaredGradient(decay=0.5)
+    >>> state = source.refresh(source.init([numpy.ones(2)]), [numpy.asarray([2.0, 0.0])])
+    >>> source.metric(state, joint=True)
+    [array([2., 0.])]
+    """
+
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if _checks.real("decay", self.decay, low=0.0) >= 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
+
+    def init(self, params: Sequence[Array]) -> list[Array]:
+        """Zeros of the shapes of ``params``, in float32 or wider."""
+        return [
+            array_namespace(x).zeros_like(x, dtype=wide_dtype(array_namespace(x), [x]))
+            for x in params
+        ]
+
+    def refresh(self, state: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
+        """Average in the squares of ``gradients``; a non-finite entry changes nothing."""
+        refreshed = []
+        for m, g in zip(state, gradients, strict=True):
+            xp = array_namespace(m)
+            wide = xp.astype(g, m.dtype)
+            new = self.decay * m + (1 - self.decay) * (wide * wide)
+            refreshed.append(xp.where(xp.isfinite(new), new, m))
+        return refreshed
+
+    def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
+        """Return ``m``, or 1 where every ``m`` of a pool is still zero."""
+        if not state:
+            return []
+        xp = array_namespace(*state)
+        seen = [xp.any(m > 0) for m in state]
+        if joint:
+            seen = [xp.any(xp.stack(seen))] * len(seen)
+        return [
+            xp.where(any_seen, m, xp.ones_like(m))
+            for m, any_seen in zip(state, seen, strict=True)
+        ]
+
+
+def wanda(activations: Any) -> Any:
+    """The diagonal of ``A^T A``: Wanda's importance of each input feature.
+
+    ``P_j = sum_n A_nj^2``. With it the score ``sqrt(P_j) |w_ij|`` of an entry is
+    Wanda's ``|w_ij| * |A_j|_2``.
+
+    Parameters
+    ----------
+    activations : array
+        Inputs of a layer, shape (..., features), real floating. Sums of several calls
+        add up to that of all samples.
+
+    Returns
+    -------
+    array
+        Shape (features,), float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        If ``activations`` has no axes.
+
+    References
+    ----------
+    Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language
+    Models"; Lee et al. 2025, section 3.4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> wanda(numpy.asarray([[1.0, 2.0], [3.0, 0.0]]))
+    array([10.,  4.])
+    """
+    xp = array_namespace(activations)
+    if activations.ndim == 0:
+        raise ValueError("activations must have shape (..., features), got a scalar")
+    wide = xp.astype(activations, wide_dtype(xp, [activations]))
+    return xp.sum(wide * wide, axis=tuple(range(activations.ndim - 1)))

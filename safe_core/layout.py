@@ -1,0 +1,146 @@
+"""Which axis of an array plays which role.
+
+A torch weight is (output, input, ...), a Flax kernel (..., input, output), and
+neither can be told from the shape alone. Patterns therefore speak of roles, and a
+`Layout` maps roles to the axes of one array.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Roles of the axes of one array.
+
+    Axes that are named in no role, such as the window of a convolution, belong to
+    every output's row but are no direction for N:M groups or blocks.
+
+    Attributes
+    ----------
+    input_axes : tuple of int
+        Axes that the weight contracts with its input, in storage order. Several for an
+        attention projection that takes (heads, head size).
+    output_axes : tuple of int
+        Axes that index the outputs, in storage order.
+    batch_axes : tuple of int
+        Axes along which independent weights are stacked: scanned layers, experts. Each
+        slice is a tensor of its own.
+
+    Negative axes count from the end, so ``Layout((-2,), (-1,))`` fits every Flax
+    ``Dense`` and ``Conv`` kernel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an axis is not an integer or is named twice.
+
+    Examples
+    --------
+    >>> Layout(input_axes=(1,), output_axes=(0,))  # torch.nn.Linear
+    Layout(input_axes=(1,), output_axes=(0,), batch_axes=())
+    """
+
+    input_axes: tuple[int, ...] = ()
+    output_axes: tuple[int, ...] = ()
+    batch_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        named: list[int] = []
+        for role in ("input_axes", "output_axes", "batch_axes"):
+            axes = tuple(getattr(self, role))
+            if any(isinstance(axis, bool) or not isinstance(axis, int) for axis in axes):
+                raise TypeError(f"{role} must be a tuple of integers, got {axes!r}")
+            object.__setattr__(self, role, axes)
+            named += axes
+        if len(set(named)) != len(named):
+            raise ValueError(f"each axis may be named once, got {self!r}")
+
+
+OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))
+"""(output, input, ...): what bare arrays of two or more axes are taken for."""
+
+ROW = Layout(input_axes=(0,))
+"""What a bare vector is taken for: the inputs of one output."""
+
+
+def default_layout(ndim: int) -> Layout | None:
+    """The layout of a bare array: (output, input, ...), or one row."""
+    if ndim == 0:
+        return None
+    return ROW if ndim == 1 else OUTPUT_INPUT
+
+
+def resolve(layout: Layout, ndim: int, name: str) -> Layout:
+    """Return ``layout`` with non-negative axes, checked against an array of ``ndim`` axes."""
+
+    def resolved(role: str) -> tuple[int, ...]:
+        axes = getattr(layout, role)
+        if any(not -ndim <= axis < ndim for axis in axes):
+            raise ValueError(f"{role} of {name} must lie in an array of {ndim} axes, got {axes!r}")
+        positive = tuple(axis % ndim for axis in axes)
+        if list(positive) != sorted(positive):
+            raise ValueError(f"{role} of {name} must be in storage order, got {axes!r}")
+        return positive
+
+    return Layout(resolved("input_axes"), resolved("output_axes"), resolved("batch_axes"))
+
+
+def merge(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> tuple[tuple[int, ...], int]:
+    """Merge adjacent ``axes`` into one: the new shape and the place of the merged axis."""
+    first, last = axes[0], axes[-1]
+    if axes != tuple(range(first, last + 1)):
+        raise ValueError(f"axes of one role in {name} must be adjacent, got {axes!r}")
+    merged = math.prod(shape[first : last + 1])
+    return (*shape[:first], merged, *shape[last + 1 :]), first
+
+
+def rows_first(layout: Layout, ndim: int, *, by_output: bool) -> tuple[int, ...]:
+    """The permutation that brings batch (and output) axes to the front, others in order."""
+    front = layout.batch_axes + (layout.output_axes if by_output else ())
+    return front + tuple(axis for axis in range(ndim) if axis not in front)
+
+
+def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes ``permutation``."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
+def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) -> Any:
+    """Give ``importance`` the axes of ``x``, so that the two broadcast.
+
+    Accepted are a scalar, an array with the axes of ``x`` (size 1 broadcasts), and one
+    value per input feature, which goes to the input axes wherever they are stored.
+    """
+    xp = array_namespace(x)
+    if isinstance(importance, Real):
+        return xp.asarray(float(importance))
+    if not is_array_api_obj(importance) or array_namespace(importance) is not xp:
+        raise TypeError(
+            f"importance of {name} must be a number or, as the array itself, of {xp.__name__}, "
+            f"got {type(importance)!r}"
+        )
+    shape = tuple(importance.shape)
+    if len(shape) in (0, x.ndim):
+        if all(size in (1, full) for size, full in zip(shape, x.shape, strict=False)):
+            return importance
+    elif layout is not None and layout.input_axes:
+        axes = resolve(layout, x.ndim, name).input_axes
+        inputs = tuple(x.shape[axis] for axis in axes)
+        if shape in (inputs, (math.prod(inputs),)):
+            return xp.reshape(
+                importance, tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
+            )
+    features = "unknown" if layout is None else f"on axes {layout.input_axes}"
+    raise ValueError(
+        f"importance of {name} must be a scalar, broadcast to shape {tuple(x.shape)} axis by axis, "
+        f"or hold one value per input feature ({features}), got shape {shape}"
+    )

@@ -1,0 +1,324 @@
+"""A sparsification method: the parts that it is composed of, in one value.
+
+`Method` holds configuration and no arrays, so one object serves every framework, is
+hashable, compares by value, pickles, and can be a static argument of `jax.jit`. The
+adapters bind it to a training loop; a loop of one's own calls its functions directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array
+
+from . import _checks
+from . import admm as _admm
+from .admm import SplitState, Targets
+from .importance import Importance
+from .projection import apply_support
+from .schedules import Schedule, as_schedule
+from .sharpness import ASAM, SAM
+from .sparsity import Pattern, as_pattern
+
+__all__ = ["Method", "admm", "safe"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Training under a sparsity constraint, composed of swappable parts.
+
+    One step ``t = 0, 1, ...`` is::
+
+        g0 = grad f(x)
+        e  = perturbation(g0)                            norm over all parameters
+        g  = grad f(x + e) + penalty(t) * (x - z + u)    penalty on sparse parameters
+        x  = base optimizer step with g
+        if (t + 1) % dual_update_interval == 0:
+            v = relaxation * x + (1 - relaxation) * z + u
+            z = proj_C^P(v);  u = v - z
+
+    It starts at ``z = proj(x_0)``, ``u = 0`` and ends with ``proj(x_T)``, which makes
+    the weights exactly sparse (Lee et al. 2025, Algorithm 1, in the order of both
+    published implementations).
+
+    Attributes
+    ----------
+    sparsity : pattern
+        The constraint C. A fraction of zeros or ``"N:M"`` is accepted.
+    perturbation : SAM or None
+        How e follows from the gradient; None for plain ADMM.
+    penalty : schedule
+        The penalty parameter lambda by step. A non-negative number is accepted.
+    dual_update_interval : int
+        K, steps between two dual updates.
+    importance : Importance or None
+        Where P comes from; None is P = 1. Arrays of P go to the adapter.
+    relaxation : float
+        Over-relaxation alpha in (0, 2); 1 is plain ADMM.
+    rescale_dual : bool
+        Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` as the penalty
+        changes, which keeps the unscaled dual variable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a part is not of its kind or out of its range.
+
+    Examples
+    --------
+    >>> from safe_core import SAM, Method, schedules
+    >>> method = Method(0.9, perturbation=SAM(0.1), penalty=schedules.cosine(1e-3, steps=500))
+    >>> method.penalty(500), method.is_dual_update(31)
+    (0.001, True)
+    """
+
+    sparsity: Pattern
+    perturbation: SAM | None = None
+    penalty: Schedule = 1e-3  # type: ignore[assignment]
+    dual_update_interval: int = 32
+    importance: Importance | None = None
+    relaxation: float = 1.0
+    rescale_dual: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", as_pattern(self.sparsity))
+        object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
+        if self.perturbation is not None and not isinstance(self.perturbation, SAM):
+            raise TypeError(f"perturbation must be SAM, ASAM or None, got {self.perturbation!r}")
+        _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
+        parts = ("init", "refresh", "metric")
+        if self.importance is not None and not all(hasattr(self.importance, p) for p in parts):
+            raise TypeError(
+                "importance must be None or a source such as SquaredGradient(), got "
+                f"{self.importance!r}; arrays and functions go to the adapter's importance="
+            )
+        if not 0 < _checks.real("relaxation", self.relaxation) < 2:
+            raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
+        if not isinstance(self.rescale_dual, bool):
+            raise TypeError(f"rescale_dual must be True or False, got {self.rescale_dual!r}")
+        if self.rescale_dual and getattr(self.penalty, "has_zero_after_start", True):
+            raise ValueError(
+                "rescale_dual divides by the penalty, which must be known to stay positive after "
+                f"step 0, got penalty={self.penalty!r}"
+            )
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a step takes a second gradient, at the perturbed point."""
+        return self.perturbation is not None and not self.perturbation.is_zero
+
+    def is_dual_update(self, step: int | Array) -> bool | Array:
+        """Whether z and u are updated after the base step number ``step``."""
+        return self.dual_update_interval == 1 or (step + 1) % self.dual_update_interval == 0
+
+    def perturb(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        step: int | Array,
+        *,
+        rho: float | Array | None = None,
+    ) -> list[Array]:
+        """Return the perturbation e of all trainable parameters; ``rho`` overrides the method's."""
+        if self.perturbation is None:
+            raise ValueError(f"perturbation must not be None to perturb, got {self!r}")
+        if rho is None:
+            rho = self.perturbation.rho(step)  # type: ignore[operator]
+        return self.perturbation.perturbation(params, gradients, rho=rho)
+
+    def init(
+        self,
+        params: Sequence[Array],
+        targets: Targets,
+        importance: Sequence[Array | None] | None = None,
+    ) -> SplitState:
+        """Return the split of the sparse parameters before step 0.
+
+        ``importance`` is P where it is known from the start.
+        """
+        return _admm.init(params, self.sparsity, targets, importance=importance)
+
+    def init_importance(self, params: Sequence[Array]) -> list[Array] | None:
+        """Return the state of the method's own importance; None if P = 1."""
+        return None if self.importance is None else self.importance.init(params)
+
+    def refresh_importance(
+        self, state: list[Array] | None, gradients: Sequence[Array]
+    ) -> list[Array] | None:
+        """Take in the loss gradients, at x + e and before the penalty, of a dual update."""
+        if self.importance is None or state is None:
+            return state
+        return self.importance.refresh(state, gradients)
+
+    def metric(self, state: Sequence[Array] | None) -> Sequence[Array] | None:
+        """Return P: of the importance's state, or the arrays that a caller gave."""
+        if self.importance is None or state is None:
+            return state
+        return self.importance.metric(state, joint=self.sparsity.scope == "global")
+
+    def rescale(self, split: SplitState, step: int | Array) -> SplitState:
+        """Return the split for the penalty of ``step``, before its penalty gradient."""
+        if not self.rescale_dual:
+            return split
+        if isinstance(step, int):
+            return split if step == 0 else _admm.rescale_dual(split, self._ratio(step))
+        xp = array_namespace(step)
+        ratio = self._ratio(step)
+        return _admm.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
+
+    def _ratio(self, step: int | Array) -> float | Array:
+        return self.penalty(step - 1) / self.penalty(step)
+
+    def dual_update(
+        self,
+        params: Sequence[Array],
+        split: SplitState,
+        step: int | Array,
+        targets: Targets,
+        importance: Sequence[Array] | None = None,
+    ) -> SplitState:
+        """Return the split after the dual update at the end of ``step``.
+
+        ``importance`` is the importance's state, or a caller's P.
+        """
+        return _admm.dual_update(
+            params,
+            split,
+            self.sparsity,
+            targets,
+            importance=self.metric(importance),
+            relaxation=self.relaxation,
+            step=step + 1,
+        )
+
+    def finalize(
+        self,
+        params: Sequence[Array],
+        targets: Targets,
+        importance: Sequence[Array] | None = None,
+    ) -> list[Array]:
+        """Return ``proj(params)``, exactly sparse, in the dtypes of ``params``.
+
+        ``importance`` is the importance's state, or a caller's P; None is P = 1.
+        """
+        support = _admm.final_support(
+            params, self.sparsity, targets, importance=self.metric(importance)
+        )
+        return apply_support(params, support)
+
+
+def safe(
+    sparsity: Any,
+    *,
+    rho: float | Schedule = 0.1,
+    penalty: float | Schedule = 1e-3,
+    dual_update_interval: int = 32,
+    importance: Importance | None = None,
+    adaptive: bool = False,
+    relaxation: float = 1.0,
+    rescale_dual: bool = False,
+) -> Method:
+    """SAFE, and SAFE+ when given an importance: sparse and flat minima by ADMM.
+
+    ``min_{x in C} max_{|e| <= rho} f(x + e)``, see `Method` for the iteration.
+
+    Parameters
+    ----------
+    sparsity : float, str or pattern
+        A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
+        `Channel`.
+    rho : float or schedule
+        Perturbation radius; the paper uses 0.1 for vision and 2e-4 for language models.
+    penalty : float or schedule
+        lambda; the paper chooses it from 1e-4 to 1e-1, under a cosine schedule for
+        vision and constant for language models. Higher sparsity wants a higher penalty.
+    dual_update_interval : int
+        K; 32 in the paper.
+    importance : Importance, optional
+        Where P comes from, for SAFE+.
+    adaptive : bool
+        Whether the radius follows the scale of each weight (ASAM).
+    relaxation : float
+        Over-relaxation alpha in (0, 2).
+    rescale_dual : bool
+        Whether u follows changes of the penalty.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    References
+    ----------
+    Lee et al. 2025, "SAFE: Finding Sparse and Flat Minima to Improve Pruning", ICML.
+
+    Examples
+    --------
+    >>> method = safe(sparsity=0.95, rho=0.1, penalty=1e-3)
+    >>> method.sparsity
+    Unstructured(sparsity=0.95, scope='global')
+    """
+    return Method(
+        sparsity=sparsity,
+        perturbation=ASAM(rho) if adaptive else SAM(rho),
+        penalty=penalty,  # type: ignore[arg-type]
+        dual_update_interval=dual_update_interval,
+        importance=importance,
+        relaxation=relaxation,
+        rescale_dual=rescale_dual,
+    )
+
+
+def admm(
+    sparsity: Any,
+    *,
+    penalty: float | Schedule = 1e-3,
+    dual_update_interval: int = 32,
+    importance: Importance | None = None,
+    relaxation: float = 1.0,
+    rescale_dual: bool = False,
+) -> Method:
+    """Plain ADMM pruning: SAFE without a perturbation.
+
+    ``min_{x in C} f(x)``, see `Method` for the iteration.
+
+    Parameters
+    ----------
+    sparsity, penalty, dual_update_interval, importance, relaxation, rescale_dual
+        As for `safe`.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    References
+    ----------
+    Zhang et al. 2018, "A Systematic DNN Weight Pruning Framework using Alternating
+    Direction Method of Multipliers", ECCV.
+
+    Examples
+    --------
+    >>> admm("2:4", penalty=1e-2).perturbs
+    False
+    """
+    return Method(
+        sparsity=sparsity,
+        penalty=penalty,  # type: ignore[arg-type]
+        dual_update_interval=dual_update_interval,
+        importance=importance,
+        relaxation=relaxation,
+        rescale_dual=rescale_dual,
+    )

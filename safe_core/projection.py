@@ -1,0 +1,508 @@
+"""The P-weighted projection onto a set of sparse arrays.
+
+P is diagonal and the set is a union of coordinate subspaces, so the nearest point
+keeps the entries on the best support and zeroes the rest. Projecting is choosing a
+support: score each unit, keep the best units of each comparison pool.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+from safe_core.backends import Array, backend_of
+
+from .layout import (
+    Layout,
+    default_layout,
+    inverse,
+    merge,
+    place_importance,
+    resolve,
+    rows_first,
+)
+from .sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern, kept_counts, stage
+
+__all__ = ["Projection", "project", "select"]
+
+_RANKED_GROUP = 16  # up to this size a group is ranked by comparing all pairs
+
+
+class Projection(NamedTuple):
+    """A projected point.
+
+    Attributes
+    ----------
+    values : array, or list or dict of arrays
+        The nearest sparse point, of the structure, shapes and dtypes of the argument.
+        Kept entries are the argument's own, bit for bit; the others are +0.
+    support : bool array, or list or dict of them
+        True where an entry is kept. A kept entry may itself be zero.
+    """
+
+    values: Any
+    support: Any
+
+
+def project(
+    arrays: Any, sparsity: Any, importance: Any = None, layout: Any = None
+) -> Projection:
+    """Project onto the nearest sparse point in the norm of a diagonal ``P``.
+
+    ``argmin_{z in C} sum_i P_ii (z_i - v_i)**2``, where C is the set of points whose
+    support the pattern allows. Every pool of ``n`` units loses exactly
+    ``floor(sparsity * n)`` of them. Of equal scores the lowest (position of the array
+    in the list, row-major index) is kept.
+
+    Parameters
+    ----------
+    arrays : array, or list, tuple or mapping of arrays
+        The point ``v``: real floating arrays of any array API library, of any shape.
+    sparsity : float, str or pattern
+        A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
+        `Channel`.
+    importance : optional
+        The diagonal of P, finite and non-negative, in the structure of ``arrays``: for
+        each array a scalar, an array that broadcasts axis by axis, or one value per
+        input feature. P = 1 where omitted.
+    layout : Layout, or list or mapping of Layout, optional
+        Roles of the axes; (output, input, ...) unless told otherwise.
+
+    Returns
+    -------
+    Projection
+        ``values`` and ``support`` in the structure of ``arrays``.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating or ``sparsity`` is not a static value.
+    ValueError
+        If an entry is NaN, an importance is negative, not finite or of the wrong shape,
+        or a pattern does not fit an array. The message names the array. Values are
+        checked where they can be read, which a traced program cannot.
+
+    References
+    ----------
+    Lee et al. 2025, "SAFE: Finding Sparse and Flat Minima to Improve Pruning",
+    section 3.4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> v = numpy.asarray([[1.0, -3.0, 2.0, 0.5]])
+    >>> project(v, "2:4").values
+    array([[ 0., -3.,  2.,  0.]])
+    >>> project(v, 0.75, importance=numpy.asarray([100.0, 1.0, 1.0, 1.0])).support
+    array([[ True, False, False, False]])
+    """
+    pattern = as_pattern(sparsity)
+    point = read_arguments(arrays, importance, layout)
+    support = select(
+        point.arrays,
+        pattern,
+        importance=point.importance,
+        layouts=point.layouts,
+        names=point.names,
+    )
+    return Projection(
+        point.rebuild(apply_support(point.arrays, support)), point.rebuild(support)
+    )
+
+
+def apply_support(arrays: Sequence[Array], support: Sequence[Array]) -> list[Array]:
+    """Keep the entries on the support, bit for bit, and zero the rest."""
+    return [
+        array_namespace(x).where(mask, x, array_namespace(x).zeros_like(x))
+        for x, mask in zip(arrays, support, strict=True)
+    ]
+
+
+def select(
+    arrays: Sequence[Array],
+    pattern: Pattern,
+    *,
+    importance: Sequence[Array | None],
+    layouts: Sequence[Layout | None],
+    names: Sequence[str],
+    step: int | Array | None = None,
+) -> list[Array]:
+    """Masks of the support that maximises the sum of ``P_ii v_i**2``.
+
+    The kernel of `project`, without its checks of values: it traces. ``step`` picks the
+    stage of a sparsity that changes over time; None is its end.
+    """
+    if not arrays:
+        return []
+    xp = array_namespace(*arrays)
+    resolved = [
+        None if layout is None else resolve(layout, x.ndim, name)
+        for x, layout, name in zip(arrays, layouts, names, strict=True)
+    ]
+    at = stage(pattern, step)
+    if isinstance(pattern, NM):
+        keys = _entry_keys(xp, arrays, importance, names, joint=False)
+        return [
+            _select_groups(xp, key, pattern, layout, name)
+            for key, layout, name in zip(keys, resolved, names, strict=True)
+        ]
+    joint = pattern.scope == "global"
+    expand: Callable[[int, Array], Array]
+    if isinstance(pattern, Unstructured):
+        keys, expand = _entry_keys(xp, arrays, importance, names, joint=joint), lambda i, mask: mask
+        plans = resolved
+    else:
+        units = [
+            (_channels if isinstance(pattern, Channel) else _blocks)(xp, x, p, pattern, layout, name)
+            for x, p, layout, name in zip(arrays, importance, resolved, names, strict=True)
+        ]
+        keys = _ordering_keys(xp, [unit.scores for unit in units], joint=joint)
+        plans = [unit.layout for unit in units]
+        expand = lambda i, mask: units[i].expand(mask)  # noqa: E731
+    if joint:
+        total = sum(math.prod(key.shape) for key in keys)
+        masks = backend_of(keys[0]).keep_largest(keys, kept_counts(pattern, total), at)
+    else:
+        masks = [
+            _select_rows(xp, key, pattern, plan, name, at)
+            for key, plan, name in zip(keys, plans, names, strict=True)
+        ]
+    return [expand(i, mask) for i, mask in enumerate(masks)]
+
+
+# Scores
+
+
+def _ordering_keys(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
+    if joint and len({score.dtype for score in scores}) > 1:
+        dtype = wide_dtype(xp, scores)
+        scores = [xp.astype(score, dtype) for score in scores]
+    return [backend_of(score).ordering_key(score) for score in scores]
+
+
+def _entry_keys(
+    xp: Any,
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    names: Sequence[str],
+    *,
+    joint: bool,
+) -> list[Array]:
+    """Keys that rank entries by ``sqrt(P) |v|``: squares would underflow."""
+    given = [p is not None for p in importance]
+    if not any(given):
+        return _ordering_keys(xp, arrays, joint=joint)
+    if joint and not all(given):
+        missing = names[given.index(False)]
+        raise ValueError(
+            f"importance must be given for all arrays or none where they compete globally; "
+            f"it lacks {missing}"
+        )
+    if joint:
+        dtype = wide_dtype(xp, [*arrays, *importance])
+        factor = _even_factor(xp, [xp.astype(p, dtype) for p in importance])
+        scores = [
+            _entry_scores(xp, x, p, dtype, factor)
+            for x, p in zip(arrays, importance, strict=True)
+        ]
+    else:
+        scores = []
+        for x, p in zip(arrays, importance, strict=True):
+            if p is not None:
+                dtype = wide_dtype(xp, [x, p])
+                x = _entry_scores(xp, x, p, dtype, _even_factor(xp, [xp.astype(p, dtype)]))
+            scores.append(x)
+    return _ordering_keys(xp, scores, joint=joint)
+
+
+def _entry_scores(xp: Any, x: Array, p: Array, dtype: Any, factor: Array) -> Array:
+    # XLA flushes subnormal numbers to zero. Flushing them everywhere gives every
+    # backend the same scores.
+    def flush(a: Array) -> Array:
+        return xp.where(a < tiny, xp.zeros_like(a), a)
+
+    tiny = float(xp.finfo(dtype).smallest_normal)
+    root = xp.sqrt(flush(xp.astype(p, dtype)) * factor)
+    return flush(root * flush(xp.abs(xp.astype(x, dtype))))
+
+
+def _even_factor(xp: Any, importance: Sequence[Array]) -> float | Array:
+    """1, 2 or 1/2, so that the exponent of the largest P times it is even.
+
+    Then scaling all P by any power of two scales every square root by a power of two
+    exactly, and no rank changes.
+    """
+    peaks = [xp.max(p) for p in importance if math.prod(p.shape)]
+    if not peaks:
+        return 1.0
+    peak = xp.max(xp.stack(peaks))
+    exponent = backend_of(peak).exponent(peak)
+    if isinstance(exponent, int):
+        return (0.5 if exponent > 0 else 2.0) if exponent % 2 else 1.0
+    two = xp.ones_like(peak) * 2
+    return xp.where(exponent % 2 == 0, two / 2, xp.where(exponent > 0, 1 / two, two))
+
+
+def wide_dtype(xp: Any, arrays: Sequence[Array]) -> Any:
+    """float64 if any array is float64, else float32: what scores and norms are summed in."""
+    return xp.float64 if any(a.dtype == xp.float64 for a in arrays) else xp.float32
+
+
+# Pools
+
+
+def _select_rows(
+    xp: Any, key: Array, pattern: Pattern, layout: Layout | None, name: str, at: int | Array
+) -> Array:
+    """Select within each tensor, or each row, of one array."""
+    by_output = pattern.scope == "row"
+    if by_output:
+        layout = _roles(layout, name, "scope 'row'")
+    order = rows_first(layout or Layout(), key.ndim, by_output=by_output)
+    pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
+    shape = tuple(key.shape[axis] for axis in order)
+    rows, n = math.prod(shape[:pools]), math.prod(shape[pools:])
+    counts = kept_counts(pattern, n)
+    if rows == 1:
+        return backend_of(key).keep_largest([key], counts, at)[0]
+    table = xp.reshape(xp.permute_dims(key, order), (rows, n))
+    mask = backend_of(key).keep_largest_per_row(table, counts, at)
+    return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
+
+
+def _select_groups(xp: Any, key: Array, pattern: NM, layout: Layout | None, name: str) -> Array:
+    """Keep ``n`` of every ``m`` along the input axis."""
+    layout = _roles(layout, name, "an N:M pattern", inputs=True)
+    shape, axis = merge(key.shape, layout.input_axes, name)
+    whole = _whole(shape[axis], pattern.m, pattern.ragged, name, "input")
+    head = _slice(xp.reshape(key, shape), axis, whole)
+    grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
+    mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n)
+    mask = xp.reshape(mask, head.shape)
+    return xp.reshape(_pad(xp, mask, axis, xp.reshape(key, shape)), key.shape)
+
+
+def _keep_in_groups(xp: Any, keys: Array, axis: int, n: int) -> Array:
+    m = keys.shape[axis]
+    if m > _RANKED_GROUP:
+        order = (*(a for a in range(keys.ndim) if a != axis), axis)
+        moved = xp.permute_dims(keys, order)
+        table = xp.reshape(moved, (math.prod(moved.shape[:-1]), m))
+        mask = backend_of(keys).keep_largest_per_row(table, (n,), 0)
+        return xp.permute_dims(xp.reshape(mask, moved.shape), inverse(order))
+    entries = [_slice(keys, axis, j + 1, start=j) for j in range(m)]
+    masks = []
+    for i, key in enumerate(entries):
+        rank = xp.zeros_like(key, dtype=xp.int32)
+        for j, other in enumerate(entries):
+            # Entry j goes before entry i if it is larger, or equal and lower in index.
+            if j != i:
+                rank = rank + xp.astype(other >= key if j < i else other > key, xp.int32)
+        masks.append(rank < n)
+    return xp.concat(masks, axis=axis)
+
+
+class _Units(NamedTuple):
+    """Scores of the units of one array, and how a mask of units covers its entries."""
+
+    scores: Array
+    layout: Layout
+    expand: Callable[[Array], Array]
+
+
+def _channels(
+    xp: Any, x: Array, p: Array | None, pattern: Channel, layout: Layout | None, name: str
+) -> _Units:
+    layout = _roles(layout, name, "a Channel pattern", outputs=True)
+    kept = layout.output_axes + layout.batch_axes
+    squares = _weighted_squares(xp, x, p)
+    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    scores = xp.sum(squares, axis=axes, keepdims=True) if axes else squares
+
+    def expand(mask: Array) -> Array:
+        return mask & xp.ones_like(x, dtype=xp.bool)
+
+    return _Units(scores, layout, expand)
+
+
+def _blocks(
+    xp: Any, x: Array, p: Array | None, pattern: Block, layout: Layout | None, name: str
+) -> _Units:
+    """Cut the output and input axes into blocks; the units keep their storage order."""
+    layout = _roles(layout, name, "a Block pattern", inputs=True, outputs=True)
+    sizes = dict(zip(("output", "input"), pattern.shape, strict=True))
+    roles = {layout.output_axes[0]: "output", layout.input_axes[0]: "input"}
+    merged: list[int] = []  # shape with each role on one axis
+    wholes: list[int] = []  # the same, less the ragged tails
+    split: list[int] = []  # wholes, with each role cut into (blocks, block)
+    inner: list[int] = []  # axes of split that run within a block
+    batch: list[int] = []  # axes of split along which tensors are stacked
+    for axis, size in enumerate(x.shape):
+        if axis in roles:
+            role = roles[axis]
+            axes = layout.output_axes if role == "output" else layout.input_axes
+            size = merge(x.shape, axes, name)[0][axis]
+            whole = _whole(size, sizes[role], pattern.ragged, name, role)
+            merged.append(size)
+            wholes.append(whole)
+            inner.append(len(split) + 1)
+            split += [whole // sizes[role], sizes[role]]
+        elif axis not in layout.output_axes + layout.input_axes:
+            if axis in layout.batch_axes:
+                batch.append(len(split))
+            merged.append(size)
+            wholes.append(size)
+            split.append(size)
+    squares = xp.reshape(_weighted_squares(xp, x, p), tuple(merged))
+    for axis, whole in enumerate(wholes):
+        squares = _slice(squares, axis, whole)
+    scores = xp.sum(xp.reshape(squares, tuple(split)), axis=tuple(inner), keepdims=True)
+
+    def expand(mask: Array) -> Array:
+        full = xp.reshape(xp.broadcast_to(mask, tuple(split)), tuple(wholes))
+        for axis in range(full.ndim):
+            full = _pad(xp, full, axis, xp.reshape(x, tuple(merged)))
+        return xp.reshape(full, x.shape)
+
+    return _Units(scores, Layout(batch_axes=tuple(batch)), expand)
+
+
+def _weighted_squares(xp: Any, x: Array, p: Array | None) -> Array:
+    dtype = wide_dtype(xp, [x] if p is None else [x, p])
+    wide = xp.astype(x, dtype)
+    return wide * wide if p is None else xp.astype(p, dtype) * wide * wide
+
+
+def _roles(
+    layout: Layout | None, name: str, what: str, *, inputs: bool = False, outputs: bool = False
+) -> Layout:
+    """Return the layout, or raise where it does not say what a pattern needs."""
+    if layout is None:
+        raise ValueError(
+            f"layout of {name} is unknown, and {what} needs the roles of its axes; "
+            "pass layout=Layout(input_axes=..., output_axes=...) for it"
+        )
+    if (inputs and not layout.input_axes) or (outputs and not layout.output_axes):
+        role = "input_axes" if inputs and not layout.input_axes else "output_axes"
+        raise ValueError(f"layout of {name} must name {role} for {what}, got {layout!r}")
+    return layout
+
+
+def _whole(size: int, unit: int, ragged: str, name: str, role: str) -> int:
+    if size % unit and ragged == "error":
+        raise ValueError(
+            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; "
+            "pass ragged='dense' to the pattern to leave its tail dense"
+        )
+    return size - size % unit
+
+
+def _slice(x: Array, axis: int, stop: int, start: int = 0) -> Array:
+    return x[(slice(None),) * axis + (slice(start, stop), Ellipsis)]
+
+
+def _pad(xp: Any, mask: Array, axis: int, like: Array) -> Array:
+    """Append kept entries along an axis, up to the size that ``like`` has there."""
+    if mask.shape[axis] == like.shape[axis]:
+        return mask
+    tail = tuple(
+        slice(size, None) if a == axis else slice(0, size) for a, size in enumerate(mask.shape)
+    )
+    return xp.concat([mask, xp.ones_like(like[tail], dtype=xp.bool)], axis=axis)
+
+
+# Arguments
+
+
+class Arguments(NamedTuple):
+    """Checked arguments of `project`, as lists; ``rebuild`` restores their structure."""
+
+    arrays: list[Array]
+    importance: list[Array | None]
+    layouts: list[Layout | None]
+    names: list[str]
+    rebuild: Callable[[list[Array]], Any]
+
+
+def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
+    """Check the arguments of `project` and give importance the axes of its array."""
+    listed, names, rebuild = _listed(arrays)
+    _check_arrays(listed, names)
+    layouts = [
+        default_layout(x.ndim) if given is None else given
+        for x, given in zip(listed, _matched("layout", layout, arrays, names), strict=True)
+    ]
+    weights = [
+        None if p is None else place_importance(p, x, given, name)
+        for p, x, given, name in zip(
+            _matched("importance", importance, arrays, names), listed, layouts, names, strict=True
+        )
+    ]
+    _check_values(listed, weights, names)
+    return Arguments(listed, weights, layouts, names, rebuild)
+
+
+def _listed(arrays: Any) -> tuple[list[Array], list[str], Callable[[list[Array]], Any]]:
+    """The arrays as a list, their names, and the function that restores the structure."""
+    if is_array_api_obj(arrays):
+        return [arrays], ["arrays"], lambda listed: listed[0]
+    if isinstance(arrays, Mapping):
+        keys = list(arrays)
+        names = [f"arrays[{key!r}]" for key in keys]
+        return list(arrays.values()), names, lambda out: dict(zip(keys, out, strict=True))
+    if isinstance(arrays, (list, tuple)):
+        return list(arrays), [f"arrays[{i}]" for i in range(len(arrays))], lambda listed: listed
+    raise TypeError(
+        f"arrays must be an array, or a list, tuple or mapping of arrays, got {type(arrays)!r}"
+    )
+
+
+def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> list[Any]:
+    """``given`` as a list beside the arrays: the same structure, or one for all."""
+    if given is None:
+        return [None] * len(names)
+    if isinstance(arrays, Mapping) and isinstance(given, Mapping):
+        unknown = [key for key in given if key not in arrays]
+        if unknown:
+            raise ValueError(f"{argument} names {unknown[0]!r}, which arrays lacks")
+        return [given.get(key) for key in arrays]
+    if isinstance(given, Layout):
+        return [given] * len(names)
+    if is_array_api_obj(arrays):
+        return [given]
+    if isinstance(given, (list, tuple)) and not isinstance(arrays, Mapping):
+        if len(given) != len(names):
+            raise ValueError(
+                f"{argument} must have one entry per array ({len(names)}), got {len(given)}"
+            )
+        return list(given)
+    raise TypeError(f"{argument} must have the structure of arrays, got {type(given)!r}")
+
+
+def _check_arrays(arrays: Sequence[Array], names: Sequence[str]) -> None:
+    for x, name in zip(arrays, names, strict=True):
+        if not is_array_api_obj(x):
+            raise TypeError(f"{name} must be an array, got {type(x)!r}")
+        if not array_namespace(x).isdtype(x.dtype, "real floating"):
+            raise TypeError(f"{name} must be real floating, got dtype {x.dtype}")
+
+
+def _check_values(
+    arrays: Sequence[Array], importance: Sequence[Array | None], names: Sequence[str]
+) -> None:
+    """Refuse NaN in the arrays and bad values in P, with one read of a flag."""
+    checks = []
+    for x, p, name in zip(arrays, importance, names, strict=True):
+        xp = array_namespace(x)
+        checks.append((xp.any(xp.isnan(x)), f"{name} must not hold NaN"))
+        if p is not None:
+            rule = f"importance of {name} must be finite and non-negative"
+            checks.append((xp.any(~((p >= 0) & xp.isfinite(p))), rule))
+    if not checks or not all(backend_of(flag).is_concrete(flag) for flag, _ in checks):
+        return
+    xp = array_namespace(checks[0][0])
+    if bool(xp.any(xp.stack([flag for flag, _ in checks]))):
+        raise ValueError(next(rule for flag, rule in checks if bool(flag)))

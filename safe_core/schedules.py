@@ -1,0 +1,295 @@
+"""Schedules: a step counted from 0 to a value.
+
+Each schedule is a frozen dataclass, so that a method which holds one is hashable and
+compares by value. A schedule takes a Python integer and returns a Python float, or
+takes an integer array, traced or not, and returns a scalar array. Past its end a
+schedule holds its last value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from . import _checks
+
+__all__ = ["Constant", "Cosine", "Cubic", "Linear", "constant", "cosine", "cubic", "linear"]
+
+Array = Any
+Schedule = Callable[[Any], Any]
+"""``step -> value``. Any hashable function of this form may stand in for the ones here."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _checks.real("value", self.value)
+
+    def __call__(self, step: int | Array) -> float | Array:
+        return self.value
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value at any step."""
+        return self.value, self.value
+
+    @property
+    def has_zero_after_start(self) -> bool:
+        """Whether the value is 0 at some step later than 0."""
+        return self.value == 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A straight line from ``initial`` at step 0 to ``value`` at ``steps``."""
+
+    value: float
+    steps: int
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        _checks.real("value", self.value)
+        _checks.integer("steps", self.steps, low=1)
+        _checks.real("initial", self.initial)
+
+    def __call__(self, step: int | Array) -> float | Array:
+        return self.initial + (self.value - self.initial) * self._rise(step)
+
+    def _rise(self, step: int | Array) -> float | Array:
+        if isinstance(step, int):
+            return min(max(step / self.steps, 0.0), 1.0)
+        xp = array_namespace(step)
+        floating = xp.__array_namespace_info__().default_dtypes()["real floating"]
+        return xp.clip(xp.astype(step, floating) / self.steps, 0.0, 1.0)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value at any step."""
+        return min(self.initial, self.value), max(self.initial, self.value)
+
+    @property
+    def has_zero_after_start(self) -> bool:
+        """Whether the value is 0 at some step later than 0."""
+        return self.value == 0 or self.initial * self.value < 0
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """Half a cosine wave from ``initial`` at step 0 to ``value`` at ``steps``."""
+
+    def _rise(self, step: int | Array) -> float | Array:
+        # (1 - cos a) / 2 = sin(a / 2)^2, without the cancellation at small a.
+        progress = super()._rise(step)
+        if isinstance(step, int):
+            return math.sin(0.5 * math.pi * progress) ** 2
+        xp = array_namespace(step)
+        return xp.sin(0.5 * math.pi * progress) ** 2
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """A static table of sparsities that rises as a cubic, for gradual pruning."""
+
+    value: float
+    steps: int
+    initial: float = 0.0
+    start: int = 0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.sparsity("value", self.value)
+        _checks.integer("steps", self.steps, low=1)
+        _checks.sparsity("initial", self.initial)
+        _checks.integer("start", self.start, low=0)
+        _checks.integer("every", self.every, low=1)
+        if self.steps % self.every:
+            raise ValueError(
+                f"every must divide steps, got every={self.every!r} and steps={self.steps!r}"
+            )
+
+    @cached_property
+    def table(self) -> tuple[Fraction, ...]:
+        """The exact sparsity of every stage; its last entry holds from then on."""
+        initial, final = map(_checks.decimal_fraction, (self.initial, self.value))
+        stages = self.steps // self.every
+        return tuple(
+            final + (initial - final) * (1 - Fraction(stage, stages)) ** 3
+            for stage in range(stages + 1)
+        )
+
+    def stage(self, step: int | Array) -> int | Array:
+        """The index into `table` at a step."""
+        stage = (step - self.start) // self.every
+        last = self.steps // self.every
+        if isinstance(step, int):
+            return min(max(stage, 0), last)
+        return array_namespace(step).clip(stage, 0, last)
+
+    def __call__(self, step: int) -> float:
+        return float(self.table[self.stage(step)])
+
+
+def constant(value: float) -> Constant:
+    """``value`` at every step.
+
+    Parameters
+    ----------
+    value : float
+        Any finite number, in the unit of what it schedules.
+
+    Returns
+    -------
+    Constant
+        A frozen dataclass, ``step -> value``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``value`` is not a finite Python number.
+
+    Examples
+    --------
+    >>> constant(0.1)(1000)
+    0.1
+    """
+    return Constant(value)
+
+
+def linear(value: float, steps: int, initial: float = 0.0) -> Linear:
+    """``initial + (value - initial) * min(t / steps, 1)``.
+
+    Parameters
+    ----------
+    value : float
+        Value at ``steps`` and after it.
+    steps : int
+        Length of the ramp, in optimizer steps.
+    initial : float
+        Value at step 0.
+
+    Returns
+    -------
+    Linear
+        A frozen dataclass, ``step -> value``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a value is not a finite number, or ``steps`` not a positive integer.
+
+    Examples
+    --------
+    >>> linear(1.0, steps=4)(1), linear(0.0, steps=4, initial=0.1)(9)
+    (0.25, 0.0)
+    """
+    return Linear(value, steps, initial)
+
+
+def cosine(value: float, steps: int, initial: float = 0.0) -> Cosine:
+    """``initial + (value - initial) * (1 - cos(pi * min(t / steps, 1))) / 2``.
+
+    The penalty schedule of the SAFE paper for vision (Lee et al. 2025, Table 5): it
+    lets the network train freely at first and draws it to the constraint at the end.
+
+    Parameters
+    ----------
+    value : float
+        Value at ``steps`` and after it.
+    steps : int
+        Length of the ramp, in optimizer steps.
+    initial : float
+        Value at step 0.
+
+    Returns
+    -------
+    Cosine
+        A frozen dataclass, ``step -> value``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a value is not a finite number, or ``steps`` not a positive integer.
+
+    Examples
+    --------
+    >>> penalty = cosine(1e-3, steps=100)
+    >>> penalty(0), round(penalty(50), 9), penalty(1000)
+    (0.0, 0.0005, 0.001)
+    """
+    return Cosine(value, steps, initial)
+
+
+def cubic(
+    value: float, steps: int, initial: float = 0.0, start: int = 0, every: int | None = None
+) -> Cubic:
+    """Sparsity ``value + (initial - value) * (1 - j / n)**3`` at stage ``j`` of ``n``.
+
+    The gradual schedule of Zhu and Gupta 2017, as a static table: stage
+    ``j = (t - start) // every`` of ``n = steps / every``. Every entry is an exact
+    fraction, so the number of zeros is exact at every stage and is an ordinary integer
+    that a compiled program looks up.
+
+    Parameters
+    ----------
+    value : float
+        Final sparsity, a fraction of zeros in [0, 1).
+    steps : int
+        Length of the ramp, in optimizer steps.
+    initial : float
+        Sparsity before ``start``.
+    start : int
+        The step at which the ramp starts.
+    every : int, optional
+        Steps between two changes; it divides ``steps``. By default the smallest that
+        gives at most 100 stages.
+
+    Returns
+    -------
+    Cubic
+        A frozen dataclass that a pattern takes as its ``sparsity``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a sparsity is outside [0, 1), a count is not a positive integer, or
+        ``every`` does not divide ``steps``.
+
+    Examples
+    --------
+    >>> sparsity = cubic(0.8, steps=4)
+    >>> [sparsity(step) for step in range(6)]
+    [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
+    """
+    if every is None:
+        _checks.integer("steps", steps, low=1)
+        every = next(k for k in range(-(-steps // 100), steps + 1) if steps % k == 0)
+    return Cubic(value, steps, initial, start, every)
+
+
+def as_schedule(name: str, value: Any) -> Schedule:
+    """Return a non-negative schedule for a number or a schedule, or raise naming ``name``."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return Constant(_checks.real(name, value, low=0.0))
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be a non-negative Python number or a schedule, got {value!r}; "
+            "an array goes to the adapter instead"
+        )
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a hashable schedule, got {value!r}") from None
+    if isinstance(value, (Constant, Linear)) and value.bounds[0] < 0:
+        raise ValueError(f"{name} must never be negative, got {value!r}")
+    return value
