@@ -179,18 +179,18 @@ class Method:
         split: SplitState,
         step: int | Array,
         targets: Targets,
-        importance: Sequence[Array] | None = None,
+        importance: Sequence[Array | None] | None = None,
     ) -> SplitState:
         """Return the split after the dual update at the end of ``step``.
 
-        ``importance`` is the importance's state, or a caller's P.
+        ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
         """
         return _admm.dual_update(
             params,
             split,
             self.sparsity,
             targets,
-            importance=self.metric(importance),
+            importance=importance,
             relaxation=self.relaxation,
             step=step + 1,
         )
@@ -199,15 +199,13 @@ class Method:
         self,
         params: Sequence[Array],
         targets: Targets,
-        importance: Sequence[Array] | None = None,
+        importance: Sequence[Array | None] | None = None,
     ) -> list[Array]:
         """Return ``proj(params)``, exactly sparse, in the dtypes of ``params``.
 
-        ``importance`` is the importance's state, or a caller's P; None is P = 1.
+        ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
         """
-        support = _admm.final_support(
-            params, self.sparsity, targets, importance=self.metric(importance)
-        )
+        support = _admm.final_support(params, self.sparsity, targets, importance=importance)
         return apply_support(params, support)
 
 

@@ -1,0 +1,445 @@
+"""JAX: any optax transformation, under a sparsity constraint.
+
+`sparse_optimizer` holds no mathematics: it moves leaves between a pytree of
+parameters, the base transformation and `safe_core.Method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from safe_core import Method, SplitState, Targets
+from safe_core.admm import penalty_gradient
+from safe_core.backends import backend_of
+from safe_core.layout import Layout, place_importance
+
+from .flax_weights import is_prunable, layout_of
+
+__all__ = ["SparseOptimizerState", "finalize", "find_state", "sparse_optimizer"]
+
+_LAST = "last"
+PyTree = Any
+Schedule = Callable[[Any], Any]
+
+
+class SparseOptimizerState(NamedTuple):
+    """State of `sparse_optimizer`.
+
+    The trees have the structure of the parameters, with `optax.MaskedNode` in the place
+    of every leaf that is not sparse.
+
+    Attributes
+    ----------
+    step : int32 scalar
+        Base steps taken.
+    base : pytree
+        State of the base transformation.
+    anchor : pytree of arrays
+        ``z - u``, see `safe_core.SplitState`.
+    support : pytree of bool arrays
+        Where z may be non-zero.
+    importance : pytree of arrays, or None
+        P, or what it is derived from; None if P = 1.
+    """
+
+    step: jax.Array
+    base: PyTree
+    anchor: PyTree
+    support: PyTree
+    importance: PyTree
+
+
+def sparse_optimizer(
+    base: optax.GradientTransformation,
+    method: Method,
+    *,
+    rho: float | jax.Array | Schedule | None = None,
+    penalty: float | jax.Array | Schedule | None = None,
+    where: Callable[[str, Any], bool] | PyTree | None = None,
+    layout: Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None = None,
+    importance: Callable[[PyTree], PyTree] | PyTree | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train with a base transformation towards parameters that are exactly sparse.
+
+    Written out, one step is that of `safe_core.Method`. ``update(grads, state, params,
+    grad_fn=...)`` takes the gradients at ``params`` and, where the method perturbs,
+    ``grad_fn``, a function of parameters to gradients on the same batch. Use it as the
+    last transformation: what follows it would change the step that z and u have seen.
+    Gradient clipping belongs before it and into ``grad_fn``; within ``base`` it would
+    act on the penalty too.
+
+    Parameters
+    ----------
+    base : optax.GradientTransformation
+        Turns the gradient of loss and penalty into an update. Extra arguments of
+        ``update`` are passed on to it.
+    method : Method
+        From `safe_core.safe` or `safe_core.admm`.
+    rho, penalty : float, array or schedule, optional
+        Override the method's; may be traced, as under `optax.inject_hyperparams`.
+    where : callable or pytree of bool, optional
+        Which leaves are sparse: ``where(path, leaf)``, with the keys of the path joined
+        by ``/``. By default every leaf named ``kernel``, which are the weights of Flax's
+        linear, convolution and attention layers.
+    layout : Layout, mapping of path to Layout, or callable, optional
+        Roles of the axes, over what the path tells; ``layout(path, leaf)`` may return
+        None for unknown.
+    importance : pytree, mapping of path to array, or callable, optional
+        P of the sparse leaves: per entry, broadcastable, or per input feature. A
+        function ``importance(params)`` is called at dual updates, and P is 1 before the
+        first.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Jits, scans and maps; keeps state for sparse leaves only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, no leaf is sparse, ``params`` or ``grad_fn``
+        is missing, or a pattern does not fit a leaf. The message names it.
+
+    Examples
+    --------
+    >>> import safe_core
+    >>> x = jax.random.normal(jax.random.key(0), (16, 8))
+    >>> y = jax.random.normal(jax.random.key(1), (16, 2))
+    >>> def loss(params, x, y):
+    ...     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> tx = sparse_optimizer(optax.sgd(0.1), method)
+    >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)}
+    >>> state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, state):
+    ...     grad_fn = lambda params: jax.grad(loss)(params, x, y)
+    ...     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    ...     return optax.apply_updates(params, updates), state
+    >>> for _ in range(10):
+    ...     params, state = step(params, state)
+    >>> params = finalize(params, state, method)
+    >>> int((params["kernel"] == 0).sum())
+    12
+    """
+    _check_arguments(base, method, rho, penalty, importance)
+    inner = optax.with_extra_args_support(base)
+    perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
+
+    def init(params: PyTree) -> SparseOptimizerState:
+        tree = _Tree.read(params, where, layout)
+        sparse = tree.sparse(params)
+        held = _initial_importance(importance, params, sparse, tree, method)
+        known = None if held is None or callable(importance) else method.metric(held)
+        split = method.init(sparse, tree.targets, known)
+        return SparseOptimizerState(
+            step=jnp.zeros((), jnp.int32),
+            base=inner.init(params),
+            anchor=tree.masked(split.anchor),
+            support=tree.masked(split.support),
+            importance=None if held is None else tree.masked(held),
+        )
+
+    def update(
+        updates: PyTree,
+        state: SparseOptimizerState,
+        params: PyTree | None = None,
+        *,
+        grad_fn: Callable[[PyTree], PyTree] | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SparseOptimizerState]:
+        if params is None:
+            raise ValueError("params must be passed to update(grads, state, params), got None")
+        tree = _Tree.read(params, where, layout)
+        gradients = tree.leaves(updates)
+        if perturbs:
+            if grad_fn is None:
+                raise ValueError(
+                    "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
+                    "function of params to gradients, for the method has rho > 0; got None"
+                )
+            radius = None if rho is None else _at(rho, state.step)
+            e = method.perturb(tree.leaves(params), gradients, state.step, rho=radius)
+            moved = [
+                (p + e_i).astype(p.dtype) for p, e_i in zip(tree.leaves(params), e, strict=True)
+            ]
+            gradients = tree.leaves(grad_fn(tree.treedef.unflatten(moved)))
+        held = None if state.importance is None else tree.sparse(state.importance)
+        split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
+        split = method.rescale(split, state.step)
+        weight = method.penalty(state.step) if penalty is None else _at(penalty, state.step)
+        penalized = list(gradients)
+        for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True):
+            g = gradients[i]
+            penalized[i] = (g + penalty_gradient(x, anchor, weight)).astype(g.dtype)
+        out, base_state = inner.update(
+            tree.treedef.unflatten(penalized), state.base, params, **extra_args
+        )
+        new_params = optax.apply_updates(params, out)
+
+        def due(split: SplitState, held: list[Any] | None) -> tuple[SplitState, list[Any] | None]:
+            if callable(importance):
+                held = _placed(importance(new_params), tree.sparse(new_params), tree)
+            else:
+                held = method.refresh_importance(held, [gradients[i] for i in tree.indices])
+            values = tree.sparse(new_params)
+            metric = method.metric(held)
+            return method.dual_update(values, split, state.step, tree.targets, metric), held
+
+        def not_due(
+            split: SplitState, held: list[Any] | None
+        ) -> tuple[SplitState, list[Any] | None]:
+            return split, held
+
+        split, held = backend_of(state.step).cond(
+            method.is_dual_update(state.step), due, not_due, split, held
+        )
+        return out, SparseOptimizerState(
+            step=optax.safe_increment(state.step),
+            base=base_state,
+            anchor=tree.masked(split.anchor),
+            support=tree.masked(split.support),
+            importance=None if held is None else tree.masked(held),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def finalize(
+    params: PyTree,
+    state: PyTree,
+    method: Method,
+    *,
+    importance: Any = _LAST,
+    layout: Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None = None,
+) -> PyTree:
+    """Return the projected parameters, ``proj(x)``, after the last step.
+
+    Kept entries are unchanged, bit for bit; the others become +0, exactly as many as
+    the method asks.
+
+    Parameters
+    ----------
+    params : pytree
+        Parameters after the last step.
+    state : pytree
+        An optimizer state that holds ours anywhere within.
+    method : Method
+        The method that was trained with.
+    importance : optional
+        By default the P last in use. None is P = 1, as Algorithm 1 of the paper prints
+        it. A pytree or mapping of path to array is used as it is.
+    layout : optional
+        As passed to `sparse_optimizer`.
+
+    Returns
+    -------
+    pytree
+        As ``params``, exactly sparse.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``state`` does not hold exactly one state of `sparse_optimizer`, or an
+        argument does not fit the parameters.
+
+    Examples
+    --------
+    >>> import safe_core
+    >>> method = safe_core.admm(0.5)
+    >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
+    >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
+    >>> finalize(params, state, method)["kernel"].tolist()
+    [[0.0, 4.0], [3.0, 0.0]]
+    """
+    ours = find_state(state)
+    is_sparse = jax.tree.map(
+        lambda anchor: not isinstance(anchor, optax.MaskedNode), ours.anchor, is_leaf=_is_masked
+    )
+    tree = _Tree.read(params, is_sparse, layout)
+    sparse = tree.sparse(params)
+    if isinstance(importance, str) and importance == _LAST:
+        metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
+    else:
+        metric = None if importance is None else _placed(importance, sparse, tree)
+    leaves = list(tree.leaves(params))
+    for i, value in zip(tree.indices, method.finalize(sparse, tree.targets, metric), strict=True):
+        leaves[i] = value
+    return tree.treedef.unflatten(leaves)
+
+
+def find_state(state: PyTree) -> SparseOptimizerState:
+    """Return the one `SparseOptimizerState` within an optimizer state.
+
+    Parameters
+    ----------
+    state : pytree
+        As of `optax.chain` or `optax.inject_hyperparams`.
+
+    Returns
+    -------
+    SparseOptimizerState
+
+    Raises
+    ------
+    ValueError
+        If there is none or more than one.
+
+    Examples
+    --------
+    >>> import safe_core
+    >>> tx = optax.chain(optax.clip(1.0), sparse_optimizer(optax.sgd(0.1), safe_core.admm(0.5)))
+    >>> int(find_state(tx.init({"kernel": jnp.ones((2, 2))})).step)
+    0
+    """
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, SparseOptimizerState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold one state of sparse_optimizer, found {len(found)} in {type(state)!r}"
+        )
+    return found[0]
+
+
+class _Tree(NamedTuple):
+    """How the leaves of a parameter tree map to the lists that the method takes."""
+
+    treedef: Any
+    indices: list[int]  # of the sparse leaves
+    targets: Targets
+
+    @classmethod
+    def read(cls, params: PyTree, where: Any, layout: Any) -> _Tree:
+        """Select the sparse leaves of ``params`` and the roles of their axes."""
+        if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
+            raise ValueError(
+                "params must not be masked: sparse_optimizer takes the norm over all parameters, "
+                "so do not wrap it in masked or multi_transform; choose the sparse leaves with "
+                "where= and mask within base"
+            )
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in paths]
+        if where is None or callable(where):
+            choose = is_prunable if where is None else where
+            chosen = [bool(choose(name, leaf)) for name, leaf in named]
+        else:
+            chosen = [bool(flag) for flag in _flat("where", where, treedef)]
+        indices = [i for i, flag in enumerate(chosen) if flag]
+        if not indices:
+            raise ValueError(
+                "no parameter is sparse: pass where=, a function of path and leaf or a pytree of "
+                f"bool; the paths are {', '.join(name for name, _ in named) or 'none'}"
+            )
+        for i in indices:
+            if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
+                raise TypeError(
+                    f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
+                )
+        layouts = tuple(_layout(*named[i], layout) for i in indices)
+        return cls(treedef, indices, Targets(tuple(named[i][0] for i in indices), layouts))
+
+    def leaves(self, tree: PyTree) -> list[Any]:
+        """All leaves of a tree of the structure of the parameters."""
+        return list(self.treedef.flatten_up_to(tree))
+
+    def sparse(self, tree: PyTree) -> list[Any]:
+        """The sparse leaves of such a tree."""
+        leaves = self.leaves(tree)
+        return [leaves[i] for i in self.indices]
+
+    def masked(self, sparse: Sequence[Any]) -> PyTree:
+        """A tree of the sparse leaves, masked elsewhere."""
+        leaves: list[Any] = [optax.MaskedNode()] * self.treedef.num_leaves
+        for i, leaf in zip(self.indices, sparse, strict=True):
+            leaves[i] = leaf
+        return self.treedef.unflatten(leaves)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _flat(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
+    try:
+        return list(treedef.flatten_up_to(tree))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{argument} must have the structure of params: {error}") from None
+
+
+def _layout(path: str, leaf: Any, given: Any) -> Layout | None:
+    if isinstance(given, Layout):
+        return given
+    if isinstance(given, Mapping):
+        return given.get(path, layout_of(path, leaf))
+    return layout_of(path, leaf) if given is None else given(path, leaf)
+
+
+def _at(value: Any, step: jax.Array) -> Any:
+    return value(step) if callable(value) else value
+
+
+def _is_static_zero(rho: Any) -> bool:
+    return isinstance(rho, (int, float)) and rho == 0
+
+
+def _initial_importance(
+    importance: Any, params: PyTree, sparse: list[Any], tree: _Tree, method: Method
+) -> list[Any] | None:
+    if importance is None:
+        return method.init_importance(sparse)
+    if not callable(importance):
+        return _placed(importance, sparse, tree)
+    # Only shapes are known before the first call, and P is 1 until then.
+    shapes = jax.eval_shape(lambda p: _placed(importance(p), tree.sparse(p), tree), params)
+    return [jnp.ones(shape.shape, shape.dtype) for shape in shapes]
+
+
+def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
+    """P of each sparse leaf, checked and given its axes."""
+    names = tree.targets.names
+    if isinstance(importance, Mapping) and set(importance) & set(names):
+        unknown = sorted(set(importance) - set(names))
+        if unknown:
+            raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
+        given = [importance.get(name) for name in names]
+    else:
+        flat = _flat("importance", importance, tree.treedef)
+        given = [flat[i] for i in tree.indices]
+    placed = []
+    for p, x, name, layout in zip(given, sparse, names, tree.targets.layouts, strict=True):
+        if p is None:
+            raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
+        p = jnp.asarray(p)
+        if backend_of(p).is_concrete(p) and not bool(jnp.all((p >= 0) & jnp.isfinite(p))):
+            raise ValueError(f"importance of {name} must be finite and non-negative")
+        placed.append(place_importance(p, x, layout, name))
+    return placed
+
+
+def _check_arguments(base: Any, method: Any, rho: Any, penalty: Any, importance: Any) -> None:
+    if not isinstance(base, optax.GradientTransformation):
+        raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
+    if rho is not None and method.perturbation is None:
+        raise ValueError(f"rho must be None for a method without perturbation, got {rho!r}")
+    for name, value in (("rho", rho), ("penalty", penalty)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{name} must be non-negative, got {value!r}")
+    if penalty is not None and method.rescale_dual:
+        raise ValueError(
+            "penalty must be the method's own under rescale_dual, which needs to know its next "
+            f"value, got {penalty!r}"
+        )
+    if importance is not None and method.importance is not None:
+        raise ValueError(
+            f"importance must be given once: the method has {method.importance!r} already"
+        )

@@ -1,0 +1,568 @@
+"""PyTorch: any torch.optim optimizer, under a sparsity constraint.
+
+`SparseOptimizer` holds no mathematics: it moves tensors between the parameters, the
+base optimizer and `safe_core.Method`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safe_core import Method, SplitState, Targets
+from safe_core.admm import penalty_gradient
+from safe_core.layout import Layout, place_importance
+from safe_core.sharpness import norm
+
+from .torch_weights import prunable_weights
+
+__all__ = ["SparseOptimizer"]
+
+_PREFIX = "safe_"  # of our entries in a state_dict, beside those of the base optimizer
+_STEPS = _PREFIX + "steps"
+_LAST = "last"
+
+
+class _Target(NamedTuple):
+    """What the projection must know of one selected parameter."""
+
+    name: str
+    layout: Layout | None
+
+
+class SparseOptimizer(Optimizer):
+    """Train with a base optimizer towards weights that are exactly sparse.
+
+    Wraps an optimizer of torch.optim and shares its ``param_groups``, so learning-rate
+    schedulers work on either. Written out, one step is that of `safe_core.Method`.
+
+    Parameters
+    ----------
+    base : torch.optim.Optimizer
+        An instance that holds the parameters. Its own state stays apart from ours.
+    method : Method
+        From `safe_core.safe` or `safe_core.admm`.
+    model : torch.nn.Module, optional
+        Makes the weights of its linear, convolution and attention layers sparse, not
+        biases, norms and embeddings, and supplies their names and layouts.
+    where : callable, optional
+        ``where(name, parameter) -> bool`` chooses the sparse parameters instead.
+        Without ``model``, names come from a base made with ``named_parameters()``.
+    layout : Layout, mapping of name to Layout, or callable, optional
+        Roles of the axes, over what ``model`` says; ``layout(name, parameter)`` may
+        return None for unknown.
+    importance : mapping of name to tensor, or callable, optional
+        P of the sparse parameters: per entry, broadcastable, or per input feature. A
+        function ``importance({name: parameter}) -> {name: tensor}`` is called at dual
+        updates, and P is 1 before the first.
+    allow_unperturbed : bool
+        Let `step` run without a perturbed gradient.
+
+    A param group may opt out with ``"sparsify": False``; without ``model`` and
+    ``where``, groups with ``"sparsify": True`` are taken whole. A parameter that is not
+    sparse costs no state, one that is frozen is left alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, nothing says which parameters are sparse, or
+        a pattern does not fit a parameter. The message names it.
+
+    Notes
+    -----
+    `step` adds the penalty to ``.grad`` in place. Clip gradients before it.
+
+    Examples
+    --------
+    With a closure, as torch.optim.LBFGS wants it:
+
+    >>> import safe_core
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Linear(8, 2)
+    >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> optimizer = SparseOptimizer(base, method, model=model)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = nn.functional.mse_loss(model(x), y)
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(10):
+    ...     loss = optimizer.step(closure)
+
+    Or phase by phase:
+
+    >>> nn.functional.mse_loss(model(x), y).backward()
+    >>> with optimizer.perturbed():
+    ...     nn.functional.mse_loss(model(x), y).backward()
+    >>> optimizer.step()
+    >>> optimizer.finalize()
+    >>> int((model.weight == 0).sum())
+    12
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        method: Method,
+        *,
+        model: nn.Module | None = None,
+        where: Callable[[str, Tensor], bool] | None = None,
+        layout: Layout
+        | Mapping[str, Layout | None]
+        | Callable[[str, Tensor], Layout | None]
+        | None = None,
+        importance: Mapping[str, Tensor]
+        | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+        | None = None,
+        allow_unperturbed: bool = False,
+    ) -> None:
+        _check_arguments(base, method, model, importance)
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self.param_groups = base.param_groups
+        self.method = method
+        self.steps = 0
+        self.allow_unperturbed = allow_unperturbed
+        self._targets = _select_parameters(base.param_groups, model, where, layout)
+        self._rules = (model, where, layout)
+        self._importance = importance
+        self._phase = ""  # "", "perturbed" within the block, "ready" after it
+        self._warned_of_rounding = False
+        self._check_importance_names()
+        self._sparse_parameters()
+
+    # The step
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Hold the parameters at ``x + e``; restore x bit for bit on the way out.
+
+        ``e`` follows from the gradients of the first backward pass, which are cleared
+        on entry: compute the loss and call ``backward()`` again inside. Restores too
+        when the block raises. Needs no unscaling under a gradient scaler. With a method
+        that does not perturb, the parameters stay at x.
+
+        Raises
+        ------
+        ValueError
+            If no parameter has a gradient, one is sparse, or a perturbed block is open.
+        """
+        if self._phase == "perturbed":
+            raise ValueError("perturbed() must not be entered within perturbed()")
+        touched = [(p, sign) for p, sign in self._all_parameters() if p.grad is not None]
+        if not touched:
+            raise ValueError(
+                "perturbed() needs the gradients of a first loss.backward(), got None for "
+                "every parameter"
+            )
+        params = [p for p, _ in touched]
+        backup: list[Tensor] = []
+        with torch.no_grad():
+            if self.method.perturbs:
+                steps = self._perturbation(touched)
+                backup = [p.detach().clone() for p in params]
+                torch._foreach_add_(params, steps)
+                self._warn_of_rounding(params, backup)
+            self.zero_grad()
+        self._phase = "perturbed"
+        try:
+            yield
+        except BaseException:
+            self._phase = ""
+            raise
+        else:
+            self._phase = "ready"
+        finally:
+            if backup:
+                with torch.no_grad():
+                    torch._foreach_copy_(params, backup)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of the method, with a closure or after the phases.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Clears the gradients, computes the loss, calls ``backward()`` and returns
+            the loss. It is called at x and, where the method perturbs, at x + e.
+
+        Returns
+        -------
+        loss
+            What the closure returned at x; None without one.
+
+        Raises
+        ------
+        ValueError
+            If the method perturbs and there is neither a closure nor a perturbed phase
+            before the step, or if it is called within that phase.
+        """
+        if self._phase == "perturbed":
+            raise ValueError("step() must come after the perturbed() block, not within it")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+                if self.method.perturbs:
+                    with self.perturbed():
+                        closure()
+        elif self.method.perturbs and self._phase != "ready" and not self._may_skip_perturbation():
+            raise ValueError(
+                "step() needs a gradient at the perturbed point, for the method has rho > 0: "
+                "pass step(closure=...), or call loss.backward() within "
+                "`with optimizer.perturbed():` first; allow_unperturbed=True lifts this. "
+                "Got closure=None"
+            )
+        self._phase = ""
+        sparse = self._sparse_parameters()
+        due = self.method.is_dual_update(self.steps)
+        if due:
+            self._refresh_importance(sparse)
+        self._store(sparse, self.method.rescale(self._split(sparse), self.steps))
+        self._add_penalty(sparse)
+        self.base.step()
+        if due:
+            split = self.method.dual_update(
+                [p.detach() for p in sparse],
+                self._split(sparse),
+                self.steps,
+                self._targets_of(sparse),
+                self.method.metric(self._importance_state(sparse)),
+            )
+            self._store(sparse, split)
+        self.steps += 1
+        return loss
+
+    @torch.no_grad()
+    def finalize(self, importance: Any = _LAST) -> None:
+        """Project the parameters, ``x <- proj(x)``, after the last step.
+
+        Kept entries are unchanged, bit for bit; the others become +0, exactly as many
+        as the method asks.
+
+        Parameters
+        ----------
+        importance : optional
+            By default the P last in use. None is P = 1, as Algorithm 1 of the paper
+            prints it. A mapping of name to tensor is used as it is.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``importance`` does not fit the parameters.
+        """
+        sparse = self._sparse_parameters()
+        values = [p.detach() for p in sparse]
+        if isinstance(importance, str) and importance == _LAST:
+            metric = self.method.metric(self._importance_state(sparse))
+        else:
+            metric = None if importance is None else self._placed(importance, sparse)
+        projected = self.method.finalize(values, self._targets_of(sparse), metric)
+        torch._foreach_copy_(values, projected)
+
+    def sparse_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that the method makes sparse, by name."""
+        return {self._targets[p].name: p for p in self._sparse_parameters()}
+
+    def split(self) -> SplitState:
+        """Return anchors and supports, in the order of `sparse_parameters`."""
+        return self._split(self._sparse_parameters())
+
+    # The optimizer contract
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base optimizer, and select among them as at the start."""
+        if "base" not in self.__dict__:  # called by Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        self.base.add_param_group(param_group)
+        self._targets = _select_parameters(self.param_groups, *self._rules)
+        self._sparse_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the base optimizer and ours, in torch's format.
+
+        Our tensors stand beside the base's as ``safe_anchor``, ``safe_support`` and
+        ``safe_importance``, the step count in each group as ``safe_steps``.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        packed = self.base.state_dict()
+        entries = {index: dict(entry) for index, entry in packed["state"].items()}
+        for index, parameter in _numbered(packed["param_groups"], self.param_groups):
+            ours = self.state.get(parameter, {})
+            if ours:
+                named = {_PREFIX + key: value for key, value in ours.items()}
+                entries.setdefault(index, {}).update(named)
+        groups = [{**group, _STEPS: self.steps} for group in packed["param_groups"]]
+        merged = {**packed, "state": entries, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            merged = post_hook(self, merged) or merged
+        return merged
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; nothing changes if it does not fit.
+
+        Anchors and supports keep dtypes of their own, which the loading of a plain
+        optimizer would cast to the parameter's.
+
+        Raises
+        ------
+        ValueError
+            If the state lacks our entries or their shapes are those of other parameters.
+        """
+        loaded = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            loaded = hook(self, loaded) or loaded
+        groups = [dict(group) for group in loaded["param_groups"]]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("state_dict must have the parameter groups of this optimizer")
+        steps = [group.pop(_STEPS, None) for group in groups]
+        if not steps or not isinstance(steps[0], int):
+            raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
+        theirs: dict[Any, Any] = {}
+        ours: dict[Any, dict[str, Tensor]] = {}
+        for index, entry in loaded["state"].items():
+            mine = {k[len(_PREFIX) :]: v for k, v in entry.items() if k.startswith(_PREFIX)}
+            rest = {k: v for k, v in entry.items() if not k.startswith(_PREFIX)}
+            theirs |= {index: rest} if rest else {}
+            ours |= {index: mine} if mine else {}
+        own: dict[Tensor, dict[str, Tensor]] = {}
+        for index, parameter in _numbered(groups, self.param_groups):
+            if parameter in self._targets and (parameter.requires_grad or index in ours):
+                own[parameter] = self._own_entries(parameter, ours.get(index, {}))
+        self.base.load_state_dict({**loaded, "state": theirs, "param_groups": groups})
+        self.param_groups = self.base.param_groups
+        self.state.clear()
+        self.state.update(own)
+        self.steps = steps[0]
+        self._phase = ""
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _own_entries(self, parameter: Tensor, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        name = self._targets[parameter].name
+        for key in ("anchor", "support"):
+            shape = tuple(entries[key].shape) if key in entries else None
+            if shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"state_dict must hold {_PREFIX}{key} of shape {tuple(parameter.shape)} for "
+                    f"{name}, got {shape}"
+                )
+        anchor_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtypes = {"anchor": anchor_dtype, "support": torch.bool}
+        return {
+            key: value.detach().to(parameter.device, dtypes.get(key, value.dtype), copy=True)
+            for key, value in entries.items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("base", "method", "steps", "allow_unperturbed", "_targets", "_rules", "_importance")
+        kept = {name: self.__dict__[name] for name in own}
+        return {**super().__getstate__(), **kept, "_phase": "", "_warned_of_rounding": True}
+
+    # Parts of the step
+
+    def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
+        """Trainable parameters, with -1 for those whose loss is maximised."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    yield p, -1 if group.get("maximize") else 1
+
+    def _sparse_parameters(self) -> list[Tensor]:
+        """Selected parameters that are not frozen; starts the split of new ones."""
+        sparse = [p for p in self._targets if p.requires_grad]
+        new = [p for p in sparse if p not in self.state]
+        if new:
+            self._start(new)
+        return sparse
+
+    @torch.no_grad()
+    def _start(self, params: list[Tensor]) -> None:
+        values = [p.detach() for p in params]
+        placed = None
+        if isinstance(self._importance, Mapping):
+            placed = self._placed(self._importance, params)
+        split = self.method.init(values, self._targets_of(params), placed)
+        source = self.method.init_importance(values)
+        for p in params:
+            self.state[p] = {}
+        self._store(params, split)
+        self._store_importance(params, source if placed is None else placed)
+
+    def _perturbation(self, touched: list[tuple[Tensor, int]]) -> list[Tensor]:
+        params = [p.detach() for p, _ in touched]
+        gradients = [p.grad for p, _ in touched]
+        if any(g is not None and g.is_sparse for g in gradients):
+            raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
+        steps = self.method.perturb(params, gradients, self.steps)
+        return [
+            step if sign > 0 else -step for step, (_, sign) in zip(steps, touched, strict=True)
+        ]
+
+    def _may_skip_perturbation(self) -> bool:
+        # torch.distributed.checkpoint takes a step with zero learning rates to make a
+        # base optimizer create its state.
+        return self.allow_unperturbed or all(
+            "lr" in group and float(group["lr"]) == 0 for group in self.param_groups
+        )
+
+    def _add_penalty(self, sparse: list[Tensor]) -> None:
+        penalty = self.method.penalty(self.steps)
+        signs = {p: sign for p, sign in self._all_parameters()}
+        for p in sparse:
+            if p.grad is None:
+                # Without a loss gradient the penalty still acts, else u would wind up.
+                p.grad = torch.zeros_like(p)
+            p.grad.add_(penalty_gradient(p.detach(), self.state[p]["anchor"], penalty), alpha=signs[p])
+
+    def _refresh_importance(self, sparse: list[Tensor]) -> None:
+        if callable(self._importance):
+            named = {self._targets[p].name: p.detach() for p in sparse}
+            self._store_importance(sparse, self._placed(self._importance(named), sparse))
+        elif self.method.importance is not None:
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in sparse]
+            state = self.method.refresh_importance(self._importance_state(sparse), gradients)
+            self._store_importance(sparse, state)
+
+    def _warn_of_rounding(self, params: list[Tensor], backup: list[Tensor]) -> None:
+        """Say once that 16-bit parameters swallow the perturbation."""
+        if self._warned_of_rounding or all(p.element_size() > 2 for p in params):
+            return
+        self._warned_of_rounding = True
+        rho = float(self.method.perturbation.rho(self.steps))  # type: ignore[union-attr, operator]
+        moved = float(norm([p.float() - old.float() for p, old in zip(params, backup, strict=True)]))
+        if moved < rho / 2:
+            warnings.warn(
+                f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
+                f"rho = {rho:.3g}; keep the parameters in float32 and use autocast",
+                stacklevel=5,
+            )
+
+    # The split, per parameter in `self.state`
+
+    def _targets_of(self, params: Sequence[Tensor]) -> Targets:
+        targets = [self._targets[p] for p in params]
+        return Targets(tuple(t.name for t in targets), tuple(t.layout for t in targets))
+
+    def _split(self, params: Sequence[Tensor]) -> SplitState:
+        states = [self.state[p] for p in params]
+        return SplitState([s["anchor"] for s in states], [s["support"] for s in states])
+
+    def _store(self, params: Sequence[Tensor], split: SplitState) -> None:
+        for p, anchor, support in zip(params, split.anchor, split.support, strict=True):
+            self.state[p].update(anchor=anchor, support=support)
+
+    def _importance_state(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        state = [self.state[p].get("importance") for p in params]
+        return None if any(s is None for s in state) else state
+
+    def _store_importance(self, params: Sequence[Tensor], state: Sequence[Tensor] | None) -> None:
+        if state is not None:
+            for p, importance in zip(params, state, strict=True):
+                self.state[p]["importance"] = importance
+
+    def _placed(self, importance: Any, params: Sequence[Tensor]) -> list[Tensor]:
+        """P of each parameter, checked and given its axes."""
+        if not isinstance(importance, Mapping):
+            raise TypeError(f"importance must be a mapping of name to tensor, got {importance!r}")
+        placed = []
+        for p in params:
+            name, layout = self._targets[p]
+            if name not in importance:
+                raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
+            given = torch.as_tensor(importance[name], device=p.device)
+            if bool((~((given >= 0) & given.isfinite())).any()):
+                raise ValueError(f"importance of {name} must be finite and non-negative")
+            placed.append(place_importance(given, p.detach(), layout, name).clone())
+        return placed
+
+    def _check_importance_names(self) -> None:
+        if isinstance(self._importance, Mapping):
+            known = {target.name for target in self._targets.values()}
+            unknown = sorted(set(self._importance) - known)
+            if unknown:
+                raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
+
+
+def _check_arguments(base: Any, method: Any, model: Any, importance: Any) -> None:
+    if not isinstance(base, Optimizer) or isinstance(base, SparseOptimizer):
+        raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError("base must not need a closure of its own, got LBFGS")
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    if importance is not None and method.importance is not None:
+        raise ValueError(
+            f"importance must be given once: the method has {method.importance!r} already"
+        )
+    if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
+        raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")
+
+
+def _select_parameters(
+    groups: list[dict[str, Any]], model: nn.Module | None, where: Any, layout: Any
+) -> dict[Tensor, _Target]:
+    """The parameters to make sparse, in the order of the groups."""
+    weights = {} if model is None else prunable_weights(model)
+    known = {} if model is None else {p: name for name, p in model.named_parameters()}
+    if model is None and where is None and not any(group.get("sparsify") for group in groups):
+        raise ValueError(
+            "which parameters are sparse is unknown: pass model= (its linear and convolution "
+            "weights are taken) or where= (a function of name and parameter), or set "
+            '"sparsify": True on a param group'
+        )
+    selected: dict[Tensor, _Target] = {}
+    for g, group in enumerate(groups):
+        names = group.get("param_names", [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))])
+        for p, given in zip(group["params"], names, strict=True):
+            name = known.get(p, given)
+            if group.get("sparsify") is False:
+                chosen = False
+            elif where is not None:
+                chosen = bool(where(name, p))
+            else:
+                chosen = p in weights if model is not None else bool(group.get("sparsify"))
+            if chosen:
+                if not p.is_floating_point():
+                    raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
+                selected[p] = _Target(name, _layout_of(name, p, layout, weights.get(p)))
+    if not selected:
+        raise ValueError(
+            "no parameter of the optimizer is sparse: model= and where= selected none of "
+            f"{sum(len(group['params']) for group in groups)}"
+        )
+    return selected
+
+
+def _layout_of(name: str, p: Tensor, given: Any, known: Layout | None) -> Layout | None:
+    if isinstance(given, Layout):
+        return given
+    if isinstance(given, Mapping):
+        return given.get(name, known)
+    return known if given is None else given(name, p)
+
+
+def _numbered(
+    packed: list[dict[str, Any]], groups: list[dict[str, Any]]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Pairs of the number that a packed state gives a parameter, and the parameter."""
+    for saved, group in zip(packed, groups, strict=True):
+        yield from zip(saved["params"], group["params"], strict=True)
