@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from safe_core import Method, SplitState, Targets
+from safe_core import Method, SplitState, Targets, _checks
 from safe_core.admm import penalty_gradient
 from safe_core.backends import backend_of
 from safe_core.layout import Layout, place_importance
@@ -25,6 +26,7 @@ __all__ = ["SparseOptimizerState", "finalize", "find_state", "sparse_optimizer"]
 _LAST = "last"
 PyTree = Any
 Schedule = Callable[[Any], Any]
+_Layouts = Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None
 
 
 class SparseOptimizerState(NamedTuple):
@@ -61,7 +63,7 @@ def sparse_optimizer(
     rho: float | jax.Array | Schedule | None = None,
     penalty: float | jax.Array | Schedule | None = None,
     where: Callable[[str, Any], bool] | PyTree | None = None,
-    layout: Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None = None,
+    layout: _Layouts = None,
     importance: Callable[[PyTree], PyTree] | PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train with a base transformation towards parameters that are exactly sparse.
@@ -71,7 +73,8 @@ def sparse_optimizer(
     ``grad_fn``, a function of parameters to gradients on the same batch. Use it as the
     last transformation: what follows it would change the step that z and u have seen.
     Gradient clipping belongs before it and into ``grad_fn``; within ``base`` it would
-    act on the penalty too.
+    act on the penalty too. To accumulate gradients, average them before ``update`` and
+    within ``grad_fn``: `optax.MultiSteps` would do the former only.
 
     Parameters
     ----------
@@ -127,7 +130,7 @@ def sparse_optimizer(
     >>> int((params["kernel"] == 0).sum())
     12
     """
-    _check_arguments(base, method, rho, penalty, importance)
+    _check_arguments(base, method, rho, penalty, layout, importance)
     inner = optax.with_extra_args_support(base)
     perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
 
@@ -156,7 +159,7 @@ def sparse_optimizer(
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
         tree = _Tree.read(params, where, layout)
-        gradients = tree.leaves(updates)
+        gradients = _flat("updates", updates, tree.treedef)
         if perturbs:
             if grad_fn is None:
                 raise ValueError(
@@ -168,7 +171,8 @@ def sparse_optimizer(
             moved = [
                 (p + e_i).astype(p.dtype) for p, e_i in zip(tree.leaves(params), e, strict=True)
             ]
-            gradients = tree.leaves(grad_fn(tree.treedef.unflatten(moved)))
+            second = grad_fn(tree.treedef.unflatten(moved))
+            gradients = _flat("what grad_fn returns", second, tree.treedef)
         held = None if state.importance is None else tree.sparse(state.importance)
         split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
         split = method.rescale(split, state.step)
@@ -216,7 +220,7 @@ def finalize(
     method: Method,
     *,
     importance: Any = _LAST,
-    layout: Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None = None,
+    layout: _Layouts = None,
 ) -> PyTree:
     """Return the projected parameters, ``proj(x)``, after the last step.
 
@@ -331,13 +335,16 @@ class _Tree(NamedTuple):
             choose = is_prunable if where is None else where
             chosen = [bool(choose(name, leaf)) for name, leaf in named]
         else:
-            chosen = [bool(flag) for flag in _flat("where", where, treedef)]
+            chosen = [_read_flag(flag) for flag in _flat("where", where, treedef)]
         indices = [i for i, flag in enumerate(chosen) if flag]
         if not indices:
             raise ValueError(
                 "no parameter is sparse: pass where=, a function of path and leaf or a pytree of "
                 f"bool; the paths are {', '.join(name for name, _ in named) or 'none'}"
             )
+        for name, leaf in named:
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(f"{name} must be real, for the norm is over all, got {leaf.dtype}")
         for i in indices:
             if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
                 raise TypeError(
@@ -367,19 +374,31 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def _read_flag(flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"where must be a function, or hold True or False, got {flag!r}")
+    return bool(flag)
+
+
 def _flat(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
     try:
         return list(treedef.flatten_up_to(tree))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{argument} must have the structure of params: {error}") from None
+    except (ValueError, TypeError):
+        # Not JAX's message, which prints every array.
+        given = jax.tree.structure(tree)
+        raise ValueError(
+            f"{argument} must have the structure of params, {treedef}, got {given}"
+        ) from None
 
 
 def _layout(path: str, leaf: Any, given: Any) -> Layout | None:
-    if isinstance(given, Layout):
-        return given
-    if isinstance(given, Mapping):
-        return given.get(path, layout_of(path, leaf))
-    return layout_of(path, leaf) if given is None else given(path, leaf)
+    known = layout_of(path, leaf)
+    if given is None or isinstance(given, Layout):
+        return given or known
+    found = given.get(path, known) if isinstance(given, Mapping) else given(path, leaf)
+    if found is not None and not isinstance(found, Layout):
+        raise TypeError(f"layout of {path} must be a Layout or None, got {found!r}")
+    return found
 
 
 def _at(value: Any, step: jax.Array) -> Any:
@@ -405,18 +424,26 @@ def _initial_importance(
 def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
     """P of each sparse leaf, checked and given its axes."""
     names = tree.targets.names
-    if isinstance(importance, Mapping) and set(importance) & set(names):
+    try:
+        given = tree.sparse(importance)
+    except (ValueError, TypeError):
+        if not (isinstance(importance, Mapping) and set(importance) & set(names)):
+            raise ValueError(
+                "importance must have the structure of params or map the paths "
+                f"{', '.join(names)} to arrays, got {jax.tree.structure(importance)}"
+            ) from None
         unknown = sorted(set(importance) - set(names))
         if unknown:
-            raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
+            raise ValueError(
+                f"importance names {unknown[0]!r}, which is no sparse parameter"
+            ) from None
         given = [importance.get(name) for name in names]
-    else:
-        flat = _flat("importance", importance, tree.treedef)
-        given = [flat[i] for i in tree.indices]
     placed = []
     for p, x, name, layout in zip(given, sparse, names, tree.targets.layouts, strict=True):
         if p is None:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
+        if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
+            raise TypeError(f"importance of {name} must be an array, got {p!r}")
         p = jnp.asarray(p)
         if backend_of(p).is_concrete(p) and not bool(jnp.all((p >= 0) & jnp.isfinite(p))):
             raise ValueError(f"importance of {name} must be finite and non-negative")
@@ -424,7 +451,9 @@ def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
     return placed
 
 
-def _check_arguments(base: Any, method: Any, rho: Any, penalty: Any, importance: Any) -> None:
+def _check_arguments(
+    base: Any, method: Any, rho: Any, penalty: Any, layout: Any, importance: Any
+) -> None:
     if not isinstance(base, optax.GradientTransformation):
         raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
     if not isinstance(method, Method):
@@ -432,13 +461,18 @@ def _check_arguments(base: Any, method: Any, rho: Any, penalty: Any, importance:
     if rho is not None and method.perturbation is None:
         raise ValueError(f"rho must be None for a method without perturbation, got {rho!r}")
     for name, value in (("rho", rho), ("penalty", penalty)):
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name} must be non-negative, got {value!r}")
+        if isinstance(value, (np.ndarray, jax.Array)):
+            if value.shape != ():
+                raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
+        elif value is not None and not callable(value):
+            _checks.real(name, value, low=0.0)
     if penalty is not None and method.rescale_dual:
         raise ValueError(
             "penalty must be the method's own under rescale_dual, which needs to know its next "
             f"value, got {penalty!r}"
         )
+    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
+        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
     if importance is not None and method.importance is not None:
         raise ValueError(
             f"importance must be given once: the method has {method.importance!r} already"

@@ -60,13 +60,9 @@ class SparseOptimizer(Optimizer):
     importance : mapping of name to tensor, or callable, optional
         P of the sparse parameters: per entry, broadcastable, or per input feature. A
         function ``importance({name: parameter}) -> {name: tensor}`` is called at dual
-        updates, and P is 1 before the first.
+        updates, after the base optimizer's step, and P is 1 before the first.
     allow_unperturbed : bool
         Let `step` run without a perturbed gradient.
-
-    A param group may opt out with ``"sparsify": False``; without ``model`` and
-    ``where``, groups with ``"sparsify": True`` are taken whole. A parameter that is not
-    sparse costs no state, one that is frozen is left alone.
 
     Raises
     ------
@@ -76,7 +72,12 @@ class SparseOptimizer(Optimizer):
 
     Notes
     -----
-    `step` adds the penalty to ``.grad`` in place. Clip gradients before it.
+    A param group may opt out with ``"sparsify": False``; without ``model`` and
+    ``where``, groups with ``"sparsify": True`` are taken whole. A parameter that is not
+    sparse costs no state, one that is frozen is left alone.
+
+    `step` adds the penalty to ``.grad`` in place. Clip gradients before it. z and u start
+    from the parameters that the first step finds.
 
     Examples
     --------
@@ -124,7 +125,7 @@ class SparseOptimizer(Optimizer):
         | None = None,
         allow_unperturbed: bool = False,
     ) -> None:
-        _check_arguments(base, method, model, importance)
+        _check_arguments(base, method, model, where, layout, importance, allow_unperturbed)
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self.param_groups = base.param_groups
@@ -135,9 +136,8 @@ class SparseOptimizer(Optimizer):
         self._rules = (model, where, layout)
         self._importance = importance
         self._phase = ""  # "", "perturbed" within the block, "ready" after it
-        self._warned_of_rounding = False
-        self._check_importance_names()
-        self._sparse_parameters()
+        self._checked_rounding = False
+        self._check_fit()
 
     # The step
 
@@ -163,17 +163,18 @@ class SparseOptimizer(Optimizer):
                 "perturbed() needs the gradients of a first loss.backward(), got None for "
                 "every parameter"
             )
+        self._sparse_parameters()  # z and u start from x, not from x + e
         params = [p for p, _ in touched]
         backup: list[Tensor] = []
-        with torch.no_grad():
-            if self.method.perturbs:
-                steps = self._perturbation(touched)
-                backup = [p.detach().clone() for p in params]
-                torch._foreach_add_(params, steps)
-                self._warn_of_rounding(params, backup)
-            self.zero_grad()
-        self._phase = "perturbed"
         try:
+            if self.method.perturbs:
+                with torch.no_grad():
+                    steps = self._perturbation(touched)
+                    backup = [p.detach().clone() for p in params]
+                    torch._foreach_add_(params, steps)
+                    self._warn_of_rounding(params, backup, steps)
+            self.zero_grad()
+            self._phase = "perturbed"
             yield
         except BaseException:
             self._phase = ""
@@ -210,8 +211,7 @@ class SparseOptimizer(Optimizer):
             If the method perturbs and there is neither a closure nor a perturbed phase
             before the step, or if it is called within that phase.
         """
-        if self._phase == "perturbed":
-            raise ValueError("step() must come after the perturbed() block, not within it")
+        self._refuse_within_perturbed("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -230,11 +230,12 @@ class SparseOptimizer(Optimizer):
         sparse = self._sparse_parameters()
         due = self.method.is_dual_update(self.steps)
         if due:
-            self._refresh_importance(sparse)
+            self._take_in_gradients(sparse)
         self._store(sparse, self.method.rescale(self._split(sparse), self.steps))
         self._add_penalty(sparse)
         self.base.step()
         if due:
+            self._call_importance(sparse)
             split = self.method.dual_update(
                 [p.detach() for p in sparse],
                 self._split(sparse),
@@ -262,8 +263,9 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters.
+            If ``importance`` does not fit the parameters, or within a perturbed block.
         """
+        self._refuse_within_perturbed("finalize()")
         sparse = self._sparse_parameters()
         values = [p.detach() for p in sparse]
         if isinstance(importance, str) and importance == _LAST:
@@ -288,9 +290,15 @@ class SparseOptimizer(Optimizer):
         if "base" not in self.__dict__:  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
+        before = self._targets
         self.base.add_param_group(param_group)
-        self._targets = _select_parameters(self.param_groups, *self._rules)
-        self._sparse_parameters()
+        try:
+            self._targets = _select_parameters(self.param_groups, *self._rules)
+            self._check_fit()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            self._targets = before
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and ours, in torch's format.
@@ -300,6 +308,7 @@ class SparseOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._sparse_parameters()
         packed = self.base.state_dict()
         entries = {index: dict(entry) for index, entry in packed["state"].items()}
         for index, parameter in _numbered(packed["param_groups"], self.param_groups):
@@ -323,8 +332,10 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If the state lacks our entries or their shapes are those of other parameters.
+            If the state lacks our entries, or they are those of other parameters or of an
+            optimizer with another importance.
         """
+        self._refuse_within_perturbed("load_state_dict()")
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
@@ -345,6 +356,8 @@ class SparseOptimizer(Optimizer):
         for index, parameter in _numbered(groups, self.param_groups):
             if parameter in self._targets and (parameter.requires_grad or index in ours):
                 own[parameter] = self._own_entries(parameter, ours.get(index, {}))
+            elif index in ours:
+                raise ValueError(f"state_dict makes parameter {index} sparse, which is not here")
         self.base.load_state_dict({**loaded, "state": theirs, "param_groups": groups})
         self.param_groups = self.base.param_groups
         self.state.clear()
@@ -356,13 +369,25 @@ class SparseOptimizer(Optimizer):
 
     def _own_entries(self, parameter: Tensor, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         name = self._targets[parameter].name
+        full = tuple(parameter.shape)
         for key in ("anchor", "support"):
             shape = tuple(entries[key].shape) if key in entries else None
-            if shape != tuple(parameter.shape):
+            if shape != full:
                 raise ValueError(
-                    f"state_dict must hold {_PREFIX}{key} of shape {tuple(parameter.shape)} for "
-                    f"{name}, got {shape}"
+                    f"state_dict must hold {_PREFIX}{key} of shape {full} for {name}, got {shape}"
                 )
+        if "importance" in entries and not _broadcasts(entries["importance"].shape, full):
+            raise ValueError(
+                f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
+                f"got shape {tuple(entries['importance'].shape)}"
+            )
+        # A function gives P from the first dual update on: there both are right.
+        needed = self.method.importance is not None or self._importance is not None
+        if needed != ("importance" in entries) and not callable(self._importance):
+            raise ValueError(
+                f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
+                f"this optimizer has {'an' if needed else 'no'} importance"
+            )
         anchor_dtype = torch.promote_types(parameter.dtype, torch.float32)
         dtypes = {"anchor": anchor_dtype, "support": torch.bool}
         return {
@@ -373,7 +398,7 @@ class SparseOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "method", "steps", "allow_unperturbed", "_targets", "_rules", "_importance")
         kept = {name: self.__dict__[name] for name in own}
-        return {**super().__getstate__(), **kept, "_phase": "", "_warned_of_rounding": True}
+        return {**super().__getstate__(), **kept, "_phase": "", "_checked_rounding": True}
 
     # Parts of the step
 
@@ -405,15 +430,30 @@ class SparseOptimizer(Optimizer):
         self._store(params, split)
         self._store_importance(params, source if placed is None else placed)
 
+    def _check_fit(self) -> None:
+        """Raise now what would be raised at the first step, at no cost in memory."""
+        params = [p for p in self._targets if p.requires_grad]
+        if isinstance(self._importance, Mapping):
+            known = {target.name for target in self._targets.values()}
+            unknown = sorted(set(self._importance) - known)
+            if unknown:
+                raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
+            self._placed(self._importance, params)
+        self.method.init(
+            [torch.empty_like(p, device="meta") for p in params], self._targets_of(params)
+        )
+
+    def _refuse_within_perturbed(self, call: str) -> None:
+        if self._phase == "perturbed":
+            raise ValueError(f"{call} must come after the perturbed() block, not within it")
+
     def _perturbation(self, touched: list[tuple[Tensor, int]]) -> list[Tensor]:
         params = [p.detach() for p, _ in touched]
         gradients = [p.grad for p, _ in touched]
         if any(g is not None and g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         steps = self.method.perturb(params, gradients, self.steps)
-        return [
-            step if sign > 0 else -step for step, (_, sign) in zip(steps, touched, strict=True)
-        ]
+        return [step if sign > 0 else -step for step, (_, sign) in zip(steps, touched, strict=True)]
 
     def _may_skip_perturbation(self) -> bool:
         # torch.distributed.checkpoint takes a step with zero learning rates to make a
@@ -424,34 +464,44 @@ class SparseOptimizer(Optimizer):
 
     def _add_penalty(self, sparse: list[Tensor]) -> None:
         penalty = self.method.penalty(self.steps)
-        signs = {p: sign for p, sign in self._all_parameters()}
+        signs = dict(self._all_parameters())
         for p in sparse:
             if p.grad is None:
                 # Without a loss gradient the penalty still acts, else u would wind up.
                 p.grad = torch.zeros_like(p)
-            p.grad.add_(penalty_gradient(p.detach(), self.state[p]["anchor"], penalty), alpha=signs[p])
+            gradient = penalty_gradient(p.detach(), self.state[p]["anchor"], penalty)
+            p.grad.add_(gradient, alpha=signs[p])
 
-    def _refresh_importance(self, sparse: list[Tensor]) -> None:
-        if callable(self._importance):
-            named = {self._targets[p].name: p.detach() for p in sparse}
-            self._store_importance(sparse, self._placed(self._importance(named), sparse))
-        elif self.method.importance is not None:
+    def _take_in_gradients(self, sparse: list[Tensor]) -> None:
+        """Refresh the method's own importance from the loss gradient, before the penalty."""
+        if self.method.importance is not None:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in sparse]
             state = self.method.refresh_importance(self._importance_state(sparse), gradients)
             self._store_importance(sparse, state)
 
-    def _warn_of_rounding(self, params: list[Tensor], backup: list[Tensor]) -> None:
-        """Say once that 16-bit parameters swallow the perturbation."""
-        if self._warned_of_rounding or all(p.element_size() > 2 for p in params):
+    def _call_importance(self, sparse: list[Tensor]) -> None:
+        """Ask the user's function for P at the parameters that are to be projected."""
+        if callable(self._importance):
+            named = {self._targets[p].name: p.detach() for p in sparse}
+            self._store_importance(sparse, self._placed(self._importance(named), sparse))
+
+    def _warn_of_rounding(
+        self, params: list[Tensor], backup: list[Tensor], steps: list[Tensor]
+    ) -> None:
+        """Say once, at the first perturbation, that 16-bit parameters swallow it."""
+        if self._checked_rounding or all(p.element_size() > 2 for p in params):
             return
-        self._warned_of_rounding = True
-        rho = float(self.method.perturbation.rho(self.steps))  # type: ignore[union-attr, operator]
-        moved = float(norm([p.float() - old.float() for p, old in zip(params, backup, strict=True)]))
-        if moved < rho / 2:
+        length = float(norm(steps))
+        if length == 0:  # as of a gradient that is zero or not finite
+            return
+        self._checked_rounding = True
+        moves = [p.float() - old.float() for p, old in zip(params, backup, strict=True)]
+        moved = float(norm(moves))
+        if moved < length / 2:
             warnings.warn(
                 f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
-                f"rho = {rho:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=5,
+                f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
+                stacklevel=4,
             )
 
     # The split, per parameter in `self.state`
@@ -492,15 +542,16 @@ class SparseOptimizer(Optimizer):
             placed.append(place_importance(given, p.detach(), layout, name).clone())
         return placed
 
-    def _check_importance_names(self) -> None:
-        if isinstance(self._importance, Mapping):
-            known = {target.name for target in self._targets.values()}
-            unknown = sorted(set(self._importance) - known)
-            if unknown:
-                raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
 
-
-def _check_arguments(base: Any, method: Any, model: Any, importance: Any) -> None:
+def _check_arguments(
+    base: Any,
+    method: Any,
+    model: Any,
+    where: Any,
+    layout: Any,
+    importance: Any,
+    allow_unperturbed: Any,
+) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, SparseOptimizer):
         raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
     if isinstance(base, torch.optim.LBFGS):
@@ -509,6 +560,12 @@ def _check_arguments(base: Any, method: Any, model: Any, importance: Any) -> Non
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of name and parameter, got {where!r}")
+    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
+        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
+    if not isinstance(allow_unperturbed, bool):
+        raise TypeError(f"allow_unperturbed must be True or False, got {allow_unperturbed!r}")
     if importance is not None and method.importance is not None:
         raise ValueError(
             f"importance must be given once: the method has {method.importance!r} already"
@@ -531,9 +588,12 @@ def _select_parameters(
         )
     selected: dict[Tensor, _Target] = {}
     for g, group in enumerate(groups):
-        names = group.get("param_names", [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))])
+        numbered = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
+        names = group.get("param_names", numbered)
         for p, given in zip(group["params"], names, strict=True):
             name = known.get(p, given)
+            if p.is_complex():
+                raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
             if group.get("sparsify") is False:
                 chosen = False
             elif where is not None:
@@ -553,11 +613,18 @@ def _select_parameters(
 
 
 def _layout_of(name: str, p: Tensor, given: Any, known: Layout | None) -> Layout | None:
-    if isinstance(given, Layout):
-        return given
-    if isinstance(given, Mapping):
-        return given.get(name, known)
-    return known if given is None else given(name, p)
+    if given is None or isinstance(given, Layout):
+        return given or known
+    found = given.get(name, known) if isinstance(given, Mapping) else given(name, p)
+    if found is not None and not isinstance(found, Layout):
+        raise TypeError(f"layout of {name} must be a Layout or None, got {found!r}")
+    return found
+
+
+def _broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether an array of ``shape`` is a scalar or broadcasts axis by axis."""
+    same_axes = len(shape) == len(full)
+    return not shape or (same_axes and all(n in (1, m) for n, m in zip(shape, full, strict=True)))
 
 
 def _numbered(

@@ -53,7 +53,9 @@ def prunable_weights(model: nn.Module) -> dict[nn.Parameter, Layout | None]:
     """
     modules = list(model.modules())
     embedded = {
-        id(module.weight) for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        id(module.weight)
+        for module in modules
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     }
     weights: dict[nn.Parameter, Layout | None] = {}
     for module in modules:

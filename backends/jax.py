@@ -44,7 +44,7 @@ def ordering_key(x: Array) -> Array:
     # Bits, for XLA flushes subnormal floats to zero in arithmetic and comparison.
     integer = _INTEGER[x.dtype.itemsize]
     bits: Array = lax.bitcast_convert_type(x, integer)
-    return bits & jnp.iinfo(integer).max
+    return bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)
 
 
 def exponent(x: Array) -> Array:
@@ -62,9 +62,7 @@ def cond(
     return lax.cond(predicate, true_fun, false_fun, *operands)
 
 
-def keep_largest(
-    keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array
-) -> list[Array]:
+def keep_largest(keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
     return _keep_largest(list(keys), counts, stage)
 
 

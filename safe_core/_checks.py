@@ -41,7 +41,7 @@ def decimal_fraction(value: Any) -> Fraction:
     In binary 0.29 * 100 is below 29, so counts taken from the float would be short.
     """
     if isinstance(value, Rational):
-        return Fraction(value.numerator, value.denominator)
+        return Fraction(int(value.numerator), int(value.denominator))
     return Fraction(Decimal(str(value)))
 
 
@@ -54,6 +54,6 @@ def sparsity(name: str, value: Any) -> Any:
             f"{name} must be a Python number in [0, 1), got {value!r}; an array or a traced "
             "value is refused because float32 arithmetic gets the number of zeros wrong"
         )
-    if not 0 <= value < 1:
+    if not 0 <= value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
     return value

@@ -16,8 +16,9 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array
 
+from ._dtypes import wide_dtype
 from .layout import Layout
-from .projection import apply_support, select, wide_dtype
+from .projection import apply_support, select
 from .sharpness import norm
 from .sparsity import Pattern
 
@@ -210,8 +211,7 @@ def dual_update(
         v.append(relaxed + u_i)
     support = _select(v, pattern, targets, importance, step)
     anchor = [
-        array_namespace(v_i).where(mask, v_i, -v_i)
-        for v_i, mask in zip(v, support, strict=True)
+        array_namespace(v_i).where(mask, v_i, -v_i) for v_i, mask in zip(v, support, strict=True)
     ]
     return SplitState(anchor, support)
 

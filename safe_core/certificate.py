@@ -9,7 +9,8 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array
 
 from . import _checks
-from .projection import apply_support, read_arguments, select, wide_dtype
+from ._dtypes import wide_dtype
+from .projection import apply_support, read_arguments, select
 from .sparsity import as_pattern
 
 __all__ = ["stationarity_gap"]

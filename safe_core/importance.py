@@ -17,7 +17,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array
 
 from . import _checks
-from .projection import wide_dtype
+from ._dtypes import wide_dtype
 
 __all__ = ["Importance", "SquaredGradient", "wanda"]
 
@@ -101,8 +101,7 @@ class SquaredGradient:
         if joint:
             seen = [xp.any(xp.stack(seen))] * len(seen)
         return [
-            xp.where(any_seen, m, xp.ones_like(m))
-            for m, any_seen in zip(state, seen, strict=True)
+            xp.where(any_seen, m, xp.ones_like(m)) for m, any_seen in zip(state, seen, strict=True)
         ]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_array_api_obj
 
+from ._dtypes import wide_dtype
+
 __all__ = ["Layout"]
 
 
@@ -122,7 +124,7 @@ def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) 
     """
     xp = array_namespace(x)
     if isinstance(importance, Real):
-        return xp.asarray(float(importance))
+        return xp.asarray(float(importance), dtype=wide_dtype(xp, [x]))
     if not is_array_api_obj(importance) or array_namespace(importance) is not xp:
         raise TypeError(
             f"importance of {name} must be a number or, as the array itself, of {xp.__name__}, "

@@ -15,6 +15,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array, backend_of
 
+from ._dtypes import wide_dtype
 from .layout import (
     Layout,
     default_layout,
@@ -47,9 +48,7 @@ class Projection(NamedTuple):
     support: Any
 
 
-def project(
-    arrays: Any, sparsity: Any, importance: Any = None, layout: Any = None
-) -> Projection:
+def project(arrays: Any, sparsity: Any, importance: Any = None, layout: Any = None) -> Projection:
     """Project onto the nearest sparse point in the norm of a diagonal ``P``.
 
     ``argmin_{z in C} sum_i P_ii (z_i - v_i)**2``, where C is the set of points whose
@@ -108,9 +107,7 @@ def project(
         layouts=point.layouts,
         names=point.names,
     )
-    return Projection(
-        point.rebuild(apply_support(point.arrays, support)), point.rebuild(support)
-    )
+    return Projection(point.rebuild(apply_support(point.arrays, support)), point.rebuild(support))
 
 
 def apply_support(arrays: Sequence[Array], support: Sequence[Array]) -> list[Array]:
@@ -156,7 +153,9 @@ def select(
         plans = resolved
     else:
         units = [
-            (_channels if isinstance(pattern, Channel) else _blocks)(xp, x, p, pattern, layout, name)
+            _channels(xp, x, p, layout, name)
+            if isinstance(pattern, Channel)
+            else _blocks(xp, x, p, pattern, layout, name)
             for x, p, layout, name in zip(arrays, importance, resolved, names, strict=True)
         ]
         keys = _ordering_keys(xp, [unit.scores for unit in units], joint=joint)
@@ -205,8 +204,7 @@ def _entry_keys(
         dtype = wide_dtype(xp, [*arrays, *importance])
         factor = _even_factor(xp, [xp.astype(p, dtype) for p in importance])
         scores = [
-            _entry_scores(xp, x, p, dtype, factor)
-            for x, p in zip(arrays, importance, strict=True)
+            _entry_scores(xp, x, p, dtype, factor) for x, p in zip(arrays, importance, strict=True)
         ]
     else:
         scores = []
@@ -244,11 +242,6 @@ def _even_factor(xp: Any, importance: Sequence[Array]) -> float | Array:
         return (0.5 if exponent > 0 else 2.0) if exponent % 2 else 1.0
     two = xp.ones_like(peak) * 2
     return xp.where(exponent % 2 == 0, two / 2, xp.where(exponent > 0, 1 / two, two))
-
-
-def wide_dtype(xp: Any, arrays: Sequence[Array]) -> Any:
-    """float64 if any array is float64, else float32: what scores and norms are summed in."""
-    return xp.float64 if any(a.dtype == xp.float64 for a in arrays) else xp.float32
 
 
 # Pools
@@ -313,9 +306,7 @@ class _Units(NamedTuple):
     expand: Callable[[Array], Array]
 
 
-def _channels(
-    xp: Any, x: Array, p: Array | None, pattern: Channel, layout: Layout | None, name: str
-) -> _Units:
+def _channels(xp: Any, x: Array, p: Array | None, layout: Layout | None, name: str) -> _Units:
     layout = _roles(layout, name, "a Channel pattern", outputs=True)
     kept = layout.output_axes + layout.batch_axes
     squares = _weighted_squares(xp, x, p)

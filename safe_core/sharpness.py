@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array
 
 from . import _checks
-from .projection import wide_dtype
+from ._dtypes import wide_dtype
 from .schedules import Constant, Schedule, as_schedule
 
 __all__ = ["ASAM", "SAM", "norm"]

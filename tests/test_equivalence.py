@@ -7,6 +7,7 @@ hand; the others go through their adapters. Where a GPU is present the framework
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import flax.linen as linen
@@ -16,11 +17,11 @@ import numpy as np
 import optax
 import pytest
 import torch
-from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
-from safe_core.adapters.torch import SparseOptimizer
 
 import safe_core
 from safe_core import SquaredGradient, Targets
+from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
+from safe_core.adapters.torch import SparseOptimizer
 from safe_core.admm import penalty_gradient
 from safe_core.importance import wanda
 from safe_core.layout import OUTPUT_INPUT
@@ -43,9 +44,7 @@ class Problem(NamedTuple):
     @classmethod
     def make(cls) -> Problem:
         rng = np.random.default_rng(0)
-        weights = [
-            rng.normal(size=(n, m)) / np.sqrt(m) for m, n in zip(SIZES, SIZES[1:], strict=False)
-        ]
+        weights = [rng.normal(size=(n, m)) / np.sqrt(m) for m, n in itertools.pairwise(SIZES)]
         biases = [0.1 * rng.normal(size=n) for n in SIZES[1:]]
         inputs = rng.normal(size=(STEPS, BATCH, SIZES[0])) * np.linspace(0.5, 2.0, SIZES[0])
         labels = np.argmax(np.tanh(inputs @ rng.normal(size=(SIZES[0], SIZES[-1]))), axis=-1)
@@ -151,7 +150,7 @@ def run_numpy(problem, method, base, importance):
 
 
 def run_torch(problem, method, base, importance):
-    layers = [torch.nn.Linear(m, n) for m, n in zip(SIZES, SIZES[1:], strict=False)]
+    layers = [torch.nn.Linear(m, n) for m, n in itertools.pairwise(SIZES)]
     model = torch.nn.Sequential(
         *(part for layer in layers[:-1] for part in (layer, torch.nn.Tanh())), layers[-1]
     )

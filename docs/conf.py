@@ -1,0 +1,31 @@
+"""Configuration of the documentation site."""
+
+from importlib.metadata import version as installed_version
+
+project = "safe_core"
+author = "The safe_core developers"
+copyright = "2026, the safe_core developers"
+version = release = installed_version("safe-core")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+
+html_theme = "furo"
+html_title = "safe_core"
+html_static_path = ["_static"]
+
+# Examples in docstrings run with the tests; here the code of the pages runs.
+doctest_test_doctest_blocks = ""
+trim_doctest_flags = True

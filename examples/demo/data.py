@@ -1,0 +1,104 @@
+"""scikit-learn's bundled digits, split, noised and batched alike for both frameworks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from .recipe import Recipe, Run
+
+__all__ = ["Dataset", "Layer", "accuracy", "cross_entropy", "initial_layers", "load", "logits"]
+
+Floats = NDArray[np.float32]
+CLASSES = 10
+
+
+class Layer(NamedTuple):
+    """Weight of shape (input, output) and bias of shape (output,)."""
+
+    weight: Floats
+    bias: Floats
+
+
+class Dataset(NamedTuple):
+    """What one run trains on and is measured on.
+
+    ``order`` has shape (steps, batch): the rows of every batch. ``validation`` is the
+    held-out fifth of the training set, its labels as noisy as those trained on; it is
+    empty where nothing is held out.
+    """
+
+    inputs: Floats
+    labels: NDArray[np.int64]
+    order: NDArray[np.int64]
+    validation: tuple[Floats, NDArray[np.int64]]
+    test: tuple[Floats, NDArray[np.int64]]
+
+
+def load(recipe: Recipe, run: Run) -> Dataset:
+    """Load, split, noise and batch the digits for one run."""
+    images, digits = load_digits(return_X_y=True)
+    split = train_test_split(images / 16.0, digits, test_size=0.3, stratify=digits, random_state=0)
+    train, test = (part.astype(np.float32) for part in split[:2])
+    mean = train.mean(axis=0)
+    train, test = train - mean, test - mean
+    labels = split[2].copy()
+    noise = np.random.default_rng([run.seed, 1])
+    noisy = noise.permutation(len(labels))[: round(run.noise * len(labels))]
+    labels[noisy] = noise.integers(CLASSES, size=len(noisy))
+    kept, held = np.arange(len(labels)), np.arange(0)
+    if run.held_out:
+        kept, held = train_test_split(kept, test_size=0.2, stratify=split[2], random_state=0)
+    batches = len(kept) // recipe.batch_size  # the last, smaller batch is dropped
+    shuffle = np.random.default_rng([run.seed, 2])
+    order = [
+        shuffle.permutation(len(kept))[: batches * recipe.batch_size].reshape(batches, -1)
+        for _ in range(recipe.epochs)
+    ]
+    return Dataset(
+        train[kept],
+        labels[kept],
+        np.concatenate(order),
+        (train[held], labels[held]),
+        (test, split[3]),
+    )
+
+
+def initial_layers(recipe: Recipe, run: Run, features: int) -> list[Layer]:
+    """He initialisation: weights of variance ``2 / inputs``, biases zero."""
+    rng = np.random.default_rng([run.seed, 0])
+    sizes = (features, *recipe.hidden, CLASSES)
+    return [
+        Layer(
+            (rng.standard_normal((m, n)) * np.sqrt(2 / m)).astype(np.float32),
+            np.zeros(n, np.float32),
+        )
+        for m, n in itertools.pairwise(sizes)
+    ]
+
+
+def logits(layers: list[Layer], inputs: Floats) -> Floats:
+    """The network: ReLU between layers."""
+    for i, (weight, bias) in enumerate(layers):
+        inputs = inputs @ weight + bias
+        if i < len(layers) - 1:
+            inputs = np.maximum(inputs, 0)
+    return inputs
+
+
+def accuracy(layers: list[Layer], inputs: Floats, labels: NDArray[np.int64]) -> float:
+    """Share of right answers, in percent."""
+    return float(100 * np.mean(logits(layers, inputs).argmax(axis=1) == labels))
+
+
+def cross_entropy(layers: list[Layer], inputs: Floats, labels: NDArray[np.int64]) -> float:
+    """Mean cross entropy, in nats."""
+    scores = logits(layers, inputs).astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    log_normaliser = np.log(np.exp(scores).sum(axis=1))
+    return float(np.mean(log_normaliser - scores[np.arange(len(labels)), labels]))

@@ -1,0 +1,141 @@
+"""The demo's figures: weights and landscape as in Figure 1 of the paper, and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws files, needs no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from .data import Dataset, Layer, cross_entropy, load
+from .recipe import Recipe, Run
+from .report import FRAMEWORKS, mean_and_error
+from .study import Cell
+
+__all__ = ["draw"]
+
+COLOURS = {"dense": "0.45", "one-shot": "C2", "admm": "C1", "safe": "C0"}
+LABELS = {"dense": "dense", "one-shot": "one-shot magnitude", "admm": "ADMM", "safe": "SAFE"}
+MARKERS = {"torch": "o", "jax": "x"}
+SHOWN = 0.9  # the sparsity of Figure 1
+
+
+def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
+    """Draw all figures as PNG; return the files."""
+    clean = {
+        (cell.method, cell.sparsity): cell
+        for cell in reversed(cells)
+        if cell.noise == min(recipe.noises)
+    }
+    sparsity = SHOWN if SHOWN in recipe.sparsities else recipe.sparsities[0]
+    data = load(recipe, Run("dense", min(recipe.noises), recipe.seeds[0]))
+    files = {
+        "accuracy.png": _accuracy(cells, recipe),
+        "weights.png": _weights(clean["dense", None], clean["safe", sparsity]),
+        "landscape.png": _landscape(clean["admm", sparsity], clean["safe", sparsity], data),
+    }
+    for name, figure in files.items():
+        figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+        plt.close(figure)
+    return [folder / name for name in files]
+
+
+def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
+    """Accuracy of the projected network against sparsity, by noise."""
+    count = len(recipe.noises)
+    figure, panels = plt.subplots(1, count, figsize=(4.6 * count, 3.6), squeeze=False)
+    positions = {sparsity: i for i, sparsity in enumerate(recipe.sparsities)}
+    first = cells[0].framework
+    for axes, noise in zip(panels[0], recipe.noises, strict=True):
+        for framework in dict.fromkeys(cell.framework for cell in cells):
+            line = "-" if framework == first else ":"
+            here = [c for c in cells if c.noise == noise and c.framework == framework]
+            for method in ("safe", "admm", "one-shot"):
+                chosen = [c for c in here if c.method == method]
+                statistics = [mean_and_error(c.accuracy) for c in chosen]
+                axes.errorbar(
+                    [positions[c.sparsity] for c in chosen if c.sparsity is not None],
+                    [mean for mean, _ in statistics],
+                    yerr=np.nan_to_num([error for _, error in statistics]),
+                    color=COLOURS[method],
+                    marker=MARKERS[framework],
+                    linestyle=line,
+                    capsize=2,
+                    label=f"{LABELS[method]}, {FRAMEWORKS[framework]}",
+                )
+            axes.axhline(
+                mean_and_error(next(c for c in here if c.method == "dense").accuracy)[0],
+                color=COLOURS["dense"],
+                linestyle=line,
+                label=f"dense, {FRAMEWORKS[framework]}",
+            )
+        axes.set_xticks(range(len(positions)), [f"{100 * s:g}%" for s in positions])
+        axes.set_xlabel("zero weights")
+        axes.set_title("clean labels" if noise == 0 else f"{100 * noise:g}% label noise")
+        axes.set_ylim(0, 102)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("test accuracy, %")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0))
+    return figure
+
+
+def _weights(dense: Cell, safe: Cell) -> Figure:
+    """Histograms of the weights before the last projection."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    titles = ("dense", f"SAFE, {100 * (safe.sparsity or 0):g}% sparsity")
+    for axes, cell, title in zip(panels, (dense, safe), titles, strict=True):
+        weights = np.concatenate([layer.weight.ravel() for layer in cell.layers["trained"]])
+        axes.hist(weights, bins=121, range=(-1, 1), color=COLOURS[cell.method])
+        axes.set_yscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("weight before the last projection")
+    panels[0].set_ylabel("count")
+    return figure
+
+
+def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
+    """Training loss around both projected networks, in the same random plane."""
+    steps = np.linspace(-1, 1, 25)
+    figure, panels = plt.subplots(
+        1, 2, figsize=(8.4, 3.8), subplot_kw={"projection": "3d"}, constrained_layout=True
+    )
+    surfaces = [_surface(cell.layers["projected"], data, steps) for cell in (admm, safe)]
+    top = max(float(surface.max()) for surface in surfaces)
+    for axes, cell, surface in zip(panels, (admm, safe), surfaces, strict=True):
+        axes.plot_surface(*np.meshgrid(steps, steps), surface, cmap="viridis", vmin=0, vmax=top)
+        axes.set_zlim(0, top)
+        axes.set_title(f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}")
+        axes.set_zlabel("training loss")
+    return figure
+
+
+def _surface(layers: list[Layer], data: Dataset, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Loss along two random directions, each neuron scaled as its weights (Li et al. 2018)."""
+    rng = np.random.default_rng(0)
+
+    def direction() -> list[NDArray[np.float32]]:
+        found = []
+        for layer in layers:
+            d = rng.standard_normal(layer.weight.shape)
+            scale = np.linalg.norm(layer.weight, axis=0) / np.linalg.norm(d, axis=0)
+            found.append((d * scale).astype(np.float32))
+        return found
+
+    def moved(a: float, b: float) -> list[Layer]:
+        return [
+            Layer((layer.weight + a * d1 + b * d2).astype(np.float32), layer.bias)
+            for layer, d1, d2 in zip(layers, first, second, strict=True)
+        ]
+
+    first, second = direction(), direction()
+    return np.asarray(
+        [[cross_entropy(moved(a, b), data.inputs, data.labels) for a in steps] for b in steps]
+    )

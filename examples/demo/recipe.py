@@ -1,0 +1,86 @@
+"""What the demo trains: the protocol of Appendix B.2 of the SAFE paper, on digits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import safe_core
+
+__all__ = ["Recipe", "Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network to train.
+
+    Attributes
+    ----------
+    method : {"dense", "admm", "safe"}
+    noise : float
+        Share of training labels that are replaced by uniform draws.
+    seed : int
+        Of the initial weights, the order of the batches and the noise.
+    sparsity : float or None
+        Fraction of zero weights, over all layers together.
+    penalty : float or None
+        The penalty parameter, or its final value under a schedule.
+    held_out : bool
+        Whether a fifth of the training set is kept back to choose the penalty on.
+    """
+
+    method: str
+    noise: float
+    seed: int
+    sparsity: float | None = None
+    penalty: float | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of the protocol; ``steps`` are optimizer steps."""
+
+    hidden: tuple[int, ...] = (300, 100)
+    epochs: int = 60
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    warmup_epochs: int = 5
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    rho: float = 0.1
+    dual_update_interval: int = 32
+    penalties: tuple[float, ...] = (0.01, 0.1)
+    sparsities: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)
+    noises: tuple[float, ...] = (0.0, 0.5)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @classmethod
+    def quick(cls) -> Recipe:
+        """One seed, three sparsities and no choice of penalty."""
+        return cls(penalties=(0.1,), sparsities=(0.9, 0.95, 0.99), seeds=(0,))
+
+    def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
+        """Linear warm-up, then half a cosine wave to 0."""
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / (self.epochs * steps_per_epoch - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def method(self, run: Run, steps: int) -> safe_core.Method:
+        """The method of a sparse run: SAFE with a cosine penalty, ADMM with a constant one."""
+        if run.penalty is None:
+            raise ValueError(f"penalty must be given for a sparse run, got {run!r}")
+        if run.method == "safe":
+            return safe_core.safe(
+                sparsity=run.sparsity,
+                rho=self.rho,
+                penalty=safe_core.schedules.cosine(run.penalty, steps=steps),
+                dual_update_interval=self.dual_update_interval,
+            )
+        return safe_core.admm(
+            sparsity=run.sparsity,
+            penalty=run.penalty,
+            dual_update_interval=self.dual_update_interval,
+        )

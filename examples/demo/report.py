@@ -1,0 +1,126 @@
+"""The demo's table: on the screen, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+from .recipe import Recipe
+from .study import Cell
+
+__all__ = ["FRAMEWORKS", "as_json", "as_markdown", "as_rich", "mean_and_error", "write"]
+
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
+COLUMNS = (
+    "method",
+    "target",
+    "zeros",
+    "penalty",
+    "accuracy, %",
+    "eigenvalue",
+    "distance",
+    "s",
+)
+LEGEND = (
+    "LeNet-300-100 on scikit-learn's handwritten digits. Target and zeros: sparsity asked for, and "
+    "zero weights counted. Accuracy: of the network after the last projection, on the test set, "
+    "mean and standard error over seeds. Eigenvalue: the largest of the Hessian of the training "
+    "loss there. Distance: Euclidean, from the constraint before that projection. s: seconds of "
+    "one training run."
+)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error is NaN for a single value."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _plus_minus(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def tables(cells: Sequence[Cell]) -> dict[str, list[tuple[str, ...]]]:
+    """Rows of text in the order of `COLUMNS`, by the title of the table that they stand in."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for cell in cells:
+        noise = f"{100 * cell.noise:g}% label noise" if cell.noise else "clean labels"
+        found.setdefault(f"{FRAMEWORKS[cell.framework]}, {noise}", []).append(
+            (
+                cell.method,
+                "" if cell.sparsity is None else f"{100 * cell.sparsity:g}%",
+                f"{cell.zeros}/{cell.weights}",
+                "" if cell.penalty is None else f"{cell.penalty:g}",
+                _plus_minus(cell.accuracy),
+                _plus_minus(cell.eigenvalue),
+                "" if cell.sparsity is None else _plus_minus(cell.distance),
+                f"{cell.seconds:.1f}",
+            )
+        )
+    return found
+
+
+def as_rich(cells: Sequence[Cell]) -> list[RenderableType]:
+    """The tables for a terminal of 80 columns, and what they show."""
+    parts: list[RenderableType] = []
+    for title, rows in tables(cells).items():
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        for column in COLUMNS:
+            table.add_column(
+                column, justify="left" if column == "method" else "right", no_wrap=True
+            )
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == "safe" else None)
+        parts.append(table)
+    return [*parts, LEGEND]
+
+
+def as_markdown(cells: Sequence[Cell]) -> str:
+    """The tables and what they were made with, as a Markdown page."""
+    lines = [LEGEND, "", "Made with " + ", ".join(map(" ".join, _versions().items())) + "."]
+    for name, rows in tables(cells).items():
+        lines += ["", f"**{name}**", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines += ["|" + "|".join(" ---: " if i else " --- " for i in range(len(COLUMNS))) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(cells: Sequence[Cell], recipe: Recipe) -> str:
+    """Every number of every seed."""
+    entries: list[dict[str, Any]] = []
+    for cell in cells:
+        entry = {key: value for key, value in vars(cell).items() if key != "layers"}
+        for name in ("accuracy", "eigenvalue", "distance"):
+            mean, error = mean_and_error(entry[name])
+            entry[f"{name}_mean"] = mean
+            entry[f"{name}_standard_error"] = None if math.isnan(error) else error
+        entries.append(entry)
+    document = {"recipe": asdict(recipe), "versions": _versions(), "cells": entries}
+    return json.dumps(document, indent=2) + "\n"
+
+
+def write(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
+    """Write the table in both forms; return the files."""
+    texts = {"table.md": as_markdown(cells), "results.json": as_json(cells, recipe)}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def _versions() -> dict[str, str]:
+    frameworks = {name: version(name) for name in ("safe-core", "torch", "jax", "numpy")}
+    return {"Python": platform.python_version(), **frameworks}

@@ -1,0 +1,152 @@
+"""The demo's study: which networks are trained, and what is measured of them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+import safe_core
+
+from .data import Dataset, Layer, accuracy, initial_layers, load
+from .recipe import Recipe, Run
+
+__all__ = ["Cell", "count_runs", "study"]
+
+
+@dataclass
+class Cell:
+    """One cell of the table: the networks of all seeds under one setting.
+
+    Attributes
+    ----------
+    accuracy : list of float
+        Test accuracy of the projected network in percent, by seed.
+    eigenvalue : list of float
+        Largest eigenvalue of the Hessian of the training loss at the projected network.
+    distance : list of float
+        ``|x - proj(x)|_2`` before the last projection.
+    zeros, weights : int
+        Zero weights and all weights of the projected network, biases apart; the same
+        for every seed.
+    seconds : float
+        Mean time of a final training run; for one-shot pruning that of the dense run.
+    layers : dict
+        Networks of the first seed that the figures show, by name.
+    """
+
+    framework: str
+    method: str
+    noise: float
+    sparsity: float | None
+    penalty: float | None
+    accuracy: list[float]
+    eigenvalue: list[float]
+    distance: list[float]
+    zeros: int
+    weights: int
+    seconds: float
+    layers: dict[str, list[Layer]]
+
+
+def count_runs(recipe: Recipe) -> int:
+    """How many networks `study` trains."""
+    cells = 2 * len(recipe.noises) * len(recipe.sparsities)
+    choosing = len(recipe.penalties) if len(recipe.penalties) > 1 else 0
+    return len(recipe.seeds) * (len(recipe.noises) + cells * (1 + choosing))
+
+
+def study(
+    recipe: Recipe, framework: str, device: str, advance: Callable[[str], None]
+) -> Iterator[Cell]:
+    """Train and measure everything in one framework; ``advance`` is told of each run."""
+    trainer = importlib.import_module(f".train_{framework}", __package__)
+
+    def fit(run: Run) -> tuple[Dataset, list[Layer], list[Layer], float]:
+        data = load(recipe, run)
+        layers = initial_layers(recipe, run, data.inputs.shape[1])
+        start = time.perf_counter()
+        trained, projected = trainer.train(recipe, run, data, layers, device)
+        seconds = time.perf_counter() - start
+        target = "" if run.sparsity is None else f" at {100 * run.sparsity:g}%"
+        advance(f"{run.method}{target}, {100 * run.noise:g}% label noise, seed {run.seed}")
+        return data, trained, projected, seconds
+
+    def measure(run: Run, fits: list[Any], penalty: float | None) -> Cell:
+        eigenvalues, distances, accuracies = [], [], []
+        for data, trained, projected, _ in fits:
+            product = trainer.hessian_product(projected, data, device)
+            eigenvalues.append(largest_eigenvalue(product, parameter_count(projected)))
+            accuracies.append(accuracy(projected, *data.test))
+            gaps = [a.weight - b.weight for a, b in zip(trained, projected, strict=True)]
+            distances.append(math.sqrt(sum(float(np.sum(gap**2)) for gap in gaps)))
+        zeros = {sum(int(np.sum(layer.weight == 0)) for layer in f[2]) for f in fits}
+        if len(zeros) > 1:
+            raise RuntimeError(f"seeds differ in the number of zeros: {sorted(zeros)}")
+        return Cell(
+            framework,
+            run.method,
+            run.noise,
+            run.sparsity,
+            penalty,
+            accuracies,
+            eigenvalues,
+            distances,
+            zeros.pop(),
+            sum(layer.weight.size for layer in fits[0][2]),
+            float(np.mean([f[3] for f in fits])),
+            {"trained": fits[0][1], "projected": fits[0][2]},
+        )
+
+    for noise in recipe.noises:
+        dense = [fit(Run("dense", noise, seed)) for seed in recipe.seeds]
+        yield measure(Run("dense", noise, 0), dense, None)
+        for sparsity in recipe.sparsities:
+            pruned = [(d, x, one_shot(x, sparsity), s) for d, x, _, s in dense]
+            yield measure(Run("one-shot", noise, 0, sparsity), pruned, None)
+            for method in ("admm", "safe"):
+                run = Run(method, noise, 0, sparsity)
+                penalty = choose_penalty(recipe, run, fit)
+                chosen = replace(run, penalty=penalty)
+                fits = [fit(replace(chosen, seed=seed)) for seed in recipe.seeds]
+                yield measure(chosen, fits, penalty)
+
+
+def choose_penalty(recipe: Recipe, run: Run, fit: Callable[[Run], Any]) -> float:
+    """The penalty of the best mean accuracy on the held-out fifth; the lower of equals."""
+    if len(recipe.penalties) == 1:
+        return recipe.penalties[0]
+
+    def held_out_accuracy(penalty: float) -> float:
+        scores = []
+        for seed in recipe.seeds:
+            tried = replace(run, penalty=penalty, seed=seed, held_out=True)
+            data, _, projected, _ = fit(tried)
+            scores.append(accuracy(projected, *data.validation))
+        return float(np.mean(scores))
+
+    return max(sorted(recipe.penalties), key=held_out_accuracy)
+
+
+def one_shot(layers: list[Layer], sparsity: float) -> list[Layer]:
+    """Prune a trained network by magnitude, over all layers together."""
+    weights = safe_core.project([layer.weight for layer in layers], sparsity).values
+    return [Layer(w, layer.bias) for w, layer in zip(weights, layers, strict=True)]
+
+
+def parameter_count(layers: list[Layer]) -> int:
+    """Weights and biases."""
+    return sum(layer.weight.size + layer.bias.size for layer in layers)
+
+
+def largest_eigenvalue(product: Callable[[Any], Any], size: int) -> float:
+    """The largest eigenvalue of a symmetric operator, by Lanczos iteration."""
+    start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float32)
+    return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-3)[0][0])

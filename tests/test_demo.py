@@ -1,0 +1,165 @@
+"""The demo trains what its protocol says, alike in both frameworks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from safe_core.demo import data, report, study, train_jax, train_torch
+from safe_core.demo.recipe import Recipe, Run
+from safe_core.demo.run import demo
+
+TINY = Recipe(
+    hidden=(16, 8), epochs=2, warmup_epochs=1, penalties=(0.1,), sparsities=(0.9,), seeds=(0,)
+)
+TRAINERS = {"torch": train_torch.train, "jax": train_jax.train}
+
+
+def test_split_and_batches_follow_the_protocol():
+    run = Run("dense", noise=0.0, seed=0)
+    full = data.load(Recipe(), run)
+    assert len(full.labels) == 1257
+    assert len(full.test[1]) == 540
+    np.testing.assert_allclose(full.inputs.mean(axis=0), 0, atol=1e-6)
+    assert full.order.shape == (60 * (1257 // 64), 64)
+    first_epoch = full.order[: 1257 // 64].ravel()
+    assert len(set(first_epoch)) == len(first_epoch)
+    held = data.load(Recipe(), Run("safe", 0.0, 0, 0.9, 0.1, held_out=True))
+    assert len(held.validation[1]) == 252
+    assert len(held.labels) + len(held.validation[1]) == 1257
+
+
+def test_label_noise_redraws_the_given_share_uniformly():
+    clean, noisy = (data.load(Recipe(), Run("dense", noise, seed=0)) for noise in (0.0, 0.5))
+    changed = np.mean(clean.labels != noisy.labels)
+    # A uniform draw hits the old label once in ten times.
+    assert changed == pytest.approx(0.45, abs=0.03)
+    np.testing.assert_array_equal(clean.test[1], noisy.test[1])
+
+
+def test_initialisation_is_that_of_he():
+    layers = data.initial_layers(Recipe(), Run("dense", 0.0, 0), 64)
+    assert [layer.weight.shape for layer in layers] == [(64, 300), (300, 100), (100, 10)]
+    assert layers[0].weight.std() == pytest.approx(np.sqrt(2 / 64), rel=0.02)
+    assert all((layer.bias == 0).all() for layer in layers)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    recipe = Recipe()
+    rates = [recipe.learning_rate_at(step, 19) for step in range(60 * 19 + 1)]
+    assert max(rates) == rates[5 * 19 - 1] == rates[5 * 19] == pytest.approx(0.1)
+    assert rates[0] == pytest.approx(0.1 / (5 * 19))
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dense", "admm", "safe"])
+def test_frameworks_train_the_same_network(method):
+    sparsity = None if method == "dense" else 0.9
+    run = Run(method, 0.0, 0, sparsity, 0.1)
+    batches = data.load(TINY, run)
+    start = data.initial_layers(TINY, run, 64)
+    (torch_before, torch_after), (jax_before, jax_after) = (
+        train(TINY, run, batches, start, "cpu") for train in TRAINERS.values()
+    )
+    for a, b, c in zip(torch_before, jax_before, start, strict=True):
+        np.testing.assert_allclose(a.weight, b.weight, atol=1e-5)
+        np.testing.assert_allclose(a.bias, b.bias, atol=1e-5)
+        assert np.abs(a.weight - c.weight).max() > 1e-2
+    size = sum(layer.weight.size for layer in start)
+    for layers in (torch_after, jax_after):
+        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        assert zeros == (0 if method == "dense" else size * 9 // 10)
+
+
+@pytest.mark.parametrize("trainer", [train_torch, train_jax])
+def test_hessian_product_matches_finite_differences(trainer):
+    run = Run("dense", 0.0, 0)
+    batches = data.load(TINY, run)
+    layers = data.initial_layers(TINY, run, 64)
+    size = study.parameter_count(layers)
+    v = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    v /= np.linalg.norm(v)
+
+    def moved(step: float) -> list[data.Layer]:
+        parts, place = [], 0
+        for weight, bias in layers:
+            # torch orders weight (output, input) then bias, ravel_pytree bias then kernel.
+            if trainer is train_torch:
+                dw = v[place : place + weight.size].reshape(weight.shape[::-1]).T
+                db = v[place + weight.size : place + weight.size + bias.size]
+            else:
+                db = v[place : place + bias.size]
+                dw = v[place + bias.size : place + bias.size + weight.size].reshape(weight.shape)
+            place += weight.size + bias.size
+            parts.append(data.Layer(weight.astype(float) + step * dw, bias + step * db))
+        return parts
+
+    def loss(step: float) -> float:
+        return data.cross_entropy(moved(step), batches.inputs.astype(float), batches.labels)
+
+    h = 1e-5  # small, so that no ReLU switches
+    expected = (loss(h) - 2 * loss(0.0) + loss(-h)) / h**2
+    product = trainer.hessian_product(layers, batches, "cpu")(v)
+    assert float(v @ product) == pytest.approx(expected, rel=0.02)
+
+
+def test_largest_eigenvalue_is_that_of_the_matrix():
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((50, 50)).astype(np.float32)
+    matrix = matrix + matrix.T
+    found = study.largest_eigenvalue(lambda v: matrix @ v, 50)
+    assert found == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-3)
+
+
+def test_penalty_is_chosen_on_held_out_data():
+    recipe = Recipe(penalties=(0.01, 0.1), seeds=(0, 1))
+    tried = []
+
+    def fit(run):
+        tried.append(run)
+        labels = np.zeros(10, np.int64)
+        good = run.penalty == 0.1
+        layer = data.Layer(np.zeros((1, 2), np.float32), np.asarray([good, not good], np.float32))
+        empty = data.Dataset(*[np.zeros((10, 1))] * 3, (np.zeros((10, 1)), labels), ([], []))
+        return empty, None, [layer], 0.0
+
+    assert study.choose_penalty(recipe, Run("safe", 0.0, 0, 0.9), fit) == 0.1
+    assert {(run.penalty, run.seed, run.held_out) for run in tried} == {
+        (penalty, seed, True) for penalty in (0.01, 0.1) for seed in (0, 1)
+    }
+
+
+def test_mean_and_error():
+    assert report.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / np.sqrt(3)))
+    assert np.isnan(report.mean_and_error([1.0])[1])
+
+
+def test_demo_writes_tables_and_figures(tmp_path):
+    cells = demo(TINY, ("torch", "jax"), tmp_path)
+    names = {"table.md", "results.json", "accuracy.png", "weights.png", "landscape.png"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    # Per framework and noise: dense, and one-shot, ADMM and SAFE at one sparsity.
+    assert len(cells) == 2 * 2 * 4
+    assert {cell.zeros for cell in cells if cell.sparsity} == {(64 * 16 + 16 * 8 + 80) * 9 // 10}
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["accuracy"] for entry in document["cells"]] == [cell.accuracy for cell in cells]
+    assert (tmp_path / "table.md").read_text().count("| safe |") == 4
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names if "png" in name)
+    again = list(study.study(TINY, "jax", "cpu", lambda text: None))
+    assert [c.accuracy for c in again] == [c.accuracy for c in cells if c.framework == "jax"]
+
+
+def test_command_line_names_a_wrong_framework():
+    command = [sys.executable, "-m", "safe_core.adapters.cli", "demo", "--framework", "numpy"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "numpy" in result.stderr
+
+
+def test_a_failing_framework_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match=r"failed in torch(.|\n)*nowhere"):
+        demo(TINY, ("torch",), tmp_path, device="nowhere")

@@ -1,0 +1,26 @@
+"""The wheel installs one import name and all of its parts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_wheel_holds_one_package_with_all_modules(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"safe_core"}
+    sources = {"safe_core": "", "backends": "backends/", "adapters": "adapters/"}
+    expected = {
+        f"safe_core/{prefix}{file.name}"
+        for folder, prefix in sources.items()
+        for file in (ROOT / folder).glob("*.py")
+    }
+    expected |= {f"safe_core/demo/{file.name}" for file in (ROOT / "examples/demo").glob("*.py")}
+    assert expected | {"safe_core/py.typed"} <= names
