@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 from safe_core import Method, SplitState, Targets, _checks
-from safe_core.admm import penalty_gradient
 from safe_core.backends import backend_of
 from safe_core.layout import Layout, place_importance
+from safe_core.splitting import penalty_gradient
 
 from .flax_weights import is_prunable, layout_of
 

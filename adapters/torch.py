@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core import Method, SplitState, Targets
-from safe_core.admm import penalty_gradient
 from safe_core.layout import Layout, place_importance
 from safe_core.sharpness import norm
+from safe_core.splitting import penalty_gradient
 
 from .torch_weights import prunable_weights
 

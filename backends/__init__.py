@@ -32,8 +32,8 @@ class Backend(Protocol):
         NaN, where a traced program cannot refuse it, orders above infinity.
         """
 
-    def exponent(self, x: Array) -> Array:
-        """The integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
+    def frexp(self, x: Array) -> tuple[Array, Array]:
+        """``m`` and the integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
 
     def keep_largest(
         self, keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array

@@ -24,7 +24,7 @@ from . import Array
 
 __all__ = [
     "cond",
-    "exponent",
+    "frexp",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
@@ -47,8 +47,8 @@ def ordering_key(x: Array) -> Array:
     return bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)
 
 
-def exponent(x: Array) -> Array:
-    return jnp.frexp(x)[1]
+def frexp(x: Array) -> tuple[Array, Array]:
+    return jnp.frexp(x)
 
 
 def cond(

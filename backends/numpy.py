@@ -12,7 +12,7 @@ from .standard import cond, is_concrete
 
 __all__ = [
     "cond",
-    "exponent",
+    "frexp",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
@@ -25,8 +25,9 @@ def ordering_key(x: Array) -> Array:
     return np.abs(x).view(f"i{x.dtype.itemsize}")
 
 
-def exponent(x: Array) -> Array:
-    return int(np.frexp(x)[1])
+def frexp(x: Array) -> tuple[Array, Array]:
+    mantissa, exponent = np.frexp(x)
+    return mantissa, exponent
 
 
 def kth_largest(keys: Array, k: int) -> Array:

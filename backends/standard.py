@@ -16,7 +16,7 @@ from . import Array, threshold
 
 __all__ = [
     "cond",
-    "exponent",
+    "frexp",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
@@ -33,8 +33,10 @@ def ordering_key(x: Array) -> Array:
     return array_namespace(x).abs(x)
 
 
-def exponent(x: Array) -> Array:
-    return math.frexp(float(x))[1]
+def frexp(x: Array) -> tuple[Array, Array]:
+    xp = array_namespace(x)
+    mantissa, exponent = math.frexp(float(x))
+    return xp.asarray(mantissa, dtype=x.dtype), xp.asarray(exponent)
 
 
 def _kth_largest(keys: Array, k: int) -> Array:

@@ -13,7 +13,7 @@ from .standard import cond
 
 __all__ = [
     "cond",
-    "exponent",
+    "frexp",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
@@ -32,8 +32,9 @@ def ordering_key(x: Array) -> Array:
     return x.detach().abs().view(_INTEGER[x.element_size()])
 
 
-def exponent(x: Array) -> Array:
-    return torch.frexp(x).exponent
+def frexp(x: Array) -> tuple[Array, Array]:
+    mantissa, exponent = torch.frexp(x)
+    return mantissa, exponent
 
 
 def _kth_largest_by_partition(keys: Array, k: int) -> Array:

@@ -5,7 +5,6 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 """
 
 from . import importance, schedules
-from .admm import SplitState, Targets
 from .certificate import stationarity_gap
 from .importance import SquaredGradient
 from .layout import Layout
@@ -13,6 +12,7 @@ from .method import Method, admm, safe
 from .projection import Projection, project
 from .sharpness import ASAM, SAM
 from .sparsity import NM, Block, Channel, Unstructured
+from .splitting import SplitState, Targets
 
 __all__ = [
     "ASAM",

@@ -71,14 +71,16 @@ def stationarity_gap(
     shapes = [tuple(a.shape) for a in point.arrays], [tuple(g.shape) for g in slope.arrays]
     if shapes[0] != shapes[1]:
         raise ValueError(f"gradient must have the shapes of x {shapes[0]}, got {shapes[1]}")
-    y = [a - g / delta for a, g in zip(point.arrays, slope.arrays, strict=True)]
+    xp = array_namespace(*point.arrays, *slope.arrays)
+    dtype = wide_dtype(xp, [*point.arrays, *slope.arrays])
+    x_wide = [xp.astype(a, dtype) for a in point.arrays]
+    y = [a - xp.astype(g, dtype) / delta for a, g in zip(x_wide, slope.arrays, strict=True)]
     support = select(
         y, pattern, importance=point.importance, layouts=point.layouts, names=point.names
     )
-    xp = array_namespace(*y)
-    gap = xp.zeros((), dtype=wide_dtype(xp, y))
+    gap = xp.zeros((), dtype=dtype)
     for a, b, nearest, p in zip(
-        point.arrays, y, apply_support(y, support), point.importance, strict=True
+        x_wide, y, apply_support(y, support), point.importance, strict=True
     ):
         # One sum of differences cancels less than a difference of sums.
         terms = (a - b) ** 2 - (nearest - b) ** 2

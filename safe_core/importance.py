@@ -17,7 +17,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array
 
 from . import _checks
-from ._dtypes import wide_dtype
+from ._dtypes import check_real_floating, wide_dtype
 
 __all__ = ["Importance", "SquaredGradient", "wanda"]
 
@@ -124,8 +124,8 @@ def wanda(activations: Any) -> Any:
 
     Raises
     ------
-    ValueError
-        If ``activations`` has no axes.
+    TypeError, ValueError
+        If ``activations`` is not real floating or has no axes.
 
     References
     ----------
@@ -139,6 +139,7 @@ def wanda(activations: Any) -> Any:
     array([10.,  4.])
     """
     xp = array_namespace(activations)
+    check_real_floating(xp, activations, "activations")
     if activations.ndim == 0:
         raise ValueError("activations must have shape (..., features), got a scalar")
     wide = xp.astype(activations, wide_dtype(xp, [activations]))

@@ -58,9 +58,10 @@ class Layout:
     def __post_init__(self) -> None:
         named: list[int] = []
         for role in ("input_axes", "output_axes", "batch_axes"):
-            axes = tuple(getattr(self, role))
+            given = getattr(self, role)
+            axes = tuple(given) if isinstance(given, (tuple, list)) else (None,)
             if any(isinstance(axis, bool) or not isinstance(axis, int) for axis in axes):
-                raise TypeError(f"{role} must be a tuple of integers, got {axes!r}")
+                raise TypeError(f"{role} must be a tuple of integers, got {given!r}")
             object.__setattr__(self, role, axes)
             named += axes
         if len(set(named)) != len(named):
@@ -93,7 +94,10 @@ def resolve(layout: Layout, ndim: int, name: str) -> Layout:
             raise ValueError(f"{role} of {name} must be in storage order, got {axes!r}")
         return positive
 
-    return Layout(resolved("input_axes"), resolved("output_axes"), resolved("batch_axes"))
+    roles = resolved("input_axes"), resolved("output_axes"), resolved("batch_axes")
+    if len(set(sum(roles, ()))) != sum(map(len, roles)):
+        raise ValueError(f"layout of {name} must name each of {ndim} axes once, got {layout!r}")
+    return Layout(*roles)
 
 
 def merge(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> tuple[tuple[int, ...], int]:
@@ -130,6 +134,8 @@ def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) 
             f"importance of {name} must be a number or, as the array itself, of {xp.__name__}, "
             f"got {type(importance)!r}"
         )
+    if xp.isdtype(importance.dtype, "complex floating"):
+        raise TypeError(f"importance of {name} must be real, got dtype {importance.dtype}")
     shape = tuple(importance.shape)
     if len(shape) in (0, x.ndim):
         if all(size in (1, full) for size, full in zip(shape, x.shape, strict=False)):

@@ -7,7 +7,7 @@ adapters bind it to a training loop; a loop of one's own calls its functions dir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array
 
-from . import _checks
-from . import admm as _admm
-from .admm import SplitState, Targets
+from . import _checks, splitting
 from .importance import Importance
 from .projection import apply_support
 from .schedules import Schedule, as_schedule
 from .sharpness import ASAM, SAM
 from .sparsity import Pattern, as_pattern
+from .splitting import SplitState, Targets
 
 __all__ = ["Method", "admm", "safe"]
 
@@ -90,10 +89,9 @@ class Method:
         if self.perturbation is not None and not isinstance(self.perturbation, SAM):
             raise TypeError(f"perturbation must be SAM, ASAM or None, got {self.perturbation!r}")
         _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
-        parts = ("init", "refresh", "metric")
-        if self.importance is not None and not all(hasattr(self.importance, p) for p in parts):
+        if self.importance is not None and not _is_source(self.importance):
             raise TypeError(
-                "importance must be None or a source such as SquaredGradient(), got "
+                "importance must be None or a hashable source such as SquaredGradient(), got "
                 f"{self.importance!r}; arrays and functions go to the adapter's importance="
             )
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
@@ -140,7 +138,7 @@ class Method:
 
         ``importance`` is P where it is known from the start.
         """
-        return _admm.init(params, self.sparsity, targets, importance=importance)
+        return splitting.init(params, self.sparsity, targets, importance=importance)
 
     def init_importance(self, params: Sequence[Array]) -> list[Array] | None:
         """Return the state of the method's own importance; None if P = 1."""
@@ -165,10 +163,10 @@ class Method:
         if not self.rescale_dual:
             return split
         if isinstance(step, int):
-            return split if step == 0 else _admm.rescale_dual(split, self._ratio(step))
+            return split if step == 0 else splitting.rescale_dual(split, self._ratio(step))
         xp = array_namespace(step)
         ratio = self._ratio(step)
-        return _admm.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
+        return splitting.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
 
     def _ratio(self, step: int | Array) -> float | Array:
         return self.penalty(step - 1) / self.penalty(step)
@@ -185,7 +183,7 @@ class Method:
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
         """
-        return _admm.dual_update(
+        return splitting.dual_update(
             params,
             split,
             self.sparsity,
@@ -205,8 +203,17 @@ class Method:
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
         """
-        support = _admm.final_support(params, self.sparsity, targets, importance=importance)
+        support = splitting.final_support(params, self.sparsity, targets, importance=importance)
         return apply_support(params, support)
+
+
+def _is_source(importance: Any) -> bool:
+    parts = ("init", "refresh", "metric")
+    return (
+        not isinstance(importance, type)
+        and isinstance(importance, Hashable)
+        and all(hasattr(importance, part) for part in parts)
+    )
 
 
 def safe(
@@ -264,6 +271,8 @@ def safe(
     >>> method.sparsity
     Unstructured(sparsity=0.95, scope='global')
     """
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
     return Method(
         sparsity=sparsity,
         perturbation=ASAM(rho) if adaptive else SAM(rho),

@@ -15,7 +15,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array, backend_of
 
-from ._dtypes import wide_dtype
+from ._dtypes import check_real_floating, flushed, wide_dtype, widened
 from .layout import (
     Layout,
     default_layout,
@@ -30,6 +30,7 @@ from .sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern, kep
 __all__ = ["Projection", "project", "select"]
 
 _RANKED_GROUP = 16  # up to this size a group is ranked by comparing all pairs
+_LARGE_EXPONENT = 64
 
 
 class Projection(NamedTuple):
@@ -42,6 +43,13 @@ class Projection(NamedTuple):
         Kept entries are the argument's own, bit for bit; the others are +0.
     support : bool array, or list or dict of them
         True where an entry is kept. A kept entry may itself be zero.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> values, support = project(numpy.asarray([3.0, -1.0]), 0.5)
+    >>> values, support
+    (array([3., 0.]), array([ True, False]))
     """
 
     values: Any
@@ -152,11 +160,12 @@ def select(
         keys, expand = _entry_keys(xp, arrays, importance, names, joint=joint), lambda i, mask: mask
         plans = resolved
     else:
+        squares = _unit_squares(xp, arrays, importance, joint=joint)
         units = [
-            _channels(xp, x, p, layout, name)
+            _channels(xp, square, layout, name)
             if isinstance(pattern, Channel)
-            else _blocks(xp, x, p, pattern, layout, name)
-            for x, p, layout, name in zip(arrays, importance, resolved, names, strict=True)
+            else _blocks(xp, square, pattern, layout, name)
+            for square, layout, name in zip(squares, resolved, names, strict=True)
         ]
         keys = _ordering_keys(xp, [unit.scores for unit in units], joint=joint)
         plans = [unit.layout for unit in units]
@@ -178,7 +187,7 @@ def select(
 def _ordering_keys(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
     if joint and len({score.dtype for score in scores}) > 1:
         dtype = wide_dtype(xp, scores)
-        scores = [xp.astype(score, dtype) for score in scores]
+        scores = [widened(xp, score, dtype) for score in scores]
     return [backend_of(score).ordering_key(score) for score in scores]
 
 
@@ -200,31 +209,18 @@ def _entry_keys(
             f"importance must be given for all arrays or none where they compete globally; "
             f"it lacks {missing}"
         )
-    if joint:
-        dtype = wide_dtype(xp, [*arrays, *importance])
-        factor = _even_factor(xp, [xp.astype(p, dtype) for p in importance])
-        scores = [
-            _entry_scores(xp, x, p, dtype, factor) for x, p in zip(arrays, importance, strict=True)
-        ]
-    else:
-        scores = []
-        for x, p in zip(arrays, importance, strict=True):
-            if p is not None:
-                dtype = wide_dtype(xp, [x, p])
-                x = _entry_scores(xp, x, p, dtype, _even_factor(xp, [xp.astype(p, dtype)]))
-            scores.append(x)
+    pools = [range(len(arrays))] if joint else [[i] for i in range(len(arrays))]
+    scores = list(arrays)
+    for pool in pools:
+        members = [i for i in pool if given[i]]
+        if members:
+            dtype = wide_dtype(xp, [a[i] for a in (arrays, importance) for i in members])
+            weights = [widened(xp, importance[i], dtype) for i in members]
+            factor = _even_factor(xp, weights)
+            for i, p in zip(members, weights, strict=True):
+                magnitude = xp.abs(widened(xp, arrays[i], dtype))
+                scores[i] = flushed(xp, xp.sqrt(flushed(xp, p * factor)) * magnitude)
     return _ordering_keys(xp, scores, joint=joint)
-
-
-def _entry_scores(xp: Any, x: Array, p: Array, dtype: Any, factor: Array) -> Array:
-    # XLA flushes subnormal numbers to zero. Flushing them everywhere gives every
-    # backend the same scores.
-    def flush(a: Array) -> Array:
-        return xp.where(a < tiny, xp.zeros_like(a), a)
-
-    tiny = float(xp.finfo(dtype).smallest_normal)
-    root = xp.sqrt(flush(xp.astype(p, dtype)) * factor)
-    return flush(root * flush(xp.abs(xp.astype(x, dtype))))
 
 
 def _even_factor(xp: Any, importance: Sequence[Array]) -> float | Array:
@@ -233,15 +229,57 @@ def _even_factor(xp: Any, importance: Sequence[Array]) -> float | Array:
     Then scaling all P by any power of two scales every square root by a power of two
     exactly, and no rank changes.
     """
-    peaks = [xp.max(p) for p in importance if math.prod(p.shape)]
-    if not peaks:
+    peak = _peak(xp, importance)
+    if peak is None:
         return 1.0
-    peak = xp.max(xp.stack(peaks))
-    exponent = backend_of(peak).exponent(peak)
-    if isinstance(exponent, int):
-        return (0.5 if exponent > 0 else 2.0) if exponent % 2 else 1.0
+    _, exponent = backend_of(peak).frexp(peak)
     two = xp.ones_like(peak) * 2
-    return xp.where(exponent % 2 == 0, two / 2, xp.where(exponent > 0, 1 / two, two))
+    # Halving is for a P that doubling could overflow.
+    odd = xp.where(exponent < _LARGE_EXPONENT, two, 1 / two)
+    return xp.where(exponent % 2 == 0, two / 2, odd)
+
+
+def _unit_scale(xp: Any, arrays: Sequence[Array]) -> float | Array:
+    """The power of two that divides arrays to magnitudes below 2, exactly.
+
+    Sums of squares of what remains neither overflow nor, beside the largest, underflow.
+    """
+    peak = _peak(xp, [xp.abs(a) for a in arrays])
+    if peak is None:
+        return 1.0
+    mantissa, _ = backend_of(peak).frexp(peak)
+    one = xp.ones_like(peak)
+    usable = (peak > 0) & xp.isfinite(peak)
+    return xp.where(usable, peak / (2 * xp.where(usable, mantissa, one)), one)
+
+
+def _peak(xp: Any, arrays: Sequence[Array]) -> Array | None:
+    """The largest entry of all arrays; None where there is no entry."""
+    peaks = [xp.max(a) for a in arrays if math.prod(a.shape)]
+    return xp.max(xp.stack(peaks)) if peaks else None
+
+
+def _unit_squares(
+    xp: Any, arrays: Sequence[Array], importance: Sequence[Array | None], *, joint: bool
+) -> list[Array]:
+    """``P v^2`` of every entry, up to one factor for all that compete."""
+    squares: list[Array] = []
+    pools = [range(len(arrays))] if joint else [[i] for i in range(len(arrays))]
+    for pool in pools:
+        given = [importance[i] for i in pool if importance[i] is not None]
+        dtype = wide_dtype(xp, [*(arrays[i] for i in pool), *given])
+        values = [widened(xp, arrays[i], dtype) for i in pool]
+        scale = _unit_scale(xp, values)
+        weights = [
+            xp.ones((), dtype=dtype) if importance[i] is None else widened(xp, importance[i], dtype)
+            for i in pool
+        ]
+        weight_scale = _unit_scale(xp, weights) if given else 1.0
+        for v, p in zip(values, weights, strict=True):
+            small = v / scale
+            square = small * small
+            squares.append(flushed(xp, p / weight_scale * square if given else square))
+    return squares
 
 
 # Pools
@@ -306,22 +344,19 @@ class _Units(NamedTuple):
     expand: Callable[[Array], Array]
 
 
-def _channels(xp: Any, x: Array, p: Array | None, layout: Layout | None, name: str) -> _Units:
+def _channels(xp: Any, squares: Array, layout: Layout | None, name: str) -> _Units:
     layout = _roles(layout, name, "a Channel pattern", outputs=True)
     kept = layout.output_axes + layout.batch_axes
-    squares = _weighted_squares(xp, x, p)
-    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    axes = tuple(axis for axis in range(squares.ndim) if axis not in kept)
     scores = xp.sum(squares, axis=axes, keepdims=True) if axes else squares
 
     def expand(mask: Array) -> Array:
-        return mask & xp.ones_like(x, dtype=xp.bool)
+        return mask & xp.ones_like(squares, dtype=xp.bool)
 
     return _Units(scores, layout, expand)
 
 
-def _blocks(
-    xp: Any, x: Array, p: Array | None, pattern: Block, layout: Layout | None, name: str
-) -> _Units:
+def _blocks(xp: Any, squares: Array, pattern: Block, layout: Layout | None, name: str) -> _Units:
     """Cut the output and input axes into blocks; the units keep their storage order."""
     layout = _roles(layout, name, "a Block pattern", inputs=True, outputs=True)
     sizes = dict(zip(("output", "input"), pattern.shape, strict=True))
@@ -331,11 +366,11 @@ def _blocks(
     split: list[int] = []  # wholes, with each role cut into (blocks, block)
     inner: list[int] = []  # axes of split that run within a block
     batch: list[int] = []  # axes of split along which tensors are stacked
-    for axis, size in enumerate(x.shape):
+    for axis, size in enumerate(squares.shape):
         if axis in roles:
             role = roles[axis]
             axes = layout.output_axes if role == "output" else layout.input_axes
-            size = merge(x.shape, axes, name)[0][axis]
+            size = merge(squares.shape, axes, name)[0][axis]
             whole = _whole(size, sizes[role], pattern.ragged, name, role)
             merged.append(size)
             wholes.append(whole)
@@ -347,24 +382,19 @@ def _blocks(
             merged.append(size)
             wholes.append(size)
             split.append(size)
-    squares = xp.reshape(_weighted_squares(xp, x, p), tuple(merged))
+    full = xp.reshape(squares, tuple(merged))
+    head = full
     for axis, whole in enumerate(wholes):
-        squares = _slice(squares, axis, whole)
-    scores = xp.sum(xp.reshape(squares, tuple(split)), axis=tuple(inner), keepdims=True)
+        head = _slice(head, axis, whole)
+    scores = xp.sum(xp.reshape(head, tuple(split)), axis=tuple(inner), keepdims=True)
 
     def expand(mask: Array) -> Array:
-        full = xp.reshape(xp.broadcast_to(mask, tuple(split)), tuple(wholes))
-        for axis in range(full.ndim):
-            full = _pad(xp, full, axis, xp.reshape(x, tuple(merged)))
-        return xp.reshape(full, x.shape)
+        mask = xp.reshape(xp.broadcast_to(mask, tuple(split)), tuple(wholes))
+        for axis in range(mask.ndim):
+            mask = _pad(xp, mask, axis, full)
+        return xp.reshape(mask, squares.shape)
 
     return _Units(scores, Layout(batch_axes=tuple(batch)), expand)
-
-
-def _weighted_squares(xp: Any, x: Array, p: Array | None) -> Array:
-    dtype = wide_dtype(xp, [x] if p is None else [x, p])
-    wide = xp.astype(x, dtype)
-    return wide * wide if p is None else xp.astype(p, dtype) * wide * wide
 
 
 def _roles(
@@ -455,6 +485,8 @@ def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> li
     """``given`` as a list beside the arrays: the same structure, or one for all."""
     if given is None:
         return [None] * len(names)
+    if argument == "layout" and is_array_api_obj(arrays) and not isinstance(given, Layout):
+        raise TypeError(f"layout must be a Layout, got {given!r}")
     if isinstance(arrays, Mapping) and isinstance(given, Mapping):
         unknown = [key for key in given if key not in arrays]
         if unknown:
@@ -477,8 +509,7 @@ def _check_arrays(arrays: Sequence[Array], names: Sequence[str]) -> None:
     for x, name in zip(arrays, names, strict=True):
         if not is_array_api_obj(x):
             raise TypeError(f"{name} must be an array, got {type(x)!r}")
-        if not array_namespace(x).isdtype(x.dtype, "real floating"):
-            raise TypeError(f"{name} must be real floating, got dtype {x.dtype}")
+        check_real_floating(array_namespace(x), x, name)
 
 
 def _check_values(

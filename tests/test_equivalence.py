@@ -22,9 +22,9 @@ import safe_core
 from safe_core import SquaredGradient, Targets
 from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.admm import penalty_gradient
 from safe_core.importance import wanda
 from safe_core.layout import OUTPUT_INPUT
+from safe_core.splitting import penalty_gradient
 
 pytestmark = pytest.mark.equivalence
 

@@ -46,6 +46,13 @@ class SplitState(NamedTuple):
         in 16 bits small increments of u would be lost.
     support : list of bool arrays
         Where z may be non-zero; u is zero there.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> state = SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])])
+    >>> recover(state)  # z = (2, 0) and u = (0, -3)
+    ([array([2., 0.])], [array([ 0., -3.])])
     """
 
     anchor: list[Array]
@@ -61,6 +68,11 @@ class Targets(NamedTuple):
         Names for messages, one per array.
     layouts : tuple of Layout or None
         Roles of the axes, one per array; None where they are unknown.
+
+    Examples
+    --------
+    >>> Targets(names=("dense.weight",), layouts=(Layout((1,), (0,)),)).names
+    ('dense.weight',)
     """
 
     names: tuple[str, ...]
@@ -125,7 +137,8 @@ def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
     >>> penalty_gradient(numpy.asarray([1.0]), numpy.asarray([3.0]), 0.5)
     array([-1.])
     """
-    return penalty * (array_namespace(x).astype(x, anchor.dtype) - anchor)
+    xp = array_namespace(x)
+    return xp.astype(penalty * (xp.astype(x, anchor.dtype) - anchor), anchor.dtype, copy=False)
 
 
 def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
@@ -274,7 +287,7 @@ def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
     [array([2. , 1.5])]
     """
     anchor = [
-        array_namespace(a).where(mask, a, ratio * a)
+        array_namespace(a).where(mask, a, array_namespace(a).astype(ratio * a, a.dtype))
         for a, mask in zip(state.anchor, state.support, strict=True)
     ]
     return SplitState(anchor, state.support)

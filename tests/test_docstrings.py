@@ -1,0 +1,72 @@
+"""Examples in docstrings run, and every public name has one."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import safe_core
+import safe_core.adapters
+import safe_core.backends
+import safe_core.splitting
+
+
+def modules(package: object) -> list[str]:
+    return [
+        info.name
+        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+        if not info.ispkg
+    ]
+
+
+PACKAGES = (safe_core, safe_core.backends, safe_core.adapters)
+MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
+WITHOUT_EXAMPLES = {
+    "safe_core.adapters",
+    "safe_core.adapters.cli",
+    "safe_core",
+    "safe_core._checks",
+    "safe_core._dtypes",
+}
+
+
+def test_every_module_is_found() -> None:
+    assert {"safe_core.projection", "safe_core.splitting", "safe_core.backends.jax"} < set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.failed == 0
+    if name not in WITHOUT_EXAMPLES and not name.startswith("safe_core.backends."):
+        assert results.attempted > 0
+
+
+def public() -> dict[str, object]:
+    """Classes and functions of the package, and functions of its public modules."""
+    found = {
+        name: getattr(safe_core, name)
+        for name in safe_core.__all__
+        if not inspect.ismodule(getattr(safe_core, name))
+    }
+    for module in (safe_core.splitting, safe_core.importance, safe_core.schedules):
+        for name in module.__all__:
+            if inspect.isfunction(getattr(module, name)):
+                found[f"{module.__name__}.{name}"] = getattr(module, name)
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_public_names_have_an_example(name: str) -> None:
+    thing = public()[name]
+    assert thing.__module__.startswith("safe_core")
+    assert "Examples\n--------\n>>> " in (inspect.getdoc(thing) or "")
+
+
+@pytest.mark.parametrize("module", [safe_core, safe_core.importance, safe_core.schedules])
+def test_public_modules_are_documented(module: object) -> None:
+    assert len(module.__doc__.split()) > 10
