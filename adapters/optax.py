@@ -168,40 +168,28 @@ def sparse_optimizer(
                 )
             radius = None if rho is None else _at(rho, state.step)
             e = method.perturb(tree.leaves(params), gradients, state.step, rho=radius)
-            moved = [
-                (p + e_i).astype(p.dtype) for p, e_i in zip(tree.leaves(params), e, strict=True)
-            ]
-            second = grad_fn(tree.treedef.unflatten(moved))
-            gradients = _flat("what grad_fn returns", second, tree.treedef)
+            gradients = _flat(
+                "what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef
+            )
         held = None if state.importance is None else tree.sparse(state.importance)
         split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
         split = method.rescale(split, state.step)
         weight = method.penalty(state.step) if penalty is None else _at(penalty, state.step)
-        penalized = list(gradients)
-        for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True):
-            g = gradients[i]
-            penalized[i] = (g + penalty_gradient(x, anchor, weight)).astype(g.dtype)
-        out, base_state = inner.update(
-            tree.treedef.unflatten(penalized), state.base, params, **extra_args
-        )
+        penalized = _penalized(params, gradients, split, weight, tree)
+        out, base_state = inner.update(penalized, state.base, params, **extra_args)
         new_params = optax.apply_updates(params, out)
 
         def due(split: SplitState, held: list[Any] | None) -> tuple[SplitState, list[Any] | None]:
+            values = tree.sparse(new_params)
             if callable(importance):
-                held = _placed(importance(new_params), tree.sparse(new_params), tree)
+                held = _placed(importance(new_params), values, tree)
             else:
                 held = method.refresh_importance(held, [gradients[i] for i in tree.indices])
-            values = tree.sparse(new_params)
             metric = method.metric(held)
             return method.dual_update(values, split, state.step, tree.targets, metric), held
 
-        def not_due(
-            split: SplitState, held: list[Any] | None
-        ) -> tuple[SplitState, list[Any] | None]:
-            return split, held
-
         split, held = backend_of(state.step).cond(
-            method.is_dual_update(state.step), due, not_due, split, held
+            method.is_dual_update(state.step), due, lambda *same: same, split, held
         )
         return out, SparseOptimizerState(
             step=optax.safe_increment(state.step),
@@ -271,10 +259,7 @@ def finalize(
         metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     else:
         metric = None if importance is None else _placed(importance, sparse, tree)
-    leaves = list(tree.leaves(params))
-    for i, value in zip(tree.indices, method.finalize(sparse, tree.targets, metric), strict=True):
-        leaves[i] = value
-    return tree.treedef.unflatten(leaves)
+    return tree.replaced(tree.leaves(params), method.finalize(sparse, tree.targets, metric))
 
 
 def find_state(state: PyTree) -> SparseOptimizerState:
@@ -362,12 +347,33 @@ class _Tree(NamedTuple):
         leaves = self.leaves(tree)
         return [leaves[i] for i in self.indices]
 
+    def replaced(self, leaves: Sequence[Any], sparse: Sequence[Any]) -> PyTree:
+        """A tree of ``leaves``, with the sparse ones replaced."""
+        found = list(leaves)
+        for i, leaf in zip(self.indices, sparse, strict=True):
+            found[i] = leaf
+        return self.treedef.unflatten(found)
+
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """A tree of the sparse leaves, masked elsewhere."""
-        leaves: list[Any] = [optax.MaskedNode()] * self.treedef.num_leaves
-        for i, leaf in zip(self.indices, sparse, strict=True):
-            leaves[i] = leaf
-        return self.treedef.unflatten(leaves)
+        return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def _moved(params: PyTree, e: Sequence[Any], tree: _Tree) -> PyTree:
+    """``x + e`` in the dtypes of x."""
+    leaves = zip(tree.leaves(params), e, strict=True)
+    return tree.treedef.unflatten([(p + e_i).astype(p.dtype) for p, e_i in leaves])
+
+
+def _penalized(
+    params: PyTree, gradients: Sequence[Any], split: SplitState, penalty: Any, tree: _Tree
+) -> PyTree:
+    """The gradients of loss and penalty, in the dtypes of the loss gradients."""
+    sums = [
+        (gradients[i] + penalty_gradient(x, anchor, penalty)).astype(gradients[i].dtype)
+        for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True)
+    ]
+    return tree.replaced(gradients, sums)
 
 
 def _is_masked(node: Any) -> bool:

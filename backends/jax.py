@@ -57,7 +57,8 @@ def cond(
     false_fun: Callable[..., Any],
     *operands: Any,
 ) -> Any:
-    if isinstance(predicate, bool):
+    if isinstance(predicate, bool) or is_concrete(predicate):
+        # Run eagerly, `lax.cond` would compile both branches at every call.
         return true_fun(*operands) if predicate else false_fun(*operands)
     return lax.cond(predicate, true_fun, false_fun, *operands)
 

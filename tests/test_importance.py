@@ -163,7 +163,7 @@ def test_zero_importance_ranks_lowest(xp: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "importance"), [(1e-40, 1.0), (1.0, 1e-40), (1e-30, 1e-30)], ids=str
+    ("value", "importance"), [(1e-40, 1.0), (1e-40, 1e30), (1.0, 1e-40), (1e-30, 1e-30)], ids=str
 )
 def test_subnormal_scores_rank_as_zero(xp: Backend, value: float, importance: float) -> None:
     # XLA flushes them, so that no backend may tell them from the zero before them.

@@ -139,10 +139,25 @@ def test_scaling_importance_by_a_power_of_two_changes_nothing(
     # sqrt(2 P) is rounded differently.
     arrays = data.draw(points(case, st.sampled_from(NEIGHBOURS)))
     importance = data.draw(points(case, st.sampled_from(np.float32([0.1, 1.5, 3.0]))))
-    exponent = data.draw(st.integers(-30, 30))
+    exponent = data.draw(st.integers(-100, 100))
     fn = projector(case.pattern, case.layouts)
     plain = xp.run(fn, arrays, importance)
     scaled = xp.run(fn, arrays, [np.ldexp(p, exponent) for p in importance])
+    assert_same(scaled.support, plain.support)
+
+
+@cases("global", "nm", "block", "block-global", "channel", "channel-global")
+@given(data=st.data())
+def test_scaling_the_arrays_by_a_power_of_two_changes_nothing(
+    xp: Backend, case: Case, data: st.DataObject
+) -> None:
+    # Squares of most of these scales are no float32.
+    arrays = data.draw(points(case, st.floats(0.5, 2, width=32)))
+    importance = data.draw(points(case, st.sampled_from(np.float32([0.1, 1.5, 3.0]))))
+    exponent = data.draw(st.integers(-120, 124))
+    fn = projector(case.pattern, case.layouts)
+    plain = xp.run(fn, arrays, importance)
+    scaled = xp.run(fn, [np.ldexp(v, exponent) for v in arrays], importance)
     assert_same(scaled.support, plain.support)
 
 
@@ -352,9 +367,10 @@ def test_subnormal_entries_beside_a_wider_array_rank_the_same_on_every_backend(
 def test_units_with_subnormal_sums_rank_the_same_on_every_backend(
     xp: Backend, pattern: Any
 ) -> None:
-    v = np.asarray([[1e-25], [1e-20], [2e-20], [0.0]], np.float32)
-    wanted = Backend.NUMPY.run(projector(pattern), v).support
-    assert_same([xp.run(projector(pattern), v).support], [wanted])
+    for entries in ([1e-25, 1e-20, 2e-20, 0.0], [0.0, 1e-22, 2e-22, 1.0]):
+        v = np.asarray(entries, np.float32)[:, None]
+        wanted = Backend.NUMPY.run(projector(pattern), v).support
+        assert_same([xp.run(projector(pattern), v).support], [wanted])
 
 
 def transposed_rows(x: Any) -> Any:
