@@ -15,9 +15,11 @@ import numpy as np
 import optax
 
 from safe_core import Method, SplitState, Targets, _checks
+from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
 from safe_core.layout import Layout, place_importance
-from safe_core.splitting import penalty_gradient
+from safe_core.schedules import Cubic
+from safe_core.splitting import is_projected, penalty_gradient
 
 from .flax_weights import is_prunable, layout_of
 
@@ -255,6 +257,7 @@ def finalize(
     )
     tree = _Tree.read(params, is_sparse, layout)
     sparse = tree.sparse(params)
+    _check_layout(tree.sparse(ours.support), method, tree)
     if isinstance(importance, str) and importance == _LAST:
         metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     else:
@@ -450,11 +453,21 @@ def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
             raise TypeError(f"importance of {name} must be an array, got {p!r}")
-        p = jnp.asarray(p)
-        if backend_of(p).is_concrete(p) and not bool(jnp.all((p >= 0) & jnp.isfinite(p))):
-            raise ValueError(f"importance of {name} must be finite and non-negative")
-        placed.append(place_importance(p, x, layout, name))
+        placed.append(place_importance(jnp.asarray(p), x, layout, name))
+    check_importance(placed, names)
     return placed
+
+
+def _check_layout(support: Sequence[Any], method: Method, tree: _Tree) -> None:
+    """Refuse a layout other than the one that was trained with, where values can be read."""
+    changes = isinstance(getattr(method.sparsity, "sparsity", None), Cubic)
+    if changes or not all(backend_of(mask).is_concrete(mask) for mask in support):
+        return
+    if not is_projected(support, method.sparsity, tree.targets):
+        raise ValueError(
+            "method and layout must be those that state was trained with: its support is none of "
+            f"{method.sparsity!r} with layouts {tree.targets.layouts}"
+        )
 
 
 def _check_arguments(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core import Method, SplitState, Targets
+from safe_core.arguments import check_importance
 from safe_core.layout import Layout, place_importance
 from safe_core.sharpness import norm
 from safe_core.splitting import penalty_gradient
@@ -212,6 +213,9 @@ class SparseOptimizer(Optimizer):
             before the step, or if it is called within that phase.
         """
         self._refuse_within_perturbed("step()")
+        if closure is None and self._phase != "ready" and self._only_initialises():
+            self.base.step()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -219,7 +223,7 @@ class SparseOptimizer(Optimizer):
                 if self.method.perturbs:
                     with self.perturbed():
                         closure()
-        elif self.method.perturbs and self._phase != "ready" and not self._may_skip_perturbation():
+        elif self.method.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
             raise ValueError(
                 "step() needs a gradient at the perturbed point, for the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
@@ -266,22 +270,23 @@ class SparseOptimizer(Optimizer):
             If ``importance`` does not fit the parameters, or within a perturbed block.
         """
         self._refuse_within_perturbed("finalize()")
-        sparse = self._sparse_parameters()
+        with self._as_started() as sparse:
+            if isinstance(importance, str) and importance == _LAST:
+                metric = self.method.metric(self._importance_state(sparse))
+            else:
+                metric = None if importance is None else self._placed(importance, sparse)
         values = [p.detach() for p in sparse]
-        if isinstance(importance, str) and importance == _LAST:
-            metric = self.method.metric(self._importance_state(sparse))
-        else:
-            metric = None if importance is None else self._placed(importance, sparse)
         projected = self.method.finalize(values, self._targets_of(sparse), metric)
         torch._foreach_copy_(values, projected)
 
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
-        return {self._targets[p].name: p for p in self._sparse_parameters()}
+        return {self._targets[p].name: p for p in self._active()}
 
     def split(self) -> SplitState:
         """Return anchors and supports, in the order of `sparse_parameters`."""
-        return self._split(self._sparse_parameters())
+        with self._as_started() as sparse:
+            return self._split(sparse)
 
     # The optimizer contract
 
@@ -308,14 +313,14 @@ class SparseOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._sparse_parameters()
         packed = self.base.state_dict()
         entries = {index: dict(entry) for index, entry in packed["state"].items()}
-        for index, parameter in _numbered(packed["param_groups"], self.param_groups):
-            ours = self.state.get(parameter, {})
-            if ours:
-                named = {_PREFIX + key: value for key, value in ours.items()}
-                entries.setdefault(index, {}).update(named)
+        with self._as_started():
+            for index, parameter in _numbered(packed["param_groups"], self.param_groups):
+                ours = self.state.get(parameter, {})
+                if ours:
+                    named = {_PREFIX + key: value for key, value in ours.items()}
+                    entries.setdefault(index, {}).update(named)
         groups = [{**group, _STEPS: self.steps} for group in packed["param_groups"]]
         merged = {**packed, "state": entries, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -409,13 +414,31 @@ class SparseOptimizer(Optimizer):
                 if p.requires_grad:
                     yield p, -1 if group.get("maximize") else 1
 
+    def _active(self) -> list[Tensor]:
+        """Selected parameters that are not frozen."""
+        return [p for p in self._targets if p.requires_grad]
+
     def _sparse_parameters(self) -> list[Tensor]:
-        """Selected parameters that are not frozen; starts the split of new ones."""
-        sparse = [p for p in self._targets if p.requires_grad]
+        """The active parameters; starts the split of new ones."""
+        sparse = self._active()
         new = [p for p in sparse if p not in self.state]
         if new:
             self._start(new)
         return sparse
+
+    @contextmanager
+    def _as_started(self) -> Iterator[list[Tensor]]:
+        """The active parameters with a split, which is dropped again where it is new.
+
+        To look at an optimizer must not fix where z and u start: weights may still be
+        loaded into the model.
+        """
+        new = [p for p in self._active() if p not in self.state]
+        try:
+            yield self._sparse_parameters()
+        finally:
+            for p in new:
+                self.state.pop(p, None)
 
     @torch.no_grad()
     def _start(self, params: list[Tensor]) -> None:
@@ -432,7 +455,7 @@ class SparseOptimizer(Optimizer):
 
     def _check_fit(self) -> None:
         """Raise now what would be raised at the first step, at no cost in memory."""
-        params = [p for p in self._targets if p.requires_grad]
+        params = self._active()
         if isinstance(self._importance, Mapping):
             known = {target.name for target in self._targets.values()}
             unknown = sorted(set(self._importance) - known)
@@ -455,12 +478,23 @@ class SparseOptimizer(Optimizer):
         steps = self.method.perturb(params, gradients, self.steps)
         return [step if sign > 0 else -step for step, (_, sign) in zip(steps, touched, strict=True)]
 
-    def _may_skip_perturbation(self) -> bool:
-        # torch.distributed.checkpoint takes a step with zero learning rates to make a
-        # base optimizer create its state.
-        return self.allow_unperturbed or all(
-            "lr" in group and float(group["lr"]) == 0 for group in self.param_groups
+    def _only_initialises(self) -> bool:
+        """Whether a step would only make the base optimizer create its state.
+
+        torch.distributed.checkpoint takes one with zero learning rates and gradients
+        before it saves or loads. It is no step of the method.
+        """
+        return (
+            self.steps == 0
+            and self._has_zero_rates()
+            and not any(bool(p.grad.any()) for p, _ in self._all_parameters() if p.grad is not None)
         )
+
+    def _may_go_unperturbed(self) -> bool:
+        return self.allow_unperturbed or self._has_zero_rates()
+
+    def _has_zero_rates(self) -> bool:
+        return all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
     def _add_penalty(self, sparse: list[Tensor]) -> None:
         penalty = self.method.penalty(self.steps)
@@ -537,9 +571,8 @@ class SparseOptimizer(Optimizer):
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
             given = torch.as_tensor(importance[name], device=p.device)
-            if bool((~((given >= 0) & given.isfinite())).any()):
-                raise ValueError(f"importance of {name} must be finite and non-negative")
             placed.append(place_importance(given, p.detach(), layout, name).clone())
+        check_importance(placed, [self._targets[p].name for p in params])
         return placed
 
 

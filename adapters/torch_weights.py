@@ -34,7 +34,7 @@ def prunable_weights(model: nn.Module) -> dict[nn.Parameter, Layout | None]:
     """Weights of linear, convolution and attention layers, with the roles of their axes.
 
     Biases, norms and embeddings are left out, and so is a weight that is tied to an
-    embedding.
+    embedding, or that a parametrization such as weight normalisation computes.
 
     Parameters
     ----------

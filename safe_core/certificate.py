@@ -10,7 +10,8 @@ from safe_core.backends import Array
 
 from . import _checks
 from ._dtypes import wide_dtype
-from .projection import apply_support, read_arguments, select
+from .arguments import read_arguments
+from .projection import apply_support, select
 from .sparsity import as_pattern
 
 __all__ = ["stationarity_gap"]
@@ -84,5 +85,5 @@ def stationarity_gap(
     ):
         # One sum of differences cancels less than a difference of sums.
         terms = (a - b) ** 2 - (nearest - b) ** 2
-        gap = gap + xp.sum(terms if p is None else p * terms)
+        gap = gap + xp.sum(terms if p is None else xp.astype(p, dtype) * terms)
     return gap

@@ -8,29 +8,21 @@ support: score each unit, keep the best units of each comparison pool.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace, is_array_api_obj
+from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
-from ._dtypes import check_real_floating, flushed, wide_dtype, widened
-from .layout import (
-    Layout,
-    default_layout,
-    inverse,
-    merge,
-    place_importance,
-    resolve,
-    rows_first,
-)
+from .arguments import read_arguments
+from .layout import Layout, inverse, merge, resolve, rows_first
+from .scores import entry_keys, ordering_keys, unit_squares
 from .sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern, kept_counts, stage
 
 __all__ = ["Projection", "project", "select"]
 
 _RANKED_GROUP = 16  # up to this size a group is ranked by comparing all pairs
-_LARGE_EXPONENT = 64
 
 
 class Projection(NamedTuple):
@@ -38,10 +30,10 @@ class Projection(NamedTuple):
 
     Attributes
     ----------
-    values : array, or list or dict of arrays
+    values : array, or list, tuple or dict of arrays
         The nearest sparse point, of the structure, shapes and dtypes of the argument.
         Kept entries are the argument's own, bit for bit; the others are +0.
-    support : bool array, or list or dict of them
+    support : bool array, or list, tuple or dict of them
         True where an entry is kept. A kept entry may itself be zero.
 
     Examples
@@ -149,7 +141,7 @@ def select(
     ]
     at = stage(pattern, step)
     if isinstance(pattern, NM):
-        keys = _entry_keys(xp, arrays, importance, names, joint=False)
+        keys = entry_keys(xp, arrays, importance, names, joint=False)
         return [
             _select_groups(xp, key, pattern, layout, name)
             for key, layout, name in zip(keys, resolved, names, strict=True)
@@ -157,17 +149,17 @@ def select(
     joint = pattern.scope == "global"
     expand: Callable[[int, Array], Array]
     if isinstance(pattern, Unstructured):
-        keys, expand = _entry_keys(xp, arrays, importance, names, joint=joint), lambda i, mask: mask
+        keys, expand = entry_keys(xp, arrays, importance, names, joint=joint), lambda i, mask: mask
         plans = resolved
     else:
-        squares = _unit_squares(xp, arrays, importance, joint=joint)
+        squares = unit_squares(xp, arrays, importance, joint=joint)
         units = [
             _channels(xp, square, layout, name)
             if isinstance(pattern, Channel)
             else _blocks(xp, square, pattern, layout, name)
             for square, layout, name in zip(squares, resolved, names, strict=True)
         ]
-        keys = _ordering_keys(xp, [unit.scores for unit in units], joint=joint)
+        keys = ordering_keys(xp, [unit.scores for unit in units], joint=joint)
         plans = [unit.layout for unit in units]
         expand = lambda i, mask: units[i].expand(mask)  # noqa: E731
     if joint:
@@ -179,107 +171,6 @@ def select(
             for key, plan, name in zip(keys, plans, names, strict=True)
         ]
     return [expand(i, mask) for i, mask in enumerate(masks)]
-
-
-# Scores
-
-
-def _ordering_keys(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
-    if joint and len({score.dtype for score in scores}) > 1:
-        dtype = wide_dtype(xp, scores)
-        scores = [widened(xp, score, dtype) for score in scores]
-    return [backend_of(score).ordering_key(score) for score in scores]
-
-
-def _entry_keys(
-    xp: Any,
-    arrays: Sequence[Array],
-    importance: Sequence[Array | None],
-    names: Sequence[str],
-    *,
-    joint: bool,
-) -> list[Array]:
-    """Keys that rank entries by ``sqrt(P) |v|``: squares would underflow."""
-    given = [p is not None for p in importance]
-    if not any(given):
-        return _ordering_keys(xp, arrays, joint=joint)
-    if joint and not all(given):
-        missing = names[given.index(False)]
-        raise ValueError(
-            f"importance must be given for all arrays or none where they compete globally; "
-            f"it lacks {missing}"
-        )
-    pools = [range(len(arrays))] if joint else [[i] for i in range(len(arrays))]
-    scores = list(arrays)
-    for pool in pools:
-        members = [i for i in pool if given[i]]
-        if members:
-            dtype = wide_dtype(xp, [a[i] for a in (arrays, importance) for i in members])
-            weights = [widened(xp, importance[i], dtype) for i in members]
-            factor = _even_factor(xp, weights)
-            for i, p in zip(members, weights, strict=True):
-                magnitude = xp.abs(widened(xp, arrays[i], dtype))
-                scores[i] = flushed(xp, xp.sqrt(flushed(xp, p * factor)) * magnitude)
-    return _ordering_keys(xp, scores, joint=joint)
-
-
-def _even_factor(xp: Any, importance: Sequence[Array]) -> float | Array:
-    """1, 2 or 1/2, so that the exponent of the largest P times it is even.
-
-    Then scaling all P by any power of two scales every square root by a power of two
-    exactly, and no rank changes.
-    """
-    peak = _peak(xp, importance)
-    if peak is None:
-        return 1.0
-    _, exponent = backend_of(peak).frexp(peak)
-    two = xp.ones_like(peak) * 2
-    # Halving is for a P that doubling could overflow.
-    odd = xp.where(exponent < _LARGE_EXPONENT, two, 1 / two)
-    return xp.where(exponent % 2 == 0, two / 2, odd)
-
-
-def _unit_scale(xp: Any, arrays: Sequence[Array]) -> float | Array:
-    """The power of two that divides arrays to magnitudes below 2, exactly.
-
-    Sums of squares of what remains neither overflow nor, beside the largest, underflow.
-    """
-    peak = _peak(xp, [xp.abs(a) for a in arrays])
-    if peak is None:
-        return 1.0
-    mantissa, _ = backend_of(peak).frexp(peak)
-    one = xp.ones_like(peak)
-    usable = (peak > 0) & xp.isfinite(peak)
-    return xp.where(usable, peak / (2 * xp.where(usable, mantissa, one)), one)
-
-
-def _peak(xp: Any, arrays: Sequence[Array]) -> Array | None:
-    """The largest entry of all arrays; None where there is no entry."""
-    peaks = [xp.max(a) for a in arrays if math.prod(a.shape)]
-    return xp.max(xp.stack(peaks)) if peaks else None
-
-
-def _unit_squares(
-    xp: Any, arrays: Sequence[Array], importance: Sequence[Array | None], *, joint: bool
-) -> list[Array]:
-    """``P v^2`` of every entry, up to one factor for all that compete."""
-    squares: list[Array] = []
-    pools = [range(len(arrays))] if joint else [[i] for i in range(len(arrays))]
-    for pool in pools:
-        given = [importance[i] for i in pool if importance[i] is not None]
-        dtype = wide_dtype(xp, [*(arrays[i] for i in pool), *given])
-        values = [widened(xp, arrays[i], dtype) for i in pool]
-        scale = _unit_scale(xp, values)
-        weights = [
-            xp.ones((), dtype=dtype) if importance[i] is None else widened(xp, importance[i], dtype)
-            for i in pool
-        ]
-        weight_scale = _unit_scale(xp, weights) if given else 1.0
-        for v, p in zip(values, weights, strict=True):
-            small = v / scale
-            square = small * small
-            squares.append(flushed(xp, p / weight_scale * square if given else square))
-    return squares
 
 
 # Pools
@@ -433,98 +324,3 @@ def _pad(xp: Any, mask: Array, axis: int, like: Array) -> Array:
         slice(size, None) if a == axis else slice(0, size) for a, size in enumerate(mask.shape)
     )
     return xp.concat([mask, xp.ones_like(like[tail], dtype=xp.bool)], axis=axis)
-
-
-# Arguments
-
-
-class Arguments(NamedTuple):
-    """Checked arguments of `project`, as lists; ``rebuild`` restores their structure."""
-
-    arrays: list[Array]
-    importance: list[Array | None]
-    layouts: list[Layout | None]
-    names: list[str]
-    rebuild: Callable[[list[Array]], Any]
-
-
-def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
-    """Check the arguments of `project` and give importance the axes of its array."""
-    listed, names, rebuild = _listed(arrays)
-    _check_arrays(listed, names)
-    layouts = [
-        default_layout(x.ndim) if given is None else given
-        for x, given in zip(listed, _matched("layout", layout, arrays, names), strict=True)
-    ]
-    weights = [
-        None if p is None else place_importance(p, x, given, name)
-        for p, x, given, name in zip(
-            _matched("importance", importance, arrays, names), listed, layouts, names, strict=True
-        )
-    ]
-    _check_values(listed, weights, names)
-    return Arguments(listed, weights, layouts, names, rebuild)
-
-
-def _listed(arrays: Any) -> tuple[list[Array], list[str], Callable[[list[Array]], Any]]:
-    """The arrays as a list, their names, and the function that restores the structure."""
-    if is_array_api_obj(arrays):
-        return [arrays], ["arrays"], lambda listed: listed[0]
-    if isinstance(arrays, Mapping):
-        keys = list(arrays)
-        names = [f"arrays[{key!r}]" for key in keys]
-        return list(arrays.values()), names, lambda out: dict(zip(keys, out, strict=True))
-    if isinstance(arrays, (list, tuple)):
-        return list(arrays), [f"arrays[{i}]" for i in range(len(arrays))], lambda listed: listed
-    raise TypeError(
-        f"arrays must be an array, or a list, tuple or mapping of arrays, got {type(arrays)!r}"
-    )
-
-
-def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> list[Any]:
-    """``given`` as a list beside the arrays: the same structure, or one for all."""
-    if given is None:
-        return [None] * len(names)
-    if argument == "layout" and is_array_api_obj(arrays) and not isinstance(given, Layout):
-        raise TypeError(f"layout must be a Layout, got {given!r}")
-    if isinstance(arrays, Mapping) and isinstance(given, Mapping):
-        unknown = [key for key in given if key not in arrays]
-        if unknown:
-            raise ValueError(f"{argument} names {unknown[0]!r}, which arrays lacks")
-        return [given.get(key) for key in arrays]
-    if isinstance(given, Layout):
-        return [given] * len(names)
-    if is_array_api_obj(arrays):
-        return [given]
-    if isinstance(given, (list, tuple)) and not isinstance(arrays, Mapping):
-        if len(given) != len(names):
-            raise ValueError(
-                f"{argument} must have one entry per array ({len(names)}), got {len(given)}"
-            )
-        return list(given)
-    raise TypeError(f"{argument} must have the structure of arrays, got {type(given)!r}")
-
-
-def _check_arrays(arrays: Sequence[Array], names: Sequence[str]) -> None:
-    for x, name in zip(arrays, names, strict=True):
-        if not is_array_api_obj(x):
-            raise TypeError(f"{name} must be an array, got {type(x)!r}")
-        check_real_floating(array_namespace(x), x, name)
-
-
-def _check_values(
-    arrays: Sequence[Array], importance: Sequence[Array | None], names: Sequence[str]
-) -> None:
-    """Refuse NaN in the arrays and bad values in P, with one read of a flag."""
-    checks = []
-    for x, p, name in zip(arrays, importance, names, strict=True):
-        xp = array_namespace(x)
-        checks.append((xp.any(xp.isnan(x)), f"{name} must not hold NaN"))
-        if p is not None:
-            rule = f"importance of {name} must be finite and non-negative"
-            checks.append((xp.any(~((p >= 0) & xp.isfinite(p))), rule))
-    if not checks or not all(backend_of(flag).is_concrete(flag) for flag, _ in checks):
-        return
-    xp = array_namespace(checks[0][0])
-    if bool(xp.any(xp.stack([flag for flag, _ in checks]))):
-        raise ValueError(next(rule for flag, rule in checks if bool(flag)))

@@ -281,7 +281,7 @@ def as_schedule(name: str, value: Any) -> Schedule:
     """Return a non-negative schedule for a number or a schedule, or raise naming ``name``."""
     if isinstance(value, Real) and not isinstance(value, bool):
         return Constant(_checks.real(name, value, low=0.0))
-    if not callable(value):
+    if isinstance(value, Cubic) or not callable(value):
         raise TypeError(
             f"{name} must be a non-negative Python number or a schedule, got {value!r}; "
             "an array goes to the adapter instead"

@@ -20,7 +20,8 @@ __all__ = ["ASAM", "SAM", "norm"]
 def norm(arrays: Sequence[Array]) -> Array:
     """Euclidean norm of all entries of all arrays together.
 
-    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider.
+    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider. Squares are not scaled, so in
+    float32 a norm below about 1e-19 counts as zero and one above 1e19 as infinite.
 
     Parameters
     ----------
@@ -98,12 +99,11 @@ class SAM:
         gradients: Sequence[Array],
         *,
         rho: float | Array,
-        is_weight: Sequence[bool] | None = None,
     ) -> list[Array]:
         """Return ``e`` for every parameter, in float32 or wider.
 
-        A zero or non-finite gradient gives zero. ``params`` and ``is_weight`` are read
-        by adaptive perturbations only.
+        A gradient whose norm is zero or not finite gives zero. ``params`` is read by
+        adaptive perturbations only.
         """
         xp = array_namespace(*gradients)
         wide = [xp.astype(g, wide_dtype(xp, [g])) for g in gradients]
@@ -138,7 +138,7 @@ class ASAM(SAM):
     --------
     >>> import numpy
     >>> x, g = numpy.asarray([[0.99]]), numpy.asarray([[2.0]])
-    >>> ASAM(0.5).perturbation([x], [g], rho=0.5, is_weight=[True])
+    >>> ASAM(0.5).perturbation([x], [g], rho=0.5)
     [array([[0.5]])]
     """
 
@@ -155,20 +155,16 @@ class ASAM(SAM):
         gradients: Sequence[Array],
         *,
         rho: float | Array,
-        is_weight: Sequence[bool] | None = None,
     ) -> list[Array]:
         """Return ``e`` for every parameter, in float32 or wider.
 
-        A zero or non-finite gradient gives zero. ``is_weight`` says where T follows the
-        parameter; by default on arrays of two or more axes.
+        A gradient whose norm is zero or not finite gives zero.
         """
         xp = array_namespace(*gradients)
-        if is_weight is None:
-            is_weight = [x.ndim >= 2 for x in params]
         scaled, twice = [], []
-        for x, g, weight in zip(params, gradients, is_weight, strict=True):
+        for x, g in zip(params, gradients, strict=True):
             wide = xp.astype(g, wide_dtype(xp, [g]))
-            t: Any = xp.abs(xp.astype(x, wide.dtype)) + self.eta if weight else 1.0
+            t: Any = xp.abs(xp.astype(x, wide.dtype)) + self.eta if x.ndim >= 2 else 1.0
             scaled.append(t * wide)
             twice.append(t * (t * wide))
         return _scaled(twice, norm(scaled), rho)

@@ -7,6 +7,7 @@ which pool they compete. It holds no arrays and knows no framework.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
 from typing import Any, Literal
@@ -183,7 +184,7 @@ def as_pattern(value: Any) -> Pattern:
         if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
             raise ValueError(f'sparsity must be of the form "N:M" if a string, got {value!r}')
         return NM(int(n), int(m))
-    if isinstance(value, (Real, Cubic)) and not isinstance(value, bool):
+    if isinstance(value, (Real, Decimal, Cubic)) and not isinstance(value, bool):
         return Unstructured(value)  # type: ignore[arg-type]
     raise TypeError(
         "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "

@@ -29,6 +29,7 @@ __all__ = [
     "dual_update",
     "final_support",
     "init",
+    "is_projected",
     "penalty_gradient",
     "primal_residual",
     "recover",
@@ -182,6 +183,8 @@ def dual_update(
 ) -> SplitState:
     """``v = alpha x + (1 - alpha) z + u``, then ``z = proj(v)`` and ``u = v - z``.
 
+    Where x is not finite, z stands in for it: no NaN reaches anchor or support.
+
     Parameters
     ----------
     params : sequence of arrays
@@ -220,8 +223,10 @@ def dual_update(
     z, u = recover(state)
     v = []
     for x, z_i, u_i in zip(_widened(params), z, u, strict=True):
+        xp = array_namespace(x)
         relaxed = x if relaxation == 1 else relaxation * x + (1 - relaxation) * z_i
-        v.append(relaxed + u_i)
+        # Where the base optimizer let a NaN into x, the split stays with x = z.
+        v.append(xp.where(xp.isfinite(relaxed), relaxed, z_i) + u_i)
     support = _select(v, pattern, targets, importance, step)
     anchor = [
         array_namespace(v_i).where(mask, v_i, -v_i) for v_i, mask in zip(v, support, strict=True)
@@ -261,6 +266,39 @@ def final_support(
     [array([False,  True])]
     """
     return _select(params, pattern, targets, importance, step=None)
+
+
+def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -> bool:
+    """Whether supports are exactly what the pattern allows, with these layouts.
+
+    The support of its own indicator is itself then, and another one otherwise.
+
+    Parameters
+    ----------
+    support : sequence of bool arrays
+        Concrete, of the parameters that ``targets`` describes.
+    pattern : pattern
+        The constraint, at its final sparsity.
+    targets : Targets
+        Names and layouts of the parameters.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import NM
+    >>> mask, layout = numpy.asarray([[True, True], [False, False]]), Layout((0,), (1,))
+    >>> is_projected([mask], NM(1, 2), Targets(("w",), (layout,)))
+    True
+    >>> is_projected([mask], NM(1, 2), Targets(("w",), (Layout((1,), (0,)),)))
+    False
+    """
+    indicator = [array_namespace(s).astype(s, array_namespace(s).float32) for s in support]
+    again = _select(indicator, pattern, targets, None, step=None)
+    return all(bool(array_namespace(a).all(a == b)) for a, b in zip(again, support, strict=True))
 
 
 def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:

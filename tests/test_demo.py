@@ -154,7 +154,7 @@ def test_demo_writes_tables_and_figures(tmp_path):
 
 
 def test_command_line_names_a_wrong_framework():
-    command = [sys.executable, "-m", "safe_core.adapters.cli", "demo", "--framework", "numpy"]
+    command = [sys.executable, "-m", "safe_core.demo.cli", "demo", "--framework", "numpy"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "numpy" in result.stderr

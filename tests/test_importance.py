@@ -162,6 +162,13 @@ def test_zero_importance_ranks_lowest(xp: Backend) -> None:
         assert support.tolist() == [[False, True, True]]
 
 
+def test_an_infinite_entry_of_zero_importance_ranks_lowest(xp: Backend) -> None:
+    v, p = np.asarray([[np.inf, 1.0, 2.0, -np.inf]]), np.asarray([[0.0, 1.0, 1.0, 1.0]])
+    for pattern in (Unstructured(0.5), NM(2, 4), Block((1, 1), 0.5)):
+        support = xp.run(projector(pattern), v, p).support
+        assert support.tolist() == [[False, False, True, True]]
+
+
 @pytest.mark.parametrize(
     ("value", "importance"), [(1e-40, 1.0), (1e-40, 1e30), (1.0, 1e-40), (1e-30, 1e-30)], ids=str
 )

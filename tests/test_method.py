@@ -431,7 +431,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("importance", lambda: project([W, W], 0.5, X), T, "ndarray"),
     ("importance", lambda: project({"w": W}, 0.5, {"v": X}), V, "'v'"),
     ("importance of arrays", lambda: project(W, 0.5, np.ones(3)), V, "(3,)"),
-    ("importance of arrays", lambda: project(W, 0.5, -1.0), V, "non-negative"),
+    ("importance of arrays", lambda: project(W, 0.5, -1.0), V, "-1.0"),
     ("importance of arrays", lambda: project(W, 0.5, "wanda"), T, "str"),
     ("importance of arrays", lambda: project(W, 0.5, [1.0]), T, "list"),
     ("layout of arrays", lambda: project(np.asarray(1.0), NM(1, 1)), V, "unknown"),

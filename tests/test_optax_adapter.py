@@ -904,3 +904,15 @@ def test_a_bad_importance_of_finalize_is_named(options, message):
     state = sparse_optimizer(optax.sgd(0.1), METHOD).init(params)
     with pytest.raises(ValueError, match=message):
         finalize(params, state, METHOD, **options)
+
+
+def test_finalize_refuses_another_layout_than_trained_with():
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)))}
+    method = safe_core.admm("2:4")
+    layout = Layout(input_axes=(1,), output_axes=(0,))
+    tx = sparse_optimizer(optax.sgd(0.1), method, where=lambda *_: True, layout=layout)
+    state = tx.init(params)
+    kept = finalize(params, state, method, layout=layout)["w"] != 0
+    np.testing.assert_array_equal(kept, state.support["w"])
+    with pytest.raises(ValueError, match="layout must be those that state was trained with"):
+        finalize(params, state, method, layout=Layout(input_axes=(0,), output_axes=(1,)))

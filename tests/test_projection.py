@@ -500,3 +500,17 @@ def test_a_ragged_tail_can_stay_dense(xp: Backend) -> None:
 def test_arrays_of_two_libraries_are_refused() -> None:
     with pytest.raises(TypeError):
         project([Backend.NUMPY.asarray(np.ones(2)), Backend.STRICT.asarray(np.ones(2))], 0.5)
+
+
+def test_a_large_importance_does_not_overflow(xp: Backend) -> None:
+    v = np.asarray([1e30, 2e30, 3e30, 4e30], np.float32)
+    p = np.full(4, 1e30, np.float32)
+    assert xp.run(projector(0.5), v, p).support.tolist() == [False, False, True, True]
+    rows = v.reshape(4, 1)
+    kept = xp.run(projector(Channel(0.5)), rows, p.reshape(4, 1)).support
+    assert kept.ravel().tolist() == [False, False, True, True]
+
+
+def test_an_infinite_entry_of_no_importance_ranks_lowest(xp: Backend) -> None:
+    v, p = np.asarray([np.inf, 1.0, 2.0, 3.0]), np.asarray([0.0, 1.0, 1.0, 1.0])
+    assert xp.run(projector(0.5), v, p).support.tolist() == [False, False, True, True]

@@ -317,3 +317,17 @@ def test_the_certificate_of_16_bit_weights_is_computed_in_32(xp: Backend) -> Non
     x, gradient = np.asarray([2.0, 0.0], dtype), np.asarray([2.0**-13, 1.0], dtype)
     got = xp.run(gap(1.0, Unstructured(0.5)), x, gradient)
     assert (got.dtype, float(got)) == (np.float32, 2.0**-26)
+
+
+def test_no_nan_reaches_the_split(xp: Backend) -> None:
+    start = np.asarray([3.0, 1.0, 2.0, 4.0])
+    targets = Targets(("x",), (None,))
+
+    def run(x: Any, broken: Any) -> Any:
+        state = init([x], Unstructured(0.5), targets)
+        return dual_update([broken], state, Unstructured(0.5), targets)
+
+    state = xp.run(run, start, np.asarray([np.nan, 1.0, np.inf, 4.0]))
+    # z stands in where x is broken: v = (3, 1, 0, 4).
+    assert state.anchor[0].tolist() == [3.0, -1.0, 0.0, 4.0]
+    assert state.support[0].tolist() == [True, False, False, True]

@@ -381,3 +381,33 @@ def test_hooks_run_on_ours():
     assert state["note"] == "added"
     run.optimizer.load_state_dict(state)
     assert calls == ["before step", "after step", "before save", "loaded"]
+
+
+def test_looking_at_an_optimizer_does_not_fix_where_the_split_starts():
+    model = nn.Linear(4, 2)
+    optimizer = SparseOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), safe_core.admm(0.5), model=model
+    )
+    optimizer.sparse_parameters()
+    optimizer.split()
+    optimizer.state_dict()
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(1.0, 9.0).reshape(2, 4))
+    anchor = optimizer.split().anchor[0]
+    torch.testing.assert_close(anchor, torch.tensor([[0.0] * 4, [5.0, 6.0, 7.0, 8.0]]))
+
+
+def test_an_initialising_step_is_no_step_of_the_method():
+    model = nn.Linear(4, 2)
+    base = torch.optim.Adam(model.parameters(), lr=0.0)
+    method = safe_core.admm(0.5, dual_update_interval=1)
+    optimizer = SparseOptimizer(base, method, model=model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.steps == 0
+    assert set(base.state[model.weight]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert not optimizer.state
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()  # a warm-up from a rate of zero does count
+    assert optimizer.steps == 1

@@ -1,0 +1,115 @@
+"""Arguments of the projection: one array or several, checked and brought into lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+from safe_core.backends import Array, backend_of
+
+from ._dtypes import check_real_floating
+from .layout import Layout, default_layout, place_importance
+
+__all__ = ["Arguments", "check_importance", "read_arguments"]
+
+
+class Arguments(NamedTuple):
+    """Checked arguments of `project`, as lists; ``rebuild`` restores their structure."""
+
+    arrays: list[Array]
+    importance: list[Array | None]
+    layouts: list[Layout | None]
+    names: list[str]
+    rebuild: Callable[[list[Array]], Any]
+
+
+def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
+    """Check the arguments of `project` and give importance the axes of its array."""
+    listed, names, rebuild = _listed(arrays)
+    for x, name in zip(listed, names, strict=True):
+        if not is_array_api_obj(x):
+            raise TypeError(f"{name} must be an array, got {type(x)!r}")
+        check_real_floating(array_namespace(x), x, name)
+    layouts = [
+        default_layout(x.ndim) if given is None else given
+        for x, given in zip(listed, _matched("layout", layout, arrays, names), strict=True)
+    ]
+    weights = [
+        None if p is None else place_importance(p, x, given, name)
+        for p, x, given, name in zip(
+            _matched("importance", importance, arrays, names), listed, layouts, names, strict=True
+        )
+    ]
+    _refuse(
+        [(x, array_namespace(x).isnan(x)) for x in listed],
+        [f"{name} must not hold NaN" for name in names],
+    )
+    check_importance(weights, names)
+    return Arguments(listed, weights, layouts, names, rebuild)
+
+
+def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:
+    """Refuse a negative or non-finite P, where values can be read; reads one flag."""
+    given = [(p, name) for p, name in zip(importance, names, strict=True) if p is not None]
+    _refuse(
+        [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
+        [f"importance of {name} must be finite and non-negative" for _, name in given],
+    )
+
+
+def _refuse(checks: Sequence[tuple[Array, Array]], rules: Sequence[str]) -> None:
+    """Raise the first rule that an array breaks, with the first value that breaks it."""
+    if not checks or not all(backend_of(bad).is_concrete(bad) for _, bad in checks):
+        return
+    xp = array_namespace(checks[0][0])
+    flags = [xp.any(bad) for _, bad in checks]
+    if bool(xp.any(xp.stack(flags))):
+        broken = next(i for i, flag in enumerate(flags) if bool(flag))
+        x, bad = checks[broken]
+        raise ValueError(f"{rules[broken]}, got {_first(xp, x, bad)}")
+
+
+def _first(xp: Any, x: Array, bad: Array) -> float:
+    return float(xp.reshape(x, (-1,))[xp.reshape(bad, (-1,))][0])
+
+
+def _listed(arrays: Any) -> tuple[list[Array], list[str], Callable[[list[Array]], Any]]:
+    """The arrays as a list, their names, and the function that restores the structure."""
+    if is_array_api_obj(arrays):
+        return [arrays], ["arrays"], lambda listed: listed[0]
+    if isinstance(arrays, Mapping):
+        keys = list(arrays)
+        names = [f"arrays[{key!r}]" for key in keys]
+        return list(arrays.values()), names, lambda out: dict(zip(keys, out, strict=True))
+    if isinstance(arrays, (list, tuple)):
+        kind = tuple if isinstance(arrays, tuple) else list
+        return list(arrays), [f"arrays[{i}]" for i in range(len(arrays))], kind
+    raise TypeError(
+        f"arrays must be an array, or a list, tuple or mapping of arrays, got {type(arrays)!r}"
+    )
+
+
+def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> list[Any]:
+    """``given`` as a list beside the arrays: the same structure, or one for all."""
+    if given is None:
+        return [None] * len(names)
+    if argument == "layout" and is_array_api_obj(arrays) and not isinstance(given, Layout):
+        raise TypeError(f"layout must be a Layout, got {given!r}")
+    if isinstance(arrays, Mapping) and isinstance(given, Mapping):
+        unknown = [key for key in given if key not in arrays]
+        if unknown:
+            raise ValueError(f"{argument} names {unknown[0]!r}, which arrays lacks")
+        return [given.get(key) for key in arrays]
+    if isinstance(given, Layout):
+        return [given] * len(names)
+    if is_array_api_obj(arrays):
+        return [given]
+    if isinstance(given, (list, tuple)) and not isinstance(arrays, Mapping):
+        if len(given) != len(names):
+            raise ValueError(
+                f"{argument} must have one entry per array ({len(names)}), got {len(given)}"
+            )
+        return list(given)
+    raise TypeError(f"{argument} must have the structure of arrays, got {type(given)!r}")
