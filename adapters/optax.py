@@ -160,6 +160,8 @@ def sparse_optimizer(
     ) -> tuple[PyTree, SparseOptimizerState]:
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
+        if not isinstance(state, SparseOptimizerState):
+            raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = _Tree.read(params, where, layout)
         gradients = _flat("updates", updates, tree.treedef)
         if perturbs:
@@ -167,6 +169,10 @@ def sparse_optimizer(
                 raise ValueError(
                     "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
                     "function of params to gradients, for the method has rho > 0; got None"
+                )
+            if not callable(grad_fn):
+                raise TypeError(
+                    f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}"
                 )
             radius = None if rho is None else _at(rho, state.step)
             e = method.perturb(tree.leaves(params), gradients, state.step, rho=radius)
@@ -251,6 +257,8 @@ def finalize(
     >>> finalize(params, state, method)["kernel"].tolist()
     [[0.0, 4.0], [3.0, 0.0]]
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
     is_sparse = jax.tree.map(
         lambda anchor: not isinstance(anchor, optax.MaskedNode), ours.anchor, is_leaf=_is_masked
@@ -337,6 +345,13 @@ class _Tree(NamedTuple):
             if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
                 raise TypeError(
                     f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
+                )
+        if isinstance(layout, Mapping):
+            strange = sorted(set(layout) - {name for name, _ in named})
+            if strange:
+                raise ValueError(
+                    f"layout names {strange[0]!r}, which is no path of params; they are "
+                    f"{', '.join(name for name, _ in named)}"
                 )
         layouts = tuple(_layout(*named[i], layout) for i in indices)
         return cls(treedef, indices, Targets(tuple(named[i][0] for i in indices), layouts))

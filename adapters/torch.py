@@ -181,7 +181,9 @@ class SparseOptimizer(Optimizer):
             self._phase = ""
             raise
         else:
-            self._phase = "ready"
+            # A block that only looked leaves the step without its gradient.
+            looked = all(p.grad is None for p in params)
+            self._phase = "" if looked else "ready"
         finally:
             if backup:
                 with torch.no_grad():
@@ -213,6 +215,8 @@ class SparseOptimizer(Optimizer):
             before the step, or if it is called within that phase.
         """
         self._refuse_within_perturbed("step()")
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be a function or None, got {type(closure)!r}")
         if closure is None and self._phase != "ready" and self._only_initialises():
             self.base.step()
             return None
@@ -460,7 +464,10 @@ class SparseOptimizer(Optimizer):
             known = {target.name for target in self._targets.values()}
             unknown = sorted(set(self._importance) - known)
             if unknown:
-                raise ValueError(f"importance names {unknown[0]!r}, which is no sparse parameter")
+                raise ValueError(
+                    f"importance names {unknown[0]!r}, which is no sparse parameter; they are "
+                    f"{', '.join(sorted(known))}"
+                )
             self._placed(self._importance, params)
         self.method.init(
             [torch.empty_like(p, device="meta") for p in params], self._targets_of(params)
@@ -620,11 +627,13 @@ def _select_parameters(
             '"sparsify": True on a param group'
         )
     selected: dict[Tensor, _Target] = {}
+    names_seen = set(known.values())
     for g, group in enumerate(groups):
         numbered = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
         names = group.get("param_names", numbered)
         for p, given in zip(group["params"], names, strict=True):
             name = known.get(p, given)
+            names_seen.add(name)
             if p.is_complex():
                 raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
             if group.get("sparsify") is False:
@@ -637,10 +646,14 @@ def _select_parameters(
                 if not p.is_floating_point():
                     raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
                 selected[p] = _Target(name, _layout_of(name, p, layout, weights.get(p)))
+    if isinstance(layout, Mapping) and not set(layout) <= names_seen:
+        strange = sorted(set(layout) - names_seen)[0]
+        raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
     if not selected:
         raise ValueError(
-            "no parameter of the optimizer is sparse: model= and where= selected none of "
-            f"{sum(len(group['params']) for group in groups)}"
+            f"no parameter of base is sparse: model= and where= selected none of its "
+            f"{sum(len(group['params']) for group in groups)}; does base hold the parameters of "
+            "this model?"
         )
     return selected
 

@@ -55,5 +55,5 @@ def sparsity(name: str, value: Any) -> Any:
             "value is refused because float32 arithmetic gets the number of zeros wrong"
         )
     if not 0 <= value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+        raise ValueError(f"{name} must be a fraction in [0, 1), such as 0.95, got {value!r}")
     return value

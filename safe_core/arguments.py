@@ -31,6 +31,10 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
     for x, name in zip(listed, names, strict=True):
         if not is_array_api_obj(x):
             raise TypeError(f"{name} must be an array, got {type(x)!r}")
+        if array_namespace(x) is not array_namespace(listed[0]):
+            raise TypeError(
+                f"arrays must be of one library, got {type(listed[0])!r} and {type(x)!r}"
+            )
         check_real_floating(array_namespace(x), x, name)
     layouts = [
         default_layout(x.ndim) if given is None else given

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array
 
@@ -138,6 +138,8 @@ def wanda(activations: Any) -> Any:
     >>> wanda(numpy.asarray([[1.0, 2.0], [3.0, 0.0]]))
     array([10.,  4.])
     """
+    if not is_array_api_obj(activations):
+        raise TypeError(f"activations must be an array, got {type(activations)!r}")
     xp = array_namespace(activations)
     check_real_floating(xp, activations, "activations")
     if activations.ndim == 0:

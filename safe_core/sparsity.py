@@ -182,7 +182,10 @@ def as_pattern(value: Any) -> Pattern:
     if isinstance(value, str):
         n, colon, m = value.partition(":")
         if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
-            raise ValueError(f'sparsity must be of the form "N:M" if a string, got {value!r}')
+            raise ValueError(
+                'sparsity must be a number such as 0.95, or of the form "N:M" if a string, got '
+                f"{value!r}"
+            )
         return NM(int(n), int(m))
     if isinstance(value, (Real, Decimal, Cubic)) and not isinstance(value, bool):
         return Unstructured(value)  # type: ignore[arg-type]

@@ -568,7 +568,7 @@ def is_2_4(weight, axis):
     [
         OUTPUT_INPUT,
         Layout(input_axes=(-1,), output_axes=(-2,)),
-        {"kernel": OUTPUT_INPUT, "elsewhere": None},
+        {"kernel": OUTPUT_INPUT},
         lambda path, leaf: OUTPUT_INPUT if (path, leaf.ndim) == ("kernel", 2) else None,
     ],
     ids=["layout", "negative axes", "mapping", "function"],
@@ -578,7 +578,7 @@ def test_layout_overrides_what_the_path_says(layout):
     assert not is_2_4(pruned(layout), axis=0)
 
 
-@pytest.mark.parametrize("layout", [None, {}, {"bias": OUTPUT_INPUT}])
+@pytest.mark.parametrize("layout", [None, {}])
 def test_layout_of_the_path_holds_otherwise(layout):
     assert is_2_4(pruned(layout), axis=0)
     assert not is_2_4(pruned(layout), axis=1)
@@ -916,3 +916,18 @@ def test_finalize_refuses_another_layout_than_trained_with():
     np.testing.assert_array_equal(kept, state.support["w"])
     with pytest.raises(ValueError, match="layout must be those that state was trained with"):
         finalize(params, state, method, layout=Layout(input_axes=(0,), output_axes=(1,)))
+
+
+def test_what_is_no_method_state_or_function_is_refused_by_name():
+    params = {"kernel": jnp.ones((4, 2))}
+    tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    state = tx.init(params)
+    with pytest.raises(TypeError, match=r"method must be a safe_core\.Method, got 0\.9"):
+        finalize(params, state, 0.9)
+    with pytest.raises(TypeError, match="state must be that of sparse_optimizer"):
+        tx.update(params, optax.sgd(0.1).init(params), params, grad_fn=lambda p: p)
+    with pytest.raises(TypeError, match="grad_fn must be a function"):
+        tx.update(params, state, params, grad_fn=params)
+    named = {"nope": Layout()}
+    with pytest.raises(ValueError, match=r"layout names 'nope'.*they are kernel"):
+        sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5), layout=named).init(params)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import safe_core
-from safe_core import SquaredGradient, schedules
+from safe_core import Layout, SquaredGradient, schedules
 from safe_core.adapters.torch import SparseOptimizer
 
 INF, NAN = float("inf"), float("nan")
@@ -854,3 +854,25 @@ def test_what_an_importance_function_returns_is_checked():
     run = Run(safe_core.admm(0.5, dual_update_interval=1), importance=lambda params: [1.0])
     with pytest.raises(TypeError, match="importance must be a mapping"):
         run.step()
+
+
+def test_a_step_after_a_block_without_backward_is_an_error():
+    model = nn.Linear(4, 2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = SparseOptimizer(base, safe_core.safe(0.5), model=model)
+    before = model.weight.detach().clone()
+    model(torch.ones(3, 4)).sum().backward()
+    with optimizer.perturbed():
+        model(torch.ones(3, 4)).sum()
+    with pytest.raises(ValueError, match="step\\(\\) needs a gradient at the perturbed point"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    with pytest.raises(TypeError, match="closure must be a function"):
+        optimizer.step(torch.ones(()))
+
+
+def test_a_layout_of_an_unknown_name_is_an_error():
+    model = nn.Linear(4, 2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="layout names 'nope'"):
+        SparseOptimizer(base, safe_core.safe(0.5), model=model, layout={"nope": Layout()})

@@ -398,9 +398,9 @@ def test_nothing_that_says_which_parameters_is_an_error():
 
 def test_a_choice_of_nothing_is_an_error():
     model, base = model_and_sgd()
-    with pytest.raises(ValueError, match="selected none of 6"):
+    with pytest.raises(ValueError, match="selected none of its 6"):
         SparseOptimizer(base, safe_core.safe(0.5), model=model, where=lambda name, p: False)
-    with pytest.raises(ValueError, match="selected none of 6"):
+    with pytest.raises(ValueError, match="selected none of its 6"):
         SparseOptimizer(base, safe_core.safe(0.5), model=nn.LayerNorm(4))
 
 
@@ -426,7 +426,7 @@ def is_2_4(weight, axis):
     [
         INPUT_OUTPUT,
         Layout(input_axes=(-2,), output_axes=(-1,)),
-        {"weight": INPUT_OUTPUT, "elsewhere": None},
+        {"weight": INPUT_OUTPUT, "bias": None},
         lambda name, p: INPUT_OUTPUT if (name, p.ndim) == ("weight", 2) else None,
     ],
     ids=["layout", "negative axes", "mapping", "function"],
