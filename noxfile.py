@@ -1,4 +1,4 @@
-"""Sessions: tests, equivalence, docs, lint, types, demo.
+"""Sessions: lint, types, docs, tests, equivalence, demo.
 
 ``nox`` runs the first five. With ``--no-venv`` a session uses the environment that it
 is started in and installs nothing.
@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.5.1"
-nox.options.sessions = ["tests", "equivalence", "docs", "lint", "types"]
+nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 
