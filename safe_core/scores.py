@@ -43,9 +43,7 @@ def entry_keys(
         values = _scaled(xp, [arrays[i] for i in members], dtype)
         weights = _scaled(xp, [importance[i] for i in members], dtype)
         for i, v, p in zip(members, values, weights, strict=True):
-            # Where P is 0 the score is 0, even that of an infinite entry.
-            magnitude = xp.where(p > 0, xp.abs(v), xp.zeros_like(v))
-            scores[i] = flushed(xp, xp.sqrt(p) * magnitude)
+            scores[i] = flushed(xp, xp.sqrt(p) * _bounded(xp, v))
     return ordering_keys(xp, scores, joint=joint)
 
 
@@ -62,9 +60,9 @@ def unit_squares(
         if given:
             weights = _scaled(xp, weights, dtype)
         for v, p in zip(_scaled(xp, [arrays[i] for i in pool], dtype), weights, strict=True):
-            square = flushed(xp, v * v)
+            square = flushed(xp, _bounded(xp, v) ** 2)
             if given:
-                square = flushed(xp, p * xp.where(p > 0, square, xp.zeros_like(v)))
+                square = flushed(xp, p * square)
             squares.append(square)
     return squares
 
@@ -75,10 +73,10 @@ def _pools(arrays: Sequence[Array], *, joint: bool) -> list[list[int]]:
 
 
 def _scaled(xp: Any, arrays: Sequence[Array], dtype: Any) -> list[Array]:
-    """Arrays over the power of four that brings their largest magnitude to between 1/2 and 4.
+    """Arrays over the power of two that brings their largest magnitude to between 1 and 2.
 
-    Division by a power of two is exact, and no product of what remains overflows. With
-    an even exponent, scaling P by any power of two scales its square roots exactly too.
+    The division is exact, no product of what remains overflows, and scaling all arrays
+    by a power of two changes nothing: sqrt(2 P) would round otherwise than sqrt(P).
     """
     wide = [widened(xp, a, dtype) for a in arrays]
     peaks = [xp.max(xp.abs(a)) for a in wide if math.prod(a.shape)]
@@ -89,7 +87,11 @@ def _scaled(xp: Any, arrays: Sequence[Array], dtype: Any) -> list[Array]:
     one = xp.ones_like(peak)
     usable = (peak > 0) & xp.isfinite(peak)
     power = xp.where(usable, peak / (2 * xp.where(usable, mantissa, one)), one)
-    # power is 2^(exponent - 1). Where that is odd, go on towards 2^0, which is in range.
-    even = xp.where(exponent > 0, power / 2, power * 2)
-    power = xp.where(usable & (exponent % 2 == 0), even, power)
-    return [flushed(xp, a / power) for a in wide]
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+    half = xp.where(exponent > 64, one / 2, one)
+    return [flushed(xp, (a * half) / (power * half)) for a in wide]
+
+
+def _bounded(xp: Any, v: Array) -> Array:
+    """``|v|`` with infinity as a number whose square is one: times P = 0 it must be 0."""
+    return xp.clip(xp.abs(v), 0.0, float(xp.finfo(v.dtype).max) ** 0.5 / 2)

@@ -118,15 +118,24 @@ def test_importance_broadcasts(
     assert_same([xp.run(projector(pattern), v, importance).support], [wanted])
 
 
-def test_a_scalar_importance_ranks_the_same_on_every_backend(xp: Backend) -> None:
-    # Scores of these neighbours tie in float32 and differ in float64.
-    start = np.float32(1.2)
-    pairs = (start + np.arange(64, dtype=np.float32) * np.spacing(start)).reshape(32, 2)
+# Pairs of neighbouring floats, whose scores tie or not by rounding.
+START = np.float32(1.2)
+PAIRS = (START + np.arange(64, dtype=np.float32) * np.spacing(START)).reshape(32, 2)
 
+
+def test_a_scalar_importance_ranks_the_same_on_every_backend(xp: Backend) -> None:
     def run(x: Any) -> Any:
         return project(x, Unstructured(0.5, "row"), importance=3.0)
 
-    assert_same([xp.run(run, pairs).support], [Backend.NUMPY.run(run, pairs).support])
+    assert_same([xp.run(run, PAIRS).support], [Backend.NUMPY.run(run, PAIRS).support])
+
+
+@pytest.mark.parametrize("first", [1.5, 3.0])
+def test_doubling_importance_moves_no_tie(xp: Backend, first: float) -> None:
+    fn = projector(Unstructured(0.5, "row"))
+    p = np.full((1, 2), first, np.float32)
+    supports = [xp.run(fn, PAIRS, np.ldexp(p, k)).support for k in (-125, -2, -1, 0, 1, 2, 126)]
+    assert_same(supports, [supports[0]] * len(supports))
 
 
 def test_importance_lies_beside_its_array_in_any_structure(xp: Backend) -> None:

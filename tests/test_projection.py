@@ -152,9 +152,9 @@ def test_scaling_the_arrays_by_a_power_of_two_changes_nothing(
     xp: Backend, case: Case, data: st.DataObject
 ) -> None:
     # Squares of most of these scales are no float32.
-    arrays = data.draw(points(case, st.floats(0.5, 2, width=32)))
+    arrays = data.draw(points(case, st.floats(0.5, 1, width=32)))
     importance = data.draw(points(case, st.sampled_from(np.float32([0.1, 1.5, 3.0]))))
-    exponent = data.draw(st.integers(-120, 124))
+    exponent = data.draw(st.integers(-120, 127))
     fn = projector(case.pattern, case.layouts)
     plain = xp.run(fn, arrays, importance)
     scaled = xp.run(fn, [np.ldexp(v, exponent) for v in arrays], importance)
