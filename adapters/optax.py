@@ -17,7 +17,7 @@ import optax
 from safe_core import Method, SplitState, Targets, _checks
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
-from safe_core.layout import Layout, place_importance
+from safe_core.layout import Layout, chosen_layout, place_importance
 from safe_core.schedules import Cubic
 from safe_core.splitting import is_projected, penalty_gradient
 
@@ -353,7 +353,7 @@ class _Tree(NamedTuple):
                     f"layout names {strange[0]!r}, which is no path of params; they are "
                     f"{', '.join(name for name, _ in named)}"
                 )
-        layouts = tuple(_layout(*named[i], layout) for i in indices)
+        layouts = tuple(chosen_layout(*named[i], layout, layout_of(*named[i])) for i in indices)
         return cls(treedef, indices, Targets(tuple(named[i][0] for i in indices), layouts))
 
     def leaves(self, tree: PyTree) -> list[Any]:
@@ -413,16 +413,6 @@ def _flat(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
         raise ValueError(
             f"{argument} must have the structure of params, {treedef}, got {given}"
         ) from None
-
-
-def _layout(path: str, leaf: Any, given: Any) -> Layout | None:
-    known = layout_of(path, leaf)
-    if given is None or isinstance(given, Layout):
-        return given or known
-    found = given.get(path, known) if isinstance(given, Mapping) else given(path, leaf)
-    if found is not None and not isinstance(found, Layout):
-        raise TypeError(f"layout of {path} must be a Layout or None, got {found!r}")
-    return found
 
 
 def _at(value: Any, step: jax.Array) -> Any:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
-from safe_core.layout import Layout, place_importance
+from safe_core.layout import Layout, broadcasts, chosen_layout, place_importance
 from safe_core.sharpness import norm
 from safe_core.splitting import penalty_gradient
 
@@ -385,7 +385,7 @@ class SparseOptimizer(Optimizer):
                 raise ValueError(
                     f"state_dict must hold {_PREFIX}{key} of shape {full} for {name}, got {shape}"
                 )
-        if "importance" in entries and not _broadcasts(entries["importance"].shape, full):
+        if "importance" in entries and not broadcasts(entries["importance"].shape, full):
             raise ValueError(
                 f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
                 f"got shape {tuple(entries['importance'].shape)}"
@@ -645,7 +645,7 @@ def _select_parameters(
             if chosen:
                 if not p.is_floating_point():
                     raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
-                selected[p] = _Target(name, _layout_of(name, p, layout, weights.get(p)))
+                selected[p] = _Target(name, chosen_layout(name, p, layout, weights.get(p)))
     if isinstance(layout, Mapping) and not set(layout) <= names_seen:
         strange = sorted(set(layout) - names_seen)[0]
         raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
@@ -656,21 +656,6 @@ def _select_parameters(
             "this model?"
         )
     return selected
-
-
-def _layout_of(name: str, p: Tensor, given: Any, known: Layout | None) -> Layout | None:
-    if given is None or isinstance(given, Layout):
-        return given or known
-    found = given.get(name, known) if isinstance(given, Mapping) else given(name, p)
-    if found is not None and not isinstance(found, Layout):
-        raise TypeError(f"layout of {name} must be a Layout or None, got {found!r}")
-    return found
-
-
-def _broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether an array of ``shape`` is a scalar or broadcasts axis by axis."""
-    same_axes = len(shape) == len(full)
-    return not shape or (same_axes and all(n in (1, m) for n, m in zip(shape, full, strict=True)))
 
 
 def _numbered(

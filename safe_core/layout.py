@@ -8,6 +8,7 @@ neither can be told from the shape alone. Patterns therefore speak of roles, and
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -120,6 +121,22 @@ def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
+def chosen_layout(name: str, x: Any, given: Any, known: Layout | None) -> Layout | None:
+    """What a user's ``layout=`` says of one array, or else what is known of it."""
+    if given is None or isinstance(given, Layout):
+        return given or known
+    found = given.get(name, known) if isinstance(given, Mapping) else given(name, x)
+    if found is not None and not isinstance(found, Layout):
+        raise TypeError(f"layout of {name} must be a Layout or None, got {found!r}")
+    return found
+
+
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether an array of ``shape`` is a scalar or broadcasts axis by axis."""
+    same_axes = len(shape) == len(full)
+    return not shape or (same_axes and all(n in (1, m) for n, m in zip(shape, full, strict=True)))
+
+
 def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) -> Any:
     """Give ``importance`` the axes of ``x``, so that the two broadcast.
 
@@ -137,10 +154,9 @@ def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) 
     if xp.isdtype(importance.dtype, "complex floating"):
         raise TypeError(f"importance of {name} must be real, got dtype {importance.dtype}")
     shape = tuple(importance.shape)
-    if len(shape) in (0, x.ndim):
-        if all(size in (1, full) for size, full in zip(shape, x.shape, strict=False)):
-            return importance
-    elif layout is not None and layout.input_axes:
+    if broadcasts(shape, x.shape):
+        return importance
+    if len(shape) != x.ndim and layout is not None and layout.input_axes:
         axes = resolve(layout, x.ndim, name).input_axes
         inputs = tuple(x.shape[axis] for axis in axes)
         if shape in (inputs, (math.prod(inputs),)):

@@ -93,5 +93,5 @@ def _scaled(xp: Any, arrays: Sequence[Array], dtype: Any) -> list[Array]:
 
 
 def _bounded(xp: Any, v: Array) -> Array:
-    """``|v|`` with infinity as a number whose square is one: times P = 0 it must be 0."""
+    """``|v|`` with infinity as a number of finite square: times P = 0 it must be 0."""
     return xp.clip(xp.abs(v), 0.0, float(xp.finfo(v.dtype).max) ** 0.5 / 2)
