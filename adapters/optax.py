@@ -67,6 +67,7 @@ def sparse_optimizer(
     where: Callable[[str, Any], bool] | PyTree | None = None,
     layout: _Layouts = None,
     importance: Callable[[PyTree], PyTree] | PyTree | None = None,
+    select_on_host: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Train with a base transformation towards parameters that are exactly sparse.
 
@@ -98,6 +99,9 @@ def sparse_optimizer(
         P of the sparse leaves: per entry, broadcastable, or per input feature. A
         function ``importance(params)`` is called at dual updates, and P is 1 before the
         first.
+    select_on_host : bool
+        Select by a host callback in place of counting in the compiled program: faster on
+        the CPU. Not for sharded parameters.
 
     Returns
     -------
@@ -137,7 +141,7 @@ def sparse_optimizer(
     perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
 
     def init(params: PyTree) -> SparseOptimizerState:
-        tree = _Tree.read(params, where, layout)
+        tree = _Tree.read(params, where, layout, select_on_host)
         sparse = tree.sparse(params)
         held = _initial_importance(importance, params, sparse, tree, method)
         known = None if held is None or callable(importance) else method.metric(held)
@@ -162,7 +166,7 @@ def sparse_optimizer(
             raise ValueError("params must be passed to update(grads, state, params), got None")
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
-        tree = _Tree.read(params, where, layout)
+        tree = _Tree.read(params, where, layout, select_on_host)
         gradients = _flat("updates", updates, tree.treedef)
         if perturbs:
             if grad_fn is None:
@@ -217,6 +221,7 @@ def finalize(
     *,
     importance: Any = _LAST,
     layout: _Layouts = None,
+    select_on_host: bool = False,
 ) -> PyTree:
     """Return the projected parameters, ``proj(x)``, after the last step.
 
@@ -234,7 +239,7 @@ def finalize(
     importance : optional
         By default the P last in use. None is P = 1, as Algorithm 1 of the paper prints
         it. A pytree or mapping of path to array is used as it is.
-    layout : optional
+    layout, select_on_host : optional
         As passed to `sparse_optimizer`.
 
     Returns
@@ -263,7 +268,7 @@ def finalize(
     is_sparse = jax.tree.map(
         lambda anchor: not isinstance(anchor, optax.MaskedNode), ours.anchor, is_leaf=_is_masked
     )
-    tree = _Tree.read(params, is_sparse, layout)
+    tree = _Tree.read(params, is_sparse, layout, select_on_host)
     sparse = tree.sparse(params)
     _check_layout(tree.sparse(ours.support), method, tree)
     if isinstance(importance, str) and importance == _LAST:
@@ -317,7 +322,7 @@ class _Tree(NamedTuple):
     targets: Targets
 
     @classmethod
-    def read(cls, params: PyTree, where: Any, layout: Any) -> _Tree:
+    def read(cls, params: PyTree, where: Any, layout: Any, on_host: bool) -> _Tree:
         """Select the sparse leaves of ``params`` and the roles of their axes."""
         if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
             raise ValueError(
@@ -354,7 +359,8 @@ class _Tree(NamedTuple):
                     f"{', '.join(name for name, _ in named)}"
                 )
         layouts = tuple(chosen_layout(*named[i], layout, layout_of(*named[i])) for i in indices)
-        return cls(treedef, indices, Targets(tuple(named[i][0] for i in indices), layouts))
+        names = tuple(named[i][0] for i in indices)
+        return cls(treedef, indices, Targets(names, layouts, on_host))
 
     def leaves(self, tree: PyTree) -> list[Any]:
         """All leaves of a tree of the structure of the parameters."""

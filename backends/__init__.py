@@ -32,24 +32,39 @@ class Backend(Protocol):
         NaN, where a traced program cannot refuse it, orders above infinity.
         """
 
+    def has_nan(self, arrays: Sequence[Array]) -> bool:
+        """Whether an entry is NaN; for concrete arrays, with one read of a value from a device."""
+
+    def where_kept(self, arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+        """Each array where its mask is true, bit for bit, and +0 elsewhere.
+
+        What is returned may share one allocation.
+        """
+
     def frexp(self, x: Array) -> tuple[Array, Array]:
         """``m`` and the integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
 
     def keep_largest(
-        self, keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array
+        self,
+        scores: Sequence[Array],
+        counts: tuple[int, ...],
+        stage: int | Array,
+        *,
+        on_host: bool,
     ) -> list[Array]:
-        """Masks of the ``counts[stage]`` largest keys of all arrays together.
+        """Masks of the ``counts[stage]`` scores of largest magnitude, of all arrays together.
 
-        Of equal keys the lowest (position of the array, row-major index) is kept.
-        Keys are non-negative and share one dtype.
+        Of equal magnitudes the lowest (position of the array, row-major index) is kept.
+        Scores share one real floating dtype. ``on_host`` lets the host select, where that
+        is faster than the device of the scores.
         """
 
     def keep_largest_per_row(
-        self, keys: Array, counts: tuple[int, ...], stage: int | Array
+        self, scores: Array, counts: tuple[int, ...], stage: int | Array, *, on_host: bool
     ) -> Array:
-        """Mask of the ``counts[stage]`` largest keys of each row of ``keys``, shape (rows, n).
+        """Mask of the ``counts[stage]`` largest magnitudes of each row of ``scores`` (rows, n).
 
-        Of equal keys the lowest index is kept.
+        Of equal magnitudes the lowest index is kept.
         """
 
     def cond(

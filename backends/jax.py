@@ -25,10 +25,12 @@ from . import Array
 __all__ = [
     "cond",
     "frexp",
+    "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
     "ordering_key",
+    "where_kept",
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
@@ -38,6 +40,14 @@ _DIGIT = 0xFFFF
 
 def is_concrete(x: Array) -> bool:
     return not isinstance(x, jax.core.Tracer)
+
+
+def has_nan(arrays: Sequence[Array]) -> bool:
+    return bool(jnp.any(jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays])))
+
+
+def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
 
 
 def ordering_key(x: Array) -> Array:
@@ -63,8 +73,10 @@ def cond(
     return lax.cond(predicate, true_fun, false_fun, *operands)
 
 
-def keep_largest(keys: Sequence[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
-    return _keep_largest(list(keys), counts, stage)
+def keep_largest(
+    scores: Sequence[Array], counts: tuple[int, ...], stage: int | Array, *, on_host: bool
+) -> list[Array]:
+    return _keep_largest([ordering_key(score) for score in scores], counts, stage)
 
 
 @partial(jax.jit, static_argnames="counts")
@@ -80,8 +92,14 @@ def _keep_largest(keys: list[Array], counts: tuple[int, ...], stage: int | Array
     return [_join(key, kept) for key in keys]
 
 
+def keep_largest_per_row(
+    scores: Array, counts: tuple[int, ...], stage: int | Array, *, on_host: bool
+) -> Array:
+    return _keep_largest_per_row(ordering_key(scores), counts, stage)
+
+
 @partial(jax.jit, static_argnames="counts")
-def keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
+def _keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
     k = jnp.asarray(counts, jnp.int32)[stage]
 
     def narrow(i: Array, found: Array) -> Array:

@@ -1,8 +1,16 @@
-"""NumPy: selection by partition, whose cost is linear."""
+"""NumPy: selection by one partition of the bit patterns, whose cost is linear.
+
+Large arrays are worked on in pieces that stay in a core's cache between the passes
+over them. What is returned for a list of arrays lies in one allocation: the kernel
+backs large ones with large pages, and page faults would cost more than the arithmetic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -13,16 +21,22 @@ from .standard import cond, is_concrete
 __all__ = [
     "cond",
     "frexp",
+    "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
     "ordering_key",
+    "where_kept",
 ]
 
+_PIECE = 2**17  # entries whose keys stay in a core's cache
+_SAMPLE = 2**16  # entries that bracket the threshold
 
-def ordering_key(x: Array) -> Array:
+
+def ordering_key(x: Array, *, out: Array | None = None) -> Array:
     # Non-negative floats order as their bits do.
-    return np.abs(x).view(f"i{x.dtype.itemsize}")
+    integer = _integer(x)
+    return np.bitwise_and(x.view(integer), np.iinfo(integer).max, out=out)
 
 
 def frexp(x: Array) -> tuple[Array, Array]:
@@ -30,14 +44,140 @@ def frexp(x: Array) -> tuple[Array, Array]:
     return mantissa, exponent
 
 
-def kth_largest(keys: Array, k: int) -> Array:
+def has_nan(arrays: Sequence[Array]) -> bool:
+    # A sum is NaN if an entry is, or if infinities cancel. It is one pass and no array.
+    with np.errstate(all="ignore"):
+        return any(np.isnan(np.sum(x)) and bool(np.isnan(x).any()) for x in arrays)
+
+
+def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    kept = _allocate([x.shape for x in arrays], [x.dtype for x in arrays])
+    for x, mask, out in zip(arrays, masks, kept, strict=True):
+        # Bits times 0 or 1: no NaN and no -0 comes of it, and it is faster than `where`.
+        np.multiply(x.view(_integer(x)), mask.view(np.int8), out=out.view(_integer(x)))
+    return kept
+
+
+def keep_largest(
+    scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> list[Array]:
+    k, n = counts[stage], sum(x.size for x in scores)
+    masks = _allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
+    if k in (0, n):
+        for mask in masks:
+            mask[...] = k == n
+    elif not _keep_by_sample(scores, k, masks):
+        _keep_by_partition(scores, k, masks)
+    return masks
+
+
+def keep_largest_per_row(
+    scores: Array, counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> Array:
+    keys = ordering_key(scores)
+    return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest_per_row, xp=xp)
+
+
+def _allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[Array]:
+    """Uninitialised arrays in one allocation, each aligned as vector instructions like it."""
+    sizes = [
+        -(-math.prod(shape) * dtype.itemsize // 64) * 64
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    memory = np.empty(sum(sizes), np.uint8)
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        for start, shape, dtype in zip(starts, shapes, dtypes, strict=False)
+    ]
+
+
+def _integer(x: Array) -> Any:
+    return np.dtype(f"i{x.dtype.itemsize}")
+
+
+def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> bool:
+    """Classify by a bracket of the threshold, and select within the bracket.
+
+    One pass over the scores, and no array of their size. Return whether it succeeded:
+    a sample may mislead, and many ties would leave too much within the bracket.
+    """
+    n = sum(x.size for x in scores)
+    low, high = _bracket(scores, k, n)
+    pieces = [piece for x, mask in zip(scores, masks, strict=True) for piece in _pieces(x, mask)]
+    size = max(a.size for a, _ in pieces)
+    some_keys, some_flags = np.empty(size, _integer(scores[0])), np.empty(size, bool)
+    places, candidates, kept, left = [], [], 0, n // 8 + _SAMPLE
+    for a, above in pieces:
+        keys = ordering_key(a, out=some_keys[: a.size].reshape(a.shape))
+        np.greater_equal(keys, high, out=above)
+        flags = np.greater_equal(keys, low, out=some_flags[: a.size].reshape(a.shape))
+        flags ^= above
+        place = np.flatnonzero(flags)
+        places.append((above.reshape(-1), place))
+        candidates.append(keys.reshape(-1)[place])
+        kept += int(np.count_nonzero(above))
+        left -= place.size
+        if left < 0:
+            return False
+    inside = np.concatenate(candidates)
+    missing = k - kept
+    if not 0 <= missing <= inside.size:
+        return False
+    flags = np.zeros(inside.size, bool)
+    if missing:
+        kth = np.partition(inside, inside.size - missing)[inside.size - missing]
+        flags = inside > kth
+        flags[np.flatnonzero(inside == kth)[: missing - int(np.count_nonzero(flags))]] = True
+    start = 0
+    for above, place in places:
+        above[place] = flags[start : start + place.size]
+        start += place.size
+    return True
+
+
+def _bracket(scores: Sequence[Array], k: int, n: int) -> tuple[int, int]:
+    """Keys that the k-th largest lies between with near certainty: ``low <= kth < high``."""
+    stride = n // _SAMPLE | 1  # odd, so as not to meet the same column of every row
+    sample = np.concatenate([ordering_key(x.reshape(-1)[::stride]) for x in scores])
+    sample.sort()
+    rank = sample.size - k * sample.size // n
+    deviation = math.sqrt(sample.size * (k / n) * (1 - k / n))
+    spread = 16 + int(4 * deviation)
+    low = int(sample[rank - spread]) if rank >= spread else 0
+    top = rank + spread
+    return low, int(sample[top] if top < sample.size else np.iinfo(sample.dtype).max)
+
+
+def _keep_by_partition(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> None:
+    """Keep what reaches the k-th largest, whatever the scores are."""
+    keys = np.concatenate([ordering_key(x).reshape(-1) for x in scores])
+    keys.partition(keys.size - k)
+    kth, kept = keys[keys.size - k], 0
+    del keys
+    for x, mask in zip(scores, masks, strict=True):
+        for a, at_least in _pieces(x, mask):
+            np.greater_equal(ordering_key(a), kth, out=at_least)
+        kept += int(np.count_nonzero(mask))
+    for x, mask in zip(reversed(scores), reversed(masks), strict=True):
+        # Of equal keys the last are lost.
+        tied = np.flatnonzero(ordering_key(x) == kth)
+        lost = tied[max(0, tied.size - (kept - k)) :] if kept > k else tied[:0]
+        mask.reshape(-1)[lost] = False
+        kept -= lost.size
+
+
+def _pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape cut alike; whole where they are small or not contiguous."""
+    size = arrays[0].size
+    if size <= _PIECE or not all(x.flags.c_contiguous for x in arrays):
+        yield arrays
+        return
+    flat = [x.reshape(-1) for x in arrays]
+    for start in range(0, size, _PIECE):
+        yield tuple(x[start : start + _PIECE] for x in flat)
+
+
+def _kth_largest_per_row(keys: Array, k: int) -> Array:
     n = keys.shape[1]
     return np.partition(keys, n - k, axis=1)[:, n - k : n - k + 1]
-
-
-def keep_largest(keys: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
-    return threshold.keep_largest(keys, counts[stage], kth_largest, xp=xp)
-
-
-def keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int) -> Array:
-    return threshold.keep_largest_per_row(keys, counts[stage], kth_largest, xp=xp)

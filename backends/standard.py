@@ -6,6 +6,7 @@ of the libraries that people train with do better.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +18,21 @@ from . import Array, threshold
 __all__ = [
     "cond",
     "frexp",
+    "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
     "ordering_key",
+    "where_kept",
 ]
 
 
 def is_concrete(x: Array) -> bool:
     return True
+
+
+def has_nan(arrays: Sequence[Array]) -> bool:
+    return any(bool(array_namespace(x).any(array_namespace(x).isnan(x))) for x in arrays)
 
 
 def ordering_key(x: Array) -> Array:
@@ -39,16 +46,34 @@ def frexp(x: Array) -> tuple[Array, Array]:
     return xp.asarray(mantissa, dtype=x.dtype), xp.asarray(exponent)
 
 
+def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    return [
+        array_namespace(x).where(mask, x, array_namespace(x).zeros_like(x))
+        for x, mask in zip(arrays, masks, strict=True)
+    ]
+
+
 def _kth_largest(keys: Array, k: int) -> Array:
     return array_namespace(keys).sort(keys, axis=1, descending=True)[:, k - 1 : k]
 
 
-def keep_largest(keys: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
-    xp = array_namespace(*keys)
-    return threshold.keep_largest(keys, counts[stage], _kth_largest, xp=xp)
+def keep_largest(
+    scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> list[Array]:
+    xp = array_namespace(*scores)
+    row = xp.concat([xp.reshape(score, (1, -1)) for score in scores], axis=1)
+    mask = keep_largest_per_row(row, counts, stage, on_host=on_host)[0, :]
+    ends = list(itertools.accumulate(math.prod(score.shape) for score in scores))
+    return [
+        xp.reshape(mask[end - math.prod(score.shape) : end], score.shape)
+        for score, end in zip(scores, ends, strict=True)
+    ]
 
 
-def keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int) -> Array:
+def keep_largest_per_row(
+    scores: Array, counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> Array:
+    keys = ordering_key(scores)
     xp = array_namespace(keys)
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest, xp=xp)
 

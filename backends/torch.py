@@ -1,69 +1,153 @@
-"""PyTorch: partition through a zero-copy view on the CPU, counting on accelerators."""
+"""PyTorch: partition through a zero-copy view on the CPU, counting on accelerators.
+
+On an accelerator a sample brackets the threshold; what lies in the bracket, a few
+percent, is sorted and the rest is classified by one comparison. Where that fails, or
+arrays are sharded, the threshold is found by counting (`torch_counting`). Arrays are
+never concatenated, and at most one value is read from the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+from torch import Tensor
 
-from . import Array, threshold
 from . import numpy as numpy_backend
+from . import threshold, torch_counting
 from .standard import cond
+from .torch_counting import ordering_key
 
 __all__ = [
     "cond",
     "frexp",
+    "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
     "ordering_key",
+    "where_kept",
 ]
 
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAMPLE = 2**17  # entries that bracket the threshold
+_CANDIDATES = 2**14  # this many, and an eighth of all entries, are sorted without regret
 
 
-def is_concrete(x: Array) -> bool:
+def is_concrete(x: Tensor) -> bool:
     return x.device.type != "meta"
 
 
-def ordering_key(x: Array) -> Array:
-    # Non-negative floats order as their bits do.
-    return x.detach().abs().view(_INTEGER[x.element_size()])
+def has_nan(arrays: Sequence[Tensor]) -> bool:
+    if all(_is_plain(x) and x.dtype != torch.bfloat16 for x in arrays):
+        return numpy_backend.has_nan([_numpy(x.detach()) for x in arrays])
+    # A sum is NaN if an entry is, or if infinities cancel. It is one pass and no array.
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in arrays]
+    sums = [x.detach().sum(dtype=dtype) for x, dtype in zip(arrays, wide, strict=True)]
+    sums = [torch_counting.whole(x) for x in sums]
+    return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
+def frexp(x: Tensor) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(x)
     return mantissa, exponent
 
 
-def _kth_largest_by_partition(keys: Array, k: int) -> Array:
-    return torch.from_numpy(numpy_backend.kth_largest(keys.numpy(), k))
+def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
+    if in_graph or not all(_is_plain(x) for x in arrays):
+        return [torch.where(mask, x, 0) for x, mask in zip(arrays, masks, strict=True)]
+    # One thread of NumPy's outruns the waking of several.
+    values = [x.detach() for x in arrays]
+    kept = numpy_backend.where_kept([_numpy(x) for x in values], [m.numpy() for m in masks])
+    return [torch.from_numpy(v).view(x.dtype) for v, x in zip(kept, values, strict=True)]
 
 
-def _kth_largest_by_counting(keys: Array, k: int) -> Array:
-    # The largest t with at least k keys >= t, bit by bit from the top. Neither a sort
-    # nor a host synchronisation, and the same number of kernels at any size.
-    found = torch.zeros((keys.shape[0], 1), dtype=keys.dtype, device=keys.device)
-    for bit in reversed(range(8 * keys.element_size() - 1)):
-        candidate = found | (1 << bit)
-        enough = (keys >= candidate).sum(dim=1, keepdim=True) >= k
-        found = torch.where(enough, candidate, found)
-    return found
+def keep_largest(
+    scores: Sequence[Tensor], counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> list[Tensor]:
+    k = counts[stage]
+    scores = [x.detach() for x in scores]
+    if any(torch_counting.is_sharded(x) for x in scores):
+        if on_host:
+            raise ValueError("select_on_host must be False for sharded arrays, got True")
+        return torch_counting.keep_largest(scores, k)
+    if on_host or _is_plain(scores[0]):
+        masks = numpy_backend.keep_largest([_numpy(x) for x in scores], (k,), 0, on_host=True)
+        return [torch.from_numpy(mask).to(x.device) for mask, x in zip(masks, scores, strict=True)]
+    if k in (0, sum(x.numel() for x in scores)) or not is_concrete(scores[0]):
+        return [torch.full_like(x, k > 0, dtype=torch.bool) for x in scores]
+    if scores[0].device.type == "cuda":
+        return keep_largest_by_sample(scores, k)
+    return torch_counting.keep_largest(scores, k)
 
 
-def _kth_largest(device: torch.device) -> tuple[Callable[[Array, int], Array], bool]:
-    on_cpu = device.type == "cpu"
-    return (_kth_largest_by_partition if on_cpu else _kth_largest_by_counting), on_cpu
+def keep_largest_by_sample(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Masks of the ``k`` largest; reads one vector of counts from the device."""
+    keys = [ordering_key(x) for x in scores]
+    low, high = _bracket(keys, k)
+    above = [key >= high for key in keys]
+    inside = [(key >= low) & ~mask for key, mask in zip(keys, above, strict=True)]
+    sums = [mask.sum() for mask in above + inside]
+    found = torch.stack(sums).tolist()  # the one synchronisation
+    sizes = found[len(keys) :]
+    missing = k - sum(found[: len(keys)])
+    few = sum(sizes) <= max(_CANDIDATES, sum(key.numel() for key in keys) // 8)
+    if not (0 <= missing <= sum(sizes) and few):
+        return torch_counting.keep_largest(scores, k)
+    places = [
+        torch.nonzero_static(mask.reshape(-1), size=size)[:, 0]
+        for mask, size in zip(inside, sizes, strict=True)
+    ]
+    candidates = [key.reshape(-1)[place] for key, place in zip(keys, places, strict=True)]
+    # A stable sort keeps the order of equal keys, which is that of the arrays.
+    order = torch.cat(candidates).argsort(descending=True, stable=True)
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    kept[order[:missing]] = True
+    masks = [mask.contiguous() for mask in above]
+    for mask, place, flags in zip(masks, places, kept.split(sizes), strict=True):
+        mask.view(-1)[place] = flags
+    return masks
 
 
-def keep_largest(keys: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
-    kth_largest, on_cpu = _kth_largest(keys[0].device)
-    return threshold.keep_largest(keys, counts[stage], kth_largest, xp=xp, can_branch=on_cpu)
+def keep_largest_per_row(
+    scores: Tensor, counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> Tensor:
+    k, scores = counts[stage], scores.detach()
+    if on_host or _is_plain(scores):
+        mask = numpy_backend.keep_largest_per_row(_numpy(scores), (k,), 0, on_host=True)
+        return torch.from_numpy(mask).to(scores.device)
+    keys = ordering_key(scores)
+    return threshold.keep_largest_per_row(keys, k, _kth_largest_per_row, xp=xp, can_branch=False)
 
 
-def keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int) -> Array:
-    kth_largest, on_cpu = _kth_largest(keys.device)
-    return threshold.keep_largest_per_row(
-        keys, counts[stage], kth_largest, xp=xp, can_branch=on_cpu
+def _kth_largest_per_row(keys: Tensor, k: int) -> Tensor:
+    return keys.kthvalue(keys.shape[1] - k + 1, dim=1, keepdim=True).values
+
+
+def _bracket(keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Keys that the k-th largest lies between with near certainty: ``low <= kth < high``."""
+    n = sum(key.numel() for key in keys)
+    stride = n // _SAMPLE | 1  # odd, so as not to meet the same column of every row
+    sample = torch.cat([key.reshape(-1)[::stride] for key in keys]).sort(descending=True).values
+    size = sample.numel()
+    rank = k * size // n
+    slack = 16 + int(4 * math.sqrt(size * (k / n) * (1 - k / n)))
+    top, bottom = rank - slack, rank + slack
+    zero = torch.zeros_like(sample[0])
+    return (
+        sample[bottom] if bottom < size else zero,
+        sample[top] if top >= 0 else zero + torch.iinfo(sample.dtype).max,
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether NumPy can read ``x`` in place."""
+    return x.device.type == "cpu" and not torch_counting.is_sharded(x)
+
+
+def _numpy(x: Tensor) -> Any:
+    x = x.cpu()
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()

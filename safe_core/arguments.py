@@ -46,10 +46,7 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
             _matched("importance", importance, arrays, names), listed, layouts, names, strict=True
         )
     ]
-    _refuse(
-        [(x, array_namespace(x).isnan(x)) for x in listed],
-        [f"{name} must not hold NaN" for name in names],
-    )
+    _refuse_nan(listed, names)
     check_importance(weights, names)
     return Arguments(listed, weights, layouts, names, rebuild)
 
@@ -61,6 +58,15 @@ def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -
         [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
         [f"importance of {name} must be finite and non-negative" for _, name in given],
     )
+
+
+def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:
+    if not arrays or not all(backend_of(x).is_concrete(x) for x in arrays):
+        return
+    if backend_of(arrays[0]).has_nan(arrays):
+        for x, name in zip(arrays, names, strict=True):
+            if bool(array_namespace(x).any(array_namespace(x).isnan(x))):
+                raise ValueError(f"{name} must not hold NaN, got nan")
 
 
 def _refuse(checks: Sequence[tuple[Array, Array]], rules: Sequence[str]) -> None:

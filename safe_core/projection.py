@@ -17,7 +17,7 @@ from safe_core.backends import Array, backend_of
 
 from .arguments import read_arguments
 from .layout import Layout, inverse, merge, resolve, rows_first
-from .scores import entry_keys, ordering_keys, unit_squares
+from .scores import common, entry_scores, unit_squares
 from .sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern, kept_counts, stage
 
 __all__ = ["Projection", "project", "select"]
@@ -48,7 +48,14 @@ class Projection(NamedTuple):
     support: Any
 
 
-def project(arrays: Any, sparsity: Any, importance: Any = None, layout: Any = None) -> Projection:
+def project(
+    arrays: Any,
+    sparsity: Any,
+    importance: Any = None,
+    layout: Any = None,
+    *,
+    select_on_host: bool = False,
+) -> Projection:
     """Project onto the nearest sparse point in the norm of a diagonal ``P``.
 
     ``argmin_{z in C} sum_i P_ii (z_i - v_i)**2``, where C is the set of points whose
@@ -69,11 +76,15 @@ def project(arrays: Any, sparsity: Any, importance: Any = None, layout: Any = No
         input feature. P = 1 where omitted.
     layout : Layout, or list or mapping of Layout, optional
         Roles of the axes; (output, input, ...) unless told otherwise.
+    select_on_host : bool
+        Copy the scores to the host and select there: faster in JAX on the CPU, and one
+        transfer elsewhere. Not for sharded arrays.
 
     Returns
     -------
     Projection
-        ``values`` and ``support`` in the structure of ``arrays``.
+        ``values`` and ``support`` in the structure of ``arrays``. The arrays of one call
+        may share one allocation.
 
     Raises
     ------
@@ -82,7 +93,8 @@ def project(arrays: Any, sparsity: Any, importance: Any = None, layout: Any = No
     ValueError
         If an entry is NaN, an importance is negative, not finite or of the wrong shape,
         or a pattern does not fit an array. The message names the array. Values are
-        checked where they can be read, which a traced program cannot.
+        checked where they can be read, which a traced program cannot. If
+        ``select_on_host`` is set for sharded arrays.
 
     References
     ----------
@@ -106,16 +118,14 @@ def project(arrays: Any, sparsity: Any, importance: Any = None, layout: Any = No
         importance=point.importance,
         layouts=point.layouts,
         names=point.names,
+        on_host=select_on_host,
     )
     return Projection(point.rebuild(apply_support(point.arrays, support)), point.rebuild(support))
 
 
 def apply_support(arrays: Sequence[Array], support: Sequence[Array]) -> list[Array]:
     """Keep the entries on the support, bit for bit, and zero the rest."""
-    return [
-        array_namespace(x).where(mask, x, array_namespace(x).zeros_like(x))
-        for x, mask in zip(arrays, support, strict=True)
-    ]
+    return backend_of(arrays[0]).where_kept(arrays, support) if arrays else []
 
 
 def select(
@@ -126,11 +136,13 @@ def select(
     layouts: Sequence[Layout | None],
     names: Sequence[str],
     step: int | Array | None = None,
+    on_host: bool = False,
 ) -> list[Array]:
     """Masks of the support that maximises the sum of ``P_ii v_i**2``.
 
     The kernel of `project`, without its checks of values: it traces. ``step`` picks the
-    stage of a sparsity that changes over time; None is its end.
+    stage of a sparsity that changes over time; None is its end. ``on_host`` moves the
+    scores to the host to be selected among, see `Targets`.
     """
     if not arrays:
         return []
@@ -141,16 +153,16 @@ def select(
     ]
     at = stage(pattern, step)
     if isinstance(pattern, NM):
-        keys = entry_keys(xp, arrays, importance, names, joint=False)
+        scores = entry_scores(xp, arrays, importance, names, joint=False)
         return [
-            _select_groups(xp, key, pattern, layout, name)
-            for key, layout, name in zip(keys, resolved, names, strict=True)
+            _select_groups(xp, score, pattern, layout, name, on_host)
+            for score, layout, name in zip(scores, resolved, names, strict=True)
         ]
     joint = pattern.scope == "global"
     expand: Callable[[int, Array], Array]
     if isinstance(pattern, Unstructured):
-        keys, expand = entry_keys(xp, arrays, importance, names, joint=joint), lambda i, mask: mask
-        plans = resolved
+        scores = entry_scores(xp, arrays, importance, names, joint=joint)
+        plans, expand = resolved, lambda i, mask: mask
     else:
         squares = unit_squares(xp, arrays, importance, joint=joint)
         units = [
@@ -159,16 +171,16 @@ def select(
             else _blocks(xp, square, pattern, layout, name)
             for square, layout, name in zip(squares, resolved, names, strict=True)
         ]
-        keys = ordering_keys(xp, [unit.scores for unit in units], joint=joint)
+        scores = common(xp, [unit.scores for unit in units], joint=joint)
         plans = [unit.layout for unit in units]
         expand = lambda i, mask: units[i].expand(mask)  # noqa: E731
     if joint:
-        total = sum(math.prod(key.shape) for key in keys)
-        masks = backend_of(keys[0]).keep_largest(keys, kept_counts(pattern, total), at)
+        counts = kept_counts(pattern, sum(math.prod(score.shape) for score in scores))
+        masks = backend_of(scores[0]).keep_largest(scores, counts, at, on_host=on_host)
     else:
         masks = [
-            _select_rows(xp, key, pattern, plan, name, at)
-            for key, plan, name in zip(keys, plans, names, strict=True)
+            _select_rows(xp, score, pattern, plan, name, at, on_host)
+            for score, plan, name in zip(scores, plans, names, strict=True)
         ]
     return [expand(i, mask) for i, mask in enumerate(masks)]
 
@@ -177,44 +189,53 @@ def select(
 
 
 def _select_rows(
-    xp: Any, key: Array, pattern: Pattern, layout: Layout | None, name: str, at: int | Array
+    xp: Any,
+    score: Array,
+    pattern: Pattern,
+    layout: Layout | None,
+    name: str,
+    at: int | Array,
+    on_host: bool,
 ) -> Array:
     """Select within each tensor, or each row, of one array."""
     by_output = pattern.scope == "row"
     if by_output:
         layout = _roles(layout, name, "scope 'row'")
-    order = rows_first(layout or Layout(), key.ndim, by_output=by_output)
+    order = rows_first(layout or Layout(), score.ndim, by_output=by_output)
     pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
-    shape = tuple(key.shape[axis] for axis in order)
+    shape = tuple(score.shape[axis] for axis in order)
     rows, n = math.prod(shape[:pools]), math.prod(shape[pools:])
     counts = kept_counts(pattern, n)
     if rows == 1:
-        return backend_of(key).keep_largest([key], counts, at)[0]
-    table = xp.reshape(xp.permute_dims(key, order), (rows, n))
-    mask = backend_of(key).keep_largest_per_row(table, counts, at)
+        return backend_of(score).keep_largest([score], counts, at, on_host=on_host)[0]
+    table = xp.reshape(xp.permute_dims(score, order), (rows, n))
+    mask = backend_of(score).keep_largest_per_row(table, counts, at, on_host=on_host)
     return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
 
 
-def _select_groups(xp: Any, key: Array, pattern: NM, layout: Layout | None, name: str) -> Array:
+def _select_groups(
+    xp: Any, score: Array, pattern: NM, layout: Layout | None, name: str, on_host: bool
+) -> Array:
     """Keep ``n`` of every ``m`` along the input axis."""
     layout = _roles(layout, name, "an N:M pattern", inputs=True)
-    shape, axis = merge(key.shape, layout.input_axes, name)
+    shape, axis = merge(score.shape, layout.input_axes, name)
     whole = _whole(shape[axis], pattern.m, pattern.ragged, name, "input")
-    head = _slice(xp.reshape(key, shape), axis, whole)
+    head = _slice(xp.reshape(score, shape), axis, whole)
     grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
-    mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n)
+    mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n, on_host)
     mask = xp.reshape(mask, head.shape)
-    return xp.reshape(_pad(xp, mask, axis, xp.reshape(key, shape)), key.shape)
+    return xp.reshape(_pad(xp, mask, axis, xp.reshape(score, shape)), score.shape)
 
 
-def _keep_in_groups(xp: Any, keys: Array, axis: int, n: int) -> Array:
-    m = keys.shape[axis]
+def _keep_in_groups(xp: Any, scores: Array, axis: int, n: int, on_host: bool) -> Array:
+    m = scores.shape[axis]
     if m > _RANKED_GROUP:
-        order = (*(a for a in range(keys.ndim) if a != axis), axis)
-        moved = xp.permute_dims(keys, order)
+        order = (*(a for a in range(scores.ndim) if a != axis), axis)
+        moved = xp.permute_dims(scores, order)
         table = xp.reshape(moved, (math.prod(moved.shape[:-1]), m))
-        mask = backend_of(keys).keep_largest_per_row(table, (n,), 0)
+        mask = backend_of(scores).keep_largest_per_row(table, (n,), 0, on_host=on_host)
         return xp.permute_dims(xp.reshape(mask, moved.shape), inverse(order))
+    keys = backend_of(scores).ordering_key(scores)
     entries = [_slice(keys, axis, j + 1, start=j) for j in range(m)]
     masks = []
     for i, key in enumerate(entries):

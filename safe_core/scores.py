@@ -1,4 +1,4 @@
-"""Scores that rank the units of a pattern, as keys that every backend orders alike."""
+"""Scores whose magnitudes rank the units of a pattern, alike on every backend."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from safe_core.backends import Array, backend_of
 
 from ._dtypes import flushed, wide_dtype, widened
 
-__all__ = ["entry_keys", "ordering_keys", "unit_squares"]
+__all__ = ["common", "entry_scores", "unit_squares"]
 
 
-def ordering_keys(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
-    """Keys that order as the scores do; of one dtype where they compete jointly."""
+def common(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
+    """The scores, in one dtype where they compete jointly."""
     if joint and len({score.dtype for score in scores}) > 1:
         dtype = wide_dtype(xp, scores)
-        scores = [widened(xp, score, dtype) for score in scores]
-    return [backend_of(score).ordering_key(score) for score in scores]
+        return [widened(xp, score, dtype) for score in scores]
+    return list(scores)
 
 
-def entry_keys(
+def entry_scores(
     xp: Any,
     arrays: Sequence[Array],
     importance: Sequence[Array | None],
@@ -29,7 +29,7 @@ def entry_keys(
     *,
     joint: bool,
 ) -> list[Array]:
-    """Keys that rank entries by ``sqrt(P) |v|``: squares would underflow."""
+    """Scores that rank entries by ``sqrt(P) |v|``: squares would underflow."""
     given = [p is not None for p in importance]
     if joint and any(given) and not all(given):
         raise ValueError(
@@ -44,7 +44,7 @@ def entry_keys(
         weights = _scaled(xp, [importance[i] for i in members], dtype)
         for i, v, p in zip(members, values, weights, strict=True):
             scores[i] = flushed(xp, xp.sqrt(p) * _bounded(xp, v))
-    return ordering_keys(xp, scores, joint=joint)
+    return common(xp, scores, joint=joint)
 
 
 def unit_squares(

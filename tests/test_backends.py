@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+from array_api_compat import array_namespace
 from conftest import BFLOAT16, Backend, assert_same, projector
 from hypothesis import given
 from hypothesis import strategies as st
 
 import safe_core.backends.jax as jax_backend
 import safe_core.backends.torch as torch_backend
+import safe_core.backends.torch_counting as torch_counting
 from safe_core import NM, Block, Channel, Unstructured, project, schedules
-from safe_core.backends import backend_of
+from safe_core.backends import backend_of, threshold
 from safe_core.projection import select
 
 PATTERNS = [
@@ -68,27 +70,33 @@ def test_results_live_on_the_device_of_the_arrays(pattern: Any, weighted: bool) 
     ]
 
 
+def _by_sample(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    return torch_backend.keep_largest_by_sample([x.detach() for x in scores], counts[stage])
+
+
+def _by_counting(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    return torch_counting.keep_largest([x.detach() for x in scores], counts[stage])
+
+
+def _rows_on_an_accelerator(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    keys = torch_backend.ordering_key(scores)
+    kth = torch_backend._kth_largest_per_row
+    return threshold.keep_largest_per_row(
+        keys, counts[stage], kth, xp=array_namespace(keys), can_branch=False
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("select", [_by_sample, _by_counting])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_counting_selects_what_partition_selects(
-    monkeypatch: pytest.MonkeyPatch, pattern: Any, dtype: Any
+def test_accelerators_select_what_partition_selects(
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, select: Any, dtype: Any
 ) -> None:
-    counting = torch_backend._kth_largest_by_counting
-    monkeypatch.setattr(torch_backend, "_kth_largest", lambda device: (counting, False))
+    monkeypatch.setattr(torch_backend, "keep_largest", select)
+    monkeypatch.setattr(torch_backend, "keep_largest_per_row", _rows_on_an_accelerator)
     arrays = rounded((8, 32), (4, 64), dtype=dtype)
     got = Backend.TORCH.run(projector(pattern), arrays)
     assert_same(got.support, reference.select(arrays, pattern))
-
-
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
-def test_counting_finds_the_kth_largest(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    top = torch.iinfo(dtype).max
-    keys = torch.randint(0, top, (3, 9), dtype=dtype, generator=generator)
-    keys[0, :3], keys[1, :2] = top, 0
-    for k in range(1, 10):
-        wanted = keys.sort(dim=1, descending=True).values[:, k - 1 : k]
-        assert torch.equal(torch_backend._kth_largest_by_counting(keys, k), wanted)
 
 
 def test_a_parameter_projects_without_a_graph_on_its_support() -> None:

@@ -1,0 +1,127 @@
+"""PyTorch: selection by counting over a list of tensors, each whole or sharded.
+
+The largest t with at least k keys at or above it is found bit by bit. A pass counts
+the keys of each tensor; the counts of its shards are summed, so parameters are never
+gathered. Ties are cut by the same counting on the row-major index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["is_sharded", "keep_largest", "ordering_key", "whole"]
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def ordering_key(x: Tensor) -> Tensor:
+    # Non-negative floats order as their bits do.
+    return x.detach().abs().view(_INTEGER[x.element_size()])
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether ``x`` is a `torch.distributed.tensor.DTensor`."""
+    return hasattr(x, "device_mesh")
+
+
+def whole(x: Tensor) -> Tensor:
+    """A small tensor, gathered or summed over its shards."""
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[operator]
+
+
+def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Masks of the ``k`` largest magnitudes, as sharded as the scores.
+
+    Reads one flag from the device: whether ties must be cut within a tensor.
+    """
+    keys = [ordering_key(_local(x)) for x in scores]
+    kth = _kth_largest(keys, scores, k)
+    above, tied = [key > kth for key in keys], [key == kth for key in keys]
+    available = _counts(tied, scores)
+    missing = k - _counts(above, scores).sum()
+    earlier = available.cumsum(0) - available
+    quotas = (missing - earlier).clamp(min=0).minimum(available)
+    if bool(((quotas > 0) & (quotas < available)).any()):
+        tied = _cut(tied, scores, quotas)
+    else:
+        tied = [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
+    masks = [a | t for a, t in zip(above, tied, strict=True)]
+    return [_sharded_as(x, mask) for x, mask in zip(scores, masks, strict=True)]
+
+
+def _kth_largest(keys: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> Tensor:
+    found = torch.zeros((), dtype=keys[0].dtype, device=keys[0].device)
+    for bit in reversed(range(8 * found.element_size() - 1)):
+        candidate = found | (1 << bit)
+        enough = _counts([key >= candidate for key in keys], scores).sum() >= k
+        found = torch.where(enough, candidate, found)
+    return found
+
+
+def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> list[Tensor]:
+    """Of each mask the first ``quota`` entries in row-major order."""
+    indices = [_index(x) for x in scores]
+    # The largest end with at most `quota` ties before it has exactly `quota`.
+    ends = torch.zeros_like(quotas)
+    for bit in reversed(range(max(x.numel() for x in scores).bit_length())):
+        candidates = ends | (1 << bit)
+        before = [t & (i < end) for t, i, end in zip(tied, indices, candidates, strict=True)]
+        ends = torch.where(_counts(before, scores) <= quotas, candidates, ends)
+    return [t & (i < end) for t, i, end in zip(tied, indices, ends, strict=True)]
+
+
+def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """How many entries of each tensor are in its mask, summed over shards."""
+    counts = torch.stack([mask.sum() for mask in masks])
+    for group, members in _groups(scores).items():
+        sums = counts[members]
+        dist.all_reduce(sums, group=group)
+        counts[members] = sums
+    return counts
+
+
+def _groups(scores: Sequence[Tensor]) -> dict[Any, list[int]]:
+    """Process groups to sum over, each with the positions of the tensors sharded there."""
+    groups: dict[Any, list[int]] = {}
+    for position, x in enumerate(scores):
+        for axis, placement in enumerate(getattr(x, "placements", ())):
+            if placement.is_shard():
+                groups.setdefault(x.device_mesh.get_group(axis), []).append(position)
+            elif not placement.is_replicate():
+                raise ValueError(
+                    f"arrays must be sharded or replicated to be projected, got {placement}"
+                )
+    return groups
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]
+
+
+def _index(x: Tensor) -> Tensor:
+    """Row-major index, in the whole tensor, of the entries at hand."""
+    local, offsets = _local(x), (0,) * x.ndim
+    if is_sharded(x):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    index = torch.zeros(local.shape, dtype=torch.int64, device=local.device)
+    for axis, (size, offset) in enumerate(zip(local.shape, offsets, strict=True)):
+        place = torch.arange(offset, offset + size, device=local.device)
+        stride = math.prod(x.shape[axis + 1 :])
+        index += (place * stride).reshape((-1,) + (1,) * (local.ndim - axis - 1))
+    return index
+
+
+def _sharded_as(x: Tensor, mask: Tensor) -> Tensor:
+    if not is_sharded(x):
+        return mask
+    return type(x).from_local(  # type: ignore[attr-defined]
+        mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride()
+    )
