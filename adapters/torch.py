@@ -19,8 +19,8 @@ from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
 from safe_core.layout import Layout, broadcasts, chosen_layout, place_importance
 from safe_core.sharpness import norm
-from safe_core.splitting import penalty_gradient
 
+from . import torch_lists
 from .torch_weights import prunable_weights
 
 __all__ = ["SparseOptimizer"]
@@ -64,6 +64,10 @@ class SparseOptimizer(Optimizer):
         updates, after the base optimizer's step, and P is 1 before the first.
     allow_unperturbed : bool
         Let `step` run without a perturbed gradient.
+    compile : bool
+        Run the perturbation, and the penalty together with the base optimizer's step, as
+        two programs of `torch.compile`. Needs a base that compiles, with a learning rate
+        in a tensor if it changes. The step count and the dual update stay outside.
 
     Raises
     ------
@@ -125,17 +129,21 @@ class SparseOptimizer(Optimizer):
         | Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
         | None = None,
         allow_unperturbed: bool = False,
+        compile: bool = False,
     ) -> None:
-        _check_arguments(base, method, model, where, layout, importance, allow_unperturbed)
+        _check_arguments(base, method, model, where, layout, importance)
+        _check_flags(allow_unperturbed=allow_unperturbed, compile=compile)
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self.param_groups = base.param_groups
         self.method = method
         self.steps = 0
         self.allow_unperturbed = allow_unperturbed
+        self.compile = compile
         self._targets = _select_parameters(base.param_groups, model, where, layout)
         self._rules = (model, where, layout)
         self._importance = importance
+        self._make_kernels()
         self._phase = ""  # "", "perturbed" within the block, "ready" after it
         self._checked_rounding = False
         self._check_fit()
@@ -166,14 +174,10 @@ class SparseOptimizer(Optimizer):
             )
         self._sparse_parameters()  # z and u start from x, not from x + e
         params = [p for p, _ in touched]
-        backup: list[Tensor] = []
         try:
             if self.method.perturbs:
                 with torch.no_grad():
-                    steps = self._perturbation(touched)
-                    backup = [p.detach().clone() for p in params]
-                    torch._foreach_add_(params, steps)
-                    self._warn_of_rounding(params, backup, steps)
+                    self._ascend(touched)
             self.zero_grad()
             self._phase = "perturbed"
             yield
@@ -185,9 +189,8 @@ class SparseOptimizer(Optimizer):
             looked = all(p.grad is None for p in params)
             self._phase = "" if looked else "ready"
         finally:
-            if backup:
-                with torch.no_grad():
-                    torch._foreach_copy_(params, backup)
+            with torch.no_grad():
+                self._moved.restore()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -240,8 +243,7 @@ class SparseOptimizer(Optimizer):
         if due:
             self._take_in_gradients(sparse)
         self._store(sparse, self.method.rescale(self._split(sparse), self.steps))
-        self._add_penalty(sparse)
-        self.base.step()
+        self._descend(sparse)
         if due:
             self._call_importance(sparse)
             split = self.method.dual_update(
@@ -405,11 +407,30 @@ class SparseOptimizer(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "method", "steps", "allow_unperturbed", "_targets", "_rules", "_importance")
+        own = (
+            "base",
+            "method",
+            "steps",
+            "allow_unperturbed",
+            "compile",
+            "_targets",
+            "_rules",
+            "_importance",
+        )
         kept = {name: self.__dict__[name] for name in own}
         return {**super().__getstate__(), **kept, "_phase": "", "_checked_rounding": True}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_kernels()
+
     # Parts of the step
+
+    def _make_kernels(self) -> None:
+        """Make what holds no state of the training and cannot be pickled."""
+        self._moved = torch_lists.Perturbed()
+        self._ascend_compiled = torch.compile(_ascend_traced) if self.compile else None
+        self._descend_compiled = torch.compile(_descend_traced) if self.compile else None
 
     def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
         """Trainable parameters, with -1 for those whose loss is maximised."""
@@ -477,13 +498,25 @@ class SparseOptimizer(Optimizer):
         if self._phase == "perturbed":
             raise ValueError(f"{call} must come after the perturbed() block, not within it")
 
-    def _perturbation(self, touched: list[tuple[Tensor, int]]) -> list[Tensor]:
-        params = [p.detach() for p, _ in touched]
-        gradients = [p.grad for p, _ in touched]
+    def _ascend(self, touched: list[tuple[Tensor, int]]) -> None:
+        """Move the parameters to x + e, uphill in the loss."""
+        params, signs = [p for p, _ in touched], [sign for _, sign in touched]
+        gradients = [p.grad for p in params]
         if any(g is not None and g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
-        steps = self.method.perturb(params, gradients, self.steps)
-        return [step if sign > 0 else -step for step, (_, sign) in zip(steps, touched, strict=True)]
+        self._warn_of_rounding(params, gradients)
+        if self.compile and min(signs) > 0:
+            copies = self._moved.prepare(params)
+            rho = _scalar(self.method.radius(self.steps), params[0])
+            self._ascend_compiled(self.method, params, gradients, copies, rho)
+            self._moved.saved(params, copies)
+            return
+        direction = self.method.direction(params, gradients, self.steps)
+        for sign in set(signs):
+            mine = [i for i, s in enumerate(signs) if s == sign]
+            vectors = [direction.vectors[i] for i in mine]
+            uphill = direction._replace(vectors=vectors, rho=sign * direction.rho)
+            self._moved.move([params[i] for i in mine], uphill)
 
     def _only_initialises(self) -> bool:
         """Whether a step would only make the base optimizer create its state.
@@ -503,15 +536,24 @@ class SparseOptimizer(Optimizer):
     def _has_zero_rates(self) -> bool:
         return all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
-    def _add_penalty(self, sparse: list[Tensor]) -> None:
-        penalty = self.method.penalty(self.steps)
+    def _descend(self, sparse: list[Tensor]) -> None:
+        """Add the gradient of the penalty and take a step of the base optimizer."""
         signs = dict(self._all_parameters())
         for p in sparse:
             if p.grad is None:
                 # Without a loss gradient the penalty still acts, else u would wind up.
                 p.grad = torch.zeros_like(p)
-            gradient = penalty_gradient(p.detach(), self.state[p]["anchor"], penalty)
-            p.grad.add_(gradient, alpha=signs[p])
+        penalty = self.method.penalty(self.steps)
+        if self.compile and all(signs[p] > 0 for p in sparse):
+            gradients, anchors = [p.grad for p in sparse], self._split(sparse).anchor
+            weight = _scalar(penalty, anchors[0])
+            self._descend_compiled(self.base, gradients, sparse, anchors, weight)
+            return
+        for sign in {signs[p] for p in sparse}:
+            mine = [p for p in sparse if signs[p] == sign]
+            gradients, anchors = [p.grad for p in mine], self._split(mine).anchor
+            torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty)
+        self.base.step()
 
     def _take_in_gradients(self, sparse: list[Tensor]) -> None:
         """Refresh the method's own importance from the loss gradient, before the penalty."""
@@ -526,23 +568,22 @@ class SparseOptimizer(Optimizer):
             named = {self._targets[p].name: p.detach() for p in sparse}
             self._store_importance(sparse, self._placed(self._importance(named), sparse))
 
-    def _warn_of_rounding(
-        self, params: list[Tensor], backup: list[Tensor], steps: list[Tensor]
-    ) -> None:
+    def _warn_of_rounding(self, params: list[Tensor], gradients: list[Tensor]) -> None:
         """Say once, at the first perturbation, that 16-bit parameters swallow it."""
         if self._checked_rounding or all(p.element_size() > 2 for p in params):
             return
+        steps = self.method.perturb(params, gradients, self.steps)
         length = float(norm(steps))
         if length == 0:  # as of a gradient that is zero or not finite
             return
         self._checked_rounding = True
-        moves = [p.float() - old.float() for p, old in zip(params, backup, strict=True)]
+        moves = [(p + e).to(p.dtype).float() - p for p, e in zip(params, steps, strict=True)]
         moved = float(norm(moves))
         if moved < length / 2:
             warnings.warn(
                 f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
                 f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # The split, per parameter in `self.state`
@@ -590,7 +631,6 @@ def _check_arguments(
     where: Any,
     layout: Any,
     importance: Any,
-    allow_unperturbed: Any,
 ) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, SparseOptimizer):
         raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
@@ -604,14 +644,45 @@ def _check_arguments(
         raise TypeError(f"where must be a function of name and parameter, got {where!r}")
     if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
         raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
-    if not isinstance(allow_unperturbed, bool):
-        raise TypeError(f"allow_unperturbed must be True or False, got {allow_unperturbed!r}")
     if importance is not None and method.importance is not None:
         raise ValueError(
             f"importance must be given once: the method has {method.importance!r} already"
         )
     if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
         raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """A number that a compiled program takes as an argument, not as a constant."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def _ascend_traced(
+    method: Method,
+    params: list[Tensor],
+    gradients: list[Tensor],
+    copies: list[Tensor],
+    rho: Tensor,
+) -> None:
+    torch_lists.move_traced_(params, copies, method.direction(params, gradients, 0, rho=rho))
+
+
+def _descend_traced(
+    base: Optimizer,
+    gradients: list[Tensor],
+    params: list[Tensor],
+    anchors: list[Tensor],
+    penalty: Tensor,
+) -> None:
+    torch_lists.add_penalty_traced_(gradients, params, anchors, penalty)
+    base.step()
 
 
 def _select_parameters(

@@ -41,6 +41,22 @@ class Backend(Protocol):
         What is returned may share one allocation.
         """
 
+    def norms(self, arrays: Sequence[Array], dtype: Any) -> Array:
+        """The Euclidean norm of each array, summed in ``dtype``, as one array."""
+
+    def known_finite(self, arrays: Sequence[Array]) -> bool:
+        """Whether all entries are seen to be finite, where one may look without waiting."""
+
+    def blockwise(
+        self, fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+    ) -> list[Array]:
+        """``[fn(*arrays) for arrays in zip(*lists)]`` for an elementwise ``fn``.
+
+        Arrays that match are of one shape. Where that is faster ``fn`` is handed flat
+        pieces of them. The result has the dtype of the first of them, may share one
+        allocation, and may take the place of the first where ``overwrite`` allows it.
+        """
+
     def frexp(self, x: Array) -> tuple[Array, Array]:
         """``m`` and the integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
 

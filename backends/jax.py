@@ -23,12 +23,15 @@ from jax import lax
 from . import Array
 
 __all__ = [
+    "blockwise",
     "cond",
     "frexp",
     "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
+    "known_finite",
+    "norms",
     "ordering_key",
     "where_kept",
 ]
@@ -48,6 +51,20 @@ def has_nan(arrays: Sequence[Array]) -> bool:
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
     return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
+
+
+def norms(arrays: Sequence[Array], dtype: Any) -> Array:
+    return jnp.stack([jnp.linalg.norm(a.astype(dtype).ravel()) for a in arrays])
+
+
+def known_finite(arrays: Sequence[Array]) -> bool:
+    return False
+
+
+def blockwise(
+    fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+) -> list[Array]:
+    return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 
 
 def ordering_key(x: Array) -> Array:

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
 
 from . import Array, threshold
-from .standard import cond, is_concrete
+from .standard import cond, is_concrete, norms
 
 __all__ = [
+    "allocate",
+    "blockwise",
     "cond",
     "frexp",
     "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
+    "known_finite",
+    "norms",
     "ordering_key",
     "where_kept",
 ]
@@ -51,18 +55,35 @@ def has_nan(arrays: Sequence[Array]) -> bool:
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
-    kept = _allocate([x.shape for x in arrays], [x.dtype for x in arrays])
+    kept = allocate([x.shape for x in arrays], [x.dtype for x in arrays])
     for x, mask, out in zip(arrays, masks, kept, strict=True):
         # Bits times 0 or 1: no NaN and no -0 comes of it, and it is faster than `where`.
         np.multiply(x.view(_integer(x)), mask.view(np.int8), out=out.view(_integer(x)))
     return kept
 
 
+def known_finite(arrays: Sequence[Array]) -> bool:
+    # A sum is finite only if every entry is.
+    with np.errstate(all="ignore"):
+        return all(np.isfinite(np.sum(x)) for x in arrays)
+
+
+def blockwise(
+    fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+) -> list[Array]:
+    first = list(lists[0])
+    results = first if overwrite else allocate([x.shape for x in first], [x.dtype for x in first])
+    for arrays in zip(*lists, results, strict=True):
+        for *pieces, out in _pieces(*arrays):
+            out[...] = fn(*pieces)
+    return results
+
+
 def keep_largest(
     scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
 ) -> list[Array]:
     k, n = counts[stage], sum(x.size for x in scores)
-    masks = _allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
+    masks = allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
     if k in (0, n):
         for mask in masks:
             mask[...] = k == n
@@ -78,7 +99,7 @@ def keep_largest_per_row(
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest_per_row, xp=xp)
 
 
-def _allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[Array]:
+def allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[Array]:
     """Uninitialised arrays in one allocation, each aligned as vector instructions like it."""
     sizes = [
         -(-math.prod(shape) * dtype.itemsize // 64) * 64

@@ -16,12 +16,15 @@ from array_api_compat import array_namespace
 from . import Array, threshold
 
 __all__ = [
+    "blockwise",
     "cond",
     "frexp",
     "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
+    "known_finite",
+    "norms",
     "ordering_key",
     "where_kept",
 ]
@@ -44,6 +47,21 @@ def frexp(x: Array) -> tuple[Array, Array]:
     xp = array_namespace(x)
     mantissa, exponent = math.frexp(float(x))
     return xp.asarray(mantissa, dtype=x.dtype), xp.asarray(exponent)
+
+
+def norms(arrays: Sequence[Array], dtype: Any) -> Array:
+    xp = array_namespace(*arrays)
+    return xp.stack([xp.linalg.vector_norm(xp.astype(a, dtype)) for a in arrays])
+
+
+def known_finite(arrays: Sequence[Array]) -> bool:
+    return False
+
+
+def blockwise(
+    fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+) -> list[Array]:
+    return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:

@@ -9,7 +9,7 @@ never concatenated, and at most one value is read from the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -22,16 +22,20 @@ from .standard import cond
 from .torch_counting import ordering_key
 
 __all__ = [
+    "blockwise",
     "cond",
     "frexp",
     "has_nan",
     "is_concrete",
     "keep_largest",
     "keep_largest_per_row",
+    "known_finite",
+    "norms",
     "ordering_key",
     "where_kept",
 ]
 
+_PIECE = 2**17  # entries that a core's cache holds between the passes over them
 _SAMPLE = 2**17  # entries that bracket the threshold
 _CANDIDATES = 2**14  # this many, and an eighth of all entries, are sorted without regret
 
@@ -63,6 +67,28 @@ def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor
     values = [x.detach() for x in arrays]
     kept = numpy_backend.where_kept([_numpy(x) for x in values], [m.numpy() for m in masks])
     return [torch.from_numpy(v).view(x.dtype) for v, x in zip(kept, values, strict=True)]
+
+
+def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    found = torch._foreach_norm([x.detach() for x in arrays], dtype=dtype)
+    return torch.stack([torch_counting.whole(norm).to(found[0].device) for norm in found])
+
+
+def known_finite(arrays: Sequence[Tensor]) -> bool:
+    readable = all(_is_plain(x) and x.dtype != torch.bfloat16 for x in arrays)
+    return readable and numpy_backend.known_finite([_numpy(x.detach()) for x in arrays])
+
+
+def blockwise(
+    fn: Callable[..., Tensor], *lists: Sequence[Tensor], overwrite: bool = False
+) -> list[Tensor]:
+    if not all(_is_plain(x) for arrays in lists for x in arrays):
+        return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+    results = list(lists[0]) if overwrite else _allocate(lists[0])
+    for arrays in zip(*lists, results, strict=True):
+        for *pieces, out in _pieces([x.detach() for x in arrays]):
+            out.copy_(fn(*pieces))
+    return results
 
 
 def keep_largest(
@@ -141,6 +167,19 @@ def _bracket(keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
         sample[bottom] if bottom < size else zero,
         sample[top] if top >= 0 else zero + torch.iinfo(sample.dtype).max,
     )
+
+
+def _allocate(like: Sequence[Tensor]) -> list[Tensor]:
+    arrays = [_numpy(x.detach()) for x in like]
+    memory = numpy_backend.allocate([x.shape for x in arrays], [x.dtype for x in arrays])
+    return [torch.from_numpy(m).view(x.dtype) for m, x in zip(memory, like, strict=True)]
+
+
+def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Tensors of one shape cut alike; whole where they are small or not contiguous."""
+    if arrays[0].numel() <= _PIECE or not all(x.is_contiguous() for x in arrays):
+        return iter([arrays])
+    return zip(*(x.view(-1).split(_PIECE) for x in arrays), strict=True)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -19,7 +19,7 @@ from . import _checks, splitting
 from .importance import Importance
 from .projection import apply_support
 from .schedules import Schedule, as_schedule
-from .sharpness import ASAM, SAM
+from .sharpness import ASAM, SAM, Direction
 from .sparsity import Pattern, as_pattern
 from .splitting import SplitState, Targets
 
@@ -113,6 +113,10 @@ class Method:
         """Whether z and u are updated after the base step number ``step``."""
         return self.dual_update_interval == 1 or (step + 1) % self.dual_update_interval == 0
 
+    def radius(self, step: int | Array) -> float | Array:
+        """Return rho at ``step``; 0 without a perturbation."""
+        return 0.0 if self.perturbation is None else self.perturbation.rho(step)  # type: ignore[operator]
+
     def perturb(
         self,
         params: Sequence[Array],
@@ -122,11 +126,22 @@ class Method:
         rho: float | Array | None = None,
     ) -> list[Array]:
         """Return the perturbation e of all trainable parameters; ``rho`` overrides the method's."""
+        return self.direction(params, gradients, step, rho=rho).perturbation()
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        step: int | Array,
+        *,
+        rho: float | Array | None = None,
+    ) -> Direction:
+        """Return `perturb` before it is written out, for an adapter that adds it in place."""
         if self.perturbation is None:
             raise ValueError(f"perturbation must not be None to perturb, got {self!r}")
         if rho is None:
-            rho = self.perturbation.rho(step)  # type: ignore[operator]
-        return self.perturbation.perturbation(params, gradients, rho=rho)
+            rho = self.radius(step)
+        return self.perturbation.direction(params, gradients, rho=rho)
 
     def init(
         self,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from safe_core.backends import Array
+from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import wide_dtype
 from .schedules import Constant, Schedule, as_schedule
 
-__all__ = ["ASAM", "SAM", "norm"]
+__all__ = ["ASAM", "SAM", "Direction", "norm"]
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -40,21 +40,59 @@ def norm(arrays: Sequence[Array]) -> Array:
     5.0
     """
     xp = array_namespace(*arrays)
-    dtype = wide_dtype(xp, arrays)
-    norms = [xp.linalg.vector_norm(xp.astype(a, dtype)) for a in arrays]
-    return xp.linalg.vector_norm(xp.stack(norms))
+    norms = backend_of(arrays[0]).norms(arrays, wide_dtype(xp, arrays))
+    return xp.linalg.vector_norm(norms)
 
 
-def _scaled(direction: Sequence[Array], length: Array, rho: float | Array) -> list[Array]:
-    """``rho * direction / length``, and zero where the length is zero or not finite.
+class Direction(NamedTuple):
+    """A perturbation, ``e = factor * vectors``, before it is written out.
 
-    The guard is a `where`, not an added epsilon: e must not change when the loss is
-    multiplied by a constant, as a loss scaler does. NaN times zero would be NaN.
+    Attributes
+    ----------
+    vectors : list of arrays
+        Shaped as the parameters.
+    length : array
+        A scalar: the norm that the radius is divided by.
+    rho : float or scalar array
+        Perturbation radius.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> float(Direction([numpy.asarray([3.0])], numpy.asarray(3.0), 0.5).factor) * 3
+    0.5
     """
-    xp = array_namespace(length)
-    usable = (length > 0) & xp.isfinite(length)
-    factor = rho / xp.where(usable, length, xp.ones_like(length))
-    return [xp.where(usable, factor * d, xp.zeros_like(d)) for d in direction]
+
+    vectors: Sequence[Array]
+    length: Array
+    rho: float | Array
+
+    @property
+    def usable(self) -> Array:
+        """Whether the length is positive and finite; e is zero otherwise."""
+        return (self.length > 0) & array_namespace(self.length).isfinite(self.length)
+
+    @property
+    def factor(self) -> Array:
+        """``rho / length``, and 0 where that is not usable.
+
+        The guard is a `where`, not an added epsilon: e must not change when the loss is
+        multiplied by a constant, as a loss scaler does.
+        """
+        xp = array_namespace(self.length)
+        return xp.where(self.usable, self._quotient, xp.zeros_like(self.length))
+
+    @property
+    def _quotient(self) -> Array:
+        xp = array_namespace(self.length)
+        return self.rho / xp.where(self.usable, self.length, xp.ones_like(self.length))
+
+    def perturbation(self) -> list[Array]:
+        """Return ``e``. NaN times zero would be NaN, so the guard is a `where` here too."""
+        xp = array_namespace(self.length)
+        usable, quotient = self.usable, self._quotient
+        wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
+        return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
 
 
 @dataclass(frozen=True)
@@ -105,9 +143,17 @@ class SAM:
         A gradient whose norm is zero or not finite gives zero. ``params`` is read by
         adaptive perturbations only.
         """
-        xp = array_namespace(*gradients)
-        wide = [xp.astype(g, wide_dtype(xp, [g])) for g in gradients]
-        return _scaled(wide, norm(wide), rho)
+        return self.direction(params, gradients, rho=rho).perturbation()
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+    ) -> Direction:
+        """Return `perturbation` before it is written out."""
+        return Direction(gradients, norm(gradients), rho)
 
 
 @dataclass(frozen=True)
@@ -149,17 +195,14 @@ class ASAM(SAM):
         super().__post_init__()
         _checks.real("eta", self.eta, low=0.0)
 
-    def perturbation(
+    def direction(
         self,
         params: Sequence[Array],
         gradients: Sequence[Array],
         *,
         rho: float | Array,
-    ) -> list[Array]:
-        """Return ``e`` for every parameter, in float32 or wider.
-
-        A gradient whose norm is zero or not finite gives zero.
-        """
+    ) -> Direction:
+        """Return `perturbation` before it is written out."""
         xp = array_namespace(*gradients)
         scaled, twice = [], []
         for x, g in zip(params, gradients, strict=True):
@@ -167,4 +210,4 @@ class ASAM(SAM):
             t: Any = xp.abs(xp.astype(x, wide.dtype)) + self.eta if x.ndim >= 2 else 1.0
             scaled.append(t * wide)
             twice.append(t * (t * wide))
-        return _scaled(twice, norm(scaled), rho)
+        return Direction(twice, norm(scaled), rho)

@@ -10,11 +10,12 @@ hold both, exactly, and the gradient of the penalty ``lambda/2 |x - z + u|^2`` i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
-from safe_core.backends import Array
+from safe_core.backends import Array, backend_of
 
 from ._dtypes import wide_dtype
 from .layout import Layout
@@ -225,18 +226,31 @@ def dual_update(
     >>> dual_update([numpy.asarray([1.0, 3.0])], state, pattern, targets).anchor
     [array([-1.,  3.])]
     """
-    z, u = recover(state)
-    v = []
-    for x, z_i, u_i in zip(_widened(params), z, u, strict=True):
-        xp = array_namespace(x)
-        relaxed = x if relaxation == 1 else relaxation * x + (1 - relaxation) * z_i
-        # Where the base optimizer let a NaN into x, the split stays with x = z.
-        v.append(xp.where(xp.isfinite(relaxed), relaxed, z_i) + u_i)
+    if not params:
+        return state
+    backend = backend_of(params[0])
+    fn = partial(_relaxed, relaxation, backend.known_finite(params))
+    v = backend.blockwise(fn, _widened(params), state.anchor, state.support)
     support = _select(v, pattern, targets, importance, step)
-    anchor = [
-        array_namespace(v_i).where(mask, v_i, -v_i) for v_i, mask in zip(v, support, strict=True)
-    ]
-    return SplitState(anchor, support)
+    return SplitState(backend.blockwise(_anchor, v, support, overwrite=True), support)
+
+
+def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: Array) -> Array:
+    """``v = alpha x + (1 - alpha) z + u``, and z + u where x is not finite."""
+    xp = array_namespace(x)
+    if relaxation == 1:
+        v = x - xp.where(support, xp.zeros_like(anchor), anchor)
+    else:
+        v = relaxation * x + xp.where(support, (1 - relaxation) * anchor, -anchor)
+    if finite:
+        return v
+    # Where the base optimizer let a NaN into x, the split stays with x = z.
+    return xp.where(xp.isfinite(v), v, xp.where(support, anchor, -anchor))
+
+
+def _anchor(v: Array, support: Array) -> Array:
+    """``z - u`` with ``z = proj(v)`` and ``u = v - z``."""
+    return array_namespace(v).where(support, v, -v)
 
 
 def final_support(

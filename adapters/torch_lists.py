@@ -1,0 +1,125 @@
+"""The arithmetic of a step over lists of tensors, in place, by foreach kernels.
+
+The formulas are those of `safe_core.sharpness` and `safe_core.splitting`, without an
+array for what is only added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from safe_core.sharpness import Direction
+
+__all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "move_traced_"]
+
+_GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Perturbed:
+    """Parameters at ``x + e``, and what is needed to restore x bit for bit.
+
+    On the CPU the copies are kept from step to step, for page faults would cost more than
+    copying; an accelerator's allocator keeps memory by itself.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[Tensor, Tensor] = {}
+        self._params: list[Tensor] = []
+        self._saved: list[Tensor] = []
+
+    def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors for the copies of ``params``."""
+        kept = {p: self._memory[p] for p in params if _fits(self._memory.get(p), p)}
+        copies = [kept[p] if p in kept else torch.empty_like(p.detach()) for p in params]
+        pairs = zip(params, copies, strict=True)
+        self._memory = {p: copy for p, copy in pairs if p.device.type == "cpu"}
+        return copies
+
+    def move(self, params: Sequence[Tensor], direction: Direction) -> None:
+        """Copy ``params`` and add e to them."""
+        copies, vectors = self.prepare(params), list(direction.vectors)
+        on_host = direction.length.device.type == "cpu"
+        # Not read from an accelerator, which would wait for it.
+        scale = float(direction.factor) if on_host else 0.0
+        for i in _groups(params):
+            torch._foreach_copy_(copies[i], params[i])
+            self.saved(params[i], copies[i])
+            if not on_host:
+                torch._foreach_add_(params[i], _written_out(vectors[i], direction))
+            elif scale:  # else the gradient may hold NaN
+                torch._foreach_add_(params[i], vectors[i], alpha=scale)
+
+    def saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        """Take note that ``copies`` hold x."""
+        self._params += params
+        self._saved += copies
+
+    def restore(self) -> None:
+        """Bring back x where it was saved."""
+        params, saved = self._params, self._saved
+        self._params, self._saved = [], []
+        if params:
+            torch._foreach_copy_(params, saved)
+
+
+def add_penalty_(
+    gradients: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    penalty: float,
+) -> None:
+    """``g <- g + penalty * (x - anchor)``, in the dtype of the anchor or wider."""
+    for i in _groups(params):
+        torch._foreach_add_(gradients[i], torch._foreach_sub(params[i], anchors[i]), alpha=penalty)
+
+
+def add_penalty_traced_(
+    gradients: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    penalty: Tensor,
+) -> None:
+    """`add_penalty_` in the form that a compiler fuses, for a penalty that may change."""
+    for g, x, anchor in zip(gradients, params, anchors, strict=True):
+        g.add_(penalty * (x - anchor))
+
+
+def move_traced_(params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction) -> None:
+    """`Perturbed.move` in the form that a compiler fuses."""
+    for x, copy, e in zip(params, copies, direction.perturbation(), strict=True):
+        copy.copy_(x)
+        x.add_(e)
+
+
+def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
+    """e on an accelerator, zero where the direction is not usable."""
+    factor = direction.factor
+    steps = torch._foreach_mul([v.to(factor.dtype) for v in vectors], factor)
+    # NaN times zero is NaN, but its bits times zero are zero.
+    bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
+    torch._foreach_mul_(bits, direction.usable.to(bits[0].dtype))
+    return list(steps)
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of a list: of `_GROUP` entries on the CPU, all of it elsewhere."""
+    start, size = 0, 0
+    for stop, tensor in enumerate(tensors, 1):
+        size += tensor.numel()
+        if size >= _GROUP and tensor.device.type == "cpu":
+            yield slice(start, stop)
+            start, size = stop, 0
+    if start < len(tensors):
+        yield slice(start, len(tensors))
+
+
+def _fits(copy: Tensor | None, x: Tensor) -> bool:
+    return (
+        copy is not None
+        and (copy.shape, copy.dtype, copy.device) == (x.shape, x.dtype, x.device)
+        and copy.stride() == x.stride()
+    )
