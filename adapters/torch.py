@@ -252,6 +252,7 @@ class SparseOptimizer(Optimizer):
                 self.steps,
                 self._targets_of(sparse),
                 self.method.metric(self._importance_state(sparse)),
+                workspace=self._moved.workspace(self._split(sparse).anchor, sparse),
             )
             self._store(sparse, split)
         self.steps += 1
@@ -290,9 +291,10 @@ class SparseOptimizer(Optimizer):
         return {self._targets[p].name: p for p in self._active()}
 
     def split(self) -> SplitState:
-        """Return anchors and supports, in the order of `sparse_parameters`."""
+        """Return copies of anchors and supports, in the order of `sparse_parameters`."""
         with self._as_started() as sparse:
-            return self._split(sparse)
+            anchor, support = self._split(sparse)
+            return SplitState([a.clone() for a in anchor], [s.clone() for s in support])
 
     # The optimizer contract
 
@@ -429,7 +431,7 @@ class SparseOptimizer(Optimizer):
     def _make_kernels(self) -> None:
         """Make what holds no state of the training and cannot be pickled."""
         self._moved = torch_lists.Perturbed()
-        self._ascend_compiled = torch.compile(_ascend_traced) if self.compile else None
+        self._ascend_compiled = torch.compile(torch_lists.move_traced_) if self.compile else None
         self._descend_compiled = torch.compile(_descend_traced) if self.compile else None
 
     def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
@@ -505,13 +507,13 @@ class SparseOptimizer(Optimizer):
         if any(g is not None and g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         self._warn_of_rounding(params, gradients)
+        direction = self.method.direction(params, gradients, self.steps)
         if self.compile and min(signs) > 0:
             copies = self._moved.prepare(params)
-            rho = _scalar(self.method.radius(self.steps), params[0])
-            self._ascend_compiled(self.method, params, gradients, copies, rho)
+            vectors, factor = direction.vectors, direction.factor
+            self._ascend_compiled(params, copies, vectors, factor, direction.usable)
             self._moved.saved(params, copies)
             return
-        direction = self.method.direction(params, gradients, self.steps)
         for sign in set(signs):
             mine = [i for i, s in enumerate(signs) if s == sign]
             vectors = [direction.vectors[i] for i in mine]
@@ -662,16 +664,6 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     """A number that a compiled program takes as an argument, not as a constant."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.full((), value, dtype=dtype, device=like.device)
-
-
-def _ascend_traced(
-    method: Method,
-    params: list[Tensor],
-    gradients: list[Tensor],
-    copies: list[Tensor],
-    rho: Tensor,
-) -> None:
-    torch_lists.move_traced_(params, copies, method.direction(params, gradients, 0, rho=rho))
 
 
 def _descend_traced(

@@ -15,7 +15,7 @@ from safe_core.sharpness import Direction
 
 __all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "move_traced_"]
 
-_GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
+_GROUP = 2**17  # entries that a CPU's cache holds between two passes over them
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,6 +58,12 @@ class Perturbed:
         self._params += params
         self._saved += copies
 
+    def workspace(self, like: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor] | None:
+        """The memory of the copies of ``params``, where it is kept and fits ``like``."""
+        copies = [self._memory.get(p) for p in params]
+        found = [c for c, x in zip(copies, like, strict=True) if c is not None and _fits(c, x)]
+        return found if len(found) == len(params) else None
+
     def restore(self) -> None:
         """Bring back x where it was saved."""
         params, saved = self._params, self._saved
@@ -73,6 +79,7 @@ def add_penalty_(
     penalty: float,
 ) -> None:
     """``g <- g + penalty * (x - anchor)``, in the dtype of the anchor or wider."""
+    gradients, params, anchors = _cut(gradients, params, anchors)
     for i in _groups(params):
         torch._foreach_add_(gradients[i], torch._foreach_sub(params[i], anchors[i]), alpha=penalty)
 
@@ -88,11 +95,17 @@ def add_penalty_traced_(
         g.add_(penalty * (x - anchor))
 
 
-def move_traced_(params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction) -> None:
+def move_traced_(
+    params: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    factor: Tensor,
+    usable: Tensor,
+) -> None:
     """`Perturbed.move` in the form that a compiler fuses."""
-    for x, copy, e in zip(params, copies, direction.perturbation(), strict=True):
+    for x, copy, vector in zip(params, copies, vectors, strict=True):
         copy.copy_(x)
-        x.add_(e)
+        x.add_(torch.where(usable, factor * vector, 0.0))
 
 
 def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
@@ -103,6 +116,19 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
     bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
     torch._foreach_mul_(bits, direction.usable.to(bits[0].dtype))
     return list(steps)
+
+
+def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
+    """Lists of tensors of equal shapes, with large ones on the CPU cut into views."""
+    cut: list[list[Tensor]] = [[] for _ in lists]
+    for tensors in zip(*lists, strict=True):
+        pieces: Sequence[Sequence[Tensor]] = [[x] for x in tensors]
+        on_host = tensors[0].device.type == "cpu"
+        if on_host and tensors[0].numel() > _GROUP and all(x.is_contiguous() for x in tensors):
+            pieces = [x.view(-1).split(_GROUP) for x in tensors]
+        for found, more in zip(cut, pieces, strict=True):
+            found += more
+    return cut
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:

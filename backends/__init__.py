@@ -48,13 +48,17 @@ class Backend(Protocol):
         """Whether all entries are seen to be finite, where one may look without waiting."""
 
     def blockwise(
-        self, fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+        self,
+        fn: Callable[..., Array],
+        *lists: Sequence[Array],
+        out: Sequence[Array] | None = None,
     ) -> list[Array]:
         """``[fn(*arrays) for arrays in zip(*lists)]`` for an elementwise ``fn``.
 
         Arrays that match are of one shape. Where that is faster ``fn`` is handed flat
-        pieces of them. The result has the dtype of the first of them, may share one
-        allocation, and may take the place of the first where ``overwrite`` allows it.
+        pieces of them. The result has the dtype of the first of them and may share one
+        allocation. It is written to ``out``, where given and arrays can be written to;
+        what is read may be written over.
         """
 
     def frexp(self, x: Array) -> tuple[Array, Array]:

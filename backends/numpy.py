@@ -69,14 +69,14 @@ def known_finite(arrays: Sequence[Array]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
 ) -> list[Array]:
-    first = list(lists[0])
-    results = first if overwrite else allocate([x.shape for x in first], [x.dtype for x in first])
-    for arrays in zip(*lists, results, strict=True):
-        for *pieces, out in _pieces(*arrays):
-            out[...] = fn(*pieces)
-    return results
+    if out is None:
+        out = allocate([x.shape for x in lists[0]], [x.dtype for x in lists[0]])
+    for arrays in zip(*lists, out, strict=True):
+        for *pieces, result in _pieces(*arrays):
+            result[...] = fn(*pieces)
+    return list(out)
 
 
 def keep_largest(

@@ -59,7 +59,7 @@ def known_finite(arrays: Sequence[Array]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], overwrite: bool = False
+    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
 ) -> list[Array]:
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 

@@ -80,15 +80,19 @@ def known_finite(arrays: Sequence[Tensor]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Tensor], *lists: Sequence[Tensor], overwrite: bool = False
+    fn: Callable[..., Tensor], *lists: Sequence[Tensor], out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     if not all(_is_plain(x) for arrays in lists for x in arrays):
-        return [fn(*arrays) for arrays in zip(*lists, strict=True)]
-    results = list(lists[0]) if overwrite else _allocate(lists[0])
-    for arrays in zip(*lists, results, strict=True):
-        for *pieces, out in _pieces([x.detach() for x in arrays]):
-            out.copy_(fn(*pieces))
-    return results
+        results = [fn(*arrays) for arrays in zip(*lists, strict=True)]
+        if out is not None:
+            torch._foreach_copy_(out, results)
+        return results if out is None else list(out)
+    if out is None:
+        out = _allocate(lists[0])
+    for arrays in zip(*lists, out, strict=True):
+        for *pieces, result in _pieces([x.detach() for x in arrays]):
+            result.copy_(fn(*pieces))
+    return list(out)
 
 
 def keep_largest(

@@ -193,10 +193,13 @@ class Method:
         step: int | Array,
         targets: Targets,
         importance: Sequence[Array | None] | None = None,
+        *,
+        workspace: Sequence[Array] | None = None,
     ) -> SplitState:
         """Return the split after the dual update at the end of ``step``.
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
+        ``workspace``, arrays like the anchors to write over, updates the split in place.
         """
         return splitting.dual_update(
             params,
@@ -206,6 +209,7 @@ class Method:
             importance=importance,
             relaxation=self.relaxation,
             step=step + 1,
+            workspace=workspace,
         )
 
     def finalize(

@@ -186,6 +186,7 @@ def dual_update(
     importance: Sequence[Array | None] | None = None,
     relaxation: float = 1.0,
     step: int | Array | None = None,
+    workspace: Sequence[Array] | None = None,
 ) -> SplitState:
     """``v = alpha x + (1 - alpha) z + u``, then ``z = proj(v)`` and ``u = v - z``.
 
@@ -207,6 +208,9 @@ def dual_update(
         Over-relaxation alpha; 1 is plain ADMM.
     step : int or integer array, optional
         The stage of a sparsity that changes over time; None is its end.
+    workspace : sequence of arrays, optional
+        Of the shapes and dtypes of the anchors, to be written over. Given, the split is
+        updated in place where arrays can be, and no array of its size is made.
 
     Returns
     -------
@@ -230,9 +234,10 @@ def dual_update(
         return state
     backend = backend_of(params[0])
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
-    v = backend.blockwise(fn, _widened(params), state.anchor, state.support)
+    v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
     support = _select(v, pattern, targets, importance, step)
-    return SplitState(backend.blockwise(_anchor, v, support, overwrite=True), support)
+    anchor = backend.blockwise(_anchor, v, support, out=None if workspace is None else state.anchor)
+    return SplitState(anchor, support)
 
 
 def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: Array) -> Array:

@@ -1,0 +1,272 @@
+"""The step in PyTorch as it runs: in place over lists, in pieces, compiled, sharded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import safe_core
+from safe_core import ASAM, SAM, schedules
+from safe_core.adapters import torch_lists
+from safe_core.adapters.torch import SparseOptimizer
+
+SHAPES = [(3,), (5, 7), (40, 11), (2, 3, 4), ()]
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+@pytest.fixture(params=[1, 30, 2**17], ids=lambda size: f"group-{size}")
+def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch_lists, "_GROUP", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_penalty_in_pieces_is_that_of_the_formula(group: int, transposed: bool) -> None:
+    g, x, anchor = (
+        [t.mT.clone().mT if transposed and t.ndim > 1 else t for t in tensors(seed)]
+        for seed in range(3)
+    )
+    wanted = [
+        (a.double() + 0.3 * (b.double() - c.double())).float()
+        for a, b, c in zip(g, x, anchor, strict=True)
+    ]
+    torch_lists.add_penalty_(g, x, anchor, 0.3)
+    for got, want in zip(g, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [SAM(0.5), ASAM(0.5)], ids=["sam", "asam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_moving_is_adding_the_perturbation(group: int, kind: SAM, dtype: torch.dtype) -> None:
+    x, g = tensors(0, dtype), tensors(1, dtype)
+    before = [t.clone() for t in x]
+    wanted = [
+        (a.to(e.dtype) + e).to(dtype)
+        for a, e in zip(x, kind.perturbation(x, g, rho=0.5), strict=True)
+    ]
+    moved = torch_lists.Perturbed()
+    moved.move(x, kind.direction(x, g, rho=0.5))
+    for got, want, old in zip(x, wanted, before, strict=True):
+        torch.testing.assert_close(got, want)
+        assert not torch.equal(got, old)
+    moved.restore()
+    assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_unusable_gradient_moves_nothing(bad: float, accelerated: bool) -> None:
+    x, g = tensors(0), tensors(1)
+    for t in g:
+        t.fill_(bad)
+    direction = SAM(0.5).direction(x, g, rho=0.5)
+    if accelerated:
+        steps = torch_lists._written_out(g, direction)
+        assert all(torch.equal(e, torch.zeros_like(e)) for e in steps)
+    else:
+        before = [t.clone() for t in x]
+        torch_lists.Perturbed().move(x, direction)
+        assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+
+
+def test_an_accelerator_writes_out_the_same_perturbation() -> None:
+    x, g = tensors(0), tensors(1)
+    direction = SAM(0.5).direction(x, g, rho=0.5)
+    for got, want in zip(
+        torch_lists._written_out(g, direction), direction.perturbation(), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An interrupt between two groups must not bring back memory that was never written.
+    monkeypatch.setattr(torch_lists, "_GROUP", 1)
+    x, g = tensors(0), tensors(1)
+    before = [t.clone() for t in x]
+    add, calls = torch._foreach_add_, iter(range(3))
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        add(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "_foreach_add_", interrupted)
+    moved = torch_lists.Perturbed()
+    with pytest.raises(KeyboardInterrupt):
+        moved.move(x, SAM(0.5).direction(x, g, rho=0.5))
+    moved.restore()
+    assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+
+
+def test_copies_keep_their_memory_and_follow_the_parameters() -> None:
+    moved, x = torch_lists.Perturbed(), tensors(0)
+    first = [t.data_ptr() for t in moved.prepare(x)]
+    assert [t.data_ptr() for t in moved.prepare(x)] == first
+    x[1].data = torch.zeros(4, 4)
+    copies = moved.prepare(x)
+    assert [c.shape for c in copies] == [t.shape for t in x]
+    assert copies[0].data_ptr() == first[0]
+
+
+class Run:
+    """A small regression, trained for some steps."""
+
+    def __init__(self, make_base: Callable[..., Any], **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.data = torch.randn(32, 8), torch.randn(32, 2)
+        method = safe_core.safe(
+            0.75, rho=0.05, penalty=schedules.cosine(0.1, steps=12), dual_update_interval=3
+        )
+        self.optimizer = SparseOptimizer(
+            make_base(self.model.parameters()), method, model=self.model, **options
+        )
+
+    def closure(self) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = nn.functional.mse_loss(self.model(self.data[0]), self.data[1])
+        loss.backward()
+        return loss
+
+    def steps(self, count: int) -> list[torch.Tensor]:
+        for _ in range(count):
+            self.optimizer.step(self.closure)
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+BASES = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("base", BASES)
+def test_compiled_steps_are_the_same_steps_compiled_once(base: str) -> None:
+    eager, compiled = Run(BASES[base]), Run(BASES[base], compile=True)
+    compiled.steps(4)  # the base optimizer makes its state, a dual update passes
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert programs > 0
+    for got, want in zip(compiled.steps(8), eager.steps(12), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
+
+
+def test_compile_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="compile must be True or False, got 'yes'"):
+        Run(BASES["sgd"], compile="yes")
+
+
+def test_a_dual_update_makes_no_new_anchor_on_the_cpu() -> None:
+    run = Run(BASES["sgd"])
+    run.steps(1)
+    weight = run.model[0].weight
+    before, values = run.optimizer.state[weight]["anchor"], run.optimizer.split().anchor[0]
+    run.steps(2)
+    assert run.optimizer.state[weight]["anchor"].data_ptr() == before.data_ptr()
+    assert not torch.equal(run.optimizer.split().anchor[0], values)
+
+
+@pytest.fixture(scope="module")
+def sharded_output() -> list[str]:
+    finished = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.split("\n")
+
+
+def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None:
+    cases = [line for line in sharded_output if line.startswith("case")]
+    assert len(cases) == 8, sharded_output
+    assert all(line.endswith("agrees") for line in cases), cases
+
+
+def test_collectives_of_a_sharded_projection_do_not_grow(sharded_output: list[str]) -> None:
+    sizes = [int(line.split()[-1]) for line in sharded_output if line.startswith("bytes")]
+    assert len(sizes) == 2
+    assert 0 < sizes[0] == sizes[1] < 4096
+    calls = [line for line in sharded_output if line.startswith("calls")]
+    assert len(calls) == 2
+    assert not any("gather" in line or "scatter" in line for line in calls), calls
+
+
+SHARDED = """
+import os, sys, tempfile, warnings
+warnings.filterwarnings("ignore")
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+
+
+def work(rank, path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+    from safe_core import Unstructured, project
+    dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=4)
+    line = init_device_mesh("cpu", (4,))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    rows, columns, copies = Shard(0), Shard(1), Replicate()
+    torch.manual_seed(0)
+    whole = [torch.round(2 * torch.randn(s)) for s in ((13, 6), (6, 10), (9,))]
+    for plan in (
+        [(line, [rows])] * 3,
+        [(line, [columns]), (line, [rows]), (line, [copies])],
+        [(grid, [rows, columns]), (grid, [copies, rows]), (grid, [rows, copies])],
+        [(grid, [columns, copies]), None, (line, [rows])],
+    ):
+        parts = [x if p is None else distribute_tensor(x, *p) for x, p in zip(whole, plan)]
+        for pattern in (Unstructured(0.4), Unstructured(0.4, "tensor")):
+            wanted, got = project(whole, pattern), project(parts, pattern)
+            full = [[x.full_tensor() if hasattr(x, "full_tensor") else x for x in l] for l in got]
+            same = all(torch.equal(a, b) for w, g in zip(wanted, full) for a, b in zip(w, g))
+            kept = all(getattr(a, "placements", 0) == getattr(b, "placements", 0)
+                       for a, b in zip(got.values, parts))
+            if rank == 0:
+                print("case", "agrees" if same and kept else "differs")
+    moved = [0]
+    for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast"):
+        def count(tensor, *args, _call=getattr(dist, name), **kwargs):
+            for t in [tensor] if torch.is_tensor(tensor) else tensor:
+                moved[0] += t.numel() * t.element_size()
+            return _call(tensor, *args, **kwargs)
+        setattr(dist, name, count)
+    for n in (2**10, 2**14):
+        x = distribute_tensor(torch.randn(n), line, [Shard(0)])
+        moved[0] = 0
+        with CommDebugMode() as calls:
+            project(x, 0.9)
+        if rank == 0:
+            print("bytes", moved[0])
+            print("calls", sorted(str(name) for name in calls.get_comm_counts()))
+    dist.destroy_process_group()
+
+
+with tempfile.NamedTemporaryFile() as file:
+    children = []
+    for rank in range(4):
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            try:
+                work(rank, file.name + "_store")
+                sys.stdout.flush()
+                os._exit(0)
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        children.append(pid)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+"""
