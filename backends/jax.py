@@ -1,8 +1,8 @@
 """JAX: selection by counting, which traces, maps and shards.
 
-The k-th largest of non-negative floats is found bit by bit on their bit patterns: a
-pass over memory counts the keys at or above a candidate, and the counts of shards
-simply add. Ties are cut by the same counting on the index. No sort, no gather, no
+The k-th largest of non-negative floats is found digit by digit on their bit patterns:
+one pass over memory counts the keys at or above fifteen candidates, and the counts of
+shards simply add. Ties are cut by counting on the index. No sort, no gather, no
 concatenation, no host transfer.
 
 Counts are pairs (high, low) of 16-bit digits in uint32, exact up to 2**48 whether or
@@ -18,9 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import Array
+from . import numpy as numpy_backend
 
 __all__ = [
     "blockwise",
@@ -37,7 +39,10 @@ __all__ = [
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+_DIGIT_BITS = 4  # settled in one pass, by 2**4 - 1 counts
 _PIECE = 2**31 - 1  # entries that one uint32 count and one uint32 index can cover
+_SUMMAND = 2**32 - 1  # the largest sum of counts that is taken in uint32
 _DIGIT = 0xFFFF
 
 
@@ -93,58 +98,177 @@ def cond(
 def keep_largest(
     scores: Sequence[Array], counts: tuple[int, ...], stage: int | Array, *, on_host: bool
 ) -> list[Array]:
-    return _keep_largest([ordering_key(score) for score in scores], counts, stage)
-
-
-@partial(jax.jit, static_argnames="counts")
-def _keep_largest(keys: list[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
-    pieces = [piece for key in keys for piece in _split(key)]
-    k = _pick(counts, stage)
-    threshold = _kth_largest(pieces, k)
-    missing = _subtract(k, _total([piece > threshold for piece in pieces]))
-    tied = [piece == threshold for piece in pieces]
-    quotas = _fill([_count(mask) for mask in tied], missing)
-    masks = _cut(tied, quotas)
-    kept = iter([(piece > threshold) | mask for piece, mask in zip(pieces, masks, strict=True)])
-    return [_join(key, kept) for key in keys]
+    if on_host:
+        return _select_on_host(numpy_backend.keep_largest, list(scores), counts, stage)
+    return _keep_largest(list(scores), counts, stage)
 
 
 def keep_largest_per_row(
     scores: Array, counts: tuple[int, ...], stage: int | Array, *, on_host: bool
 ) -> Array:
-    return _keep_largest_per_row(ordering_key(scores), counts, stage)
+    if on_host:
+        return _select_on_host(_rows_on_host, [scores], counts, stage)[0]
+    return _keep_largest_per_row(scores, counts, stage)
+
+
+# On the host
+
+
+def _select_on_host(
+    select: Callable[..., list[Any]],
+    scores: list[Array],
+    counts: tuple[int, ...],
+    stage: int | Array,
+) -> list[Array]:
+    for score in scores:
+        _refuse_shards(score)
+    bits = [lax.bitcast_convert_type(x, _INTEGER[x.dtype.itemsize]) for x in scores]
+    masks = [jax.ShapeDtypeStruct(x.shape, jnp.bool) for x in scores]
+
+    def run(stage: Any, *bits: Any) -> list[Any]:
+        arrays = [np.asarray(x) for x in bits]
+        return select(arrays, counts, int(stage), on_host=True)
+
+    found: list[Array] = jax.pure_callback(
+        run, masks, jnp.asarray(stage), *bits, vmap_method="sequential"
+    )
+    return found
+
+
+def _rows_on_host(
+    scores: Sequence[Any], counts: tuple[int, ...], stage: int, *, on_host: bool
+) -> list[Any]:
+    return [numpy_backend.keep_largest_per_row(x, counts, stage, on_host=on_host) for x in scores]
+
+
+def _refuse_shards(x: Array) -> None:
+    """Selecting on the host would gather a sharded array, and can wait for itself."""
+    sharding = x.sharding if is_concrete(x) else jax.typeof(x).sharding
+    devices = len(sharding.device_set) if is_concrete(x) else sharding.mesh.size
+    if devices > 1:
+        raise ValueError(
+            f"select_on_host must be False for arrays on several devices, got {sharding}"
+        )
+
+
+# By counting
 
 
 @partial(jax.jit, static_argnames="counts")
-def _keep_largest_per_row(keys: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
-    k = jnp.asarray(counts, jnp.int32)[stage]
+def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
+    keys = [_unsigned_key(score) for score in scores]
+    pieces = [piece for key in keys for piece in _split(key)]
+    sizes = [piece.size for piece in pieces]
+    k = _pick(counts, stage)
 
-    def narrow(i: Array, found: Array) -> Array:
-        candidate = found | jnp.left_shift(jnp.asarray(1, keys.dtype), (bits - 1 - i))
-        return jnp.where(_row_count(keys >= candidate) >= k, candidate, found)
+    def at_least(thresholds: list[Array]) -> list[tuple[Array, Array]]:
+        found = [jnp.stack(_reduced([piece >= t for t in thresholds])) for piece in pieces]
+        high, low = _sum_of(found, sizes)
+        return [(high[i], low[i]) for i in range(len(thresholds))]
 
-    bits = jnp.asarray(8 * keys.dtype.itemsize - 1, keys.dtype)
-    start = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
-    threshold = lax.fori_loop(jnp.zeros_like(bits), bits, narrow, start)
-    above, tied = keys > threshold, keys == threshold
-    quota = k - _row_count(above)
-    index = lax.broadcasted_iota(jnp.int32, keys.shape, 1)
+    whole = _pick((sum(sizes),), 0)
+    zero = jnp.zeros((), keys[0].dtype)
+    threshold, exact = _search(at_least, zero, whole, partial(_at_least, b=k), partial(_same, k))
 
-    def cut(tied: Array) -> Array:
+    def plain(pieces: list[Array]) -> list[Array]:
+        return [piece >= threshold for piece in pieces]
+
+    def with_ties(pieces: list[Array]) -> list[Array]:
+        above = [piece > threshold for piece in pieces]
+        tied = [piece == threshold for piece in pieces]
+        found = [_reduced(list(pair)) for pair in zip(above, tied, strict=True)]
+        missing = _subtract(k, _sum_of([a for a, _ in found], sizes))
+        available = [t for _, t in found]
+        masks = _cut(tied, available, _fill(available, missing))
+        return [a | t for a, t in zip(above, masks, strict=True)]
+
+    kept = iter(lax.cond(exact, plain, with_ties, pieces))
+    return [_join(key, kept) for key in keys]
+
+
+@partial(jax.jit, static_argnames="counts")
+def _keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
+    keys = _unsigned_key(scores)
+    k = jnp.asarray(counts, jnp.uint32)[stage]
+
+    def at_least(thresholds: list[Array]) -> list[Array]:
+        return [x[:, None] for x in _reduced([keys >= t for t in thresholds], axes=(1,))]
+
+    zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
+    whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
+    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k)
+
+    def with_ties(keys: Array) -> Array:
+        above, tied = keys > threshold, keys == threshold
+        quota = k - _row_count(above)
+        index = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
+        width = keys.shape[1].bit_length()
+
         # The largest end with at most `quota` ties before it has exactly `quota`.
         def advance(i: Array, end: Array) -> Array:
-            candidate = end | jnp.left_shift(1, width - 1 - i)
+            candidate = end | jnp.left_shift(jnp.uint32(1), jnp.asarray(width - 1 - i, jnp.uint32))
             return jnp.where(_row_count(tied & (index < candidate)) <= quota, candidate, end)
 
-        width = keys.shape[1].bit_length()
-        return tied & (index < lax.fori_loop(0, width, advance, jnp.zeros_like(quota)))
+        return above | (tied & (index < lax.fori_loop(0, width, advance, jnp.zeros_like(quota))))
 
-    no_cut = jnp.all(_row_count(tied) == quota)
-    return above | lax.cond(no_cut, lambda tied: tied, cut, tied)
+    return lax.cond(jnp.all(exact), lambda keys: keys >= threshold, with_ties, keys)
+
+
+def _search(
+    at_least: Callable[[list[Array]], list[Any]],
+    zero: Array,
+    whole: Any,
+    reaches: Callable[[Any], Array],
+    same: Callable[[Any], Array],
+) -> tuple[Array, Array]:
+    """The largest t that enough keys reach, or a t that exactly enough reach.
+
+    ``at_least`` counts the keys at or above each of several thresholds, ``reaches`` and
+    ``same`` compare a count with the one wanted. Four bits are settled in a pass, and
+    the search ends where a count is exact. Returns t and whether its count is exact.
+    """
+
+    def unsettled(carry: Any) -> Array:
+        shift, _, count = carry
+        return (shift >= 0) & ~jnp.all(same(count))
+
+    def settle(carry: Any) -> Any:
+        shift, found, count = carry
+        digits = [jnp.asarray(digit, zero.dtype) for digit in range(1, 2**_DIGIT_BITS)]
+        thresholds = [found | jnp.left_shift(digit, shift.astype(zero.dtype)) for digit in digits]
+        for threshold, more in zip(thresholds, at_least(thresholds), strict=True):
+            enough = reaches(more)
+            found = jnp.where(enough, threshold, found)
+            count = jax.tree.map(lambda new, old, e=enough: jnp.where(e, new, old), more, count)
+        return shift - _DIGIT_BITS, found, count
+
+    start = jnp.asarray(8 * zero.dtype.itemsize - _DIGIT_BITS, jnp.int32)
+    _, found, count = lax.while_loop(unsettled, settle, (start, zero, whole))
+    return found, same(count)
+
+
+def _reduced(masks: list[Array], axes: tuple[int, ...] | None = None) -> tuple[Array, ...]:
+    """Counts of several masks of one shape, in one pass that XLA turns into vector code."""
+    if axes is None:
+        masks = [mask if mask.ndim else mask[None] for mask in masks]
+        axes = tuple(range(masks[0].ndim))
+    flags = tuple(mask.astype(jnp.uint32) for mask in masks)
+    zeros = (jnp.uint32(0),) * len(flags)
+    found: tuple[Array, ...] = tuple(
+        lax.reduce(flags, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes)
+    )
+    return found
+
+
+def _unsigned_key(x: Array) -> Array:
+    """`ordering_key`, unsigned: every digit of a candidate is then a larger number."""
+    unsigned = _UNSIGNED[x.dtype.itemsize]
+    bits: Array = lax.bitcast_convert_type(x, unsigned)
+    return bits & jnp.asarray(2 ** (8 * x.dtype.itemsize - 1) - 1, unsigned)
 
 
 def _row_count(mask: Array) -> Array:
-    return jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.uint32)
 
 
 def _split(key: Array) -> list[Array]:
@@ -169,21 +293,7 @@ def _join(key: Array, pieces: Any) -> Array:
     return jnp.concatenate([next(pieces) for _ in range(0, key.shape[0], step)])
 
 
-def _kth_largest(pieces: list[Array], k: tuple[Array, Array]) -> Array:
-    """The largest t with at least ``k`` keys >= t, bit by bit from the top."""
-    dtype = pieces[0].dtype
-    bits = 8 * dtype.itemsize - 1
-
-    def narrow(i: Array, found: Array) -> Array:
-        shift = jnp.asarray(bits - 1 - i, dtype)
-        candidate = found | jnp.left_shift(jnp.asarray(1, dtype), shift)
-        enough = _at_least(_total([piece >= candidate for piece in pieces]), k)
-        return jnp.where(enough, candidate, found)
-
-    return lax.fori_loop(0, bits, narrow, jnp.asarray(0, dtype))
-
-
-def _cut(tied: list[Array], quotas: list[Array]) -> list[Array]:
+def _cut(tied: list[Array], available: list[Array], quotas: list[Array]) -> list[Array]:
     """Keep of each tied mask the first ``quota`` entries in row-major order."""
 
     def advance(i: Array, ends: list[Array]) -> list[Array]:
@@ -202,10 +312,8 @@ def _cut(tied: list[Array], quotas: list[Array]) -> list[Array]:
         return [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
 
     width = max(mask.size for mask in tied).bit_length()
-    partial_ = [
-        (quota > 0) & (quota < _count(mask)) for mask, quota in zip(tied, quotas, strict=True)
-    ]
-    return lax.cond(jnp.any(jnp.stack(partial_)), cut, whole, tied)
+    parted = [(quota > 0) & (quota < n) for n, quota in zip(available, quotas, strict=True)]
+    return lax.cond(jnp.any(jnp.stack(parted)), cut, whole, tied)
 
 
 def _index(shape: tuple[int, ...]) -> Array:
@@ -243,10 +351,17 @@ def _digits(count: Array) -> tuple[Array, Array]:
     return count >> 16, count & _DIGIT
 
 
-def _total(masks: list[Array]) -> tuple[Array, Array]:
-    digits = [_digits(_count(mask)) for mask in masks]
-    low = sum((low for _, low in digits), jnp.uint32(0))
-    return sum((high for high, _ in digits), jnp.uint32(0)) + (low >> 16), low & _DIGIT
+def _sum_of(counts: list[Array], sizes: list[int]) -> tuple[Array, Array]:
+    """The sum of counts, none of which exceeds its size."""
+    high = low = jnp.uint32(0)
+    together, size = jnp.uint32(0), 0
+    for count, limit in zip(counts, sizes, strict=True):
+        if size + limit > _SUMMAND:
+            high, low = high + (together >> 16), low + (together & _DIGIT)
+            together, size = jnp.uint32(0), 0
+        together, size = together + count, size + limit
+    high, low = high + (together >> 16), low + (together & _DIGIT)
+    return high + (low >> 16), low & _DIGIT
 
 
 def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -256,3 +371,7 @@ def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Ar
 
 def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+
+def _same(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
+    return (a[0] == b[0]) & (a[1] == b[1])
