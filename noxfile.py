@@ -1,4 +1,4 @@
-"""Sessions: lint, types, docs, tests, equivalence, demo.
+"""Sessions: lint, types, docs, tests, equivalence, demo, benchmarks.
 
 ``nox`` runs the first five. With ``--no-venv`` a session uses the environment that it
 is started in and installs nothing.
@@ -70,3 +70,10 @@ def demo(session: nox.Session) -> None:
     """The demo; arguments go to ``safe-core demo``."""
     install(session)
     session.run("safe-core", "demo", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Speed and memory against peers; arguments go to ``python -m benchmarks``."""
+    install(session)
+    session.run("python", "-m", "benchmarks", *session.posargs)

@@ -431,8 +431,9 @@ class SparseOptimizer(Optimizer):
     def _make_kernels(self) -> None:
         """Make what holds no state of the training and cannot be pickled."""
         self._moved = torch_lists.Perturbed()
-        self._ascend_compiled = torch.compile(torch_lists.move_traced_) if self.compile else None
-        self._descend_compiled = torch.compile(_descend_traced) if self.compile else None
+        if self.compile:
+            self._ascend_compiled = torch.compile(torch_lists.move_traced_)
+            self._descend_compiled = torch.compile(_descend_traced)
 
     def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
         """Trainable parameters, with -1 for those whose loss is maximised."""
@@ -503,8 +504,8 @@ class SparseOptimizer(Optimizer):
     def _ascend(self, touched: list[tuple[Tensor, int]]) -> None:
         """Move the parameters to x + e, uphill in the loss."""
         params, signs = [p for p, _ in touched], [sign for _, sign in touched]
-        gradients = [p.grad for p in params]
-        if any(g is not None and g.is_sparse for g in gradients):
+        gradients = [p.grad for p in params if p.grad is not None]
+        if any(g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         self._warn_of_rounding(params, gradients)
         direction = self.method.direction(params, gradients, self.steps)
@@ -547,13 +548,13 @@ class SparseOptimizer(Optimizer):
                 p.grad = torch.zeros_like(p)
         penalty = self.method.penalty(self.steps)
         if self.compile and all(signs[p] > 0 for p in sparse):
-            gradients, anchors = [p.grad for p in sparse], self._split(sparse).anchor
+            gradients, anchors = _gradients(sparse), self._split(sparse).anchor
             weight = _scalar(penalty, anchors[0])
             self._descend_compiled(self.base, gradients, sparse, anchors, weight)
             return
         for sign in {signs[p] for p in sparse}:
             mine = [p for p in sparse if signs[p] == sign]
-            gradients, anchors = [p.grad for p in mine], self._split(mine).anchor
+            gradients, anchors = _gradients(mine), self._split(mine).anchor
             torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty)
         self.base.step()
 
@@ -658,6 +659,10 @@ def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Perturbed:
 
     def move(self, params: Sequence[Tensor], direction: Direction) -> None:
         """Copy ``params`` and add e to them."""
-        copies, vectors = self.prepare(params), list(direction.vectors)
+        params, vectors = list(params), list(direction.vectors)
+        copies = self.prepare(params)
         on_host = direction.length.device.type == "cpu"
         # Not read from an accelerator, which would wait for it.
         scale = float(direction.factor) if on_host else 0.0

@@ -123,7 +123,7 @@ def _select_on_host(
     for score in scores:
         _refuse_shards(score)
     bits = [lax.bitcast_convert_type(x, _INTEGER[x.dtype.itemsize]) for x in scores]
-    masks = [jax.ShapeDtypeStruct(x.shape, jnp.bool) for x in scores]
+    masks = [jax.ShapeDtypeStruct(x.shape, jnp.bool) for x in scores]  # type: ignore[no-untyped-call]
 
     def run(stage: Any, *bits: Any) -> list[Any]:
         arrays = [np.asarray(x) for x in bits]

@@ -85,7 +85,7 @@ def blockwise(
     if not all(_is_plain(x) for arrays in lists for x in arrays):
         results = [fn(*arrays) for arrays in zip(*lists, strict=True)]
         if out is not None:
-            torch._foreach_copy_(out, results)
+            torch._foreach_copy_(list(out), results)
         return results if out is None else list(out)
     if out is None:
         out = _allocate(lists[0])
@@ -137,7 +137,7 @@ def keep_largest_by_sample(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     kept = torch.zeros_like(order, dtype=torch.bool)
     kept[order[:missing]] = True
     masks = [mask.contiguous() for mask in above]
-    for mask, place, flags in zip(masks, places, kept.split(sizes), strict=True):
+    for mask, place, flags in zip(masks, places, torch.split(kept, sizes), strict=True):
         mask.view(-1)[place] = flags
     return masks
 
@@ -183,7 +183,7 @@ def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """Tensors of one shape cut alike; whole where they are small or not contiguous."""
     if arrays[0].numel() <= _PIECE or not all(x.is_contiguous() for x in arrays):
         return iter([arrays])
-    return zip(*(x.view(-1).split(_PIECE) for x in arrays), strict=True)
+    return zip(*(torch.split(x.view(-1), _PIECE) for x in arrays), strict=True)
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -25,14 +25,14 @@ def ordering_key(x: Tensor) -> Tensor:
     return x.detach().abs().view(_INTEGER[x.element_size()])
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Any) -> bool:
     """Whether ``x`` is a `torch.distributed.tensor.DTensor`."""
     return hasattr(x, "device_mesh")
 
 
-def whole(x: Tensor) -> Tensor:
+def whole(x: Any) -> Tensor:
     """A small tensor, gathered or summed over its shards."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[operator]
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -86,7 +86,7 @@ def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
     return counts
 
 
-def _groups(scores: Sequence[Tensor]) -> dict[Any, list[int]]:
+def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
     """Process groups to sum over, each with the positions of the tensors sharded there."""
     groups: dict[Any, list[int]] = {}
     for position, x in enumerate(scores):
@@ -100,11 +100,11 @@ def _groups(scores: Sequence[Tensor]) -> dict[Any, list[int]]:
     return groups
 
 
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]
+def _local(x: Any) -> Tensor:
+    return x.to_local() if is_sharded(x) else x
 
 
-def _index(x: Tensor) -> Tensor:
+def _index(x: Any) -> Tensor:
     """Row-major index, in the whole tensor, of the entries at hand."""
     local, offsets = _local(x), (0,) * x.ndim
     if is_sharded(x):
@@ -119,9 +119,7 @@ def _index(x: Tensor) -> Tensor:
     return index
 
 
-def _sharded_as(x: Tensor, mask: Tensor) -> Tensor:
+def _sharded_as(x: Any, mask: Tensor) -> Tensor:
     if not is_sharded(x):
         return mask
-    return type(x).from_local(  # type: ignore[attr-defined]
-        mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride()
-    )
+    return type(x).from_local(mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())

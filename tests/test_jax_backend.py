@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import BFLOAT16, Backend, assert_same, projector
+from conftest import Backend, assert_same, projector
 
 import safe_core.backends.jax as jax_backend
 from safe_core import NM, Unstructured, project, schedules
@@ -29,8 +29,8 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.01, 0.5, 0.99])
-@pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("sparsity", [0.01, 0.5])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("scope", ["global", "row"])
 def test_hard_scores_select_as_the_reference(

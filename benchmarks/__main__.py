@@ -1,0 +1,61 @@
+"""Run every case and print Markdown tables: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from . import projection, steps
+from .memory import memory
+from .report import machine, plot, tables
+from .timing import Result
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], list[Result]]]:
+    """Every case by name, at its full or its smallest size."""
+    size, width, batch = (100_000, 1, 4) if quick else (10_000_000, 64, 64)
+    sizes = [10_000, 100_000] if quick else [10**6, 10**7, 10**8]
+    return {
+        "selection": lambda: projection.selection(size=size, repeats=repeats),
+        "scaling": lambda: projection.scaling(sizes=sizes, repeats=repeats),
+        "reading": lambda: projection.reading(size=100 * size, repeats=repeats),
+        "torch": lambda: steps.torch_step(width=width, repeats=repeats, compiled=compiled),
+        "jax": lambda: steps.jax_step(width=width, repeats=repeats),
+        "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
+        "memory": lambda: memory(size=size),
+    }
+
+
+def main() -> None:
+    """Parse the command line, run, report."""
+    names = list(cases(True, 1, False))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--case", action="append", choices=names, help="only this case; repeatable")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
+    parser.add_argument("--repeats", type=int, default=None, help="of each measurement")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile: minutes")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--docs", action="store_true", help="write the table and plot of the docs")
+    options = parser.parse_args()
+    repeats = options.repeats or (1 if options.quick else 7)
+    chosen = cases(options.quick, repeats, options.compile)
+    results = []
+    for name in options.case or names:
+        print(f"running {name} ...", flush=True)
+        results += chosen[name]()
+    described = machine()
+    table = tables(results, described)
+    print("\n" + table)
+    if options.json:
+        found = {"machine": described, "results": [result.as_dict() for result in results]}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.docs:
+        (ROOT / "docs" / "benchmarks_table.md").write_text(table)
+        plot(results, ROOT / "docs" / "_static" / "scaling.png", described)
+
+
+main()

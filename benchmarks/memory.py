@@ -1,0 +1,99 @@
+"""Bytes per parameter: what is kept between steps, and what a step needs on top."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch import nn
+
+import safe_core
+from safe_core import project
+from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.torch import SparseOptimizer
+
+from .peers import TwoArrayADMM
+from .timing import Result
+
+__all__ = ["memory"]
+
+METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3)
+CASE = "memory per float32 parameter, all of them sparse"
+
+
+def memory(*, size: int) -> list[Result]:
+    """State and peaks; the two-array form is the baseline of the state."""
+    side = int(size**0.5) // 8 * 8
+    two = _torch_state(side, two_arrays=True)
+    ours = _torch_state(side, two_arrays=False)
+    program = _jax_step(side)
+    rows = [
+        ("state, two-array ADMM in PyTorch", two, two, None),
+        ("state, safe_core in PyTorch", ours, two, 5 / 8),
+        ("state, safe_core in JAX", program["state"], two, 5 / 8),
+        ("copies held for the perturbed pass, PyTorch", 4.0, 4.0, None),
+        ("temporaries of one step, JAX (compiled)", program["temporary"], 4.0, None),
+        ("peak of a projection, result included, NumPy", _projection_peak(side), 5.0, None),
+    ]
+    if torch.cuda.is_available():
+        rows.append(("peak of a step on the accelerator", _cuda_peak(side), 8.0, None))
+    return [Result(CASE, n, value, "B", value / base, budget) for n, value, base, budget in rows]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _torch_state(side: int, *, two_arrays: bool) -> float:
+    weight = nn.Parameter(torch.randn(side, side))
+    base = torch.optim.SGD([weight], lr=0.1)
+    if two_arrays:
+        peer = TwoArrayADMM([weight], base, sparsity=0.95, penalty=1e-3, interval=32)
+        return _bytes(peer.z + peer.u) / side**2
+    optimizer = SparseOptimizer(base, METHOD, where=lambda name, p: True)
+    packed = optimizer.state_dict()["state"]
+    kept = {t.data_ptr(): t for entry in packed.values() for t in entry.values()}
+    return _bytes(kept.values()) / side**2
+
+
+def _jax_step(side: int) -> dict[str, float]:
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD, where=lambda path, x: True)
+    params = {"kernel": jnp.ones((side, side))}
+    state = tx.init(params)
+
+    def step(params: Any, state: Any) -> Any:
+        grad_fn = lambda p: jax.tree.map(lambda x: 0.01 * x, p)  # noqa: E731
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    analysis = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
+    used = analysis.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.anchor, state.support)))
+    return {"state": held / side**2, "temporary": used.temp_size_in_bytes / side**2}
+
+
+def _projection_peak(side: int) -> float:
+    weight = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
+    tracemalloc.start()
+    project(weight, 0.95)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / side**2
+
+
+def _cuda_peak(side: int) -> float:
+    weight = nn.Parameter(torch.randn(side, side, device="cuda"))
+    base = torch.optim.SGD([weight], lr=0.1)
+    optimizer = SparseOptimizer(base, METHOD, where=lambda name, p: True)
+    weight.grad = torch.ones_like(weight)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with optimizer.perturbed():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return (torch.cuda.max_memory_allocated() - before) / side**2

@@ -1,0 +1,73 @@
+"""The machine, the tables and the plot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .timing import Result
+
+__all__ = ["machine", "plot", "tables"]
+
+
+def machine() -> dict[str, str]:
+    """Describe what the figures depend on; partition's speed hangs on the SIMD."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
+        return found[1] if found else "unknown"
+
+    flags = field("flags").split()
+    simd = [flag for flag in ("avx2", "avx512f") if flag in flags]
+    packages = ("numpy", "torch", "jax", "optax")
+    return {
+        "CPU": f"{field('model name')}, family {field('cpu family')}, model {field('model')}",
+        "SIMD": ", ".join(simd) or "unknown",
+        "cores": f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "libraries": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
+    }
+
+
+def tables(results: Sequence[Result], described: dict[str, str]) -> str:
+    """Markdown: the machine, then a table for each case."""
+    lines = ["| machine | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in described.items()]
+    for case in dict.fromkeys(result.case for result in results):
+        rows = [result for result in results if result.case == case]
+        lines += ["", f"**{case}**", ""]
+        lines += [f"| | median, {rows[0].unit} | ratio | budget |", "| --- | ---: | ---: | ---: |"]
+        for row in rows:
+            budget = "" if row.budget is None else f"{row.budget:g}"
+            lines.append(f"| {row.name} | {row.value:.4g} | {row.ratio:.2f} | {budget} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path, described: dict[str, str]) -> None:
+    """Cost of a projection against its size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    points = [(int(r.case.split()[1]), r) for r in results if r.case.startswith("size ")]
+    for name in dict.fromkeys(result.name for _, result in points):
+        mine = [(size, result.value) for size, result in points if result.name == name]
+        axes.loglog(*zip(*mine, strict=True), marker="o", label=name)
+    axes.set(
+        xlabel="entries, float32", ylabel="ms", title=f"Projection, 95% global\n{described['CPU']}"
+    )
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,241 @@
+"""Cases of a training step: the optimizer's own time, and a whole step of a small ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+import torch
+from torch import Tensor, nn
+
+import safe_core
+from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.torch import SparseOptimizer
+
+from .peers import MinimalSAM, TwoArrayADMM
+from .timing import Result, interleaved
+
+__all__ = ["jax_step", "resnet50_shapes", "torch_step", "whole_step"]
+
+INTERVAL = 32
+METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3, dual_update_interval=INTERVAL)
+BASES: dict[str, tuple[Any, dict[str, float]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 1e-5, "momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {"lr": 1e-5}),
+}
+
+
+def resnet50_shapes(width: int = 64) -> list[tuple[int, ...]]:
+    """Shapes of the 161 weights and biases of ResNet-50; 25.6M entries at width 64."""
+    shapes: list[tuple[int, ...]] = [(width, 3, 7, 7), (width,), (width,)]
+    inputs = width
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        inner, outer = width * 2**stage, 4 * width * 2**stage
+        for block in range(blocks):
+            for out, into, side in ((inner, inputs, 1), (inner, inner, 3), (outer, inner, 1)):
+                shapes += [(out, into, side, side), (out,), (out,)]
+            if block == 0:
+                shapes += [(outer, inputs, 1, 1), (outer,), (outer,)]
+            inputs = outer
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def _parameters(shapes: list[tuple[int, ...]]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(s, generator=generator).to(device) / 50) for s in shapes]
+    gradients = [torch.randn(s, generator=generator).to(device) / 100 for s in shapes]
+    return params, gradients
+
+
+def _give(params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g
+
+
+def _plain(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
+    params, gradients = _parameters(shapes)
+    optimizer = base(params, **options)
+
+    def step() -> None:
+        _give(params, gradients)
+        optimizer.step()
+
+    return step
+
+
+def _sam(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], None]:
+    params, gradients = _parameters(shapes)
+    optimizer = MinimalSAM(params, base, rho=1e-3, **options)
+    first, second = optimizer.first_step, optimizer.second_step
+    if compiled:
+        first, optimizer.base.step = torch.compile(first), torch.compile(optimizer.base.step)
+
+    def step() -> None:
+        _give(params, gradients)
+        first()
+        _give(params, gradients)
+        second()
+
+    return step
+
+
+def _admm(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
+    params, gradients = _parameters(shapes)
+    inner = base(params, **options)
+    optimizer = TwoArrayADMM(params, inner, sparsity=0.95, penalty=1e-3, interval=INTERVAL)
+
+    def step() -> None:
+        _give(params, gradients)
+        optimizer.step()
+
+    return step
+
+
+def _ours(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], None]:
+    params, gradients = _parameters(shapes)
+    optimizer = SparseOptimizer(
+        base(params, **options), METHOD, where=lambda name, p: p.ndim > 1, compile=compiled
+    )
+
+    def step() -> None:
+        _give(params, gradients)
+        with optimizer.perturbed():
+            _give(params, gradients)
+        optimizer.step()
+
+    return step
+
+
+def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
+    """The optimizer's own time, K averaged in: blocks of 32 steps, paired."""
+    shapes, results = resnet50_shapes(width), []
+    for name, (base, options) in BASES.items():
+        candidates = {
+            f"minimal SAM + {name}": _sam(shapes, base, options, False),
+            f"safe_core + {name}": _ours(shapes, base, options, False),
+            f"plain {name}": _plain(shapes, base, options),
+            f"two-array ADMM + {name}": _admm(shapes, base, options),
+        }
+        budgets = {f"safe_core + {name}": 1.15}
+        if compiled:
+            candidates[f"minimal SAM + {name}, compiled"] = _sam(shapes, base, options, True)
+            candidates[f"safe_core + {name}, compiled"] = _ours(shapes, base, options, True)
+            budgets[f"safe_core + {name}, compiled"] = 1.0
+        case = "the optimizer's own time per step in PyTorch, shapes of ResNet-50"
+        results += interleaved(case, candidates, repeats=repeats, calls=INTERVAL, budgets=budgets)
+    return results
+
+
+def jax_step(*, width: int, repeats: int) -> list[Result]:
+    """The same in JAX: one compiled program a step, its buffers donated."""
+    shapes = resnet50_shapes(width)
+
+    def runner(tx: Any, with_grad_fn: str | None) -> Callable[[], Any]:
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        params = [jax.random.normal(k, s) / 50 for k, s in zip(keys, shapes, strict=True)]
+        held = [params, tx.init(params)]
+        grad_fn = lambda params, *_: [0.01 * p for p in params]  # noqa: E731
+
+        def step(params: Any, state: Any) -> Any:
+            extra = {with_grad_fn: grad_fn} if with_grad_fn else {}
+            updates, state = tx.update(grad_fn(params), state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(step, donate_argnums=(0, 1))
+
+        def run() -> Any:
+            held[:] = compiled(*held)
+            return held[0]
+
+        return run
+
+    sgd = optax.sgd(1e-5, momentum=0.9)
+    ours = sparse_optimizer(sgd, METHOD, where=lambda path, x: x.ndim > 1)
+    sam = optax.contrib.sam(sgd, optax.sgd(1e-3), opaque_mode=True)
+    return interleaved(
+        "a step in JAX without a model, shapes of ResNet-50",
+        {
+            "optax.contrib.sam + sgd": runner(sam, "grad_fn"),
+            "safe_core + sgd": runner(ours, "grad_fn"),
+            "optax.sgd": runner(sgd, None),
+            "optax.adam": runner(optax.adam(1e-5), None),
+        },
+        repeats=repeats,
+        calls=INTERVAL,
+    )
+
+
+def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+    )  # fmt: skip
+
+
+class SmallResNet(nn.Module):
+    """Six residual blocks for images of 32 by 32, 0.27M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1)
+        plan = [(16, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
+        self.blocks = nn.ModuleList(_block(*shape) for shape in plan)
+        self.skips = nn.ModuleList(
+            nn.Identity() if stride == 1 else nn.Conv2d(i, o, 1, stride) for i, o, stride in plan
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch of shape (n, 3, 32, 32)."""
+        x = self.stem(x)
+        for block, skip in zip(self.blocks, self.skips, strict=True):
+            x = torch.relu(block(x) + skip(x))
+        return self.head(x.mean((2, 3)))
+
+
+def whole_step(*, batch: int, repeats: int) -> list[Result]:
+    """A whole training step of a small ResNet, both passes included."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+
+    def backward(model: nn.Module) -> None:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+
+    def sam() -> Callable[[], None]:
+        model = SmallResNet().to(device)
+        optimizer = MinimalSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.01, momentum=0.9)
+
+        def step() -> None:
+            backward(model)
+            optimizer.first_step()
+            backward(model)
+            optimizer.second_step()
+
+        return step
+
+    def ours() -> Callable[[], None]:
+        model = SmallResNet().to(device)
+        base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        optimizer = SparseOptimizer(base, METHOD, model=model)
+
+        def step() -> None:
+            backward(model)
+            with optimizer.perturbed():
+                backward(model)
+            optimizer.step()
+
+        return step
+
+    return interleaved(
+        f"a whole step of a small ResNet in PyTorch, batch {batch}",
+        {"minimal SAM + SGD": sam(), "safe_core + SGD": ours()},
+        repeats=repeats,
+        calls=INTERVAL,
+        budgets={"safe_core + SGD": 1.03},
+    )
