@@ -41,6 +41,7 @@ __all__ = [
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 _DIGIT_BITS = 4  # settled in one pass, by 2**4 - 1 counts
+_FEW = 2**12  # entries among which passes cost less than compiling many counts
 _PIECE = 2**31 - 1  # entries that one uint32 count and one uint32 index can cover
 _SUMMAND = 2**32 - 1  # the largest sum of counts that is taken in uint32
 _DIGIT = 0xFFFF
@@ -168,7 +169,9 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
 
     whole = _pick((sum(sizes),), 0)
     zero = jnp.zeros((), keys[0].dtype)
-    threshold, exact = _search(at_least, zero, whole, partial(_at_least, b=k), partial(_same, k))
+    reaches, same = partial(_at_least, b=k), partial(_same, k)
+    bits = _DIGIT_BITS if sum(sizes) > _FEW else 1
+    threshold, exact = _search(at_least, zero, whole, reaches, same, bits)
 
     def plain(pieces: list[Array]) -> list[Array]:
         return [piece >= threshold for piece in pieces]
@@ -196,7 +199,8 @@ def _keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int | A
 
     zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
     whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
-    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k)
+    bits = _DIGIT_BITS if keys.size > _FEW else 1
+    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
 
     def with_ties(keys: Array) -> Array:
         above, tied = keys > threshold, keys == threshold
@@ -220,12 +224,13 @@ def _search(
     whole: Any,
     reaches: Callable[[Any], Array],
     same: Callable[[Any], Array],
+    bits: int = _DIGIT_BITS,
 ) -> tuple[Array, Array]:
     """The largest t that enough keys reach, or a t that exactly enough reach.
 
     ``at_least`` counts the keys at or above each of several thresholds, ``reaches`` and
-    ``same`` compare a count with the one wanted. Four bits are settled in a pass, and
-    the search ends where a count is exact. Returns t and whether its count is exact.
+    ``same`` compare a count with the one wanted. ``bits`` are settled in a pass, and the
+    search ends where a count is exact. Returns t and whether its count is exact.
     """
 
     def unsettled(carry: Any) -> Array:
@@ -234,15 +239,15 @@ def _search(
 
     def settle(carry: Any) -> Any:
         shift, found, count = carry
-        digits = [jnp.asarray(digit, zero.dtype) for digit in range(1, 2**_DIGIT_BITS)]
+        digits = [jnp.asarray(digit, zero.dtype) for digit in range(1, 2**bits)]
         thresholds = [found | jnp.left_shift(digit, shift.astype(zero.dtype)) for digit in digits]
         for threshold, more in zip(thresholds, at_least(thresholds), strict=True):
             enough = reaches(more)
             found = jnp.where(enough, threshold, found)
             count = jax.tree.map(lambda new, old, e=enough: jnp.where(e, new, old), more, count)
-        return shift - _DIGIT_BITS, found, count
+        return shift - bits, found, count
 
-    start = jnp.asarray(8 * zero.dtype.itemsize - _DIGIT_BITS, jnp.int32)
+    start = jnp.asarray(8 * zero.dtype.itemsize - bits, jnp.int32)
     _, found, count = lax.while_loop(unsettled, settle, (start, zero, whole))
     return found, same(count)
 

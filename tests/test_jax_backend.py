@@ -20,12 +20,12 @@ from safe_core import NM, Unstructured, project, schedules
 from safe_core.projection import select
 
 HARD = {
-    "sorted": np.arange(96.0),
-    "one value": np.full(96, 3.0),
-    "zeros": np.zeros(96),
-    "two values": np.repeat([1.0, 2.0], 48),
-    "one large": np.concatenate([np.zeros(95), [1e30]]),
-    "tiny": np.arange(96.0) * 1e-7,
+    "sorted": np.arange(4800.0),
+    "one value": np.full(4800, 3.0),
+    "zeros": np.zeros(4800),
+    "two values": np.repeat([1.0, 2.0], 2400),
+    "one large": np.concatenate([np.zeros(4799), [1e30]]),
+    "tiny": np.arange(4800.0) * 1e-7,
 }
 
 
@@ -38,8 +38,8 @@ def test_hard_scores_select_as_the_reference(
 ) -> None:
     with np.errstate(over="ignore"):
         arrays = [
-            HARD[kind].reshape(4, 24).astype(dtype),
-            HARD[kind][::-1].reshape(8, 12).astype(dtype),
+            HARD[kind].reshape(40, 120).astype(dtype),
+            HARD[kind][::-1].reshape(80, 60).astype(dtype),
         ]
     pattern = Unstructured(sparsity, scope)
     got = Backend.JAX_JIT.run(projector(pattern), arrays)
