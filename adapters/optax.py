@@ -49,6 +49,9 @@ class SparseOptimizerState(NamedTuple):
         Where z may be non-zero.
     importance : pytree of arrays, or None
         P, or what it is derived from; None if P = 1.
+    flat_direction : pytree of arrays, or None
+        ``h / |h|`` of `safe_core.SAM` for every parameter, in float32 or wider; None if
+        the method does not reuse it.
     """
 
     step: jax.Array
@@ -56,6 +59,7 @@ class SparseOptimizerState(NamedTuple):
     anchor: PyTree
     support: PyTree
     importance: PyTree
+    flat_direction: PyTree = None
 
 
 def sparse_optimizer(
@@ -73,11 +77,14 @@ def sparse_optimizer(
 
     Written out, one step is that of `safe_core.Method`. ``update(grads, state, params,
     grad_fn=...)`` takes the gradients at ``params`` and, where the method perturbs,
-    ``grad_fn``, a function of parameters to gradients on the same batch. Use it as the
-    last transformation: what follows it would change the step that z and u have seen.
-    Gradient clipping belongs before it and into ``grad_fn``; within ``base`` it would
-    act on the penalty too. To accumulate gradients, average them before ``update`` and
-    within ``grad_fn``: `optax.MultiSteps` would do the former only.
+    ``grad_fn``, a function of parameters to gradients on the same batch. At steps that
+    perturb, ``grads`` serves the ascent alone and may be of a part of the batch; at
+    others, see `safe_core.SAM`, ``grad_fn`` is not called.
+
+    Use it as the last transformation: what follows it would change the step that z and u
+    have seen. Gradient clipping belongs before it and into ``grad_fn``; within ``base``
+    it would act on the penalty too. To accumulate gradients, average them before
+    ``update`` and within ``grad_fn``: `optax.MultiSteps` would do the former only.
 
     Parameters
     ----------
@@ -139,6 +146,7 @@ def sparse_optimizer(
     _check_arguments(base, method, rho, penalty, layout, importance)
     inner = optax.with_extra_args_support(base)
     perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
+    reuses = perturbs and method.perturbation is not None and method.perturbation.reuse > 0
 
     def init(params: PyTree) -> SparseOptimizerState:
         tree = _Tree.read(params, where, layout, select_on_host)
@@ -152,6 +160,7 @@ def sparse_optimizer(
             anchor=tree.masked(split.anchor),
             support=tree.masked(split.support),
             importance=None if held is None else tree.masked(held),
+            flat_direction=_no_direction(params) if reuses else None,
         )
 
     def update(
@@ -168,20 +177,12 @@ def sparse_optimizer(
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = _Tree.read(params, where, layout, select_on_host)
         gradients = _flat("updates", updates, tree.treedef)
+        flat = _flat("state.flat_direction", state.flat_direction, tree.treedef) if reuses else []
         if perturbs:
-            if grad_fn is None:
-                raise ValueError(
-                    "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-                    "function of params to gradients, for the method has rho > 0; got None"
-                )
-            if not callable(grad_fn):
-                raise TypeError(
-                    f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}"
-                )
+            _check_grad_fn(grad_fn)
             radius = None if rho is None else _at(rho, state.step)
-            e = method.perturb(tree.leaves(params), gradients, state.step, rho=radius)
-            gradients = _flat(
-                "what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef
+            gradients, flat = _perturbed(
+                method, params, gradients, flat, state.step, radius, grad_fn, tree
             )
         held = None if state.importance is None else tree.sparse(state.importance)
         split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
@@ -209,6 +210,7 @@ def sparse_optimizer(
             anchor=tree.masked(split.anchor),
             support=tree.masked(split.support),
             importance=None if held is None else tree.masked(held),
+            flat_direction=tree.treedef.unflatten(flat) if flat else None,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -383,6 +385,43 @@ class _Tree(NamedTuple):
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
 
 
+def _perturbed(
+    method: Method,
+    params: PyTree,
+    gradients: list[Any],
+    flat: list[Any],
+    step: jax.Array,
+    rho: Any,
+    grad_fn: Any,
+    tree: _Tree,
+) -> tuple[list[Any], list[Any]]:
+    """The loss gradients of the step, and the direction that other steps reuse, if any do."""
+    due = method.perturbation.is_due(step)  # type: ignore[union-attr]
+
+    def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+        e = method.perturb(tree.leaves(params), first, step, rho=rho)
+        second = _flat("what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef)
+        if due is not True:  # both branches return the same dtypes
+            second = _cast(second, first)
+        return second, _cast(method.flat_direction(first, second), flat) if flat else flat
+
+    def stay(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+        return method.reuse(first, flat) if flat else first, flat
+
+    found: tuple[list[Any], list[Any]] = backend_of(step).cond(due, ascend, stay, gradients, flat)
+    return found
+
+
+def _check_grad_fn(grad_fn: Any) -> None:
+    if grad_fn is None:
+        raise ValueError(
+            "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
+            "function of params to gradients, for the method has rho > 0; got None"
+        )
+    if not callable(grad_fn):
+        raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
+
+
 def _moved(params: PyTree, e: Sequence[Any], tree: _Tree) -> PyTree:
     """``x + e`` in the dtypes of x."""
     leaves = zip(tree.leaves(params), e, strict=True)
@@ -398,6 +437,17 @@ def _penalized(
         for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True)
     ]
     return tree.replaced(gradients, sums)
+
+
+def _no_direction(params: PyTree) -> PyTree:
+    """A zero direction, until the first perturbation."""
+    return jax.tree.map(
+        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+
+
+def _cast(arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    return [a.astype(b.dtype) for a, b in zip(arrays, like, strict=True)]
 
 
 def _is_masked(node: Any) -> bool:

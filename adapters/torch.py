@@ -109,6 +109,10 @@ class SparseOptimizer(Optimizer):
     >>> with optimizer.perturbed():
     ...     nn.functional.mse_loss(model(x), y).backward()
     >>> optimizer.step()
+
+    (within ``if optimizer.perturbs:`` where the method does not perturb at every step).
+    In the end the weights are made sparse:
+
     >>> optimizer.finalize()
     >>> int((model.weight == 0).sum())
     12
@@ -145,10 +149,16 @@ class SparseOptimizer(Optimizer):
         self._importance = importance
         self._make_kernels()
         self._phase = ""  # "", "perturbed" within the block, "ready" after it
+        self._first: dict[Tensor, Tensor] = {}  # gradients at x, where they are reused
         self._checked_rounding = False
         self._check_fit()
 
     # The step
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the step to come takes a second gradient, within `perturbed`."""
+        return bool(self.method.perturbs_at(self.steps))
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -156,8 +166,9 @@ class SparseOptimizer(Optimizer):
 
         ``e`` follows from the gradients of the first backward pass, which are cleared
         on entry: compute the loss and call ``backward()`` again inside. Restores too
-        when the block raises. Needs no unscaling under a gradient scaler. With a method
-        that does not perturb, the parameters stay at x.
+        when the block raises. Needs no unscaling under a gradient scaler. At a step that
+        does not perturb, the parameters stay at x. The first gradients serve the ascent
+        alone, and may be of a part of the batch.
 
         Raises
         ------
@@ -175,19 +186,22 @@ class SparseOptimizer(Optimizer):
         self._sparse_parameters()  # z and u start from x, not from x + e
         params = [p for p, _ in touched]
         try:
-            if self.method.perturbs:
+            if self.perturbs:
                 with torch.no_grad():
                     self._ascend(touched)
+                if self.method.reuses:
+                    self._first = {p: p.grad for p in params if p.grad is not None}
             self.zero_grad()
             self._phase = "perturbed"
             yield
         except BaseException:
-            self._phase = ""
+            self._phase, self._first = "", {}
             raise
         else:
             # A block that only looked leaves the step without its gradient.
             looked = all(p.grad is None for p in params)
             self._phase = "" if looked else "ready"
+            self._first = {} if looked else self._first
         finally:
             with torch.no_grad():
                 self._moved.restore()
@@ -204,7 +218,7 @@ class SparseOptimizer(Optimizer):
         ----------
         closure : callable, optional
             Clears the gradients, computes the loss, calls ``backward()`` and returns
-            the loss. It is called at x and, where the method perturbs, at x + e.
+            the loss. It is called at x and, where the step perturbs, at x + e.
 
         Returns
         -------
@@ -214,8 +228,8 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If the method perturbs and there is neither a closure nor a perturbed phase
-            before the step, or if it is called within that phase.
+            If the step perturbs and there is neither a closure nor a perturbed phase
+            before it, or if it is called within that phase.
         """
         self._refuse_within_perturbed("step()")
         if closure is not None and not callable(closure):
@@ -227,10 +241,10 @@ class SparseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-                if self.method.perturbs:
+                if self.perturbs:
                     with self.perturbed():
                         closure()
-        elif self.method.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
+        elif self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
             raise ValueError(
                 "step() needs a gradient at the perturbed point, for the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
@@ -239,6 +253,8 @@ class SparseOptimizer(Optimizer):
             )
         self._phase = ""
         sparse = self._sparse_parameters()
+        if self.method.reuses:
+            self._reuse_direction()
         due = self.method.is_dual_update(self.steps)
         if due:
             self._take_in_gradients(sparse)
@@ -252,7 +268,7 @@ class SparseOptimizer(Optimizer):
                 self.steps,
                 self._targets_of(sparse),
                 self.method.metric(self._importance_state(sparse)),
-                workspace=self._moved.workspace(self._split(sparse).anchor, sparse),
+                workspace=self._moved.workspace(sparse),
             )
             self._store(sparse, split)
         self.steps += 1
@@ -317,7 +333,8 @@ class SparseOptimizer(Optimizer):
         """Return the state of the base optimizer and ours, in torch's format.
 
         Our tensors stand beside the base's as ``safe_anchor``, ``safe_support`` and
-        ``safe_importance``, the step count in each group as ``safe_steps``.
+        ``safe_importance``, where the method reuses a direction ``safe_flat_direction``,
+        and the step count in each group as ``safe_steps``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -367,10 +384,14 @@ class SparseOptimizer(Optimizer):
             ours |= {index: mine} if mine else {}
         own: dict[Tensor, dict[str, Tensor]] = {}
         for index, parameter in _numbered(groups, self.param_groups):
+            entries = ours.get(index, {})
+            flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
             if parameter in self._targets and (parameter.requires_grad or index in ours):
-                own[parameter] = self._own_entries(parameter, ours.get(index, {}))
-            elif index in ours:
+                own[parameter] = self._own_entries(parameter, entries)
+            elif entries:
                 raise ValueError(f"state_dict makes parameter {index} sparse, which is not here")
+            if flat is not None and self.method.reuses:
+                own.setdefault(parameter, {})["flat_direction"] = flat
         self.base.load_state_dict({**loaded, "state": theirs, "param_groups": groups})
         self.param_groups = self.base.param_groups
         self.state.clear()
@@ -401,8 +422,9 @@ class SparseOptimizer(Optimizer):
                 f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
                 f"this optimizer has {'an' if needed else 'no'} importance"
             )
-        anchor_dtype = torch.promote_types(parameter.dtype, torch.float32)
-        dtypes = {"anchor": anchor_dtype, "support": torch.bool}
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        narrow = self.method.state_dtype is not None
+        dtypes = {"anchor": torch.bfloat16 if narrow else wide, "support": torch.bool}
         return {
             key: value.detach().to(parameter.device, dtypes.get(key, value.dtype), copy=True)
             for key, value in entries.items()
@@ -420,7 +442,8 @@ class SparseOptimizer(Optimizer):
             "_importance",
         )
         kept = {name: self.__dict__[name] for name in own}
-        return {**super().__getstate__(), **kept, "_phase": "", "_checked_rounding": True}
+        dropped = {"_phase": "", "_first": {}, "_checked_rounding": True}
+        return {**super().__getstate__(), **kept, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -558,6 +581,22 @@ class SparseOptimizer(Optimizer):
             torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty)
         self.base.step()
 
+    def _reuse_direction(self) -> None:
+        """Keep the direction of a perturbed gradient, or add it to a plain one."""
+        first, self._first = self._first, {}
+        if first:
+            second = [torch.zeros_like(p) if p.grad is None else p.grad for p in first]
+            flat = self.method.flat_direction(list(first.values()), second)
+            for p, direction in zip(first, flat, strict=True):
+                self.state[p]["flat_direction"] = direction
+            return
+        held = {p: self.state.get(p, {}).get("flat_direction") for p, _ in self._all_parameters()}
+        known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
+        gradients = [gradient for gradient, _ in known]
+        directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
+        if gradients:
+            torch._foreach_copy_(gradients, self.method.reuse(gradients, directions))
+
     def _take_in_gradients(self, sparse: list[Tensor]) -> None:
         """Refresh the method's own importance from the loss gradient, before the penalty."""
         if self.method.importance is not None:
@@ -659,6 +698,18 @@ def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tensor | None:
+    """A direction of a state_dict, on the device of its parameter."""
+    if flat is None:
+        return None
+    if flat.shape != parameter.shape:
+        raise ValueError(
+            f"state_dict must hold {_PREFIX}flat_direction of shape {tuple(parameter.shape)} for "
+            f"parameter {index}, got {tuple(flat.shape)}"
+        )
+    return flat.detach().to(parameter.device, copy=True)
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:

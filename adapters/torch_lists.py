@@ -59,10 +59,10 @@ class Perturbed:
         self._params += params
         self._saved += copies
 
-    def workspace(self, like: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor] | None:
-        """The memory of the copies of ``params``, where it is kept and fits ``like``."""
-        copies = [self._memory.get(p) for p in params]
-        found = [c for c, x in zip(copies, like, strict=True) if c is not None and _fits(c, x)]
+    def workspace(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        """The memory of the copies of ``params``, where it is kept and in 32 bits or more."""
+        kept = [(p, self._memory.get(p)) for p in params if p.element_size() > 2]
+        found = [copy for p, copy in kept if copy is not None and _fits(copy, p)]
         return found if len(found) == len(params) else None
 
     def restore(self) -> None:
@@ -79,10 +79,11 @@ def add_penalty_(
     anchors: Sequence[Tensor],
     penalty: float,
 ) -> None:
-    """``g <- g + penalty * (x - anchor)``, in the dtype of the anchor or wider."""
+    """``g <- g + penalty * (x - anchor)``, computed in float32 or wider."""
     gradients, params, anchors = _cut(gradients, params, anchors)
     for i in _groups(params):
-        torch._foreach_add_(gradients[i], torch._foreach_sub(params[i], anchors[i]), alpha=penalty)
+        wide = [_widened(x) for x in params[i]]
+        torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
 
 
 def add_penalty_traced_(
@@ -93,7 +94,7 @@ def add_penalty_traced_(
 ) -> None:
     """`add_penalty_` in the form that a compiler fuses, for a penalty that may change."""
     for g, x, anchor in zip(gradients, params, anchors, strict=True):
-        g.add_(penalty * (x - anchor))
+        g.add_(penalty * (_widened(x) - anchor))
 
 
 def move_traced_(
@@ -117,6 +118,10 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
     bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
     torch._foreach_mul_(bits, direction.usable.to(bits[0].dtype))
     return list(steps)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.element_size() > 2 else x.float()
 
 
 def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:

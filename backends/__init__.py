@@ -87,6 +87,19 @@ class Backend(Protocol):
         Of equal magnitudes the lowest index is kept.
         """
 
+    def stochastic_bfloat16(
+        self, arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
+    ) -> list[Array]:
+        """Round float32 to one of the two nearest bfloat16, up with the probability of the rest.
+
+        ``(bits(|x|) + dither) >> 16`` with the sign of x, where the dither is the upper half
+        of ``mix(bits(|x|) ^ mix(step))`` and mix is the finalizer of MurmurHash3: a function
+        of x and step alone, the same in every library. What bfloat16 holds is unchanged,
+        ``-x`` rounds to the negative, and no finite x to infinity. x must not be NaN; step
+        is in ``[0, 2**31)``. Written to ``out``, where given and arrays can be written to.
+        TypeError where the library has no bfloat16.
+        """
+
     def cond(
         self,
         predicate: bool | Array,

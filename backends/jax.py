@@ -35,6 +35,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "stochastic_bfloat16",
     "where_kept",
 ]
 
@@ -45,6 +46,7 @@ _FEW = 2**12  # entries among which passes cost less than compiling many counts
 _PIECE = 2**31 - 1  # entries that one uint32 count and one uint32 index can cover
 _SUMMAND = 2**32 - 1  # the largest sum of counts that is taken in uint32
 _DIGIT = 0xFFFF
+_LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
 
 def is_concrete(x: Array) -> bool:
@@ -82,6 +84,29 @@ def ordering_key(x: Array) -> Array:
 
 def frexp(x: Array) -> tuple[Array, Array]:
     return jnp.frexp(x)
+
+
+@jax.jit
+def stochastic_bfloat16(
+    arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
+) -> list[Array]:
+    salt = _mixed(jnp.asarray(step).astype(jnp.uint32))
+
+    def rounded(x: Array) -> Array:
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        magnitude = bits & 0x7FFFFFFF
+        dithered = magnitude + (_mixed(magnitude ^ salt) >> 16)
+        signed = jnp.minimum(dithered, jnp.uint32(_LARGEST)) | (bits & 0x80000000)
+        return lax.bitcast_convert_type((signed >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+    return [rounded(x) for x in arrays]
+
+
+def _mixed(h: Array) -> Array:
+    """The finalizer of MurmurHash3; products of uint32 wrap."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
 
 
 def cond(

@@ -26,6 +26,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "stochastic_bfloat16",
     "where_kept",
 ]
 
@@ -62,6 +63,15 @@ def blockwise(
     fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
 ) -> list[Array]:
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+
+
+def stochastic_bfloat16(
+    arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
+) -> list[Array]:
+    raise TypeError(
+        "state_dtype must be None where the library has no bfloat16, got 'bfloat16' and an array "
+        f"of type {type(arrays[0])!r}"
+    )
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:

@@ -32,11 +32,13 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "stochastic_bfloat16",
     "where_kept",
 ]
 
 _PIECE = 2**17  # entries that a core's cache holds between the passes over them
 _SAMPLE = 2**17  # entries that bracket the threshold
+_LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 _CANDIDATES = 2**14  # this many, and an eighth of all entries, are sorted without regret
 
 
@@ -93,6 +95,35 @@ def blockwise(
         for *pieces, result in _pieces([x.detach() for x in arrays]):
             result.copy_(fn(*pieces))
     return list(out)
+
+
+def stochastic_bfloat16(
+    arrays: Sequence[Tensor], step: int, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    if out is None:
+        out = [torch.empty_like(x, dtype=torch.bfloat16) for x in arrays]
+    salt = int(_mixed(torch.tensor(step, dtype=torch.int32)))
+    for x, result in zip(arrays, out, strict=True):
+        for piece, target in _pieces([torch_counting.local(t.detach()) for t in (x, result)]):
+            target.copy_(_dithered(piece, salt))
+    return list(out)
+
+
+def _dithered(x: Tensor, salt: int) -> Tensor:
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    # A shift of a signed integer drags its sign along.
+    dither = (_mixed(magnitude ^ salt) >> 16) & 0xFFFF
+    rounded = (magnitude + dither).clamp_(max=_LARGEST) >> 16
+    rounded |= (bits >> 16) & ~0x7FFF
+    return rounded.to(torch.int16).view(torch.bfloat16)
+
+
+def _mixed(h: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3; products of int32 wrap."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * (0x85EBCA6B - 2**32)
+    h = (h ^ ((h >> 13) & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
+    return h ^ ((h >> 16) & 0xFFFF)
 
 
 def keep_largest(
@@ -180,8 +211,9 @@ def _allocate(like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Tensors of one shape cut alike; whole where they are small or not contiguous."""
-    if arrays[0].numel() <= _PIECE or not all(x.is_contiguous() for x in arrays):
+    """Tensors of one shape cut alike; whole on accelerators, where small or not contiguous."""
+    small = arrays[0].numel() <= _PIECE or arrays[0].device.type != "cpu"
+    if small or not all(x.is_contiguous() for x in arrays):
         return iter([arrays])
     return zip(*(torch.split(x.view(-1), _PIECE) for x in arrays), strict=True)
 

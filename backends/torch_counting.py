@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "keep_largest", "ordering_key", "whole"]
+__all__ = ["is_sharded", "keep_largest", "local", "ordering_key", "whole"]
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,7 +40,7 @@ def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
 
     Reads one flag from the device: whether ties must be cut within a tensor.
     """
-    keys = [ordering_key(_local(x)) for x in scores]
+    keys = [ordering_key(local(x)) for x in scores]
     kth = _kth_largest(keys, scores, k)
     above, tied = [key > kth for key in keys], [key == kth for key in keys]
     available = _counts(tied, scores)
@@ -100,22 +100,23 @@ def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
     return groups
 
 
-def _local(x: Any) -> Tensor:
+def local(x: Any) -> Tensor:
+    """The entries at hand of a tensor."""
     return x.to_local() if is_sharded(x) else x
 
 
 def _index(x: Any) -> Tensor:
     """Row-major index, in the whole tensor, of the entries at hand."""
-    local, offsets = _local(x), (0,) * x.ndim
+    at_hand, offsets = local(x), (0,) * x.ndim
     if is_sharded(x):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    index = torch.zeros(local.shape, dtype=torch.int64, device=local.device)
-    for axis, (size, offset) in enumerate(zip(local.shape, offsets, strict=True)):
-        place = torch.arange(offset, offset + size, device=local.device)
+    index = torch.zeros(at_hand.shape, dtype=torch.int64, device=at_hand.device)
+    for axis, (size, offset) in enumerate(zip(at_hand.shape, offsets, strict=True)):
+        place = torch.arange(offset, offset + size, device=at_hand.device)
         stride = math.prod(x.shape[axis + 1 :])
-        index += (place * stride).reshape((-1,) + (1,) * (local.ndim - axis - 1))
+        index += (place * stride).reshape((-1,) + (1,) * (at_hand.ndim - axis - 1))
     return index
 
 

@@ -28,11 +28,10 @@ def integer(name: str, value: Any, *, low: int) -> int:
     return int(value)
 
 
-def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``options``, or raise."""
+def choice(name: str, value: Any, options: tuple[str | None, ...]) -> None:
+    """Raise unless ``value`` is one of ``options``."""
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-    return str(value)
 
 
 def decimal_fraction(value: Any) -> Fraction:

@@ -19,7 +19,7 @@ from . import _checks, splitting
 from .importance import Importance
 from .projection import apply_support
 from .schedules import Schedule, as_schedule
-from .sharpness import ASAM, SAM, Direction
+from .sharpness import ASAM, SAM, Direction, flat_direction, reused
 from .sparsity import Pattern, as_pattern
 from .splitting import SplitState, Targets
 
@@ -49,7 +49,7 @@ class Method:
     sparsity : pattern
         The constraint C. A fraction of zeros or ``"N:M"`` is accepted.
     perturbation : SAM or None
-        How e follows from the gradient; None for plain ADMM.
+        How e follows from the gradient, and at which steps; None for plain ADMM.
     penalty : schedule
         The penalty parameter lambda by step. A non-negative number is accepted.
     dual_update_interval : int
@@ -61,6 +61,11 @@ class Method:
     rescale_dual : bool
         Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` as the penalty
         changes, which keeps the unscaled dual variable.
+    state_dtype : {None, "bfloat16"}
+        What ``z - u`` is stored in. None is float32, or the parameter's dtype if that is
+        wider: with the support 5 bytes per sparse float32 parameter. "bfloat16" takes 3,
+        rounds stochastically at dual updates, and computes as before. Not for NumPy,
+        which lacks it, nor with ``rescale_dual``.
 
     Raises
     ------
@@ -82,6 +87,7 @@ class Method:
     importance: Importance | None = None
     relaxation: float = 1.0
     rescale_dual: bool = False
+    state_dtype: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", as_pattern(self.sparsity))
@@ -103,11 +109,37 @@ class Method:
                 "rescale_dual divides by the penalty, which must be known to stay positive after "
                 f"step 0, got penalty={self.penalty!r}"
             )
+        if self.state_dtype is not None:
+            _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
+            if self.rescale_dual:
+                raise ValueError(
+                    "state_dtype must be None under rescale_dual, which changes the stored u at "
+                    f"every step, got {self.state_dtype!r}"
+                )
 
     @property
     def perturbs(self) -> bool:
-        """Whether a step takes a second gradient, at the perturbed point."""
+        """Whether some step takes a second gradient, at the perturbed point."""
         return self.perturbation is not None and not self.perturbation.is_zero
+
+    def perturbs_at(self, step: int | Array) -> bool | Array:
+        """Whether the base step number ``step`` takes a second gradient."""
+        return self.perturbation is not None and self.perturbs and self.perturbation.is_due(step)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether other steps reuse a direction of the perturbed gradient, kept as state."""
+        return self.perturbation is not None and self.perturbs and self.perturbation.reuse > 0
+
+    def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
+        """Return the direction to reuse, of the gradients at x and at x + e."""
+        return flat_direction(first, second)
+
+    def reuse(self, gradients: Sequence[Array], flat: Sequence[Array]) -> list[Array]:
+        """Return the gradients of a step that reuses the direction ``flat``."""
+        if self.perturbation is None:
+            raise ValueError(f"perturbation must not be None to be reused, got {self!r}")
+        return reused(gradients, flat, self.perturbation.reuse)
 
     def is_dual_update(self, step: int | Array) -> bool | Array:
         """Whether z and u are updated after the base step number ``step``."""
@@ -153,7 +185,13 @@ class Method:
 
         ``importance`` is P where it is known from the start.
         """
-        return splitting.init(params, self.sparsity, targets, importance=importance)
+        return splitting.init(
+            params,
+            self.sparsity,
+            targets,
+            importance=importance,
+            state_dtype=self.state_dtype,
+        )
 
     def init_importance(self, params: Sequence[Array]) -> list[Array] | None:
         """Return the state of the method's own importance; None if P = 1."""
@@ -199,7 +237,7 @@ class Method:
         """Return the split after the dual update at the end of ``step``.
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
-        ``workspace``, arrays like the anchors to write over, updates the split in place.
+        ``workspace``, arrays like v to write over, updates the split in place.
         """
         return splitting.dual_update(
             params,
@@ -209,6 +247,7 @@ class Method:
             importance=importance,
             relaxation=self.relaxation,
             step=step + 1,
+            state_dtype=self.state_dtype,
             workspace=workspace,
         )
 
@@ -245,6 +284,9 @@ def safe(
     adaptive: bool = False,
     relaxation: float = 1.0,
     rescale_dual: bool = False,
+    perturbation_interval: int = 1,
+    reuse: float = 0.0,
+    state_dtype: str | None = None,
 ) -> Method:
     """SAFE, and SAFE+ when given an importance: sparse and flat minima by ADMM.
 
@@ -270,6 +312,11 @@ def safe(
         Over-relaxation alpha in (0, 2).
     rescale_dual : bool
         Whether u follows changes of the penalty.
+    perturbation_interval, reuse : int, float
+        Take the second gradient at every n-th step only, and reuse part of it at the
+        others: ``interval`` and ``reuse`` of `SAM`.
+    state_dtype : {None, "bfloat16"}
+        "bfloat16" keeps 3 bytes per sparse parameter in place of 5, see `Method`.
 
     Returns
     -------
@@ -292,14 +339,17 @@ def safe(
     """
     if not isinstance(adaptive, bool):
         raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+    _checks.integer("perturbation_interval", perturbation_interval, low=1)
+    kind = ASAM if adaptive else SAM
     return Method(
         sparsity=sparsity,
-        perturbation=ASAM(rho) if adaptive else SAM(rho),
+        perturbation=kind(rho, interval=perturbation_interval, reuse=reuse),
         penalty=penalty,  # type: ignore[arg-type]
         dual_update_interval=dual_update_interval,
         importance=importance,
         relaxation=relaxation,
         rescale_dual=rescale_dual,
+        state_dtype=state_dtype,
     )
 
 
@@ -311,6 +361,7 @@ def admm(
     importance: Importance | None = None,
     relaxation: float = 1.0,
     rescale_dual: bool = False,
+    state_dtype: str | None = None,
 ) -> Method:
     """Plain ADMM pruning: SAFE without a perturbation.
 
@@ -318,7 +369,7 @@ def admm(
 
     Parameters
     ----------
-    sparsity, penalty, dual_update_interval, importance, relaxation, rescale_dual
+    sparsity, penalty, dual_update_interval, importance, relaxation, rescale_dual, state_dtype
         As for `safe`.
 
     Returns
@@ -347,4 +398,5 @@ def admm(
         importance=importance,
         relaxation=relaxation,
         rescale_dual=rescale_dual,
+        state_dtype=state_dtype,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
@@ -14,7 +14,7 @@ from . import _checks
 from ._dtypes import wide_dtype
 from .schedules import Constant, Schedule, as_schedule
 
-__all__ = ["ASAM", "SAM", "Direction", "norm"]
+__all__ = ["ASAM", "SAM", "Direction", "flat_direction", "norm", "reused"]
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -95,24 +95,119 @@ class Direction(NamedTuple):
         return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
 
 
+def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
+    """The direction in which the perturbed gradient differs: the part that seeks flatness.
+
+    ``h / |h|`` of ``h = g_s - (g_s . g_0) / |g_0|^2 * g_0``, the component of
+    ``g_s = grad f(x + e)`` orthogonal to ``g_0 = grad f(x)``; products and norms run over
+    all arrays together. Zero where a norm is zero or not finite, and where the gradients
+    differ in direction by no more than rounding.
+
+    Parameters
+    ----------
+    first, second : sequences of arrays
+        ``g_0`` and ``g_s``, of the same shapes.
+
+    Returns
+    -------
+    list of arrays
+        In float32 or wider.
+
+    References
+    ----------
+    Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR
+    (LookSAM), Algorithm 1, where h is ``g_v``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> (h,) = flat_direction([numpy.asarray([2.0, 0.0])], [numpy.asarray([3.0, 4.0])])
+    >>> h.round(6)
+    array([0., 1.])
+    """
+    lines = [Direction(arrays, norm(arrays), 1.0) for arrays in (first, second)]
+    a, b = (line.perturbation() for line in lines)
+    # Of unit vectors a and b, a . b = 1 - |b - a|^2 / 2: so h = (b - a) + |b - a|^2 / 2 a.
+    between = [b_i - a_i for a_i, b_i in zip(a, b, strict=True)]
+    gap = norm(between)
+    xp = array_namespace(gap)
+    h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
+    differ = lines[0].usable & lines[1].usable & (gap > 4 * float(xp.finfo(gap.dtype).eps))
+    return Direction(h, xp.where(differ, norm(h), xp.zeros_like(gap)), 1.0).perturbation()
+
+
+def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> list[Array]:
+    """The gradient of a step that does not perturb: ``g_0 + weight * |g_0| * h / |h|``.
+
+    The norm runs over all arrays together; where it is not finite, g_0 stays as it is.
+
+    Parameters
+    ----------
+    gradients : sequence of arrays
+        ``g_0``, at x.
+    flat : sequence of arrays
+        ``h / |h|`` of the last step that perturbed, from `flat_direction`.
+    weight : float
+        alpha in the paper.
+
+    Returns
+    -------
+    list of arrays
+        In the dtypes of ``gradients``.
+
+    References
+    ----------
+    Liu et al. 2022, Algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> reused([numpy.asarray([3.0, 4.0])], [numpy.asarray([0.0, 1.0])], 0.5)
+    [array([3. , 6.5])]
+    """
+    length = norm(gradients)
+    xp = array_namespace(length)
+    scale = xp.where(xp.isfinite(length), weight * length, xp.zeros_like(length))
+    return [
+        xp.astype(g + xp.astype(scale, h.dtype) * h, g.dtype, copy=False)
+        for g, h in zip(gradients, flat, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class SAM:
     """The ball of radius ``rho``: ``e = rho * g / |g|_2``, the norm over all parameters.
+
+    With an ``interval`` n only the steps ``t`` with ``t % n == 0`` perturb and pay for a
+    second gradient. The others take the gradient ``g_0`` at x or, with ``reuse``, that of
+    LookSAM::
+
+        h = g_s - (g_s . g_0) / |g_0|^2 * g_0    at the last step that perturbed
+        g = g_0 + reuse * |g_0| / |h| * h        at the others
+
+    where ``g_s`` is the gradient at x + e.
 
     Attributes
     ----------
     rho : float or schedule
         Perturbation radius, in the unit of the parameters.
+    interval : int
+        Steps from one perturbation to the next; by keyword.
+    reuse : float
+        Weight of the last flat direction at steps between; by keyword. If positive,
+        ``h / |h|`` is kept for every trainable parameter, in float32 or wider.
 
     Raises
     ------
     TypeError, ValueError
-        If ``rho`` is not a non-negative number or a schedule.
+        If ``rho`` is not a non-negative number or a schedule, ``interval`` not a positive
+        integer or ``reuse`` negative, or positive where every step perturbs.
 
     References
     ----------
     Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
-    Generalization"; Lee et al. 2025, equation 4.
+    Generalization"; Lee et al. 2025, equation 4; Liu et al. 2022, "Towards Efficient and
+    Scalable Sharpness-Aware Minimization" (LookSAM), Algorithm 1.
 
     Examples
     --------
@@ -122,14 +217,25 @@ class SAM:
     """
 
     rho: Schedule | float = 0.1
+    interval: int = field(default=1, kw_only=True)
+    reuse: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", as_schedule("rho", self.rho))
+        _checks.integer("interval", self.interval, low=1)
+        if _checks.real("reuse", self.reuse, low=0.0) > 0 and self.interval == 1:
+            raise ValueError(
+                f"reuse must be 0 where every step perturbs, with interval=1, got {self.reuse!r}"
+            )
 
     @property
     def is_zero(self) -> bool:
         """Whether the radius is known to be 0 at every step."""
         return isinstance(self.rho, Constant) and self.rho.value == 0
+
+    def is_due(self, step: int | Array) -> bool | Array:
+        """Whether the base step number ``step`` perturbs, as far as ``interval`` tells."""
+        return self.interval == 1 or step % self.interval == 0
 
     def perturbation(
         self,
@@ -169,11 +275,13 @@ class ASAM(SAM):
         Perturbation radius in the metric of T, without unit on weights.
     eta : float
         Keeps T positive where a weight is zero.
+    interval, reuse : int, float
+        As for `SAM`.
 
     Raises
     ------
     TypeError, ValueError
-        If ``rho`` is not a non-negative number or a schedule, or ``eta`` is negative.
+        As `SAM`, or if ``eta`` is negative.
 
     References
     ----------

@@ -45,7 +45,8 @@ class SplitState(NamedTuple):
     ----------
     anchor : list of arrays
         ``z - u``, shaped as the parameter, in its dtype or float32 if that is wider:
-        in 16 bits small increments of u would be lost.
+        rounded to the nearest of 16 bits, small increments of u would be lost. Bfloat16
+        where that was asked for, rounded stochastically.
     support : list of bool arrays
         Where z may be non-zero; u is zero there.
 
@@ -92,6 +93,7 @@ def init(
     targets: Targets,
     *,
     importance: Sequence[Array | None] | None = None,
+    state_dtype: str | None = None,
 ) -> SplitState:
     """Start at ``z = proj(x_0)`` and ``u = 0``.
 
@@ -105,10 +107,17 @@ def init(
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
         P, broadcastable to the parameters; 1 where None.
+    state_dtype : {None, "bfloat16"}
+        What anchors are stored in; None is float32 or the parameter's wider dtype.
 
     Returns
     -------
     SplitState
+
+    Raises
+    ------
+    TypeError
+        If ``state_dtype`` is "bfloat16" and the library has none.
 
     Examples
     --------
@@ -120,7 +129,8 @@ def init(
     """
     wide = _widened(params)
     support = _select(wide, pattern, targets, importance, step=0)
-    return SplitState(apply_support(wide, support), support)
+    anchor = apply_support(wide, support)
+    return SplitState(_rounded(anchor, 0) if state_dtype else anchor, support)
 
 
 def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
@@ -136,7 +146,7 @@ def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
     Returns
     -------
     array
-        Shaped as ``x``, in the dtype of ``anchor``.
+        Shaped as ``x``, in float32, or float64 if either is.
 
     Examples
     --------
@@ -145,7 +155,9 @@ def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
     array([-1.])
     """
     xp = array_namespace(x)
-    return xp.astype(penalty * (xp.astype(x, anchor.dtype) - anchor), anchor.dtype, copy=False)
+    dtype = wide_dtype(xp, [x, anchor])
+    x, anchor = (xp.astype(a, dtype, copy=False) for a in (x, anchor))
+    return xp.astype(penalty * (x - anchor), dtype, copy=False)
 
 
 def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
@@ -186,11 +198,18 @@ def dual_update(
     importance: Sequence[Array | None] | None = None,
     relaxation: float = 1.0,
     step: int | Array | None = None,
+    state_dtype: str | None = None,
     workspace: Sequence[Array] | None = None,
 ) -> SplitState:
     """``v = alpha x + (1 - alpha) z + u``, then ``z = proj(v)`` and ``u = v - z``.
 
     Where x is not finite, z stands in for it: no NaN reaches anchor or support.
+
+    With a ``state_dtype`` of "bfloat16" v is computed and the support chosen as without,
+    and then ``z - u`` is rounded up or down at random, with the probabilities that make
+    its mean right: so u grows at the right pace by increments that rounding to the
+    nearest would lose. The draw is a hash of v and the step, and a run repeats bit for
+    bit.
 
     Parameters
     ----------
@@ -207,14 +226,23 @@ def dual_update(
     relaxation : float
         Over-relaxation alpha; 1 is plain ADMM.
     step : int or integer array, optional
-        The stage of a sparsity that changes over time; None is its end.
+        The stage of a sparsity that changes over time; None is its end. A
+        ``state_dtype`` needs it.
+    state_dtype : {None, "bfloat16"}
+        What anchors are stored in, as in `init`.
     workspace : sequence of arrays, optional
-        Of the shapes and dtypes of the anchors, to be written over. Given, the split is
-        updated in place where arrays can be, and no array of its size is made.
+        Of the shapes of the parameters and the dtypes of v, to be written over. Given,
+        the split is updated in place where arrays can be, and no array of its size is
+        made.
 
     Returns
     -------
     SplitState
+
+    Raises
+    ------
+    ValueError
+        If ``state_dtype`` is given and ``step`` is None.
 
     References
     ----------
@@ -232,17 +260,23 @@ def dual_update(
     """
     if not params:
         return state
+    if state_dtype is not None and step is None:
+        raise ValueError("step must be given to round to a state_dtype, got None")
     backend = backend_of(params[0])
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
     v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
     support = _select(v, pattern, targets, importance, step)
-    anchor = backend.blockwise(_anchor, v, support, out=None if workspace is None else state.anchor)
-    return SplitState(anchor, support)
+    in_place = None if workspace is None else state.anchor
+    if state_dtype is None:
+        return SplitState(backend.blockwise(_anchor, v, support, out=in_place), support)
+    anchor = backend.blockwise(_anchor, v, support, out=workspace)
+    return SplitState(_rounded(anchor, step, in_place), support)
 
 
 def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: Array) -> Array:
     """``v = alpha x + (1 - alpha) z + u``, and z + u where x is not finite."""
     xp = array_namespace(x)
+    anchor = xp.astype(anchor, x.dtype, copy=False)
     if relaxation == 1:
         v = x - xp.where(support, xp.zeros_like(anchor), anchor)
     else:
@@ -256,6 +290,16 @@ def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: 
 def _anchor(v: Array, support: Array) -> Array:
     """``z - u`` with ``z = proj(v)`` and ``u = v - z``."""
     return array_namespace(v).where(support, v, -v)
+
+
+def _rounded(
+    anchor: Sequence[Array], step: int | Array | None, out: Sequence[Array] | None = None
+) -> list[Array]:
+    """Anchors in bfloat16, rounded stochastically."""
+    if not anchor:
+        return []
+    narrow = [array_namespace(a).astype(a, array_namespace(a).float32, copy=False) for a in anchor]
+    return backend_of(anchor[0]).stochastic_bfloat16(narrow, step, out)
 
 
 def final_support(
@@ -402,7 +446,7 @@ def dual_residual(state: SplitState, previous: SplitState, penalty: float | Arra
     >>> float(dual_residual(after, before, 0.5))
     1.5
     """
-    z, old = recover(state)[0], recover(previous)[0]
+    z, old = _widened(recover(state)[0]), _widened(recover(previous)[0])
     return penalty * norm([a - b for a, b in zip(z, old, strict=True)])
 
 

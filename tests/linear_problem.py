@@ -54,6 +54,8 @@ class Recipe(NamedTuple):
     rescales: bool = False
     adaptive: bool = False
     decay: float | None = None
+    perturbed_every: int = 1
+    reuse: float = 0.0
 
 
 def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
@@ -71,13 +73,21 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     m = None if recipe.decay is None else np.zeros_like(w)
     z, u = keep(w), np.zeros_like(w)
     w_buffer, b_buffer = np.zeros_like(w), np.zeros_like(b)
+    flat = np.zeros(w.size + b.size)
     for t in range(STEPS):
         gw, gb = problem.gradient(w, b)
         scale = np.abs(w) + 0.01 if recipe.adaptive else np.ones_like(w)
         length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2))
-        gw, gb = problem.gradient(
-            w + recipe.rho(t) * scale**2 * gw / length, b + recipe.rho(t) * gb / length
-        )
+        first = np.concatenate([gw.ravel(), gb])
+        if t % recipe.perturbed_every == 0:
+            gw, gb = problem.gradient(
+                w + recipe.rho(t) * scale**2 * gw / length, b + recipe.rho(t) * gb / length
+            )
+            second = np.concatenate([gw.ravel(), gb])
+            flat = second - (second @ first) / (first @ first) * first
+        elif recipe.reuse:
+            added = recipe.reuse * np.linalg.norm(first) / np.linalg.norm(flat) * flat
+            gw, gb = gw + added[: w.size].reshape(w.shape), gb + added[w.size :]
         if recipe.rescales and t > 0:
             u = u * (recipe.penalty(t - 1) / recipe.penalty(t))
         w_buffer = MOMENTUM * w_buffer + gw + recipe.penalty(t) * (w - z + u)
@@ -119,5 +129,10 @@ CASES = {
         Recipe(penalty=lambda t: 0.1 + 0.08 * min(t, 10), rescales=True),
     ),
     "squared gradient": (_method(importance=SquaredGradient(0.7)), Recipe(decay=0.7)),
+    "at times": (_method(perturbation_interval=2), Recipe(perturbed_every=2)),
+    "reused": (
+        _method(perturbation_interval=3, reuse=0.4),
+        Recipe(perturbed_every=3, reuse=0.4),
+    ),
 }
 """Methods of the library, each with what it comes down to."""

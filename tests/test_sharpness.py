@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_core import ASAM, SAM
-from safe_core.sharpness import norm
+from safe_core.sharpness import flat_direction, norm, reused
 
 KINDS = [SAM(0.05), ASAM(0.5), ASAM(0.5, eta=0.0)]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=["sam", "asam", "asam-eta-0"])
@@ -136,3 +136,90 @@ def test_rho_may_be_an_array(xp: Backend) -> None:
 def test_a_radius_known_to_be_zero_says_so() -> None:
     assert [kind.is_zero for kind in (SAM(0), ASAM(0.0), SAM(0.1))] == [True, True, False]
     assert not SAM(lambda step: 0.0).is_zero  # it may be positive at another step
+
+
+# Reuse of a direction between perturbations
+
+
+@functools.cache
+def direction() -> Any:
+    return lambda first, second: flat_direction(first, second)
+
+
+def flattened(arrays: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
+
+
+@given(seed=st.integers(0, 1000), exponent=st.integers(-12, 12))
+def test_the_flat_direction_is_the_unit_part_of_the_second_gradient_across_the_first(
+    xp: Backend, seed: int, exponent: int
+) -> None:
+    first, second = network(seed)
+    got = flattened(xp.run(direction(), first, [np.ldexp(g, exponent) for g in second]))
+    g0, gs = flattened(first), flattened(second)
+    h = gs - (gs @ g0) / (g0 @ g0) * g0
+    np.testing.assert_allclose(got, h / np.linalg.norm(h), atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_direction_comes_of_a_gradient_that_has_none(
+    xp: Backend, bad: float, which: int
+) -> None:
+    pair = list(network(dtype=np.float32))
+    pair[which] = [np.full_like(g, bad) for g in pair[which]]
+    for h in xp.run(direction(), *pair):
+        np.testing.assert_array_equal(h, np.zeros_like(h))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e-3])
+def test_parallel_gradients_have_no_direction_of_rounding_errors(xp: Backend, scale: float) -> None:
+    _, gradients = network(dtype=np.float32)
+    scaled = [g * np.float32(scale) for g in gradients]
+    for h in xp.run(direction(), gradients, scaled):
+        np.testing.assert_array_equal(h, np.zeros_like(h))
+
+
+@functools.cache
+def reuse() -> Any:
+    return lambda gradients, flat: reused(gradients, flat, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, BFLOAT16], ids=str)
+def test_a_direction_is_added_at_the_length_of_the_gradient(xp: Backend, dtype: Any) -> None:
+    if np.dtype(dtype) not in xp.dtypes:
+        dtype = np.float32
+    flat, gradients = network(1, dtype)
+    flat = [h.astype(np.float64 if dtype == np.float64 else np.float32) for h in flat]
+    got = xp.run(reuse(), gradients, flat)
+    for new, g, h in zip(got, gradients, flat, strict=True):
+        assert new.dtype == g.dtype
+        want = g.astype(np.float64) + 0.5 * length(gradients) * h
+        np.testing.assert_allclose(
+            new.astype(np.float64),
+            want,
+            rtol=0,
+            atol=length(flat)
+            * (1e-12 if dtype == np.float64 else 1e-5 if dtype == np.float32 else 0.05),
+        )
+
+
+def test_an_infinite_gradient_is_left_as_it_is(xp: Backend) -> None:
+    flat, gradients = network(1)
+    gradients[0][0, 0] = np.inf
+    assert_same(xp.run(reuse(), gradients, flat), gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": 0}, "interval must be at least 1, got 0"),
+        ({"interval": 2.0}, "interval must be an integer, got 2.0"),
+        ({"interval": 2, "reuse": -0.1}, r"reuse must be a finite number in \[0.0, inf\]"),
+        ({"reuse": 0.5}, "reuse must be 0 where every step perturbs, with interval=1, got 0.5"),
+    ],
+)
+def test_a_bad_interval_or_reuse_is_named(options: dict[str, Any], message: str) -> None:
+    for kind in (SAM, ASAM):
+        with pytest.raises((TypeError, ValueError), match=message):
+            kind(0.1, **options)

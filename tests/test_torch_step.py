@@ -192,6 +192,10 @@ def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None
     assert all(line.endswith("agrees") for line in cases), cases
 
 
+def test_shards_round_as_the_whole_rounds(sharded_output: list[str]) -> None:
+    assert [line for line in sharded_output if "rounding" in line] == ["rounding agrees"] * 12
+
+
 def test_collectives_of_a_sharded_projection_do_not_grow(sharded_output: list[str]) -> None:
     sizes = [int(line.split()[-1]) for line in sharded_output if line.startswith("bytes")]
     assert len(sizes) == 2
@@ -213,12 +217,13 @@ def work(rank, path):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
     from safe_core import Unstructured, project
+    from safe_core.backends import backend_of
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=4)
     line = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     rows, columns, copies = Shard(0), Shard(1), Replicate()
     torch.manual_seed(0)
-    whole = [torch.round(2 * torch.randn(s)) for s in ((13, 6), (6, 10), (9,))]
+    whole = [torch.round(2 * torch.randn(s)) * 0.7 for s in ((13, 6), (6, 10), (9,))]
     for plan in (
         [(line, [rows])] * 3,
         [(line, [columns]), (line, [rows]), (line, [copies])],
@@ -234,6 +239,11 @@ def work(rank, path):
                        for a, b in zip(got.values, parts))
             if rank == 0:
                 print("case", "agrees" if same and kept else "differs")
+        narrow = backend_of(parts[0]).stochastic_bfloat16
+        for a, b in zip(narrow(whole, 3), narrow(parts, 3)):
+            same = torch.equal(a, b.full_tensor() if hasattr(b, "full_tensor") else b)
+            if rank == 0:
+                print("rounding", "agrees" if same else "differs")
     moved = [0]
     for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast"):
         def count(tensor, *args, _call=getattr(dist, name), **kwargs):
