@@ -6,14 +6,17 @@ base optimizer and `safe_core.Method`.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
@@ -177,6 +180,16 @@ class SparseOptimizer(Optimizer):
         """
         if self._phase == "perturbed":
             raise ValueError("perturbed() must not be entered within perturbed()")
+        try:
+            with self._at_perturbed_point():
+                yield
+        finally:
+            with torch.no_grad():
+                self._moved.restore()
+
+    @contextmanager
+    def _at_perturbed_point(self) -> Iterator[None]:
+        """`perturbed` without the way back."""
         touched = [(p, sign) for p, sign in self._all_parameters() if p.grad is not None]
         if not touched:
             raise ValueError(
@@ -202,9 +215,6 @@ class SparseOptimizer(Optimizer):
             looked = all(p.grad is None for p in params)
             self._phase = "" if looked else "ready"
             self._first = {} if looked else self._first
-        finally:
-            with torch.no_grad():
-                self._moved.restore()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -237,20 +247,32 @@ class SparseOptimizer(Optimizer):
         if closure is None and self._phase != "ready" and self._only_initialises():
             self.base.step()
             return None
-        loss = None
-        if closure is not None:
+        if closure is None:
+            self._check_perturbed()
+            self._take_step()
+            return None
+        try:
             with torch.enable_grad():
                 loss = closure()
                 if self.perturbs:
-                    with self.perturbed():
+                    with self._at_perturbed_point():
                         closure()
-        elif self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
+            self._take_step()
+        finally:
+            self._moved.restore()
+        return loss
+
+    def _check_perturbed(self) -> None:
+        if self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
             raise ValueError(
                 "step() needs a gradient at the perturbed point, for the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
                 "`with optimizer.perturbed():` first; allow_unperturbed=True lifts this. "
                 "Got closure=None"
             )
+
+    def _take_step(self) -> None:
+        """Everything after the gradients; brings x back if that is still to do."""
         self._phase = ""
         sparse = self._sparse_parameters()
         if self.method.reuses:
@@ -272,7 +294,6 @@ class SparseOptimizer(Optimizer):
             )
             self._store(sparse, split)
         self.steps += 1
-        return loss
 
     @torch.no_grad()
     def finalize(self, importance: Any = _LAST) -> None:
@@ -456,7 +477,9 @@ class SparseOptimizer(Optimizer):
         self._moved = torch_lists.Perturbed()
         if self.compile:
             self._ascend_compiled = torch.compile(torch_lists.move_traced_)
-            self._descend_compiled = torch.compile(_descend_traced)
+            bare_step = inspect.unwrap(type(self.base).step)
+            self._descend_compiled = torch.compile(partial(_descend_traced, bare_step))
+            self._descend_hooked = torch.compile(partial(_descend_traced, _hooked_step))
 
     def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
         """Trainable parameters, with -1 for those whose loss is maximised."""
@@ -572,13 +595,19 @@ class SparseOptimizer(Optimizer):
         penalty = self.method.penalty(self.steps)
         if self.compile and all(signs[p] > 0 for p in sparse):
             gradients, anchors = _gradients(sparse), self._split(sparse).anchor
-            weight = _scalar(penalty, anchors[0])
-            self._descend_compiled(self.base, gradients, sparse, anchors, weight)
+            weight, copies = _scalar(penalty, anchors[0]), self._moved.copies(sparse)
+            self._moved.restore(but=sparse)
+            program = self._descend_compiled if _is_bare(self.base) else self._descend_hooked
+            program(self.base, gradients, sparse, anchors, weight, copies)
+            self._moved.forget(sparse)
             return
         for sign in {signs[p] for p in sparse}:
             mine = [p for p in sparse if signs[p] == sign]
             gradients, anchors = _gradients(mine), self._split(mine).anchor
-            torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty)
+            copies = self._moved.copies(mine)
+            torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty, copies)
+            self._moved.forget(mine)
+        self._moved.restore()
         self.base.step()
 
     def _reuse_direction(self) -> None:
@@ -625,7 +654,7 @@ class SparseOptimizer(Optimizer):
             warnings.warn(
                 f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
                 f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=5,
+                stacklevel=7,
             )
 
     # The split, per parameter in `self.state`
@@ -722,15 +751,36 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
+def _is_bare(base: Optimizer) -> bool:
+    """Whether nothing hangs on the step of the base but its arithmetic.
+
+    Hooks, and the counting that a scheduler patches in, lie in wrappers that would cut the
+    compiled program in two.
+    """
+    hooks = (
+        base._optimizer_step_pre_hooks,
+        base._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return not any(hooks) and "step" not in vars(base) and not base.defaults.get("differentiable")
+
+
+def _hooked_step(base: Optimizer) -> None:
+    base.step()
+
+
 def _descend_traced(
+    step: Callable[[Optimizer], Any],
     base: Optimizer,
     gradients: list[Tensor],
     params: list[Tensor],
     anchors: list[Tensor],
     penalty: Tensor,
+    copies: list[Tensor | None] | None,
 ) -> None:
-    torch_lists.add_penalty_traced_(gradients, params, anchors, penalty)
-    base.step()
+    torch_lists.add_penalty_traced_(gradients, params, anchors, penalty, copies)
+    step(base)
 
 
 def _select_parameters(

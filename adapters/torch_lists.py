@@ -15,7 +15,7 @@ from safe_core.sharpness import Direction
 
 __all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "move_traced_"]
 
-_GROUP = 2**17  # entries that a CPU's cache holds between two passes over them
+_GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -28,8 +28,7 @@ class Perturbed:
 
     def __init__(self) -> None:
         self._memory: dict[Tensor, Tensor] = {}
-        self._params: list[Tensor] = []
-        self._saved: list[Tensor] = []
+        self._saved: dict[Tensor, Tensor] = {}
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors for the copies of ``params``."""
@@ -56,8 +55,7 @@ class Perturbed:
 
     def saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         """Take note that ``copies`` hold x."""
-        self._params += params
-        self._saved += copies
+        self._saved.update(zip(params, copies, strict=True))
 
     def workspace(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The memory of the copies of ``params``, where it is kept and in 32 bits or more."""
@@ -65,12 +63,21 @@ class Perturbed:
         found = [copy for p, copy in kept if copy is not None and _fits(copy, p)]
         return found if len(found) == len(params) else None
 
-    def restore(self) -> None:
-        """Bring back x where it was saved."""
-        params, saved = self._params, self._saved
-        self._params, self._saved = [], []
-        if params:
-            torch._foreach_copy_(params, saved)
+    def restore(self, but: Sequence[Tensor] = ()) -> None:
+        """Bring back x where it was saved, for all ``but`` some."""
+        left = {p: self._saved.pop(p) for p in but if p in self._saved}
+        saved, self._saved = self._saved, left
+        if saved:
+            torch._foreach_copy_(list(saved), list(saved.values()))
+
+    def copies(self, params: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """The copies of those of ``params`` that are to be restored; None if none is."""
+        return [self._saved.get(p) for p in params] if self._saved else None
+
+    def forget(self, params: Sequence[Tensor]) -> None:
+        """Take note that ``params`` were restored by another hand."""
+        for p in params:
+            self._saved.pop(p, None)
 
 
 def add_penalty_(
@@ -78,10 +85,18 @@ def add_penalty_(
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
     penalty: float,
+    copies: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """``g <- g + penalty * (x - anchor)``, computed in float32 or wider."""
-    gradients, params, anchors = _cut(gradients, params, anchors)
+    """``x <- copy`` where there is one, then ``g <- g + penalty * (x - anchor)``.
+
+    Both in one pass over x, computed in float32 or wider.
+    """
+    found = [None] * len(params) if copies is None else copies
+    sources = [x.detach() if copy is None else copy for x, copy in zip(params, found, strict=True)]
+    gradients, params, anchors, sources = _cut(gradients, params, anchors, sources)
     for i in _groups(params):
+        if copies is not None:
+            torch._foreach_copy_(params[i], sources[i])
         wide = [_widened(x) for x in params[i]]
         torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
 
@@ -91,9 +106,13 @@ def add_penalty_traced_(
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
     penalty: Tensor,
+    copies: Sequence[Tensor | None] | None = None,
 ) -> None:
     """`add_penalty_` in the form that a compiler fuses, for a penalty that may change."""
-    for g, x, anchor in zip(gradients, params, anchors, strict=True):
+    found = [None] * len(params) if copies is None else copies
+    for g, x, anchor, copy in zip(gradients, params, anchors, found, strict=True):
+        if copy is not None:
+            x.copy_(copy)
         g.add_(penalty * (_widened(x) - anchor))
 
 

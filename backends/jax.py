@@ -46,6 +46,7 @@ _FEW = 2**12  # entries among which passes cost less than compiling many counts
 _PIECE = 2**31 - 1  # entries that one uint32 count and one uint32 index can cover
 _SUMMAND = 2**32 - 1  # the largest sum of counts that is taken in uint32
 _DIGIT = 0xFFFF
+_SIGN = 0x80000000
 _LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
 
@@ -96,7 +97,7 @@ def stochastic_bfloat16(
         bits = lax.bitcast_convert_type(x, jnp.uint32)
         magnitude = bits & 0x7FFFFFFF
         dithered = magnitude + (_mixed(magnitude ^ salt) >> 16)
-        signed = jnp.minimum(dithered, jnp.uint32(_LARGEST)) | (bits & 0x80000000)
+        signed = jnp.minimum(dithered, jnp.uint32(_LARGEST)) | (bits & jnp.uint32(_SIGN))
         return lax.bitcast_convert_type((signed >> 16).astype(jnp.uint16), jnp.bfloat16)
 
     return [rounded(x) for x in arrays]

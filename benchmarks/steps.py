@@ -102,10 +102,7 @@ def _ours(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], 
     )
 
     def step() -> None:
-        _give(params, gradients)
-        with optimizer.perturbed():
-            _give(params, gradients)
-        optimizer.step()
+        optimizer.step(lambda: _give(params, gradients))
 
     return step
 

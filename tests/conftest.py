@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import array_api_strict
@@ -146,3 +146,10 @@ def assert_same(got: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> None
     for a, b in zip(got, wanted, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.fixture
+def single_precision() -> Iterator[None]:
+    """JAX as it comes, without 64-bit numbers."""
+    with jax.enable_x64(False):
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,14 +57,16 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("method", ["dense", "admm", "safe"])
-def test_frameworks_train_the_same_network(method):
+@pytest.mark.parametrize(
+    ("method", "ascent_share"), [("dense", 1), ("admm", 1), ("safe", 1), ("safe", 0.5)]
+)
+def test_frameworks_train_the_same_network(method, ascent_share):
     sparsity = None if method == "dense" else 0.9
-    run = Run(method, 0.0, 0, sparsity, 0.1)
-    batches = data.load(TINY, run)
-    start = data.initial_layers(TINY, run, 64)
+    recipe, run = replace(TINY, ascent_share=ascent_share), Run(method, 0.0, 0, sparsity, 0.1)
+    batches = data.load(recipe, run)
+    start = data.initial_layers(recipe, run, 64)
     (torch_before, torch_after), (jax_before, jax_after) = (
-        train(TINY, run, batches, start, "cpu") for train in TRAINERS.values()
+        train(recipe, run, batches, start, "cpu") for train in TRAINERS.values()
     )
     for a, b, c in zip(torch_before, jax_before, start, strict=True):
         np.testing.assert_allclose(a.weight, b.weight, atol=1e-5)

@@ -164,6 +164,7 @@ def problem() -> tuple[dict[str, jax.Array], Any, list[int]]:
     return params, (jax.grad(loss), second), calls
 
 
+@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("reuse", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_jax_computes_a_second_gradient_at_every_third_step(reuse: float, dtype: Any) -> None:

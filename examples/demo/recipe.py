@@ -39,7 +39,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the protocol; ``steps`` are optimizer steps."""
+    """The numbers of the protocol; ``steps`` are optimizer steps.
+
+    ``ascent_share`` is the share of each batch that the perturbation is taken from.
+    """
 
     hidden: tuple[int, ...] = (300, 100)
     epochs: int = 60
@@ -49,6 +52,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     rho: float = 0.1
+    ascent_share: float = 1.0
     dual_update_interval: int = 32
     penalties: tuple[float, ...] = (0.01, 0.1)
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)

@@ -76,10 +76,11 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
         def step(carry: Any, batch: Any) -> Any:
             params, state = carry
 
-            def grad_fn(params: Any) -> Any:
-                return jax.grad(loss_fn)(params, inputs[batch], labels[batch])
+            def grad_fn(params: Any, rows: Any = batch) -> Any:
+                return jax.grad(loss_fn)(params, inputs[rows], labels[rows])
 
-            updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+            first = grad_fn(params, batch[: round(recipe.ascent_share * len(batch))])
+            updates, state = tx.update(first, state, params, grad_fn=grad_fn)
             return (optax.apply_updates(params, updates), state), None
 
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,16 +41,20 @@ def train(
         optimizer, lambda step: recipe.learning_rate_at(min(step, steps - 1), per_epoch)
     )
 
+    def closure(rows: Tensor) -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs[rows]), labels[rows])
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()  # type: ignore[return-value]
+
     for batch in torch.from_numpy(data.order).to(device):
-        x, y = inputs[batch], labels[batch]
-
-        def closure(x: Tensor = x, y: Tensor = y) -> float:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()  # type: ignore[return-value]
-
-        optimizer.step(closure)
+        if recipe.ascent_share < 1 and isinstance(optimizer, SparseOptimizer):
+            closure(batch[: round(recipe.ascent_share * len(batch))])
+            with optimizer.perturbed():
+                closure(batch)
+            optimizer.step()
+        else:
+            optimizer.step(partial(closure, batch))
         scheduler.step()
 
     trained = read_layers(model)
