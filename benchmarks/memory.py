@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,19 +24,21 @@ from .timing import Result
 __all__ = ["memory"]
 
 METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3)
+NARROW = replace(METHOD, state_dtype="bfloat16")
 CASE = "memory per float32 parameter, all of them sparse"
 
 
 def memory(*, size: int) -> list[Result]:
     """State and peaks; the two-array form is the baseline of the state."""
     side = int(size**0.5) // 8 * 8
-    two = _torch_state(side, two_arrays=True)
-    ours = _torch_state(side, two_arrays=False)
-    program = _jax_step(side)
+    two = _torch_state(side, None)
+    program, narrow = _jax_step(side, METHOD), _jax_step(side, NARROW)
     rows = [
         ("state, two-array ADMM in PyTorch", two, two, None),
-        ("state, safe_core in PyTorch", ours, two, 5 / 8),
+        ("state, safe_core in PyTorch", _torch_state(side, METHOD), two, 5 / 8),
         ("state, safe_core in JAX", program["state"], two, 5 / 8),
+        ("the same in bfloat16, PyTorch", _torch_state(side, NARROW), two, 3 / 8),
+        ("the same in bfloat16, JAX", narrow["state"], two, 3 / 8),
         ("copies held for the perturbed pass, PyTorch", 4.0, 4.0, None),
         ("temporaries of one step, JAX (compiled)", program["temporary"], 4.0, None),
         ("peak of a projection, result included, NumPy", _projection_peak(side), 5.0, None),
@@ -49,20 +52,20 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _torch_state(side: int, *, two_arrays: bool) -> float:
+def _torch_state(side: int, method: safe_core.Method | None) -> float:
     weight = nn.Parameter(torch.randn(side, side))
     base = torch.optim.SGD([weight], lr=0.1)
-    if two_arrays:
+    if method is None:
         peer = TwoArrayADMM([weight], base, sparsity=0.95, penalty=1e-3, interval=32)
         return _bytes(peer.z + peer.u) / side**2
-    optimizer = SparseOptimizer(base, METHOD, where=lambda name, p: True)
+    optimizer = SparseOptimizer(base, method, where=lambda name, p: True)
     packed = optimizer.state_dict()["state"]
     kept = {t.data_ptr(): t for entry in packed.values() for t in entry.values()}
     return _bytes(kept.values()) / side**2
 
 
-def _jax_step(side: int) -> dict[str, float]:
-    tx = sparse_optimizer(optax.sgd(0.1), METHOD, where=lambda path, x: True)
+def _jax_step(side: int, method: safe_core.Method) -> dict[str, float]:
+    tx = sparse_optimizer(optax.sgd(0.1), method, where=lambda path, x: True)
     params = {"kernel": jnp.ones((side, side))}
     state = tx.init(params)
 

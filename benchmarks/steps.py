@@ -129,15 +129,19 @@ def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
 
 def jax_step(*, width: int, repeats: int) -> list[Result]:
     """The same in JAX: one compiled program a step, its buffers donated."""
-    shapes = resnet50_shapes(width)
+    # Inputs and outputs last, as Flax lays kernels out.
+    shapes = [(*s[2:], *s[1::-1]) for s in resnet50_shapes(width)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draws = [jax.random.normal(k, s) / 50 for k, s in zip(keys, shapes, strict=True)]
 
     def runner(tx: Any, with_grad_fn: str | None) -> Callable[[], Any]:
-        keys = jax.random.split(jax.random.key(0), len(shapes))
-        params = [jax.random.normal(k, s) / 50 for k, s in zip(keys, shapes, strict=True)]
+        params = [x + 0 for x in draws]
         held = [params, tx.init(params)]
-        grad_fn = lambda params, *_: [0.01 * p for p in params]  # noqa: E731
 
-        def step(params: Any, state: Any) -> Any:
+        def step(params: Any, state: Any, slopes: Any) -> Any:
+            def grad_fn(params: Any, *_: Any) -> Any:
+                return [slope + p for slope, p in zip(slopes, params, strict=True)]
+
             extra = {with_grad_fn: grad_fn} if with_grad_fn else {}
             updates, state = tx.update(grad_fn(params), state, params, **extra)
             return optax.apply_updates(params, updates), state
@@ -145,14 +149,15 @@ def jax_step(*, width: int, repeats: int) -> list[Result]:
         compiled = jax.jit(step, donate_argnums=(0, 1))
 
         def run() -> Any:
-            held[:] = compiled(*held)
+            held[:] = compiled(*held, draws)
             return held[0]
 
         return run
 
     sgd = optax.sgd(1e-5, momentum=0.9)
     ours = sparse_optimizer(sgd, METHOD, where=lambda path, x: x.ndim > 1)
-    sam = optax.contrib.sam(sgd, optax.sgd(1e-3), opaque_mode=True)
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(1e-3))
+    sam = optax.contrib.sam(sgd, ascent, opaque_mode=True)
     return interleaved(
         "a step in JAX without a model, shapes of ResNet-50",
         {

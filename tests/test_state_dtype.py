@@ -83,26 +83,29 @@ def test_rounding_is_up_or_down_and_right_on_average(xp: Backend) -> None:
 
 
 @functools.cache
-def updater(state_dtype: str | None) -> Any:
+def updater(state_dtype: str | None, relaxation: float = 1.0) -> Any:
+    options: Any = {"relaxation": relaxation, "state_dtype": state_dtype}
+
     def run(x: Any, anchor: Any, support: Any, step: Any) -> SplitState:
         state = SplitState([anchor], [support])
-        return dual_update(
-            [x], state, Unstructured(0.5), TARGETS, step=step, state_dtype=state_dtype
-        )
+        return dual_update([x], state, Unstructured(0.5), TARGETS, step=step, **options)
 
     return run
 
 
 @narrow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16], ids=str)
-def test_an_update_rounds_what_the_wide_update_computes(xp: Backend, dtype: Any) -> None:
+@pytest.mark.parametrize("relaxation", [1.0, 1.7])
+def test_an_update_rounds_what_the_wide_update_computes(
+    xp: Backend, dtype: Any, relaxation: float
+) -> None:
     rng = np.random.default_rng(1)
     x, anchor = (rng.normal(size=200).astype(np.float32).astype(dtype) for _ in range(2))
     wide = np.float64 if dtype == np.float64 else np.float32
     anchor, support = anchor.astype(BFLOAT16), np.arange(200) % 2 == 0
     step = np.asarray(7, np.int32) if xp.traces else 7
-    want = xp.run(updater(None), x, anchor.astype(wide), support, step)
-    got = xp.run(updater("bfloat16"), x, anchor, support, step)
+    want = xp.run(updater(None, relaxation), x, anchor.astype(wide), support, step)
+    got = xp.run(updater("bfloat16", relaxation), x, anchor, support, step)
     assert_same(got.support, want.support)
     assert_same(got.anchor, [rounded(want.anchor[0].astype(np.float32), 7)])
 
@@ -213,16 +216,18 @@ def test_torch_resumes_bit_for_bit_and_finalizes_the_parameters_themselves() -> 
 
 @pytest.mark.filterwarnings("ignore:16-bit parameters round:UserWarning")
 def test_sixteen_bit_parameters_take_the_penalty_in_32_bits() -> None:
-    run = Run(torch.bfloat16, penalty=1.0)
+    run = Run(torch.bfloat16, penalty=0.3)
     run.steps(3)
     weight = run.model[0].weight
     anchor = run.optimizer.state[weight]["anchor"]
     before = weight.detach().clone()
-    weight.grad = torch.zeros_like(weight)
+    gradient = torch.randn_like(weight)
+    weight.grad = gradient.clone()
     run.optimizer.base.step = lambda: None
     with torch.no_grad():
         run.optimizer._descend([weight])
-    assert torch.equal(weight.grad, (before.float() - anchor.float()).bfloat16())
+    want = gradient.float() + 0.3 * (before.float() - anchor.float())
+    assert torch.equal(weight.grad, want.bfloat16())
 
 
 @pytest.mark.usefixtures("single_precision")

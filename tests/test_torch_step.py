@@ -162,6 +162,63 @@ def test_compiled_steps_are_the_same_steps_compiled_once(base: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
+def test_compiled_steps_run_the_hooks_of_the_base_and_take_phases() -> None:
+    eager, compiled = Run(BASES["sgd"]), Run(BASES["sgd"], compile=True)
+    calls: list[int] = []
+    compiled.steps(1)
+    hook = compiled.optimizer.base.register_step_post_hook(lambda *_: calls.append(1))
+    compiled.steps(2)
+    hook.remove()
+    assert len(calls) == 2
+    for _ in range(2):
+        compiled.closure()
+        with compiled.optimizer.perturbed():
+            compiled.closure()
+        compiled.optimizer.step()
+    for got, want in zip(compiled.steps(1), eager.steps(6), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["add_penalty_", "base"])
+def test_a_step_that_fails_after_the_second_gradient_leaves_x(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(BASES["sgd"])
+    before = run.steps(2)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("lost")
+
+    if broken == "base":
+        run.optimizer.base.step = fail
+    else:
+        monkeypatch.setattr(torch_lists, broken, fail)
+    with pytest.raises(RuntimeError, match="lost"):
+        run.optimizer.step(run.closure)
+    for p, x in zip(run.model.parameters(), before, strict=True):
+        assert torch.equal(p, x)
+
+
+def test_x_is_back_before_the_base_steps_whatever_has_a_gradient() -> None:
+    run = Run(BASES["sgd"])
+    before, seen = run.steps(1), []
+    calls = iter(range(2))
+
+    def closure() -> torch.Tensor:
+        loss = run.closure()
+        if next(calls) == 0:  # the first weight is not perturbed
+            run.model[0].weight.grad = None
+        return loss
+
+    def look() -> None:
+        seen.extend(p.detach().clone() for p in run.model.parameters())
+
+    run.optimizer.base.step = look
+    run.optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+
+
 def test_compile_is_a_flag() -> None:
     with pytest.raises(TypeError, match="compile must be True or False, got 'yes'"):
         Run(BASES["sgd"], compile="yes")
