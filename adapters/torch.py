@@ -10,8 +10,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +21,21 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
-from safe_core.layout import Layout, broadcasts, chosen_layout, place_importance
+from safe_core.backends import backend_of
+from safe_core.layout import Layout, broadcasts, place_importance
 from safe_core.sharpness import norm
 
 from . import torch_lists
-from .torch_weights import prunable_weights
+from .torch_groups import SETTINGS, GroupRules, numbered, select_parameters
+from .torch_modules import RandomState, statistics_kept
+from .torch_report import Report, TensorReport
 
 __all__ = ["SparseOptimizer"]
 
 _PREFIX = "safe_"  # of our entries in a state_dict, beside those of the base optimizer
 _STEPS = _PREFIX + "steps"
+_FROZEN = _PREFIX + "frozen"
 _LAST = "last"
-
-
-class _Target(NamedTuple):
-    """What the projection must know of one selected parameter."""
-
-    name: str
-    layout: Layout | None
 
 
 class SparseOptimizer(Optimizer):
@@ -71,6 +69,9 @@ class SparseOptimizer(Optimizer):
         Run the perturbation, and the penalty together with the base optimizer's step, as
         two programs of `torch.compile`. Needs a base that compiles, with a learning rate
         in a tensor if it changes. The step count and the dual update stay outside.
+    replay_rng : bool
+        Give the second call of a closure the random numbers of the first, so that dropout
+        draws the same masks. Phase by phase, hand `perturbed` a `RandomState`.
 
     Raises
     ------
@@ -81,8 +82,13 @@ class SparseOptimizer(Optimizer):
     Notes
     -----
     A param group may opt out with ``"sparsify": False``; without ``model`` and
-    ``where``, groups with ``"sparsify": True`` are taken whole. A parameter that is not
-    sparse costs no state, one that is frozen is left alone.
+    ``where``, groups with ``"sparsify": True`` are taken whole. Its ``"rho"``, ``"penalty"``
+    and ``"sparsity"`` stand for those of the method: ``e_i = rho_i g_i / |g|`` with the norm
+    over all parameters, and groups of one sparsity are projected together. A parameter
+    that is not sparse costs no state, one that is frozen is left alone.
+
+    With ``model``, normalisation layers keep their running statistics in the second pass:
+    they are updated once a step, at x.
 
     `step` adds the penalty to ``.grad`` in place. Clip gradients before it. z and u start
     from the parameters that the first step finds.
@@ -137,9 +143,10 @@ class SparseOptimizer(Optimizer):
         | None = None,
         allow_unperturbed: bool = False,
         compile: bool = False,
+        replay_rng: bool = False,
     ) -> None:
         _check_arguments(base, method, model, where, layout, importance)
-        _check_flags(allow_unperturbed=allow_unperturbed, compile=compile)
+        _check_flags(allow_unperturbed=allow_unperturbed, compile=compile, replay_rng=replay_rng)
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self.param_groups = base.param_groups
@@ -147,7 +154,9 @@ class SparseOptimizer(Optimizer):
         self.steps = 0
         self.allow_unperturbed = allow_unperturbed
         self.compile = compile
-        self._targets = _select_parameters(base.param_groups, model, where, layout)
+        self.replay_rng = replay_rng
+        self.frozen = False
+        self._targets = select_parameters(base.param_groups, method, model, where, layout)
         self._rules = (model, where, layout)
         self._importance = importance
         self._make_kernels()
@@ -161,10 +170,15 @@ class SparseOptimizer(Optimizer):
     @property
     def perturbs(self) -> bool:
         """Whether the step to come takes a second gradient, within `perturbed`."""
-        return bool(self.method.perturbs_at(self.steps))
+        perturbation = self.method.perturbation
+        return (
+            perturbation is not None
+            and bool(perturbation.is_due(self.steps))
+            and any(GroupRules.read(group, self.method).perturbs for group in self.param_groups)
+        )
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, replay: RandomState | None = None) -> Iterator[None]:
         """Hold the parameters at ``x + e``; restore x bit for bit on the way out.
 
         ``e`` follows from the gradients of the first backward pass, which are cleared
@@ -172,6 +186,12 @@ class SparseOptimizer(Optimizer):
         when the block raises. Needs no unscaling under a gradient scaler. At a step that
         does not perturb, the parameters stay at x. The first gradients serve the ascent
         alone, and may be of a part of the batch.
+
+        Parameters
+        ----------
+        replay : RandomState, optional
+            From `RandomState.record` before the first forward pass: the block draws the
+            same random numbers, such as dropout masks.
 
         Raises
         ------
@@ -181,32 +201,33 @@ class SparseOptimizer(Optimizer):
         if self._phase == "perturbed":
             raise ValueError("perturbed() must not be entered within perturbed()")
         try:
-            with self._at_perturbed_point():
+            with self._at_perturbed_point(replay):
                 yield
         finally:
             with torch.no_grad():
                 self._moved.restore()
 
     @contextmanager
-    def _at_perturbed_point(self) -> Iterator[None]:
+    def _at_perturbed_point(self, replay: RandomState | None) -> Iterator[None]:
         """`perturbed` without the way back."""
-        touched = [(p, sign) for p, sign in self._all_parameters() if p.grad is not None]
-        if not touched:
+        params = [p for p in self._trainable() if p.grad is not None]
+        if not params:
             raise ValueError(
                 "perturbed() needs the gradients of a first loss.backward(), got None for "
                 "every parameter"
             )
-        self._sparse_parameters()  # z and u start from x, not from x + e
-        params = [p for p, _ in touched]
+        sparse = self._sparse_parameters()  # z and u start from x, not from x + e
         try:
             if self.perturbs:
                 with torch.no_grad():
-                    self._ascend(touched)
+                    self._mask_gradients(sparse)
+                    self._ascend(params)
                 if self.method.reuses:
                     self._first = {p: p.grad for p in params if p.grad is not None}
             self.zero_grad()
             self._phase = "perturbed"
-            yield
+            with statistics_kept(self._rules[0]), RandomState.replayed(replay):
+                yield
         except BaseException:
             self._phase, self._first = "", {}
             raise
@@ -251,11 +272,12 @@ class SparseOptimizer(Optimizer):
             self._check_perturbed()
             self._take_step()
             return None
+        replay = RandomState.record() if self.replay_rng else None
         try:
             with torch.enable_grad():
                 loss = closure()
                 if self.perturbs:
-                    with self._at_perturbed_point():
+                    with self._at_perturbed_point(replay):
                         closure()
             self._take_step()
         finally:
@@ -275,6 +297,13 @@ class SparseOptimizer(Optimizer):
         """Everything after the gradients; brings x back if that is still to do."""
         self._phase = ""
         sparse = self._sparse_parameters()
+        if self.frozen:
+            self._mask_gradients(sparse)
+            self._moved.restore()
+            self.base.step()
+            self._mask(sparse, sparse)
+            self.steps += 1
+            return
         if self.method.reuses:
             self._reuse_direction()
         due = self.method.is_dual_update(self.steps)
@@ -284,19 +313,20 @@ class SparseOptimizer(Optimizer):
         self._descend(sparse)
         if due:
             self._call_importance(sparse)
-            split = self.method.dual_update(
-                [p.detach() for p in sparse],
-                self._split(sparse),
-                self.steps,
-                self._targets_of(sparse),
-                self.method.metric(self._importance_state(sparse)),
-                workspace=self._moved.workspace(sparse),
-            )
-            self._store(sparse, split)
+            for method, members in self._by_pattern(sparse):
+                split = method.dual_update(
+                    [p.detach() for p in members],
+                    self._split(members),
+                    self.steps,
+                    self._targets_of(members),
+                    method.metric(self._importance_state(members)),
+                    workspace=self._moved.workspace(members),
+                )
+                self._store(members, split)
         self.steps += 1
 
     @torch.no_grad()
-    def finalize(self, importance: Any = _LAST) -> None:
+    def finalize(self, importance: Any = _LAST, *, freeze: bool = False) -> None:
         """Project the parameters, ``x <- proj(x)``, after the last step.
 
         Kept entries are unchanged, bit for bit; the others become +0, exactly as many
@@ -304,6 +334,9 @@ class SparseOptimizer(Optimizer):
 
         Parameters
         ----------
+        freeze : bool
+            Keep this support from now on, to fine-tune further: gradients and parameters
+            are masked at every step, the penalty and the dual variable are dropped.
         importance : optional
             By default the P last in use. None is P = 1, as Algorithm 1 of the paper
             prints it. A mapping of name to tensor is used as it is.
@@ -314,14 +347,85 @@ class SparseOptimizer(Optimizer):
             If ``importance`` does not fit the parameters, or within a perturbed block.
         """
         self._refuse_within_perturbed("finalize()")
+        _check_flags(freeze=freeze)
         with self._as_started() as sparse:
+            support = self._final_support(sparse, importance)
+            kept = backend_of(sparse[0]).where_kept([p.detach() for p in sparse], support)
+        torch_lists.copy_([p.detach() for p in sparse], kept)
+        if freeze and not self.frozen:
+            for p, mask in zip(sparse, support, strict=True):
+                self.state[p] = {"support": mask}
+            self.frozen = True
+
+    def _final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
+        if self.frozen:
+            return [self.state[p]["support"] for p in sparse]
+        found: dict[Tensor, Tensor] = {}
+        for method, members in self._by_pattern(sparse):
             if isinstance(importance, str) and importance == _LAST:
-                metric = self.method.metric(self._importance_state(sparse))
+                metric: Any = method.metric(self._importance_state(members))
             else:
-                metric = None if importance is None else self._placed(importance, sparse)
-        values = [p.detach() for p in sparse]
-        projected = self.method.finalize(values, self._targets_of(sparse), metric)
-        torch._foreach_copy_(values, projected)
+                metric = None if importance is None else self._placed(importance, members)
+            values = [p.detach() for p in members]
+            support = method.final_support(values, self._targets_of(members), metric)
+            found.update(zip(members, support, strict=True))
+        return [found[p] for p in sparse]
+
+    @torch.no_grad()
+    def check_sparsity(self) -> None:
+        """Raise unless the parameters are as sparse as the method asks.
+
+        What sparse means is the method's pattern or, once the support is frozen, that
+        support. Call it before a model is saved or served: merging an adapter such as
+        LoRA, or an optimizer of another kind, fills zeros silently.
+
+        Raises
+        ------
+        ValueError
+            If an entry that must be zero is not. The message names the parameters.
+        """
+        with self._as_started() as sparse:
+            support = self._final_support(sparse, None)
+        filled = [int(((p != 0) & ~mask).sum()) for p, mask in zip(sparse, support, strict=True)]
+        broken = [
+            f"{self._targets[p].name} ({count} too many)"
+            for p, count in zip(sparse, filled, strict=True)
+            if count
+        ]
+        if broken:
+            raise ValueError(f"parameters must be sparse, got non-zeros in {', '.join(broken)}")
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """Return what the constraint looks like from here, tensor by tensor.
+
+        Computes a projection and a dual update on copies, and changes nothing. See
+        `TensorReport` for the figures.
+        """
+        if self.frozen:
+            raise ValueError("report() must come before the support is frozen, got frozen=True")
+        found: dict[Tensor, TensorReport] = {}
+        with self._as_started() as sparse:
+            penalties = self._signed("penalty")
+            for method, members in self._by_pattern(sparse):
+                values, split = [p.detach() for p in members], self._split(members)
+                targets, metric = (
+                    self._targets_of(members),
+                    method.metric(self._importance_state(members)),
+                )
+                update = method.dual_update(values, split, self.steps, targets, metric)
+                final = method.final_support(values, targets, metric)
+                rows = TensorReport.of(
+                    targets.names,
+                    method.sparsity,
+                    values,
+                    split,
+                    update,
+                    final,
+                    [abs(penalties[p]) for p in members],
+                )
+                found.update(zip(members, rows, strict=True))
+        return Report(self.steps, [found[p] for p in sparse])
 
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
@@ -329,6 +433,8 @@ class SparseOptimizer(Optimizer):
 
     def split(self) -> SplitState:
         """Return copies of anchors and supports, in the order of `sparse_parameters`."""
+        if self.frozen:
+            raise ValueError("split() must come before the support is frozen, got frozen=True")
         with self._as_started() as sparse:
             anchor, support = self._split(sparse)
             return SplitState([a.clone() for a in anchor], [s.clone() for s in support])
@@ -343,7 +449,7 @@ class SparseOptimizer(Optimizer):
         before = self._targets
         self.base.add_param_group(param_group)
         try:
-            self._targets = _select_parameters(self.param_groups, *self._rules)
+            self._targets = select_parameters(self.param_groups, self.method, *self._rules)
             self._check_fit()
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -362,12 +468,13 @@ class SparseOptimizer(Optimizer):
         packed = self.base.state_dict()
         entries = {index: dict(entry) for index, entry in packed["state"].items()}
         with self._as_started():
-            for index, parameter in _numbered(packed["param_groups"], self.param_groups):
+            for index, parameter in numbered(packed["param_groups"], self.param_groups):
                 ours = self.state.get(parameter, {})
                 if ours:
                     named = {_PREFIX + key: value for key, value in ours.items()}
                     entries.setdefault(index, {}).update(named)
-        groups = [{**group, _STEPS: self.steps} for group in packed["param_groups"]]
+        ours_too = {_STEPS: self.steps, **({_FROZEN: True} if self.frozen else {})}
+        groups = [{**_plain_options(group), **ours_too} for group in packed["param_groups"]]
         merged = {**packed, "state": entries, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
@@ -396,6 +503,11 @@ class SparseOptimizer(Optimizer):
         steps = [group.pop(_STEPS, None) for group in groups]
         if not steps or not isinstance(steps[0], int):
             raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
+        frozen = bool(groups[0].get(_FROZEN, False))
+        groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
+        for group, current in zip(groups, self.param_groups, strict=True):
+            left = {k: current[k] for k in SETTINGS if k in current and k not in group}
+            group.update(left)
         theirs: dict[Any, Any] = {}
         ours: dict[Any, dict[str, Tensor]] = {}
         for index, entry in loaded["state"].items():
@@ -404,11 +516,11 @@ class SparseOptimizer(Optimizer):
             theirs |= {index: rest} if rest else {}
             ours |= {index: mine} if mine else {}
         own: dict[Tensor, dict[str, Tensor]] = {}
-        for index, parameter in _numbered(groups, self.param_groups):
+        for index, parameter in numbered(groups, self.param_groups):
             entries = ours.get(index, {})
             flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
             if parameter in self._targets and (parameter.requires_grad or index in ours):
-                own[parameter] = self._own_entries(parameter, entries)
+                own[parameter] = self._own_entries(parameter, entries, frozen)
             elif entries:
                 raise ValueError(f"state_dict makes parameter {index} sparse, which is not here")
             if flat is not None and self.method.reuses:
@@ -417,15 +529,19 @@ class SparseOptimizer(Optimizer):
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(own)
-        self.steps = steps[0]
+        self.steps, self.frozen = steps[0], frozen
         self._phase = ""
+        if frozen:
+            self._mask(self._active(), self._active())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _own_entries(self, parameter: Tensor, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _own_entries(
+        self, parameter: Tensor, entries: dict[str, Tensor], frozen: bool
+    ) -> dict[str, Tensor]:
         name = self._targets[parameter].name
         full = tuple(parameter.shape)
-        for key in ("anchor", "support"):
+        for key in ("support",) if frozen else ("anchor", "support"):
             shape = tuple(entries[key].shape) if key in entries else None
             if shape != full:
                 raise ValueError(
@@ -438,6 +554,7 @@ class SparseOptimizer(Optimizer):
             )
         # A function gives P from the first dual update on: there both are right.
         needed = self.method.importance is not None or self._importance is not None
+        needed = needed and not frozen
         if needed != ("importance" in entries) and not callable(self._importance):
             raise ValueError(
                 f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
@@ -458,6 +575,8 @@ class SparseOptimizer(Optimizer):
             "steps",
             "allow_unperturbed",
             "compile",
+            "replay_rng",
+            "frozen",
             "_targets",
             "_rules",
             "_importance",
@@ -481,12 +600,38 @@ class SparseOptimizer(Optimizer):
             self._descend_compiled = torch.compile(partial(_descend_traced, bare_step))
             self._descend_hooked = torch.compile(partial(_descend_traced, _hooked_step))
 
-    def _all_parameters(self) -> Iterator[tuple[Tensor, int]]:
-        """Trainable parameters, with -1 for those whose loss is maximised."""
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _signed(self, setting: str) -> dict[Tensor, float]:
+        """rho or penalty of every parameter, negative where the loss is maximised."""
+        found: dict[Tensor, float] = {}
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    yield p, -1 if group.get("maximize") else 1
+            value = float(getattr(GroupRules.read(group, self.method), setting)(self.steps))
+            signed = -value if group.get("maximize") else value
+            found.update(dict.fromkeys(group["params"], signed))
+        return found
+
+    def _by_pattern(self, params: list[Tensor]) -> Iterator[tuple[Method, list[Tensor]]]:
+        """The parameters that are projected together, and the method with their sparsity."""
+        pools: dict[Any, list[Tensor]] = {}
+        for p in params:
+            pools.setdefault(self._targets[p].sparsity, []).append(p)
+        for pattern, members in pools.items():
+            own = pattern == self.method.sparsity
+            yield self.method if own else replace(self.method, sparsity=pattern), members
+
+    def _mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
+        """Set tensors to zero off the support of their parameters."""
+        masks = [self.state[p]["support"] for p in params]
+        values = [t.detach() for t in tensors]
+        if values:
+            torch_lists.copy_(values, backend_of(values[0]).where_kept(values, masks))
+
+    def _mask_gradients(self, sparse: list[Tensor]) -> None:
+        if self.frozen:
+            known = [p for p in sparse if p.grad is not None]
+            self._mask([p.grad for p in known if p.grad is not None], known)
 
     def _active(self) -> list[Tensor]:
         """Selected parameters that are not frozen."""
@@ -516,16 +661,22 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def _start(self, params: list[Tensor]) -> None:
-        values = [p.detach() for p in params]
-        placed = None
-        if isinstance(self._importance, Mapping):
-            placed = self._placed(self._importance, params)
-        split = self.method.init(values, self._targets_of(params), placed)
-        source = self.method.init_importance(values)
-        for p in params:
-            self.state[p] = {}
-        self._store(params, split)
-        self._store_importance(params, source if placed is None else placed)
+        if self.frozen:
+            raise ValueError(
+                "parameters must not become trainable once the support is frozen, got "
+                f"{', '.join(self._targets[p].name for p in params)}"
+            )
+        for method, members in self._by_pattern(params):
+            values = [p.detach() for p in members]
+            placed = None
+            if isinstance(self._importance, Mapping):
+                placed = self._placed(self._importance, members)
+            split = method.init(values, self._targets_of(members), placed)
+            source = method.init_importance(values)
+            for p in members:
+                self.state[p] = {}
+            self._store(members, split)
+            self._store_importance(members, source if placed is None else placed)
 
     def _check_fit(self) -> None:
         """Raise now what would be raised at the first step, at no cost in memory."""
@@ -539,33 +690,36 @@ class SparseOptimizer(Optimizer):
                     f"{', '.join(sorted(known))}"
                 )
             self._placed(self._importance, params)
-        self.method.init(
-            [torch.empty_like(p, device="meta") for p in params], self._targets_of(params)
-        )
+        for method, members in self._by_pattern(params):
+            shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
+            method.init(shapes, self._targets_of(members))
 
     def _refuse_within_perturbed(self, call: str) -> None:
         if self._phase == "perturbed":
             raise ValueError(f"{call} must come after the perturbed() block, not within it")
 
-    def _ascend(self, touched: list[tuple[Tensor, int]]) -> None:
+    def _ascend(self, params: list[Tensor]) -> None:
         """Move the parameters to x + e, uphill in the loss."""
-        params, signs = [p for p, _ in touched], [sign for _, sign in touched]
+        radii = self._signed("rho")
         gradients = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         self._warn_of_rounding(params, gradients)
         direction = self.method.direction(params, gradients, self.steps)
-        if self.compile and min(signs) > 0:
+        values = {radii[p] for p in params}
+        if self.compile and len(values) == 1:
+            direction = direction._replace(rho=values.pop())
             copies = self._moved.prepare(params)
             vectors, factor = direction.vectors, direction.factor
             self._ascend_compiled(params, copies, vectors, factor, direction.usable)
             self._moved.saved(params, copies)
             return
-        for sign in set(signs):
-            mine = [i for i, s in enumerate(signs) if s == sign]
+        for rho in values:
+            mine = [i for i, p in enumerate(params) if radii[p] == rho]
             vectors = [direction.vectors[i] for i in mine]
-            uphill = direction._replace(vectors=vectors, rho=sign * direction.rho)
-            self._moved.move([params[i] for i in mine], uphill)
+            self._moved.move(
+                [params[i] for i in mine], direction._replace(vectors=vectors, rho=rho)
+            )
 
     def _only_initialises(self) -> bool:
         """Whether a step would only make the base optimizer create its state.
@@ -576,7 +730,7 @@ class SparseOptimizer(Optimizer):
         return (
             self.steps == 0
             and self._has_zero_rates()
-            and not any(bool(p.grad.any()) for p, _ in self._all_parameters() if p.grad is not None)
+            and not any(bool(p.grad.any()) for p in self._trainable() if p.grad is not None)
         )
 
     def _may_go_unperturbed(self) -> bool:
@@ -587,25 +741,25 @@ class SparseOptimizer(Optimizer):
 
     def _descend(self, sparse: list[Tensor]) -> None:
         """Add the gradient of the penalty and take a step of the base optimizer."""
-        signs = dict(self._all_parameters())
+        penalties = self._signed("penalty")
         for p in sparse:
             if p.grad is None:
                 # Without a loss gradient the penalty still acts, else u would wind up.
                 p.grad = torch.zeros_like(p)
-        penalty = self.method.penalty(self.steps)
-        if self.compile and all(signs[p] > 0 for p in sparse):
+        values = {penalties[p] for p in sparse}
+        if self.compile and len(values) == 1:
             gradients, anchors = _gradients(sparse), self._split(sparse).anchor
-            weight, copies = _scalar(penalty, anchors[0]), self._moved.copies(sparse)
+            weight, copies = _scalar(values.pop(), anchors[0]), self._moved.copies(sparse)
             self._moved.restore(but=sparse)
             program = self._descend_compiled if _is_bare(self.base) else self._descend_hooked
             program(self.base, gradients, sparse, anchors, weight, copies)
             self._moved.forget(sparse)
             return
-        for sign in {signs[p] for p in sparse}:
-            mine = [p for p in sparse if signs[p] == sign]
+        for penalty in values:
+            mine = [p for p in sparse if penalties[p] == penalty]
             gradients, anchors = _gradients(mine), self._split(mine).anchor
             copies = self._moved.copies(mine)
-            torch_lists.add_penalty_(gradients, mine, anchors, sign * penalty, copies)
+            torch_lists.add_penalty_(gradients, mine, anchors, penalty, copies)
             self._moved.forget(mine)
         self._moved.restore()
         self.base.step()
@@ -619,12 +773,12 @@ class SparseOptimizer(Optimizer):
             for p, direction in zip(first, flat, strict=True):
                 self.state[p]["flat_direction"] = direction
             return
-        held = {p: self.state.get(p, {}).get("flat_direction") for p, _ in self._all_parameters()}
+        held = {p: self.state.get(p, {}).get("flat_direction") for p in self._trainable()}
         known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
         gradients = [gradient for gradient, _ in known]
         directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
         if gradients:
-            torch._foreach_copy_(gradients, self.method.reuse(gradients, directions))
+            torch_lists.copy_(gradients, self.method.reuse(gradients, directions))
 
     def _take_in_gradients(self, sparse: list[Tensor]) -> None:
         """Refresh the method's own importance from the loss gradient, before the penalty."""
@@ -686,7 +840,7 @@ class SparseOptimizer(Optimizer):
             raise TypeError(f"importance must be a mapping of name to tensor, got {importance!r}")
         placed = []
         for p in params:
-            name, layout = self._targets[p]
+            name, layout, _ = self._targets[p]
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
             given = torch.as_tensor(importance[name], device=p.device)
@@ -721,6 +875,15 @@ def _check_arguments(
         )
     if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
         raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")
+
+
+def _plain_options(group: dict[str, Any]) -> dict[str, Any]:
+    """A packed param group without settings that are no numbers: they belong to the code."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in SETTINGS or (key != "sparsity" and isinstance(value, (int, float)))
+    }
 
 
 def _check_flags(**flags: Any) -> None:
@@ -781,55 +944,3 @@ def _descend_traced(
 ) -> None:
     torch_lists.add_penalty_traced_(gradients, params, anchors, penalty, copies)
     step(base)
-
-
-def _select_parameters(
-    groups: list[dict[str, Any]], model: nn.Module | None, where: Any, layout: Any
-) -> dict[Tensor, _Target]:
-    """The parameters to make sparse, in the order of the groups."""
-    weights = {} if model is None else prunable_weights(model)
-    known = {} if model is None else {p: name for name, p in model.named_parameters()}
-    if model is None and where is None and not any(group.get("sparsify") for group in groups):
-        raise ValueError(
-            "which parameters are sparse is unknown: pass model= (its linear and convolution "
-            "weights are taken) or where= (a function of name and parameter), or set "
-            '"sparsify": True on a param group'
-        )
-    selected: dict[Tensor, _Target] = {}
-    names_seen = set(known.values())
-    for g, group in enumerate(groups):
-        numbered = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
-        names = group.get("param_names", numbered)
-        for p, given in zip(group["params"], names, strict=True):
-            name = known.get(p, given)
-            names_seen.add(name)
-            if p.is_complex():
-                raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
-            if group.get("sparsify") is False:
-                chosen = False
-            elif where is not None:
-                chosen = bool(where(name, p))
-            else:
-                chosen = p in weights if model is not None else bool(group.get("sparsify"))
-            if chosen:
-                if not p.is_floating_point():
-                    raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
-                selected[p] = _Target(name, chosen_layout(name, p, layout, weights.get(p)))
-    if isinstance(layout, Mapping) and not set(layout) <= names_seen:
-        strange = sorted(set(layout) - names_seen)[0]
-        raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
-    if not selected:
-        raise ValueError(
-            f"no parameter of base is sparse: model= and where= selected none of its "
-            f"{sum(len(group['params']) for group in groups)}; does base hold the parameters of "
-            "this model?"
-        )
-    return selected
-
-
-def _numbered(
-    packed: list[dict[str, Any]], groups: list[dict[str, Any]]
-) -> Iterator[tuple[Any, Tensor]]:
-    """Pairs of the number that a packed state gives a parameter, and the parameter."""
-    for saved, group in zip(packed, groups, strict=True):
-        yield from zip(saved["params"], group["params"], strict=True)

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from safe_core.backends.torch_shards import is_sharded, local
 from safe_core.sharpness import Direction
 
-__all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "move_traced_"]
+__all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "copy_", "move_traced_"]
 
 _GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -23,7 +24,8 @@ class Perturbed:
     """Parameters at ``x + e``, and what is needed to restore x bit for bit.
 
     On the CPU the copies are kept from step to step, for page faults would cost more than
-    copying; an accelerator's allocator keeps memory by itself.
+    copying; an accelerator's allocator keeps memory by itself. Of sharded parameters the
+    copies are plain tensors of the shards at hand.
     """
 
     def __init__(self) -> None:
@@ -32,26 +34,28 @@ class Perturbed:
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors for the copies of ``params``."""
-        kept = {p: self._memory[p] for p in params if _fits(self._memory.get(p), p)}
-        copies = [kept[p] if p in kept else torch.empty_like(p.detach()) for p in params]
+        copies = []
+        for p in params:
+            x, kept = local(p.detach()), self._memory.get(p)
+            copies.append(kept if kept is not None and _fits(kept, x) else torch.empty_like(x))
         pairs = zip(params, copies, strict=True)
         self._memory = {p: copy for p, copy in pairs if p.device.type == "cpu"}
         return copies
 
     def move(self, params: Sequence[Tensor], direction: Direction) -> None:
         """Copy ``params`` and add e to them."""
-        params, vectors = list(params), list(direction.vectors)
-        copies = self.prepare(params)
+        params, copies = list(params), self.prepare(params)
+        values, vectors = _at_hand(params), _at_hand(direction.vectors)
         on_host = direction.length.device.type == "cpu"
         # Not read from an accelerator, which would wait for it.
         scale = float(direction.factor) if on_host else 0.0
-        for i in _groups(params):
-            torch._foreach_copy_(copies[i], params[i])
+        for i in _groups(values):
+            torch._foreach_copy_(copies[i], values[i])
             self.saved(params[i], copies[i])
             if not on_host:
-                torch._foreach_add_(params[i], _written_out(vectors[i], direction))
+                torch._foreach_add_(values[i], _written_out(vectors[i], direction))
             elif scale:  # else the gradient may hold NaN
-                torch._foreach_add_(params[i], vectors[i], alpha=scale)
+                torch._foreach_add_(values[i], vectors[i], alpha=scale)
 
     def saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         """Take note that ``copies`` hold x."""
@@ -59,7 +63,8 @@ class Perturbed:
 
     def workspace(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The memory of the copies of ``params``, where it is kept and in 32 bits or more."""
-        kept = [(p, self._memory.get(p)) for p in params if p.element_size() > 2]
+        plain = [p for p in params if p.element_size() > 2 and not is_sharded(p)]
+        kept = [(p, self._memory.get(p)) for p in plain]
         found = [copy for p, copy in kept if copy is not None and _fits(copy, p)]
         return found if len(found) == len(params) else None
 
@@ -68,7 +73,7 @@ class Perturbed:
         left = {p: self._saved.pop(p) for p in but if p in self._saved}
         saved, self._saved = self._saved, left
         if saved:
-            torch._foreach_copy_(list(saved), list(saved.values()))
+            copy_(list(saved), list(saved.values()))
 
     def copies(self, params: Sequence[Tensor]) -> list[Tensor | None] | None:
         """The copies of those of ``params`` that are to be restored; None if none is."""
@@ -92,7 +97,8 @@ def add_penalty_(
     Both in one pass over x, computed in float32 or wider.
     """
     found = [None] * len(params) if copies is None else copies
-    sources = [x.detach() if copy is None else copy for x, copy in zip(params, found, strict=True)]
+    gradients, params, anchors = (_at_hand(tensors) for tensors in (gradients, params, anchors))
+    sources = [x if copy is None else copy for x, copy in zip(params, found, strict=True)]
     gradients, params, anchors, sources = _cut(gradients, params, anchors, sources)
     for i in _groups(params):
         if copies is not None:
@@ -139,6 +145,15 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
     return list(steps)
 
 
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """``target <- source``, of tensors that are sharded alike, or shards at hand."""
+    torch._foreach_copy_(_at_hand(targets), _at_hand(sources))
+
+
+def _at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [local(x.detach()) for x in tensors]
+
+
 def _widened(x: Tensor) -> Tensor:
     return x if x.element_size() > 2 else x.float()
 
@@ -168,9 +183,9 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
         yield slice(start, len(tensors))
 
 
-def _fits(copy: Tensor | None, x: Tensor) -> bool:
-    return (
-        copy is not None
-        and (copy.shape, copy.dtype, copy.device) == (x.shape, x.dtype, x.device)
-        and copy.stride() == x.stride()
-    )
+def _fits(copy: Tensor, x: Tensor) -> bool:
+    return (copy.shape, copy.dtype, copy.device) == (
+        x.shape,
+        x.dtype,
+        x.device,
+    ) and copy.stride() == x.stride()

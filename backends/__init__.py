@@ -44,6 +44,9 @@ class Backend(Protocol):
     def norms(self, arrays: Sequence[Array], dtype: Any) -> Array:
         """The Euclidean norm of each array, summed in ``dtype``, as one array."""
 
+    def peaks(self, arrays: Sequence[Array]) -> Array:
+        """The largest magnitude of each array, 0 where it has no entries, as one array."""
+
     def known_finite(self, arrays: Sequence[Array]) -> bool:
         """Whether all entries are seen to be finite, where one may look without waiting."""
 

@@ -23,6 +23,7 @@ from jax import lax
 
 from . import Array
 from . import numpy as numpy_backend
+from .standard import peaks
 
 __all__ = [
     "blockwise",
@@ -35,6 +36,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "peaks",
     "stochastic_bfloat16",
     "where_kept",
 ]

@@ -16,7 +16,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from . import Array, threshold
-from .standard import cond, is_concrete, norms, stochastic_bfloat16
+from .standard import cond, is_concrete, norms, peaks, stochastic_bfloat16
 
 __all__ = [
     "allocate",
@@ -30,6 +30,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "peaks",
     "stochastic_bfloat16",
     "where_kept",
 ]

@@ -26,6 +26,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "peaks",
     "stochastic_bfloat16",
     "where_kept",
 ]
@@ -53,6 +54,12 @@ def frexp(x: Array) -> tuple[Array, Array]:
 def norms(arrays: Sequence[Array], dtype: Any) -> Array:
     xp = array_namespace(*arrays)
     return xp.stack([xp.linalg.vector_norm(xp.astype(a, dtype)) for a in arrays])
+
+
+def peaks(arrays: Sequence[Array]) -> Array:
+    xp = array_namespace(*arrays)
+    zero = xp.zeros((), dtype=arrays[0].dtype)
+    return xp.stack([xp.max(xp.abs(a)) if math.prod(a.shape) else zero for a in arrays])
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:

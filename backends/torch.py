@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numpy as numpy_backend
-from . import threshold, torch_counting
+from . import threshold, torch_counting, torch_shards
 from .standard import cond
 from .torch_counting import ordering_key
 
@@ -32,6 +32,7 @@ __all__ = [
     "known_finite",
     "norms",
     "ordering_key",
+    "peaks",
     "stochastic_bfloat16",
     "where_kept",
 ]
@@ -52,7 +53,7 @@ def has_nan(arrays: Sequence[Tensor]) -> bool:
     # A sum is NaN if an entry is, or if infinities cancel. It is one pass and no array.
     wide = [torch.promote_types(x.dtype, torch.float32) for x in arrays]
     sums = [x.detach().sum(dtype=dtype) for x, dtype in zip(arrays, wide, strict=True)]
-    sums = [torch_counting.whole(x) for x in sums]
+    sums = [torch_shards.whole(x) for x in sums]
     return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
 
 
@@ -76,8 +77,11 @@ def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         # On the CPU a dot product outruns the kernel of a norm.
         flat = [x.detach().view(-1) for x in arrays]
         return torch.stack([torch.dot(x, x) for x in flat]).sqrt()
-    found = torch._foreach_norm([x.detach() for x in arrays], dtype=dtype)
-    return torch.stack([torch_counting.whole(norm).to(found[0].device) for norm in found])
+    return torch_shards.norms(arrays, dtype)
+
+
+def peaks(arrays: Sequence[Tensor]) -> Tensor:
+    return torch_shards.peaks(arrays)
 
 
 def known_finite(arrays: Sequence[Tensor]) -> bool:
@@ -108,7 +112,7 @@ def stochastic_bfloat16(
         out = [torch.empty_like(x, dtype=torch.bfloat16) for x in arrays]
     salt = int(_mixed(torch.tensor(step, dtype=torch.int32)))
     for x, result in zip(arrays, out, strict=True):
-        for piece, target in _pieces([torch_counting.local(t.detach()) for t in (x, result)]):
+        for piece, target in _pieces([torch_shards.local(t.detach()) for t in (x, result)]):
             target.copy_(_dithered(piece, salt))
     return list(out)
 
@@ -135,7 +139,7 @@ def keep_largest(
 ) -> list[Tensor]:
     k = counts[stage]
     scores = [x.detach() for x in scores]
-    if any(torch_counting.is_sharded(x) for x in scores):
+    if any(torch_shards.is_sharded(x) for x in scores):
         if on_host:
             raise ValueError("select_on_host must be False for sharded arrays, got True")
         return torch_counting.keep_largest(scores, k)
@@ -224,7 +228,7 @@ def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether NumPy can read ``x`` in place."""
-    return x.device.type == "cpu" and not torch_counting.is_sharded(x)
+    return x.device.type == "cpu" and not torch_shards.is_sharded(x)
 
 
 def _numpy(x: Tensor) -> Any:

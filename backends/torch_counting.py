@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "keep_largest", "local", "ordering_key", "whole"]
+from .torch_shards import is_sharded, local, sharded_as, summed
+
+__all__ = ["keep_largest", "ordering_key"]
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,16 +24,6 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def ordering_key(x: Tensor) -> Tensor:
     # Non-negative floats order as their bits do.
     return x.detach().abs().view(_INTEGER[x.element_size()])
-
-
-def is_sharded(x: Any) -> bool:
-    """Whether ``x`` is a `torch.distributed.tensor.DTensor`."""
-    return hasattr(x, "device_mesh")
-
-
-def whole(x: Any) -> Tensor:
-    """A small tensor, gathered or summed over its shards."""
-    return x.full_tensor() if is_sharded(x) else x
 
 
 def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -52,7 +43,7 @@ def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     else:
         tied = [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
     masks = [a | t for a, t in zip(above, tied, strict=True)]
-    return [_sharded_as(x, mask) for x, mask in zip(scores, masks, strict=True)]
+    return [sharded_as(x, mask) for x, mask in zip(scores, masks, strict=True)]
 
 
 def _kth_largest(keys: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> Tensor:
@@ -76,35 +67,6 @@ def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> li
     return [t & (i < end) for t, i, end in zip(tied, indices, ends, strict=True)]
 
 
-def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
-    """How many entries of each tensor are in its mask, summed over shards."""
-    counts = torch.stack([mask.sum() for mask in masks])
-    for group, members in _groups(scores).items():
-        sums = counts[members]
-        dist.all_reduce(sums, group=group)
-        counts[members] = sums
-    return counts
-
-
-def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
-    """Process groups to sum over, each with the positions of the tensors sharded there."""
-    groups: dict[Any, list[int]] = {}
-    for position, x in enumerate(scores):
-        for axis, placement in enumerate(getattr(x, "placements", ())):
-            if placement.is_shard():
-                groups.setdefault(x.device_mesh.get_group(axis), []).append(position)
-            elif not placement.is_replicate():
-                raise ValueError(
-                    f"arrays must be sharded or replicated to be projected, got {placement}"
-                )
-    return groups
-
-
-def local(x: Any) -> Tensor:
-    """The entries at hand of a tensor."""
-    return x.to_local() if is_sharded(x) else x
-
-
 def _index(x: Any) -> Tensor:
     """Row-major index, in the whole tensor, of the entries at hand."""
     at_hand, offsets = local(x), (0,) * x.ndim
@@ -120,7 +82,6 @@ def _index(x: Any) -> Tensor:
     return index
 
 
-def _sharded_as(x: Any, mask: Tensor) -> Tensor:
-    if not is_sharded(x):
-        return mask
-    return type(x).from_local(mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """How many entries of each tensor are in its mask."""
+    return summed(torch.stack([mask.sum() for mask in masks]), scores)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from array_api_compat import array_namespace, is_array_api_obj
 
-from safe_core.backends import Array
+from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import check_real_floating, wide_dtype
@@ -97,11 +97,10 @@ class SquaredGradient:
         if not state:
             return []
         xp = array_namespace(*state)
-        seen = [xp.any(m > 0) for m in state]
-        if joint:
-            seen = [xp.any(xp.stack(seen))] * len(seen)
+        seen = backend_of(state[0]).peaks(state) > 0
         return [
-            xp.where(any_seen, m, xp.ones_like(m)) for m, any_seen in zip(state, seen, strict=True)
+            xp.where(xp.any(seen) if joint else seen[i], m, xp.ones_like(m))
+            for i, m in enumerate(state)
         ]
 
 

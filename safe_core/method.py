@@ -261,8 +261,16 @@ class Method:
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
         """
-        support = splitting.final_support(params, self.sparsity, targets, importance=importance)
-        return apply_support(params, support)
+        return apply_support(params, self.final_support(params, targets, importance))
+
+    def final_support(
+        self,
+        params: Sequence[Array],
+        targets: Targets,
+        importance: Sequence[Array | None] | None = None,
+    ) -> list[Array]:
+        """Return where `finalize` keeps entries."""
+        return splitting.final_support(params, self.sparsity, targets, importance=importance)
 
 
 def _is_source(importance: Any) -> bool:

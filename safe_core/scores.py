@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,10 +78,9 @@ def _scaled(xp: Any, arrays: Sequence[Array], dtype: Any) -> list[Array]:
     by a power of two changes nothing: sqrt(2 P) would round otherwise than sqrt(P).
     """
     wide = [widened(xp, a, dtype) for a in arrays]
-    peaks = [xp.max(xp.abs(a)) for a in wide if math.prod(a.shape)]
-    if not peaks:
+    if not wide:
         return wide
-    peak = xp.max(xp.stack(peaks))
+    peak = xp.max(backend_of(wide[0]).peaks(wide))
     mantissa, exponent = backend_of(peak).frexp(peak)
     one = xp.ones_like(peak)
     usable = (peak > 0) & xp.isfinite(peak)

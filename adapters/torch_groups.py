@@ -1,0 +1,118 @@
+"""Which parameters of an optimizer are sparse, and what their param group asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from safe_core import Method
+from safe_core.layout import Layout, chosen_layout
+from safe_core.schedules import Constant, Schedule, as_schedule
+from safe_core.sparsity import Pattern, as_pattern
+
+from .torch_weights import prunable_weights
+
+__all__ = ["SETTINGS", "GroupRules", "Target", "numbered", "select_parameters"]
+
+SETTINGS = ("rho", "penalty", "sparsity")
+"""Options of a param group that stand for those of the method."""
+
+
+class Target(NamedTuple):
+    """What the projection must know of one selected parameter."""
+
+    name: str
+    layout: Layout | None
+    sparsity: Pattern
+
+
+class GroupRules(NamedTuple):
+    """Radius and penalty of a param group, checked, with the method's where it has none."""
+
+    rho: Schedule
+    penalty: Schedule
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the radius is not known to be 0 at every step."""
+        return not (isinstance(self.rho, Constant) and self.rho.value == 0)
+
+    @classmethod
+    def read(cls, group: Mapping[str, Any], method: Method) -> GroupRules:
+        """Read what the group says now: its options may be changed between steps."""
+        if "rho" in group and method.perturbation is None:
+            raise ValueError(
+                "rho of a param group must be left out for a method without perturbation, got "
+                f"{group['rho']!r}"
+            )
+        radius = Constant(0.0) if method.perturbation is None else method.perturbation.rho
+        if "penalty" in group and method.rescale_dual:
+            raise ValueError(
+                "penalty of a param group must be left out under rescale_dual, got "
+                f"{group['penalty']!r}"
+            )
+        return cls(
+            as_schedule("rho of a param group", group.get("rho", radius)),
+            as_schedule("penalty of a param group", group.get("penalty", method.penalty)),
+        )
+
+
+def select_parameters(
+    groups: list[dict[str, Any]],
+    method: Method,
+    model: nn.Module | None,
+    where: Any,
+    layout: Any,
+) -> dict[Tensor, Target]:
+    """The parameters to make sparse, in the order of the groups."""
+    weights = {} if model is None else prunable_weights(model)
+    known = {} if model is None else {p: name for name, p in model.named_parameters()}
+    if model is None and where is None and not any(group.get("sparsify") for group in groups):
+        raise ValueError(
+            "which parameters are sparse is unknown: pass model= (its linear and convolution "
+            "weights are taken) or where= (a function of name and parameter), or set "
+            '"sparsify": True on a param group'
+        )
+    selected: dict[Tensor, Target] = {}
+    names_seen = set(known.values())
+    for g, group in enumerate(groups):
+        GroupRules.read(group, method)
+        pattern = as_pattern(group.get("sparsity", method.sparsity))
+        placeholders = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
+        names = group.get("param_names", placeholders)
+        for p, given in zip(group["params"], names, strict=True):
+            name = known.get(p, given)
+            names_seen.add(name)
+            if p.is_complex():
+                raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
+            if group.get("sparsify") is False:
+                chosen = False
+            elif where is not None:
+                chosen = bool(where(name, p))
+            else:
+                chosen = p in weights if model is not None else bool(group.get("sparsify"))
+            if chosen:
+                if not p.is_floating_point():
+                    raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
+                found = chosen_layout(name, p, layout, weights.get(p))
+                selected[p] = Target(name, found, pattern)
+    if isinstance(layout, Mapping) and not set(layout) <= names_seen:
+        strange = sorted(set(layout) - names_seen)[0]
+        raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
+    if not selected:
+        raise ValueError(
+            f"no parameter of base is sparse: model= and where= selected none of its "
+            f"{sum(len(group['params']) for group in groups)}; does base hold the parameters of "
+            "this model?"
+        )
+    return selected
+
+
+def numbered(
+    packed: list[dict[str, Any]], groups: list[dict[str, Any]]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Pairs of the number that a packed state gives a parameter, and the parameter."""
+    for saved, group in zip(packed, groups, strict=True):
+        yield from zip(saved["params"], group["params"], strict=True)

@@ -1,0 +1,148 @@
+"""What a model must not do twice because a step runs it twice, and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim.swa_utils import update_bn
+
+from safe_core import _checks
+
+__all__ = ["RandomState", "recalibrate", "statistics_kept"]
+
+
+class RandomState(NamedTuple):
+    """The states of torch's random number generators, to draw the same numbers again.
+
+    Attributes
+    ----------
+    cpu : uint8 tensor
+    cuda : list of uint8 tensors
+        By device; empty where CUDA is not in use.
+
+    Examples
+    --------
+    >>> state = RandomState.record()
+    >>> first = torch.rand(3)
+    >>> with RandomState.replayed(state):
+    ...     second = torch.rand(3)
+    >>> bool((first == second).all())
+    True
+    """
+
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+
+    @classmethod
+    def record(cls) -> RandomState:
+        """Return the present states."""
+        on_device = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_device else [])
+
+    @staticmethod
+    @contextmanager
+    def replayed(state: RandomState | None) -> Iterator[None]:
+        """Draw from ``state`` on within the block, and go on from the present ones after it.
+
+        None draws on.
+        """
+        if state is None:
+            yield
+            return
+        before = RandomState.record()
+        state._restore()
+        try:
+            yield
+        finally:
+            before._restore()
+
+    def _restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextmanager
+def statistics_kept(model: nn.Module | None) -> Iterator[None]:
+    """Let no forward pass change the running statistics of normalisation layers.
+
+    The layers normalise as they do in training, by the statistics of the batch.
+    """
+    layers = [] if model is None else [m for m in model.modules() if isinstance(m, _NormBase)]
+    layers = [m for m in layers if m.training and m.track_running_stats]
+    batch = [m for m in layers if not isinstance(m, _InstanceNorm)]
+    # Instance normalisation writes to its buffers whatever the flag says.
+    buffers = [b for m in layers if isinstance(m, _InstanceNorm) for b in m.buffers()]
+    saved = [b.clone() for b in buffers]
+    try:
+        for layer in batch:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in batch:
+            layer.track_running_stats = True
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Estimate the running statistics of batch normalisation anew, after `finalize`.
+
+    Pruning shifts the activations, and the statistics gathered before do not fit them any
+    more. They are reset and become the plain averages over ``batches``, by
+    `torch.optim.swa_utils.update_bn`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Without batch normalisation it is left alone.
+    batches : iterable
+        Of input tensors, or of tuples or lists whose first entry is the input.
+    samples : int, optional
+        Stop after the batch with which this number of inputs is reached; by default after
+        the last batch.
+    device : torch.device, optional
+        Where to move inputs to.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``samples`` is not a positive integer.
+
+    References
+    ----------
+    Lee et al. 2025, section 5.1 and appendix F.2 (batch-norm tuning, with 10000 samples).
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    >>> recalibrate(model, [torch.ones(8, 4)] * 10, samples=16)
+    >>> int(model[1].num_batches_tracked)
+    2
+    """
+    if samples is not None:
+        _checks.integer("samples", samples, low=1)
+        batches = _limited(batches, samples)
+    update_bn(batches, model, device)
+
+
+def _limited(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    seen = 0
+    for batch in batches:
+        yield batch
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        seen += len(inputs)
+        if seen >= samples:
+            return

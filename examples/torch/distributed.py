@@ -1,0 +1,79 @@
+"""Several processes: DDP, or FSDP2 with sharded parameters.
+
+    torchrun --standalone --nproc-per-node 2 examples/torch/distributed.py [--shard]
+
+DDP averages both gradients over the processes, so all perturb alike. With
+``--local-ascent`` each process perturbs along the gradient of its own batch
+(m-sharpness), and the first backward pass sends nothing. Under FSDP2 parameters, anchors
+and supports stay sharded; selection sums counts over the processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from digits import datasets
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+
+import safe_core
+from safe_core.adapters.torch import SparseOptimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP")
+    parser.add_argument("--local-ascent", action="store_true", help="m-sharpness; DDP only")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
+
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 128),
+        nn.ReLU(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    ).to(device)
+    if options.shard:
+        fully_shard(model, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
+    else:
+        model = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None)
+    train, _ = datasets()
+    sampler = DistributedSampler(train, drop_last=True)
+    batches = DataLoader(train, 32, sampler=sampler, drop_last=True)
+    method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SparseOptimizer(base, method, model=model)  # after wrapping the model
+
+    for epoch in range(options.epochs):
+        sampler.set_epoch(epoch)
+        for x, y in batches:
+            x, y = x.to(device), y.to(device)
+            optimizer.zero_grad()
+            local = isinstance(model, DistributedDataParallel) and options.local_ascent
+            with model.no_sync() if local else nullcontext():
+                nn.functional.cross_entropy(model(x), y).backward()
+            with optimizer.perturbed():
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+            optimizer.step()
+    optimizer.finalize()
+    optimizer.check_sparsity()
+    if dist.get_rank() == 0:
+        print(f"loss {loss.item():.3f}, exactly sparse")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

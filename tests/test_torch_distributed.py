@@ -1,0 +1,203 @@
+"""Several processes over gloo train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from typing import Any
+
+import pytest
+
+TOLERANCE = 1e-6
+STEPS = 8
+
+
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [(2, ["ddp", "fsdp", "tp", "local"]), (4, ["ddp", "fsdp", "mixed"])],
+    ids=["two", "four"],
+)
+def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, __file__, str(world), *kinds],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert finished.returncode == 0, finished.stderr
+    print(finished.stdout)
+    found = [line.split() for line in finished.stdout.splitlines() if line.startswith("largest")]
+    assert [kind for _, kind, *_ in found] == kinds
+    for _, kind, difference, supports, gathered in found:
+        assert float(difference) < TOLERANCE, finished.stdout
+        assert supports == "same", finished.stdout
+        assert gathered == "none", (kind, finished.stdout)
+
+
+def _work(rank: int, world: int, kinds: list[str], path: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for kind in kinds:
+        line = _compare(kind, mesh, rank, world)
+        if rank == 0:
+            print(line, flush=True)
+    dist.destroy_process_group()
+
+
+def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
+    """Train in one of the ways, and alone; say how far apart the results are."""
+    import torch
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
+    model = _wrap(kind, _network(), mesh)
+    optimizer = _optimizer(model)
+    _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
+    alone = _network()
+    reference = _optimizer(alone)
+    if kind == "local":
+        _train_locally(alone, reference, world)
+    else:
+        _train(alone, reference, slice(None))
+    split, wanted = optimizer.split(), reference.split()
+    pairs = zip(split.support, wanted.support, strict=True)
+    supports = all(torch.equal(_whole(a), b) for a, b in pairs)
+    with CommDebugMode() as calls:
+        optimizer.finalize()
+    gathers = [str(name) for name in calls.get_comm_counts() if "reduce" not in str(name)]
+    reference.finalize()
+    optimizer.check_sparsity()
+    difference = max(
+        float((_whole(p.detach()) - q).abs().max())
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+    )
+    same = "same" if supports else "other"
+    return f"largest {kind} {difference:.3g} {same} {'+'.join(gathers) or 'none'}"
+
+
+def _network() -> Any:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4)
+    )
+
+
+def _wrap(kind: str, model: Any, mesh: Any) -> Any:
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    if kind in ("ddp", "local"):
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "tp":
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return parallelize_module(model, mesh, plan)
+    if kind == "fsdp":
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    # Sharded over pairs, replicated between them.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
+
+
+def _optimizer(model: Any) -> Any:
+    import torch
+
+    import safe_core
+    from safe_core.adapters.torch import SparseOptimizer
+
+    method = safe_core.safe(
+        0.7,
+        rho=0.05,
+        penalty=0.1,
+        dual_update_interval=3,
+        importance=safe_core.SquaredGradient(0.9),
+    )
+    return SparseOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), method, model=model)
+
+
+def _loss(model: Any, rows: slice) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(32, 12, generator=generator), torch.randn(32, 4, generator=generator)
+    return torch.nn.functional.mse_loss(model(x[rows]), y[rows])
+
+
+def _train(model: Any, optimizer: Any, rows: slice, *, local: bool = False) -> None:
+    import contextlib
+
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with model.no_sync() if local else contextlib.nullcontext():
+            _loss(model, rows).backward()
+        with optimizer.perturbed():
+            _loss(model, rows).backward()
+        optimizer.step()
+
+
+def _train_locally(model: Any, optimizer: Any, world: int) -> None:
+    """m-sharpness in one process: a perturbation for every part of the batch."""
+    for _ in range(STEPS):
+        sums: list[Any] = []
+        for i in range(world):
+            rows = slice(i * 32 // world, (i + 1) * 32 // world)
+            optimizer.zero_grad()
+            _loss(model, rows).backward()
+            with optimizer.perturbed():
+                _loss(model, rows).backward()
+            gradients = [p.grad / world for p in model.parameters()]
+            sums = gradients if not sums else [a + b for a, b in zip(sums, gradients, strict=True)]
+        for p, gradient in zip(model.parameters(), sums, strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+
+def _whole(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def main() -> None:
+    """Fork the processes; exit with the worst of their codes."""
+    warnings.filterwarnings("ignore")
+    import torch
+
+    world, kinds = int(sys.argv[1]), sys.argv[2:]
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(1)
+                try:
+                    _work(rank, world, kinds, f"{folder}/store")
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(map(abs, codes)))
+
+
+if __name__ == "__main__":
+    main()
