@@ -275,14 +275,39 @@ class SparseOptimizer(Optimizer):
         replay = RandomState.record() if self.replay_rng else None
         try:
             with torch.enable_grad():
+                earlier = self._gradient_versions() if self.perturbs else {}
                 loss = closure()
-                if self.perturbs:
+                idle = bool(earlier) and all(
+                    p.grad is gradient and gradient._version == version
+                    for p, (gradient, version) in earlier.items()
+                )
+                if idle:  # as a trainer's that has called backward() by itself
+                    self._check_perturbed()
+                elif self.perturbs:
+                    self._refuse_accumulation(earlier)
                     with self._at_perturbed_point(replay):
                         closure()
             self._take_step()
         finally:
             self._moved.restore()
         return loss
+
+    def _gradient_versions(self) -> dict[Tensor, tuple[Tensor, int]]:
+        return {p: (p.grad, p.grad._version) for p in self._trainable() if p.grad is not None}
+
+    def _refuse_accumulation(self, earlier: dict[Tensor, tuple[Tensor, int]]) -> None:
+        """Refuse a closure that adds to gradients which the second call cannot repeat.
+
+        Written to once, they were not zeroed before.
+        """
+        for p, (gradient, version) in earlier.items():
+            if p.grad is gradient and gradient._version == version + 1:
+                raise ValueError(
+                    "closure must clear the gradients before backward(), got one that adds to "
+                    "those before it. The second gradient of an accumulated batch needs all its "
+                    "parts again: take the phases, with `with optimizer.perturbed():`, which in "
+                    "Lightning means manual optimization"
+                )
 
     def _check_perturbed(self) -> None:
         if self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():

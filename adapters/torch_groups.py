@@ -29,7 +29,14 @@ class Target(NamedTuple):
 
 
 class GroupRules(NamedTuple):
-    """Radius and penalty of a param group, checked, with the method's where it has none."""
+    """Radius and penalty of a param group, checked, with the method's where it has none.
+
+    Examples
+    --------
+    >>> import safe_core
+    >>> GroupRules.read({"rho": 0.0}, safe_core.safe(0.9, penalty=0.1)).perturbs
+    False
+    """
 
     rho: Schedule
     penalty: Schedule

@@ -94,6 +94,12 @@ class Report(NamedTuple):
     step : int
         Base steps taken.
     tensors : list of TensorReport
+
+    Examples
+    --------
+    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1)
+    >>> Report(7, [row]).scalars()["distance"]
+    3.0
     """
 
     step: int
