@@ -176,6 +176,7 @@ def sparse_optimizer(
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = _Tree.read(params, where, layout, select_on_host)
+        _check_state(state, method, tree, reuses)
         gradients = _flat("updates", updates, tree.treedef)
         flat = _flat("state.flat_direction", state.flat_direction, tree.treedef) if reuses else []
         if perturbs:
@@ -410,6 +411,22 @@ def _perturbed(
 
     found: tuple[list[Any], list[Any]] = backend_of(step).cond(due, ascend, stay, gradients, flat)
     return found
+
+
+def _check_state(state: SparseOptimizerState, method: Method, tree: _Tree, reuses: bool) -> None:
+    """Refuse the state of a method with another state, before a branch of a condition does."""
+    if reuses != (state.flat_direction is not None):
+        raise ValueError(
+            f"state.flat_direction must {'' if reuses else 'not '}be there for a method with "
+            f"reuse={getattr(method.perturbation, 'reuse', 0)!r}; is the state of another method?"
+        )
+    narrow = method.state_dtype is not None
+    for name, anchor in zip(tree.targets.names, tree.sparse(state.anchor), strict=True):
+        if narrow != (anchor.dtype == jnp.bfloat16):
+            raise TypeError(
+                f"state.anchor of {name} must be that of a method with state_dtype="
+                f"{method.state_dtype!r}, got {anchor.dtype}"
+            )
 
 
 def _check_grad_fn(grad_fn: Any) -> None:

@@ -26,7 +26,7 @@ from safe_core.layout import Layout, broadcasts, place_importance
 from safe_core.sharpness import norm
 
 from . import torch_lists
-from .torch_groups import SETTINGS, GroupRules, numbered, select_parameters
+from .torch_groups import SETTINGS, GroupRules, described, numbered, select_parameters
 from .torch_modules import RandomState, statistics_kept
 from .torch_report import Report, TensorReport
 
@@ -35,6 +35,7 @@ __all__ = ["SparseOptimizer"]
 _PREFIX = "safe_"  # of our entries in a state_dict, beside those of the base optimizer
 _STEPS = _PREFIX + "steps"
 _FROZEN = _PREFIX + "frozen"
+_METHOD = _PREFIX + "method"
 _LAST = "last"
 
 
@@ -486,10 +487,12 @@ class SparseOptimizer(Optimizer):
 
         Our tensors stand beside the base's as ``safe_anchor``, ``safe_support`` and
         ``safe_importance``, where the method reuses a direction ``safe_flat_direction``,
-        and the step count in each group as ``safe_steps``.
+        and the step count and the method in each group as ``safe_steps`` and
+        ``safe_method``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._refuse_within_perturbed("state_dict()")
         packed = self.base.state_dict()
         entries = {index: dict(entry) for index, entry in packed["state"].items()}
         with self._as_started():
@@ -498,7 +501,8 @@ class SparseOptimizer(Optimizer):
                 if ours:
                     named = {_PREFIX + key: value for key, value in ours.items()}
                     entries.setdefault(index, {}).update(named)
-        ours_too = {_STEPS: self.steps, **({_FROZEN: True} if self.frozen else {})}
+        ours_too = {_STEPS: self.steps, _METHOD: described(self.method)}
+        ours_too |= {_FROZEN: True} if self.frozen else {}
         groups = [{**_plain_options(group), **ours_too} for group in packed["param_groups"]]
         merged = {**packed, "state": entries, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -516,18 +520,31 @@ class SparseOptimizer(Optimizer):
         ------
         ValueError
             If the state lacks our entries, or they are those of other parameters or of an
-            optimizer with another importance.
+            optimizer with another importance or another method.
         """
         self._refuse_within_perturbed("load_state_dict()")
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
+        if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
+            raise ValueError(
+                "state_dict must hold 'state' and 'param_groups', got the keys "
+                f"{', '.join(map(repr, loaded)) or 'none'}"
+            )
         groups = [dict(group) for group in loaded["param_groups"]]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("state_dict must have the parameter groups of this optimizer")
         steps = [group.pop(_STEPS, None) for group in groups]
         if not steps or not isinstance(steps[0], int):
             raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
+        for group in groups:
+            saved, mine = group.pop(_METHOD, None), described(self.method)
+            if saved is not None and saved != mine:
+                raise ValueError(
+                    "state_dict must be that of an optimizer with the same method: this is "
+                    f"{mine}, got {saved}. To go on with another on purpose, drop {_METHOD!r} from "
+                    "its param_groups"
+                )
         frozen = bool(groups[0].get(_FROZEN, False))
         groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
         for group, current in zip(groups, self.param_groups, strict=True):

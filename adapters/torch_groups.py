@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from safe_core.sparsity import Pattern, as_pattern
 
 from .torch_weights import prunable_weights
 
-__all__ = ["SETTINGS", "GroupRules", "Target", "numbered", "select_parameters"]
+__all__ = ["SETTINGS", "GroupRules", "Target", "described", "numbered", "select_parameters"]
 
 SETTINGS = ("rho", "penalty", "sparsity")
 """Options of a param group that stand for those of the method."""
@@ -115,6 +116,19 @@ def select_parameters(
             "this model?"
         )
     return selected
+
+
+def described(value: Any) -> str:
+    """What a method says of itself, the same in every process.
+
+    Functions go by their names, for their addresses change.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{f.name}={described(getattr(value, f.name))}" for f in fields(value)]
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return repr(value)
 
 
 def numbered(

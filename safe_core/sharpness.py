@@ -225,7 +225,8 @@ class SAM:
         _checks.integer("interval", self.interval, low=1)
         if _checks.real("reuse", self.reuse, low=0.0) > 0 and self.interval == 1:
             raise ValueError(
-                f"reuse must be 0 where every step perturbs, with interval=1, got {self.reuse!r}"
+                "reuse must be 0 unless perturbations are more than one step apart, got "
+                f"{self.reuse!r} and an interval of 1"
             )
 
     @property

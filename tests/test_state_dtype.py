@@ -252,6 +252,9 @@ def test_optax_keeps_bfloat16_in_one_program_and_finalizes_the_parameters_themse
         params, state = step(params, state)
     assert len(traces) == 1
     final = finalize(params, state, method())
+    wide = sparse_optimizer(optax.sgd(0.1), method(state_dtype=None)).init(params)
+    with pytest.raises(TypeError, match=r"state.anchor of kernel .*'bfloat16', got float32"):
+        tx.update(jax.grad(loss)(params), wide, params, grad_fn=jax.grad(loss))
     kept = np.asarray(final["kernel"]) != 0
     assert kept.sum() == 4
     np.testing.assert_array_equal(

@@ -464,7 +464,9 @@ def test_perturbed_needs_gradients():
         pass
 
 
-@pytest.mark.parametrize("call", ["perturbed", "step", "closure", "finalize", "load_state_dict"])
+@pytest.mark.parametrize(
+    "call", ["perturbed", "step", "closure", "finalize", "load_state_dict", "state_dict"]
+)
 def test_a_call_within_the_block_is_an_error_and_loses_nothing(call):
     run, other = Run(), Run()
     saved = run.optimizer.state_dict()
@@ -480,6 +482,8 @@ def test_a_call_within_the_block_is_an_error_and_loses_nothing(call):
             run.step()
         elif call == "finalize":
             run.optimizer.finalize()
+        elif call == "state_dict":
+            run.optimizer.state_dict()
         else:
             run.optimizer.load_state_dict(saved)
 

@@ -233,6 +233,8 @@ def test_the_state_of_a_plain_optimizer_is_refused():
 
 def test_a_state_with_an_importance_is_refused_where_there_is_none():
     state = Run(source="squared gradient").train(2).optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["safe_method"]
     with pytest.raises(ValueError, match=r"must not hold safe_importance for 0\.weight"):
         Run(source="none").optimizer.load_state_dict(state)
 
@@ -411,3 +413,34 @@ def test_an_initialising_step_is_no_step_of_the_method():
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()  # a warm-up from a rate of zero does count
     assert optimizer.steps == 1
+
+
+def rising(step):
+    return 0.1 * step
+
+
+@pytest.mark.parametrize(
+    "change", [{"rho": 0.2}, {"penalty": 0.3}, {"state_dtype": "bfloat16"}, {"penalty": rising}]
+)
+def test_the_state_of_another_method_is_refused_unless_its_mark_is_dropped(change):
+    state = Run(**change).train(2).optimizer.state_dict()
+    run = Run().train(1)
+    before = snapshot(run)
+    with pytest.raises(ValueError, match="must be that of an optimizer with the same method"):
+        run.optimizer.load_state_dict(state)
+    assert_same(snapshot(run), before)
+    Run(**change).optimizer.load_state_dict(copy.deepcopy(state))
+    for group in state["param_groups"]:
+        del group["safe_method"]
+    run.optimizer.load_state_dict(state)
+    assert run.optimizer.steps == 2
+
+
+def test_a_mark_names_functions_and_not_their_addresses():
+    state = Run(penalty=rising).optimizer.state_dict()
+    assert "penalty=rising" in state["param_groups"][0]["safe_method"]
+
+
+def test_what_is_no_state_is_refused():
+    with pytest.raises(ValueError, match="must hold 'state' and 'param_groups', got the keys none"):
+        Run().optimizer.load_state_dict({})

@@ -32,10 +32,17 @@ def main() -> None:
     parser.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP")
     parser.add_argument("--local-ascent", action="store_true", help="m-sharpness; DDP only")
     options = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    loss = train(options)  # the model is gone before its process group
+    if dist.get_rank() == 0:
+        print(f"loss {loss:.3f}, exactly sparse")
+    dist.barrier()
+    dist.destroy_process_group()
 
+
+def train(options: argparse.Namespace) -> float:
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(
         nn.Flatten(),
@@ -49,9 +56,9 @@ def main() -> None:
         fully_shard(model, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
     else:
         model = DistributedDataParallel(model, device_ids=[device.index] if on_gpu else None)
-    train, _ = datasets()
-    sampler = DistributedSampler(train, drop_last=True)
-    batches = DataLoader(train, 32, sampler=sampler, drop_last=True)
+    dataset, _ = datasets()
+    sampler = DistributedSampler(dataset, drop_last=True)
+    batches = DataLoader(dataset, 32, sampler=sampler, drop_last=True)
     method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model)  # after wrapping the model
@@ -70,9 +77,7 @@ def main() -> None:
             optimizer.step()
     optimizer.finalize()
     optimizer.check_sparsity()
-    if dist.get_rank() == 0:
-        print(f"loss {loss.item():.3f}, exactly sparse")
-    dist.destroy_process_group()
+    return loss.item()
 
 
 if __name__ == "__main__":
