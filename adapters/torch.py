@@ -526,30 +526,7 @@ class SparseOptimizer(Optimizer):
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
-        if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
-            raise ValueError(
-                "state_dict must hold 'state' and 'param_groups', got the keys "
-                f"{', '.join(map(repr, loaded)) or 'none'}"
-            )
-        groups = [dict(group) for group in loaded["param_groups"]]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError("state_dict must have the parameter groups of this optimizer")
-        steps = [group.pop(_STEPS, None) for group in groups]
-        if not steps or not isinstance(steps[0], int):
-            raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
-        for group in groups:
-            saved, mine = group.pop(_METHOD, None), described(self.method)
-            if saved is not None and saved != mine:
-                raise ValueError(
-                    "state_dict must be that of an optimizer with the same method: this is "
-                    f"{mine}, got {saved}. To go on with another on purpose, drop {_METHOD!r} from "
-                    "its param_groups"
-                )
-        frozen = bool(groups[0].get(_FROZEN, False))
-        groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
-        for group, current in zip(groups, self.param_groups, strict=True):
-            left = {k: current[k] for k in SETTINGS if k in current and k not in group}
-            group.update(left)
+        groups, steps, frozen = self._read_groups(loaded)
         theirs: dict[Any, Any] = {}
         ours: dict[Any, dict[str, Tensor]] = {}
         for index, entry in loaded["state"].items():
@@ -571,12 +548,40 @@ class SparseOptimizer(Optimizer):
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(own)
-        self.steps, self.frozen = steps[0], frozen
+        self.steps, self.frozen = steps, frozen
         self._phase = ""
         if frozen:
             self._mask(self._active(), self._active())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _read_groups(self, loaded: dict[str, Any]) -> tuple[list[dict[str, Any]], int, bool]:
+        """Param groups as the base has them, the step count and whether supports are frozen."""
+        if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
+            raise ValueError(
+                "state_dict must hold 'state' and 'param_groups', got the keys "
+                f"{', '.join(map(repr, loaded)) or 'none'}"
+            )
+        groups = [dict(group) for group in loaded["param_groups"]]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("state_dict must have the parameter groups of this optimizer")
+        steps = [group.pop(_STEPS, None) for group in groups]
+        if not steps or not isinstance(steps[0], int):
+            raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
+        for group in groups:
+            found, wanted = group.pop(_METHOD, None), described(self.method)
+            if found not in (None, wanted):
+                raise ValueError(
+                    "state_dict must be that of an optimizer with the same method: this is "
+                    f"{wanted}, got {found}. To go on with another on purpose, drop {_METHOD!r} from "
+                    "its param_groups"
+                )
+        frozen = bool(groups[0].get(_FROZEN, False))
+        groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
+        for group, current in zip(groups, self.param_groups, strict=True):
+            left = {k: current[k] for k in SETTINGS if k in current and k not in group}
+            group.update(left)
+        return groups, steps[0], frozen
 
     def _own_entries(
         self, parameter: Tensor, entries: dict[str, Tensor], frozen: bool
