@@ -573,8 +573,8 @@ class SparseOptimizer(Optimizer):
             if found not in (None, wanted):
                 raise ValueError(
                     "state_dict must be that of an optimizer with the same method: this is "
-                    f"{wanted}, got {found}. To go on with another on purpose, drop {_METHOD!r} from "
-                    "its param_groups"
+                    f"{wanted}, got {found}. To go on with another on purpose, drop "
+                    f"{_METHOD!r} from its param_groups"
                 )
         frozen = bool(groups[0].get(_FROZEN, False))
         groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
