@@ -22,6 +22,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
+from safe_core.backends.torch_shards import is_sharded
 from safe_core.layout import Layout, broadcasts, place_importance
 from safe_core.sharpness import norm
 
@@ -165,6 +166,8 @@ class SparseOptimizer(Optimizer):
         self._first: dict[Tensor, Tensor] = {}  # gradients at x, where they are reused
         self._checked_rounding = False
         self._check_fit()
+        if compile and any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError("compile must be False for sharded parameters, got True")
 
     # The step
 
@@ -224,7 +227,11 @@ class SparseOptimizer(Optimizer):
                     self._mask_gradients(sparse)
                     self._ascend(params)
                 if self.method.reuses:
-                    self._first = {p: p.grad for p in params if p.grad is not None}
+                    # Copies, for a reducer may write the next gradients to the same memory.
+                    self._first = {
+                        p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                        for p in self._trainable()
+                    }
             self.zero_grad()
             self._phase = "perturbed"
             with statistics_kept(self._rules[0]), RandomState.replayed(replay):
@@ -497,7 +504,12 @@ class SparseOptimizer(Optimizer):
         entries = {index: dict(entry) for index, entry in packed["state"].items()}
         with self._as_started():
             for index, parameter in numbered(packed["param_groups"], self.param_groups):
-                ours = self.state.get(parameter, {})
+                ours = dict(self.state.get(parameter, {}))
+                if self.method.reuses and not self.frozen and parameter.requires_grad:
+                    # Zero until it is known, so that a checkpoint has a place for it.
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    empty = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
+                    ours.setdefault("flat_direction", empty)
                 if ours:
                     named = {_PREFIX + key: value for key, value in ours.items()}
                     entries.setdefault(index, {}).update(named)
@@ -549,7 +561,7 @@ class SparseOptimizer(Optimizer):
         self.state.clear()
         self.state.update(own)
         self.steps, self.frozen = steps, frozen
-        self._phase = ""
+        self._phase, self._first = "", {}
         if frozen:
             self._mask(self._active(), self._active())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -796,7 +808,7 @@ class SparseOptimizer(Optimizer):
         values = {penalties[p] for p in sparse}
         if self.compile and len(values) == 1:
             gradients, anchors = _gradients(sparse), self._split(sparse).anchor
-            weight, copies = _scalar(values.pop(), anchors[0]), self._moved.copies(sparse)
+            weight, copies = _scalar(values.pop(), sparse[0]), self._moved.copies(sparse)
             self._moved.restore(but=sparse)
             program = self._descend_compiled if _is_bare(self.base) else self._descend_hooked
             program(self.base, gradients, sparse, anchors, weight, copies)
@@ -821,6 +833,9 @@ class SparseOptimizer(Optimizer):
                 self.state[p]["flat_direction"] = direction
             return
         held = {p: self.state.get(p, {}).get("flat_direction") for p in self._trainable()}
+        for p, flat in held.items():
+            if p.grad is None and flat is not None:
+                p.grad = torch.zeros_like(p)
         known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
         gradients = [gradient for gradient, _ in known]
         directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
@@ -948,7 +963,8 @@ def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tenso
             f"state_dict must hold {_PREFIX}flat_direction of shape {tuple(parameter.shape)} for "
             f"parameter {index}, got {tuple(flat.shape)}"
         )
-    return flat.detach().to(parameter.device, copy=True)
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return flat.detach().to(parameter.device, wide, copy=True)
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:

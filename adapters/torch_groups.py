@@ -124,7 +124,9 @@ def described(value: Any) -> str:
     Functions go by their names, for their addresses change.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{f.name}={described(getattr(value, f.name))}" for f in fields(value)]
+        # Defaults go unsaid: what a later release adds must not change it.
+        changed = [f for f in fields(value) if getattr(value, f.name) != f.default]
+        parts = [f"{f.name}={described(getattr(value, f.name))}" for f in changed]
         return f"{type(value).__name__}({', '.join(parts)})"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))

@@ -110,7 +110,7 @@ def stochastic_bfloat16(
 ) -> list[Tensor]:
     if out is None:
         out = [torch.empty_like(x, dtype=torch.bfloat16) for x in arrays]
-    salt = int(_mixed(torch.tensor(step, dtype=torch.int32)))
+    salt = int(_mixed(torch.tensor(step, dtype=torch.int32, device="cpu")))
     for x, result in zip(arrays, out, strict=True):
         for piece, target in _pieces([torch_shards.local(t.detach()) for t in (x, result)]):
             target.copy_(_dithered(piece, salt))

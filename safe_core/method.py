@@ -122,10 +122,6 @@ class Method:
         """Whether some step takes a second gradient, at the perturbed point."""
         return self.perturbation is not None and not self.perturbation.is_zero
 
-    def perturbs_at(self, step: int | Array) -> bool | Array:
-        """Whether the base step number ``step`` takes a second gradient."""
-        return self.perturbation is not None and self.perturbs and self.perturbation.is_due(step)
-
     @property
     def reuses(self) -> bool:
         """Whether other steps reuse a direction of the perturbed gradient, kept as state."""

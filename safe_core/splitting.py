@@ -17,6 +17,7 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
+from . import _checks
 from ._dtypes import wide_dtype
 from .layout import Layout
 from .projection import apply_support, select
@@ -127,6 +128,7 @@ def init(
     >>> state.anchor, state.support
     ([array([0., 3.])], [array([False,  True])])
     """
+    _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
     wide = _widened(params)
     support = _select(wide, pattern, targets, importance, step=0)
     anchor = apply_support(wide, support)
@@ -260,6 +262,7 @@ def dual_update(
     """
     if not params:
         return state
+    _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
     if state_dtype is not None and step is None:
         raise ValueError("step must be given to round to a state_dtype, got None")
     backend = backend_of(params[0])

@@ -104,7 +104,7 @@ def test_torch_resumes_between_two_perturbations(done: int) -> None:
         assert torch.equal(a, b)
     # A method that reuses nothing keeps nothing.
     third = Run(method(0.0))
-    with pytest.raises(ValueError, match=r"the same method: this is .*reuse=0.0.*reuse=0.5"):
+    with pytest.raises(ValueError, match=r"the same method: this is .*got .*reuse=0.5"):
         third.optimizer.load_state_dict(saved[1])
     for group in saved[1]["param_groups"]:
         del group["safe_method"]
@@ -119,6 +119,48 @@ def test_a_direction_of_another_shape_is_refused() -> None:
     state["state"][1]["safe_flat_direction"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"safe_flat_direction of shape \(16,\) for parameter 1"):
         run.optimizer.load_state_dict(state)
+
+
+def test_a_missing_gradient_counts_as_zero_in_the_direction() -> None:
+    run = Run(method())
+    last = run.model[2]
+    run.closure()
+    with run.optimizer.perturbed():
+        run.closure()
+        last.bias.grad = None
+    run.optimizer.step()
+    held = [run.optimizer.state[p]["flat_direction"] for p in run.model.parameters()]
+    assert sum(float((h.double() ** 2).sum()) for h in held) == pytest.approx(1.0, rel=1e-5)
+    run.closure()
+    last.bias.grad = None
+    length = torch.sqrt(
+        sum((p.grad**2).sum() for p in run.model.parameters() if p is not last.bias)
+    )
+    run.optimizer.base.step = lambda: None
+    run.optimizer.step()
+    torch.testing.assert_close(last.bias.grad, 0.5 * length * held[3])
+
+
+def test_gradients_may_share_memory_between_the_passes() -> None:
+    plain, sharing = Run(method()), Run(method())
+    wanted = plain.steps(2)
+    memory = [torch.zeros_like(p) for p in sharing.model.parameters()]
+    closure = sharing.closure
+
+    def closure_in_place() -> torch.Tensor:
+        loss = closure()
+        for p, m in zip(sharing.model.parameters(), memory, strict=True):
+            p.grad = m.copy_(p.grad)
+        return loss
+
+    sharing.closure = closure_in_place
+    for a, b in zip(sharing.steps(2), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_from_before_the_first_direction_has_a_place_for_it() -> None:
+    state = Run(method()).optimizer.state_dict()["state"]
+    assert [entry["safe_flat_direction"].abs().sum().item() for entry in state.values()] == [0] * 4
 
 
 def test_a_block_that_raised_leaves_no_direction_behind() -> None:

@@ -178,7 +178,10 @@ class Run:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_torch_keeps_three_bytes_and_stays_close(dtype: torch.dtype) -> None:
     run, wide = Run(dtype), Run(dtype, state_dtype=None)
-    for (anchor, support), p in zip(run.held(), run.optimizer.sparse_parameters(), strict=False):
+    run.steps(1)
+    wide.steps(1)
+    params = run.optimizer.sparse_parameters().values()
+    for (anchor, support), p in zip(run.held(), params, strict=True):
         assert (anchor.dtype, support.dtype, anchor.shape) == (torch.bfloat16, torch.bool, p.shape)
     got, want = run.steps(30), wide.steps(30)
     for a, b in zip(got, want, strict=True):
