@@ -226,7 +226,7 @@ class SparseOptimizer(Optimizer):
                 with torch.no_grad():
                     self._mask_gradients(sparse)
                     self._ascend(params)
-                if self.method.reuses:
+                if self.method.reuses and not self.frozen:
                     # Copies, for a reducer may write the next gradients to the same memory.
                     self._first = {
                         p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -369,7 +369,8 @@ class SparseOptimizer(Optimizer):
         ----------
         freeze : bool
             Keep this support from now on, to fine-tune further: gradients and parameters
-            are masked at every step, the penalty and the dual variable are dropped.
+            are masked at every step; the penalty, the dual variable and a direction to
+            reuse are dropped.
         importance : optional
             By default the P last in use. None is P = 1, as Algorithm 1 of the paper
             prints it. A mapping of name to tensor is used as it is.
@@ -383,9 +384,11 @@ class SparseOptimizer(Optimizer):
         _check_flags(freeze=freeze)
         with self._as_started() as sparse:
             support = self._final_support(sparse, importance)
-            kept = backend_of(sparse[0]).where_kept([p.detach() for p in sparse], support)
+            values = [p.detach() for p in sparse]
+            kept = backend_of(values[0]).where_kept(values, support) if values else []
         torch_lists.copy_([p.detach() for p in sparse], kept)
         if freeze and not self.frozen:
+            self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
                 self.state[p] = {"support": mask}
             self.frozen = True

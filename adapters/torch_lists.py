@@ -147,7 +147,8 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target <- source``, of tensors that are sharded alike, or shards at hand."""
-    torch._foreach_copy_(_at_hand(targets), _at_hand(sources))
+    if targets:
+        torch._foreach_copy_(_at_hand(targets), _at_hand(sources))
 
 
 def _at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:

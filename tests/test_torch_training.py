@@ -295,6 +295,29 @@ def test_a_frozen_support_stays_while_its_weights_train_on() -> None:
     assert optimizer.frozen
 
 
+def test_a_frozen_run_drops_the_direction_that_it_reused() -> None:
+    model = network()
+    method = safe_core.safe(0.75, rho=0.1, perturbation_interval=2, reuse=0.5)
+    optimizer = SparseOptimizer(sgd(model.parameters()), method, model=model)
+    step(model, optimizer)
+    optimizer.finalize(freeze=True)
+    step(model, optimizer)
+    step(model, optimizer)
+    assert [set(s) for s in optimizer.state.values()] == [{"support"}] * 2
+    assert not optimizer._first
+    optimizer.check_sparsity()
+
+
+def test_frozen_parameters_are_left_alone_by_every_call() -> None:
+    model, optimizer = trained(1)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    before = copies(model)
+    optimizer.finalize()
+    optimizer.check_sparsity()
+    assert all(torch.equal(a, b) for a, b in zip(copies(model), before, strict=True))
+
+
 def test_the_perturbation_of_a_frozen_support_lies_on_it() -> None:
     model, optimizer = trained()
     optimizer.finalize(freeze=True)
