@@ -23,20 +23,17 @@ from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
 from safe_core.backends.torch_shards import is_sharded
-from safe_core.layout import Layout, broadcasts, place_importance
+from safe_core.layout import Layout, place_importance
 from safe_core.sharpness import norm
 
 from . import torch_lists
-from .torch_groups import SETTINGS, GroupRules, described, numbered, select_parameters
+from .torch_groups import GroupRules, select_parameters
 from .torch_modules import RandomState, statistics_kept
 from .torch_report import Report, TensorReport
+from .torch_state import pack, unpack
 
 __all__ = ["SparseOptimizer"]
 
-_PREFIX = "safe_"  # of our entries in a state_dict, beside those of the base optimizer
-_STEPS = _PREFIX + "steps"
-_FROZEN = _PREFIX + "frozen"
-_METHOD = _PREFIX + "method"
 _LAST = "last"
 
 
@@ -176,9 +173,7 @@ class SparseOptimizer(Optimizer):
         """Whether the step to come takes a second gradient, within `perturbed`."""
         perturbation = self.method.perturbation
         return (
-            perturbation is not None
-            and bool(perturbation.is_due(self.steps))
-            and any(GroupRules.read(group, self.method).perturbs for group in self.param_groups)
+            perturbation is not None and bool(perturbation.is_due(self.steps)) and self._has_radius
         )
 
     @contextmanager
@@ -226,7 +221,7 @@ class SparseOptimizer(Optimizer):
                 with torch.no_grad():
                     self._mask_gradients(sparse)
                     self._ascend(params)
-                if self.method.reuses and not self.frozen:
+                if self._reuses:
                     # Copies, for a reducer may write the next gradients to the same memory.
                     self._first = {
                         p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -337,7 +332,7 @@ class SparseOptimizer(Optimizer):
             self._mask(sparse, sparse)
             self.steps += 1
             return
-        if self.method.reuses:
+        if self._reuses:
             self._reuse_direction()
         due = self.method.is_dual_update(self.steps)
         if due:
@@ -444,12 +439,12 @@ class SparseOptimizer(Optimizer):
         with self._as_started() as sparse:
             penalties = self._signed("penalty")
             for method, members in self._by_pattern(sparse):
-                values, split = [p.detach() for p in members], self._split(members)
-                targets, metric = (
-                    self._targets_of(members),
-                    method.metric(self._importance_state(members)),
-                )
-                update = method.dual_update(values, split, self.steps, targets, metric)
+                values, targets = [p.detach() for p in members], self._targets_of(members)
+                metric = method.metric(self._importance_state(members))
+                anchor, held = self._split(members)
+                split = SplitState([torch_lists.widened(a) for a in anchor], held)
+                exact = replace(method, state_dtype=None)
+                update = exact.dual_update(values, split, self.steps, targets, metric)
                 final = method.final_support(values, targets, metric)
                 rows = TensorReport.of(
                     targets.names,
@@ -477,6 +472,18 @@ class SparseOptimizer(Optimizer):
 
     # The optimizer contract
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method!r}, steps={self.steps})\n{self.base!r}"
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad` does.
+
+        After a perturbed phase that gives up the step it was for.
+        """
+        super().zero_grad(set_to_none)
+        if self._phase == "ready":
+            self._phase, self._first = "", {}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base optimizer, and select among them as at the start."""
         if "base" not in self.__dict__:  # called by Optimizer.__init__
@@ -503,23 +510,22 @@ class SparseOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._refuse_within_perturbed("state_dict()")
-        packed = self.base.state_dict()
-        entries = {index: dict(entry) for index, entry in packed["state"].items()}
         with self._as_started():
-            for index, parameter in numbered(packed["param_groups"], self.param_groups):
-                ours = dict(self.state.get(parameter, {}))
-                if self.method.reuses and not self.frozen and parameter.requires_grad:
-                    # Zero until it is known, so that a checkpoint has a place for it.
-                    wide = torch.promote_types(parameter.dtype, torch.float32)
-                    empty = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-                    ours.setdefault("flat_direction", empty)
-                if ours:
-                    named = {_PREFIX + key: value for key, value in ours.items()}
-                    entries.setdefault(index, {}).update(named)
-        ours_too = {_STEPS: self.steps, _METHOD: described(self.method)}
-        ours_too |= {_FROZEN: True} if self.frozen else {}
-        groups = [{**_plain_options(group), **ours_too} for group in packed["param_groups"]]
-        merged = {**packed, "state": entries, "param_groups": groups}
+            own = {p: dict(entries) for p, entries in self.state.items()}
+        if self._reuses:
+            for p in self._trainable():
+                # Zero until it is known, so that a checkpoint has a place for it.
+                wide = torch.promote_types(p.dtype, torch.float32)
+                empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
+                own.setdefault(p, {}).setdefault("flat_direction", empty)
+        merged = pack(
+            self.base.state_dict(),
+            self.param_groups,
+            own,
+            self.method,
+            steps=self.steps,
+            frozen=self.frozen,
+        )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
         return merged
@@ -541,94 +547,17 @@ class SparseOptimizer(Optimizer):
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
-        groups, steps, frozen = self._read_groups(loaded)
-        theirs: dict[Any, Any] = {}
-        ours: dict[Any, dict[str, Tensor]] = {}
-        for index, entry in loaded["state"].items():
-            mine = {k[len(_PREFIX) :]: v for k, v in entry.items() if k.startswith(_PREFIX)}
-            rest = {k: v for k, v in entry.items() if not k.startswith(_PREFIX)}
-            theirs |= {index: rest} if rest else {}
-            ours |= {index: mine} if mine else {}
-        own: dict[Tensor, dict[str, Tensor]] = {}
-        for index, parameter in numbered(groups, self.param_groups):
-            entries = ours.get(index, {})
-            flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
-            if parameter in self._targets and (parameter.requires_grad or index in ours):
-                own[parameter] = self._own_entries(parameter, entries, frozen)
-            elif entries:
-                raise ValueError(f"state_dict makes parameter {index} sparse, which is not here")
-            if flat is not None and self.method.reuses:
-                own.setdefault(parameter, {})["flat_direction"] = flat
-        self.base.load_state_dict({**loaded, "state": theirs, "param_groups": groups})
+        found = unpack(loaded, self.param_groups, self._targets, self.method, self._importance)
+        self.base.load_state_dict(found.base)
         self.param_groups = self.base.param_groups
         self.state.clear()
-        self.state.update(own)
-        self.steps, self.frozen = steps, frozen
+        self.state.update(found.own)
+        self.steps, self.frozen = found.steps, found.frozen
         self._phase, self._first = "", {}
-        if frozen:
+        if self.frozen:
             self._mask(self._active(), self._active())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _read_groups(self, loaded: dict[str, Any]) -> tuple[list[dict[str, Any]], int, bool]:
-        """Param groups as the base has them, the step count and whether supports are frozen."""
-        if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
-            raise ValueError(
-                "state_dict must hold 'state' and 'param_groups', got the keys "
-                f"{', '.join(map(repr, loaded)) or 'none'}"
-            )
-        groups = [dict(group) for group in loaded["param_groups"]]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError("state_dict must have the parameter groups of this optimizer")
-        steps = [group.pop(_STEPS, None) for group in groups]
-        if not steps or not isinstance(steps[0], int):
-            raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
-        for group in groups:
-            found, wanted = group.pop(_METHOD, None), described(self.method)
-            if found not in (None, wanted):
-                raise ValueError(
-                    "state_dict must be that of an optimizer with the same method: this is "
-                    f"{wanted}, got {found}. To go on with another on purpose, drop "
-                    f"{_METHOD!r} from its param_groups"
-                )
-        frozen = bool(groups[0].get(_FROZEN, False))
-        groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
-        for group, current in zip(groups, self.param_groups, strict=True):
-            left = {k: current[k] for k in SETTINGS if k in current and k not in group}
-            group.update(left)
-        return groups, steps[0], frozen
-
-    def _own_entries(
-        self, parameter: Tensor, entries: dict[str, Tensor], frozen: bool
-    ) -> dict[str, Tensor]:
-        name = self._targets[parameter].name
-        full = tuple(parameter.shape)
-        for key in ("support",) if frozen else ("anchor", "support"):
-            shape = tuple(entries[key].shape) if key in entries else None
-            if shape != full:
-                raise ValueError(
-                    f"state_dict must hold {_PREFIX}{key} of shape {full} for {name}, got {shape}"
-                )
-        if "importance" in entries and not broadcasts(entries["importance"].shape, full):
-            raise ValueError(
-                f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
-                f"got shape {tuple(entries['importance'].shape)}"
-            )
-        # A function gives P from the first dual update on: there both are right.
-        needed = self.method.importance is not None or self._importance is not None
-        needed = needed and not frozen
-        if needed != ("importance" in entries) and not callable(self._importance):
-            raise ValueError(
-                f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
-                f"this optimizer has {'an' if needed else 'no'} importance"
-            )
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        narrow = self.method.state_dtype is not None
-        dtypes = {"anchor": torch.bfloat16 if narrow else wide, "support": torch.bool}
-        return {
-            key: value.detach().to(parameter.device, dtypes.get(key, value.dtype), copy=True)
-            for key, value in entries.items()
-        }
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -661,6 +590,17 @@ class SparseOptimizer(Optimizer):
             bare_step = inspect.unwrap(type(self.base).step)
             self._descend_compiled = torch.compile(partial(_descend_traced, bare_step))
             self._descend_hooked = torch.compile(partial(_descend_traced, _hooked_step))
+
+    @property
+    def _has_radius(self) -> bool:
+        return any(GroupRules.read(group, self.method).perturbs for group in self.param_groups)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether a direction of the perturbed gradient is kept for other steps."""
+        perturbation = self.method.perturbation
+        reuse = 0.0 if perturbation is None or self.frozen else perturbation.reuse
+        return reuse > 0 and self._has_radius
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -768,19 +708,20 @@ class SparseOptimizer(Optimizer):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         self._warn_of_rounding(params, gradients)
         direction = self.method.direction(params, gradients, self.steps)
-        values = {radii[p] for p in params}
-        if self.compile and len(values) == 1:
-            direction = direction._replace(rho=values.pop())
-            copies = self._moved.prepare(params)
-            vectors, factor = direction.vectors, direction.factor
-            self._ascend_compiled(params, copies, vectors, factor, direction.usable)
+        by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
+        copies = self._moved.prepare(params)
+        if self.compile:
+            by_factor = {rho: found.factor for rho, found in by_radius.items()}
+            factors = [by_factor[radii[p]] for p in params]
+            self._ascend_compiled(params, copies, direction.vectors, factors, direction.usable)
             self._moved.saved(params, copies)
             return
-        for rho in values:
+        for rho, found in by_radius.items():
             mine = [i for i, p in enumerate(params) if radii[p] == rho]
-            vectors = [direction.vectors[i] for i in mine]
             self._moved.move(
-                [params[i] for i in mine], direction._replace(vectors=vectors, rho=rho)
+                [params[i] for i in mine],
+                [copies[i] for i in mine],
+                found._replace(vectors=[direction.vectors[i] for i in mine]),
             )
 
     def _only_initialises(self) -> bool:
@@ -808,16 +749,15 @@ class SparseOptimizer(Optimizer):
             if p.grad is None:
                 # Without a loss gradient the penalty still acts, else u would wind up.
                 p.grad = torch.zeros_like(p)
-        values = {penalties[p] for p in sparse}
-        if self.compile and len(values) == 1:
+        if self.compile:
             gradients, anchors = _gradients(sparse), self._split(sparse).anchor
-            weight, copies = _scalar(values.pop(), sparse[0]), self._moved.copies(sparse)
+            weights, copies = _scalars(penalties, sparse), self._moved.copies(sparse)
             self._moved.restore(but=sparse)
             program = self._descend_compiled if _is_bare(self.base) else self._descend_hooked
-            program(self.base, gradients, sparse, anchors, weight, copies)
+            program(self.base, gradients, sparse, anchors, weights, copies)
             self._moved.forget(sparse)
             return
-        for penalty in values:
+        for penalty in {penalties[p] for p in sparse}:
             mine = [p for p in sparse if penalties[p] == penalty]
             gradients, anchors = _gradients(mine), self._split(mine).anchor
             copies = self._moved.copies(mine)
@@ -942,42 +882,25 @@ def _check_arguments(
         raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")
 
 
-def _plain_options(group: dict[str, Any]) -> dict[str, Any]:
-    """A packed param group without settings that are no numbers: they belong to the code."""
-    return {
-        key: value
-        for key, value in group.items()
-        if key not in SETTINGS or (key != "sparsity" and isinstance(value, (int, float)))
-    }
-
-
 def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
-def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tensor | None:
-    """A direction of a state_dict, on the device of its parameter."""
-    if flat is None:
-        return None
-    if flat.shape != parameter.shape:
-        raise ValueError(
-            f"state_dict must hold {_PREFIX}flat_direction of shape {tuple(parameter.shape)} for "
-            f"parameter {index}, got {tuple(flat.shape)}"
-        )
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return flat.detach().to(parameter.device, wide, copy=True)
-
-
 def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
 
 
-def _scalar(value: float, like: Tensor) -> Tensor:
-    """A number that a compiled program takes as an argument, not as a constant."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.full((), value, dtype=dtype, device=like.device)
+def _scalars(values: Mapping[Tensor, float], params: list[Tensor]) -> list[Tensor]:
+    """Numbers that a compiled program takes as arguments, not as constants."""
+    made: dict[Any, Tensor] = {}
+    for p in params:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        key = (values[p], dtype, p.device)
+        if key not in made:
+            made[key] = torch.full((), values[p], dtype=dtype, device=p.device)
+    return [made[values[p], torch.promote_types(p.dtype, torch.float32), p.device] for p in params]
 
 
 def _is_bare(base: Optimizer) -> bool:
@@ -1005,8 +928,8 @@ def _descend_traced(
     gradients: list[Tensor],
     params: list[Tensor],
     anchors: list[Tensor],
-    penalty: Tensor,
+    penalties: list[Tensor],
     copies: list[Tensor | None] | None,
 ) -> None:
-    torch_lists.add_penalty_traced_(gradients, params, anchors, penalty, copies)
+    torch_lists.add_penalty_traced_(gradients, params, anchors, penalties, copies)
     step(base)

@@ -14,7 +14,14 @@ from torch import Tensor
 from safe_core.backends.torch_shards import is_sharded, local
 from safe_core.sharpness import Direction
 
-__all__ = ["Perturbed", "add_penalty_", "add_penalty_traced_", "copy_", "move_traced_"]
+__all__ = [
+    "Perturbed",
+    "add_penalty_",
+    "add_penalty_traced_",
+    "copy_",
+    "move_traced_",
+    "widened",
+]
 
 _GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,9 +49,11 @@ class Perturbed:
         self._memory = {p: copy for p, copy in pairs if p.device.type == "cpu"}
         return copies
 
-    def move(self, params: Sequence[Tensor], direction: Direction) -> None:
-        """Copy ``params`` and add e to them."""
-        params, copies = list(params), self.prepare(params)
+    def move(
+        self, params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction
+    ) -> None:
+        """Copy ``params`` into ``copies``, from `prepare`, and add e to them."""
+        params, copies = list(params), list(copies)
         values, vectors = _at_hand(params), _at_hand(direction.vectors)
         on_host = direction.length.device.type == "cpu"
         # Not read from an accelerator, which would wait for it.
@@ -103,7 +112,7 @@ def add_penalty_(
     for i in _groups(params):
         if copies is not None:
             torch._foreach_copy_(params[i], sources[i])
-        wide = [_widened(x) for x in params[i]]
+        wide = [widened(x) for x in params[i]]
         torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
 
 
@@ -111,26 +120,27 @@ def add_penalty_traced_(
     gradients: Sequence[Tensor],
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    penalty: Tensor,
+    penalties: Sequence[Tensor],
     copies: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """`add_penalty_` in the form that a compiler fuses, for a penalty that may change."""
+    """`add_penalty_` in the form that a compiler fuses, for penalties that may change."""
     found = [None] * len(params) if copies is None else copies
-    for g, x, anchor, copy in zip(gradients, params, anchors, found, strict=True):
+    lists = (gradients, params, anchors, penalties, found)
+    for g, x, anchor, penalty, copy in zip(*lists, strict=True):
         if copy is not None:
             x.copy_(copy)
-        g.add_(penalty * (_widened(x) - anchor))
+        g.add_(penalty * (widened(x) - anchor))
 
 
 def move_traced_(
     params: Sequence[Tensor],
     copies: Sequence[Tensor],
     vectors: Sequence[Tensor],
-    factor: Tensor,
+    factors: Sequence[Tensor],
     usable: Tensor,
 ) -> None:
     """`Perturbed.move` in the form that a compiler fuses."""
-    for x, copy, vector in zip(params, copies, vectors, strict=True):
+    for x, copy, vector, factor in zip(params, copies, vectors, factors, strict=True):
         copy.copy_(x)
         x.add_(torch.where(usable, factor * vector, 0.0))
 
@@ -155,7 +165,8 @@ def _at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local(x.detach()) for x in tensors]
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """``x``, in float32 where it is of 16 bits."""
     return x if x.element_size() > 2 else x.float()
 
 

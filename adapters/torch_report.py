@@ -109,7 +109,7 @@ class Report(NamedTuple):
         """Return totals and every figure by tensor, flat, for a logger."""
         entries = sum(row.entries for row in self.tensors)
         found = {
-            key: sum(row.entries * getattr(row, key) for row in self.tensors) / entries
+            key: sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
             for key in ("achieved", "zeros", "churn")
         }
         for key in ("distance", "primal_residual", "dual_residual"):
@@ -145,7 +145,7 @@ def _asked(pattern: Pattern) -> float:
 
 
 def _mean(mask: Tensor) -> Tensor:
-    return mask.mean(dtype=torch.float32)
+    return mask.sum(dtype=torch.float32) / max(mask.numel(), 1)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -42,6 +42,13 @@ class Saving(Recipe):
         plain = super().method(run, steps)
         return replace(plain, perturbation=perturbation, state_dtype=self.state_dtype)
 
+    def __post_init__(self) -> None:
+        if self.ascent_share < 1 and self.interval > 1:
+            raise ValueError(
+                "ascent_share must be 1 with an interval above 1, for the steps between are "
+                f"taken along the first gradient, got {self.ascent_share!r}"
+            )
+
     @property
     def gradients(self) -> float:
         """Gradients of a whole batch per step."""
@@ -79,11 +86,16 @@ def savings(
         yield name, found
 
 
+def standard_error(values: list[float]) -> float:
+    """Of the mean; not a number for a single value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
 def main() -> None:
     """Train, print, and write where asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.savings", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two epochs, to see that all runs")
+    parser.add_argument("--quick", action="store_true", help="six epochs, to see that all runs")
     parser.add_argument("--docs", action="store_true", help="write the table of the documentation")
     options = parser.parse_args()
     recipes = variants(epochs=6 if options.quick else Recipe.epochs)
@@ -91,7 +103,7 @@ def main() -> None:
     heads = [f"{100 * s:g}%, {100 * noise:g}% noise" for noise, s in cells]
     lines = ["| | gradients per step | " + " | ".join(heads) + " |", "| --- " * 8 + "|"]
     for name, found in track(savings(recipes, cells, options.seeds), total=len(recipes)):
-        scores = " | ".join(f"{np.mean(a):.1f} ± {np.std(a) / len(a) ** 0.5:.1f}" for a in found)
+        scores = " | ".join(f"{np.mean(a):.1f} ± {standard_error(a):.1f}" for a in found)
         lines.append(f"| {name} | {recipes[name].gradients:.2g} | {scores} |")
     where = f"{machine()['CPU']}, {machine()['libraries']}"
     note = f"Test accuracy in percent, mean and standard error of {options.seeds} seeds; {where}."

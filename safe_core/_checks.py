@@ -9,13 +9,14 @@ from numbers import Integral, Rational, Real
 from typing import Any
 
 
-def real(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
-    """Return ``value`` as a finite float in ``[low, high]``, or raise."""
+def real(name: str, value: Any, *, low: float = -math.inf) -> float:
+    """Return ``value`` as a finite float of at least ``low``, or raise."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
     number = float(value)
-    if not math.isfinite(number) or not low <= number <= high:
-        raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value!r}")
+    if not math.isfinite(number) or number < low:
+        bound = "" if low == -math.inf else f" of at least {low:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number
 
 

@@ -128,11 +128,18 @@ class Method:
         return self.perturbation is not None and self.perturbs and self.perturbation.reuse > 0
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
-        """Return the direction to reuse, of the gradients at x and at x + e."""
+        """Return the direction to reuse, of the gradients at x and at x + e.
+
+        See `safe_core.sharpness.flat_direction`; for all trainable parameters, at a step
+        that perturbs.
+        """
         return flat_direction(first, second)
 
     def reuse(self, gradients: Sequence[Array], flat: Sequence[Array]) -> list[Array]:
-        """Return the gradients of a step that reuses the direction ``flat``."""
+        """Return the gradients of a step that reuses the direction ``flat``.
+
+        See `safe_core.sharpness.reused`; at a step that does not perturb.
+        """
         if self.perturbation is None:
             raise ValueError(f"perturbation must not be None to be reused, got {self!r}")
         return reused(gradients, flat, self.perturbation.reuse)

@@ -132,7 +132,10 @@ def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Arra
     gap = norm(between)
     xp = array_namespace(gap)
     h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
-    differ = lines[0].usable & lines[1].usable & (gap > 4 * float(xp.finfo(gap.dtype).eps))
+    # Entries are half a spacing off at most, in either; the arithmetic adds a little.
+    spacing = max(float(xp.finfo(g.dtype).eps) for g in (*first, *second))
+    rounding = max(spacing, 4 * float(xp.finfo(gap.dtype).eps))
+    differ = lines[0].usable & lines[1].usable & (gap > rounding)
     return Direction(h, xp.where(differ, norm(h), xp.zeros_like(gap)), 1.0).perturbation()
 
 

@@ -234,8 +234,7 @@ def dual_update(
         What anchors are stored in, as in `init`.
     workspace : sequence of arrays, optional
         Of the shapes of the parameters and the dtypes of v, to be written over. Given,
-        the split is updated in place where arrays can be, and no array of its size is
-        made.
+        the split is updated in place where arrays can be.
 
     Returns
     -------
@@ -301,8 +300,8 @@ def _rounded(
     """Anchors in bfloat16, rounded stochastically."""
     if not anchor:
         return []
-    narrow = [array_namespace(a).astype(a, array_namespace(a).float32, copy=False) for a in anchor]
-    return backend_of(anchor[0]).stochastic_bfloat16(narrow, step, out)
+    single = [array_namespace(a).astype(a, array_namespace(a).float32, copy=False) for a in anchor]
+    return backend_of(anchor[0]).stochastic_bfloat16(single, step, out)
 
 
 def final_support(

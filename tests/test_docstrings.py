@@ -33,6 +33,7 @@ WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.arguments",
     "safe_core.scores",
     "safe_core.adapters.torch_lists",
+    "safe_core.adapters.torch_state",
 }
 
 

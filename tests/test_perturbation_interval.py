@@ -18,15 +18,14 @@ from safe_core.adapters.optax import sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 
 
-def method(reuse: float = 0.5, interval: int = 3, **changes: Any) -> safe_core.Method:
+def method(reuse: float = 0.5, interval: int = 3, rho: float = 0.05) -> safe_core.Method:
     return safe_core.safe(
         0.75,
-        rho=0.05,
+        rho=rho,
         penalty=0.1,
         dual_update_interval=4,
         perturbation_interval=interval,
         reuse=reuse,
-        **changes,
     )
 
 
@@ -110,6 +109,32 @@ def test_torch_resumes_between_two_perturbations(done: int) -> None:
         del group["safe_method"]
     third.optimizer.load_state_dict(saved[1])
     assert not any("flat_direction" in s for s in third.optimizer.state.values())
+
+
+def test_a_radius_of_a_group_reuses_where_the_method_has_none() -> None:
+    run = Run(method(rho=0.0))
+    run.optimizer.param_groups[0]["rho"] = 0.05
+    same = Run(method())
+    for a, b in zip(run.steps(5), same.steps(5), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_maximising_reuses_the_mirrored_direction() -> None:
+    up, down = Run(method()), Run(method())
+    up.optimizer.param_groups[0]["maximize"] = True
+    sign = {id(up): -1, id(down): 1}
+    for run in (up, down):
+        for _ in range(5):
+
+            def closure(run: Run = run) -> torch.Tensor:
+                run.optimizer.zero_grad()
+                loss = nn.functional.mse_loss(run.model(run.data[0]), run.data[1])
+                (sign[id(run)] * loss).backward()
+                return loss
+
+            run.optimizer.step(closure)
+    for p, q in zip(up.model.parameters(), down.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_a_direction_of_another_shape_is_refused() -> None:

@@ -18,7 +18,10 @@ STEPS = 8
 
 @pytest.mark.parametrize(
     ("world", "kinds"),
-    [(2, ["ddp", "fsdp", "tp", "local"]), (4, ["ddp", "fsdp", "mixed"])],
+    [
+        (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "tp", "local"]),
+        (4, ["ddp", "fsdp", "mixed"]),
+    ],
     ids=["two", "four"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
@@ -60,12 +63,17 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
 
     rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
     model = _wrap(kind, _network(), mesh)
-    optimizer = _optimizer(model)
-    _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
+    optimizer = _optimizer(model, kind)
+    if kind.endswith("reuse"):
+        _train_by_closure(model, optimizer, rows)
+    else:
+        _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
     alone = _network()
-    reference = _optimizer(alone)
+    reference = _optimizer(alone, kind)
     if kind == "local":
         _train_locally(alone, reference, world)
+    elif kind.endswith("reuse"):
+        _train_by_closure(alone, reference, slice(None))
     else:
         _train(alone, reference, slice(None))
     split, wanted = optimizer.split(), reference.split()
@@ -103,12 +111,14 @@ def _wrap(kind: str, model: Any, mesh: Any) -> Any:
         parallelize_module,
     )
 
-    if kind in ("ddp", "local"):
-        return nn.parallel.DistributedDataParallel(model)
+    if kind in ("ddp", "ddp-reuse", "local"):
+        # The views are gradients that the reducer writes to in place.
+        views = kind == "ddp-reuse"
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
     if kind == "tp":
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         return parallelize_module(model, mesh, plan)
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
@@ -118,7 +128,7 @@ def _wrap(kind: str, model: Any, mesh: Any) -> Any:
     return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
 
 
-def _optimizer(model: Any) -> Any:
+def _optimizer(model: Any, kind: str) -> Any:
     import torch
 
     import safe_core
@@ -130,6 +140,7 @@ def _optimizer(model: Any) -> Any:
         penalty=0.1,
         dual_update_interval=3,
         importance=safe_core.SquaredGradient(0.9),
+        **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )
     return SparseOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), method, model=model)
 
@@ -152,6 +163,17 @@ def _train(model: Any, optimizer: Any, rows: slice, *, local: bool = False) -> N
         with optimizer.perturbed():
             _loss(model, rows).backward()
         optimizer.step()
+
+
+def _train_by_closure(model: Any, optimizer: Any, rows: slice) -> None:
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = _loss(model, rows)
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        optimizer.step(closure)
 
 
 def _train_locally(model: Any, optimizer: Any, world: int) -> None:

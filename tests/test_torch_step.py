@@ -55,7 +55,7 @@ def test_moving_is_adding_the_perturbation(group: int, kind: SAM, dtype: torch.d
         for a, e in zip(x, kind.perturbation(x, g, rho=0.5), strict=True)
     ]
     moved = torch_lists.Perturbed()
-    moved.move(x, kind.direction(x, g, rho=0.5))
+    moved.move(x, moved.prepare(x), kind.direction(x, g, rho=0.5))
     for got, want, old in zip(x, wanted, before, strict=True):
         torch.testing.assert_close(got, want)
         assert not torch.equal(got, old)
@@ -75,7 +75,8 @@ def test_an_unusable_gradient_moves_nothing(bad: float, accelerated: bool) -> No
         assert all(torch.equal(e, torch.zeros_like(e)) for e in steps)
     else:
         before = [t.clone() for t in x]
-        torch_lists.Perturbed().move(x, direction)
+        moved = torch_lists.Perturbed()
+        moved.move(x, moved.prepare(x), direction)
         assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
 
 
@@ -103,7 +104,7 @@ def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_foreach_add_", interrupted)
     moved = torch_lists.Perturbed()
     with pytest.raises(KeyboardInterrupt):
-        moved.move(x, SAM(0.5).direction(x, g, rho=0.5))
+        moved.move(x, moved.prepare(x), SAM(0.5).direction(x, g, rho=0.5))
     moved.restore()
     assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
 
@@ -178,6 +179,21 @@ def test_compiled_steps_run_the_hooks_of_the_base_and_take_phases() -> None:
         compiled.optimizer.step()
     for got, want in zip(compiled.steps(1), eager.steps(6), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
+def test_compiled_steps_follow_the_settings_of_groups() -> None:
+    def grouped(params: Any) -> torch.optim.Optimizer:
+        first, *rest = params
+        groups = [{"params": [first], "rho": 0.3, "penalty": 0.5}, {"params": rest}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    runs = [Run(grouped), Run(grouped, compile=True)]
+    wanted, got = (run.steps(4) for run in runs)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    plain = Run(BASES["sgd"]).steps(4)
+    assert not torch.allclose(got[0], plain[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("broken", ["add_penalty_", "base"])

@@ -13,6 +13,7 @@ import safe_core
 from safe_core import NM, Unstructured, schedules
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch_modules import RandomState, recalibrate
+from safe_core.adapters.torch_report import Report, TensorReport
 
 METHOD = safe_core.safe(0.75, rho=0.1, penalty=0.2, dual_update_interval=2)
 
@@ -308,6 +309,23 @@ def test_a_frozen_run_drops_the_direction_that_it_reused() -> None:
     optimizer.check_sparsity()
 
 
+def test_cleared_gradients_give_up_the_perturbed_phase() -> None:
+    model, optimizer = trained(1)
+    x, y = batch()
+    nn.functional.mse_loss(model(x), y).backward()
+    with optimizer.perturbed():
+        nn.functional.mse_loss(model(x), y).backward()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="needs a gradient at the perturbed point"):
+        optimizer.step()
+
+
+def test_an_optimizer_prints_its_method_and_its_base() -> None:
+    _, optimizer = trained(2)
+    for part in ("SparseOptimizer", "Unstructured(sparsity=", "steps=2", "AdamW (", "lr: "):
+        assert part in repr(optimizer)
+
+
 def test_frozen_parameters_are_left_alone_by_every_call() -> None:
     model, optimizer = trained(1)
     for p in model.parameters():
@@ -395,6 +413,32 @@ def test_a_report_is_what_its_formulas_say_and_changes_nothing() -> None:
     assert scalars["churn/0.weight"] == report.tensors[0].churn
     total = sum(row.distance**2 for row in report.tensors) ** 0.5
     assert scalars["distance"] == pytest.approx(total)
+
+
+def test_a_report_of_a_narrow_state_rounds_nothing_of_its_own() -> None:
+    model = network()
+    method = safe_core.safe(0.75, penalty=0.2, dual_update_interval=2, state_dtype="bfloat16")
+    optimizer = SparseOptimizer(sgd(model.parameters()), method, model=model)
+    step(model, optimizer)
+    (anchor, support), weights = optimizer.split(), [model[0].weight, model[2].weight]
+    now = safe_core.project(
+        [
+            w.detach() - torch.where(s, 0, a.float())
+            for w, a, s in zip(weights, anchor, support, strict=True)
+        ],
+        0.75,
+    )
+    for row, z_now, a, s in zip(
+        optimizer.report().tensors, now.values, anchor, support, strict=True
+    ):
+        moved = 0.2 * float((z_now - torch.where(s, a.float(), 0)).norm())
+        assert row.dual_residual == pytest.approx(moved, rel=1e-5)
+
+
+def test_a_report_of_nothing_has_figures() -> None:
+    assert Report(3, []).scalars()["achieved"] == 0
+    empty = TensorReport("e", 0, 0.5, 0, 0, 0, 0, 0, 0)
+    assert Report(3, [empty]).scalars()["distance/e"] == 0
 
 
 def test_a_report_is_logged_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
