@@ -9,7 +9,7 @@ not imported already.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
@@ -88,6 +88,24 @@ class Backend(Protocol):
         """Mask of the ``counts[stage]`` largest magnitudes of each row of ``scores`` (rows, n).
 
         Of equal magnitudes the lowest index is kept.
+        """
+
+    def regrouped(self, x: Array, units: Mapping[int, int]) -> Array:
+        """``x``, where it is sharded moved such that no shard begins within a unit.
+
+        ``units`` maps an axis to the length of a unit along it, 0 for all of it; other axes
+        may be cut anywhere.
+        """
+
+    def resharded_as(self, x: Array, result: Array) -> Array:
+        """``result``, of the shape of ``x``, sharded as ``x``."""
+
+    def shardwise(
+        self, fn: Callable[..., Array], *arrays: Array, axes: Mapping[int, int] | None = None
+    ) -> Array:
+        """``fn(*arrays)``, of each shard alone.
+
+        The result is sharded as the first array, whose axes ``axes`` maps to its own.
         """
 
     def stochastic_bfloat16(

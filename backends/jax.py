@@ -12,7 +12,7 @@ not 64-bit integers are enabled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,9 @@ __all__ = [
     "norms",
     "ordering_key",
     "peaks",
+    "regrouped",
+    "resharded_as",
+    "shardwise",
     "stochastic_bfloat16",
     "where_kept",
 ]
@@ -66,6 +69,86 @@ def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
 
 def norms(arrays: Sequence[Array], dtype: Any) -> Array:
     return jnp.stack([jnp.linalg.norm(a.astype(dtype).ravel()) for a in arrays])
+
+
+def regrouped(x: Array, units: Mapping[int, int]) -> Array:
+    spec = _explicit_spec(x)
+    cut = {axis for axis, names in enumerate(spec) if names and _cuts(x, axis, names, units)}
+    if not cut:
+        return x
+    names = tuple(name for axis in sorted(cut) for name in spec[axis])
+    mesh = jax.typeof(x).sharding.mesh
+    count = math.prod(mesh.shape[name] for name in names)
+    free = [
+        axis
+        for axis in range(x.ndim)
+        if units.get(axis, 1) == 1 and not spec[axis] and x.shape[axis] % count == 0
+    ]
+    if not free:
+        raise ValueError(
+            f"axes {sorted(cut)} of an array of shape {x.shape} must be sharded at multiples of "
+            f"the pattern's units, or not at all, got {jax.typeof(x).sharding}"
+        )
+    target = max(free, key=lambda axis: x.shape[axis])
+    moved = [() if axis in cut else held for axis, held in enumerate(spec)]
+    moved[target] = names
+    return _resharded(x, moved)
+
+
+def resharded_as(x: Array, result: Array) -> Array:
+    spec = _explicit_spec(x)
+    if not any(spec):
+        return result
+    return _resharded(result, spec)
+
+
+def shardwise(
+    fn: Callable[..., Array], *arrays: Array, axes: Mapping[int, int] | None = None
+) -> Array:
+    specs = [_explicit_spec(x) for x in arrays]
+    if not any(specs[0]):
+        return fn(*arrays)
+    cut = {(axes or {}).get(axis, axis): names for axis, names in enumerate(specs[0]) if names}
+    out = [cut.get(axis, ()) for axis in range(max(cut) + 1)]
+    mapped = jax.shard_map(
+        fn,
+        mesh=_mesh(arrays[0]),
+        in_specs=tuple(_named(spec) for spec in specs),
+        out_specs=_named(out),
+        axis_names={name for names in cut.values() for name in names},
+        check_vma=False,
+    )
+    return mapped(*arrays)
+
+
+def _resharded(x: Array, spec: Sequence[tuple[str, ...]]) -> Array:
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(_mesh(x), _named(spec)))
+
+
+def _mesh(x: Array) -> Any:
+    return x.sharding.mesh if is_concrete(x) else jax.typeof(x).sharding.mesh
+
+
+def _named(spec: Sequence[tuple[str, ...]]) -> jax.sharding.PartitionSpec:
+    return jax.sharding.PartitionSpec(*(names or None for names in spec))
+
+
+def _explicit_spec(x: Array) -> list[tuple[str, ...]]:
+    """Names of mesh axes of explicit type that each axis is sharded over, by its type."""
+    sharding = jax.typeof(x).sharding
+    explicit = set(sharding.mesh.explicit_axes)
+    spec: list[tuple[str, ...]] = []
+    for held in (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))):
+        names = held if isinstance(held, tuple) else (held,)
+        spec.append(tuple(name for name in names if name in explicit))
+    return spec
+
+
+def _cuts(x: Array, axis: int, names: Sequence[str], units: Mapping[int, int]) -> bool:
+    """Whether a shard may begin within a unit."""
+    unit, mesh = units.get(axis, 1), jax.typeof(x).sharding.mesh
+    count = math.prod(mesh.shape[name] for name in names)
+    return unit == 0 or (unit > 1 and x.shape[axis] % (unit * count) != 0)
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:

@@ -16,7 +16,16 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from . import Array, threshold
-from .standard import cond, is_concrete, norms, peaks, stochastic_bfloat16
+from .standard import (
+    cond,
+    is_concrete,
+    norms,
+    peaks,
+    regrouped,
+    resharded_as,
+    shardwise,
+    stochastic_bfloat16,
+)
 
 __all__ = [
     "allocate",
@@ -31,6 +40,9 @@ __all__ = [
     "norms",
     "ordering_key",
     "peaks",
+    "regrouped",
+    "resharded_as",
+    "shardwise",
     "stochastic_bfloat16",
     "where_kept",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -27,6 +27,9 @@ __all__ = [
     "norms",
     "ordering_key",
     "peaks",
+    "regrouped",
+    "resharded_as",
+    "shardwise",
     "stochastic_bfloat16",
     "where_kept",
 ]
@@ -111,6 +114,20 @@ def keep_largest_per_row(
     keys = ordering_key(scores)
     xp = array_namespace(keys)
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest, xp=xp)
+
+
+def regrouped(x: Array, units: Mapping[int, int]) -> Array:
+    return x
+
+
+def resharded_as(x: Array, result: Array) -> Array:
+    return result
+
+
+def shardwise(
+    fn: Callable[..., Array], *arrays: Array, axes: Mapping[int, int] | None = None
+) -> Array:
+    return fn(*arrays)
 
 
 def cond(

@@ -20,6 +20,7 @@ from . import numpy as numpy_backend
 from . import threshold, torch_counting, torch_shards
 from .standard import cond
 from .torch_counting import ordering_key
+from .torch_shards import regrouped, resharded_as, shardwise
 
 __all__ = [
     "blockwise",
@@ -33,6 +34,9 @@ __all__ = [
     "norms",
     "ordering_key",
     "peaks",
+    "regrouped",
+    "resharded_as",
+    "shardwise",
     "stochastic_bfloat16",
     "where_kept",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_shards import is_sharded, local, sharded_as, summed
+from .torch_shards import index_along, local, sharded_as, summed
 
 __all__ = ["keep_largest", "ordering_key"]
 
@@ -69,16 +69,11 @@ def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> li
 
 def _index(x: Any) -> Tensor:
     """Row-major index, in the whole tensor, of the entries at hand."""
-    at_hand, offsets = local(x), (0,) * x.ndim
-    if is_sharded(x):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        _, offsets = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    at_hand = local(x)
     index = torch.zeros(at_hand.shape, dtype=torch.int64, device=at_hand.device)
-    for axis, (size, offset) in enumerate(zip(at_hand.shape, offsets, strict=True)):
-        place = torch.arange(offset, offset + size, device=at_hand.device)
+    for axis in range(x.ndim):
         stride = math.prod(x.shape[axis + 1 :])
-        index += (place * stride).reshape((-1,) + (1,) * (at_hand.ndim - axis - 1))
+        index += (index_along(x, axis) * stride).reshape((-1,) + (1,) * (x.ndim - axis - 1))
     return index
 
 

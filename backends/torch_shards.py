@@ -6,14 +6,27 @@ process groups that hold the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "local", "norms", "peaks", "sharded_as", "summed", "whole"]
+__all__ = [
+    "index_along",
+    "is_sharded",
+    "local",
+    "norms",
+    "peaks",
+    "regrouped",
+    "resharded_as",
+    "sharded_as",
+    "sharded_like",
+    "shardwise",
+    "summed",
+    "whole",
+]
 
 
 def is_sharded(x: Any) -> bool:
@@ -36,6 +49,83 @@ def sharded_as(x: Any, mask: Tensor) -> Tensor:
     if not is_sharded(x):
         return mask
     return type(x).from_local(mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+
+
+def sharded_like(x: Any, values: Tensor) -> Tensor:
+    """``values``, which every process holds whole and which broadcast to ``x``, in its shards."""
+    if not is_sharded(x) or is_sharded(values) or values.ndim != x.ndim:
+        return values
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    kept = [
+        p if _is_shard(p) and values.shape[p.dim] == x.shape[p.dim] else Replicate()
+        for p in x.placements
+    ]
+    return distribute_tensor(values, x.device_mesh, kept, src_data_rank=None)
+
+
+def index_along(x: Any, axis: int) -> Tensor:
+    """The places along an axis, in the whole tensor, of the entries at hand."""
+    places = torch.arange(x.shape[axis], device=local(x).device)
+    if not is_sharded(x):
+        return places
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    kept = [_moved(p, 0) if _is_shard(p) and p.dim == axis else Replicate() for p in x.placements]
+    return local(distribute_tensor(places, x.device_mesh, kept, src_data_rank=None))
+
+
+def regrouped(x: Any, units: Mapping[int, int]) -> Tensor:
+    """``x``, sharded such that no unit is cut.
+
+    ``units`` maps an axis to the length of a unit along it, 0 for all of it; the others may
+    be cut anywhere. An axis that is cut is exchanged with another one among the processes:
+    each holds as many entries as before.
+    """
+    if not is_sharded(x):
+        return x
+    from torch.distributed.tensor import Shard
+
+    cut = {p.dim for p in x.placements if _is_shard(p) and _cuts(x, p, units.get(p.dim, 1))}
+    if not cut:
+        return x
+    free = [axis for axis in range(x.ndim) if units.get(axis, 1) == 1]
+    if not free:
+        raise ValueError(
+            f"axes {sorted(cut)} of a tensor of shape {tuple(x.shape)} must be sharded at "
+            f"multiples of the pattern's units, or not at all, got {x.placements}"
+        )
+    target = max(free, key=lambda axis: x.shape[axis])
+    moved = [Shard(target) if _is_shard(p) and p.dim in cut else p for p in x.placements]
+    return x.redistribute(placements=moved)
+
+
+def resharded_as(x: Any, result: Tensor) -> Tensor:
+    """``result``, of the shape of ``x``, brought to the sharding of ``x``."""
+    same = not is_sharded(x) or result.placements == x.placements  # type: ignore[attr-defined]
+    return result if same else result.redistribute(placements=x.placements)  # type: ignore[attr-defined]
+
+
+def shardwise(
+    fn: Callable[..., Tensor], *arrays: Any, axes: Mapping[int, int] | None = None
+) -> Tensor:
+    """``fn(*arrays)`` of the entries at hand; ``axes`` maps axes of the first to the result's."""
+    first = arrays[0]
+    if not is_sharded(first):
+        return fn(*arrays)
+    result = fn(*(local(x) for x in arrays))
+    shape = fn(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in arrays)).shape
+    moved = [
+        _moved(p, p.dim if axes is None else axes[p.dim]) if _is_shard(p) else p
+        for p in first.placements
+    ]
+    return type(first).from_local(
+        result,
+        first.device_mesh,
+        moved,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -62,10 +152,36 @@ def summed(values: Tensor, like: Sequence[Tensor]) -> Tensor:
 
 def _reduced(values: Tensor, like: Sequence[Tensor], operation: str) -> Tensor:
     for group, members in _groups(like).items():
-        part = values[members]
+        everywhere = len(members) == len(like)
+        part = values if everywhere else values[members]
         dist.all_reduce(part, getattr(dist.ReduceOp, operation), group=group)
-        values[members] = part
+        if not everywhere:
+            values[members] = part
     return values
+
+
+def _is_shard(placement: Any) -> bool:
+    # Where FSDP cuts what tensor parallelism has cut, torch has a class of its own.
+    return placement.is_shard() or type(placement).__name__ == "_StridedShard"
+
+
+def _moved(placement: Any, axis: int) -> Any:
+    """The placement, along another axis."""
+    if placement.is_shard():
+        return type(placement)(axis)
+    return type(placement)(axis, split_factor=placement.split_factor)
+
+
+def _cuts(x: Any, placement: Any, unit: int) -> bool:
+    """Whether a shard may begin within a unit."""
+    if unit == 1:
+        return False
+    size, along = x.shape[placement.dim], [p for p in x.placements if _is_shard(p)]
+    alone = placement.is_shard() and sum(p.dim == placement.dim for p in along) == 1
+    if unit == 0 or not alone or size % unit:
+        return True
+    count = x.device_mesh.size(list(x.placements).index(placement))
+    return bool(-(-size // count) % unit)
 
 
 def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
@@ -73,10 +189,8 @@ def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
     groups: dict[Any, list[int]] = {}
     for position, x in enumerate(scores):
         for axis, placement in enumerate(getattr(x, "placements", ())):
-            if placement.is_shard():
+            if _is_shard(placement):
                 groups.setdefault(x.device_mesh.get_group(axis), []).append(position)
             elif not placement.is_replicate():
-                raise ValueError(
-                    f"arrays must be sharded or replicated to be projected, got {placement}"
-                )
+                raise ValueError(f"arrays must be sharded or replicated, got {placement}")
     return groups

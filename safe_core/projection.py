@@ -203,14 +203,25 @@ def _select_rows(
         layout = _roles(layout, name, "scope 'row'")
     order = rows_first(layout or Layout(), score.ndim, by_output=by_output)
     pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
-    shape = tuple(score.shape[axis] for axis in order)
-    rows, n = math.prod(shape[:pools]), math.prod(shape[pools:])
+    n = math.prod(score.shape[axis] for axis in order[pools:])
     counts = kept_counts(pattern, n)
-    if rows == 1:
+    if math.prod(score.shape[axis] for axis in order[:pools]) == 1:
         return backend_of(score).keep_largest([score], counts, at, on_host=on_host)[0]
-    table = xp.reshape(xp.permute_dims(score, order), (rows, n))
-    mask = backend_of(score).keep_largest_per_row(table, counts, at, on_host=on_host)
-    return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
+
+    def within(score: Array) -> Array:
+        shape = tuple(score.shape[axis] for axis in order)
+        table = xp.reshape(xp.permute_dims(score, order), (math.prod(shape[:pools]), n))
+        mask = backend_of(score).keep_largest_per_row(table, counts, at, on_host=on_host)
+        return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
+
+    return _by_unit(within, score, dict.fromkeys(order[pools:], 0))
+
+
+def _by_unit(fn: Callable[[Array], Array], score: Array, units: dict[int, int]) -> Array:
+    """A mask by ``fn``, which sees whole units only where the scores are sharded."""
+    backend = backend_of(score)
+    whole = backend.regrouped(score, units)
+    return backend.resharded_as(score, backend.shardwise(fn, whole))
 
 
 def _select_groups(
@@ -218,13 +229,20 @@ def _select_groups(
 ) -> Array:
     """Keep ``n`` of every ``m`` along the input axis."""
     layout = _roles(layout, name, "an N:M pattern", inputs=True)
-    shape, axis = merge(score.shape, layout.input_axes, name)
-    whole = _whole(shape[axis], pattern.m, pattern.ragged, name, "input")
-    head = _slice(xp.reshape(score, shape), axis, whole)
-    grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
-    mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n, on_host)
-    mask = xp.reshape(mask, head.shape)
-    return xp.reshape(_pad(xp, mask, axis, xp.reshape(score, shape)), score.shape)
+    axes = layout.input_axes
+    shape, axis = merge(score.shape, axes, name)
+    _whole(shape[axis], pattern.m, pattern.ragged, name, "input")
+
+    def within(score: Array) -> Array:
+        shape, axis = merge(score.shape, axes, name)
+        whole = _whole(shape[axis], pattern.m, "dense", name, "input")
+        full = xp.reshape(score, shape)
+        head = _slice(full, axis, whole)
+        grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
+        mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n, on_host)
+        return xp.reshape(_pad(xp, xp.reshape(mask, head.shape), axis, full), score.shape)
+
+    return _by_unit(within, score, dict.fromkeys(axes, pattern.m if len(axes) == 1 else 0))
 
 
 def _keep_in_groups(xp: Any, scores: Array, axis: int, n: int, on_host: bool) -> Array:
@@ -260,10 +278,17 @@ def _channels(xp: Any, squares: Array, layout: Layout | None, name: str) -> _Uni
     layout = _roles(layout, name, "a Channel pattern", outputs=True)
     kept = layout.output_axes + layout.batch_axes
     axes = tuple(axis for axis in range(squares.ndim) if axis not in kept)
-    scores = xp.sum(squares, axis=axes, keepdims=True) if axes else squares
+    backend = backend_of(squares)
+    whole = backend.regrouped(squares, dict.fromkeys(axes, 0))
+    scores = whole
+    if axes:
+        scores = backend.shardwise(lambda part: xp.sum(part, axis=axes, keepdims=True), whole)
+
+    def cover(part: Array, mask: Array) -> Array:
+        return mask & xp.ones_like(part, dtype=xp.bool)
 
     def expand(mask: Array) -> Array:
-        return mask & xp.ones_like(squares, dtype=xp.bool)
+        return backend.resharded_as(squares, backend.shardwise(cover, whole, mask))
 
     return _Units(scores, layout, expand)
 
@@ -271,42 +296,78 @@ def _channels(xp: Any, squares: Array, layout: Layout | None, name: str) -> _Uni
 def _blocks(xp: Any, squares: Array, pattern: Block, layout: Layout | None, name: str) -> _Units:
     """Cut the output and input axes into blocks; the units keep their storage order."""
     layout = _roles(layout, name, "a Block pattern", inputs=True, outputs=True)
-    sizes = dict(zip(("output", "input"), pattern.shape, strict=True))
-    roles = {layout.output_axes[0]: "output", layout.input_axes[0]: "input"}
-    merged: list[int] = []  # shape with each role on one axis
-    wholes: list[int] = []  # the same, less the ragged tails
-    split: list[int] = []  # wholes, with each role cut into (blocks, block)
-    inner: list[int] = []  # axes of split that run within a block
-    batch: list[int] = []  # axes of split along which tensors are stacked
-    for axis, size in enumerate(squares.shape):
-        if axis in roles:
-            role = roles[axis]
-            axes = layout.output_axes if role == "output" else layout.input_axes
-            size = merge(squares.shape, axes, name)[0][axis]
-            whole = _whole(size, sizes[role], pattern.ragged, name, role)
-            merged.append(size)
-            wholes.append(whole)
-            inner.append(len(split) + 1)
-            split += [whole // sizes[role], sizes[role]]
-        elif axis not in layout.output_axes + layout.input_axes:
-            if axis in layout.batch_axes:
-                batch.append(len(split))
-            merged.append(size)
-            wholes.append(size)
-            split.append(size)
-    full = xp.reshape(squares, tuple(merged))
-    head = full
-    for axis, whole in enumerate(wholes):
-        head = _slice(head, axis, whole)
-    scores = xp.sum(xp.reshape(head, tuple(split)), axis=tuple(inner), keepdims=True)
+    plan = _BlockPlan.of(squares.shape, pattern, layout, name)
+    for size, unit, role in plan.blocks.values():
+        _whole(size, unit, pattern.ragged, name, role)
+    backend = backend_of(squares)
+    whole = backend.regrouped(squares, plan.units(squares.ndim))
+
+    def add(part: Array) -> Array:
+        own = _BlockPlan.of(part.shape, pattern, layout, name)
+        head = xp.reshape(part, own.merged)
+        for axis, size in enumerate(own.wholes):
+            head = _slice(head, axis, size)
+        return xp.sum(xp.reshape(head, own.split), axis=own.inner, keepdims=True)
+
+    def cover(part: Array, mask: Array) -> Array:
+        own = _BlockPlan.of(part.shape, pattern, layout, name)
+        mask = xp.reshape(xp.broadcast_to(mask, own.split), own.wholes)
+        for axis in range(mask.ndim):
+            mask = _pad(xp, mask, axis, xp.reshape(part, own.merged))
+        return xp.reshape(mask, part.shape)
 
     def expand(mask: Array) -> Array:
-        mask = xp.reshape(xp.broadcast_to(mask, tuple(split)), tuple(wholes))
-        for axis in range(mask.ndim):
-            mask = _pad(xp, mask, axis, full)
-        return xp.reshape(mask, squares.shape)
+        return backend.resharded_as(squares, backend.shardwise(cover, whole, mask))
 
-    return _Units(scores, Layout(batch_axes=tuple(batch)), expand)
+    scores = backend.shardwise(add, whole, axes=plan.places)
+    return _Units(scores, Layout(batch_axes=plan.batch), expand)
+
+
+class _BlockPlan(NamedTuple):
+    """How an array of one shape is cut into blocks."""
+
+    merged: tuple[int, ...]  # shape with each role on one axis
+    wholes: tuple[int, ...]  # the same, less the ragged tails
+    split: tuple[int, ...]  # wholes, with each role cut into (blocks, block)
+    inner: tuple[int, ...]  # axes of split that run within a block
+    batch: tuple[int, ...]  # axes of split along which tensors are stacked
+    places: dict[int, int]  # axis to axis of split, where it may be cut by shards
+    blocks: dict[int, tuple[int, int, str]]  # first axis of a role: its size, a block's, its name
+
+    @classmethod
+    def of(cls, shape: Sequence[int], pattern: Block, layout: Layout, name: str) -> _BlockPlan:
+        shape = tuple(shape)
+        units = dict(zip(("output", "input"), pattern.shape, strict=True))
+        axes_of = {"output": layout.output_axes, "input": layout.input_axes}
+        roles = {axes[0]: role for role, axes in axes_of.items()}
+        merged, wholes, split, inner, batch = [], [], [], [], []
+        places, blocks = {}, {}
+        for axis, size in enumerate(shape):
+            if axis in roles:
+                role = roles[axis]
+                unit = units[role]
+                size = merge(shape, axes_of[role], name)[0][axis]
+                blocks[axis] = (size, unit, role)
+                if len(axes_of[role]) == 1:
+                    places[axis] = len(split)
+                merged.append(size)
+                wholes.append(size - size % unit)
+                inner.append(len(split) + 1)
+                split += [size // unit, unit]
+            elif axis not in layout.output_axes + layout.input_axes:
+                if axis in layout.batch_axes:
+                    batch.append(len(split))
+                places[axis] = len(split)
+                merged.append(size)
+                wholes.append(size)
+                split.append(size)
+        lists = (merged, wholes, split, inner, batch)
+        return cls(*(tuple(found) for found in lists), places, blocks)
+
+    def units(self, ndim: int) -> dict[int, int]:
+        """Lengths along the axes that shards must not cut, 0 for the whole axis."""
+        alone = {axis: self.blocks[axis][1] if axis in self.blocks else 1 for axis in self.places}
+        return {axis: alone.get(axis, 0) for axis in range(ndim)}
 
 
 def _roles(

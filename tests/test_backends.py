@@ -270,12 +270,23 @@ ACROSS_SHARDS = """[
     (Block((4, 4), 0.4), ("d",), False),
     (Block((4, 4), 0.4), (None, "d"), True),
 ]"""
+REGROUPED = """[
+    (NM(2, 4), (None, "d"), True),
+    (NM(8, 32), (None, "d"), False),
+    (NM(2, 5, "dense"), (None, "d"), False),
+    (Block((2, 4), 0.4), ("d",), False),
+    (Block((4, 4), 0.4), (None, "d"), True),
+    (Channel(0.4), (None, "d"), True),
+]"""
 
 
 @pytest.mark.parametrize(
     ("axis_type", "cases"),
-    [("AxisType.Auto", ENTRIES), ("AxisType.Auto", ACROSS_SHARDS), ("AxisType.Explicit", ENTRIES)],
-    ids=["auto", "auto-across-shards", "explicit"],
+    [
+        ("AxisType.Auto", ENTRIES + " + " + ACROSS_SHARDS),
+        ("AxisType.Explicit", ENTRIES + " + " + REGROUPED),
+    ],
+    ids=["auto", "explicit"],
 )
 def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> None:
     flags = "--xla_force_host_platform_device_count=8"

@@ -265,6 +265,13 @@ def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None
     assert all(line.endswith("agrees") for line in cases), cases
 
 
+def test_every_pattern_selects_over_shards(sharded_output: list[str]) -> None:
+    cases = [line for line in sharded_output if line.startswith("pattern")]
+    assert cases == ["pattern agrees"] * (12 * 2 + 3)
+    (refusal,) = [line for line in sharded_output if line.startswith("refused")]
+    assert "must be sharded at multiples of the pattern's units" in refusal
+
+
 def test_shards_round_as_the_whole_rounds(sharded_output: list[str]) -> None:
     assert [line for line in sharded_output if "rounding" in line] == ["rounding agrees"] * 12
 
@@ -289,7 +296,9 @@ def work(rank, path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
-    from safe_core import Unstructured, project
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from safe_core import NM, Block, Channel, Layout, Unstructured, project
+    from safe_core.backends.torch_shards import sharded_like
     from safe_core.backends import backend_of
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=4)
     line = init_device_mesh("cpu", (4,))
@@ -317,6 +326,45 @@ def work(rank, path):
             same = torch.equal(a, b.full_tensor() if hasattr(b, "full_tensor") else b)
             if rank == 0:
                 print("rounding", "agrees" if same else "differs")
+    strided = _StridedShard(0, split_factor=2)
+    weight = torch.round(2 * torch.randn(16, 24)) * 0.7
+    stacked = torch.round(2 * torch.randn(4, 6, 8)) * 0.7
+    per_input = torch.arange(24.0) % 5
+    experts = Layout(input_axes=(2,), output_axes=(1,), batch_axes=(0,))
+    for pattern, x, plan, moved in (
+        (NM(2, 4), weight, (line, [rows]), False),
+        (NM(2, 4), weight, (line, [columns]), True),
+        (NM(2, 6), weight, (line, [columns]), False),
+        (NM(5, 24), weight, (grid, [columns, rows]), True),
+        (NM(2, 5, "dense"), weight, (grid, [strided, rows]), False),
+        (Unstructured(0.4, "row"), weight, (line, [columns]), True),
+        (Unstructured(0.4, "row"), weight, (grid, [rows, columns]), True),
+        (Unstructured(0.4), weight, (grid, [strided, rows]), False),
+        (Unstructured(0.4, "tensor"), stacked, (line, [columns]), True),
+        (Channel(0.4), weight, (line, [columns]), True),
+        (Channel(0.4), weight, (grid, [strided, rows]), False),
+        (Channel(0.4, "tensor"), stacked, (grid, [rows, Shard(2)]), True),
+        (Block((4, 4), 0.4), weight, (line, [rows]), False),
+        (Block((4, 2), 0.4), weight, (grid, [rows, columns]), False),
+        (Block((2, 2), 0.4, "tensor"), stacked, (line, [rows]), False),
+    ):
+        part, layout = distribute_tensor(x, *plan), experts if x is stacked else None
+        for p in (None, per_input) if x is weight else (None,):
+            q = p if p is None else sharded_like(part, p.reshape(1, -1))
+            wanted = project(x, pattern, p, layout=layout)
+            with CommDebugMode() as calls:
+                got = project(part, pattern, q, layout=layout)
+            # Over gloo, torch gathers in the place of an exchange of all with all.
+            gathers = any("gather" in str(call) for call in calls.get_comm_counts())
+            same = torch.equal(got.values.full_tensor(), wanted.values) and (
+                got.support.placements == part.placements) and gathers == moved
+            if rank == 0:
+                print("pattern", "agrees" if same else f"differs {pattern} {plan} {gathers}")
+    try:
+        project(distribute_tensor(weight, line, [rows]), Block((8, 24), 0.4))
+    except ValueError as error:
+        if rank == 0:
+            print("refused", error)
     moved = [0]
     for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast"):
         def count(tensor, *args, _call=getattr(dist, name), **kwargs):
