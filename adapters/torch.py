@@ -22,13 +22,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from safe_core import Method, SplitState, Targets
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
-from safe_core.backends.torch_shards import is_sharded
+from safe_core.backends.torch_shards import is_sharded, sharded_like
 from safe_core.layout import Layout, place_importance
 from safe_core.sharpness import norm
 
 from . import torch_lists
-from .torch_groups import GroupRules, select_parameters
-from .torch_modules import RandomState, statistics_kept
+from .torch_closures import GradientWatch
+from .torch_groups import GroupRules, Target, refuse_flat_parameters, select_parameters
+from .torch_modules import RandomState, forget_copies, statistics_kept
 from .torch_report import Report, TensorReport
 from .torch_state import pack, unpack
 
@@ -155,16 +156,14 @@ class SparseOptimizer(Optimizer):
         self.compile = compile
         self.replay_rng = replay_rng
         self.frozen = False
-        self._targets = select_parameters(base.param_groups, method, model, where, layout)
         self._rules = (model, where, layout)
         self._importance = importance
+        self._targets: dict[Tensor, Target]
+        self._select()
         self._make_kernels()
         self._phase = ""  # "", "perturbed" within the block, "ready" after it
         self._first: dict[Tensor, Tensor] = {}  # gradients at x, where they are reused
         self._checked_rounding = False
-        self._check_fit()
-        if compile and any(is_sharded(p) for group in self.param_groups for p in group["params"]):
-            raise ValueError("compile must be False for sharded parameters, got True")
 
     # The step
 
@@ -184,7 +183,7 @@ class SparseOptimizer(Optimizer):
         on entry: compute the loss and call ``backward()`` again inside. Restores too
         when the block raises. Needs no unscaling under a gradient scaler. At a step that
         does not perturb, the parameters stay at x. The first gradients serve the ascent
-        alone, and may be of a part of the batch.
+        alone, and may be of a part of the batch, unless the method reuses a direction.
 
         Parameters
         ----------
@@ -199,12 +198,16 @@ class SparseOptimizer(Optimizer):
         """
         if self._phase == "perturbed":
             raise ValueError("perturbed() must not be entered within perturbed()")
+        if replay is not None and not isinstance(replay, RandomState):
+            raise TypeError(f"replay must be a RandomState or None, got {replay!r}")
+        self._phase, self._first = "", {}
         try:
             with self._at_perturbed_point(replay):
                 yield
         finally:
             with torch.no_grad():
                 self._moved.restore()
+            self._forget_copies()
 
     @contextmanager
     def _at_perturbed_point(self, replay: RandomState | None) -> Iterator[None]:
@@ -213,7 +216,7 @@ class SparseOptimizer(Optimizer):
         if not params:
             raise ValueError(
                 "perturbed() needs the gradients of a first loss.backward(), got None for "
-                "every parameter"
+                "every parameter; an optimizer must be made after its model is wrapped or sharded"
             )
         sparse = self._sparse_parameters()  # z and u start from x, not from x + e
         try:
@@ -229,6 +232,7 @@ class SparseOptimizer(Optimizer):
                     }
             self.zero_grad()
             self._phase = "perturbed"
+            self._forget_copies()
             with statistics_kept(self._rules[0]), RandomState.replayed(replay):
                 yield
         except BaseException:
@@ -270,60 +274,69 @@ class SparseOptimizer(Optimizer):
             raise TypeError(f"closure must be a function or None, got {type(closure)!r}")
         if closure is None and self._phase != "ready" and self._only_initialises():
             self.base.step()
+            self.state.update({p: {} for p in self._trainable() if p not in self.state})
             return None
         if closure is None:
             self._check_perturbed()
             self._take_step()
             return None
-        replay = RandomState.record() if self.replay_rng else None
         try:
-            with torch.enable_grad():
-                earlier = self._gradient_versions() if self.perturbs else {}
-                loss = closure()
-                idle = bool(earlier) and all(
-                    p.grad is gradient and gradient._version == version
-                    for p, (gradient, version) in earlier.items()
-                )
-                if idle:  # as a trainer's that has called backward() by itself
-                    self._check_perturbed()
-                elif self.perturbs:
-                    self._refuse_accumulation(earlier)
-                    with self._at_perturbed_point(replay):
-                        closure()
+            loss = self._call(closure)
             self._take_step()
         finally:
             self._moved.restore()
+            self._forget_copies()
         return loss
 
-    def _gradient_versions(self) -> dict[Tensor, tuple[Tensor, int]]:
-        return {p: (p.grad, p.grad._version) for p in self._trainable() if p.grad is not None}
+    def _call(self, closure: Callable[[], Any]) -> Any:
+        """Call a closure at x and, where the step perturbs, at x + e, where it stays."""
+        if not self.perturbs:
+            with torch.enable_grad():
+                return closure()
+        replay = RandomState.record() if self.replay_rng else None
+        watch = GradientWatch(self._trainable())
+        try:
+            with torch.enable_grad():
+                loss = closure()
+            ignored, added = watch.ignored, watch.added
+        finally:
+            watch.put_back()
+        if ignored:  # as by that of a trainer that has called backward() by itself
+            self._check_perturbed()
+            return loss
+        if added:
+            raise ValueError(
+                "closure must clear the gradients before backward(), got one that adds to "
+                "those before it. The second gradient of an accumulated batch needs all its "
+                "parts again: take the phases, with `with optimizer.perturbed():`, which in "
+                "Lightning means manual optimization"
+            )
+        if self._has_gradient():
+            with torch.enable_grad(), self._at_perturbed_point(replay):
+                closure()
+        return loss
 
-    def _refuse_accumulation(self, earlier: dict[Tensor, tuple[Tensor, int]]) -> None:
-        """Refuse a closure that adds to gradients which the second call cannot repeat.
+    def _forget_copies(self) -> None:
+        forget_copies(self._rules[0] if self._sharded else None)
 
-        Written to once, they were not zeroed before.
-        """
-        for p, (gradient, version) in earlier.items():
-            if p.grad is gradient and gradient._version == version + 1:
-                raise ValueError(
-                    "closure must clear the gradients before backward(), got one that adds to "
-                    "those before it. The second gradient of an accumulated batch needs all its "
-                    "parts again: take the phases, with `with optimizer.perturbed():`, which in "
-                    "Lightning means manual optimization"
-                )
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for p in self._trainable())
 
     def _check_perturbed(self) -> None:
         if self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
             raise ValueError(
                 "step() needs a gradient at the perturbed point, for the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
-                "`with optimizer.perturbed():` first; allow_unperturbed=True lifts this. "
-                "Got closure=None"
+                "`with optimizer.perturbed():` first, of an optimizer that a trainer has wrapped "
+                "`with perturbed(optimizer):` from safe_core.adapters.torch_trainers, with Hugging "
+                "Face its SparseTrainerMixin; allow_unperturbed=True lifts this. Got closure=None"
             )
 
     def _take_step(self) -> None:
         """Everything after the gradients; brings x back if that is still to do."""
         self._phase = ""
+        if not self._has_gradient():
+            return  # as optimizers of torch do
         sparse = self._sparse_parameters()
         if self.frozen:
             self._mask_gradients(sparse)
@@ -378,14 +391,20 @@ class SparseOptimizer(Optimizer):
         self._refuse_within_perturbed("finalize()")
         _check_flags(freeze=freeze)
         with self._as_started() as sparse:
-            support = self._final_support(sparse, importance)
             values = [p.detach() for p in sparse]
-            kept = backend_of(values[0]).where_kept(values, support) if values else []
-        torch_lists.copy_([p.detach() for p in sparse], kept)
+            if values and backend_of(values[0]).has_nan(values):
+                bad = [self._targets[p].name for p in sparse if bool(p.isnan().any())]
+                raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
+            support = self._final_support(sparse, importance)
+        torch_lists.mask_(values, support)
         if freeze and not self.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
                 self.state[p] = {"support": mask}
+                # Momentum of a base that sums it otherwise than per entry would fill zeros.
+                held = self.base.state.get(p, {}).values()
+                likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
+                torch_lists.mask_(likes, [mask] * len(likes))
             self.frozen = True
 
     def _final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
@@ -417,7 +436,7 @@ class SparseOptimizer(Optimizer):
         """
         with self._as_started() as sparse:
             support = self._final_support(sparse, None)
-        filled = [int(((p != 0) & ~mask).sum()) for p, mask in zip(sparse, support, strict=True)]
+        filled = torch_lists.count_filled(sparse, support)
         broken = [
             f"{self._targets[p].name} ({count} too many)"
             for p, count in zip(sparse, filled, strict=True)
@@ -433,6 +452,7 @@ class SparseOptimizer(Optimizer):
         Computes a projection and a dual update on copies, and changes nothing. See
         `TensorReport` for the figures.
         """
+        self._refuse_within_perturbed("report()")
         if self.frozen:
             raise ValueError("report() must come before the support is frozen, got frozen=True")
         found: dict[Tensor, TensorReport] = {}
@@ -492,11 +512,15 @@ class SparseOptimizer(Optimizer):
         before = self._targets
         self.base.add_param_group(param_group)
         try:
-            self._targets = select_parameters(self.param_groups, self.method, *self._rules)
-            self._check_fit()
-        except (TypeError, ValueError):
+            self._select()
+            if self.frozen and len(self._targets) > len(before):
+                raise ValueError(
+                    "param_group must not be sparse once the support is frozen: give it "
+                    '"sparsify": False'
+                )
+        except BaseException:
             self.param_groups.pop()
-            self._targets = before
+            self._targets, self._seen = before, self._groups_now()
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -510,8 +534,11 @@ class SparseOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._refuse_within_perturbed("state_dict()")
+        started = any("support" in entries for entries in self.state.values())
         with self._as_started():
-            own = {p: dict(entries) for p, entries in self.state.items()}
+            # Every parameter has an entry, for torch.distributed.checkpoint wants one.
+            own = {p: dict(self.state.get(p, {})) for p in self._trainable()}
+            own |= {p: dict(entries) for p, entries in self.state.items()}
         if self._reuses:
             for p in self._trainable():
                 # Zero until it is known, so that a checkpoint has a place for it.
@@ -519,12 +546,12 @@ class SparseOptimizer(Optimizer):
                 empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
                 own.setdefault(p, {}).setdefault("flat_direction", empty)
         merged = pack(
-            self.base.state_dict(),
-            self.param_groups,
+            self.base,
             own,
             self.method,
             steps=self.steps,
             frozen=self.frozen,
+            started=started,
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
@@ -534,6 +561,8 @@ class SparseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; nothing changes if it does not fit.
 
+        Where the support is frozen, parameters are masked by it.
+
         Anchors and supports keep dtypes of their own, which the loading of a plain
         optimizer would cast to the parameter's.
 
@@ -541,13 +570,16 @@ class SparseOptimizer(Optimizer):
         ------
         ValueError
             If the state lacks our entries, or they are those of other parameters or of an
-            optimizer with another importance or another method.
+            optimizer with another importance, method or base.
         """
         self._refuse_within_perturbed("load_state_dict()")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict)!r}")
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
-        found = unpack(loaded, self.param_groups, self._targets, self.method, self._importance)
+        self._follow_groups()
+        found = unpack(loaded, self.base, self._targets, self.method, self._importance)
         self.base.load_state_dict(found.base)
         self.param_groups = self.base.param_groups
         self.state.clear()
@@ -560,6 +592,7 @@ class SparseOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_within_perturbed("a copy")
         own = (
             "base",
             "method",
@@ -571,13 +604,15 @@ class SparseOptimizer(Optimizer):
             "_targets",
             "_rules",
             "_importance",
+            "_checked_rounding",
+            "_sharded",
         )
         kept = {name: self.__dict__[name] for name in own}
-        dropped = {"_phase": "", "_first": {}, "_checked_rounding": True}
-        return {**super().__getstate__(), **kept, **dropped}
+        return {**super().__getstate__(), **kept, "_phase": "", "_first": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen = self._groups_now()
         self._make_kernels()
 
     # Parts of the step
@@ -609,7 +644,7 @@ class SparseOptimizer(Optimizer):
         """rho or penalty of every parameter, negative where the loss is maximised."""
         found: dict[Tensor, float] = {}
         for group in self.param_groups:
-            value = float(getattr(GroupRules.read(group, self.method), setting)(self.steps))
+            value = GroupRules.read(group, self.method).at(setting, self.steps)
             signed = -value if group.get("maximize") else value
             found.update(dict.fromkeys(group["params"], signed))
         return found
@@ -625,10 +660,7 @@ class SparseOptimizer(Optimizer):
 
     def _mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
         """Set tensors to zero off the support of their parameters."""
-        masks = [self.state[p]["support"] for p in params]
-        values = [t.detach() for t in tensors]
-        if values:
-            torch_lists.copy_(values, backend_of(values[0]).where_kept(values, masks))
+        torch_lists.mask_([t.detach() for t in tensors], [self.state[p]["support"] for p in params])
 
     def _mask_gradients(self, sparse: list[Tensor]) -> None:
         if self.frozen:
@@ -641,11 +673,15 @@ class SparseOptimizer(Optimizer):
 
     def _sparse_parameters(self) -> list[Tensor]:
         """The active parameters; starts the split of new ones."""
+        self._follow_groups()
         sparse = self._active()
-        new = [p for p in sparse if p not in self.state]
+        new = [p for p in sparse if not self._is_started(p)]
         if new:
             self._start(new)
         return sparse
+
+    def _is_started(self, p: Tensor) -> bool:
+        return p in self.state and "support" in self.state[p]
 
     @contextmanager
     def _as_started(self) -> Iterator[list[Tensor]]:
@@ -654,12 +690,15 @@ class SparseOptimizer(Optimizer):
         To look at an optimizer must not fix where z and u start: weights may still be
         loaded into the model.
         """
-        new = [p for p in self._active() if p not in self.state]
+        self._follow_groups()
+        new = [p for p in self._active() if not self._is_started(p)]
+        before = {p: dict(self.state[p]) for p in new if p in self.state}
         try:
             yield self._sparse_parameters()
         finally:
             for p in new:
                 self.state.pop(p, None)
+            self.state.update(before)
 
     @torch.no_grad()
     def _start(self, params: list[Tensor]) -> None:
@@ -675,10 +714,42 @@ class SparseOptimizer(Optimizer):
                 placed = self._placed(self._importance, members)
             split = method.init(values, self._targets_of(members), placed)
             source = method.init_importance(values)
-            for p in members:
-                self.state[p] = {}
             self._store(members, split)
             self._store_importance(members, source if placed is None else placed)
+
+    def _select(self) -> None:
+        """Choose the sparse parameters among the groups as they are."""
+        self._targets = select_parameters(self.param_groups, self.method, *self._rules)
+        self._check_fit()
+        self._seen = self._groups_now()
+        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
+        if self.compile and self._sharded:
+            raise ValueError("compile must be False for sharded parameters, got True")
+
+    def _groups_now(self) -> list[Any]:
+        return [
+            ([id(p) for p in group["params"]], group.get("sparsity"), group.get("sparsify"))
+            for group in self.param_groups
+        ]
+
+    def _follow_groups(self) -> None:
+        """Select anew where settings were changed, or a trainer has exchanged parameters."""
+        if self._seen == self._groups_now():
+            return
+        here = {p for group in self.param_groups for p in group["params"]}
+        gone = [p for p in self.state if p not in here]
+        if any(self.state[p] for p in gone):
+            raise ValueError(
+                "param_groups must keep the parameters that training has begun with, got others "
+                f"in the place of {len(gone)}: make the optimizer after its model is wrapped or "
+                "sharded"
+            )
+        for p in gone:
+            del self.state[p]
+        self._select()
+        for p in [p for p in self.state if p not in self._targets]:
+            for key in ("anchor", "support", "importance"):
+                self.state[p].pop(key, None)
 
     def _check_fit(self) -> None:
         """Raise now what would be raised at the first step, at no cost in memory."""
@@ -728,7 +799,8 @@ class SparseOptimizer(Optimizer):
         """Whether a step would only make the base optimizer create its state.
 
         torch.distributed.checkpoint takes one with zero learning rates and gradients
-        before it saves or loads. It is no step of the method.
+        before it saves or loads, unless `state` holds something. It is no step of the
+        method.
         """
         return (
             self.steps == 0
@@ -802,7 +874,11 @@ class SparseOptimizer(Optimizer):
         """Say once, at the first perturbation, that 16-bit parameters swallow it."""
         if self._checked_rounding or all(p.element_size() > 2 for p in params):
             return
-        steps = self.method.perturb(params, gradients, self.steps)
+        radii = self._signed("rho")
+        widest = max(abs(radii[p]) for p in params)
+        if widest == 0:
+            return
+        steps = self.method.perturb(params, gradients, self.steps, rho=widest)
         length = float(norm(steps))
         if length == 0:  # as of a gradient that is zero or not finite
             return
@@ -849,9 +925,10 @@ class SparseOptimizer(Optimizer):
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
             given = torch.as_tensor(importance[name], device=p.device)
-            placed.append(place_importance(given, p.detach(), layout, name).clone())
+            placed.append(place_importance(given, p.detach(), layout, name))
         check_importance(placed, [self._targets[p].name for p in params])
-        return placed
+        pairs = zip(params, placed, strict=True)
+        return [sharded_like(p.detach(), own).clone() for p, own in pairs]
 
 
 def _check_arguments(
@@ -862,14 +939,17 @@ def _check_arguments(
     layout: Any,
     importance: Any,
 ) -> None:
-    if not isinstance(base, Optimizer) or isinstance(base, SparseOptimizer):
+    if not isinstance(base, Optimizer):
         raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
+    if isinstance(base, SparseOptimizer):
+        raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base must not need a closure of its own, got LBFGS")
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    refuse_flat_parameters(model)
     if where is not None and not callable(where):
         raise TypeError(f"where must be a function of name and parameter, got {where!r}")
     if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):

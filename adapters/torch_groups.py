@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from safe_core import Method
+from safe_core import Method, _checks
 from safe_core.layout import Layout, chosen_layout
 from safe_core.schedules import Constant, Schedule, as_schedule
 from safe_core.sparsity import Pattern, as_pattern
 
 from .torch_weights import prunable_weights
 
-__all__ = ["SETTINGS", "GroupRules", "Target", "described", "numbered", "select_parameters"]
+__all__ = [
+    "SETTINGS",
+    "GroupRules",
+    "Target",
+    "described",
+    "numbered",
+    "pattern_of",
+    "refuse_flat_parameters",
+    "select_parameters",
+]
 
 SETTINGS = ("rho", "penalty", "sparsity")
 """Options of a param group that stand for those of the method."""
@@ -46,6 +56,11 @@ class GroupRules(NamedTuple):
     def perturbs(self) -> bool:
         """Whether the radius is not known to be 0 at every step."""
         return not (isinstance(self.rho, Constant) and self.rho.value == 0)
+
+    def at(self, setting: str, step: int) -> float:
+        """The radius or the penalty at a step."""
+        value = getattr(self, setting)(step)
+        return _checks.real(f"{setting} of a param group at step {step}", value, low=0.0)
 
     @classmethod
     def read(cls, group: Mapping[str, Any], method: Method) -> GroupRules:
@@ -87,7 +102,10 @@ def select_parameters(
     names_seen = set(known.values())
     for g, group in enumerate(groups):
         GroupRules.read(group, method)
-        pattern = as_pattern(group.get("sparsity", method.sparsity))
+        sparsify = group.get("sparsify")
+        if sparsify is not None and not isinstance(sparsify, bool):
+            raise TypeError(f"sparsify of a param group must be True or False, got {sparsify!r}")
+        pattern = pattern_of(group, method)
         placeholders = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
         names = group.get("param_names", placeholders)
         for p, given in zip(group["params"], names, strict=True):
@@ -95,12 +113,12 @@ def select_parameters(
             names_seen.add(name)
             if p.is_complex():
                 raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
-            if group.get("sparsify") is False:
+            if sparsify is False:
                 chosen = False
             elif where is not None:
                 chosen = bool(where(name, p))
             else:
-                chosen = p in weights if model is not None else bool(group.get("sparsify"))
+                chosen = p in weights if model is not None else bool(sparsify)
             if chosen:
                 if not p.is_floating_point():
                     raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
@@ -118,6 +136,28 @@ def select_parameters(
     return selected
 
 
+def pattern_of(group: Mapping[str, Any], method: Method) -> Pattern:
+    """The constraint of a param group."""
+    if "sparsity" not in group:
+        return method.sparsity
+    try:
+        return as_pattern(group["sparsity"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"of a param group, {error}") from None
+
+
+def refuse_flat_parameters(model: nn.Module | None) -> None:
+    """Raise for a model under the first FSDP, whose parameters are flat pieces."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if model is None or fsdp is None:
+        return
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model must be sharded by torch.distributed.fsdp.fully_shard, got one of "
+            "FullyShardedDataParallel, whose parameters have lost their axes"
+        )
+
+
 def described(value: Any) -> str:
     """What a method says of itself, the same in every process.
 
@@ -130,6 +170,8 @@ def described(value: Any) -> str:
         return f"{type(value).__name__}({', '.join(parts)})"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
+    if type(value).__repr__ == object.__repr__:
+        return type(value).__qualname__
     return repr(value)
 
 

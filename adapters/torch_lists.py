@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safe_core.backends.torch_shards import is_sharded, local
+from safe_core.backends.torch_shards import is_sharded, local, summed
 from safe_core.sharpness import Direction
 
 __all__ = [
@@ -19,11 +19,14 @@ __all__ = [
     "add_penalty_",
     "add_penalty_traced_",
     "copy_",
+    "count_filled",
+    "mask_",
     "move_traced_",
     "widened",
 ]
 
 _GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
+_LARGE_GROUP = 2**26  # entries for which an accelerator may keep what is only added
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -161,6 +164,22 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(_at_hand(targets), _at_hand(sources))
 
 
+def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Set tensors to +0 where their masks are false."""
+    for tensor, mask in zip(_at_hand(tensors), _at_hand(masks), strict=True):
+        tensor.masked_fill_(~mask, 0)
+
+
+def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:
+    """How many entries off its mask each tensor holds that are not zero; reads once."""
+    if not tensors:
+        return []
+    pairs = zip(_at_hand(tensors), _at_hand(masks), strict=True)
+    counts = [((x != 0) & ~mask).sum() for x, mask in pairs]
+    found = torch.stack([count.to(counts[0].device) for count in counts])
+    return [int(count) for count in summed(found, tensors).tolist()]
+
+
 def _at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local(x.detach()) for x in tensors]
 
@@ -184,11 +203,11 @@ def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of a list: of `_GROUP` entries on the CPU, all of it elsewhere."""
+    """Slices of a list, of as many entries as suit its device."""
     start, size = 0, 0
     for stop, tensor in enumerate(tensors, 1):
         size += tensor.numel()
-        if size >= _GROUP and tensor.device.type == "cpu":
+        if size >= (_GROUP if tensor.device.type == "cpu" else _LARGE_GROUP):
             yield slice(start, stop)
             start, size = stop, 0
     if start < len(tensors):

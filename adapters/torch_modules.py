@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim.swa_utils import update_bn
 
 from safe_core import _checks
 
-__all__ = ["RandomState", "recalibrate", "statistics_kept"]
+__all__ = ["RandomState", "forget_copies", "recalibrate", "statistics_kept"]
 
 
 class RandomState(NamedTuple):
@@ -68,6 +70,20 @@ class RandomState(NamedTuple):
             torch.cuda.set_rng_state_all(self.cuda)
 
 
+def forget_copies(model: nn.Module | None) -> None:
+    """Let the next forward pass read the parameters themselves, which were moved in place.
+
+    Autocast keeps their 16-bit casts until its outermost block ends, and FSDP, where asked
+    to, the parameters that it has gathered.
+    """
+    torch.clear_autocast_cache()
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if model is not None and fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 @contextmanager
 def statistics_kept(model: nn.Module | None) -> Iterator[None]:
     """Let no forward pass change the running statistics of normalisation layers.
@@ -119,7 +135,7 @@ def recalibrate(
     Raises
     ------
     TypeError, ValueError
-        If ``samples`` is not a positive integer.
+        If ``samples`` is not a positive integer, or ``batches`` hold nothing or no tensors.
 
     References
     ----------
@@ -134,8 +150,24 @@ def recalibrate(
     """
     if samples is not None:
         _checks.integer("samples", samples, low=1)
-        batches = _limited(batches, samples)
-    update_bn(batches, model, device)
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    first, rest = _first(batches)
+    batches = itertools.chain([first], rest)
+    update_bn(batches if samples is None else _limited(batches, samples), model, device)
+
+
+def _first(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    rest = iter(batches)
+    for first in rest:
+        inputs = first[0] if isinstance(first, (list, tuple)) else first
+        if not torch.is_tensor(inputs):
+            raise TypeError(
+                "batches must be tensors, or tuples or lists that begin with one, got "
+                f"{type(inputs)!r}"
+            )
+        return first, rest
+    raise ValueError("batches must not be empty, for the statistics are reset; got none")
 
 
 def _limited(batches: Iterable[Any], samples: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safe_core import SplitState
+from safe_core.backends.torch_shards import local, summed
 from safe_core.schedules import Cubic
 from safe_core.sparsity import NM, Pattern
 from safe_core.splitting import recover
@@ -63,27 +64,32 @@ class TensorReport(NamedTuple):
     ) -> list[TensorReport]:
         """Compute the figures of tensors that are projected together; reads once."""
         z, z_now = recover(split)[0], recover(update)[0]
-        figures = [
+        lists = (values, final, split.support, update.support, z, z_now)
+        sums = [
             torch.stack(
                 [
-                    1 - _mean(kept),
-                    _mean(x == 0),
-                    _norm(torch.where(kept, 0, x)),
-                    _mean(old != new),
-                    _norm(x - a),
-                    penalty * _norm(b - a),
+                    _count(~kept),
+                    _count(x == 0),
+                    _squares(torch.where(kept, 0, x)),
+                    _count(old != new),
+                    _squares(x - a),
+                    _squares(b - a),
                 ]
             )
-            for x, kept, old, new, a, b, penalty in zip(
-                values, final, split.support, update.support, z, z_now, penalties, strict=True
+            for x, kept, old, new, a, b in zip(
+                *([local(t) for t in tensors] for tensors in lists), strict=True
             )
         ]
-        rows = torch.stack([row.to(figures[0].device) for row in figures]).tolist()
-        asked = _asked(pattern)
-        return [
-            cls(name, x.numel(), asked, *row)
-            for name, x, row in zip(names, values, rows, strict=True)
-        ]
+        table = torch.stack([row.to(sums[0].device) for row in sums])
+        rows, asked = [], _asked(pattern)
+        for name, x, penalty, found in zip(
+            names, values, penalties, summed(table, values).tolist(), strict=True
+        ):
+            off, zeros, distance, churned, primal, dual = found
+            n = max(x.numel(), 1)
+            norms = distance**0.5, churned / n, primal**0.5, penalty * dual**0.5
+            rows.append(cls(name, x.numel(), asked, off / n, zeros / n, *norms))
+        return rows
 
 
 class Report(NamedTuple):
@@ -128,9 +134,10 @@ class Report(NamedTuple):
         """Return a `rich.table.Table`, to be printed by `rich.print`; needs rich."""
         from rich.table import Table
 
-        table = Table(title=f"step {self.step}")
-        for key in TensorReport._fields:
-            table.add_column(key.replace("_", " "), justify="left" if key == "name" else "right")
+        table = Table(title=f"step {self.step}", padding=(0, 0))
+        table.add_column("name", overflow="fold", ratio=1)
+        for key in TensorReport._fields[1:]:
+            table.add_column(key.removesuffix("_residual"), justify="right", no_wrap=True)
         for row in self.tensors:
             table.add_row(row.name, f"{row.entries:,}", *(f"{value:.3g}" for value in row[2:]))
         return table
@@ -144,9 +151,10 @@ def _asked(pattern: Pattern) -> float:
     )
 
 
-def _mean(mask: Tensor) -> Tensor:
-    return mask.sum(dtype=torch.float32) / max(mask.numel(), 1)
+def _count(mask: Tensor) -> Tensor:
+    return mask.sum(dtype=torch.float32)
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).float()
+def _squares(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.float() ** 2

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from safe_core import Method
 from safe_core.layout import broadcasts
 
-from .torch_groups import SETTINGS, Target, described, numbered
+from .torch_groups import SETTINGS, Target, described, numbered, pattern_of
 
 __all__ = ["Unpacked", "pack", "unpack"]
 
 _PREFIX = "safe_"
 _STEPS = _PREFIX + "steps"
 _FROZEN = _PREFIX + "frozen"
+_STARTED = _PREFIX + "started"
 _METHOD = _PREFIX + "method"
+_BASE = _PREFIX + "base"
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -45,31 +49,40 @@ class Unpacked(NamedTuple):
 
 
 def pack(
-    base: dict[str, Any],
-    param_groups: list[dict[str, Any]],
+    base: Optimizer,
     own: Mapping[Tensor, Mapping[str, Tensor]],
     method: Method,
     *,
     steps: int,
     frozen: bool,
+    started: bool,
 ) -> dict[str, Any]:
-    """Return the state dict ``base`` with our entries in it, each named ``safe_...``.
+    """Return the state dict of ``base`` with our entries in it, each named ``safe_...``.
 
-    Step count and method go into every group.
+    Step count, method and the like go into every group. Before z and u have ``started``
+    their entries only show what will be there.
     """
-    state = {index: dict(entry) for index, entry in base["state"].items()}
-    for index, parameter in numbered(base["param_groups"], param_groups):
+    packed = base.state_dict()
+    state = {index: dict(entry) for index, entry in packed["state"].items()}
+    for index, parameter in numbered(packed["param_groups"], base.param_groups):
         named = {_PREFIX + key: value for key, value in own.get(parameter, {}).items()}
-        if named:
+        if parameter in own:
             state.setdefault(index, {}).update(named)
-    ours = {_STEPS: steps, _METHOD: described(method), **({_FROZEN: True} if frozen else {})}
-    groups = [{**_plain_options(group), **ours} for group in base["param_groups"]]
-    return {**base, "state": state, "param_groups": groups}
+    ours = {_STEPS: steps, _FROZEN: frozen, _STARTED: started, _BASE: type(base).__qualname__}
+    groups = [
+        {**_plain_options(saved), **ours, _METHOD: _method_of(group, method)}
+        for saved, group in zip(packed["param_groups"], base.param_groups, strict=True)
+    ]
+    return {**packed, "state": state, "param_groups": groups}
+
+
+def _method_of(group: Mapping[str, Any], method: Method) -> str:
+    return described(replace(method, sparsity=pattern_of(group, method)))
 
 
 def unpack(
     loaded: dict[str, Any],
-    param_groups: list[dict[str, Any]],
+    base: Optimizer,
     targets: Mapping[Tensor, Target],
     method: Method,
     importance: Any,
@@ -78,7 +91,7 @@ def unpack(
 
     ``importance`` is what the optimizer was given as such: a mapping, a function or None.
     """
-    groups, steps, frozen = _read_groups(loaded, param_groups, method)
+    groups, steps, frozen, started = _read_groups(loaded, base, method)
     theirs: dict[Any, Any] = {}
     ours: dict[Any, dict[str, Tensor]] = {}
     for index, entry in loaded["state"].items():
@@ -87,14 +100,19 @@ def unpack(
         theirs |= {index: rest} if rest else {}
         ours |= {index: mine} if mine else {}
     own: State = {}
-    for index, parameter in numbered(groups, param_groups):
+    for index, parameter in numbered(groups, base.param_groups):
+        if not started:
+            break
         entries = ours.get(index, {})
         flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
         if parameter in targets and (parameter.requires_grad or index in ours):
             name = targets[parameter].name
             own[parameter] = _read_entries(name, parameter, entries, method, importance, frozen)
         elif entries:
-            raise ValueError(f"state_dict makes parameter {index} sparse, which is not here")
+            raise ValueError(
+                f"state_dict makes parameter {index}, of shape {tuple(parameter.shape)}, sparse, "
+                f"which is not here; sparse are {', '.join(t.name for t in targets.values())}"
+            )
         reuses = method.perturbation is not None and method.perturbation.reuse > 0
         if flat is not None and reuses and not frozen:
             own.setdefault(parameter, {})["flat_direction"] = flat
@@ -102,34 +120,43 @@ def unpack(
 
 
 def _read_groups(
-    loaded: dict[str, Any], param_groups: list[dict[str, Any]], method: Method
-) -> tuple[list[dict[str, Any]], int, bool]:
-    """Param groups as the base has them, the step count and whether supports are frozen."""
+    loaded: dict[str, Any], base: Optimizer, method: Method
+) -> tuple[list[dict[str, Any]], int, bool, bool]:
+    """Param groups as the base has them, step count, whether supports are frozen and z began."""
     if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
         raise ValueError(
             "state_dict must hold 'state' and 'param_groups', got the keys "
             f"{', '.join(map(repr, loaded)) or 'none'}"
         )
     groups = [dict(group) for group in loaded["param_groups"]]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in param_groups]:
-        raise ValueError("state_dict must have the parameter groups of this optimizer")
+    sizes, own = ([len(g["params"]) for g in found] for found in (groups, base.param_groups))
+    if sizes != own:
+        raise ValueError(
+            "state_dict must have the param groups of this optimizer, with "
+            f"{', '.join(map(str, own))} parameters, got {', '.join(map(str, sizes)) or 'none'}"
+        )
     steps = [group.pop(_STEPS, None) for group in groups]
     if not steps or not isinstance(steps[0], int):
-        raise ValueError(f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}")
-    for group in groups:
-        found, wanted = group.pop(_METHOD, None), described(method)
-        if found not in (None, wanted):
-            raise ValueError(
-                "state_dict must be that of an optimizer with the same method: this is "
-                f"{wanted}, got {found}. To go on with another on purpose, drop "
-                f"{_METHOD!r} from its param_groups"
-            )
-    frozen = bool(groups[0].get(_FROZEN, False))
-    groups = [{k: v for k, v in group.items() if k != _FROZEN} for group in groups]
-    for group, current in zip(groups, param_groups, strict=True):
+        raise ValueError(
+            f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}, which a flattened "
+            "state of torch.distributed.checkpoint loses"
+        )
+    frozen, started = (bool(groups[0].get(key, key == _STARTED)) for key in (_FROZEN, _STARTED))
+    for group, current in zip(groups, base.param_groups, strict=True):
+        for key in (_FROZEN, _STARTED):
+            group.pop(key, None)
+        same = {_METHOD: _method_of(current, method), _BASE: type(base).__qualname__}
+        for key, wanted in same.items():
+            found = group.pop(key, wanted)
+            if found != wanted:
+                raise ValueError(
+                    f"state_dict must be that of an optimizer with the same "
+                    f"{key.removeprefix(_PREFIX)}: this is {wanted}, got {found}. To go on with "
+                    f"another on purpose, drop {key!r} from its param_groups"
+                )
         left = {k: current[k] for k in SETTINGS if k in current and k not in group}
         group.update(left)
-    return groups, steps[0], frozen
+    return groups, steps[0], frozen, started
 
 
 def _read_entries(

@@ -5,7 +5,7 @@ Lightning needs nothing of this: `configure_optimizers` returns a `SparseOptimiz
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .torch import SparseOptimizer
@@ -39,10 +39,14 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
     TypeError: optimizer must be or wrap a SparseOptimizer, got <class 'object'>
     """
     inner = optimizer
-    while getattr(inner, "optimizer", None) is not None:  # Lightning's wrapper is a copy of ours
+    # Lightning's wrapper is a copy of ours that has ours within.
+    while getattr(inner, "optimizer", inner) not in (None, inner):
         inner = inner.optimizer
     if not isinstance(inner, SparseOptimizer):
-        raise TypeError(f"optimizer must be or wrap a SparseOptimizer, got {type(optimizer)!r}")
+        within = "" if inner is optimizer else f" of {type(inner)!r}"
+        raise TypeError(
+            f"optimizer must be or wrap a SparseOptimizer, got {type(optimizer)!r}{within}"
+        )
     return inner
 
 
@@ -64,7 +68,8 @@ def perturbed(
     Raises
     ------
     TypeError, ValueError
-        As `unwrap` and `SparseOptimizer.perturbed`.
+        As `unwrap` and `SparseOptimizer.perturbed`. If Accelerate is in the middle of an
+        accumulated batch: the block must replay all of it, when gradients are synchronised.
 
     Examples
     --------
@@ -73,6 +78,12 @@ def perturbed(
         ...
     TypeError: optimizer must be or wrap a SparseOptimizer, got <class 'object'>
     """
+    state = getattr(optimizer, "gradient_state", None)
+    if state is not None and not state.sync_gradients:
+        raise ValueError(
+            "perturbed() must come once an accumulated batch, with all its micro-batches replayed "
+            "in the block, got it where accelerator.sync_gradients is False"
+        )
     return unwrap(optimizer).perturbed(replay)
 
 
@@ -94,20 +105,24 @@ class SparseTrainerMixin:
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Compute the gradients of one micro-batch; after the last replay all at x + e."""
-        step = super().training_step  # type: ignore[misc]
-        loss = step(model, inputs, num_items_in_batch)
+        step, accelerator = super().training_step, self.accelerator  # type: ignore[misc, attr-defined]
         seen = [*getattr(self, "_micro_batches", []), (inputs, num_items_in_batch)]
-        last = self.accelerator.sync_gradients  # type: ignore[attr-defined]
-        self._micro_batches = [] if last else seen
+        self._micro_batches = []  # also if what follows raises
+        loss = step(model, inputs, num_items_in_batch)
+        if not accelerator.sync_gradients:
+            self._micro_batches = seen
+            return loss
         optimizer = unwrap(self.optimizer)  # type: ignore[attr-defined]
-        if last and optimizer.perturbs:
+        if optimizer.perturbs:
             with optimizer.perturbed():
-                for batch, items in seen:
-                    step(model, batch, items)
+                for i, (batch, items) in enumerate(seen, 1):
+                    with nullcontext() if i == len(seen) else accelerator.no_sync(model):
+                        step(model, batch, items)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then project the weights."""
+        self._micro_batches = []
         result = super().train(*args, **kwargs)  # type: ignore[misc]
         unwrap(self.optimizer).finalize()  # type: ignore[attr-defined]
         return result

@@ -122,7 +122,8 @@ def shardwise(
 
 
 def _resharded(x: Array, spec: Sequence[tuple[str, ...]]) -> Array:
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(_mesh(x), _named(spec)))
+    sharding = jax.sharding.NamedSharding(_mesh(x), _named(spec))
+    return jax.sharding.reshard(x, sharding)  # type: ignore[no-untyped-call]
 
 
 def _mesh(x: Array) -> Any:
@@ -130,7 +131,8 @@ def _mesh(x: Array) -> Any:
 
 
 def _named(spec: Sequence[tuple[str, ...]]) -> jax.sharding.PartitionSpec:
-    return jax.sharding.PartitionSpec(*(names or None for names in spec))
+    found = [names or None for names in spec]
+    return jax.sharding.PartitionSpec(*found)  # type: ignore[no-untyped-call]
 
 
 def _explicit_spec(x: Array) -> list[tuple[str, ...]]:

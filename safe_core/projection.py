@@ -340,7 +340,11 @@ class _BlockPlan(NamedTuple):
         units = dict(zip(("output", "input"), pattern.shape, strict=True))
         axes_of = {"output": layout.output_axes, "input": layout.input_axes}
         roles = {axes[0]: role for role, axes in axes_of.items()}
-        merged, wholes, split, inner, batch = [], [], [], [], []
+        merged: list[int] = []
+        wholes: list[int] = []
+        split: list[int] = []
+        inner: list[int] = []
+        batch: list[int] = []
         places, blocks = {}, {}
         for axis, size in enumerate(shape):
             if axis in roles:
@@ -361,8 +365,8 @@ class _BlockPlan(NamedTuple):
                 merged.append(size)
                 wholes.append(size)
                 split.append(size)
-        lists = (merged, wholes, split, inner, batch)
-        return cls(*(tuple(found) for found in lists), places, blocks)
+        axes = tuple(inner), tuple(batch)
+        return cls(tuple(merged), tuple(wholes), tuple(split), *axes, places, blocks)
 
     def units(self, ndim: int) -> dict[int, int]:
         """Lengths along the axes that shards must not cut, 0 for the whole axis."""

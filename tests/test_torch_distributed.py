@@ -20,7 +20,7 @@ STEPS = 8
     ("world", "kinds"),
     [
         (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "tp", "local"]),
-        (4, ["ddp", "fsdp", "mixed"]),
+        (4, ["ddp", "fsdp", "mixed", "tp-fsdp"]),
     ],
     ids=["two", "four"],
 )
@@ -37,10 +37,12 @@ def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
     print(finished.stdout)
     found = [line.split() for line in finished.stdout.splitlines() if line.startswith("largest")]
     assert [kind for _, kind, *_ in found] == kinds
-    for _, kind, difference, supports, gathered in found:
+    for _, kind, difference, supports, gathered, reported in found:
         assert float(difference) < TOLERANCE, finished.stdout
         assert supports == "same", finished.stdout
         assert gathered == "none", (kind, finished.stdout)
+        assert float(reported) < 1e-5, (kind, finished.stdout)
+    assert finished.stdout.count("flat parameters refused") == 1
 
 
 def _work(rank: int, world: int, kinds: list[str], path: str) -> None:
@@ -53,6 +55,15 @@ def _work(rank: int, world: int, kinds: list[str], path: str) -> None:
         line = _compare(kind, mesh, rank, world)
         if rank == 0:
             print(line, flush=True)
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    try:
+        cpu = torch.device("cpu")
+        _optimizer(FullyShardedDataParallel(_network(), device_id=cpu), "ddp")
+    except ValueError as error:
+        if rank == 0 and "must be sharded by torch.distributed.fsdp.fully_shard" in str(error):
+            print("flat parameters refused")
     dist.destroy_process_group()
 
 
@@ -67,6 +78,8 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     if kind.endswith("reuse"):
         _train_by_closure(model, optimizer, rows)
     else:
+        if kind == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
+            rows = slice(rank // 2 * 16, (rank // 2 + 1) * 16)
         _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
     alone = _network()
     reference = _optimizer(alone, kind)
@@ -79,6 +92,11 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     split, wanted = optimizer.split(), reference.split()
     pairs = zip(split.support, wanted.support, strict=True)
     supports = all(torch.equal(_whole(a), b) for a, b in pairs)
+    pairs = zip(optimizer.report().tensors, reference.report().tensors, strict=True)
+    reported = max(
+        abs(x - y) / max(abs(y), 1e-3) for a, b in pairs for x, y in zip(a[1:], b[1:], strict=True)
+    )
+    _check_refusals(optimizer, reference)
     with CommDebugMode() as calls:
         optimizer.finalize()
     gathers = [str(name) for name in calls.get_comm_counts() if "reduce" not in str(name)]
@@ -89,7 +107,19 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
         for p, q in zip(model.parameters(), alone.parameters(), strict=True)
     )
     same = "same" if supports else "other"
-    return f"largest {kind} {difference:.3g} {same} {'+'.join(gathers) or 'none'}"
+    return f"largest {kind} {difference:.3g} {same} {'+'.join(gathers) or 'none'} {reported:.3g}"
+
+
+def _check_refusals(optimizer: Any, reference: Any) -> None:
+    """Every process must raise what one process alone does."""
+    messages = []
+    for each in (optimizer, reference):
+        try:
+            each.check_sparsity()
+        except ValueError as error:
+            messages.append(str(error).replace("module.", ""))
+    assert len(messages) == 2, messages
+    assert messages[0] == messages[1], messages
 
 
 def _network() -> Any:
@@ -104,6 +134,7 @@ def _network() -> Any:
 
 def _wrap(kind: str, model: Any, mesh: Any) -> Any:
     from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -121,10 +152,15 @@ def _wrap(kind: str, model: Any, mesh: Any) -> Any:
     if kind.startswith("fsdp"):
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if kind == "fsdp-reuse":  # which keeps what was gathered, unless told to let go
+            model.set_reshard_after_backward(False)
+        return model
+    if kind == "tp-fsdp":  # two axes of the mesh cut one axis of a weight
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return fully_shard(parallelize_module(model, grid["tp"], plan), mesh=grid["fsdp"])
     # Sharded over pairs, replicated between them.
-    from torch.distributed.device_mesh import init_device_mesh
-
     return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
 
 
@@ -139,10 +175,15 @@ def _optimizer(model: Any, kind: str) -> Any:
         rho=0.05,
         penalty=0.1,
         dual_update_interval=3,
-        importance=safe_core.SquaredGradient(0.9),
+        importance=None if kind == "tp-fsdp" else safe_core.SquaredGradient(0.9),
         **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )
-    return SparseOptimizer(torch.optim.Adam(model.parameters(), lr=0.01), method, model=model)
+    base, given = torch.optim.Adam(model.parameters(), lr=0.01), None
+    if kind == "tp-fsdp":
+        generator = torch.Generator().manual_seed(2)
+        shapes = {"0.weight": (12,), "2.weight": (20, 20), "4.weight": (4, 1)}
+        given = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    return SparseOptimizer(base, method, model=model, importance=given)
 
 
 def _loss(model: Any, rows: slice) -> Any:

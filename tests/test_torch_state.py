@@ -9,11 +9,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as distributed
 
 import safe_core
 from safe_core import SquaredGradient
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch_groups import described
 
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -42,6 +44,10 @@ SOURCES = {
 }
 
 
+def plain_sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
 class Run:
     """A small network under training; batches depend on the step alone."""
 
@@ -52,7 +58,7 @@ class Run:
         # A radius that bfloat16 does not round away.
         parts = {"rho": 0.5, "penalty": 0.1, "dual_update_interval": 3, "importance": own}
         self.optimizer = SparseOptimizer(
-            BASES[base](self.model.parameters()),
+            {**BASES, "plain sgd": plain_sgd}[base](self.model.parameters()),
             safe_core.safe(0.5, **{**parts, **method}),
             model=self.model,
             importance=given(dtype),
@@ -198,14 +204,14 @@ BAD_STATES = {
         replaced("safe_importance", torch.ones(5)), "safe_importance .*2.weight"
     ),
     "sparse elsewhere": (
-        lambda state: state["state"][3].update(safe_anchor=torch.zeros(4)), "parameter 3 sparse"
+        lambda state: state["state"][3].update(safe_anchor=torch.zeros(4)), "makes parameter 3"
     ),
     "no steps": (lambda state: state["param_groups"][0].pop("safe_steps"), "safe_steps"),
     "another group": (
-        lambda state: state["param_groups"].append(state["param_groups"][0]), "parameter groups"
+        lambda state: state["param_groups"].append(state["param_groups"][0]), "with 4 parameters"
     ),
     "another number of parameters": (
-        lambda state: state["param_groups"][0]["params"].pop(), "parameter groups"
+        lambda state: state["param_groups"][0]["params"].pop(), "with 4 parameters"
     ),
 }  # fmt: skip
 
@@ -249,17 +255,94 @@ def test_our_state_stays_out_of_the_base():
         assert set(run.optimizer.base.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_distributed_checkpoint_resumes():
-    # It asks a fresh optimizer which entries there are, after a step at zero learning rates.
-    first = Run("adam", source="squared gradient").train(4)
-    saved = copy.deepcopy(distributed.get_optimizer_state_dict(first.model, first.optimizer))
-    second = Run("adam", source="squared gradient", seed=1)
-    second.model.load_state_dict(first.model.state_dict())
-    template = distributed.get_optimizer_state_dict(second.model, second.optimizer)
-    for name, entry in saved["state"].items():
-        assert set(template["state"][name]) == set(entry)
-    distributed.set_optimizer_state_dict(second.model, second.optimizer, saved)
-    assert_same(snapshot(second.train(5)), snapshot(first.train(5)))
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("base", [*BASES, "plain sgd"])
+@pytest.mark.parametrize("source", ["none", "squared gradient"])
+def test_a_distributed_checkpoint_on_disk_resumes(base, source, frozen, tmp_path):
+    first = Run(base, source=source).train(4)
+    if frozen:
+        first.optimizer.finalize(freeze=True)
+    model, optimizer = distributed.get_state_dict(first.model, first.optimizer)
+    checkpoint.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)
+    second = Run(base, source=source, seed=1)
+    if frozen:  # after the base has made its state
+        distributed.get_optimizer_state_dict(second.model, second.optimizer)
+        second.optimizer.finalize(freeze=True)
+    model, optimizer = distributed.get_state_dict(second.model, second.optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    distributed.set_state_dict(
+        second.model,
+        second.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    assert second.optimizer.frozen == frozen
+    first, second = first.train(3), second.train(3)
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert_same(snapshot(second), snapshot(first))
+
+
+def test_a_flattened_distributed_state_is_refused():
+    run = Run("adam").train(1)
+    flat = distributed.StateDictOptions(flatten_optimizer_state_dict=True)
+    state = distributed.get_optimizer_state_dict(run.model, run.optimizer, options=flat)
+    with pytest.raises(ValueError, match="safe_steps', which a flattened"):
+        distributed.set_optimizer_state_dict(run.model, run.optimizer, state, options=flat)
+
+
+def test_a_state_from_before_the_first_step_fixes_nothing():
+    # As Accelerate does when it prepares an optimizer.
+    run = Run()
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(1.0)
+    assert_same(snapshot(run.train(3)), snapshot(shifted(Run()).train(3)))
+
+
+def shifted(run):
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(1.0)
+    return run
+
+
+def test_the_state_of_another_base_is_refused():
+    run = Run("adam").train(2)
+    before = snapshot(run)
+    with pytest.raises(ValueError, match="with the same base: this is Adam, got SGD"):
+        run.optimizer.load_state_dict(Run("sgd").train(2).optimizer.state_dict())
+    assert_same(snapshot(run), before)
+    run.train(1)
+
+
+def test_the_sparsity_of_a_group_is_part_of_the_method():
+    def make(sparsity):
+        model = nn.Linear(8, 4)
+        groups = [{"params": model.parameters(), "sparsity": sparsity}]
+        base = torch.optim.SGD(groups, lr=0.1)
+        return SparseOptimizer(base, safe_core.admm(0.5), model=model)
+
+    with pytest.raises(ValueError, match=r"same method: .*sparsity=0.1.*, got .*sparsity=0.9"):
+        make(0.1).load_state_dict(make(0.9).state_dict())
+
+
+class Nameless(SquaredGradient):
+    """An importance that says nothing of itself."""
+
+    __repr__ = object.__repr__
+
+
+def test_a_mark_holds_no_address():
+    assert described(Nameless()) == "Nameless()"
+
+    class Bare:
+        pass
+
+    assert described(Bare()).endswith("Bare")
 
 
 # Copies
@@ -280,6 +363,17 @@ def test_a_copy_continues_as_the_original(way, source, base):
     assert_same(snapshot(run), before)
     run.train(5)
     assert_same(snapshot(twin), snapshot(run))
+
+
+def test_no_copy_is_taken_within_the_perturbed_block():
+    run = Run()
+    run.model(torch.ones(1, 6)).sum().backward()
+    with run.optimizer.perturbed():
+        for take in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(ValueError, match="a copy must come after"):
+                take(run.optimizer)
+        with pytest.raises(ValueError, match=r"report\(\) must come after"):
+            run.optimizer.report()
 
 
 def test_a_copy_taken_after_the_perturbed_block_must_compute_it_anew():
@@ -409,7 +503,7 @@ def test_an_initialising_step_is_no_step_of_the_method():
     optimizer.step()
     assert optimizer.steps == 0
     assert set(base.state[model.weight]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert not optimizer.state
+    assert not any(optimizer.state.values())
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()  # a warm-up from a rate of zero does count
     assert optimizer.steps == 1

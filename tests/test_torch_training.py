@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +27,10 @@ def network(*extra: nn.Module) -> nn.Sequential:
 def batch(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(32, 8, generator=generator), torch.randn(32, 4, generator=generator)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
@@ -324,6 +329,213 @@ def test_an_optimizer_prints_its_method_and_its_base() -> None:
     _, optimizer = trained(2)
     for part in ("SparseOptimizer", "Unstructured(sparsity=", "steps=2", "AdamW (", "lr: "):
         assert part in repr(optimizer)
+
+
+def test_an_outer_autocast_computes_the_second_gradient_at_the_perturbed_point() -> None:
+    results = []
+    for outer in (True, False):
+        model = network()
+        optimizer = SparseOptimizer(sgd(model.parameters()), METHOD, model=model)
+        x, y = batch()
+        with autocast() if outer else nullcontext():
+            for _ in range(3):
+                optimizer.zero_grad()
+                with nullcontext() if outer else autocast():
+                    loss = nn.functional.mse_loss(model(x), y)
+                loss.backward()
+                with optimizer.perturbed():
+                    with nullcontext() if outer else autocast():
+                        loss = nn.functional.mse_loss(model(x), y)
+                    loss.backward()
+                optimizer.step()
+                torch.clear_autocast_cache()  # the base has moved the parameters as well
+        results.append(copies(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_closure_may_clear_in_place_and_leave_a_parameter_out() -> None:
+    model = network()
+    unused = nn.Linear(4, 4)
+    params = [*model.parameters(), *unused.parameters()]
+    for p in unused.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = SparseOptimizer(sgd(params), METHOD, model=nn.ModuleList([model, unused]))
+    x, y = batch()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_closure_that_clears_nothing_is_refused_and_the_gradients_stay(backwards: int) -> None:
+    model, optimizer = trained(1)
+    optimizer.zero_grad()
+    x, y = batch()
+    nn.functional.mse_loss(model(x), y).backward()
+    smallest = min(model.parameters(), key=torch.numel)
+    earlier = smallest.grad.clone()
+
+    def closure() -> torch.Tensor:
+        loss = nn.functional.mse_loss(model(x), y)
+        for _ in range(backwards):
+            loss.backward(retain_graph=True)
+        return loss
+
+    before = copies(model)
+    with pytest.raises(ValueError, match="closure must clear the gradients"):
+        optimizer.step(closure)
+    assert torch.equal(smallest.grad, earlier)
+    assert all(torch.equal(a, b) for a, b in zip(copies(model), before, strict=True))
+
+
+def test_a_closure_that_fails_leaves_the_gradients() -> None:
+    model, optimizer = trained(1)
+    before = [p.grad.clone() for p in model.parameters()]
+
+    def closure() -> None:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        optimizer.step(closure)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_a_closure_that_skips_its_batch_takes_no_step() -> None:
+    model, optimizer = trained(1)
+    before = copy.deepcopy([copies(model), optimizer.split()])
+    optimizer.zero_grad()
+    assert optimizer.step(lambda: None) is None
+    assert optimizer.steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(copies(model), before[0], strict=True))
+    for got, want in zip(optimizer.split(), before[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_the_sparsity_of_a_group_may_change_between_steps() -> None:
+    model, optimizer = grouped()
+    step(model, optimizer)
+    optimizer.param_groups[0]["sparsity"] = 0.25
+    step(model, optimizer)
+    optimizer.finalize()
+    assert int((model[0].weight == 0).sum()) == 32
+    assert int((model[2].weight == 0).sum()) == 48
+    optimizer.param_groups[0]["sparsify"] = False
+    step(model, optimizer)
+    assert list(optimizer.sparse_parameters()) == ["2.weight"]
+    assert "anchor" not in optimizer.state[model[0].weight]
+
+
+def test_parameters_may_be_exchanged_before_training_and_not_after() -> None:
+    # As Accelerate does with those of FSDP.
+    for steps in (0, 1):
+        model, optimizer = trained(steps)
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        if steps:
+            with pytest.raises(ValueError, match="got others in the place of 1: make the opt"):
+                step(model, optimizer)
+        else:
+            step(model, optimizer)
+            assert optimizer.state[model[0].weight]["support"].sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"sparsify": 0}, TypeError, "sparsify of a param group must be True or False, got 0"),
+        ({"sparsity": 1.5}, ValueError, "of a param group, sparsity must be a fraction"),
+    ],
+)
+def test_a_wrong_selection_by_a_group_is_named(
+    settings: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        grouped(**settings)
+
+
+@pytest.mark.parametrize("setting", ["rho", "penalty"])
+def test_a_schedule_of_a_group_is_checked_at_its_step(setting: str) -> None:
+    model, optimizer = grouped(**{setting: lambda step: 0.1 - 0.1 * step})
+    step(model, optimizer)
+    step(model, optimizer)
+    with pytest.raises(ValueError, match=f"{setting} of a param group at step 2 must be a finite"):
+        step(model, optimizer)
+
+
+def test_weights_that_are_not_numbers_are_not_projected() -> None:
+    model, optimizer = trained(1)
+    with torch.no_grad():
+        model[2].weight[1, 1] = torch.nan
+    before = copies(model)
+    with pytest.raises(ValueError, match=r"must not be NaN, got NaN in 2.weight"):
+        optimizer.finalize()
+    for a, b in zip(copies(model), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_freezing_clears_momentum_off_the_support() -> None:
+    model, optimizer = trained(3)
+    optimizer.finalize(freeze=True)
+    weight = model[0].weight
+    off = ~optimizer.state[weight]["support"]
+    moments = [t for t in optimizer.base.state[weight].values() if t.shape == weight.shape]
+    assert len(moments) == 2
+    assert all((t[off] == 0).all() and (t[~off] != 0).any() for t in moments)
+
+
+def test_a_frozen_optimizer_takes_no_new_sparse_parameters() -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), "sparsify": True, "sparsity": 0.5}]
+    optimizer = SparseOptimizer(sgd(groups), METHOD)
+    optimizer.finalize(freeze=True)
+    extra = {"params": model[2].parameters(), "sparsify": True, "sparsity": 0.5}
+    with pytest.raises(ValueError, match="must not be sparse once the support is frozen"):
+        optimizer.add_param_group(extra)
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({**extra, "sparsify": False})
+    step(model, optimizer)
+    assert len(optimizer.param_groups) == 2
+
+
+def test_recalibration_needs_batches_of_tensors() -> None:
+    model = network(nn.BatchNorm1d(16))
+    before = model[1].running_mean.clone().add_(1.0)
+    model[1].running_mean.copy_(before)
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        recalibrate(model, [])
+    with pytest.raises(TypeError, match=r"batches must be tensors.*dict"):
+        recalibrate(model, [{"x": torch.ones(2, 8)}])
+    assert torch.equal(model[1].running_mean, before)
+    recalibrate(network(), [])  # nothing to estimate
+
+
+def test_random_numbers_go_on_after_a_replay_as_if_there_was_none() -> None:
+    torch.manual_seed(3)
+    state = RandomState.record()
+    torch.rand(2)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    torch.rand(2)
+    with RandomState.replayed(state):
+        torch.rand(7)
+    assert torch.equal(torch.rand(2), wanted)
+
+
+def test_a_replay_is_a_recorded_state() -> None:
+    model, optimizer = trained(1)
+    step(model, optimizer)
+    with (
+        pytest.raises(TypeError, match="replay must be a RandomState or None, got True"),
+        optimizer.perturbed(replay=True),  # type: ignore[arg-type]
+    ):
+        pass
 
 
 def test_frozen_parameters_are_left_alone_by_every_call() -> None:
