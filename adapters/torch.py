@@ -114,6 +114,7 @@ class SparseOptimizer(Optimizer):
 
     Or phase by phase:
 
+    >>> optimizer.zero_grad()
     >>> nn.functional.mse_loss(model(x), y).backward()
     >>> with optimizer.perturbed():
     ...     nn.functional.mse_loss(model(x), y).backward()

@@ -170,7 +170,7 @@ def described(value: Any) -> str:
         return f"{type(value).__name__}({', '.join(parts)})"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
-    if type(value).__repr__ == object.__repr__:
+    if type(value).__repr__ == object.__repr__:  # type: ignore[comparison-overlap]
         return type(value).__qualname__
     return repr(value)
 

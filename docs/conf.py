@@ -14,7 +14,13 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
 ]
-exclude_patterns = ["_build", "benchmarks_table.md", "demo_table.md", "savings_table.md"]
+exclude_patterns = [
+    "_build",
+    "benchmarks_table.md",
+    "demo_table.md",
+    "pytorch/setup.md",
+    "savings_table.md",
+]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 napoleon_google_docstring = False

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "torch"
 COMMANDS = {
     "mixed precision, bf16": ("mixed_precision.py", "--epochs", "3"),
     "mixed precision, fp16": ("mixed_precision.py", "--half", "--epochs", "3"),
+    "compiled": ("compiled.py", "--epochs", "3"),
     "accumulation": ("accumulation.py", "--epochs", "3"),
     "fine-tuning": ("fine_tune.py", "--epochs", "3"),
     "accelerate": ("accelerate_loop.py", "--epochs", "2"),

@@ -11,6 +11,7 @@ and supports stay sharded; selection sums counts over the processes.
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
 
 import torch
@@ -42,7 +43,7 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> float:
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", dist.get_rank()) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(
         nn.Flatten(),

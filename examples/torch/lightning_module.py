@@ -54,6 +54,9 @@ class ManualDigits(Digits):
         self.automatic_optimization = False
         self.waiting: list[Any] = []
 
+    def on_train_epoch_start(self) -> None:
+        self.waiting = []
+
     def training_step(self, batch: Any, index: int) -> None:
         self.waiting.append(batch)
         if len(self.waiting) < 2:

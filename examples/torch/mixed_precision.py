@@ -2,7 +2,7 @@
 
     python examples/torch/mixed_precision.py [--half]
 
-A scaler refuses closures, so the step is taken phase by phase. The ascent needs no
+A scaler takes no closures, so the step is taken phase by phase. The ascent needs no
 unscaling, for e does not change when the loss is multiplied by a constant; the scaler
 unscales once, before clipping. Where a gradient overflows the scaler skips the step, and
 nothing of the optimizer changes.

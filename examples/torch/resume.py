@@ -4,7 +4,8 @@
 
 Writes a checkpoint after every epoch and starts from it where there is one. The file holds
 everything that the next step depends on: the model, the optimizer with its base, anchors,
-supports and step count, and the state of the random numbers.
+supports and step count, and the state of the random numbers (on a GPU, save
+`torch.cuda.get_rng_state_all` as well).
 """
 
 from __future__ import annotations
