@@ -28,7 +28,13 @@ from safe_core.sharpness import norm
 
 from . import torch_lists
 from .torch_closures import GradientWatch
-from .torch_groups import GroupRules, Target, refuse_flat_parameters, select_parameters
+from .torch_groups import (
+    GroupRules,
+    Target,
+    refuse_flat_parameters,
+    select_parameters,
+    settings_of,
+)
 from .torch_modules import RandomState, forget_copies, statistics_kept
 from .torch_report import Report, TensorReport
 from .torch_state import pack, unpack
@@ -629,7 +635,10 @@ class SparseOptimizer(Optimizer):
 
     @property
     def _has_radius(self) -> bool:
-        return any(GroupRules.read(group, self.method).perturbs for group in self.param_groups)
+        return any(self._rules_of(group).perturbs for group in self.param_groups)
+
+    def _rules_of(self, group: dict[str, Any]) -> GroupRules:
+        return GroupRules.read(settings_of(group, self.base), self.method)
 
     @property
     def _reuses(self) -> bool:
@@ -645,7 +654,7 @@ class SparseOptimizer(Optimizer):
         """rho or penalty of every parameter, negative where the loss is maximised."""
         found: dict[Tensor, float] = {}
         for group in self.param_groups:
-            value = GroupRules.read(group, self.method).at(setting, self.steps)
+            value = self._rules_of(group).at(setting, self.steps)
             signed = -value if group.get("maximize") else value
             found.update(dict.fromkeys(group["params"], signed))
         return found
@@ -720,7 +729,7 @@ class SparseOptimizer(Optimizer):
 
     def _select(self) -> None:
         """Choose the sparse parameters among the groups as they are."""
-        self._targets = select_parameters(self.param_groups, self.method, *self._rules)
+        self._targets = select_parameters(self.base, self.method, *self._rules)
         self._check_fit()
         self._seen = self._groups_now()
         self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])

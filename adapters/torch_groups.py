@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from safe_core import Method, _checks
 from safe_core.layout import Layout, chosen_layout
@@ -17,7 +18,6 @@ from safe_core.sparsity import Pattern, as_pattern
 from .torch_weights import prunable_weights
 
 __all__ = [
-    "SETTINGS",
     "GroupRules",
     "Target",
     "described",
@@ -25,10 +25,15 @@ __all__ = [
     "pattern_of",
     "refuse_flat_parameters",
     "select_parameters",
+    "settings_of",
 ]
 
-SETTINGS = ("rho", "penalty", "sparsity")
-"""Options of a param group that stand for those of the method."""
+_SETTINGS = ("rho", "penalty", "sparsity", "sparsify")
+
+
+def settings_of(group: Mapping[str, Any], base: Optimizer) -> dict[str, Any]:
+    """The options of a param group that are ours: Adadelta has a ``rho`` of its own."""
+    return {key: group[key] for key in _SETTINGS if key in group and key not in base.defaults}
 
 
 class Target(NamedTuple):
@@ -40,7 +45,7 @@ class Target(NamedTuple):
 
 
 class GroupRules(NamedTuple):
-    """Radius and penalty of a param group, checked, with the method's where it has none.
+    """Radius and penalty by the settings of a param group, or else by the method; checked.
 
     Examples
     --------
@@ -63,33 +68,34 @@ class GroupRules(NamedTuple):
         return _checks.real(f"{setting} of a param group at step {step}", value, low=0.0)
 
     @classmethod
-    def read(cls, group: Mapping[str, Any], method: Method) -> GroupRules:
-        """Read what the group says now: its options may be changed between steps."""
-        if "rho" in group and method.perturbation is None:
+    def read(cls, settings: Mapping[str, Any], method: Method) -> GroupRules:
+        """Read what `settings_of` finds now: options may be changed between steps."""
+        if "rho" in settings and method.perturbation is None:
             raise ValueError(
                 "rho of a param group must be left out for a method without perturbation, got "
-                f"{group['rho']!r}"
+                f"{settings['rho']!r}"
             )
         radius = Constant(0.0) if method.perturbation is None else method.perturbation.rho
-        if "penalty" in group and method.rescale_dual:
+        if "penalty" in settings and method.rescale_dual:
             raise ValueError(
                 "penalty of a param group must be left out under rescale_dual, got "
-                f"{group['penalty']!r}"
+                f"{settings['penalty']!r}"
             )
         return cls(
-            as_schedule("rho of a param group", group.get("rho", radius)),
-            as_schedule("penalty of a param group", group.get("penalty", method.penalty)),
+            as_schedule("rho of a param group", settings.get("rho", radius)),
+            as_schedule("penalty of a param group", settings.get("penalty", method.penalty)),
         )
 
 
 def select_parameters(
-    groups: list[dict[str, Any]],
+    base: Optimizer,
     method: Method,
     model: nn.Module | None,
     where: Any,
     layout: Any,
 ) -> dict[Tensor, Target]:
     """The parameters to make sparse, in the order of the groups."""
+    groups = base.param_groups
     weights = {} if model is None else prunable_weights(model)
     known = {} if model is None else {p: name for name, p in model.named_parameters()}
     if model is None and where is None and not any(group.get("sparsify") for group in groups):
@@ -101,11 +107,12 @@ def select_parameters(
     selected: dict[Tensor, Target] = {}
     names_seen = set(known.values())
     for g, group in enumerate(groups):
-        GroupRules.read(group, method)
-        sparsify = group.get("sparsify")
+        settings = settings_of(group, base)
+        GroupRules.read(settings, method)
+        sparsify = settings.get("sparsify")
         if sparsify is not None and not isinstance(sparsify, bool):
             raise TypeError(f"sparsify of a param group must be True or False, got {sparsify!r}")
-        pattern = pattern_of(group, method)
+        pattern = pattern_of(settings, method)
         placeholders = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
         names = group.get("param_names", placeholders)
         for p, given in zip(group["params"], names, strict=True):
@@ -136,12 +143,12 @@ def select_parameters(
     return selected
 
 
-def pattern_of(group: Mapping[str, Any], method: Method) -> Pattern:
-    """The constraint of a param group."""
-    if "sparsity" not in group:
+def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
+    """The constraint by the settings of a param group, or else by the method."""
+    if "sparsity" not in settings:
         return method.sparsity
     try:
-        return as_pattern(group["sparsity"])
+        return as_pattern(settings["sparsity"])
     except (TypeError, ValueError) as error:
         raise type(error)(f"of a param group, {error}") from None
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from safe_core import Method
 from safe_core.layout import broadcasts
 
-from .torch_groups import SETTINGS, Target, described, numbered, pattern_of
+from .torch_groups import Target, described, numbered, pattern_of, settings_of
 
 __all__ = ["Unpacked", "pack", "unpack"]
 
@@ -70,14 +70,14 @@ def pack(
             state.setdefault(index, {}).update(named)
     ours = {_STEPS: steps, _FROZEN: frozen, _STARTED: started, _BASE: type(base).__qualname__}
     groups = [
-        {**_plain_options(saved), **ours, _METHOD: _method_of(group, method)}
+        {**_plain_options(saved, base), **ours, _METHOD: _method_of(group, base, method)}
         for saved, group in zip(packed["param_groups"], base.param_groups, strict=True)
     ]
     return {**packed, "state": state, "param_groups": groups}
 
 
-def _method_of(group: Mapping[str, Any], method: Method) -> str:
-    return described(replace(method, sparsity=pattern_of(group, method)))
+def _method_of(group: Mapping[str, Any], base: Optimizer, method: Method) -> str:
+    return described(replace(method, sparsity=pattern_of(settings_of(group, base), method)))
 
 
 def unpack(
@@ -145,7 +145,7 @@ def _read_groups(
     for group, current in zip(groups, base.param_groups, strict=True):
         for key in (_FROZEN, _STARTED):
             group.pop(key, None)
-        same = {_METHOD: _method_of(current, method), _BASE: type(base).__qualname__}
+        same = {_METHOD: _method_of(current, base, method), _BASE: type(base).__qualname__}
         for key, wanted in same.items():
             found = group.pop(key, wanted)
             if found != wanted:
@@ -154,8 +154,7 @@ def _read_groups(
                     f"{key.removeprefix(_PREFIX)}: this is {wanted}, got {found}. To go on with "
                     f"another on purpose, drop {key!r} from its param_groups"
                 )
-        left = {k: current[k] for k in SETTINGS if k in current and k not in group}
-        group.update(left)
+        group.update({k: v for k, v in settings_of(current, base).items() if k not in group})
     return groups, steps[0], frozen, started
 
 
@@ -209,10 +208,11 @@ def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tenso
     return flat.detach().to(parameter.device, wide, copy=True)
 
 
-def _plain_options(group: dict[str, Any]) -> dict[str, Any]:
+def _plain_options(group: dict[str, Any], base: Optimizer) -> dict[str, Any]:
     """A packed param group without settings that are no numbers: they belong to the code."""
+    ours = settings_of(group, base)
     return {
         key: value
         for key, value in group.items()
-        if key not in SETTINGS or (key != "sparsity" and isinstance(value, (int, float)))
+        if key not in ours or (key != "sparsity" and isinstance(value, (int, float)))
     }
