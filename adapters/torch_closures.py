@@ -15,9 +15,9 @@ __all__ = ["GradientWatch"]
 class GradientWatch:
     """Tell a closure that clears the gradients from one that adds to them or ignores them.
 
-    The smallest gradient is filled with a number so large that sums with it are itself,
-    until the closure has run. Its values are read only where the closure has kept the
-    tensor, as ``zero_grad(set_to_none=False)`` does.
+    In the place of the smallest gradient it finds a number so large that sums with it are
+    itself. The number is looked for only where the closure has kept that tensor, as
+    ``zero_grad(set_to_none=False)`` does.
 
     Examples
     --------
@@ -25,40 +25,46 @@ class GradientWatch:
     >>> p.grad = torch.ones(2)
     >>> watch = GradientWatch([p])
     >>> _ = p.grad.add_(5.0)
-    >>> watch.added
-    True
+    >>> watch.added, watch.ignored
+    (True, False)
+    >>> watch.put_back()
+    >>> p.grad
+    tensor([1., 1.])
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        found = [p for p in params if p.grad is not None]
-        sizes = {p: local(p.grad).numel() for p in found if not p.grad.is_sparse}  # type: ignore[union-attr]
-        self._marked = min((p for p in sizes if sizes[p]), key=sizes.__getitem__, default=None)
-        if self._marked is not None:
-            self._gradient = local(self._marked.grad)
-            self._object = self._marked.grad
-            self._kept = self._gradient.clone()
-            self._mark = torch.finfo(self._gradient.dtype).max / 2
-            self._gradient.fill_(self._mark)
-        self._versions = {p: (p.grad, p.grad._version) for p in found}  # type: ignore[union-attr]
+        found = {p: p.grad for p in params if p.grad is not None}
+        sizes = {p: local(g).numel() for p, g in found.items() if not g.is_sparse}
+        self._parameter = min((p for p in sizes if sizes[p]), key=sizes.__getitem__, default=None)
+        if self._parameter is not None:
+            self._gradient = found[self._parameter]
+            self._large = torch.finfo(self._gradient.dtype).max / 2
+            found[self._parameter] = torch.full_like(self._gradient, self._large)
+            self._parameter.grad = self._mark = found[self._parameter]
+        self._versions = {p: (g, g._version) for p, g in found.items()}
 
     @property
     def ignored(self) -> bool:
         """Whether no gradient was touched."""
-        return bool(self._versions) and all(
-            p.grad is gradient and gradient._version == version  # type: ignore[union-attr]
+        return self._kept and all(
+            p.grad is gradient and gradient._version == version
             for p, (gradient, version) in self._versions.items()
         )
 
     @property
     def added(self) -> bool:
-        """Whether the gradients were not cleared."""
-        return (
-            self._marked is not None
-            and self._marked.grad is self._object
-            and bool((self._gradient == self._mark).all())
-        )
+        """Whether gradients were added to those that were not cleared."""
+        return self._kept and not self.ignored
+
+    @property
+    def _kept(self) -> bool:
+        gradient = None if self._parameter is None else self._parameter.grad
+        if gradient is None or (gradient is not self._mark and gradient is not self._gradient):
+            return False
+        # An average over processes may have come over the mark.
+        return bool((local(gradient).abs() >= self._large / 64).all())
 
     def put_back(self) -> None:
         """Undo the mark, unless the closure has."""
-        if self._marked is not None and self.added:
-            self._gradient.copy_(self._kept)
+        if self._parameter is not None and self._kept:
+            self._parameter.grad = self._gradient
