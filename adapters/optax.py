@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safe_core import Method, SplitState, Targets, _checks
+from safe_core import Method, SplitState, _checks
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
-from safe_core.layout import Layout, chosen_layout, place_importance
+from safe_core.layout import Layout, place_importance
 from safe_core.schedules import Cubic
 from safe_core.splitting import is_projected, penalty_gradient
 
-from .flax_weights import is_prunable, layout_of
+from .optax_tree import SparseTree, is_sparse_in, leaves_like
 
 __all__ = ["SparseOptimizerState", "finalize", "find_state", "sparse_optimizer"]
 
@@ -149,7 +149,7 @@ def sparse_optimizer(
     reuses = perturbs and method.perturbation is not None and method.perturbation.reuse > 0
 
     def init(params: PyTree) -> SparseOptimizerState:
-        tree = _Tree.read(params, where, layout, select_on_host)
+        tree = SparseTree.read(params, where, layout, select_on_host)
         sparse = tree.sparse(params)
         held = _initial_importance(importance, params, sparse, tree, method)
         known = None if held is None or callable(importance) else method.metric(held)
@@ -175,10 +175,14 @@ def sparse_optimizer(
             raise ValueError("params must be passed to update(grads, state, params), got None")
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
-        tree = _Tree.read(params, where, layout, select_on_host)
+        tree = SparseTree.read(params, where, layout, select_on_host)
         _check_state(state, method, tree, reuses)
-        gradients = _flat("updates", updates, tree.treedef)
-        flat = _flat("state.flat_direction", state.flat_direction, tree.treedef) if reuses else []
+        gradients = leaves_like("updates", updates, tree.treedef)
+        flat = (
+            leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
+            if reuses
+            else []
+        )
         if perturbs:
             _check_grad_fn(grad_fn)
             radius = None if rho is None else _at(rho, state.step)
@@ -268,10 +272,7 @@ def finalize(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    is_sparse = jax.tree.map(
-        lambda anchor: not isinstance(anchor, optax.MaskedNode), ours.anchor, is_leaf=_is_masked
-    )
-    tree = _Tree.read(params, is_sparse, layout, select_on_host)
+    tree = SparseTree.read(params, is_sparse_in(ours.anchor), layout, select_on_host)
     sparse = tree.sparse(params)
     _check_layout(tree.sparse(ours.support), method, tree)
     if isinstance(importance, str) and importance == _LAST:
@@ -317,75 +318,6 @@ def find_state(state: PyTree) -> SparseOptimizerState:
     return found[0]
 
 
-class _Tree(NamedTuple):
-    """How the leaves of a parameter tree map to the lists that the method takes."""
-
-    treedef: Any
-    indices: list[int]  # of the sparse leaves
-    targets: Targets
-
-    @classmethod
-    def read(cls, params: PyTree, where: Any, layout: Any, on_host: bool) -> _Tree:
-        """Select the sparse leaves of ``params`` and the roles of their axes."""
-        if any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked))):
-            raise ValueError(
-                "params must not be masked: sparse_optimizer takes the norm over all parameters, "
-                "so do not wrap it in masked or multi_transform; choose the sparse leaves with "
-                "where= and mask within base"
-            )
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in paths]
-        if where is None or callable(where):
-            choose = is_prunable if where is None else where
-            chosen = [bool(choose(name, leaf)) for name, leaf in named]
-        else:
-            chosen = [_read_flag(flag) for flag in _flat("where", where, treedef)]
-        indices = [i for i, flag in enumerate(chosen) if flag]
-        if not indices:
-            raise ValueError(
-                "no parameter is sparse: pass where=, a function of path and leaf or a pytree of "
-                f"bool; the paths are {', '.join(name for name, _ in named) or 'none'}"
-            )
-        for name, leaf in named:
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(f"{name} must be real, for the norm is over all, got {leaf.dtype}")
-        for i in indices:
-            if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
-                raise TypeError(
-                    f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
-                )
-        if isinstance(layout, Mapping):
-            strange = sorted(set(layout) - {name for name, _ in named})
-            if strange:
-                raise ValueError(
-                    f"layout names {strange[0]!r}, which is no path of params; they are "
-                    f"{', '.join(name for name, _ in named)}"
-                )
-        layouts = tuple(chosen_layout(*named[i], layout, layout_of(*named[i])) for i in indices)
-        names = tuple(named[i][0] for i in indices)
-        return cls(treedef, indices, Targets(names, layouts, on_host))
-
-    def leaves(self, tree: PyTree) -> list[Any]:
-        """All leaves of a tree of the structure of the parameters."""
-        return list(self.treedef.flatten_up_to(tree))
-
-    def sparse(self, tree: PyTree) -> list[Any]:
-        """The sparse leaves of such a tree."""
-        leaves = self.leaves(tree)
-        return [leaves[i] for i in self.indices]
-
-    def replaced(self, leaves: Sequence[Any], sparse: Sequence[Any]) -> PyTree:
-        """A tree of ``leaves``, with the sparse ones replaced."""
-        found = list(leaves)
-        for i, leaf in zip(self.indices, sparse, strict=True):
-            found[i] = leaf
-        return self.treedef.unflatten(found)
-
-    def masked(self, sparse: Sequence[Any]) -> PyTree:
-        """A tree of the sparse leaves, masked elsewhere."""
-        return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
-
-
 def _perturbed(
     method: Method,
     params: PyTree,
@@ -394,14 +326,14 @@ def _perturbed(
     step: jax.Array,
     rho: Any,
     grad_fn: Any,
-    tree: _Tree,
+    tree: SparseTree,
 ) -> tuple[list[Any], list[Any]]:
     """The loss gradients of the step, and the direction that other steps reuse, if any do."""
     due = method.perturbation.is_due(step)  # type: ignore[union-attr]
 
     def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
         e = method.perturb(tree.leaves(params), first, step, rho=rho)
-        second = _flat("what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef)
+        second = leaves_like("what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef)
         if due is not True:  # both branches return the same dtypes
             second = _cast(second, first)
         return second, _cast(method.flat_direction(first, second), flat) if flat else flat
@@ -413,7 +345,9 @@ def _perturbed(
     return found
 
 
-def _check_state(state: SparseOptimizerState, method: Method, tree: _Tree, reuses: bool) -> None:
+def _check_state(
+    state: SparseOptimizerState, method: Method, tree: SparseTree, reuses: bool
+) -> None:
     """Refuse the state of a method with another state, before a branch of a condition does."""
     if reuses != (state.flat_direction is not None):
         raise ValueError(
@@ -439,14 +373,14 @@ def _check_grad_fn(grad_fn: Any) -> None:
         raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
 
 
-def _moved(params: PyTree, e: Sequence[Any], tree: _Tree) -> PyTree:
+def _moved(params: PyTree, e: Sequence[Any], tree: SparseTree) -> PyTree:
     """``x + e`` in the dtypes of x."""
     leaves = zip(tree.leaves(params), e, strict=True)
     return tree.treedef.unflatten([(p + e_i).astype(p.dtype) for p, e_i in leaves])
 
 
 def _penalized(
-    params: PyTree, gradients: Sequence[Any], split: SplitState, penalty: Any, tree: _Tree
+    params: PyTree, gradients: Sequence[Any], split: SplitState, penalty: Any, tree: SparseTree
 ) -> PyTree:
     """The gradients of loss and penalty, in the dtypes of the loss gradients."""
     sums = [
@@ -467,27 +401,6 @@ def _cast(arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     return [a.astype(b.dtype) for a, b in zip(arrays, like, strict=True)]
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _read_flag(flag: Any) -> bool:
-    if not isinstance(flag, (bool, np.bool_)):
-        raise TypeError(f"where must be a function, or hold True or False, got {flag!r}")
-    return bool(flag)
-
-
-def _flat(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
-    try:
-        return list(treedef.flatten_up_to(tree))
-    except (ValueError, TypeError):
-        # Not JAX's message, which prints every array.
-        given = jax.tree.structure(tree)
-        raise ValueError(
-            f"{argument} must have the structure of params, {treedef}, got {given}"
-        ) from None
-
-
 def _at(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
@@ -497,7 +410,7 @@ def _is_static_zero(rho: Any) -> bool:
 
 
 def _initial_importance(
-    importance: Any, params: PyTree, sparse: list[Any], tree: _Tree, method: Method
+    importance: Any, params: PyTree, sparse: list[Any], tree: SparseTree, method: Method
 ) -> list[Any] | None:
     if importance is None:
         return method.init_importance(sparse)
@@ -508,7 +421,7 @@ def _initial_importance(
     return [jnp.ones(shape.shape, shape.dtype) for shape in shapes]
 
 
-def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
+def _placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
     """P of each sparse leaf, checked and given its axes."""
     names = tree.targets.names
     try:
@@ -536,7 +449,7 @@ def _placed(importance: Any, sparse: list[Any], tree: _Tree) -> list[Any]:
     return placed
 
 
-def _check_layout(support: Sequence[Any], method: Method, tree: _Tree) -> None:
+def _check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
     """Refuse a layout other than the one that was trained with, where values can be read."""
     changes = isinstance(getattr(method.sparsity, "sparsity", None), Cubic)
     if changes or not all(backend_of(mask).is_concrete(mask) for mask in support):

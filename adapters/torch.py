@@ -6,28 +6,25 @@ base optimizer and `safe_core.Method`.
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from safe_core import Method, SplitState, Targets
-from safe_core.arguments import check_importance
+from safe_core import Method, SplitState
 from safe_core.backends import backend_of
-from safe_core.backends.torch_shards import is_sharded, sharded_like
-from safe_core.layout import Layout, place_importance
+from safe_core.backends.torch_shards import is_sharded
+from safe_core.layout import Layout
+from safe_core.report import Report, TensorReport
 from safe_core.sharpness import norm
 
 from . import torch_lists
 from .torch_closures import GradientWatch
+from .torch_compiled import CompiledStep
 from .torch_groups import (
     GroupRules,
     Target,
@@ -36,7 +33,8 @@ from .torch_groups import (
     settings_of,
 )
 from .torch_modules import RandomState, forget_copies, statistics_kept
-from .torch_report import Report, TensorReport
+from .torch_report import tensor_reports
+from .torch_split import HeldSplit
 from .torch_state import pack, unpack
 
 __all__ = ["SparseOptimizer"]
@@ -357,20 +355,20 @@ class SparseOptimizer(Optimizer):
         due = self.method.is_dual_update(self.steps)
         if due:
             self._take_in_gradients(sparse)
-        self._store(sparse, self.method.rescale(self._split(sparse), self.steps))
+        self._held.store(sparse, self.method.rescale(self._held.split(sparse), self.steps))
         self._descend(sparse)
         if due:
             self._call_importance(sparse)
-            for method, members in self._by_pattern(sparse):
+            for method, members in self._held.by_pattern(self.method, sparse):
                 split = method.dual_update(
                     [p.detach() for p in members],
-                    self._split(members),
+                    self._held.split(members),
                     self.steps,
-                    self._targets_of(members),
-                    method.metric(self._importance_state(members)),
+                    self._held.targets(members),
+                    method.metric(self._held.importance(members)),
                     workspace=self._moved.workspace(members),
                 )
-                self._store(members, split)
+                self._held.store(members, split)
         self.steps += 1
 
     @torch.no_grad()
@@ -418,13 +416,13 @@ class SparseOptimizer(Optimizer):
         if self.frozen:
             return [self.state[p]["support"] for p in sparse]
         found: dict[Tensor, Tensor] = {}
-        for method, members in self._by_pattern(sparse):
+        for method, members in self._held.by_pattern(self.method, sparse):
             if isinstance(importance, str) and importance == _LAST:
-                metric: Any = method.metric(self._importance_state(members))
+                metric: Any = method.metric(self._held.importance(members))
             else:
-                metric = None if importance is None else self._placed(importance, members)
+                metric = None if importance is None else self._held.placed(importance, members)
             values = [p.detach() for p in members]
-            support = method.final_support(values, self._targets_of(members), metric)
+            support = method.final_support(values, self._held.targets(members), metric)
             found.update(zip(members, support, strict=True))
         return [found[p] for p in sparse]
 
@@ -465,23 +463,9 @@ class SparseOptimizer(Optimizer):
         found: dict[Tensor, TensorReport] = {}
         with self._as_started() as sparse:
             penalties = self._signed("penalty")
-            for method, members in self._by_pattern(sparse):
-                values, targets = [p.detach() for p in members], self._targets_of(members)
-                metric = method.metric(self._importance_state(members))
-                anchor, held = self._split(members)
-                split = SplitState([torch_lists.widened(a) for a in anchor], held)
-                exact = replace(method, state_dtype=None)
-                update = exact.dual_update(values, split, self.steps, targets, metric)
-                final = method.final_support(values, targets, metric)
-                rows = TensorReport.of(
-                    targets.names,
-                    method.sparsity,
-                    values,
-                    split,
-                    update,
-                    final,
-                    [abs(penalties[p]) for p in members],
-                )
+            for method, members in self._held.by_pattern(self.method, sparse):
+                weights = [abs(penalties[p]) for p in members]
+                rows = tensor_reports(self._held, method, members, self.steps, weights)
                 found.update(zip(members, rows, strict=True))
         return Report(self.steps, [found[p] for p in sparse])
 
@@ -494,7 +478,7 @@ class SparseOptimizer(Optimizer):
         if self.frozen:
             raise ValueError("split() must come before the support is frozen, got frozen=True")
         with self._as_started() as sparse:
-            anchor, support = self._split(sparse)
+            anchor, support = self._held.split(sparse)
             return SplitState([a.clone() for a in anchor], [s.clone() for s in support])
 
     # The optimizer contract
@@ -627,11 +611,7 @@ class SparseOptimizer(Optimizer):
     def _make_kernels(self) -> None:
         """Make what holds no state of the training and cannot be pickled."""
         self._moved = torch_lists.Perturbed()
-        if self.compile:
-            self._ascend_compiled = torch.compile(torch_lists.move_traced_)
-            bare_step = inspect.unwrap(type(self.base).step)
-            self._descend_compiled = torch.compile(partial(_descend_traced, bare_step))
-            self._descend_hooked = torch.compile(partial(_descend_traced, _hooked_step))
+        self._compiled = CompiledStep(self.base) if self.compile else None
 
     @property
     def _has_radius(self) -> bool:
@@ -659,14 +639,9 @@ class SparseOptimizer(Optimizer):
             found.update(dict.fromkeys(group["params"], signed))
         return found
 
-    def _by_pattern(self, params: list[Tensor]) -> Iterator[tuple[Method, list[Tensor]]]:
-        """The parameters that are projected together, and the method with their sparsity."""
-        pools: dict[Any, list[Tensor]] = {}
-        for p in params:
-            pools.setdefault(self._targets[p].sparsity, []).append(p)
-        for pattern, members in pools.items():
-            own = pattern == self.method.sparsity
-            yield self.method if own else replace(self.method, sparsity=pattern), members
+    @property
+    def _held(self) -> HeldSplit:
+        return HeldSplit(self.state, self._targets)
 
     def _mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
         """Set tensors to zero off the support of their parameters."""
@@ -685,13 +660,10 @@ class SparseOptimizer(Optimizer):
         """The active parameters; starts the split of new ones."""
         self._follow_groups()
         sparse = self._active()
-        new = [p for p in sparse if not self._is_started(p)]
+        new = [p for p in sparse if not self._held.has(p)]
         if new:
             self._start(new)
         return sparse
-
-    def _is_started(self, p: Tensor) -> bool:
-        return p in self.state and "support" in self.state[p]
 
     @contextmanager
     def _as_started(self) -> Iterator[list[Tensor]]:
@@ -701,7 +673,7 @@ class SparseOptimizer(Optimizer):
         loaded into the model.
         """
         self._follow_groups()
-        new = [p for p in self._active() if not self._is_started(p)]
+        new = [p for p in self._active() if not self._held.has(p)]
         before = {p: dict(self.state[p]) for p in new if p in self.state}
         try:
             yield self._sparse_parameters()
@@ -717,15 +689,15 @@ class SparseOptimizer(Optimizer):
                 "parameters must not become trainable once the support is frozen, got "
                 f"{', '.join(self._targets[p].name for p in params)}"
             )
-        for method, members in self._by_pattern(params):
+        for method, members in self._held.by_pattern(self.method, params):
             values = [p.detach() for p in members]
             placed = None
             if isinstance(self._importance, Mapping):
-                placed = self._placed(self._importance, members)
-            split = method.init(values, self._targets_of(members), placed)
+                placed = self._held.placed(self._importance, members)
+            split = method.init(values, self._held.targets(members), placed)
             source = method.init_importance(values)
-            self._store(members, split)
-            self._store_importance(members, source if placed is None else placed)
+            self._held.store(members, split)
+            self._held.store_importance(members, source if placed is None else placed)
 
     def _select(self) -> None:
         """Choose the sparse parameters among the groups as they are."""
@@ -772,10 +744,10 @@ class SparseOptimizer(Optimizer):
                     f"importance names {unknown[0]!r}, which is no sparse parameter; they are "
                     f"{', '.join(sorted(known))}"
                 )
-            self._placed(self._importance, params)
-        for method, members in self._by_pattern(params):
+            self._held.placed(self._importance, params)
+        for method, members in self._held.by_pattern(self.method, params):
             shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
-            method.init(shapes, self._targets_of(members))
+            method.init(shapes, self._held.targets(members))
 
     def _refuse_within_perturbed(self, call: str) -> None:
         if self._phase == "perturbed":
@@ -791,10 +763,10 @@ class SparseOptimizer(Optimizer):
         direction = self.method.direction(params, gradients, self.steps)
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
         copies = self._moved.prepare(params)
-        if self.compile:
+        if self._compiled is not None:
             by_factor = {rho: found.factor for rho, found in by_radius.items()}
             factors = [by_factor[radii[p]] for p in params]
-            self._ascend_compiled(params, copies, direction.vectors, factors, direction.usable)
+            self._compiled.ascend(params, copies, direction.vectors, factors, direction.usable)
             self._moved.saved(params, copies)
             return
         for rho, found in by_radius.items():
@@ -831,17 +803,15 @@ class SparseOptimizer(Optimizer):
             if p.grad is None:
                 # Without a loss gradient the penalty still acts, else u would wind up.
                 p.grad = torch.zeros_like(p)
-        if self.compile:
-            gradients, anchors = _gradients(sparse), self._split(sparse).anchor
-            weights, copies = _scalars(penalties, sparse), self._moved.copies(sparse)
+        if self._compiled is not None:
+            anchors, copies = self._held.split(sparse).anchor, self._moved.copies(sparse)
             self._moved.restore(but=sparse)
-            program = self._descend_compiled if _is_bare(self.base) else self._descend_hooked
-            program(self.base, gradients, sparse, anchors, weights, copies)
+            self._compiled.descend(_gradients(sparse), sparse, anchors, penalties, copies)
             self._moved.forget(sparse)
             return
         for penalty in {penalties[p] for p in sparse}:
             mine = [p for p in sparse if penalties[p] == penalty]
-            gradients, anchors = _gradients(mine), self._split(mine).anchor
+            gradients, anchors = _gradients(mine), self._held.split(mine).anchor
             copies = self._moved.copies(mine)
             torch_lists.add_penalty_(gradients, mine, anchors, penalty, copies)
             self._moved.forget(mine)
@@ -871,14 +841,15 @@ class SparseOptimizer(Optimizer):
         """Refresh the method's own importance from the loss gradient, before the penalty."""
         if self.method.importance is not None:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in sparse]
-            state = self.method.refresh_importance(self._importance_state(sparse), gradients)
-            self._store_importance(sparse, state)
+            state = self.method.refresh_importance(self._held.importance(sparse), gradients)
+            self._held.store_importance(sparse, state)
 
     def _call_importance(self, sparse: list[Tensor]) -> None:
         """Ask the user's function for P at the parameters that are to be projected."""
         if callable(self._importance):
             named = {self._targets[p].name: p.detach() for p in sparse}
-            self._store_importance(sparse, self._placed(self._importance(named), sparse))
+            placed = self._held.placed(self._importance(named), sparse)
+            self._held.store_importance(sparse, placed)
 
     def _warn_of_rounding(self, params: list[Tensor], gradients: list[Tensor]) -> None:
         """Say once, at the first perturbation, that 16-bit parameters swallow it."""
@@ -901,44 +872,6 @@ class SparseOptimizer(Optimizer):
                 f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
                 stacklevel=7,
             )
-
-    # The split, per parameter in `self.state`
-
-    def _targets_of(self, params: Sequence[Tensor]) -> Targets:
-        targets = [self._targets[p] for p in params]
-        return Targets(tuple(t.name for t in targets), tuple(t.layout for t in targets))
-
-    def _split(self, params: Sequence[Tensor]) -> SplitState:
-        states = [self.state[p] for p in params]
-        return SplitState([s["anchor"] for s in states], [s["support"] for s in states])
-
-    def _store(self, params: Sequence[Tensor], split: SplitState) -> None:
-        for p, anchor, support in zip(params, split.anchor, split.support, strict=True):
-            self.state[p].update(anchor=anchor, support=support)
-
-    def _importance_state(self, params: Sequence[Tensor]) -> list[Tensor] | None:
-        state = [self.state[p].get("importance") for p in params]
-        return None if any(s is None for s in state) else state
-
-    def _store_importance(self, params: Sequence[Tensor], state: Sequence[Tensor] | None) -> None:
-        if state is not None:
-            for p, importance in zip(params, state, strict=True):
-                self.state[p]["importance"] = importance
-
-    def _placed(self, importance: Any, params: Sequence[Tensor]) -> list[Tensor]:
-        """P of each parameter, checked and given its axes."""
-        if not isinstance(importance, Mapping):
-            raise TypeError(f"importance must be a mapping of name to tensor, got {importance!r}")
-        placed = []
-        for p in params:
-            name, layout, _ = self._targets[p]
-            if name not in importance:
-                raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
-            given = torch.as_tensor(importance[name], device=p.device)
-            placed.append(place_importance(given, p.detach(), layout, name))
-        check_importance(placed, [self._targets[p].name for p in params])
-        pairs = zip(params, placed, strict=True)
-        return [sharded_like(p.detach(), own).clone() for p, own in pairs]
 
 
 def _check_arguments(
@@ -980,46 +913,3 @@ def _check_flags(**flags: Any) -> None:
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-
-
-def _scalars(values: Mapping[Tensor, float], params: list[Tensor]) -> list[Tensor]:
-    """Numbers that a compiled program takes as arguments, not as constants."""
-    made: dict[Any, Tensor] = {}
-    for p in params:
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        key = (values[p], dtype, p.device)
-        if key not in made:
-            made[key] = torch.full((), values[p], dtype=dtype, device=p.device)
-    return [made[values[p], torch.promote_types(p.dtype, torch.float32), p.device] for p in params]
-
-
-def _is_bare(base: Optimizer) -> bool:
-    """Whether nothing hangs on the step of the base but its arithmetic.
-
-    Hooks, and the counting that a scheduler patches in, lie in wrappers that would cut the
-    compiled program in two.
-    """
-    hooks = (
-        base._optimizer_step_pre_hooks,
-        base._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks,
-        _global_optimizer_post_hooks,
-    )
-    return not any(hooks) and "step" not in vars(base) and not base.defaults.get("differentiable")
-
-
-def _hooked_step(base: Optimizer) -> None:
-    base.step()
-
-
-def _descend_traced(
-    step: Callable[[Optimizer], Any],
-    base: Optimizer,
-    gradients: list[Tensor],
-    params: list[Tensor],
-    anchors: list[Tensor],
-    penalties: list[Tensor],
-    copies: list[Tensor | None] | None,
-) -> None:
-    torch_lists.add_penalty_traced_(gradients, params, anchors, penalties, copies)
-    step(base)

@@ -27,12 +27,15 @@ PACKAGES = (safe_core, safe_core.backends, safe_core.adapters)
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.adapters",
+    "safe_core.adapters.optax_tree",
     "safe_core",
     "safe_core._checks",
     "safe_core._dtypes",
     "safe_core.arguments",
     "safe_core.scores",
+    "safe_core.adapters.torch_compiled",
     "safe_core.adapters.torch_lists",
+    "safe_core.adapters.torch_report",
     "safe_core.adapters.torch_state",
 }
 

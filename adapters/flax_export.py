@@ -1,0 +1,171 @@
+"""Sparse parameters for other programs: BCOO matrices, and files that a torch user loads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+from safe_core.layout import Layout, inverse, resolve
+
+from .flax_weights import layout_of
+from .optax_tree import SparseTree
+
+__all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
+
+PyTree = Any
+_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_COLLECTIONS = ("params", "batch_stats")
+
+
+def to_bcoo(params: PyTree, *, where: Any = None) -> PyTree:
+    """Return ``params`` with the sparse leaves as `jax.experimental.sparse.BCOO`.
+
+    Parameters
+    ----------
+    params : pytree
+        After `finalize`.
+    where : callable or pytree of bool, optional
+        Which leaves, as for `sparse_optimizer`.
+
+    Returns
+    -------
+    pytree
+        Each such leaf holds its non-zero entries, exactly; the others are as given.
+
+    Examples
+    --------
+    >>> sparse = to_bcoo({"kernel": jnp.asarray([[0.0, 2.0], [3.0, 0.0]])})
+    >>> sparse["kernel"].nse, (jnp.ones(2) @ sparse["kernel"]).tolist()
+    (2, [3.0, 2.0])
+    """
+    tree = SparseTree.read(params, where, None, False)
+    return tree.replaced(tree.leaves(params), [BCOO.fromdense(x) for x in tree.sparse(params)])
+
+
+def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of Flax modules by the names and in the axes of PyTorch's.
+
+    ``Dense_0/kernel`` becomes ``Dense_0.weight`` with the outputs first: axes of outputs, of
+    inputs, then of the window; several axes of one role, as the heads of attention, become
+    one. ``scale`` and ``embedding`` become ``weight``, ``mean`` and ``var``
+    ``running_mean`` and ``running_var``. The collections ``params`` and ``batch_stats`` go
+    unnamed.
+
+    Parameters
+    ----------
+    variables : pytree of arrays
+        Nested mappings, such as of ``model.init`` or its ``params``.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        If the path of a kernel does not tell its axes, as that of a transposed convolution,
+        or two arrays come to one name.
+
+    Examples
+    --------
+    >>> found = to_torch_names({"params": {"Dense_0": {"kernel": jnp.ones((3, 2))}}})
+    >>> {name: x.shape for name, x in found.items()}
+    {'Dense_0.weight': (2, 3)}
+    """
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for path, x in _named(variables):
+        name = _torch_name(path)
+        if name in found:
+            raise ValueError(f"variables must come to different names, got two of {name!r}")
+        order, shape, _ = _axes(path, x)
+        found[name] = np.ascontiguousarray(np.asarray(x).transpose(order).reshape(shape))
+    return found
+
+
+def save_safetensors(variables: PyTree, path: str | Path) -> None:
+    """Write `to_torch_names` of ``variables`` to a file; needs safetensors.
+
+    In PyTorch ``model.load_state_dict(safetensors.torch.load_file(path))`` reads it, for a
+    model whose modules have the same names.
+
+    Parameters
+    ----------
+    variables : pytree of arrays
+    path : str or Path
+    """
+    from safetensors.numpy import save_file
+
+    save_file(to_torch_names(variables), path)
+
+
+def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
+    """Read a file of `save_safetensors`, or of a PyTorch model of the same names.
+
+    Parameters
+    ----------
+    path : str or Path
+    like : pytree of arrays
+        The variables to fill, for structure, shapes and dtypes.
+
+    Returns
+    -------
+    pytree of arrays
+
+    Raises
+    ------
+    ValueError
+        If an array is missing or of another shape. The message names it.
+    """
+    from safetensors.numpy import load_file
+
+    held = load_file(path)
+    leaves = []
+    for name, x in _named(like):
+        key = _torch_name(name)
+        order, shape, unmerged = _axes(name, x)
+        if key not in held or held[key].shape != shape:
+            given = f"shape {held[key].shape}" if key in held else "none"
+            raise ValueError(f"the file must hold {key!r} of shape {shape}, got {given}")
+        whole = held[key].reshape(unmerged).transpose(inverse(order))
+        leaves.append(jnp.asarray(whole, dtype=x.dtype))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _named(variables: PyTree) -> list[tuple[str, Any]]:
+    paths = jax.tree_util.tree_leaves_with_path(variables)
+    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in paths]
+
+
+def _torch_name(path: str) -> str:
+    keys = path.split("/")
+    keys = keys[1:] if keys[0] in _COLLECTIONS and len(keys) > 1 else keys
+    return ".".join([*keys[:-1], _NAMES.get(keys[-1], keys[-1])])
+
+
+def _axes(path: str, x: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The order of axes in torch, the shape there, and that before axes of a role merge."""
+    axes = tuple(range(x.ndim))
+    if path.split("/")[-1] != "kernel":
+        return axes, x.shape, x.shape
+    known = None if "transpose" in path.lower() else layout_of(path, x)
+    if known is None:
+        raise ValueError(f"the path {path!r} must tell the axes of its kernel, got shape {x.shape}")
+    layout: Layout = resolve(known, x.ndim, path)
+    roles = (layout.output_axes, layout.input_axes)
+    rest = tuple(axis for axis in axes if axis not in roles[0] + roles[1])
+    order = roles[0] + roles[1] + rest
+    merged = [math.prod(x.shape[axis] for axis in role) for role in roles]
+    window = tuple(x.shape[axis] for axis in rest)
+    return order, (*merged, *window), tuple(x.shape[axis] for axis in order)

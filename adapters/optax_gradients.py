@@ -1,0 +1,137 @@
+"""Both gradients of a step from one loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from safe_core import _checks
+
+__all__ = ["value_and_gradients"]
+
+PyTree = Any
+
+
+def value_and_gradients(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+    micro_batches: int = 1,
+) -> Callable[..., tuple[Any, PyTree, Callable[[PyTree], PyTree]]]:
+    """Return a function that computes what `sparse_optimizer` takes at a step.
+
+    ``fn(params, *args, **kwargs)`` returns the value of the loss, its gradient at ``params``
+    and ``grad_fn``, which returns the gradient at other parameters with the same arguments:
+    on the same batch, with the same dropout keys and the same batch statistics. What it
+    computes beside is dropped, so statistics come from the first pass alone.
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn(params, *args, **kwargs)`` returns a scalar, the mean over a batch.
+    has_aux : bool
+        ``loss_fn`` returns ``(loss, aux)``, and so does the value.
+    axis_name : str or tuple of str, optional
+        Average loss and both gradients over this axis of `jax.shard_map`, `jax.pmap` or
+        `jax.vmap`. ``aux`` is not averaged.
+    micro_batches : int
+        Accumulate both gradients over so many parts of the batch, one after the other, which
+        needs the memory of one. The batch is the first of ``args``, a pytree with
+        examples along the first axis of every leaf; keys of dropout masks may be among
+        them. ``aux`` then has one more axis in front, of the parts.
+
+    Returns
+    -------
+    callable
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, or the parts do not divide the batch.
+
+    Examples
+    --------
+    >>> import safe_core, optax
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> def loss(params, x, scale):
+    ...     return scale * jnp.mean((x @ params["kernel"]) ** 2)
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> state = tx.init(params)
+    >>> value, gradients, grad_fn = value_and_gradients(loss)(params, jnp.eye(2), 2.0)
+    >>> float(value), gradients["kernel"].tolist()
+    (2.0, [[2.0], [2.0]])
+    >>> updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"has_aux must be True or False, got {has_aux!r}")
+    _checks.integer("micro_batches", micro_batches, low=1)
+    differentiate = jax.value_and_grad(loss_fn, has_aux=has_aux)
+
+    def whole(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        value, gradients = differentiate(_varying(params, axis_name), *args, **kwargs)
+        if axis_name is None:
+            return value, gradients
+        loss, aux = value if has_aux else (value, None)
+        loss, gradients = jax.lax.pmean((loss, gradients), axis_name)  # type: ignore[no-untyped-call]
+        return (loss, aux) if has_aux else loss, gradients
+
+    def in_parts(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
+
+        def add(sums: tuple[Any, PyTree], part: PyTree) -> tuple[tuple[Any, PyTree], Any]:
+            value, gradients = whole(params, part, *args, **kwargs)
+            loss, aux = value if has_aux else (value, None)
+            return jax.tree.map(jnp.add, sums, (loss, gradients)), aux
+
+        shapes = jax.eval_shape(whole, params, jax.tree.map(lambda x: x[0], parts), *args, **kwargs)
+        loss = shapes[0][0] if has_aux else shapes[0]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, shapes[1]))
+        sums, aux = jax.lax.scan(add, zeros, parts)
+        loss, gradients = jax.tree.map(lambda total: total / micro_batches, sums)
+        return (loss, aux) if has_aux else loss, gradients
+
+    compute = whole if micro_batches == 1 else in_parts
+
+    def fn(
+        params: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
+        value, gradients = compute(params, *args, **kwargs)
+        return value, gradients, lambda moved: compute(moved, *args, **kwargs)[1]
+
+    return fn
+
+
+def _varying(params: PyTree, axis_name: Any) -> PyTree:
+    """Parameters that differ between devices, as far as differentiation knows.
+
+    The gradient by a value that all devices of a `jax.shard_map` share is a sum over them
+    already, which an average would leave as it is.
+    """
+    if axis_name is None:
+        return params
+    names = set(axis_name if isinstance(axis_name, tuple) else (axis_name,))
+
+    def cast(x: Any) -> Any:
+        kind = jax.typeof(x)
+        # JAX has called it by both names.
+        held = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+        missing = tuple((names & set(kind.sharding.mesh.manual_axes)) - set(held))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, params)
+
+
+def _cut(x: Any, parts: int) -> Any:
+    if x.shape[:1] == () or x.shape[0] % parts:
+        raise ValueError(
+            f"micro_batches must divide the first axis of every array of the batch, got {parts} "
+            f"and shape {x.shape}"
+        )
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])

@@ -1,0 +1,165 @@
+"""Insight into a run: how far each array is from the constraint, as tables and scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from .backends import Array
+from .schedules import Cubic
+from .sharpness import norm
+from .sparsity import NM, Pattern
+from .splitting import SplitState, recover
+
+__all__ = ["Report", "TensorReport", "sums"]
+
+
+class TensorReport(NamedTuple):
+    """One sparse parameter, as seen from the step at hand.
+
+    Attributes
+    ----------
+    name : str
+    entries : int
+    asked : float
+        The sparsity of the pattern at its end, over all that are projected together.
+    achieved : float
+        The share of this parameter that finalizing would set to zero now.
+    zeros : float
+        The share of entries that are zero already.
+    distance : float
+        ``|x - proj(x)|_2``, what finalizing now would remove.
+    churn : float
+        The share of entries whose place on the support a dual update now would change,
+        since the last one.
+    primal_residual : float
+        ``|x - z|_2``.
+    dual_residual : float
+        ``lambda * |z_now - z|_2``, of a dual update now.
+    """
+
+    name: str
+    entries: int
+    asked: float
+    achieved: float
+    zeros: float
+    distance: float
+    churn: float
+    primal_residual: float
+    dual_residual: float
+
+    @classmethod
+    def of(
+        cls, name: str, entries: int, pattern: Pattern, found: Sequence[Any], penalty: Any
+    ) -> TensorReport:
+        """Make the figures of one parameter from its `sums`."""
+        removed, zeros, distance, churned, primal, dual = found
+        n = max(entries, 1)
+        return cls(
+            name=name,
+            entries=entries,
+            asked=_asked(pattern),
+            achieved=removed / n,
+            zeros=zeros / n,
+            distance=distance**0.5,
+            churn=churned / n,
+            primal_residual=primal**0.5,
+            dual_residual=penalty * dual**0.5,
+        )
+
+
+class Report(NamedTuple):
+    """All sparse parameters at one step.
+
+    Attributes
+    ----------
+    step : int, or integer array in JAX
+        Base steps taken.
+    tensors : list of TensorReport
+
+    Examples
+    --------
+    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1)
+    >>> Report(7, [row]).scalars()["distance"]
+    3.0
+    """
+
+    step: Any
+    tensors: list[TensorReport]
+
+    def scalars(self) -> dict[str, float]:
+        """Return totals and every figure by parameter, flat, for a logger."""
+        entries = sum(row.entries for row in self.tensors)
+        found = {
+            key: sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
+            for key in ("achieved", "zeros", "churn")
+        }
+        for key in ("distance", "primal_residual", "dual_residual"):
+            found[key] = sum(getattr(row, key) ** 2 for row in self.tensors) ** 0.5
+        for row in self.tensors:
+            for key in TensorReport._fields[3:]:
+                found[f"{key}/{row.name}"] = getattr(row, key)
+        return found
+
+    def log(self, writer: Any, prefix: str = "safe_core") -> None:
+        """Write `scalars` to a `torch.utils.tensorboard.SummaryWriter` or its like."""
+        for key, value in self.scalars().items():
+            writer.add_scalar(f"{prefix}/{key}", float(value), int(self.step))
+
+    def table(self) -> Any:
+        """Return a `rich.table.Table`, to be printed by `rich.print`; needs rich."""
+        from rich.table import Table
+
+        table = Table(title=f"step {self.step}", padding=(0, 0))
+        table.add_column("name", overflow="fold", ratio=1)
+        for key in TensorReport._fields[1:]:
+            table.add_column(key.removesuffix("_residual"), justify="right", no_wrap=True)
+        for row in self.tensors:
+            table.add_row(row.name, f"{row.entries:,}", *(f"{value:.3g}" for value in row[2:]))
+        return table
+
+
+def sums(
+    values: Sequence[Array], split: SplitState, update: SplitState, final: Sequence[Array]
+) -> list[Array]:
+    """Counts and squares of each parameter, six in a float array: of shards they add.
+
+    Entries that ``final``, the support of the final projection, removes; zeros; the square of
+    ``distance``; places that ``update``, a dual update now, changes; squares of
+    ``primal_residual`` and of ``|z_now - z|_2``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, kept = numpy.asarray([3.0, 1.0, 0.0]), numpy.asarray([True, False, False])
+    >>> held = SplitState([x], [kept])
+    >>> sums([x], held, held, [kept])
+    [array([2., 1., 1., 0., 1., 0.])]
+    """
+    z, z_now = recover(split)[0], recover(update)[0]
+    found = []
+    for x, kept, old, new, a, b in zip(
+        values, final, split.support, update.support, z, z_now, strict=True
+    ):
+        xp = array_namespace(x)
+        parts = [
+            xp.sum(~kept),
+            xp.sum(x == 0),
+            norm([xp.where(kept, xp.zeros_like(x), x)]) ** 2,
+            xp.sum(old != new),
+            norm([x - a]) ** 2,
+            norm([b - a]) ** 2,
+        ]
+        dtype = parts[2].dtype
+        found.append(xp.stack([xp.astype(part, dtype) for part in parts]))
+    return found
+
+
+def _asked(pattern: Pattern) -> float:
+    if isinstance(pattern, NM):
+        return 1 - pattern.n / pattern.m
+    return float(
+        pattern.sparsity.value if isinstance(pattern.sparsity, Cubic) else pattern.sparsity
+    )

@@ -1,0 +1,119 @@
+"""Eight simulated devices: averaged gradients, and checkpoints that move between meshes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PREAMBLE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import safe_core
+from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax_gradients import value_and_gradients
+
+method = safe_core.safe(0.75, rho=0.05, penalty=0.1, dual_update_interval=2,
+                        perturbation_interval=2, reuse=0.5)
+keys = jax.random.split(jax.random.key(0), 4)
+x, y = jax.random.normal(keys[0], (32, 8)), jax.random.normal(keys[1], (32, 4))
+params = {"kernel": jax.random.normal(keys[2], (8, 4)), "bias": jnp.zeros(4)}
+
+def loss(params, data):
+    return jnp.mean((data[0] @ params["kernel"] + params["bias"] - data[1]) ** 2)
+
+def same(a, b, rtol=1e-3):
+    for got, want in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64),
+                                   rtol=rtol, atol=rtol / 100)
+"""
+
+AVERAGED = """
+tx = sparse_optimizer(optax.adam(0.01), method)
+
+def steps(params, state, data, axis_name, count=4):
+    def step(carry, _):
+        params, state = carry
+        _, gradients, grad_fn = value_and_gradients(loss, axis_name=axis_name)(params, data)
+        updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+        return (optax.apply_updates(params, updates), state), None
+    (params, state), _ = jax.lax.scan(step, (params, state), None, length=count)
+    return params, state
+
+state = tx.init(params)
+wanted = jax.jit(steps, static_argnums=(3, 4))(params, state, (x, y), None)
+mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+for check in (True, False):
+    mapped = jax.jit(jax.shard_map(
+        lambda params, state, data: steps(params, state, data, "batch"),
+        mesh=mesh, in_specs=(P(), P(), P("batch")), out_specs=P(), check_vma=check))
+    same(mapped(params, state, (x, y)), wanted)
+    print("agrees")
+split = jax.tree.map(lambda a: a.reshape(8, -1, a.shape[1]), (x, y))
+mapped = jax.pmap(lambda p, s, d: steps(p, s, d, "batch"), axis_name="batch",
+                  in_axes=(None, None, 0))
+same(jax.tree.map(lambda a: a[3], mapped(params, state, split)), wanted)
+print("agrees")
+"""
+
+CHECKPOINT = """
+import orbax.checkpoint as ocp
+folder = sys.argv[1]
+tx = sparse_optimizer(optax.adam(0.01), method)
+
+@jax.jit
+def step(params, state):
+    _, gradients, grad_fn = value_and_gradients(loss)(params, (x, y))
+    updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+    return optax.apply_updates(params, updates), state
+
+def placed(tree, mesh):
+    def place(a):
+        rows = a.ndim and a.shape[0] % mesh.size == 0
+        return jax.device_put(a, NamedSharding(mesh, P("d") if rows else P()))
+    return jax.tree.map(place, tree)
+
+def train(run, count):
+    for _ in range(count):
+        run = step(*run)
+    return run
+
+eight, four = (jax.make_mesh((n,), ("d",), axis_types=(AxisType.Auto,),
+                             devices=jax.devices()[:n]) for n in (8, 4))
+run = train(placed((params, tx.init(params)), eight), 3)
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder + "/step", run)
+    checkpointer.wait_until_finished()
+    for mesh in (eight, four):
+        fresh = placed((params, tx.init(params)), mesh)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+        found = checkpointer.restore(folder + "/step", shapes)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(run), strict=True):
+            assert a.dtype == b.dtype and (np.asarray(a) == np.asarray(b)).all()
+        assert found[1].anchor["kernel"].sharding.mesh.size == mesh.size
+        assert type(found[1]).__name__ == "SparseOptimizerState"
+        wanted, got = train(run, 3), train(found, 3)
+        same(got, wanted, rtol=0 if mesh is eight else 1e-3)
+        same(finalize(*got, method), finalize(*wanted, method), rtol=0 if mesh is eight else 1e-3)
+        print("agrees")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "checks"), [(AVERAGED, 3), (CHECKPOINT, 2)], ids=["average", "checkpoint"]
+)
+def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
+    flags = "--xla_force_host_platform_device_count=8"
+    finished = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script, str(tmp_path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["agrees"] * checks

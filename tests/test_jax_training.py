@@ -1,0 +1,509 @@
+"""`sparse_optimizer` in the training loops of JAX's libraries, and after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+import safe_core
+from safe_core.adapters.flax_export import (
+    load_safetensors,
+    save_safetensors,
+    to_bcoo,
+    to_torch_names,
+)
+from safe_core.adapters.flax_training import (
+    SparseTrainState,
+    nnx_value_and_gradients,
+    recalibrate,
+)
+from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
+from safe_core.adapters.optax_gradients import value_and_gradients
+from safe_core.adapters.optax_report import report
+from safe_core.adapters.optax_support import check_sparsity, fixed_support
+from safe_core.adapters.torch import SparseOptimizer
+
+pytestmark = pytest.mark.usefixtures("single_precision")
+
+METHOD = safe_core.safe(0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+
+
+class Network(linen.Module):
+    """Two layers with batch normalisation and dropout between."""
+
+    dropout: float = 0.0
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        x = linen.Dense(16)(x)
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = linen.Dropout(self.dropout, deterministic=not train)(linen.tanh(x))
+        return linen.Dense(4)(x)
+
+
+def batch(seed: int = 1, rows: int = 32) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(keys[0], (rows, 8)), jax.random.normal(keys[1], (rows, 4))
+
+
+def variables() -> Any:
+    return Network().init(jax.random.key(0), batch()[0])
+
+
+def same(a: Any, b: Any, **tolerance: float) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+# Both gradients from one loss
+
+
+def stateful_loss(dropout: float) -> Any:
+    def loss(params: Any, data: Any, stats: Any, key: Any) -> Any:
+        out, new = Network(dropout).apply(
+            {"params": params, "batch_stats": stats},
+            data[0],
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        return jnp.mean((out - data[1]) ** 2), new["batch_stats"]
+
+    return loss
+
+
+def test_statistics_and_dropout_are_those_of_the_first_pass() -> None:
+    held, loss, key = variables(), stateful_loss(0.5), jax.random.key(3)
+    params, stats = held["params"], held["batch_stats"]
+    (value, aux), gradients, grad_fn = value_and_gradients(loss, has_aux=True)(
+        params, batch(), stats, key
+    )
+    (wanted, new), first = jax.value_and_grad(loss, has_aux=True)(params, batch(), stats, key)
+    same((value, aux, gradients), (wanted, new, first))
+    same(grad_fn(params), gradients)  # the same masks, though every call draws them
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    same(grad_fn(moved), jax.grad(loss, has_aux=True)(moved, batch(), stats, key)[0])
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_gradients_of_parts_are_those_of_the_whole(has_aux: bool) -> None:
+    def loss(params: Any, data: Any, scale: float) -> Any:
+        value = scale * jnp.mean((data[0] @ params["kernel"] - data[1]) ** 2)
+        return (value, data[0].sum()) if has_aux else value
+
+    params = {"kernel": jnp.ones((8, 4))}
+    whole = value_and_gradients(loss, has_aux=has_aux)(params, batch(), 2.0)
+    parts = value_and_gradients(loss, has_aux=has_aux, micro_batches=4)(params, batch(), 2.0)
+    if has_aux:
+        assert parts[0][1].shape == (4,)
+        same(parts[0][1].sum(), whole[0][1], rtol=1e-5, atol=1e-5)
+    pick = (lambda found: found[0][0]) if has_aux else lambda found: found[0]
+    same(pick(parts), pick(whole), rtol=1e-5)
+    same(parts[1], whole[1], rtol=1e-5, atol=1e-7)
+    moved = jax.tree.map(lambda x: 2 * x, params)
+    same(parts[2](moved), whole[2](moved), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"micro_batches": 0}, {"has_aux": 1}])
+def test_a_bad_option_of_the_gradients_is_named(options: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        value_and_gradients(lambda params: 0.0, **options)
+
+
+def test_parts_must_divide_the_batch() -> None:
+    fn = value_and_gradients(lambda params, x: jnp.mean(params["kernel"] * x), micro_batches=3)
+    with pytest.raises(ValueError, match=r"micro_batches must divide .*got 3 and shape \(4,\)"):
+        fn({"kernel": jnp.ones((4, 4))}, jnp.ones(4))
+
+
+def test_both_gradients_are_averaged_over_an_axis() -> None:
+    def loss(params: Any, data: Any) -> Any:
+        return jnp.mean((data[0] @ params["kernel"] - data[1]) ** 2)
+
+    def step(params: Any, data: Any) -> Any:
+        value, gradients, grad_fn = value_and_gradients(loss, axis_name="batch")(params, data)
+        return value, gradients, grad_fn(jax.tree.map(lambda x: 2 * x, params))
+
+    params, data = {"kernel": jnp.ones((8, 4))}, batch()
+    whole = value_and_gradients(loss)(params, data)
+    split = jax.tree.map(lambda x: x.reshape(4, -1, x.shape[1]), data)
+    got = jax.vmap(step, axis_name="batch", in_axes=(None, 0))(params, split)
+    wanted = (*whole[:2], whole[2](jax.tree.map(lambda x: 2 * x, params)))
+    same(jax.tree.map(lambda x: x[-1], got), wanted, rtol=1e-5, atol=1e-7)
+
+
+# Flax
+
+
+def plain_steps(count: int) -> Any:
+    """The loop written out, for Flax's own ways to agree with."""
+    held, tx, loss = variables(), sparse_optimizer(optax.sgd(0.1), METHOD), stateful_loss(0.0)
+    params, stats = held["params"], held["batch_stats"]
+    state, key = tx.init(params), jax.random.key(3)
+    for _ in range(count):
+        gradients, new = jax.grad(loss, has_aux=True)(params, batch(), stats, key)
+
+        def second(moved: Any, stats: Any = stats) -> Any:
+            return jax.grad(loss, has_aux=True)(moved, batch(), stats, key)[0]
+
+        updates, state = tx.update(gradients, state, params, grad_fn=second)
+        params, stats = optax.apply_updates(params, updates), new
+    return params, stats, state
+
+
+class TrainState(SparseTrainState):
+    batch_stats: Any = None
+
+
+def test_a_train_state_passes_both_gradients() -> None:
+    held, loss = variables(), stateful_loss(0.0)
+    state = TrainState.create(
+        apply_fn=Network().apply,
+        params=held["params"],
+        batch_stats=held["batch_stats"],
+        tx=sparse_optimizer(optax.sgd(0.1), METHOD),
+    )
+
+    @jax.jit
+    def step(state: TrainState, data: Any, key: Any) -> TrainState:
+        (_, stats), grads, grad_fn = value_and_gradients(loss, has_aux=True)(
+            state.params, data, state.batch_stats, key
+        )
+        return state.apply_gradients(grads=grads, grad_fn=grad_fn, batch_stats=stats)
+
+    for _ in range(4):
+        state = step(state, batch(), jax.random.key(3))
+    params, stats, _ = plain_steps(4)
+    same((state.params, state.batch_stats), (params, stats), rtol=1e-4, atol=1e-5)
+    assert int(state.step) == 4
+    with pytest.raises(ValueError, match="grad_fn must be passed"):
+        state.apply_gradients(grads=state.params)
+
+
+class Module(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.second = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(self.dropout(jnp.tanh(self.norm(self.first(x)))))
+
+
+def module_loss(model: Any, data: Any) -> Any:
+    loss = jnp.mean((model(data[0]) - data[1]) ** 2)
+    return loss, loss
+
+
+def test_an_nnx_module_trains_with_statistics_and_masks_of_the_first_pass() -> None:
+    model = Module(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    rest = nnx.as_pure(jax.tree.map(jnp.copy, rest))
+    (value, _), gradients, grad_fn = nnx_value_and_gradients(module_loss, has_aux=True)(
+        model, batch()
+    )
+    # The model has gone one pass on, in its statistics and in its random numbers.
+    once = nnx.merge(graph, params, rest)
+    assert module_loss(once, batch())[0] == value
+    same(nnx.as_pure(nnx.state(once)), nnx.as_pure(nnx.state(model)))
+    assert float(jnp.abs(model.norm.mean[...]).sum()) > 0
+    same(grad_fn(nnx.as_pure(params)), nnx.as_pure(gradients))
+    assert float(module_loss(model, batch())[0]) != float(value)  # other masks
+
+
+def test_an_nnx_optimizer_ends_sparse() -> None:
+    model, traces = Module(nnx.Rngs(0)), []
+    tx = sparse_optimizer(optax.adam(0.01), METHOD)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, data: Any) -> Any:
+        traces.append(1)
+        (value, _), gradients, grad_fn = nnx_value_and_gradients(module_loss, has_aux=True)(
+            model, data
+        )
+        optimizer.update(model, gradients, grad_fn=grad_fn)
+        return value
+
+    losses = [float(step(model, optimizer, batch())) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert len(traces) == 1
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    projected = finalize(params, nnx.as_pure(optimizer.opt_state), METHOD)
+    nnx.update(model, projected)
+    zeros = [int((layer.kernel[...] == 0).sum()) for layer in (model.first, model.second)]
+    assert sum(zeros) == (8 * 16 + 16 * 4) * 3 // 4
+
+
+def test_recalibrated_statistics_are_averages_over_the_samples_asked_for() -> None:
+    held = variables()
+    data = [batch(seed)[0] for seed in range(4)]
+
+    def update(stats: Any, x: Any) -> Any:
+        given = {"params": held["params"], "batch_stats": stats}
+        return Network().apply(given, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    found = recalibrate(update, held["batch_stats"], data, samples=90)["BatchNorm_0"]
+    outputs = [x @ held["params"]["Dense_0"]["kernel"] for x in data[:3]]
+    mean = jnp.stack([x.mean(0) for x in outputs]).mean(0)
+    variance = jnp.stack([x.var(0) for x in outputs]).mean(0)
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["var"], variance, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="batches must not be empty"):
+        recalibrate(update, held["batch_stats"], [])
+    with pytest.raises(ValueError, match=r"update_fn must average BatchNorm_0/mean .*got one of 1"):
+        recalibrate(lambda stats, x: stats, held["batch_stats"], data)
+
+
+# After training
+
+
+def trained(steps: int = 5) -> tuple[Any, Any]:
+    params, _, state = plain_steps(steps)
+    return params, state
+
+
+def test_a_fixed_support_stays_under_weight_decay_and_momentum() -> None:
+    params, state = trained()
+    params = finalize(params, state, METHOD)
+    before = params
+    tx = fixed_support(optax.adamw(0.05, weight_decay=0.1))
+    support = tx.init(params)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    for seed in range(3):
+        gradients = jax.tree.map(
+            lambda x, seed=seed: jax.random.normal(jax.random.key(seed), x.shape), params
+        )
+        updates, support = step(gradients, support, params)
+        params = optax.apply_updates(params, updates)
+        check_sparsity(params, 0.75)
+        for name in ("Dense_0", "Dense_1"):
+            same(params[name]["kernel"] == 0, before[name]["kernel"] == 0)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), params, before)
+    assert min(map(float, jax.tree.leaves(moved))) > 0
+    # What was filled from outside is emptied again.
+    filled = jax.tree.map(lambda x: x + 1.0, params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), support, filled)
+    check_sparsity(optax.apply_updates(filled, updates), 0.75)
+
+
+def test_filled_leaves_are_named() -> None:
+    params, state = trained()
+    params = finalize(params, state, METHOD)
+    check_sparsity(params, 0.75)
+    kernel = params["Dense_1"]["kernel"]
+    first = int(jnp.argmax(kernel.ravel() == 0))
+    params["Dense_1"]["kernel"] = kernel.ravel().at[first].set(1e-6).reshape(kernel.shape)
+    with pytest.raises(ValueError, match=r"got non-zeros in Dense_1/kernel \(1 too many\)"):
+        check_sparsity(params, 0.75)
+
+
+def test_a_report_has_the_figures_of_pytorch() -> None:
+    rng = np.random.default_rng(0)
+    kernels = {
+        f"{i}": rng.normal(size=s).astype(np.float32) for i, s in enumerate([(8, 6), (6, 4)])
+    }
+    model = torch.nn.ModuleDict(
+        {k: torch.nn.Linear(*x.shape, bias=False) for k, x in kernels.items()}
+    )
+    for k, x in kernels.items():
+        model[k].weight.data = torch.tensor(x.T)
+    optimizer = SparseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), METHOD, model=model)
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD)
+    params: Any = {k: {"kernel": jnp.asarray(x)} for k, x in kernels.items()}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params, grad_fn=lambda p: p)
+        params = optax.apply_updates(params, updates)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = sum((p**2).sum() for p in model.parameters()) / 2
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    theirs = optimizer.report()
+    ours = report(params, state, METHOD)
+    assert int(ours.step) == theirs.step == 3
+    for a, b in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (a.name, a.entries, a.asked) == (
+            b.name.replace("weight", "kernel").replace(".", "/"),
+            *b[1:3],
+        )
+        np.testing.assert_allclose(np.asarray(a[3:]), b[3:], rtol=1e-4, atol=1e-6)
+    scalars = jax.jit(lambda p, s: report(p, s, METHOD).scalars())(params, state)
+    wanted = theirs.scalars()
+    assert float(scalars["distance"]) == pytest.approx(wanted["distance"], rel=1e-4)
+    assert len(scalars) == len(wanted)
+
+
+def test_a_sparse_matrix_holds_what_is_not_zero() -> None:
+    params, state = trained()
+    params = finalize(params, state, METHOD)
+    found = to_bcoo(params)
+    held = [found[name]["kernel"] for name in ("Dense_0", "Dense_1")]
+    assert sum(kernel.nse for kernel in held) == (8 * 16 + 16 * 4) // 4
+    for name, kernel in zip(("Dense_0", "Dense_1"), held, strict=True):
+        same(kernel.todense(), params[name]["kernel"])
+    same(found["Dense_0"]["bias"], params["Dense_0"]["bias"])
+
+
+# Files
+
+
+def test_a_file_reads_in_pytorch_and_back(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    held = variables()
+    held["params"] = trained()[0]
+    save_safetensors(held, tmp_path / "model.safetensors")
+    modules = {
+        "Dense_0": torch.nn.Linear(8, 16),
+        "BatchNorm_0": torch.nn.BatchNorm1d(16),
+        "Dense_1": torch.nn.Linear(16, 4),
+    }
+    model = torch.nn.ModuleDict(modules)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    x = batch()[0]
+    with torch.no_grad():
+        model.eval()
+        y = torch.tanh(modules["BatchNorm_0"](modules["Dense_0"](torch.tensor(np.asarray(x)))))
+        got = modules["Dense_1"](y)
+    np.testing.assert_allclose(got, Network().apply(held, x, train=False), rtol=1e-4, atol=1e-5)
+    empty = jax.tree.map(jnp.zeros_like, held)
+    same(load_safetensors(tmp_path / "model.safetensors", empty), held)
+    with pytest.raises(ValueError, match=r"must hold 'other.weight' of shape \(2, 3\), got none"):
+        load_safetensors(tmp_path / "model.safetensors", {"other": {"kernel": jnp.ones((3, 2))}})
+
+
+def test_convolution_and_attention_get_the_axes_of_pytorch() -> None:
+    class Mixed(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> Any:
+            y = linen.Conv(6, (3, 3), padding=1)(x)
+            rows = y.reshape(y.shape[0], -1, 6)
+            return y, linen.MultiHeadDotProductAttention(2, name="attention")(rows)
+
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    held = Mixed().init(jax.random.key(1), x)
+    found = to_torch_names(held)
+    weight, bias = (torch.tensor(found[f"Conv_0.{key}"]) for key in ("weight", "bias"))
+    image = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+    got = torch.nn.functional.conv2d(image, weight, bias, padding=1).permute(0, 2, 3, 1)
+    wanted, attended = Mixed().apply(held, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    rows = np.asarray(wanted).reshape(2, 16, 6)
+    query, key, value = (
+        (rows @ found[f"attention.{k}.weight"].T + found[f"attention.{k}.bias"].ravel())
+        .reshape(2, 16, 2, 3)
+        .transpose(0, 2, 1, 3)
+        for k in ("query", "key", "value")
+    )
+    heads = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.tensor(np.ascontiguousarray(part)) for part in (query, key, value))
+    )
+    joined = heads.permute(0, 2, 1, 3).reshape(2, 16, 6).numpy()
+    out = joined @ found["attention.out.weight"].T + found["attention.out.bias"]
+    np.testing.assert_allclose(out, attended, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"ConvTranspose_0": {"kernel": jnp.ones((3, 3, 2, 2))}}, "must tell the axes"),
+        ({"a": {"kernel": jnp.ones((2, 2))}, "a.weight": jnp.ones(2)}, "got two of 'a.weight'"),
+    ],
+)
+def test_what_has_no_name_in_pytorch_is_refused(tree: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_torch_names(tree)
+
+
+# Transforms
+
+
+def test_an_ensemble_over_hyperparameters_is_one_program() -> None:
+    def run(rho: Any, penalty: Any, seed: Any) -> Any:
+        tx = sparse_optimizer(optax.sgd(0.1), METHOD, rho=rho, penalty=penalty)
+        params = {"kernel": jax.random.normal(jax.random.key(seed), (8, 4))}
+
+        def loss(params: Any, data: Any) -> Any:
+            return jnp.mean((data[0] @ params["kernel"] - data[1]) ** 2)
+
+        def step(carry: Any, _: Any) -> Any:
+            params, state = carry
+            _, gradients, grad_fn = value_and_gradients(loss)(params, batch())
+            updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=5)
+        return finalize(params, state, METHOD)
+
+    settings = jnp.asarray([0.0, 0.1, 0.1]), jnp.asarray([0.1, 0.1, 0.5]), jnp.asarray([0, 0, 1])
+    mapped = jax.jit(jax.vmap(run))(*settings)
+    for i in range(3):
+        alone = run(*(float(s[i]) for s in settings[:2]), int(settings[2][i]))
+        same(mapped["kernel"][i], alone["kernel"], rtol=1e-4, atol=1e-5)
+    assert not jnp.array_equal(mapped["kernel"][0], mapped["kernel"][1])
+
+
+def test_a_checkpointed_model_and_donated_buffers_give_the_same_step() -> None:
+    def layer(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["kernel"])
+
+    def loss(params: Any, data: Any, wrap: Any) -> Any:
+        return jnp.mean((wrap(layer)(params, data[0]) - data[1]) ** 2)
+
+    results = []
+    for wrap, donated in ((lambda f: f, ()), (jax.checkpoint, (0, 1))):
+        tx = sparse_optimizer(optax.adam(0.01), METHOD)
+
+        def step(params: Any, state: Any, wrap: Any = wrap, tx: Any = tx) -> Any:
+            _, gradients, grad_fn = value_and_gradients(loss)(params, batch(), wrap)
+            updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(step, donate_argnums=donated)
+        params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = compiled(params, state)
+        results.append((params, find_state(state).anchor))
+    same(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    same(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_through_a_step_traces() -> None:
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (4, 4))}
+
+    def after(rate: Any) -> Any:
+        state = tx.init(params)
+        gradients = jax.tree.map(lambda x: rate * x, params)
+        updates, _ = tx.update(gradients, state, params, grad_fn=lambda p: gradients)
+        return sum(map(jnp.sum, jax.tree.leaves(optax.apply_updates(params, updates))))
+
+    assert jnp.isfinite(jax.grad(after)(1.0))
+
+
+def test_optax_maps_over_the_parameters_within_the_state() -> None:
+    tx = sparse_optimizer(optax.adam(0.01), METHOD)
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda x: x + 2, state)
+    same(doubled.base[0].mu, jax.tree.map(lambda x: x + 2, state.base[0].mu))
+    assert int(optax.tree.get(state, "step")) == 0
+    assert int(find_state(optax.tree.set(state, step=jnp.int32(7))).step) == 7
