@@ -1,0 +1,73 @@
+"""Resume with orbax: stop whenever you like, and go on to the same bits.
+
+    python examples/jax/resume.py FOLDER
+
+Writes a checkpoint after every epoch and starts from the last one where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+from digits import Network, accuracy, batches, datasets, loss_fn
+
+import safe_core
+from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax_gradients import value_and_gradients
+from safe_core.adapters.optax_support import check_sparsity
+
+METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.SquaredGradient(0.9))
+TX = sparse_optimizer(optax.adam(2e-3), METHOD)
+
+
+@jax.jit
+def step(run: dict[str, Any], batch: Any) -> dict[str, Any]:
+    key, used = jax.random.split(jax.random.wrap_key_data(run["key"]))
+    (_, batch_stats), gradients, grad_fn = value_and_gradients(loss_fn, has_aux=True)(
+        run["params"], batch, run["batch_stats"], used
+    )
+    updates, state = TX.update(gradients, run["state"], run["params"], grad_fn=grad_fn)
+    params = optax.apply_updates(run["params"], updates)
+    return {
+        "params": params,
+        "batch_stats": batch_stats,
+        "state": state,
+        "key": jax.random.key_data(key),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--epochs", type=int, default=10)
+    options = parser.parse_args()
+    train, test = datasets()
+    key = jax.random.key(0)
+    variables = Network().init({"params": key, "dropout": key}, train[0][:1])
+    run = {**variables, "state": TX.init(variables["params"]), "key": jax.random.key_data(key)}
+    with ocp.CheckpointManager(options.folder.resolve()) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, run)
+            run = manager.restore(start, args=ocp.args.StandardRestore(like))
+            print(f"resumed after epoch {start}", flush=True)
+        for epoch in range(start, options.epochs):
+            for batch in batches(train, epoch):
+                run = step(run, batch)
+            manager.save(epoch + 1, args=ocp.args.StandardSave(run))
+            manager.wait_until_finished()
+            print(f"saved epoch {epoch + 1}", flush=True)
+    params = finalize(run["params"], run["state"], METHOD)
+    check_sparsity(params, METHOD.sparsity)
+    total = sum(float(jnp.sum(x.astype(jnp.float32))) for x in jax.tree.leaves(params))
+    print(f"accuracy {accuracy(params, run['batch_stats'], test):.1f}%, sum of weights {total!r}")
+
+
+if __name__ == "__main__":
+    main()

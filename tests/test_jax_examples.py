@@ -1,0 +1,62 @@
+"""The JAX examples run as their first lines say."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "jax"
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=EXAMPLES,
+    )
+
+
+def printed_by(process: subprocess.Popen[str]) -> str:
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    return out
+
+
+def test_linen_and_nnx_learn_and_end_sparse() -> None:
+    for script, least in (("linen.py", 80), ("nnx_module.py", 70)):
+        printed = printed_by(start(script, "--epochs", "3"))
+        (accuracy,) = re.findall(r"accuracy ([\d.]+)%, exactly sparse", printed)
+        assert float(accuracy) > least, printed
+
+
+def test_devices_and_processes_train_what_one_device_trains() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    common = ("sharded.py", "--epochs", "1")
+    one, eight = (printed_by(start(*common, "--devices", n)) for n in ("1", "8"))
+    pair = [
+        start(*common, "--processes", "2", "--process", n, "--address", address) for n in ("0", "1")
+    ]
+    two = [printed_by(process) for process in pair]
+    results = [re.findall(r"loss ([\d.]+), (\d+) of 17024 zero", text) for text in (one, eight)]
+    results.append(re.findall(r"loss ([\d.]+), (\d+) of 17024 zero", "".join(two)))
+    assert len(results[0]) == 1
+    assert results == [results[0]] * 3
+    assert results[0][0][1] == "15321"
+    assert "8 devices" in eight
+    assert "2 devices" in two[0]
+
+
+def test_a_run_resumes(tmp_path: Path) -> None:
+    assert "saved epoch 1\n" in printed_by(start("resume.py", str(tmp_path), "--epochs", "1"))
+    printed = printed_by(start("resume.py", str(tmp_path), "--epochs", "2"))
+    assert printed.startswith("resumed after epoch 1\nsaved epoch 2\n")
