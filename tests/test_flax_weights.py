@@ -71,7 +71,7 @@ PATTERNS = [
 def net():
     """Parameters with every bias and scale off its start, and their gradient."""
     model = Net()
-    variables = model.init(jax.random.key(0), *INPUTS)
+    variables = jax.jit(model.init)(jax.random.key(0), *INPUTS)
     rest = {k: v for k, v in variables.items() if k != "params"}
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -84,7 +84,7 @@ def net():
 def trained(net, method, steps=2, base=None, **options):
     params, grad_fn = net
     tx = sparse_optimizer(optax.sgd(0.05) if base is None else base, method, **options)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     update = jax.jit(lambda g, state, params: tx.update(g, state, params, grad_fn=grad_fn))
     for _ in range(steps):
         updates, state = update(grad_fn(params), state, params)
@@ -102,7 +102,10 @@ def test_kernels_of_linen_modules(net):
 def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(net, pattern):
     method = safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=1)
     params, state = trained(net, method)
-    before, after = by_path(params), by_path(finalize(params, state, method))
+    before, after = (
+        by_path(params),
+        by_path(jax.jit(lambda p, s: finalize(p, s, method))(params, state)),
+    )
     for path, leaf in before.items():
         old, new = np.asarray(leaf), np.asarray(after[path])
         if path not in WEIGHTS:
