@@ -299,6 +299,14 @@ def test_a_fixed_support_stays_under_weight_decay_and_momentum() -> None:
     check_sparsity(optax.apply_updates(filled, updates), 0.75)
 
 
+def test_gradients_of_zeros_do_not_count_in_a_norm_of_the_base() -> None:
+    params = {"kernel": jnp.asarray([[0.0, 2.0], [3.0, 0.0]])}
+    tx = fixed_support(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)))
+    gradients = {"kernel": jnp.asarray([[100.0, 0.6], [0.8, 100.0]])}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    same(updates["kernel"], jnp.asarray([[0.0, -0.6], [-0.8, 0.0]]), rtol=1e-6)
+
+
 def test_filled_leaves_are_named() -> None:
     params, state = trained()
     params = finalize(params, state, METHOD)
