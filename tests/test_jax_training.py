@@ -358,6 +358,19 @@ def test_a_report_has_the_figures_of_pytorch() -> None:
     assert len(scalars) == len(wanted)
 
 
+def test_a_report_of_a_narrow_state_rounds_nothing_of_its_own() -> None:
+    method = safe_core.safe(0.5, penalty=0.2, state_dtype="bfloat16")
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    state = sparse_optimizer(optax.sgd(0.1), method).init(params)
+    z = jnp.where(state.support["kernel"], state.anchor["kernel"].astype(jnp.float32), 0)
+    u = jnp.where(state.support["kernel"], 0, -state.anchor["kernel"].astype(jnp.float32))
+    now = safe_core.project(params["kernel"] + u, 0.5).values
+    (row,) = report(params, state, method).tensors
+    assert float(row.dual_residual) == pytest.approx(
+        0.2 * float(jnp.linalg.norm(now - z)), rel=1e-5
+    )
+
+
 def test_a_sparse_matrix_holds_what_is_not_zero() -> None:
     params, state = trained()
     params = finalize(params, state, METHOD)

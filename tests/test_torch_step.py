@@ -267,7 +267,7 @@ def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None
 
 def test_every_pattern_selects_over_shards(sharded_output: list[str]) -> None:
     cases = [line for line in sharded_output if line.startswith("pattern")]
-    assert cases == ["pattern agrees"] * (12 * 2 + 3)
+    assert cases == ["pattern agrees"] * (13 * 2 + 3)
     (refusal,) = [line for line in sharded_output if line.startswith("refused")]
     assert "must be sharded at multiples of the pattern's units" in refusal
 
@@ -335,6 +335,7 @@ def work(rank, path):
         (NM(2, 4), weight, (line, [rows]), False),
         (NM(2, 4), weight, (line, [columns]), True),
         (NM(2, 6), weight, (line, [columns]), False),
+        (NM(2, 4), weight, (grid, [columns, columns]), True),
         (NM(5, 24), weight, (grid, [columns, rows]), True),
         (NM(2, 5, "dense"), weight, (grid, [strided, rows]), False),
         (Unstructured(0.4, "row"), weight, (line, [columns]), True),
