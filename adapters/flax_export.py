@@ -13,7 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from safe_core.layout import Layout, inverse, resolve
 
-from .flax_weights import layout_of
+from .flax_weights import keys_of, layout_of
 from .optax_tree import SparseTree
 
 __all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
@@ -26,6 +26,7 @@ _NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+_INTO_HEADS = (["query"], ["key"], ["value"])
 _COLLECTIONS = ("params", "batch_stats")
 
 
@@ -61,7 +62,7 @@ def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
     inputs, then of the window; several axes of one role, as the heads of attention, become
     one. ``scale`` and ``embedding`` become ``weight``, ``mean`` and ``var``
     ``running_mean`` and ``running_var``. The collections ``params`` and ``batch_stats`` go
-    unnamed.
+    unnamed. Weights after a flattened image follow the order of Flax, channels last.
 
     Parameters
     ----------
@@ -149,16 +150,17 @@ def _named(variables: PyTree) -> list[tuple[str, Any]]:
 
 
 def _torch_name(path: str) -> str:
-    keys = path.split("/")
+    keys = keys_of(path)
     keys = keys[1:] if keys[0] in _COLLECTIONS and len(keys) > 1 else keys
     return ".".join([*keys[:-1], _NAMES.get(keys[-1], keys[-1])])
 
 
 def _axes(path: str, x: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The order of axes in torch, the shape there, and that before axes of a role merge."""
-    axes = tuple(range(x.ndim))
-    if path.split("/")[-1] != "kernel":
-        return axes, x.shape, x.shape
+    axes, keys = tuple(range(x.ndim)), keys_of(path)
+    if keys[-1] != "kernel":
+        heads = keys[-1] == "bias" and x.ndim == 2 and keys[-2:-1] in _INTO_HEADS
+        return axes, (x.size,) if heads else x.shape, x.shape
     known = None if "transpose" in path.lower() else layout_of(path, x)
     if known is None:
         raise ValueError(f"the path {path!r} must tell the axes of its kernel, got shape {x.shape}")

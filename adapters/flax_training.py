@@ -12,6 +12,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from safe_core import _checks
+from safe_core._dtypes import wide_dtype
 
 __all__ = ["SparseTrainState", "nnx_value_and_gradients", "recalibrate"]
 
@@ -162,18 +163,25 @@ def recalibrate(
 
     @jax.jit
     def of_batch(batch: Any) -> tuple[PyTree, PyTree]:
-        """The statistics of a batch alone, and the momentum of every layer."""
+        """The statistics of a batch alone, and whether each array follows the batch."""
         zero, one = (jax.tree.map(lambda s, v=v: jnp.full_like(s, v), statistics) for v in (0, 1))
-        low, high = update_fn(zero, batch), update_fn(one, batch)
-        momentum = jax.tree.map(jnp.subtract, high, low)
-        return jax.tree.map(lambda s, m: s / (1 - m), low, momentum), momentum
+        low = update_fn(zero, batch)  # (1 - m) b
+        high, other = update_fn(low, batch), update_fn(one, batch)  # (1 + m) (1 - m) b
+        follows = jax.tree.map(lambda a, b: ~(jnp.all(a == 0) & jnp.all(b == 1)), low, other)
+        return jax.tree.map(_unaveraged, low, high), follows
 
-    total, seen = jax.tree.map(jnp.zeros_like, statistics), 0
+    total: PyTree = jax.tree.map(
+        lambda s: jnp.zeros_like(s, dtype=wide_dtype(jnp, [s])), statistics
+    )
+    seen = 0
     for batch in batches:
-        found, momentum = of_batch(batch)
+        found, follows = of_batch(batch)
         if seen == 0:
-            _check_momentum(momentum)
-        count = len(jax.tree.leaves(batch)[0])
+            _check_follows(follows)
+        rows = jnp.shape(jax.tree.leaves(batch)[0])[:1]
+        if not rows:
+            raise ValueError("batches must hold arrays with the examples along their first axis")
+        count = rows[0]
         total = jax.tree.map(lambda a, b, n=count: a + n * b, total, found)
         seen += count
         if samples is not None and seen >= samples:
@@ -183,12 +191,20 @@ def recalibrate(
     return jax.tree.map(lambda a, s: (a / seen).astype(s.dtype), total, statistics)
 
 
-def _check_momentum(momentum: PyTree) -> None:
-    for path, m in jax.tree_util.tree_leaves_with_path(momentum):
-        value = float(jnp.max(m))
-        if not -1e-3 < value < 1 - 1e-6:
+def _unaveraged(low: jax.Array, high: jax.Array) -> jax.Array:
+    """b of ``low = (1 - m) b`` and ``high = (1 + m) low``, by the largest entry's m."""
+    low, high = (a.astype(wide_dtype(jnp, [a])) for a in (low, high))
+    place = jnp.argmax(jnp.abs(low))
+    a, b = low.ravel()[place], high.ravel()[place]
+    momentum = jnp.where(a == 0, 0.0, (b - a) / jnp.where(a == 0, 1.0, a))
+    return low / (1 - momentum)
+
+
+def _check_follows(follows: PyTree) -> None:
+    for path, flag in jax.tree_util.tree_leaves_with_path(follows):
+        if not flag:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"update_fn must average {name} with a batch, with a momentum below 1, got one of "
-                f"{value:.3g}: is the model in training mode?"
+                f"update_fn must average {name} with a batch, got what it was given: is the model "
+                "in training mode?"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from safe_core.layout import Layout
 
-__all__ = ["is_prunable", "layout_of"]
+__all__ = ["is_prunable", "keys_of", "layout_of"]
 
 _INPUT_OUTPUT = Layout(input_axes=(-2,), output_axes=(-1,))
 _INTO_HEADS = Layout(input_axes=(0,), output_axes=(1, 2))
@@ -19,7 +19,8 @@ _FROM_HEADS = Layout(input_axes=(0, 1), output_axes=(2,))
 _BOXES = ("value", "raw_value")  # how NNX shows the array within a variable
 
 
-def _keys(path: str) -> list[str]:
+def keys_of(path: str) -> list[str]:
+    """The keys of a path, without that of the box in which NNX holds an array."""
     keys = path.split("/")
     return keys[:-1] if keys[-1] in _BOXES else keys
 
@@ -42,7 +43,7 @@ def is_prunable(path: str, array: Any) -> bool:
     >>> is_prunable("params/Dense_0/bias", numpy.ones(2))
     False
     """
-    return _keys(path)[-1] == "kernel" and array.ndim >= 2
+    return keys_of(path)[-1] == "kernel" and array.ndim >= 2
 
 
 def layout_of(path: str, array: Any) -> Layout | None:
@@ -72,7 +73,7 @@ def layout_of(path: str, array: Any) -> Layout | None:
     """
     if not is_prunable(path, array):
         return None
-    module = _keys(path)[-2].lower() if len(_keys(path)) > 1 else ""
+    module = keys_of(path)[-2].lower() if len(keys_of(path)) > 1 else ""
     if array.ndim == 2 or "conv" in module:
         return _INPUT_OUTPUT
     if array.ndim == 3 and module in ("query", "key", "value"):

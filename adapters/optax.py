@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from safe_core import Method, SplitState, _checks
+from safe_core._dtypes import wide_dtype
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
 from safe_core.layout import Layout, place_importance
@@ -334,8 +335,7 @@ def _perturbed(
     def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
         e = method.perturb(tree.leaves(params), first, step, rho=rho)
         second = leaves_like("what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef)
-        if due is not True:  # both branches return the same dtypes
-            second = _cast(second, first)
+        second = _cast(second, first)
         return second, _cast(method.flat_direction(first, second), flat) if flat else flat
 
     def stay(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -376,25 +376,25 @@ def _check_grad_fn(grad_fn: Any) -> None:
 def _moved(params: PyTree, e: Sequence[Any], tree: SparseTree) -> PyTree:
     """``x + e`` in the dtypes of x."""
     leaves = zip(tree.leaves(params), e, strict=True)
-    return tree.treedef.unflatten([(p + e_i).astype(p.dtype) for p, e_i in leaves])
+    return tree.treedef.unflatten(
+        [(p.astype(e_i.dtype) + e_i).astype(p.dtype) for p, e_i in leaves]
+    )
 
 
 def _penalized(
     params: PyTree, gradients: Sequence[Any], split: SplitState, penalty: Any, tree: SparseTree
 ) -> PyTree:
     """The gradients of loss and penalty, in the dtypes of the loss gradients."""
-    sums = [
-        (gradients[i] + penalty_gradient(x, anchor, penalty)).astype(gradients[i].dtype)
-        for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True)
-    ]
+    sums = []
+    for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True):
+        pull = penalty_gradient(x, anchor, penalty)
+        sums.append((gradients[i].astype(pull.dtype) + pull).astype(gradients[i].dtype))
     return tree.replaced(gradients, sums)
 
 
 def _no_direction(params: PyTree) -> PyTree:
     """A zero direction, until the first perturbation."""
-    return jax.tree.map(
-        lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
-    )
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(jnp, [p])), params)
 
 
 def _cast(arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
@@ -415,10 +415,16 @@ def _initial_importance(
     if importance is None:
         return method.init_importance(sparse)
     if not callable(importance):
-        return _placed(importance, sparse, tree)
+        # Copies: the caller's arrays must outlive a state that is donated.
+        return [jnp.array(p, copy=True) for p in _placed(importance, sparse, tree)]
     # Only shapes are known before the first call, and P is 1 until then.
     shapes = jax.eval_shape(lambda p: _placed(importance(p), tree.sparse(p), tree), params)
-    return [jnp.ones(shape.shape, shape.dtype) for shape in shapes]
+    return [
+        jnp.ones_like(x, dtype=shape.dtype)
+        if shape.shape == x.shape
+        else jnp.ones(shape.shape, shape.dtype)
+        for x, shape in zip(sparse, shapes, strict=True)
+    ]
 
 
 def _placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:

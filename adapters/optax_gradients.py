@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from safe_core import _checks
+from safe_core._dtypes import wide_dtype
 
 __all__ = ["value_and_gradients"]
 
@@ -42,7 +43,8 @@ def value_and_gradients(
         Accumulate both gradients over so many parts of the batch, one after the other, which
         needs the memory of one. The batch is the first of ``args``, a pytree with
         examples along the first axis of every leaf; keys of dropout masks may be among
-        them. ``aux`` then has one more axis in front, of the parts.
+        them. Part i takes rows ``i::micro_batches``. ``aux`` then has one more axis in front,
+        of the parts. Sums are in float32 or wider.
 
     Returns
     -------
@@ -85,17 +87,15 @@ def value_and_gradients(
     def in_parts(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
 
-        def add(sums: tuple[Any, PyTree], part: PyTree) -> tuple[tuple[Any, PyTree], Any]:
+        def add(sums: PyTree, part: PyTree) -> tuple[PyTree, Any]:
             value, gradients = whole(params, part, *args, **kwargs)
-            loss, aux = value if has_aux else (value, None)
-            return jax.tree.map(jnp.add, sums, (loss, gradients)), aux
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, gradients), value
 
-        shapes = jax.eval_shape(whole, params, jax.tree.map(lambda x: x[0], parts), *args, **kwargs)
-        loss = shapes[0][0] if has_aux else shapes[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, shapes[1]))
-        sums, aux = jax.lax.scan(add, zeros, parts)
-        loss, gradients = jax.tree.map(lambda total: total / micro_batches, sums)
-        return (loss, aux) if has_aux else loss, gradients
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(jnp, [p])), params)
+        sums, values = jax.lax.scan(add, zeros, parts)
+        loss, aux = values if has_aux else (values, None)
+        gradients = jax.tree.map(lambda a, p: (a / micro_batches).astype(p.dtype), sums, params)
+        return (loss.mean(), aux) if has_aux else loss.mean(), gradients
 
     compute = whole if micro_batches == 1 else in_parts
 
@@ -134,4 +134,5 @@ def _cut(x: Any, parts: int) -> Any:
             f"micro_batches must divide the first axis of every array of the batch, got {parts} "
             f"and shape {x.shape}"
         )
-    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+    # Every part takes rows from all over the batch, and so from all devices that hold it.
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

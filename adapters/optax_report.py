@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from safe_core import Method, SplitState
+from safe_core._dtypes import wide_dtype
 from safe_core.report import Report, TensorReport, sums
 
 from .optax import find_state
@@ -33,8 +34,8 @@ def report(
         An optimizer state that holds ours anywhere within.
     method : Method
         The method that is trained with.
-    penalty : float or array, optional
-        The one at hand, where it is not the method's.
+    penalty : float, array or schedule, optional
+        As passed to `sparse_optimizer`.
     layout : optional
         As passed to `sparse_optimizer`.
 
@@ -63,13 +64,14 @@ def report(
     ours = find_state(state)
     tree = SparseTree.read(params, is_sparse_in(ours.anchor), layout, False)
     values = tree.sparse(params)
-    wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in tree.sparse(ours.anchor)]
+    wide = [a.astype(wide_dtype(jnp, [a])) for a in tree.sparse(ours.anchor)]
     split = SplitState(wide, tree.sparse(ours.support))
     metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     exact = replace(method, state_dtype=None)
     update = exact.dual_update(values, split, ours.step, tree.targets, metric)
     final = method.final_support(values, tree.targets, metric)
-    weight = method.penalty(ours.step) if penalty is None else penalty
+    weight = method.penalty if penalty is None else penalty
+    weight = weight(ours.step) if callable(weight) else weight
     found = zip(tree.targets.names, values, sums(values, split, update, final), strict=True)
     return Report(
         ours.step,

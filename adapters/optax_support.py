@@ -87,7 +87,7 @@ def fixed_support(
         masked = tree.replaced(
             gradients,
             [
-                jnp.where(mask, gradients[i], 0).astype(gradients[i].dtype)
+                jnp.where(mask, gradients[i], jnp.zeros_like(gradients[i]))
                 for i, mask in zip(tree.indices, support, strict=True)
             ],
         )
@@ -95,7 +95,7 @@ def fixed_support(
         steps = tree.leaves(out)
         # Parameters that were filled since are emptied: x + (-x) is +0.
         kept = [
-            jnp.where(mask, steps[i], -x).astype(steps[i].dtype)
+            jnp.where(mask, steps[i].astype(x.dtype), -x)
             for i, x, mask in zip(tree.indices, tree.sparse(params), support, strict=True)
         ]
         return tree.replaced(steps, kept), FixedSupportState(base_state, state.support)
@@ -132,7 +132,9 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     """
     tree = SparseTree.read(params, where, layout, False)
     values = tree.sparse(params)
-    support = final_support(values, as_pattern(sparsity), tree.targets, importance=None)
+    # Which of the entries are zero decides, not how small the others are.
+    filled_in = [(x != 0).astype(jnp.float32) for x in values]
+    support = final_support(filled_in, as_pattern(sparsity), tree.targets, importance=None)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
     counts = [int(count) for count in jax.device_get(filled)]
     broken = [

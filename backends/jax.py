@@ -68,7 +68,8 @@ def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
 
 
 def norms(arrays: Sequence[Array], dtype: Any) -> Array:
-    return jnp.stack([jnp.linalg.norm(a.astype(dtype).ravel()) for a in arrays])
+    # Not of raveled arrays: shards of explicit type may lie along any axis.
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(a.astype(dtype)))) for a in arrays])
 
 
 def regrouped(x: Array, units: Mapping[int, int]) -> Array:
@@ -78,20 +79,19 @@ def regrouped(x: Array, units: Mapping[int, int]) -> Array:
         return x
     names = tuple(name for axis in sorted(cut) for name in spec[axis])
     mesh = jax.typeof(x).sharding.mesh
-    count = math.prod(mesh.shape[name] for name in names)
-    free = [
-        axis
-        for axis in range(x.ndim)
-        if units.get(axis, 1) == 1 and not spec[axis] and x.shape[axis] % count == 0
-    ]
+
+    def divides(axis: int) -> bool:
+        return x.shape[axis] % math.prod(mesh.shape[name] for name in spec[axis] + names) == 0
+
+    free = [axis for axis in range(x.ndim) if units.get(axis, 1) == 1 and divides(axis)]
     if not free:
         raise ValueError(
             f"axes {sorted(cut)} of an array of shape {x.shape} must be sharded at multiples of "
             f"the pattern's units, or not at all, got {jax.typeof(x).sharding}"
         )
-    target = max(free, key=lambda axis: x.shape[axis])
+    target = max(free, key=lambda axis: (not spec[axis], x.shape[axis]))
     moved = [() if axis in cut else held for axis, held in enumerate(spec)]
-    moved[target] = names
+    moved[target] += names
     return _resharded(x, moved)
 
 
@@ -115,7 +115,7 @@ def shardwise(
         mesh=_mesh(arrays[0]),
         in_specs=tuple(_named(spec) for spec in specs),
         out_specs=_named(out),
-        axis_names={name for names in cut.values() for name in names},
+        axis_names=set(jax.typeof(arrays[0]).sharding.mesh.explicit_axes),
         check_vma=False,
     )
     return mapped(*arrays)

@@ -149,7 +149,7 @@ def sums(
             xp.sum(x == 0),
             norm([xp.where(kept, xp.zeros_like(x), x)]) ** 2,
             xp.sum(old != new),
-            norm([x - a]) ** 2,
+            norm([xp.astype(x, a.dtype, copy=False) - a]) ** 2,
             norm([b - a]) ** 2,
         ]
         dtype = parts[2].dtype

@@ -172,9 +172,13 @@ def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> 
     xp = array_namespace(length)
     scale = xp.where(xp.isfinite(length), weight * length, xp.zeros_like(length))
     return [
-        xp.astype(g + xp.astype(scale, h.dtype) * h, g.dtype, copy=False)
+        xp.astype(_as(g, h.dtype) + _as(scale, h.dtype) * h, g.dtype, copy=False)
         for g, h in zip(gradients, flat, strict=True)
     ]
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    return array_namespace(x).astype(x, dtype, copy=False)
 
 
 @dataclass(frozen=True)

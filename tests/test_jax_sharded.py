@@ -60,6 +60,48 @@ same(jax.tree.map(lambda a: a[3], mapped(params, state, split)), wanted)
 print("agrees")
 """
 
+TYPED = """
+mesh = jax.make_mesh((4, 2), ("f", "t"), axis_types=(AxisType.Explicit,) * 2)
+
+def reduced(params, data):
+    h = jnp.einsum("bi,io->bo", data[0], params["kernel"], out_sharding=P(None, params_spec[1]))
+    return jnp.mean((h + params["bias"][None] - data[1]) ** 2)
+
+def run(place, loss, method, **options):
+    tx = sparse_optimizer(optax.sgd(0.1), method, **options)
+    params = {"kernel": place(jax.random.normal(keys[2], (16, 8)), P(*params_spec)),
+              "bias": place(jnp.zeros(8), P(params_spec[1]))}
+    data = (place(jax.random.normal(keys[0], (32, 16)), P()),
+            place(jax.random.normal(keys[1], (32, 8)), P(None, params_spec[1])))
+    state = tx.init(params)
+    @jax.jit
+    def step(params, state):
+        _, gradients, grad_fn = value_and_gradients(loss, micro_batches=2)(params, data)
+        updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+    for _ in range(3):
+        params, state = step(params, state)
+    return finalize(params, state, method), state
+
+def whole(params, data):
+    return jnp.mean((data[0] @ params["kernel"] + params["bias"] - data[1]) ** 2)
+
+given = {"importance": lambda params: jax.tree.map(lambda x: jnp.abs(x) + 1, params)}
+for params_spec, cases in (
+    ((None, "t"), ((0.75, given),)),
+    (("f", "t"), ((0.75, {}), ("2:4", {}), (safe_core.Channel(0.5), {}))),
+):
+    for pattern, options in cases:
+        method = safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=2)
+        wanted = run(lambda x, spec: x, whole, method, **options)
+        with jax.set_mesh(mesh):
+            got = run(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), reduced,
+                      method, **options)
+            assert got[1].anchor["kernel"].sharding.spec == P(*params_spec)
+        same(got, wanted)
+        print("agrees")
+"""
+
 CHECKPOINT = """
 import orbax.checkpoint as ocp
 folder = sys.argv[1]
@@ -104,7 +146,9 @@ with ocp.StandardCheckpointer() as checkpointer:
 
 
 @pytest.mark.parametrize(
-    ("script", "checks"), [(AVERAGED, 3), (CHECKPOINT, 2)], ids=["average", "checkpoint"]
+    ("script", "checks"),
+    [(AVERAGED, 3), (TYPED, 4), (CHECKPOINT, 2)],
+    ids=["average", "explicit axes", "checkpoint"],
 )
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
     flags = "--xla_force_host_platform_device_count=8"

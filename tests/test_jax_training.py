@@ -143,6 +143,45 @@ def test_both_gradients_are_averaged_over_an_axis() -> None:
     same(jax.tree.map(lambda x: x[-1], got), wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_parts_take_any_argument() -> None:
+    def loss(params: Any, x: Any, *, train: bool, name: str) -> Any:
+        assert train is True
+        assert name == "mean"
+        return jnp.mean(x @ params["kernel"])
+
+    params = {"kernel": jnp.ones((8, 4))}
+    fn = value_and_gradients(loss, micro_batches=2)
+    assert float(fn(params, batch()[0], train=True, name="mean")[0]) != 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("options", [{}, {"perturbation_interval": 2, "reuse": 0.5}])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_no_step_promotes_dtypes_or_ranks_silently(
+    dtype: Any, options: Any, state_dtype: Any
+) -> None:
+    method = safe_core.safe(0.5, rho=0.5, penalty=0.1, state_dtype=state_dtype, **options)
+    tx = sparse_optimizer(optax.sgd(0.1), method)
+    params = {"kernel": jnp.ones((8, 4), dtype), "bias": jnp.zeros(4, dtype)}
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean((x @ params["kernel"] + params["bias"][None]) ** 2)
+
+    x = batch()[0].astype(dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        state = tx.init(params)
+        for _ in range(2):
+            _, gradients, grad_fn = value_and_gradients(loss, micro_batches=2)(params, x)
+            updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+            assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+            params = optax.apply_updates(params, updates)
+        report(params, state, method)
+        params = finalize(params, state, method)
+        fine = fixed_support(optax.sgd(0.1))
+        updates, _ = fine.update(params, fine.init(params), params)
+        check_sparsity(optax.apply_updates(params, updates), 0.5)
+
+
 # Flax
 
 
@@ -263,7 +302,14 @@ def test_recalibrated_statistics_are_averages_over_the_samples_asked_for() -> No
     np.testing.assert_allclose(found["var"], variance, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="batches must not be empty"):
         recalibrate(update, held["batch_stats"], [])
-    with pytest.raises(ValueError, match=r"update_fn must average BatchNorm_0/mean .*got one of 1"):
+    # The momentum is found whatever the scale of the activations.
+    large = recalibrate(
+        lambda s, x: {"var": 0.99 * s["var"] + 0.01 * x.var(0)},
+        {"var": jnp.ones(8)},
+        [1e4 * data[0]],
+    )
+    np.testing.assert_allclose(large["var"], 1e8 * data[0].var(0), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"update_fn must average BatchNorm_0/mean .*was given"):
         recalibrate(lambda stats, x: stats, held["batch_stats"], data)
 
 
@@ -297,6 +343,19 @@ def test_a_fixed_support_stays_under_weight_decay_and_momentum() -> None:
     filled = jax.tree.map(lambda x: x + 1.0, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), support, filled)
     check_sparsity(optax.apply_updates(filled, updates), 0.75)
+
+
+def test_a_channel_of_zeros_is_one_beside_tiny_weights() -> None:
+    kernel = jnp.asarray([[1.0, 0.0, 1e-25], [1.0, 0.0, 1e-25]])
+    check_sparsity({"kernel": kernel}, safe_core.Channel(0.34))
+
+
+def test_a_state_shares_no_memory_with_a_given_importance() -> None:
+    given, params = {"kernel": jnp.ones((4, 4))}, {"kernel": jnp.ones((4, 4))}
+    tx = sparse_optimizer(optax.sgd(0.1), safe_core.admm(0.5), importance=given)
+    jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+    tx.init(params)
+    assert float(given["kernel"].sum()) == 16
 
 
 def test_gradients_of_zeros_do_not_count_in_a_norm_of_the_base() -> None:
@@ -397,7 +456,9 @@ def test_a_file_reads_in_pytorch_and_back(tmp_path: Path) -> None:
         "Dense_1": torch.nn.Linear(16, 4),
     }
     model = torch.nn.ModuleDict(modules)
-    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    found = load_file(tmp_path / "model.safetensors")
+    counter = {"BatchNorm_0.num_batches_tracked": torch.tensor(0)}  # which Flax does not keep
+    model.load_state_dict({**found, **counter})
     x = batch()[0]
     with torch.no_grad():
         model.eval()
@@ -428,7 +489,7 @@ def test_convolution_and_attention_get_the_axes_of_pytorch() -> None:
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     rows = np.asarray(wanted).reshape(2, 16, 6)
     query, key, value = (
-        (rows @ found[f"attention.{k}.weight"].T + found[f"attention.{k}.bias"].ravel())
+        (rows @ found[f"attention.{k}.weight"].T + found[f"attention.{k}.bias"])
         .reshape(2, 16, 2, 3)
         .transpose(0, 2, 1, 3)
         for k in ("query", "key", "value")
@@ -439,6 +500,15 @@ def test_convolution_and_attention_get_the_axes_of_pytorch() -> None:
     joined = heads.permute(0, 2, 1, 3).reshape(2, 16, 6).numpy()
     out = joined @ found["attention.out.weight"].T + found["attention.out.bias"]
     np.testing.assert_allclose(out, attended, rtol=1e-4, atol=1e-5)
+
+
+def test_the_boxes_of_nnx_go_unnamed(tmp_path: Path) -> None:
+    state = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    shapes = {name: x.shape for name, x in to_torch_names(state).items()}
+    assert shapes == {"weight": (2, 3), "bias": (2,)}
+    attention = linen.MultiHeadDotProductAttention(2).init(jax.random.key(0), jnp.ones((1, 3, 6)))
+    save_safetensors(attention, tmp_path / "a.safetensors")
+    same(load_safetensors(tmp_path / "a.safetensors", attention), attention)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ pass, and both passes draw the same dropout masks.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class TrainState(SparseTrainState):
     batch_stats: Any = None
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def step(state: TrainState, batch: Any, key: jax.Array) -> TrainState:
     (_, batch_stats), grads, grad_fn = value_and_gradients(loss_fn, has_aux=True)(
         state.params, batch, state.batch_stats, key

@@ -8,6 +8,7 @@ Writes a checkpoint after every epoch and starts from the last one where there i
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.Square
 TX = sparse_optimizer(optax.adam(2e-3), METHOD)
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def step(run: dict[str, Any], batch: Any) -> dict[str, Any]:
     key, used = jax.random.split(jax.random.wrap_key_data(run["key"]))
     (_, batch_stats), gradients, grad_fn = value_and_gradients(loss_fn, has_aux=True)(

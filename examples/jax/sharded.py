@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=(0, 1))
 def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
     loss, gradients, grad_fn = value_and_gradients(loss_fn)(params, batch)
     updates, state = TX.update(gradients, state, params, grad_fn=grad_fn)
