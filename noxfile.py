@@ -25,7 +25,7 @@ def install(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite over every backend; arguments go to pytest."""
+    """The test suite over every backend; arguments go to pytest, such as ``-m long``."""
     install(session)
     session.run("pytest", "-n", "2", "-m", "not equivalence and not long", *session.posargs)
 

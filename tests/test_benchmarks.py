@@ -79,6 +79,7 @@ def test_tables_name_the_machine_and_the_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.long
 def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
     named = ["--case", "selection", "--case", "memory", "--case", "reading"]
     command = [sys.executable, "-m", "benchmarks", "--quick", *named, "--json", tmp_path / "r.json"]

@@ -32,6 +32,7 @@ def printed_by(process: subprocess.Popen[str]) -> str:
     return out
 
 
+@pytest.mark.long
 def test_linen_and_nnx_learn_and_end_sparse() -> None:
     for script, least in (("linen.py", 80), ("nnx_module.py", 70)):
         printed = printed_by(start(script, "--epochs", "3"))
@@ -58,6 +59,7 @@ def test_devices_and_processes_train_what_one_device_trains() -> None:
     assert "2 devices" in two[0]
 
 
+@pytest.mark.long
 def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second run compiles nothing that the first has compiled.
     monkeypatch.setitem(ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))

@@ -32,7 +32,12 @@ def run(*command: str) -> str:
     return finished.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+LONG = ("mixed precision, bf16", "accumulation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in COMMANDS]
+)
 def test_an_example_learns(name: str) -> None:
     printed = run(sys.executable, *COMMANDS[name])
     accuracies = re.findall(r"accuracy ([\d.]+)%", printed)
