@@ -25,7 +25,7 @@ hypothesis.settings.register_profile(
     "safe_core",
     deadline=None,  # the first example of a shape compiles
     derandomize=True,
-    max_examples=10,
+    max_examples=8,
     print_blob=True,
 )
 hypothesis.settings.load_profile("safe_core")

@@ -32,7 +32,7 @@ def run(*command: str) -> str:
     return finished.stdout
 
 
-LONG = ("mixed precision, bf16", "accumulation")
+LONG = ("mixed precision, bf16", "compiled", "accumulation", "accelerate")
 
 
 @pytest.mark.parametrize(
