@@ -105,6 +105,20 @@ def save_safetensors(variables: PyTree, path: str | Path) -> None:
     ----------
     variables : pytree of arrays
     path : str or Path
+
+    Raises
+    ------
+    ValueError
+        As `to_torch_names`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+    >>> save_safetensors(params, path)
+    >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].shape
+    (3, 2)
     """
     from safetensors.numpy import save_file
 
@@ -128,6 +142,10 @@ def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
     ------
     ValueError
         If an array is missing or of another shape. The message names it.
+
+    Examples
+    --------
+    See `save_safetensors`.
     """
     from safetensors.numpy import load_file
 

@@ -14,6 +14,8 @@ from flax.training.train_state import TrainState
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 
+from .optax_gradients import check_loss
+
 __all__ = ["SparseTrainState", "nnx_value_and_gradients", "recalibrate"]
 
 PyTree = Any
@@ -40,7 +42,11 @@ class SparseTrainState(TrainState):  # type: ignore[no-untyped-call]
     def apply_gradients(
         self, *, grads: PyTree, grad_fn: Callable[[PyTree], PyTree] | None = None, **kwargs: Any
     ) -> SparseTrainState:
-        """Take a step, and replace the attributes in ``kwargs``."""
+        """Take a step, and replace the attributes in ``kwargs``.
+
+        ``grads`` and ``grad_fn`` are as for ``update`` of `sparse_optimizer`, which raises
+        where the method perturbs and ``grad_fn`` is None.
+        """
         extra = {} if grad_fn is None else {"grad_fn": grad_fn}
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra)
         return self.replace(
@@ -73,6 +79,11 @@ def nnx_value_and_gradients(
     -------
     callable
 
+    Raises
+    ------
+    TypeError
+        If ``loss_fn`` is no function or ``has_aux`` not a bool.
+
     Examples
     --------
     >>> import safe_core
@@ -89,20 +100,17 @@ def nnx_value_and_gradients(
     >>> float(step(model, optimizer, jnp.zeros((3, 4))))
     0.0
     """
-    selected = nnx.DiffState(0, wrt)
+    check_loss(loss_fn, has_aux)
+    differentiate = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
 
     def fn(model: Any, *args: Any) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
         graph, _, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
         before = nnx.as_pure(rest)  # arrays, which the first pass cannot write to
 
         def grad_fn(params: PyTree) -> PyTree:
-            moved = nnx.merge(graph, params, before)
-            found = nnx.grad(loss_fn, argnums=selected, has_aux=has_aux)(moved, *args)
-            return nnx.as_pure(found[0] if has_aux else found)
+            return nnx.as_pure(differentiate(nnx.merge(graph, params, before), *args)[1])
 
-        value, gradients = nnx.value_and_grad(loss_fn, argnums=selected, has_aux=has_aux)(
-            model, *args
-        )
+        value, gradients = differentiate(model, *args)
         return value, gradients, grad_fn
 
     return fn
@@ -161,28 +169,34 @@ def recalibrate(
     if samples is not None:
         _checks.integer("samples", samples, low=1)
 
+    def after(value: float, batch: Any) -> PyTree:
+        """The statistics after a batch, of ones that begin with one value."""
+        return update_fn(jax.tree.map(lambda s: jnp.full_like(s, value), statistics), batch)
+
     @jax.jit
-    def of_batch(batch: Any) -> tuple[PyTree, PyTree]:
-        """The statistics of a batch alone, and whether each array follows the batch."""
-        zero, one = (jax.tree.map(lambda s, v=v: jnp.full_like(s, v), statistics) for v in (0, 1))
-        low = update_fn(zero, batch)  # (1 - m) b
-        high, other = update_fn(low, batch), update_fn(one, batch)  # (1 + m) (1 - m) b
-        follows = jax.tree.map(lambda a, b: ~(jnp.all(a == 0) & jnp.all(b == 1)), low, other)
-        return jax.tree.map(_unaveraged, low, high), follows
+    def of_batch(batch: Any) -> PyTree:
+        """The statistics of a batch alone."""
+        low = after(0.0, batch)  # (1 - m) b
+        return jax.tree.map(_unaveraged, low, update_fn(low, batch))  # (1 + m) (1 - m) b
+
+    @jax.jit
+    def follow(batch: Any) -> PyTree:
+        """Whether each array of the statistics follows a batch."""
+        same = lambda a, b: ~(jnp.all(a == 0) & jnp.all(b == 1))  # noqa: E731
+        return jax.tree.map(same, after(0.0, batch), after(1.0, batch))
 
     total: PyTree = jax.tree.map(
         lambda s: jnp.zeros_like(s, dtype=wide_dtype(jnp, [s])), statistics
     )
     seen = 0
     for batch in batches:
-        found, follows = of_batch(batch)
         if seen == 0:
-            _check_follows(follows)
+            _check_follows(follow(batch))
         rows = jnp.shape(jax.tree.leaves(batch)[0])[:1]
         if not rows:
             raise ValueError("batches must hold arrays with the examples along their first axis")
         count = rows[0]
-        total = jax.tree.map(lambda a, b, n=count: a + n * b, total, found)
+        total = jax.tree.map(lambda a, b, n=count: a + n * b, total, of_batch(batch))
         seen += count
         if samples is not None and seen >= samples:
             break

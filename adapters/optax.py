@@ -147,7 +147,7 @@ def sparse_optimizer(
     _check_arguments(base, method, rho, penalty, layout, importance)
     inner = optax.with_extra_args_support(base)
     perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
-    reuses = perturbs and method.perturbation is not None and method.perturbation.reuse > 0
+    reuses = perturbs and method.reuses
 
     def init(params: PyTree) -> SparseOptimizerState:
         tree = SparseTree.read(params, where, layout, select_on_host)
@@ -179,21 +179,19 @@ def sparse_optimizer(
         tree = SparseTree.read(params, where, layout, select_on_host)
         _check_state(state, method, tree, reuses)
         gradients = leaves_like("updates", updates, tree.treedef)
-        flat = (
-            leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
-            if reuses
-            else []
-        )
+        flat = []
+        if reuses:
+            flat = leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
         if perturbs:
             _check_grad_fn(grad_fn)
-            radius = None if rho is None else _at(rho, state.step)
+            radius = None if rho is None else at_step(rho, state.step)
             gradients, flat = _perturbed(
                 method, params, gradients, flat, state.step, radius, grad_fn, tree
             )
         held = None if state.importance is None else tree.sparse(state.importance)
         split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
         split = method.rescale(split, state.step)
-        weight = method.penalty(state.step) if penalty is None else _at(penalty, state.step)
+        weight = method.penalty(state.step) if penalty is None else at_step(penalty, state.step)
         penalized = _penalized(params, gradients, split, weight, tree)
         out, base_state = inner.update(penalized, state.base, params, **extra_args)
         new_params = optax.apply_updates(params, out)
@@ -401,7 +399,8 @@ def _cast(arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
     return [a.astype(b.dtype) for a, b in zip(arrays, like, strict=True)]
 
 
-def _at(value: Any, step: jax.Array) -> Any:
+def at_step(value: Any, step: jax.Array) -> Any:
+    """A number or a schedule at a step."""
     return value(step) if callable(value) else value
 
 

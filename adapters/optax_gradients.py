@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 
-__all__ = ["value_and_gradients"]
+__all__ = ["check_loss", "value_and_gradients"]
 
 PyTree = Any
 
@@ -69,22 +69,25 @@ def value_and_gradients(
     (2.0, [[2.0], [2.0]])
     >>> updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
-    if not isinstance(has_aux, bool):
-        raise TypeError(f"has_aux must be True or False, got {has_aux!r}")
+    check_loss(loss_fn, has_aux)
     _checks.integer("micro_batches", micro_batches, low=1)
-    differentiate = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
-    def whole(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        value, gradients = differentiate(_varying(params, axis_name), *args, **kwargs)
-        if axis_name is None:
-            return value, gradients
-        loss, aux = value if has_aux else (value, None)
-        loss, gradients = jax.lax.pmean((loss, gradients), axis_name)  # type: ignore[no-untyped-call]
-        return (loss, aux) if has_aux else loss, gradients
+    def with_aux(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        found = loss_fn(params, *args, **kwargs)
+        return found if has_aux else (found, None)
 
-    def in_parts(params: PyTree, batch: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    differentiate = jax.value_and_grad(with_aux, has_aux=True)
+
+    def whole(params: PyTree, *args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], PyTree]:
+        (loss, aux), gradients = differentiate(_varying(params, axis_name), *args, **kwargs)
+        if axis_name is not None:
+            mean = jax.lax.pmean((loss, gradients), axis_name)  # type: ignore[no-untyped-call]
+            loss, gradients = mean
+        return (loss, aux), gradients
+
+    def in_parts(
+        params: PyTree, batch: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, Any], PyTree]:
         parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
 
         def add(sums: PyTree, part: PyTree) -> tuple[PyTree, Any]:
@@ -92,10 +95,9 @@ def value_and_gradients(
             return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, gradients), value
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(jnp, [p])), params)
-        sums, values = jax.lax.scan(add, zeros, parts)
-        loss, aux = values if has_aux else (values, None)
+        sums, (losses, aux) = jax.lax.scan(add, zeros, parts)
         gradients = jax.tree.map(lambda a, p: (a / micro_batches).astype(p.dtype), sums, params)
-        return (loss.mean(), aux) if has_aux else loss.mean(), gradients
+        return (losses.mean(), aux), gradients
 
     compute = whole if micro_batches == 1 else in_parts
 
@@ -103,9 +105,18 @@ def value_and_gradients(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
         value, gradients = compute(params, *args, **kwargs)
-        return value, gradients, lambda moved: compute(moved, *args, **kwargs)[1]
+        grad_fn = lambda moved: compute(moved, *args, **kwargs)[1]  # noqa: E731
+        return value if has_aux else value[0], gradients, grad_fn
 
     return fn
+
+
+def check_loss(loss_fn: Any, has_aux: Any) -> None:
+    """Refuse what is no loss function, or says unclearly what it returns."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"has_aux must be True or False, got {has_aux!r}")
 
 
 def _varying(params: PyTree, axis_name: Any) -> PyTree:

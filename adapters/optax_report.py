@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
-
 from safe_core import Method, SplitState
-from safe_core._dtypes import wide_dtype
-from safe_core.report import Report, TensorReport, sums
+from safe_core.report import Report, TensorReport, outlook, sums
 
-from .optax import find_state
+from .optax import at_step, find_state
 from .optax_tree import SparseTree, is_sparse_in
 
 __all__ = ["report"]
@@ -51,7 +47,7 @@ def report(
 
     Examples
     --------
-    >>> import optax, safe_core
+    >>> import jax.numpy as jnp, optax, safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
     >>> method = safe_core.admm(0.5)
     >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
@@ -64,15 +60,11 @@ def report(
     ours = find_state(state)
     tree = SparseTree.read(params, is_sparse_in(ours.anchor), layout, False)
     values = tree.sparse(params)
-    wide = [a.astype(wide_dtype(jnp, [a])) for a in tree.sparse(ours.anchor)]
-    split = SplitState(wide, tree.sparse(ours.support))
+    split = SplitState(tree.sparse(ours.anchor), tree.sparse(ours.support))
     metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
-    exact = replace(method, state_dtype=None)
-    update = exact.dual_update(values, split, ours.step, tree.targets, metric)
-    final = method.final_support(values, tree.targets, metric)
-    weight = method.penalty if penalty is None else penalty
-    weight = weight(ours.step) if callable(weight) else weight
-    found = zip(tree.targets.names, values, sums(values, split, update, final), strict=True)
+    compared = outlook(method, values, split, ours.step, tree.targets, metric)
+    weight = at_step(method.penalty if penalty is None else penalty, ours.step)
+    found = zip(tree.targets.names, values, sums(values, *compared), strict=True)
     return Report(
         ours.step,
         [TensorReport.of(name, x.size, method.sparsity, part, weight) for name, x, part in found],

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from safe_core.arguments import refuse_filled
 from safe_core.sparsity import as_pattern
 from safe_core.splitting import final_support
 
@@ -136,11 +137,4 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     filled_in = [(x != 0).astype(jnp.float32) for x in values]
     support = final_support(filled_in, as_pattern(sparsity), tree.targets, importance=None)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
-    counts = [int(count) for count in jax.device_get(filled)]
-    broken = [
-        f"{name} ({count} too many)"
-        for name, count in zip(tree.targets.names, counts, strict=True)
-        if count
-    ]
-    if broken:
-        raise ValueError(f"params must be sparse, got non-zeros in {', '.join(broken)}")
+    refuse_filled("params", tree.targets.names, [int(count) for count in jax.device_get(filled)])

@@ -100,6 +100,7 @@ def _read_flag(flag: Any) -> bool:
 
 
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
+    """The leaves of a tree that must have the structure of the parameters."""
     try:
         return list(treedef.flatten_up_to(tree))
     except (ValueError, TypeError):

@@ -7,7 +7,7 @@ base optimizer and `safe_core.Method`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core import Method, SplitState
+from safe_core._dtypes import wide_dtype
+from safe_core.arguments import refuse_filled
 from safe_core.backends import backend_of
 from safe_core.backends.torch_shards import is_sharded
 from safe_core.layout import Layout
@@ -442,13 +444,7 @@ class SparseOptimizer(Optimizer):
         with self._as_started() as sparse:
             support = self._final_support(sparse, None)
         filled = torch_lists.count_filled(sparse, support)
-        broken = [
-            f"{self._targets[p].name} ({count} too many)"
-            for p, count in zip(sparse, filled, strict=True)
-            if count
-        ]
-        if broken:
-            raise ValueError(f"parameters must be sparse, got non-zeros in {', '.join(broken)}")
+        refuse_filled("parameters", [self._targets[p].name for p in sparse], filled)
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -528,14 +524,14 @@ class SparseOptimizer(Optimizer):
         started = any("support" in entries for entries in self.state.values())
         with self._as_started():
             # Every parameter has an entry, for torch.distributed.checkpoint wants one.
-            own = {p: dict(self.state.get(p, {})) for p in self._trainable()}
+            own: dict[Tensor, dict[str, Any]] = {p: {} for p in self._trainable()}
             own |= {p: dict(entries) for p, entries in self.state.items()}
         if self._reuses:
             for p in self._trainable():
                 # Zero until it is known, so that a checkpoint has a place for it.
-                wide = torch.promote_types(p.dtype, torch.float32)
+                wide = wide_dtype(torch, [p])
                 empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
-                own.setdefault(p, {}).setdefault("flat_direction", empty)
+                own[p].setdefault("flat_direction", empty)
         merged = pack(
             self.base,
             own,
@@ -623,9 +619,7 @@ class SparseOptimizer(Optimizer):
     @property
     def _reuses(self) -> bool:
         """Whether a direction of the perturbed gradient is kept for other steps."""
-        perturbation = self.method.perturbation
-        reuse = 0.0 if perturbation is None or self.frozen else perturbation.reuse
-        return reuse > 0 and self._has_radius
+        return self.method.reuses and not self.frozen and self._has_radius
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -822,8 +816,7 @@ class SparseOptimizer(Optimizer):
         """Keep the direction of a perturbed gradient, or add it to a plain one."""
         first, self._first = self._first, {}
         if first:
-            second = [torch.zeros_like(p) if p.grad is None else p.grad for p in first]
-            flat = self.method.flat_direction(list(first.values()), second)
+            flat = self.method.flat_direction(list(first.values()), _gradients(first))
             for p, direction in zip(first, flat, strict=True):
                 self.state[p]["flat_direction"] = direction
             return
@@ -840,8 +833,8 @@ class SparseOptimizer(Optimizer):
     def _take_in_gradients(self, sparse: list[Tensor]) -> None:
         """Refresh the method's own importance from the loss gradient, before the penalty."""
         if self.method.importance is not None:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in sparse]
-            state = self.method.refresh_importance(self._held.importance(sparse), gradients)
+            found = self._held.importance(sparse)
+            state = self.method.refresh_importance(found, _gradients(sparse))
             self._held.store_importance(sparse, state)
 
     def _call_importance(self, sparse: list[Tensor]) -> None:
@@ -911,5 +904,6 @@ def _check_flags(**flags: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
-def _gradients(params: list[Tensor]) -> list[Tensor]:
+def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients, zero where there is none."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]

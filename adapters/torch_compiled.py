@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from safe_core._dtypes import wide_dtype
+
 from . import torch_lists
 
 __all__ = ["CompiledStep"]
@@ -74,7 +76,7 @@ def _is_bare(base: Optimizer) -> bool:
 def _scalars(values: Mapping[Tensor, float], params: Sequence[Tensor]) -> list[Tensor]:
     """Numbers that a compiled program takes as arguments, not as constants."""
     made: dict[Any, Tensor] = {}
-    keys = [(values[p], torch.promote_types(p.dtype, torch.float32), p.device) for p in params]
+    keys = [(values[p], wide_dtype(torch, [p]), p.device) for p in params]
     for value, dtype, device in dict.fromkeys(keys):
         made[value, dtype, device] = torch.full((), value, dtype=dtype, device=device)
     return [made[key] for key in keys]

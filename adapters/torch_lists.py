@@ -18,11 +18,11 @@ __all__ = [
     "Perturbed",
     "add_penalty_",
     "add_penalty_traced_",
+    "at_hand",
     "copy_",
     "count_filled",
     "mask_",
     "move_traced_",
-    "widened",
 ]
 
 _GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
@@ -57,7 +57,7 @@ class Perturbed:
     ) -> None:
         """Copy ``params`` into ``copies``, from `prepare`, and add e to them."""
         params, copies = list(params), list(copies)
-        values, vectors = _at_hand(params), _at_hand(direction.vectors)
+        values, vectors = at_hand(params), at_hand(direction.vectors)
         on_host = direction.length.device.type == "cpu"
         # Not read from an accelerator, which would wait for it.
         scale = float(direction.factor) if on_host else 0.0
@@ -109,13 +109,13 @@ def add_penalty_(
     Both in one pass over x, computed in float32 or wider.
     """
     found = [None] * len(params) if copies is None else copies
-    gradients, params, anchors = (_at_hand(tensors) for tensors in (gradients, params, anchors))
+    gradients, params, anchors = (at_hand(tensors) for tensors in (gradients, params, anchors))
     sources = [x if copy is None else copy for x, copy in zip(params, found, strict=True)]
     gradients, params, anchors, sources = _cut(gradients, params, anchors, sources)
     for i in _groups(params):
         if copies is not None:
             torch._foreach_copy_(params[i], sources[i])
-        wide = [widened(x) for x in params[i]]
+        wide = [_widened(x) for x in params[i]]
         torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
 
 
@@ -132,7 +132,7 @@ def add_penalty_traced_(
     for g, x, anchor, penalty, copy in zip(*lists, strict=True):
         if copy is not None:
             x.copy_(copy)
-        g.add_(penalty * (widened(x) - anchor))
+        g.add_(penalty * (_widened(x) - anchor))
 
 
 def move_traced_(
@@ -161,12 +161,12 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target <- source``, of tensors that are sharded alike, or shards at hand."""
     if targets:
-        torch._foreach_copy_(_at_hand(targets), _at_hand(sources))
+        torch._foreach_copy_(at_hand(targets), at_hand(sources))
 
 
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set tensors to +0 where their masks are false."""
-    for tensor, mask in zip(_at_hand(tensors), _at_hand(masks), strict=True):
+    for tensor, mask in zip(at_hand(tensors), at_hand(masks), strict=True):
         tensor.masked_fill_(~mask, 0)
 
 
@@ -174,18 +174,18 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     """How many entries off its mask each tensor holds that are not zero; reads once."""
     if not tensors:
         return []
-    pairs = zip(_at_hand(tensors), _at_hand(masks), strict=True)
+    pairs = zip(at_hand(tensors), at_hand(masks), strict=True)
     counts = [((x != 0) & ~mask).sum() for x, mask in pairs]
     found = torch.stack([count.to(counts[0].device) for count in counts])
     return [int(count) for count in summed(found, tensors).tolist()]
 
 
-def _at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
+def at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The entries at hand of each tensor."""
     return [local(x.detach()) for x in tensors]
 
 
-def widened(x: Tensor) -> Tensor:
-    """``x``, in float32 where it is of 16 bits."""
+def _widened(x: Tensor) -> Tensor:
     return x if x.element_size() > 2 else x.float()
 
 

@@ -160,21 +160,23 @@ def recalibrate(
 def _first(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     rest = iter(batches)
     for first in rest:
-        inputs = first[0] if isinstance(first, (list, tuple)) else first
-        if not torch.is_tensor(inputs):
+        if not torch.is_tensor(_inputs(first)):
             raise TypeError(
                 "batches must be tensors, or tuples or lists that begin with one, got "
-                f"{type(inputs)!r}"
+                f"{type(_inputs(first))!r}"
             )
         return first, rest
     raise ValueError("batches must not be empty, for the statistics are reset; got none")
+
+
+def _inputs(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (list, tuple)) else batch
 
 
 def _limited(batches: Iterable[Any], samples: int) -> Iterator[Any]:
     seen = 0
     for batch in batches:
         yield batch
-        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-        seen += len(inputs)
+        seen += len(_inputs(batch))
         if seen >= samples:
             return

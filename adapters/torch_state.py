@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safe_core import Method
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import broadcasts
 
 from .torch_groups import Target, described, numbered, pattern_of, settings_of
@@ -113,8 +114,7 @@ def unpack(
                 f"state_dict makes parameter {index}, of shape {tuple(parameter.shape)}, sparse, "
                 f"which is not here; sparse are {', '.join(t.name for t in targets.values())}"
             )
-        reuses = method.perturbation is not None and method.perturbation.reuse > 0
-        if flat is not None and reuses and not frozen:
+        if flat is not None and method.reuses and not frozen:
             own.setdefault(parameter, {})["flat_direction"] = flat
     return Unpacked({**loaded, "state": theirs, "param_groups": groups}, own, steps, frozen)
 
@@ -186,7 +186,7 @@ def _read_entries(
             f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
             f"this optimizer has {'an' if needed else 'no'} importance"
         )
-    wide = torch.promote_types(parameter.dtype, torch.float32)
+    wide = wide_dtype(torch, [parameter])
     narrow = method.state_dtype is not None
     dtypes = {"anchor": torch.bfloat16 if narrow else wide, "support": torch.bool}
     return {
@@ -204,8 +204,7 @@ def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tenso
             f"state_dict must hold {_PREFIX}flat_direction of shape {tuple(parameter.shape)} for "
             f"parameter {index}, got {tuple(flat.shape)}"
         )
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return flat.detach().to(parameter.device, wide, copy=True)
+    return flat.detach().to(parameter.device, wide_dtype(torch, [parameter]), copy=True)
 
 
 def _plain_options(group: dict[str, Any], base: Optimizer) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from . import numpy as numpy_backend
 from . import threshold, torch_counting, torch_shards
 from .standard import cond
 from .torch_counting import ordering_key
-from .torch_shards import regrouped, resharded_as, shardwise
+from .torch_shards import peaks, regrouped, resharded_as, shardwise
 
 __all__ = [
     "blockwise",
@@ -82,10 +82,6 @@ def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         flat = [x.detach().view(-1) for x in arrays]
         return torch.stack([torch.dot(x, x) for x in flat]).sqrt()
     return torch_shards.norms(arrays, dtype)
-
-
-def peaks(arrays: Sequence[Tensor]) -> Tensor:
-    return torch_shards.peaks(arrays)
 
 
 def known_finite(arrays: Sequence[Tensor]) -> bool:

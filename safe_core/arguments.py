@@ -12,7 +12,7 @@ from safe_core.backends import Array, backend_of
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
 
-__all__ = ["Arguments", "check_importance", "read_arguments"]
+__all__ = ["Arguments", "check_importance", "read_arguments", "refuse_filled"]
 
 
 class Arguments(NamedTuple):
@@ -58,6 +58,13 @@ def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -
         [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
         [f"importance of {name} must be finite and non-negative" for _, name in given],
     )
+
+
+def refuse_filled(argument: str, names: Sequence[str], counts: Sequence[int]) -> None:
+    """Raise where arrays that must be sparse hold too many entries that are not zero."""
+    broken = [f"{name} ({n} too many)" for name, n in zip(names, counts, strict=True) if n]
+    if broken:
+        raise ValueError(f"{argument} must be sparse, got non-zeros in {', '.join(broken)}")
 
 
 def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:

@@ -125,7 +125,7 @@ class Method:
     @property
     def reuses(self) -> bool:
         """Whether other steps reuse a direction of the perturbed gradient, kept as state."""
-        return self.perturbation is not None and self.perturbs and self.perturbation.reuse > 0
+        return self.perturbation is not None and self.perturbation.reuse > 0
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, of the gradients at x and at x + e.

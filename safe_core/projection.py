@@ -235,7 +235,7 @@ def _select_groups(
 
     def within(score: Array) -> Array:
         shape, axis = merge(score.shape, axes, name)
-        whole = _whole(shape[axis], pattern.m, "dense", name, "input")
+        whole = shape[axis] - shape[axis] % pattern.m
         full = xp.reshape(score, shape)
         head = _slice(full, axis, whole)
         grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
@@ -287,10 +287,7 @@ def _channels(xp: Any, squares: Array, layout: Layout | None, name: str) -> _Uni
     def cover(part: Array, mask: Array) -> Array:
         return mask & xp.ones_like(part, dtype=xp.bool)
 
-    def expand(mask: Array) -> Array:
-        return backend.resharded_as(squares, backend.shardwise(cover, whole, mask))
-
-    return _Units(scores, layout, expand)
+    return _Units(scores, layout, _expansion(squares, whole, cover))
 
 
 def _blocks(xp: Any, squares: Array, pattern: Block, layout: Layout | None, name: str) -> _Units:
@@ -312,15 +309,21 @@ def _blocks(xp: Any, squares: Array, pattern: Block, layout: Layout | None, name
     def cover(part: Array, mask: Array) -> Array:
         own = _BlockPlan.of(part.shape, pattern, layout, name)
         mask = xp.reshape(xp.broadcast_to(mask, own.split), own.wholes)
+        like = xp.reshape(part, own.merged)
         for axis in range(mask.ndim):
-            mask = _pad(xp, mask, axis, xp.reshape(part, own.merged))
+            mask = _pad(xp, mask, axis, like)
         return xp.reshape(mask, part.shape)
 
-    def expand(mask: Array) -> Array:
-        return backend.resharded_as(squares, backend.shardwise(cover, whole, mask))
-
     scores = backend.shardwise(add, whole, axes=plan.places)
-    return _Units(scores, Layout(batch_axes=plan.batch), expand)
+    return _Units(scores, Layout(batch_axes=plan.batch), _expansion(squares, whole, cover))
+
+
+def _expansion(
+    squares: Array, whole: Array, cover: Callable[[Array, Array], Array]
+) -> Callable[[Array], Array]:
+    """From a mask of units to one of entries, by ``cover`` on shards that cut no unit."""
+    backend = backend_of(squares)
+    return lambda mask: backend.resharded_as(squares, backend.shardwise(cover, whole, mask))
 
 
 class _BlockPlan(NamedTuple):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
+from ._dtypes import wide_dtype
 from .backends import Array
+from .method import Method
 from .schedules import Cubic
 from .sharpness import norm
 from .sparsity import NM, Pattern
-from .splitting import SplitState, recover
+from .splitting import SplitState, Targets, recover
 
-__all__ = ["Report", "TensorReport", "sums"]
+__all__ = ["Report", "TensorReport", "outlook", "sums"]
 
 
 class TensorReport(NamedTuple):
@@ -119,6 +122,37 @@ class Report(NamedTuple):
         for row in self.tensors:
             table.add_row(row.name, f"{row.entries:,}", *(f"{value:.3g}" for value in row[2:]))
         return table
+
+
+def outlook(
+    method: Method,
+    params: Sequence[Array],
+    split: SplitState,
+    step: int | Array,
+    targets: Targets,
+    importance: Sequence[Array | None] | None,
+) -> tuple[SplitState, SplitState, list[Array]]:
+    """What `sums` compares: the split, a dual update now, and the final support.
+
+    In float32 or wider, so that a narrow state rounds nothing here.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import admm
+    >>> x, targets = [numpy.asarray([3.0, 1.0])], Targets(("x",), (None,))
+    >>> method = admm(0.5)
+    >>> outlook(method, x, method.init(x, targets), 0, targets, None)[2]
+    [array([ True, False])]
+    """
+    held = [array_namespace(a).astype(a, _wide(a), copy=False) for a in split.anchor]
+    wide, exact = SplitState(held, split.support), replace(method, state_dtype=None)
+    update = exact.dual_update(params, wide, step, targets, importance)
+    return wide, update, method.final_support(params, targets, importance)
+
+
+def _wide(a: Array) -> Any:
+    return wide_dtype(array_namespace(a), [a])
 
 
 def sums(

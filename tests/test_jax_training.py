@@ -262,6 +262,13 @@ def test_an_nnx_module_trains_with_statistics_and_masks_of_the_first_pass() -> N
     assert float(module_loss(model, batch())[0]) != float(value)  # other masks
 
 
+def test_what_is_no_loss_of_a_module_is_named() -> None:
+    with pytest.raises(TypeError, match="loss_fn must be a function, got <class 'int'>"):
+        nnx_value_and_gradients(3)
+    with pytest.raises(TypeError, match="has_aux must be True or False, got 1"):
+        nnx_value_and_gradients(module_loss, has_aux=1)
+
+
 def test_an_nnx_optimizer_ends_sparse() -> None:
     model, traces = Module(nnx.Rngs(0)), []
     tx = sparse_optimizer(optax.adam(0.01), METHOD)
