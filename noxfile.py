@@ -27,7 +27,10 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite over every backend; arguments go to pytest, such as ``-m long``."""
     install(session)
-    session.run("pytest", "-n", "2", "-m", "not equivalence and not long", *session.posargs)
+    # Most of the time is XLA compiling small programs that run once.
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    chosen = "not equivalence and not long"
+    session.run("pytest", "-n", "2", "-m", chosen, *session.posargs, env=env)
 
 
 @nox.session

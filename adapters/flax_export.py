@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from safe_core.layout import Layout, inverse, resolve
+from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
-from .flax_weights import keys_of, layout_of
+from .jax_weights import is_prunable, layout_of, name_of
 from .optax_tree import SparseTree
 
 __all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
@@ -21,6 +21,9 @@ __all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
 PyTree = Any
 _NAMES = {
     "kernel": "weight",
+    "w": "weight",
+    "b": "bias",
+    "offset": "bias",
     "scale": "weight",
     "embedding": "weight",
     "mean": "running_mean",
@@ -55,7 +58,7 @@ def to_bcoo(params: PyTree, *, where: Any = None) -> PyTree:
     return tree.replaced(tree.leaves(params), [BCOO.fromdense(x) for x in tree.sparse(params)])
 
 
-def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
+def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.ndarray[Any, Any]]:
     """Return the arrays of Flax modules by the names and in the axes of PyTorch's.
 
     ``Dense_0/kernel`` becomes ``Dense_0.weight`` with the outputs first: axes of outputs, of
@@ -68,6 +71,8 @@ def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
     ----------
     variables : pytree of arrays
         Nested mappings, such as of ``model.init`` or its ``params``.
+    layout : Layout, mapping of path to Layout, or callable, optional
+        Roles of the axes of kernels, over what the path tells, as for `sparse_optimizer`.
 
     Returns
     -------
@@ -76,8 +81,8 @@ def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
     Raises
     ------
     ValueError
-        If the path of a kernel does not tell its axes, as that of a transposed convolution,
-        or two arrays come to one name.
+        If the path of a kernel does not tell its axes, a convolution is transposed, whose
+        window PyTorch mirrors, or two arrays come to one name.
 
     Examples
     --------
@@ -90,12 +95,12 @@ def to_torch_names(variables: PyTree) -> dict[str, np.ndarray[Any, Any]]:
         name = _torch_name(path)
         if name in found:
             raise ValueError(f"variables must come to different names, got two of {name!r}")
-        order, shape, _ = _axes(path, x)
+        order, shape, _ = _axes(path, x, layout)
         found[name] = np.ascontiguousarray(np.asarray(x).transpose(order).reshape(shape))
     return found
 
 
-def save_safetensors(variables: PyTree, path: str | Path) -> None:
+def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None) -> None:
     """Write `to_torch_names` of ``variables`` to a file; needs safetensors.
 
     In PyTorch ``model.load_state_dict(safetensors.torch.load_file(path))`` reads it, for a
@@ -105,6 +110,8 @@ def save_safetensors(variables: PyTree, path: str | Path) -> None:
     ----------
     variables : pytree of arrays
     path : str or Path
+    layout : optional
+        As of `to_torch_names`.
 
     Raises
     ------
@@ -122,10 +129,10 @@ def save_safetensors(variables: PyTree, path: str | Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    save_file(to_torch_names(variables), path)
+    save_file(to_torch_names(variables, layout=layout), path)
 
 
-def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
+def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> PyTree:
     """Read a file of `save_safetensors`, or of a PyTorch model of the same names.
 
     Parameters
@@ -133,6 +140,8 @@ def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
     path : str or Path
     like : pytree of arrays
         The variables to fill, for structure, shapes and dtypes.
+    layout : optional
+        As of `to_torch_names`.
 
     Returns
     -------
@@ -153,7 +162,7 @@ def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
     leaves = []
     for name, x in _named(like):
         key = _torch_name(name)
-        order, shape, unmerged = _axes(name, x)
+        order, shape, unmerged = _axes(name, x, layout)
         if key not in held or held[key].shape != shape:
             given = f"shape {held[key].shape}" if key in held else "none"
             raise ValueError(f"the file must hold {key!r} of shape {shape}, got {given}")
@@ -164,24 +173,31 @@ def load_safetensors(path: str | Path, like: PyTree) -> PyTree:
 
 def _named(variables: PyTree) -> list[tuple[str, Any]]:
     paths = jax.tree_util.tree_leaves_with_path(variables)
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in paths]
+    return [(name_of(path), x) for path, x in paths]
 
 
 def _torch_name(path: str) -> str:
-    keys = keys_of(path)
+    keys = path.split("/")
     keys = keys[1:] if keys[0] in _COLLECTIONS and len(keys) > 1 else keys
     return ".".join([*keys[:-1], _NAMES.get(keys[-1], keys[-1])])
 
 
-def _axes(path: str, x: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _axes(
+    path: str, x: Any, given: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The order of axes in torch, the shape there, and that before axes of a role merge."""
-    axes, keys = tuple(range(x.ndim)), keys_of(path)
-    if keys[-1] != "kernel":
+    axes, keys = tuple(range(x.ndim)), path.split("/")
+    if not is_prunable(path, x):
         heads = keys[-1] == "bias" and x.ndim == 2 and keys[-2:-1] in _INTO_HEADS
         return axes, (x.size,) if heads else x.shape, x.shape
-    known = None if "transpose" in path.lower() else layout_of(path, x)
+    if any(word in path.lower() for word in ("transpose", "deconv")):
+        raise ValueError(f"{path} must not be of a transposed convolution, got shape {x.shape}")
+    known = chosen_layout(path, x, given, layout_of(path, x))
     if known is None:
-        raise ValueError(f"the path {path!r} must tell the axes of its kernel, got shape {x.shape}")
+        raise ValueError(
+            f"the path {path!r} must tell the axes of its kernel, or layout= name them, got shape "
+            f"{x.shape}"
+        )
     layout: Layout = resolve(known, x.ndim, path)
     roles = (layout.output_axes, layout.input_axes)
     rest = tuple(axis for axis in axes if axis not in roles[0] + roles[1])

@@ -22,7 +22,7 @@ from safe_core.layout import Layout, place_importance
 from safe_core.schedules import Cubic
 from safe_core.splitting import is_projected, penalty_gradient
 
-from .optax_tree import SparseTree, is_sparse_in, leaves_like
+from .optax_tree import SparseTree, is_function, is_sparse_in, leaves_like
 
 __all__ = ["SparseOptimizerState", "finalize", "find_state", "sparse_optimizer"]
 
@@ -98,8 +98,8 @@ def sparse_optimizer(
         Override the method's; may be traced, as under `optax.inject_hyperparams`.
     where : callable or pytree of bool, optional
         Which leaves are sparse: ``where(path, leaf)``, with the keys of the path joined
-        by ``/``. By default every leaf named ``kernel``, which are the weights of Flax's
-        linear, convolution and attention layers.
+        by ``/``. By default the weights of linear, convolution, attention and recurrent
+        layers of Flax, Haiku and Equinox, see `safe_core.adapters.jax_weights`.
     layout : Layout, mapping of path to Layout, or callable, optional
         Roles of the axes, over what the path tells; ``layout(path, leaf)`` may return
         None for unknown.
@@ -153,7 +153,7 @@ def sparse_optimizer(
         tree = SparseTree.read(params, where, layout, select_on_host)
         sparse = tree.sparse(params)
         held = _initial_importance(importance, params, sparse, tree, method)
-        known = None if held is None or callable(importance) else method.metric(held)
+        known = None if held is None or is_function(importance) else method.metric(held)
         split = method.init(sparse, tree.targets, known)
         return SparseOptimizerState(
             step=jnp.zeros((), jnp.int32),
@@ -178,7 +178,8 @@ def sparse_optimizer(
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = SparseTree.read(params, where, layout, select_on_host)
         _check_state(state, method, tree, reuses)
-        gradients = leaves_like("updates", updates, tree.treedef)
+        check_shapes(params, state, tree)
+        gradients = tree.gradients("updates", updates, params)
         flat = []
         if reuses:
             flat = leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
@@ -198,7 +199,7 @@ def sparse_optimizer(
 
         def due(split: SplitState, held: list[Any] | None) -> tuple[SplitState, list[Any] | None]:
             values = tree.sparse(new_params)
-            if callable(importance):
+            if is_function(importance):
                 held = _placed(importance(new_params), values, tree)
             else:
                 held = method.refresh_importance(held, [gradients[i] for i in tree.indices])
@@ -271,14 +272,41 @@ def finalize(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    tree = SparseTree.read(params, is_sparse_in(ours.anchor), layout, select_on_host)
+    tree = trained_tree(params, ours, layout, select_on_host)
     sparse = tree.sparse(params)
-    _check_layout(tree.sparse(ours.support), method, tree)
+    check_layout(tree.sparse(ours.support), method, tree)
     if isinstance(importance, str) and importance == _LAST:
         metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     else:
         metric = None if importance is None else _placed(importance, sparse, tree)
     return tree.replaced(tree.leaves(params), method.finalize(sparse, tree.targets, metric))
+
+
+def trained_tree(
+    params: PyTree, state: SparseOptimizerState, layout: _Layouts, on_host: bool = False
+) -> SparseTree:
+    """The sparse leaves of ``params`` as ``state`` knows them."""
+    sparse = is_sparse_in(state.anchor)
+    known: Any = jax.tree.structure(sparse)
+    if known != jax.tree.structure(params):
+        raise ValueError(
+            "params must have the structure of those that state was made of (of NNX pass "
+            f"nnx.as_pure of both), {known}, got {jax.tree.structure(params)}"
+        )
+    tree = SparseTree.read(params, sparse, layout, on_host)
+    check_shapes(params, state, tree)
+    return tree
+
+
+def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
+    """Refuse parameters that a state was not made of."""
+    pairs = zip(tree.targets.names, tree.sparse(params), tree.sparse(state.anchor), strict=True)
+    for name, x, anchor in pairs:
+        if x.shape != anchor.shape:
+            raise ValueError(
+                f"params must have the shapes of those that state was made of, which is "
+                f"{anchor.shape} for {name}, got {x.shape}"
+            )
 
 
 def find_state(state: PyTree) -> SparseOptimizerState:
@@ -332,7 +360,7 @@ def _perturbed(
 
     def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
         e = method.perturb(tree.leaves(params), first, step, rho=rho)
-        second = leaves_like("what grad_fn returns", grad_fn(_moved(params, e, tree)), tree.treedef)
+        second = tree.gradients("what grad_fn returns", grad_fn(_moved(params, e, tree)), params)
         second = _cast(second, first)
         return second, _cast(method.flat_direction(first, second), flat) if flat else flat
 
@@ -413,7 +441,7 @@ def _initial_importance(
 ) -> list[Any] | None:
     if importance is None:
         return method.init_importance(sparse)
-    if not callable(importance):
+    if not is_function(importance):
         # Copies: the caller's arrays must outlive a state that is donated.
         return [jnp.array(p, copy=True) for p in _placed(importance, sparse, tree)]
     # Only shapes are known before the first call, and P is 1 until then.
@@ -454,7 +482,7 @@ def _placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
     return placed
 
 
-def _check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
+def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
     """Refuse a layout other than the one that was trained with, where values can be read."""
     changes = isinstance(getattr(method.sparsity, "sparsity", None), Cubic)
     if changes or not all(backend_of(mask).is_concrete(mask) for mask in support):

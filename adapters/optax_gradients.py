@@ -70,45 +70,79 @@ def value_and_gradients(
     >>> updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
     """
     check_loss(loss_fn, has_aux)
-    _checks.integer("micro_batches", micro_batches, low=1)
 
-    def with_aux(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def plain(params: PyTree, carried: None, *args: Any, **kwargs: Any) -> Any:
         found = loss_fn(params, *args, **kwargs)
-        return found if has_aux else (found, None)
+        return (*found, None) if has_aux else (found, None, None)
 
-    differentiate = jax.value_and_grad(with_aux, has_aux=True)
-
-    def whole(params: PyTree, *args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], PyTree]:
-        (loss, aux), gradients = differentiate(_varying(params, axis_name), *args, **kwargs)
-        if axis_name is not None:
-            mean = jax.lax.pmean((loss, gradients), axis_name)  # type: ignore[no-untyped-call]
-            loss, gradients = mean
-        return (loss, aux), gradients
-
-    def in_parts(
-        params: PyTree, batch: PyTree, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, Any], PyTree]:
-        parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
-
-        def add(sums: PyTree, part: PyTree) -> tuple[PyTree, Any]:
-            value, gradients = whole(params, part, *args, **kwargs)
-            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, gradients), value
-
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(jnp, [p])), params)
-        sums, (losses, aux) = jax.lax.scan(add, zeros, parts)
-        gradients = jax.tree.map(lambda a, p: (a / micro_batches).astype(p.dtype), sums, params)
-        return (losses.mean(), aux), gradients
-
-    compute = whole if micro_batches == 1 else in_parts
+    compute = carrying_gradients(plain, axis_name=axis_name, micro_batches=micro_batches)
 
     def fn(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
-        value, gradients = compute(params, *args, **kwargs)
-        grad_fn = lambda moved: compute(moved, *args, **kwargs)[1]  # noqa: E731
-        return value if has_aux else value[0], gradients, grad_fn
+        (loss, aux, _), gradients = compute(params, None, *args, **kwargs)
+        grad_fn = lambda moved: compute(moved, None, *args, **kwargs)[1]  # noqa: E731
+        return (loss, aux) if has_aux else loss, gradients, grad_fn
 
     return fn
+
+
+def carrying_gradients(
+    loss_fn: Callable[..., Any], *, axis_name: Any, micro_batches: int
+) -> Callable[..., tuple[tuple[Any, Any, Any], PyTree]]:
+    """Gradients of ``loss_fn(params, carried, *args, **kwargs) -> (loss, aux, carried)``.
+
+    What is carried goes from one part of a batch to the next, and comes back behind the
+    last; over the devices of an axis its floating arrays are averaged.
+    """
+    _checks.integer("micro_batches", micro_batches, low=1)
+
+    def split_aux(params: PyTree, carried: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, aux, carried = loss_fn(params, carried, *args, **kwargs)
+        return loss, (aux, carried)
+
+    differentiate = jax.value_and_grad(split_aux, has_aux=True)
+
+    def whole(
+        params: PyTree, carried: Any, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, Any, Any], PyTree]:
+        params = _varying(params, axis_name)
+        (loss, (aux, carried)), gradients = differentiate(params, carried, *args, **kwargs)
+        loss, gradients, carried = _averaged((loss, gradients, carried), axis_name)
+        return (loss, aux, carried), gradients
+
+    def in_parts(
+        params: PyTree, carried: Any, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, Any, Any], PyTree]:
+        if not args:
+            raise TypeError("the batch must be the first argument behind params, got none there")
+        batch, *args = args  # type: ignore[assignment]
+        parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
+
+        def add(held: tuple[PyTree, Any], part: PyTree) -> tuple[tuple[PyTree, Any], Any]:
+            sums, carried = held
+            (loss, aux, carried), gradients = whole(params, carried, part, *args, **kwargs)
+            sums = jax.tree.map(lambda a, g: a + g.astype(a.dtype), sums, gradients)
+            return (sums, carried), (loss, aux)
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(jnp, [p])), params)
+        (sums, carried), (losses, aux) = jax.lax.scan(add, (zeros, carried), parts)
+        gradients = jax.tree.map(lambda a, p: (a / micro_batches).astype(p.dtype), sums, params)
+        return (losses.mean(), aux, carried), gradients
+
+    return whole if micro_batches == 1 else in_parts
+
+
+def _averaged(tree: PyTree, axis_name: Any) -> PyTree:
+    """The mean over an axis of every floating array."""
+    if axis_name is None:
+        return tree
+
+    def mean(x: Any) -> Any:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.lax.pmean(x, axis_name) if floating else x  # type: ignore[no-untyped-call]
+
+    return jax.tree.map(mean, tree)
 
 
 def check_loss(loss_fn: Any, has_aux: Any) -> None:

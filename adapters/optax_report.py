@@ -7,8 +7,7 @@ from typing import Any
 from safe_core import Method, SplitState
 from safe_core.report import Report, TensorReport, outlook, sums
 
-from .optax import at_step, find_state
-from .optax_tree import SparseTree, is_sparse_in
+from .optax import at_step, check_layout, find_state, trained_tree
 
 __all__ = ["report"]
 
@@ -58,9 +57,10 @@ def report(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    tree = SparseTree.read(params, is_sparse_in(ours.anchor), layout, False)
+    tree = trained_tree(params, ours, layout)
     values = tree.sparse(params)
     split = SplitState(tree.sparse(ours.anchor), tree.sparse(ours.support))
+    check_layout(split.support, method, tree)
     metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     compared = outlook(method, values, split, ours.step, tree.targets, metric)
     weight = at_step(method.penalty if penalty is None else penalty, ours.step)

@@ -12,7 +12,7 @@ from safe_core.arguments import refuse_filled
 from safe_core.sparsity import as_pattern
 from safe_core.splitting import final_support
 
-from .optax_tree import SparseTree, leaves_like
+from .optax_tree import SparseTree
 
 __all__ = ["FixedSupportState", "check_sparsity", "fixed_support"]
 
@@ -84,7 +84,7 @@ def fixed_support(
             raise ValueError("params must be passed to update(grads, state, params), got None")
         tree = SparseTree.read(params, where, None, False)
         support = tree.sparse(state.support)
-        gradients = leaves_like("updates", updates, tree.treedef)
+        gradients = tree.gradients("updates", updates, params)
         masked = tree.replaced(
             gradients,
             [

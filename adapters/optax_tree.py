@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ import optax
 from safe_core import Targets
 from safe_core.layout import chosen_layout
 
-from .flax_weights import is_prunable, layout_of
+from .jax_weights import is_prunable, layout_of, name_of, owner_of
 
-__all__ = ["SparseTree", "is_masked", "is_sparse_in", "leaves_like"]
+__all__ = ["SparseTree", "is_function", "is_masked", "is_sparse_in", "leaves_like"]
 
 PyTree = Any
 
@@ -24,6 +24,7 @@ class SparseTree(NamedTuple):
     """How the leaves of a parameter tree map to the lists that the method takes."""
 
     treedef: Any
+    paths: list[str]  # of all leaves
     indices: list[int]  # of the sparse leaves
     targets: Targets
 
@@ -32,15 +33,16 @@ class SparseTree(NamedTuple):
         """Select the sparse leaves of ``params`` and the roles of their axes."""
         if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
             raise ValueError(
-                "params must not be masked: sparse_optimizer takes the norm over all parameters, "
-                "so do not wrap it in masked or multi_transform; choose the sparse leaves with "
-                "where= and mask within base"
+                "params must not be masked: wrap only base in masked or multi_transform; choose "
+                "the sparse leaves with where="
             )
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in paths]
-        if where is None or callable(where):
-            choose = is_prunable if where is None else where
-            chosen = [bool(choose(name, leaf)) for name, leaf in named]
+        named = [(name_of(path), leaf) for path, leaf in paths]
+        owners = [owner_of(params, path) for path, _ in paths]
+        if where is None:
+            chosen = [is_prunable(*leaf, owner) for leaf, owner in zip(named, owners, strict=True)]
+        elif is_function(where):
+            chosen = [bool(where(name, leaf)) for name, leaf in named]
         else:
             chosen = [_read_flag(flag) for flag in leaves_like("where", where, treedef)]
         indices = [i for i, flag in enumerate(chosen) if flag]
@@ -64,13 +66,26 @@ class SparseTree(NamedTuple):
                     f"layout names {strange[0]!r}, which is no path of params; they are "
                     f"{', '.join(name for name, _ in named)}"
                 )
-        layouts = tuple(chosen_layout(*named[i], layout, layout_of(*named[i])) for i in indices)
+        layouts = tuple(
+            chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
+        )
         names = tuple(named[i][0] for i in indices)
-        return cls(treedef, indices, Targets(names, layouts, on_host))
+        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts, on_host))
 
     def leaves(self, tree: PyTree) -> list[Any]:
         """All leaves of a tree of the structure of the parameters."""
         return list(self.treedef.flatten_up_to(tree))
+
+    def gradients(self, argument: str, tree: PyTree, params: PyTree) -> list[Any]:
+        """All leaves of gradients, of the shapes of the parameters: none may broadcast."""
+        leaves = leaves_like(argument, tree, self.treedef)
+        for path, leaf, p in zip(self.paths, leaves, self.leaves(params), strict=True):
+            if jnp.shape(leaf) != jnp.shape(p):
+                raise ValueError(
+                    f"{argument} must have the shapes of params, which is {jnp.shape(p)} for "
+                    f"{path}, got {jnp.shape(leaf)}"
+                )
+        return leaves
 
     def sparse(self, tree: PyTree) -> list[Any]:
         """The sparse leaves of such a tree."""
@@ -87,6 +102,12 @@ class SparseTree(NamedTuple):
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """A tree of the sparse leaves, masked elsewhere."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether this is a function, and not a pytree that can be called, as modules can."""
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
 
 
 def is_masked(node: Any) -> bool:

@@ -13,6 +13,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from flax.linen import fp8_ops
 
 import safe_core
 from safe_core.adapters.flax_export import (
@@ -23,6 +24,7 @@ from safe_core.adapters.flax_export import (
 )
 from safe_core.adapters.flax_training import (
     SparseTrainState,
+    nnx_recalibrate,
     nnx_value_and_gradients,
     recalibrate,
 )
@@ -143,6 +145,12 @@ def test_both_gradients_are_averaged_over_an_axis() -> None:
     same(jax.tree.map(lambda x: x[-1], got), wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_parts_need_a_batch_by_position() -> None:
+    fn = value_and_gradients(lambda params, x: jnp.mean(params["kernel"] * x), micro_batches=2)
+    with pytest.raises(TypeError, match="batch must be the first argument"):
+        fn({"kernel": jnp.ones((4, 4))}, x=jnp.ones(4))
+
+
 def test_parts_take_any_argument() -> None:
     def loss(params: Any, x: Any, *, train: bool, name: str) -> Any:
         assert train is True
@@ -230,6 +238,42 @@ def test_a_train_state_passes_both_gradients() -> None:
         state.apply_gradients(grads=state.params)
 
 
+def test_a_train_state_keeps_the_statistics_of_fp8_layers() -> None:
+    layer = linen.Dense(8, dot_general_cls=fp8_ops.Fp8DotGeneral)
+    held = layer.init(jax.random.key(0), jnp.ones((16, 16)))
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD)
+    state = SparseTrainState.create(apply_fn=layer.apply, params=held, tx=tx)
+    assert fp8_ops.OVERWRITE_WITH_GRADIENT in state.params
+    x = jnp.linspace(-2.0, 3.0, 256).reshape(16, 16)
+
+    def loss(variables: Any) -> Any:
+        return jnp.mean((layer.apply(variables, x) - 1) ** 2)
+
+    _, grads, grad_fn = value_and_gradients(loss)(state.params)
+    new = state.apply_gradients(grads=grads, grad_fn=grad_fn)
+    name = fp8_ops.OVERWRITE_WITH_GRADIENT
+    same(new.params[name], grads[name])
+    e = METHOD.perturb(*(jax.tree.leaves(t["params"]) for t in (state.params, grads)), 0)
+    moved = jax.tree.unflatten(
+        jax.tree.structure(held["params"]),
+        [x + d for x, d in zip(jax.tree.leaves(held["params"]), e, strict=True)],
+    )
+    second = grad_fn({**state.params, "params": moved})["params"]
+    plain, _ = tx.update(grads["params"], state.opt_state, held["params"], grad_fn=lambda _: second)
+    same(new.params["params"], optax.apply_updates(held["params"], plain))
+    assert new.tx is state.tx
+
+
+def test_a_train_state_passes_other_arguments_to_the_optimizer() -> None:
+    base = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    params = {"kernel": jnp.ones((4, 4))}
+    state = SparseTrainState.create(
+        apply_fn=None, params=params, tx=sparse_optimizer(base, safe_core.admm(0.5))
+    )
+    new = state.apply_gradients(grads=params, update_args={"value": jnp.asarray(3.0)})
+    assert float(optax.tree.get(new.opt_state, "best_value")) == 3.0
+
+
 class Module(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.first = nnx.Linear(8, 16, rngs=rngs)
@@ -262,11 +306,87 @@ def test_an_nnx_module_trains_with_statistics_and_masks_of_the_first_pass() -> N
     assert float(module_loss(model, batch())[0]) != float(value)  # other masks
 
 
+def test_parts_of_a_batch_follow_each_other_through_a_module() -> None:
+    """Statistics go on from part to part, and every part draws masks of its own."""
+    model, twin = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
+    fn = nnx_value_and_gradients(module_loss, has_aux=True, micro_batches=2)
+    (value, aux), gradients, grad_fn = fn(model, batch())
+    parts = [jax.tree.map(lambda x, i=i: x[i::2], batch()) for i in range(2)]
+    before = nnx.as_pure(jax.tree.map(jnp.copy, nnx.state(twin, nnx.Param)))
+    found = [nnx_value_and_gradients(module_loss, has_aux=True)(twin, part) for part in parts]
+    same(nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(twin)), rtol=1e-6, atol=1e-7)
+    same(aux, jnp.stack([loss for (loss, _), _, _ in found]), rtol=1e-6)
+    assert float(value) == pytest.approx(float(aux.mean()), rel=1e-6)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(nnx.as_pure(g) for _, g, _ in found))
+    same(nnx.as_pure(gradients), mean, rtol=1e-5, atol=1e-7)
+    same(grad_fn(before), nnx.as_pure(gradients))
+
+
+def test_gradients_and_statistics_of_a_module_are_averaged_over_an_axis() -> None:
+    def step(model: Any, data: Any) -> Any:
+        fn = nnx_value_and_gradients(quiet_loss, axis_name="batch")
+        value, gradients, grad_fn = fn(model, data)
+        return value, gradients, grad_fn(jax.tree.map(lambda g: 2 * g, gradients))
+
+    def quiet_loss(model: Any, data: Any) -> Any:
+        return jnp.mean((model(data[0]) - data[1]) ** 2)
+
+    model, twin = nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    split = jax.tree.map(lambda x: x.reshape(4, -1, x.shape[1]), batch())
+    axes = nnx.StateAxes({...: None})
+    got = nnx.vmap(step, axis_name="batch", in_axes=(axes, 0))(model, split)
+    value, gradients, grad_fn = nnx_value_and_gradients(quiet_loss)(twin, batch())
+    wanted = (value, gradients, grad_fn(jax.tree.map(lambda g: 2 * g, gradients)))
+    same(jax.tree.map(lambda x: x[-1], got), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_by_name_reach_the_loss_of_a_module() -> None:
+    def loss(model: Any, x: Any, *, scale: float) -> Any:
+        return scale * jnp.mean(model(x) ** 2)
+
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    value, _, _ = nnx_value_and_gradients(loss)(model, batch()[0], scale=2.0)
+    assert float(value) == pytest.approx(2 * float(jnp.mean(model(batch()[0]) ** 2)))
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_a_loss_may_sow_into_a_module() -> None:
+    class Sowing(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            hidden = self.layer(x)
+            self.sow(nnx.Intermediate, "hidden", hidden)
+            return hidden
+
+    model = Sowing()
+    before = nnx.as_pure(jax.tree.map(jnp.copy, nnx.state(model)))
+    nnx_value_and_gradients(lambda model, x: jnp.mean(model(x) ** 2))(model, batch()[0])
+    same(nnx.as_pure(nnx.state(model)), before)
+
+
 def test_what_is_no_loss_of_a_module_is_named() -> None:
     with pytest.raises(TypeError, match="loss_fn must be a function, got <class 'int'>"):
         nnx_value_and_gradients(3)
     with pytest.raises(TypeError, match="has_aux must be True or False, got 1"):
         nnx_value_and_gradients(module_loss, has_aux=1)
+
+
+def test_a_leaf_of_nnx_has_one_name() -> None:
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    names: list[str] = []
+    layout = {"kernel": safe_core.Layout((0,), (1,))}
+    where = lambda path, leaf: names.append(path) or path == "kernel"  # noqa: E731
+    method = safe_core.safe("2:4")
+    tx = sparse_optimizer(optax.sgd(0.1), method, where=where, layout=layout)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    assert names == ["bias", "kernel"]
+    params = nnx.state(model, nnx.Param)
+    pure = nnx.as_pure(params), nnx.as_pure(optimizer.opt_state)
+    check_sparsity(finalize(*pure, method, layout=layout), "2:4", layout=layout)
+    with pytest.raises(ValueError, match=r"^params must have the structure .*pass nnx\.as_pure"):
+        finalize(params, pure[1], method)
 
 
 def test_an_nnx_optimizer_ends_sparse() -> None:
@@ -326,6 +446,36 @@ def test_recalibrated_statistics_are_averages_over_the_samples_asked_for() -> No
 def trained(steps: int = 5) -> tuple[Any, Any]:
     params, _, state = plain_steps(steps)
     return params, state
+
+
+def test_counters_among_the_statistics_stay() -> None:
+    def update(held: Any, x: jax.Array) -> Any:
+        counter = held["counter"] + 1
+        hidden = 0.9 * held["hidden"] + 0.1 * x.mean(0)
+        debiased = hidden / (1 - 0.9 ** counter.astype(jnp.float32))
+        return {"counter": counter, "hidden": hidden, "average": debiased}
+
+    held = {"counter": jnp.asarray(7), "hidden": jnp.zeros(8), "average": jnp.zeros(8)}
+    data = [batch(seed)[0] for seed in range(3)]
+    found = recalibrate(update, held, data)
+    assert int(found["counter"]) == 7
+    same(found["hidden"], np.mean([x.mean(0) for x in data], axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_a_module_are_recalibrated_in_place() -> None:
+    model = Module(nnx.Rngs(0))
+    others = nnx.as_pure(jax.tree.map(jnp.copy, nnx.state(model, nnx.Not(nnx.BatchStat))))
+    data = [batch(seed)[0] for seed in range(3)]
+    nnx_recalibrate(model, lambda model, x: model(x), data)
+    hidden = [np.asarray(model.first(x)) for x in data]
+    same(model.norm.mean[...], np.mean([h.mean(0) for h in hidden], axis=0), rtol=1e-5, atol=1e-6)
+    same(model.norm.var[...], np.mean([h.var(0) for h in hidden], axis=0), rtol=1e-4, atol=1e-6)
+    same(nnx.as_pure(nnx.state(model, nnx.Not(nnx.BatchStat))), others)
+    with pytest.raises(ValueError, match="model must have batch statistics"):
+        nnx_recalibrate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda model, x: model(x), data)
+    model.eval()
+    with pytest.raises(ValueError, match="is the model in training mode"):
+        nnx_recalibrate(model, lambda model, x: model(x), data)
 
 
 def test_a_fixed_support_stays_under_weight_decay_and_momentum() -> None:
@@ -509,6 +659,17 @@ def test_convolution_and_attention_get_the_axes_of_pytorch() -> None:
     np.testing.assert_allclose(out, attended, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layout_tells_the_axes_that_a_path_does_not(tmp_path: Path) -> None:
+    params = {"stem": {"kernel": jnp.arange(24.0).reshape(3, 1, 4, 2)}}
+    layout = {"stem/kernel": safe_core.Layout((-2,), (-1,))}
+    with pytest.raises(ValueError, match="or layout= name them"):
+        to_torch_names(params)
+    found = to_torch_names(params, layout=layout)["stem.weight"]
+    np.testing.assert_array_equal(found, params["stem"]["kernel"].transpose(3, 2, 0, 1))
+    save_safetensors(params, tmp_path / "x.safetensors", layout=layout)
+    same(load_safetensors(tmp_path / "x.safetensors", params, layout=layout), params)
+
+
 def test_the_boxes_of_nnx_go_unnamed(tmp_path: Path) -> None:
     state = nnx.state(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     shapes = {name: x.shape for name, x in to_torch_names(state).items()}
@@ -521,7 +682,8 @@ def test_the_boxes_of_nnx_go_unnamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"ConvTranspose_0": {"kernel": jnp.ones((3, 3, 2, 2))}}, "must tell the axes"),
+        ({"ConvTranspose_0": {"kernel": jnp.ones((3, 3, 2, 2))}}, "must not be of a transposed"),
+        ({"stack": {"kernel": jnp.ones((3, 2, 2))}}, "must tell the axes"),
         ({"a": {"kernel": jnp.ones((2, 2))}, "a.weight": jnp.ones(2)}, "got two of 'a.weight'"),
     ],
 )

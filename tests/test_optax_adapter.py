@@ -817,7 +817,7 @@ BAD_ARGUMENTS = {
     "where chooses none": (
         {"where": lambda path, leaf: False}, ValueError, "where=.*bias, kernel"
     ),
-    "no kernel": ({"params": {"w": jnp.ones((2, 2))}}, ValueError, "where=.*paths are w"),
+    "no weight": ({"params": {"x": jnp.ones((2, 2))}}, ValueError, "where=.*paths are x"),
     "layout": ({"layout": (0, 1)}, TypeError, "^layout "),
     "layout of a name": ({"layout": {"kernel": 0}}, TypeError, "^layout of kernel "),
     "layout returned": ({"layout": lambda path, leaf: 0}, TypeError, "^layout of kernel "),
@@ -879,6 +879,31 @@ def test_grad_fn_must_be_passed():
     params = make_params()
     with pytest.raises(ValueError, match=r"grad_fn must be passed.*rho > 0"):
         tx.update(grad_fn(params), tx.init(params), params)
+
+
+def test_params_must_be_those_of_the_state():
+    params = make_params()
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD)
+    state = tx.init(params)
+    narrow = {**params, "first": {**params["first"], "kernel": params["first"]["kernel"][:1]}}
+    message = r"^params must have the shapes .*\(6, 8\) for first/kernel, got \(1, 8\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update(narrow, state, narrow, grad_fn=grad_fn)
+    with pytest.raises(ValueError, match=message):
+        finalize(narrow, state, METHOD)
+    with pytest.raises(ValueError, match=r"^params must have the structure of those"):
+        finalize(params["first"], state, METHOD)
+
+
+def test_no_gradient_may_broadcast():
+    params = make_params()
+    tx = sparse_optimizer(optax.sgd(0.1), METHOD)
+    state, grads = tx.init(params), grad_fn(params)
+    narrow = {**grads, "first": {**grads["first"], "bias": jnp.ones(1)}}
+    with pytest.raises(ValueError, match=r"^updates must .*\(8,\) for first/bias, got \(1,\)"):
+        tx.update(narrow, state, params, grad_fn=grad_fn)
+    with pytest.raises(ValueError, match=r"^what grad_fn returns must have the shapes"):
+        tx.update(grads, state, params, grad_fn=lambda params: narrow)
 
 
 def test_gradients_must_have_the_structure_of_params():

@@ -57,10 +57,11 @@ def main() -> None:
         apply_fn=state.apply_fn,
         params=params,
         batch_stats=state.batch_stats,
-        tx=fixed_support(optax.with_extra_args_support(optax.sgd(0.01))),
+        tx=fixed_support(optax.sgd(0.01)),
     )
     for batch in batches(train, options.epochs):
-        fine = step(fine, batch, key)
+        key, used = jax.random.split(key)
+        fine = step(fine, batch, used)
     check_sparsity(fine.params, 0.9)
 
     def update(batch_stats: Any, inputs: jax.Array) -> Any:

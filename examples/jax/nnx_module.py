@@ -14,7 +14,7 @@ from digits import batches, datasets
 from flax import nnx
 
 import safe_core
-from safe_core.adapters.flax_training import nnx_value_and_gradients
+from safe_core.adapters.flax_training import nnx_recalibrate, nnx_value_and_gradients
 from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.adapters.optax_support import check_sparsity
 
@@ -62,6 +62,8 @@ def main() -> None:
     params = finalize(params, nnx.as_pure(optimizer.opt_state), method)
     check_sparsity(params, 0.9)
     nnx.update(model, params)
+    images = (images for images, _ in batches(train, 0))
+    nnx_recalibrate(model, lambda model, images: model(images), images, samples=1000)
     model.eval()
     right = (model(test[0]).argmax(-1) == test[1]).mean()
     print(f"accuracy {100 * float(right):.1f}%, exactly sparse")
