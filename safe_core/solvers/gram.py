@@ -72,6 +72,10 @@ class Gram(NamedTuple):
             )
         return Gram(self.matrix + other.matrix, self.count + other.count)
 
+    def mean_squares(self) -> Array:
+        """Return the mean square of each input, shape (features,): the P of Wanda and SAFE+."""
+        return array_namespace(self.matrix).linalg.diagonal(self.matrix) / self.count
+
 
 def _tokens(inputs: Array) -> Array:
     """Inputs as a matrix (tokens, features), in the dtype that sums are taken in."""

@@ -1,0 +1,56 @@
+"""A text corpus that every machine has: the source of Python's standard library."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["sentences", "source"]
+
+_HELD_OUT = 20  # one file in so many
+
+
+def source(held_out: bool) -> Tensor:
+    """The bytes of all files, one after the other, of those held out or of the others."""
+    text = b"".join(path.read_bytes() for path in _files(held_out))
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def sentences(held_out: bool, *, low: int = 6, high: int = 40) -> list[str]:
+    """Sentences of ``low`` to ``high`` words in the docstrings, each once, in order."""
+    found: dict[str, None] = {}
+    for path in _files(held_out):
+        for docstring in _docstrings(path):
+            for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", docstring):
+                words = sentence.split()
+                if low <= len(words) <= high and sentence[0].isupper():
+                    found[" ".join(words)] = None
+    return list(found)
+
+
+def _files(held_out: bool) -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if skipped.isdisjoint(path.relative_to(root).parts)
+        and (zlib.crc32(path.relative_to(root).as_posix().encode()) % _HELD_OUT == 0) == held_out
+    ]
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # files that are wrong on purpose
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
