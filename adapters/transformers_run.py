@@ -1,0 +1,543 @@
+"""The walk over the blocks of a model: dense pass, solver, pruned pass, one block at a time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._pytree import tree_map_only
+
+from safe_core.layout import Layout
+from safe_core.sparsity import Pattern
+
+from .block_reconstruction import SafeReconstruction
+from .torch_groups import described
+from .transformers_blocks import BlockCalls, Structure, evaluated, record
+from .transformers_memory import (
+    Activations,
+    BlockSize,
+    MemoryEstimate,
+    TensorBytes,
+    forward_backward_bytes,
+    hollow,
+    prefetched,
+)
+from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
+from .transformers_resume import WorkFolder, fingerprint, sample_of
+from .transformers_statistics import (
+    InputStatistics,
+    each_slice,
+    inputs_of,
+    one_by_one,
+    usable_gram,
+)
+
+__all__ = ["Run", "Settings", "Task", "predict_memory"]
+
+_NO_CAST = (torch.float32, torch.float32)
+
+
+class Settings(NamedTuple):
+    """Checked arguments of `plan_pruning`."""
+
+    solver: Any
+    pattern: Pattern
+    targets: str
+    propagate: str
+    batch_size: int
+    device: torch.device
+    offload: str | None
+    work_dir: Path | None
+    seed: int
+
+    @property
+    def watched(self) -> Literal["roles", "diagonal", "gram"]:
+        """What must be known of the inputs of weights."""
+        if not isinstance(self.solver, SafeReconstruction):
+            return "gram"
+        return "roles" if self.solver.importance is None else "diagonal"
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether hidden states of dense blocks are kept beside those of pruned ones."""
+        return self.targets == "dense" and self.propagate == "pruned"
+
+
+class Task(NamedTuple):
+    """What is to be pruned and how."""
+
+    model: nn.Module
+    samples: list[dict[str | None, Any]]
+    settings: Settings
+    name: str
+    blocks: list[nn.Module]
+    weights: list[dict[str, Layout | None]]
+    structure: Structure
+    outside: frozenset[int]  # ids of parameters that are used outside the blocks too
+
+    def described(self) -> dict[str, str]:
+        """What must be the same for a run to go on."""
+        s = self.settings
+        tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
+        return {
+            "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
+            "weights": repr([list(w) for w in self.weights]),
+            "solver": described(s.solver),
+            "sparsity": repr(s.pattern),
+            "targets": s.targets,
+            "propagate": s.propagate,
+            "batch_size": str(s.batch_size),
+            "seed": str(s.seed),
+            "batches": fingerprint(tensors),
+        }
+
+
+def _own_dtype(block: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a block on a device, in its own dtypes or with all floating tensors in one."""
+    return hollow(
+        block,
+        lambda t: t.detach().to(
+            device, dtype if dtype is not None and t.is_floating_point() else t.dtype, copy=True
+        ),
+    )
+
+
+class Run:
+    """One walk over the blocks.
+
+    Examples
+    --------
+    See `safe_core.adapters.transformers.plan_pruning`, whose plan makes one.
+
+    >>> Run.__name__
+    'Run'
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        predicted: MemoryEstimate,
+        progress: Callable[[Progress], object] | None,
+    ) -> None:
+        self.task = task
+        self.settings = task.settings
+        self.device = task.settings.device
+        self.predicted = predicted
+        self.progress = progress
+        self.unseen: list[str] = []
+        self.calls: BlockCalls
+        self.inputs: Activations
+        self.targets: Activations
+        self._folder: WorkFolder | None = None
+        self._started = time.monotonic()
+        self._resumed = 0
+
+    def run(self, *, measure_memory: bool) -> PruningReport:
+        """Prune every block, and say what became of it."""
+        task, reports = self.task, []
+        with ExitStack() as stack:
+            stack.enter_context(evaluated(task.model))
+            peak = stack.enter_context(_Peak(self.device, task, measure_memory))
+            self._folder = self._open_folder()
+            try:
+                self._record(stack)
+                for i in range(len(task.blocks)):
+                    finished = self._folder is not None and i < len(self._folder.finished)
+                    reports.append(self._take_up(i) if finished else self._prune(i))
+            except BaseException as error:
+                error.add_note(self._kept(len(reports)))
+                raise
+        seconds = time.monotonic() - self._started
+        return PruningReport(
+            tuple(reports), tuple(self.unseen), self.predicted, peak.bytes, seconds
+        )
+
+    def _kept(self, finished: int) -> str:
+        name = self.task.name
+        folder = "" if self._folder is None else f", also in {self._folder.path}"
+        if not finished:
+            return f"No block of {name} was pruned"
+        last = f"{name}.{finished - 1}"
+        return f"{name}.0 to {last} are pruned and stay so{folder}; the rest is dense"
+
+    # Beginning
+
+    def _open_folder(self) -> WorkFolder | None:
+        path = self.settings.work_dir
+        if path is None:
+            return None
+        digests = [sample_of(block.parameters()) for block in self.task.blocks]
+        folder = WorkFolder(path, self.task.described(), notes=digests)
+        self._resumed = len(folder.finished)
+        for i, (now, then) in enumerate(zip(digests, folder.notes, strict=True)):
+            pruned = i < self._resumed and now == folder.finished[i]["digest"]
+            needed = self.settings.two_streams or self.settings.propagate == "dense"
+            if now != then and (not pruned or needed):
+                state = "it was, when dense" if pruned else "it was"
+                raise ValueError(
+                    f"model must be as {state} when the run in {path} was begun, got other weights "
+                    f"in {self.task.name}.{i}: load the dense model again"
+                )
+        return folder
+
+    def _record(self, stack: ExitStack) -> None:
+        """Run the model around its blocks, and keep what they take."""
+        task, s = self.task, self.settings
+        alike: dict[Any, list[int]] = {}
+        for i, sample in enumerate(task.samples):
+            shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
+            alike.setdefault(shapes, []).append(i)
+        first = {members[0]: members for members in alike.values()}
+        self.inputs = Activations(self.device, s.offload, s.work_dir, "inputs")
+        stack.callback(self.inputs.close)
+
+        def take(i: int, hidden: Tensor) -> None:
+            if i in first:
+                self.inputs.expect(first[i], hidden)
+            self.inputs.put([i], hidden)
+
+        self.calls = record(task.model, task.name, task.blocks, task.samples, task.structure, take)
+        self.targets = self.inputs.alike("targets")
+        stack.callback(self.targets.close)
+        if s.two_streams:
+            self.targets.copy_from(self.inputs)
+
+    # One block
+
+    def _prune(self, i: int) -> BlockReport:
+        started = time.monotonic()
+        task = self.task
+        name, block = f"{task.name}.{i}", task.blocks[i]
+        statistics, dense = self._dense_pass(i)
+        supports: dict[str, Tensor] = {}
+        if statistics:
+            solve = self._reconstruct if dense is None else self._solve_layers
+            solved, supports = solve(i, statistics, dense)
+            self._write_back(block, solved)
+            del solved
+        del dense
+        loss, relative = self._pruned_pass(i)
+        weights = {
+            key: WeightReport(mask.numel(), int(mask.sum()), int(statistics[key].tokens.min()))
+            for key, mask in supports.items()
+        }
+        report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
+        if self._folder is not None:
+            tensors = dict(block.named_parameters())
+            entry = {**report._asdict(), "digest": sample_of(block.parameters())}
+            self._folder.save(tensors, entry)
+        self._tell(i, None, loss)
+        return report
+
+    def _take_up(self, i: int) -> BlockReport:
+        """Load a finished block, and bring the hidden states behind it."""
+        assert self._folder is not None  # there are finished blocks
+        block, s = self.task.blocks[i], self.settings
+        if s.two_streams or s.propagate == "dense":
+            self._dense_pass(i)
+        loaded = self._folder.load(i)
+        with torch.no_grad():
+            for key, p in block.named_parameters():
+                p.copy_(loaded[key])
+        if s.propagate == "pruned":
+            self._forward_in_place(i, self._copy(i), self.inputs)
+        else:
+            self.inputs, self.targets = self.targets, self.inputs
+        entry = {k: v for k, v in self._folder.finished[i].items() if k != "digest"}
+        weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
+        return BlockReport(weights=weights, **entry)
+
+    def _tell(self, i: int, epoch: int | None, loss: float) -> None:
+        if self.progress is None:
+            return
+        blocks = len(self.task.blocks)
+        epochs = getattr(self.settings.solver, "epochs", 1)
+        done = i - self._resumed + (1.0 if epoch is None else (epoch + 1) / (epochs + 1))
+        elapsed = time.monotonic() - self._started
+        left = elapsed * (blocks - self._resumed - done) / done
+        self.progress(Progress(i, blocks, epoch, loss, left))
+
+    # Passes
+
+    def _copy(self, i: int, dtype: torch.dtype | None = None) -> nn.Module:
+        return _on_device(self.task.blocks[i], self.device, dtype)
+
+    def _batches(self, size: int, generator: torch.Generator | None = None) -> list[list[int]]:
+        """Samples in batches, in order or drawn at random."""
+        batches = []
+        for group in self.calls.groups:
+            order = list(group)
+            if generator is not None:
+                order = [group[int(k)] for k in torch.randperm(len(group), generator=generator)]
+            batches += [order[k : k + size] for k in range(0, len(order), size)]
+        if generator is not None and len(self.calls.groups) > 1:
+            batches = [batches[int(k)] for k in torch.randperm(len(batches), generator=generator)]
+        return batches
+
+    def _call(self, arguments: tuple[Any, Any], block: nn.Module) -> Tensor:
+        args, kwargs = arguments
+        return self.task.structure.output(block, block(*args, **kwargs))
+
+    def _forward(
+        self, i: int, block: nn.Module, source: Activations, seen: inputs_of | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Run a block on all samples; what it returns, batch by batch, and finite."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        batches = self._batches(self.settings.batch_size)
+        for samples, hidden in prefetched(batches, source.take, self.device):
+            arguments = self.calls.arguments(i, samples, hidden, _NO_CAST)
+            with torch.no_grad(), nullcontext() if seen is None else seen:
+                output = self._call(arguments, block)
+                finite &= output.isfinite().all()
+            yield samples, output
+        if not bool(finite):
+            raise ValueError(
+                f"batches must lead to finite activations, got others behind {self.task.name}.{i}"
+            )
+
+    def _forward_in_place(self, i: int, block: nn.Module, stream: Activations) -> None:
+        for samples, output in self._forward(i, block, stream):
+            stream.put(samples, output)
+
+    def _dense_pass(self, i: int) -> tuple[dict[str, InputStatistics], nn.Module | None]:
+        """Compute the targets, and watch the inputs of the weights.
+
+        The dense block comes back where a layer-wise solver goes on with it.
+        """
+        s, weights = self.settings, self.task.weights[i]
+        dense = self._copy(i)
+        watches = s.watched != "roles" or None in weights.values()
+        if watches:
+            one_by_one(dense)
+        if s.two_streams:
+            self._forward_in_place(i, dense, self.targets)
+        seen = inputs_of(dense, weights, s.watched)
+        if watches or not s.two_streams:
+            watched = self._forward(i, dense, self.inputs, seen if watches else None)
+            for samples, output in watched:
+                if not s.two_streams:
+                    self.targets.put(samples, output)
+        statistics = seen.statistics()
+        self.unseen += [f"{self.task.name}.{i}.{key}" for key in weights if key not in statistics]
+        return statistics, None if isinstance(s.solver, SafeReconstruction) else dense
+
+    def _pruned_pass(self, i: int) -> tuple[float, float]:
+        """Compute the error of the pruned block and, for the next, what it returns."""
+        s = self.settings
+        error = torch.zeros(2, dtype=torch.float64, device=self.device)
+        entries = 0
+        for samples, output in self._forward(i, self._copy(i), self.inputs):
+            target = self.targets.take(samples).float()
+            error[0] += (output.float() - target).square().sum()
+            error[1] += target.square().sum()
+            entries += target.numel()
+            if s.propagate == "pruned":
+                self.inputs.put(samples, output)
+        if s.propagate == "dense":
+            self.inputs, self.targets = self.targets, self.inputs
+        wrong, size = error.tolist()
+        return wrong / max(1, entries), wrong / size if size else 0.0
+
+    # Solvers
+
+    def _reconstruct(
+        self, i: int, statistics: Mapping[str, InputStatistics], _: None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """SAFE on the whole block: its parameters, in float32, and supports."""
+        s, home = self.settings, self.task.blocks[i]
+        solver: SafeReconstruction = s.solver
+        own = _own_dtype(home)
+        cast = own, torch.float32
+        block = self._copy(i, torch.float32)
+        for p, q in zip(home.parameters(), block.parameters(), strict=True):
+            q.requires_grad_(q.is_floating_point() and id(p) not in self.task.outside)
+        params = dict(block.named_parameters())
+        importance = None
+        if solver.importance is not None:
+            importance = {
+                key: found.importance(tuple(params[key].shape)) for key, found in statistics.items()
+            }
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + i)
+
+        def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self.inputs.take(samples), self.targets.take(samples)
+
+        def epoch(_: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
+            batches = self._batches(solver.batch_size, generator)
+            for samples, (hidden, target) in prefetched(batches, load, self.device):
+                arguments = self.calls.arguments(i, samples, hidden.float(), cast)
+                yield functools.partial(self._call, arguments), target
+
+        autocast = solver.autocast
+        if autocast is None:
+            autocast = self.device.type == "cuda" and own.itemsize == 2
+        supports = solver.solve(
+            block,
+            {key: found.layout for key, found in statistics.items()},
+            importance,
+            s.pattern,
+            epoch,
+            len(self._batches(solver.batch_size)),
+            lambda k, loss: self._tell(i, k, loss),
+            name=f"{self.task.name}.{i}",
+            autocast=autocast,
+        )
+        return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
+
+    def _solve_layers(
+        self, i: int, statistics: Mapping[str, InputStatistics], dense: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer-wise solver on each weight: values and supports."""
+        params, values, supports = dict(dense.named_parameters()), {}, {}
+        for key, found in statistics.items():
+            grams = found.squares
+            assert grams is not None  # asked for
+
+            def solve(
+                weight: Tensor, layout: Layout, expert: int, key: str = key, grams: Tensor = grams
+            ) -> tuple[Tensor, Tensor]:
+                gram = usable_gram(grams[expert])
+                result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
+                _check_result(f"{self.task.name}.{i}.{key}", weight, result)
+                return result[0], result[1]
+
+            with torch.no_grad():
+                weight = params[key].detach().float()
+                values[key], supports[key] = each_slice(weight, found.layout, solve)
+        return values, supports
+
+    def _write_back(self, block: nn.Module, solved: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, p in block.named_parameters():
+                if key in solved:
+                    p.copy_(solved[key])
+
+
+def _check_result(name: str, weight: Tensor, result: Any) -> None:
+    """Refuse what a layer-wise solver must not return."""
+    values, support = result
+    if values.shape != weight.shape or support.shape != weight.shape:
+        wrong = f"shapes {tuple(values.shape)} and {tuple(support.shape)}"
+    elif support.dtype != torch.bool:
+        wrong = f"a support of {support.dtype}"
+    elif not bool(values.isfinite().all()):
+        wrong = "values that are not finite"
+    elif bool((values[~support] != 0).any()):
+        wrong = "values that are not zero off the support"
+    else:
+        return
+    raise ValueError(
+        f"solver must return finite values {tuple(weight.shape)} for {name} that are zero off a "
+        f"bool support, got {wrong}"
+    )
+
+
+class _Peak:
+    """The peak of memory within, over that at the start."""
+
+    def __init__(self, device: torch.device, task: Task, on_cpu: bool) -> None:
+        self.bytes: int | None = None
+        self._device = device
+        self._counted: TensorBytes | None = None
+        if on_cpu and device.type == "cpu":
+            inputs = [v for x in task.samples for v in x.values() if torch.is_tensor(v)]
+            own = [*task.model.parameters(), *task.model.buffers(), *inputs]
+            self._counted = TensorBytes(own)
+
+    def __enter__(self) -> _Peak:
+        if self._counted is not None:
+            self._counted.__enter__()
+        elif self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._counted is not None:
+            self._counted.__exit__(*error)
+            self.bytes = self._counted.peak
+        elif self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+# Prediction
+
+
+def predict_memory(task: Task) -> MemoryEstimate:
+    """Predict the peak of a run, from the arguments of one sample and the largest block."""
+    s = task.settings
+    hidden: list[Tensor] = []
+    with evaluated(task.model):
+        calls = record(
+            task.model, task.name, task.blocks, task.samples[:1], task.structure,
+            lambda _, x: hidden.append(x.to("meta")),
+        )  # fmt: skip
+    sizes = [BlockSize.of(b, w) for b, w in zip(task.blocks, task.weights, strict=True)]
+    largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
+    size = sizes[largest]
+    if isinstance(s.solver, SafeReconstruction):
+        work = _work_bytes(task, calls, largest, hidden[0], s.solver.batch_size, backward=True)
+        needed = size.reconstruction(work)
+    else:
+        work = _work_bytes(task, calls, largest, hidden[0], s.batch_size, backward=False)
+        needed = size.layerwise(work)
+    first = _numbers(task.samples[0])
+    stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
+    beside = calls.nbytes + (size.stored if s.work_dir else 0)
+    places = {None: "device", "cpu": "host", "disk": "disk"}
+    found = {"device": needed, "host": beside, "disk": 0}
+    found[places[s.offload]] += stored
+    if s.device.type == "cpu":
+        found = {"device": found["device"] + found["host"], "host": 0, "disk": found["disk"]}
+    return MemoryEstimate(**found)
+
+
+def _numbers(sample: Mapping[Any, Any]) -> int:
+    return next(max(1, v.numel()) for v in sample.values() if torch.is_tensor(v) and v.ndim)
+
+
+def _work_bytes(
+    task: Task, calls: BlockCalls, i: int, hidden: Tensor, batch: int, *, backward: bool
+) -> int:
+    """Bytes of a forward (and backward) pass of a block on a batch, beside its parameters."""
+    block, rows = task.blocks[i], min(batch, len(task.samples))
+    own = _own_dtype(block)
+    dtype = torch.float32 if backward else own
+
+    def of(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
+        shape = (rows * hidden.shape[0], *hidden.shape[1:])
+        like = torch.empty(shape, device="meta", dtype=dtype)
+        arguments = calls.arguments(i, [0] * rows, like, (own, dtype))
+        calls.forget_placed()
+
+        def call(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Tensor:
+            args, kwargs = tree_map_only(torch.Tensor, make, arguments)
+            output = task.structure.output(model, model(*args, **kwargs))
+            if not backward:
+                return output
+            target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
+            return nn.functional.mse_loss(output.float(), target.float())
+
+        device = task.settings.device if fake else torch.device("cpu")
+        return forward_backward_bytes(
+            block, call, device, backward=backward, dtype=dtype, fake=fake
+        )
+
+    try:
+        if None in task.weights[i].values():
+            # Grouped products of experts know their shapes in bfloat16 only.
+            return of(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
+        return of(rows, dtype, fake=True)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return of(1, dtype, fake=False) * rows  # the shapes within depend on values
