@@ -183,8 +183,10 @@ def _run(
     blocks: Sequence[nn.Module],
     sample: Mapping[str | None, Any],
     answer: Callable[[int, Callable[..., Any], _Call], Any],
+    *,
+    whole: bool = False,
 ) -> list[_Call]:
-    """Run a model up to its last block; the calls of its blocks in order."""
+    """Run a model up to its last block, or to its end; the calls of its blocks in order."""
     calls: list[_Call] = []
 
     def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -195,7 +197,7 @@ def _run(
             )
         call = _Call(*tree_flatten((args, kwargs)))
         calls.append(call)
-        if i + 1 == len(blocks):
+        if i + 1 == len(blocks) and not whole:
             raise _Done
         return answer(i, forward, call)
 
@@ -254,11 +256,7 @@ def learn_structure(
             given.append(answers[place])
             return tree_unflatten(answers, spec)
 
-        calls = _run(model, name, blocks, sample, answer)
-        if type(blocks[-1]) not in outputs:
-            leaves, spec = tree_flatten(_real(0, blocks[-1].forward, calls[-1]))
-            outputs[type(blocks[-1])] = leaves, spec, _first_tensor(leaves)
-        return calls, given
+        return _run(model, name, blocks, sample, answer, whole=True), given
 
     first, given = passing(1.0)
     copies = [tensor.clone() for tensor in given]
@@ -296,7 +294,16 @@ def _follow(
                 "something else"
             )
         hidden.append(found[0])
-    return (hidden[0] if hidden else _first_tensor(calls[0].leaves), *hidden)
+    first = hidden[0] if hidden else _first_tensor(calls[0].leaves)
+    for i, tensor in enumerate(given):
+        taken = calls[i].leaves[(first, *hidden)[i]]
+        if taken.shape != tensor.shape or taken.dtype != tensor.dtype:
+            raise ValueError(
+                "blocks must return hidden states as they take them, "
+                f"{name}.{i} takes {taken.dtype} {tuple(taken.shape)} and returns {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    return (first, *hidden)
 
 
 def _handing_on(

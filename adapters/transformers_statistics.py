@@ -163,10 +163,15 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
         if places is not None and len(args) > places[1]:
             x, w = args[places[0]], args[places[1]]
             if torch.is_tensor(w) and torch.is_tensor(x):
-                name = self._by_memory.get(w.untyped_storage().data_ptr())
-                if name is not None:
-                    self._see(name, x.detach(), w, places[2])
+                right, left = self._name_of(w), self._name_of(x)
+                if right is not None:
+                    self._see(right, x.detach(), w, places[2])
+                elif left is not None and places[2] == -2:  # a weight times a column
+                    self._see(left, w.detach().transpose(-1, -2), x, -1)
         return func(*args, **kwargs)
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        return self._by_memory.get(tensor.untyped_storage().data_ptr())
 
     def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
         """Take in the inputs of one product with a weight, or a slice or transpose of it."""
