@@ -8,7 +8,7 @@ stays close to what it returned when dense. One block at a time is on the device
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -250,16 +250,14 @@ offload, work_dir, seed
         None if work_dir is None else Path(work_dir),
         seed,
     )
-    outside = {id(p) for p in _outside(model, modules)}
+    outside = _outside(model, name)
     weights = [_chosen(f"{name}.{i}", block, outside, where) for i, block in enumerate(modules)]
     if not any(weights):
         raise ValueError(f"blocks must hold weights to prune, got none in {name}")
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
     with evaluated(model):
         structure = learn_structure(model, name, modules, placed[0])
-    return PruningPlan(
-        Task(model, placed, settings, name, modules, weights, structure, frozenset(outside))
-    )
+    return PruningPlan(Task(model, placed, settings, name, modules, weights, structure, outside))
 
 
 class PruningPlan:
@@ -312,16 +310,17 @@ def _pattern(sparsity: Any) -> Pattern:
     return pattern
 
 
-def _outside(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Tensor]:
-    """Parameters of what is not within the blocks, which may be tied to some that are."""
-    within = {id(m) for block in blocks for m in block.modules()}
-    for module in model.modules():
-        if id(module) not in within:
-            yield from (p for p in module._parameters.values() if p is not None)
+def _outside(model: nn.Module, name: str) -> frozenset[int]:
+    """Ids of the parameters that are used outside the blocks, which may be tied to some within."""
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(id(p) for key, p in named if not key.startswith(f"{name}."))
 
 
 def _chosen(
-    prefix: str, block: nn.Module, outside: set[int], where: Callable[[str, Tensor], bool] | None
+    prefix: str,
+    block: nn.Module,
+    outside: frozenset[int],
+    where: Callable[[str, Tensor], bool] | None,
 ) -> dict[str, Layout | None]:
     params = dict(block.named_parameters())
     return {
