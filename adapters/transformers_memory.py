@@ -167,7 +167,9 @@ class Activations:
         self._files.append(path)
         try:
             with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, size * dtype.itemsize))
+                if hasattr(os, "posix_fallocate"):  # not on every system
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+                file.truncate(size * dtype.itemsize)
         except OSError as error:
             self.close()
             raise OSError(

@@ -141,6 +141,7 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(evaluated(task.model))
             if self.device.type == "cuda":
+                torch.cuda.init()
                 stack.enter_context(torch.cuda.device(self.device))
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder()
@@ -392,9 +393,6 @@ class Run:
                 arguments = self.calls.arguments(i, samples, hidden.float(), cast)
                 yield functools.partial(self._call, arguments), target
 
-        autocast = solver.autocast
-        if autocast is None:
-            autocast = self.device.type == "cuda" and own.itemsize == 2
         supports = solver.solve(
             block,
             {key: found.layout for key, found in statistics.items()},
@@ -404,7 +402,7 @@ class Run:
             len(self._batches(solver.batch_size)),
             lambda k, loss: self._tell(i, k, loss),
             name=f"{self.task.name}.{i}",
-            autocast=autocast,
+            autocast=solver.autocasts(self.device, own),
         )
         return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
 
@@ -533,8 +531,9 @@ def _work_bytes(
 ) -> int:
     """Bytes of a forward (and backward) pass of a block on a batch, beside its parameters."""
     block, rows = task.blocks[i], min(batch, len(task.samples))
-    own = _own_dtype(block)
+    own, s = _own_dtype(block), task.settings
     dtype = torch.float32 if backward else own
+    autocast = backward and s.solver.autocasts(s.device, own)
 
     def of(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
         shape = (rows * hidden.shape[0], *hidden.shape[1:])
@@ -544,13 +543,14 @@ def _work_bytes(
 
         def call(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Tensor:
             args, kwargs = tree_map_only(torch.Tensor, make, arguments)
-            output = task.structure.output(model, model(*args, **kwargs))
+            with torch.autocast(s.device.type, torch.bfloat16, enabled=autocast and fake):
+                output = task.structure.output(model, model(*args, **kwargs))
             if not backward:
                 return output
             target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
             return nn.functional.mse_loss(output.float(), target.float())
 
-        device = task.settings.device if fake else torch.device("cpu")
+        device = s.device if fake else torch.device("cpu")
         return forward_backward_bytes(
             block, call, device, backward=backward, dtype=dtype, fake=fake
         )
