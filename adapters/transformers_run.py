@@ -141,7 +141,7 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(evaluated(task.model))
             if self.device.type == "cuda":
-                torch.cuda.init()
+                torch.cuda.init()  # type: ignore[no-untyped-call]
                 stack.enter_context(torch.cuda.device(self.device))
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder()
