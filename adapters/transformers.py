@@ -25,8 +25,9 @@ from .transformers_blocks import evaluated, find_blocks, learn_structure
 from .transformers_calibration import calibration_batches, check_tokens, split_samples
 from .transformers_memory import MemoryEstimate
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
-from .transformers_run import Run, Settings, Task, predict_memory
+from .transformers_run import Run
 from .transformers_statistics import block_weights
+from .transformers_task import Settings, Task, predict_memory
 
 __all__ = [
     "BlockReport",
