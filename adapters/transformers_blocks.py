@@ -1,0 +1,323 @@
+"""The repeated blocks of a model, and how the model calls each of them.
+
+Everything is found by structure. The blocks are the `torch.nn.ModuleList` with the most
+parameters. What each of them receives besides the hidden states (rotary embeddings, masks,
+positions) is learned by running the model around its blocks: they are replaced by functions
+that take note of their arguments and hand the hidden states on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+__all__ = [
+    "Call",
+    "Structure",
+    "evaluated",
+    "find_blocks",
+    "handing_on",
+    "learn_structure",
+    "really",
+    "run_around",
+]
+
+
+class _Done(BaseException):
+    """The last block was called: what the model does after it is not needed."""
+
+
+class Call(NamedTuple):
+    """The arguments of one call, flat."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+
+
+class Structure(NamedTuple):
+    """How a model runs its blocks.
+
+    Attributes
+    ----------
+    hidden : tuple of int
+        Of each block, which leaf of its arguments the hidden states are.
+    axes : tuple of mappings of leaf to axis
+        Of each block, which leaves grow with the batch, and along which axis.
+    outputs : mapping of class to (leaves, TreeSpec, int)
+        What a block of a class returns, and which leaf the hidden states are.
+    dependent : bool
+        Whether other arguments follow from what blocks return, so that they must be run.
+    """
+
+    hidden: tuple[int, ...]
+    axes: tuple[Mapping[int, int], ...]
+    outputs: Mapping[type, tuple[list[Any], TreeSpec, int]]
+    dependent: bool
+
+    def output(self, block: nn.Module, returned: Any) -> Tensor:
+        """The hidden states among what a block has returned."""
+        leaves, _ = tree_flatten(returned)
+        found: Tensor = leaves[self.outputs[type(block)][2]]
+        return found
+
+
+def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Module]]:
+    """The name and the modules of the repeated blocks of a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    blocks : str or torch.nn.Module, optional
+        A `ModuleList` of the model or its name, such as ``"encoder.block"``, for a model with
+        several. By default the one with the most parameters.
+
+    Returns
+    -------
+    name : str
+    modules : list of torch.nn.Module
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is none, or two blocks share a parameter.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])})
+    >>> find_blocks(model)[0]
+    'layers'
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
+    if blocks is None:
+        if not lists:
+            raise ValueError(
+                f"model must hold its blocks in a torch.nn.ModuleList, got none in {type(model)!r}"
+            )
+        name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    else:
+        named = dict(model.named_modules())
+        found = [n for n, m in named.items() if n == blocks or m is blocks]
+        if not found or not isinstance(named[found[0]], (nn.ModuleList, nn.Sequential)):
+            raise ValueError(
+                "blocks must be a ModuleList of the model or the name of one, such as "
+                f"{', '.join(map(repr, lists))}, got {blocks!r}"
+            )
+        name = found[0]
+    modules = list(model.get_submodule(name).children())
+    owners: dict[int, int] = {}
+    for i, block in enumerate(modules):
+        for p in block.parameters():
+            if owners.setdefault(id(p), i) != i:
+                raise ValueError(
+                    f"blocks must not share parameters, {name}.{owners[id(p)]} and {name}.{i} do"
+                )
+    return name, modules
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Run a model as it is deployed, without dropout, and without a cache of keys and values."""
+    training = [(m, m.training) for m in model.modules()]
+    configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c}
+    for config in list(configs.values()):
+        parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
+        configs |= {id(c): c for c in parts if c is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", False)]
+    model.eval()
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
+def _answered_by(
+    blocks: Sequence[nn.Module], answer: Callable[[int, Callable[..., Any], Any, Any], Any]
+) -> Iterator[None]:
+    """Let ``answer(i, forward, args, kwargs)`` stand for the forward pass of block i."""
+    kept = [block.__dict__.get("forward") for block in blocks]
+
+    def replaced(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: answer(i, forward, args, kwargs)
+
+    try:
+        for i, block in enumerate(blocks):
+            block.__dict__["forward"] = replaced(i, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, kept, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = forward
+
+
+def run_around(
+    model: nn.Module,
+    name: str,
+    blocks: Sequence[nn.Module],
+    sample: Mapping[str | None, Any],
+    answer: Callable[[int, Callable[..., Any], Call], Any],
+    *,
+    whole: bool = False,
+) -> list[Call]:
+    """Run a model up to its last block, or to its end; the calls of its blocks in order."""
+    calls: list[Call] = []
+
+    def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if i != len(calls):
+            raise ValueError(
+                f"blocks must be called once each and in order, {name}.{i} was called as number "
+                f"{len(calls)}"
+            )
+        call = Call(*tree_flatten((args, kwargs)))
+        calls.append(call)
+        if i + 1 == len(blocks) and not whole:
+            raise _Done
+        return answer(i, forward, call)
+
+    positional = [value for key, value in sample.items() if key is None]
+    named = {key: value for key, value in sample.items() if key is not None}
+    try:
+        with torch.no_grad(), _answered_by(blocks, answered):
+            model(*positional, **named)
+    except _Done:
+        pass
+    if len(calls) < len(blocks):
+        raise ValueError(f"blocks must be called once each, {name}.{len(calls)} was not called")
+    return calls
+
+
+def really(i: int, forward: Callable[..., Any], call: Call) -> Any:
+    args, kwargs = tree_unflatten(call.leaves, call.spec)
+    return forward(*args, **kwargs)
+
+
+def _first_tensor(leaves: Sequence[Any]) -> int:
+    for i, leaf in enumerate(leaves):
+        if torch.is_tensor(leaf) and leaf.is_floating_point():
+            return i
+    raise ValueError("blocks must take and return floating point tensors, got none")
+
+
+@torch.no_grad()
+def learn_structure(
+    model: nn.Module, name: str, blocks: Sequence[nn.Module], sample: Mapping[str | None, Any]
+) -> Structure:
+    """Learn from one sample how a model runs its blocks.
+
+    One block of each class is run; the others hand on what they get.
+
+    Raises
+    ------
+    ValueError
+        If the hidden states do not go from block to block as they are.
+    """
+    outputs: dict[type, tuple[list[Any], TreeSpec, int]] = {}
+
+    def passing(change: float) -> tuple[list[Call], list[Tensor]]:
+        given: list[Tensor] = []
+
+        def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
+            kind = type(blocks[i])
+            if kind not in outputs:
+                leaves, spec = tree_flatten(really(i, forward, call))
+                outputs[kind] = leaves, spec, _first_tensor(leaves)
+            leaves, spec, place = outputs[kind]
+            answers = [
+                leaf * change if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
+                for leaf in leaves
+            ]
+            given.append(answers[place])
+            return tree_unflatten(answers, spec)
+
+        return run_around(model, name, blocks, sample, answer, whole=True), given
+
+    first, given = passing(1.0)
+    copies = [tensor.clone() for tensor in given]
+    hidden = _follow(name, first, given, copies)
+    second, _ = passing(0.5)
+    dependent = any(
+        not _same(a, b)
+        for one, other, place in zip(first, second, hidden, strict=True)
+        for i, (a, b) in enumerate(zip(one.leaves, other.leaves, strict=True))
+        if i != place
+    )
+    doubled = {key: _twice(value) for key, value in sample.items()}
+    pairs = (
+        run_around(model, name, blocks, doubled, really)
+        if dependent
+        else run_around(model, name, blocks, doubled, handing_on(blocks, hidden, outputs))
+    )
+    axes = tuple(_batch_axes(one, two) for one, two in zip(first, pairs, strict=True))
+    for i, (found, place) in enumerate(zip(axes, hidden, strict=True)):
+        if found.get(place) != 0:
+            raise ValueError(f"batches must run along the first axis of what {name}.{i} takes")
+    return Structure(hidden, axes, outputs, dependent)
+
+
+def _follow(
+    name: str, calls: Sequence[Call], given: Sequence[Tensor], copies: Sequence[Tensor]
+) -> tuple[int, ...]:
+    """Of each call, the leaf that is what the block before has returned."""
+    hidden = []
+    for i, call in enumerate(calls[1:]):
+        found = [j for j, leaf in enumerate(call.leaves) if leaf is given[i]]
+        if not found or not torch.equal(given[i], copies[i]):
+            raise ValueError(
+                f"blocks must take what the block before returns, unchanged, {name}.{i + 1} takes "
+                "something else"
+            )
+        hidden.append(found[0])
+    first = hidden[0] if hidden else _first_tensor(calls[0].leaves)
+    for i, tensor in enumerate(given):
+        taken = calls[i].leaves[(first, *hidden)[i]]
+        if taken.shape != tensor.shape or taken.dtype != tensor.dtype:
+            raise ValueError(
+                "blocks must return hidden states as they take them, "
+                f"{name}.{i} takes {taken.dtype} {tuple(taken.shape)} and returns {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+    return (first, *hidden)
+
+
+def handing_on(
+    blocks: Sequence[nn.Module],
+    hidden: Sequence[int],
+    outputs: Mapping[type, tuple[list[Any], TreeSpec, int]],
+) -> Callable[[int, Callable[..., Any], Call], Any]:
+    def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
+        leaves, spec, place = outputs[type(blocks[i])]
+        answers = list(leaves)
+        answers[place] = call.leaves[hidden[i]]
+        return tree_unflatten(answers, spec)
+
+    return answer
+
+
+def _same(a: Any, b: Any) -> bool:
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _twice(value: Any) -> Any:
+    return torch.cat([value, value]) if torch.is_tensor(value) and value.ndim else value
+
+
+def _batch_axes(one: Call, two: Call) -> dict[int, int]:
+    axes = {}
+    for i, (a, b) in enumerate(zip(one.leaves, two.leaves, strict=True)):
+        if torch.is_tensor(a) and a.shape != b.shape:
+            axes[i] = next(k for k in range(a.ndim) if a.shape[k] != b.shape[k])
+    return axes

@@ -1,0 +1,142 @@
+"""Calibration sets: windows of text, or any inputs of a model, sample by sample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_core import _checks
+
+__all__ = ["calibration_batches", "split_samples"]
+
+
+def calibration_batches(
+    tokenizer: Any,
+    texts: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+) -> Tensor:
+    """Random windows of text as a language model's inputs, all of one length.
+
+    The texts are tokenized, joined, and cut at random places, all different.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        Or any function of a text that returns a mapping with ``"input_ids"``.
+    texts : str, path, or iterable of them
+        A path, of type `pathlib.Path`, is read as UTF-8; a str is text.
+    samples, length : int
+        How many windows, and tokens in each. The paper takes 128 of 2048 tokens.
+    seed : int
+
+    Returns
+    -------
+    int64 tensor, shape (samples, length)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the texts are too short for so many different windows, or no text.
+
+    References
+    ----------
+    Lee et al. 2025, appendix B.4; Frantar and Alistarh 2023, "SparseGPT".
+
+    Examples
+    --------
+    >>> letters = lambda text, **options: {"input_ids": [ord(c) - 97 for c in text]}
+    >>> calibration_batches(letters, ["abcdef", "ghijkl"], samples=2, length=4)
+    tensor([[ 8,  9, 10, 11],
+            [ 0,  1,  2,  3]])
+    """
+    _checks.integer("samples", samples, low=1)
+    _checks.integer("length", length, low=1)
+    given = [texts] if isinstance(texts, (str, os.PathLike)) else texts
+    tokens = [token for text in given for token in _tokens(tokenizer, text)]
+    starts = len(tokens) - length + 1
+    if starts < samples:
+        raise ValueError(
+            f"texts must hold at least {length + samples - 1} tokens for samples={samples} "
+            f"different windows of length={length}, got {len(tokens)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    joined = torch.tensor(tokens, dtype=torch.int64)
+    chosen = torch.randperm(starts, generator=generator)[:samples]
+    return torch.stack([joined[int(start) : int(start) + length] for start in chosen])
+
+
+def _tokens(tokenizer: Any, text: Any) -> list[int]:
+    if isinstance(text, os.PathLike):
+        text = Path(text).read_text(encoding="utf-8")
+    if not isinstance(text, str):
+        raise TypeError(f"texts must be str or paths, got {type(text)!r}")
+    # Special tokens would stand in the middle of windows; the length is no concern of a window.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def split_samples(batches: Any) -> list[dict[str | None, Any]]:
+    """Keyword arguments of a model for each sample; the key None is the first argument.
+
+    Parameters
+    ----------
+    batches : tensor, mapping, or iterable of them
+        A tensor has one sample in each row. Tensors of a mapping are cut alike where they have
+        as many rows as the first; other values go to every sample.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no sample.
+
+    Examples
+    --------
+    >>> split_samples([{"input_ids": torch.ones(2, 1, dtype=torch.int64), "flag": True}])[1]
+    {'input_ids': tensor([[1]]), 'flag': True}
+    """
+    whole = torch.is_tensor(batches) or isinstance(batches, Mapping)
+    given = [batches] if whole else batches
+    if not isinstance(given, Iterable):
+        raise TypeError(f"batches must be tensors or mappings of tensors, got {type(batches)!r}")
+    samples = [sample for batch in given for sample in _rows(batch)]
+    if not samples:
+        raise ValueError("batches must hold at least one sample, got none")
+    return samples
+
+
+def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
+    named: dict[str | None, Any] = dict(batch) if isinstance(batch, Mapping) else {None: batch}
+    tensors = [v for v in named.values() if torch.is_tensor(v) and v.ndim]
+    if not tensors:
+        raise TypeError(f"batches must be tensors or mappings of tensors, got {type(batch)!r}")
+    rows = len(tensors[0])
+    for i in range(rows):
+        yield {
+            key: v[i : i + 1] if torch.is_tensor(v) and v.ndim and len(v) == rows else v
+            for key, v in named.items()
+        }
+
+
+def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) -> None:
+    """Raise where a token is none of the model's."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embeddings, nn.Embedding):
+        return
+    for i, sample in enumerate(samples):
+        tokens = sample.get("input_ids", sample.get(None))
+        if not torch.is_tensor(tokens) or tokens.is_floating_point() or not tokens.numel():
+            continue
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= embeddings.num_embeddings:
+            raise ValueError(
+                "batches must hold tokens of the model's vocabulary, below "
+                f"{embeddings.num_embeddings}, got {low if low < 0 else high} in sample {i}: the "
+                "tokenizer is that of another model"
+            )

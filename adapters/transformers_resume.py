@@ -1,0 +1,169 @@
+"""A folder in which pruning leaves every finished block, to go on from there after a fault."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["WorkFolder", "fingerprint", "sample_of"]
+
+_MANIFEST = "manifest.json"
+_SAMPLED = 1024
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A digest of tensors: dtypes, shapes and every bit.
+
+    Examples
+    --------
+    >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(2, 1)])
+    False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sample_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of some hundred entries of every tensor, to tell one checkpoint from another.
+
+    Examples
+    --------
+    >>> sample_of([torch.zeros(10**5)]) == sample_of([torch.ones(10**5)])
+    False
+    """
+    return fingerprint(t.detach().reshape(-1)[:: max(1, t.numel() // _SAMPLED)] for t in tensors)
+
+
+class WorkFolder:
+    """Finished blocks and a manifest of them, each written at once or not at all.
+
+    A file is written under another name, flushed to the disk and renamed. The manifest names
+    a block once its file is there.
+
+    Parameters
+    ----------
+    path : path
+        Made where it is not there.
+    settings : mapping of str to str
+        What must be the same to go on.
+    notes : sequence of str
+        Kept from the beginning: a run that goes on reads what the first one wrote.
+
+    Attributes
+    ----------
+    finished : list of dict
+        What `save` was given, block by block.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run with other settings, or what is no manifest.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     WorkFolder(path, {"seed": "0"}).save({"w": torch.ones(1)}, {"loss": 0.5})
+    ...     again = WorkFolder(path, {"seed": "0"})
+    ...     again.finished, again.load(0)["w"]
+    ([{'loss': 0.5}], tensor([1.]))
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        settings: Mapping[str, str],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.settings = dict(settings)
+        self.notes = list(notes)
+        self.finished: list[dict[str, Any]] = []
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / _MANIFEST).exists():
+            self._read()
+        else:
+            self._write_manifest([])
+
+    def _read(self) -> None:
+        try:
+            manifest = json.loads((self.path / _MANIFEST).read_text())
+            found, self.finished = dict(manifest["settings"]), list(manifest["blocks"])
+            self.notes = list(manifest["notes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"work_dir must hold a manifest of this library, got {self.path / _MANIFEST} with "
+                f"{error!r}"
+            ) from error
+        for key in sorted(set(found) | set(self.settings)):
+            if found.get(key) != self.settings.get(key):
+                raise ValueError(
+                    f"work_dir must be of a run with the same settings: {self.path} was begun with "
+                    f"{key}={found.get(key)}, got {key}={self.settings.get(key)}; name another "
+                    "folder to begin anew"
+                )
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"block-{index:05d}.safetensors"
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block, on the CPU."""
+        from safetensors.torch import load
+
+        return load(self._file(index).read_bytes())
+
+    def save(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Keep the next block.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written, as on a full disk. The blocks before stay.
+        """
+        from safetensors.torch import save
+
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        index = len(self.finished)
+        try:
+            _write(self._file(index), save(plain))
+            self._write_manifest([*self.finished, dict(entry)])
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"work_dir must have room for block {index}, got {error.strerror or error}; the "
+                f"blocks before it stay in {self.path}",
+            ) from error
+
+    def _write_manifest(self, finished: list[dict[str, Any]]) -> None:
+        manifest = {"settings": self.settings, "notes": self.notes, "blocks": finished}
+        _write(self.path / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        self.finished = finished
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,419 @@
+"""The walk over the blocks of a model: dense pass, solver, pruned pass, one block at a time."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_core.layout import Layout
+
+from .block_reconstruction import SafeReconstruction
+from .transformers_activations import Activations, prefetched
+from .transformers_blocks import evaluated
+from .transformers_calls import BlockCalls, record
+from .transformers_memory import MemoryEstimate, TensorBytes, hollow
+from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
+from .transformers_resume import WorkFolder, sample_of
+from .transformers_statistics import (
+    InputStatistics,
+    each_slice,
+    inputs_of,
+    one_by_one,
+    usable_gram,
+)
+from .transformers_task import NO_CAST, Task, own_dtype
+
+__all__ = ["Run"]
+
+
+def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a block on a device, in its own dtypes or with all floating tensors in one."""
+    return hollow(
+        block,
+        lambda t: t.detach().to(
+            device, dtype if dtype is not None and t.is_floating_point() else t.dtype, copy=True
+        ),
+    )
+
+
+class Run:
+    """One walk over the blocks, made by the plan of `plan_pruning`."""
+
+    def __init__(
+        self,
+        task: Task,
+        predicted: MemoryEstimate,
+        progress: Callable[[Progress], object] | None,
+    ) -> None:
+        self.task = task
+        self.settings = task.settings
+        self.device = task.settings.device
+        self.predicted = predicted
+        self.progress = progress
+        self.unseen: list[str] = []
+        self.calls: BlockCalls
+        self.inputs: Activations
+        self.targets: Activations
+        self._folder: WorkFolder | None = None
+        self._started = time.monotonic()
+        self._resumed = self._finished = 0
+
+    def run(self, *, measure_memory: bool) -> PruningReport:
+        """Prune every block, and say what became of it."""
+        task, reports = self.task, []
+        with ExitStack() as stack:
+            stack.enter_context(evaluated(task.model))
+            if self.device.type == "cuda":
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+                stack.enter_context(torch.cuda.device(self.device))
+            peak = stack.enter_context(_Peak(self.device, task, measure_memory))
+            self._folder = self._open_folder()
+            try:
+                self._record(stack)
+                for i in range(len(task.blocks)):
+                    finished = self._folder is not None and i < len(self._folder.finished)
+                    reports.append(self._take_up(i) if finished else self._prune(i))
+            except BaseException as error:
+                error.add_note(self._kept())
+                raise
+        seconds = time.monotonic() - self._started
+        return PruningReport(
+            tuple(reports), tuple(self.unseen), self.predicted, peak.bytes, seconds
+        )
+
+    def _kept(self) -> str:
+        name = self.task.name
+        folder = "" if self._folder is None else f", also in {self._folder.path}"
+        if not self._finished:
+            return f"No block of {name} was pruned"
+        last = f"{name}.{self._finished - 1}"
+        return f"{name}.0 to {last} are pruned and stay so{folder}; the rest is dense"
+
+    # Beginning
+
+    def _open_folder(self) -> WorkFolder | None:
+        path = self.settings.work_dir
+        if path is None:
+            return None
+        digests = [sample_of(block.parameters()) for block in self.task.blocks]
+        folder = WorkFolder(path, self.task.described(), notes=digests)
+        self._resumed = len(folder.finished)
+        for i, (now, then) in enumerate(zip(digests, folder.notes, strict=True)):
+            pruned = i < self._resumed and now == folder.finished[i]["digest"]
+            needed = self.settings.two_streams or self.settings.propagate == "dense"
+            if now != then and (not pruned or needed):
+                state = "it was, when dense" if pruned else "it was"
+                raise ValueError(
+                    f"model must be as {state} when the run in {path} was begun, got other weights "
+                    f"in {self.task.name}.{i}: load the dense model again"
+                )
+        return folder
+
+    def _record(self, stack: ExitStack) -> None:
+        """Run the model around its blocks, and keep what they take."""
+        task, s = self.task, self.settings
+        alike: dict[Any, list[int]] = {}
+        for i, sample in enumerate(task.samples):
+            shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
+            alike.setdefault(shapes, []).append(i)
+        first = {members[0]: members for members in alike.values()}
+        self.inputs = Activations(self.device, s.offload, s.work_dir, "inputs")
+        stack.callback(self.inputs.close)
+
+        def take(i: int, hidden: Tensor) -> None:
+            if i in first:
+                self.inputs.expect(first[i], hidden)
+            self.inputs.put([i], hidden)
+
+        self.calls = record(task.model, task.name, task.blocks, task.samples, task.structure, take)
+        self.targets = self.inputs.alike("targets")
+        stack.callback(self.targets.close)
+        if s.two_streams:
+            self.targets.copy_from(self.inputs)
+
+    # One block
+
+    def _prune(self, i: int) -> BlockReport:
+        started = time.monotonic()
+        block = self.task.blocks[i]
+        self.calls.forget_placed()
+        statistics, dense = self._dense_pass(i)
+        tokens = {key: int(found.tokens.min()) for key, found in statistics.items()}
+        supports: dict[str, Tensor] = {}
+        solved: dict[str, Tensor] = {}
+        if statistics:
+            solved, supports = (
+                self._reconstruct(i, statistics)
+                if dense is None
+                else self._solve_layers(i, statistics, dense)
+            )
+        del dense, statistics
+        before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
+        _write_back(block, solved)
+        solved.clear()
+        weights = {
+            key: WeightReport(mask.numel(), int(mask.sum()), tokens[key])
+            for key, mask in supports.items()
+        }
+        try:
+            report = self._finish(i, weights, started)
+        except BaseException:
+            _write_back(block, before)
+            raise
+        self._finished = i + 1
+        self._tell(i, None, report.loss)
+        return report
+
+    def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
+        """Bring the hidden states behind the pruned block, and keep it in the folder."""
+        name, block = f"{self.task.name}.{i}", self.task.blocks[i]
+        loss, relative = self._pruned_pass(i)
+        report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
+        if self._folder is not None:
+            digest = sample_of(block.parameters())
+            unseen = [key for key in self.unseen if key.startswith(f"{name}.")]
+            entry = {**report._asdict(), "digest": digest, "unseen": unseen}
+            self._folder.save(dict(block.named_parameters()), entry)
+        return report
+
+    def _take_up(self, i: int) -> BlockReport:
+        """Load a finished block, and bring the hidden states behind it."""
+        assert self._folder is not None  # there are finished blocks
+        block, s = self.task.blocks[i], self.settings
+        if s.two_streams or s.propagate == "dense":
+            self._dense_pass(i)
+        loaded = self._folder.load(i)
+        with torch.no_grad():
+            for key, p in block.named_parameters():
+                p.copy_(loaded[key])
+        if s.propagate == "pruned":
+            self._forward_in_place(i, self._copy(i), self.inputs)
+        else:
+            self.inputs, self.targets = self.targets, self.inputs
+        entry = dict(self._folder.finished[i])
+        del entry["digest"]
+        self.unseen = sorted({*self.unseen, *entry.pop("unseen")})
+        weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
+        self._finished = i + 1
+        return BlockReport(weights=weights, **entry)
+
+    def _tell(self, i: int, epoch: int | None, loss: float) -> None:
+        if self.progress is None:
+            return
+        blocks = len(self.task.blocks)
+        epochs = getattr(self.settings.solver, "epochs", 1)
+        done = i - self._resumed + (1.0 if epoch is None else (epoch + 1) / (epochs + 1))
+        elapsed = time.monotonic() - self._started
+        left = elapsed * (blocks - self._resumed - done) / done
+        self.progress(Progress(i, blocks, epoch, loss, left))
+
+    # Passes
+
+    def _copy(self, i: int, dtype: torch.dtype | None = None) -> nn.Module:
+        return _on_device(self.task.blocks[i], self.device, dtype)
+
+    def _batches(self, size: int, generator: torch.Generator | None = None) -> list[list[int]]:
+        """Samples in batches, in order or drawn at random."""
+        batches = []
+        for group in self.calls.groups:
+            order = list(group)
+            if generator is not None:
+                order = [group[int(k)] for k in torch.randperm(len(group), generator=generator)]
+            batches += [order[k : k + size] for k in range(0, len(order), size)]
+        if generator is not None and len(self.calls.groups) > 1:
+            batches = [batches[int(k)] for k in torch.randperm(len(batches), generator=generator)]
+        return batches
+
+    def _call(self, arguments: tuple[Any, Any], block: nn.Module) -> Tensor:
+        args, kwargs = arguments
+        return self.task.structure.output(block, block(*args, **kwargs))
+
+    def _forward(
+        self, i: int, block: nn.Module, source: Activations, seen: inputs_of | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Run a block on all samples; what it returns, batch by batch, and finite."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        batches = self._batches(self.settings.batch_size)
+        for samples, hidden in prefetched(batches, source.take, self.device):
+            arguments = self.calls.arguments(i, samples, hidden, NO_CAST)
+            with torch.no_grad(), nullcontext() if seen is None else seen:
+                output = self._call(arguments, block)
+                finite &= output.isfinite().all()
+            yield samples, output
+        if not bool(finite):
+            raise ValueError(
+                f"batches must lead to finite activations, got others behind {self.task.name}.{i}"
+            )
+
+    def _forward_in_place(self, i: int, block: nn.Module, stream: Activations) -> None:
+        for samples, output in self._forward(i, block, stream):
+            stream.put(samples, output)
+
+    def _dense_pass(self, i: int) -> tuple[dict[str, InputStatistics], nn.Module | None]:
+        """Compute the targets, and watch the inputs of the weights.
+
+        The dense block comes back where a layer-wise solver goes on with it.
+        """
+        s, weights = self.settings, self.task.weights[i]
+        dense = self._copy(i)
+        watches = s.watched != "roles" or None in weights.values()
+        if watches:
+            one_by_one(dense)
+        if s.two_streams:
+            self._forward_in_place(i, dense, self.targets)
+        seen = inputs_of(dense, weights, s.watched)
+        if watches or not s.two_streams:
+            watched = self._forward(i, dense, self.inputs, seen if watches else None)
+            for samples, output in watched:
+                if not s.two_streams:
+                    self.targets.put(samples, output)
+        statistics = seen.statistics()
+        self.unseen += [f"{self.task.name}.{i}.{key}" for key in weights if key not in statistics]
+        return statistics, None if isinstance(s.solver, SafeReconstruction) else dense
+
+    def _pruned_pass(self, i: int) -> tuple[float, float]:
+        """Compute the error of the pruned block and, for the next, what it returns."""
+        s = self.settings
+        error = torch.zeros(2, dtype=torch.float64, device=self.device)
+        entries = 0
+        for samples, output in self._forward(i, self._copy(i), self.inputs):
+            target = self.targets.take(samples).float()
+            error[0] += (output.float() - target).square().sum()
+            error[1] += target.square().sum()
+            entries += target.numel()
+            if s.propagate == "pruned":
+                self.inputs.put(samples, output)
+        if s.propagate == "dense":
+            self.inputs, self.targets = self.targets, self.inputs
+        wrong, size = error.tolist()
+        return wrong / max(1, entries), wrong / size if size else 0.0
+
+    # Solvers
+
+    def _reconstruct(
+        self, i: int, statistics: Mapping[str, InputStatistics]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """SAFE on the whole block: its parameters, in float32, and supports."""
+        s, home = self.settings, self.task.blocks[i]
+        solver: SafeReconstruction = s.solver
+        own = own_dtype(home)
+        cast = own, torch.float32
+        block = self._copy(i, torch.float32)
+        for p, q in zip(home.parameters(), block.parameters(), strict=True):
+            q.requires_grad_(q.is_floating_point() and id(p) not in self.task.outside)
+        params = dict(block.named_parameters())
+        importance = None
+        if solver.importance is not None:
+            importance = {
+                key: found.importance(tuple(params[key].shape)) for key, found in statistics.items()
+            }
+        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + i)
+
+        def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self.inputs.take(samples), self.targets.take(samples)
+
+        def epoch(_: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
+            batches = self._batches(solver.batch_size, generator)
+            for samples, (hidden, target) in prefetched(batches, load, self.device):
+                arguments = self.calls.arguments(i, samples, hidden.float(), cast)
+                yield functools.partial(self._call, arguments), target
+
+        supports = solver.solve(
+            block,
+            {key: found.layout for key, found in statistics.items()},
+            importance,
+            s.pattern,
+            epoch,
+            len(self._batches(solver.batch_size)),
+            lambda k, loss: self._tell(i, k, loss),
+            name=f"{self.task.name}.{i}",
+            autocast=solver.autocasts(self.device, own),
+        )
+        return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
+
+    def _solve_layers(
+        self, i: int, statistics: dict[str, InputStatistics], dense: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer-wise solver on each weight, which takes the place of the dense one.
+
+        What is known of a weight's inputs is dropped with it.
+        """
+        values, supports = {}, {}
+        for key in list(statistics):
+            found = statistics.pop(key)
+            grams = found.squares
+            assert grams is not None  # asked for
+
+            def solve(
+                weight: Tensor, layout: Layout, expert: int, key: str = key, grams: Tensor = grams
+            ) -> tuple[Tensor, Tensor]:
+                gram = usable_gram(grams[expert])
+                result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
+                _check_result(f"{self.task.name}.{i}.{key}", weight, result)
+                return result[0], result[1]
+
+            values[key] = dense.get_parameter(key).detach()
+            with torch.no_grad():
+                solved, supports[key] = each_slice(values[key].float(), found.layout, solve)
+                values[key].copy_(solved)
+        return values, supports
+
+
+def _write_back(block: nn.Module, solved: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, p in block.named_parameters():
+            if key in solved:
+                p.copy_(solved[key])
+
+
+def _check_result(name: str, weight: Tensor, result: Any) -> None:
+    """Refuse what a layer-wise solver must not return."""
+    values, support = result
+    if values.shape != weight.shape or support.shape != weight.shape:
+        wrong = f"shapes {tuple(values.shape)} and {tuple(support.shape)}"
+    elif support.dtype != torch.bool:
+        wrong = f"a support of {support.dtype}"
+    elif not bool(values.isfinite().all()):
+        wrong = "values that are not finite"
+    elif bool((values[~support] != 0).any()):
+        wrong = "values that are not zero off the support"
+    else:
+        return
+    raise ValueError(
+        f"solver must return finite values {tuple(weight.shape)} for {name} that are zero off a "
+        f"bool support, got {wrong}"
+    )
+
+
+class _Peak:
+    """The peak of memory within, over that at the start."""
+
+    def __init__(self, device: torch.device, task: Task, on_cpu: bool) -> None:
+        self.bytes: int | None = None
+        self._device = device
+        self._counted: TensorBytes | None = None
+        if on_cpu and device.type == "cpu":
+            inputs = [v for x in task.samples for v in x.values() if torch.is_tensor(v)]
+            own = [*task.model.parameters(), *task.model.buffers(), *inputs]
+            self._counted = TensorBytes(own)
+
+    def __enter__(self) -> _Peak:
+        if self._counted is not None:
+            self._counted.__enter__()  # type: ignore[no-untyped-call]
+        elif self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._counted is not None:
+            self._counted.__exit__(*error)  # type: ignore[no-untyped-call]
+            self.bytes = self._counted.peak
+        elif self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before

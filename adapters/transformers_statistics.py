@@ -1,0 +1,252 @@
+"""Which weights of a block are pruned, and what the inputs of each of them look like.
+
+A weight is pruned that a block multiplies hidden states with: of linear layers, of GPT-2's
+`Conv1D`, and stacked ones of experts, which are parameters of three axes. What the products
+take is seen by watching the functions of torch, so that an expert of a stack, a slice of one
+parameter, is told by where its memory begins, and the roles of its axes by how it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from safe_core.layout import Layout
+
+from .torch_weights import prunable_weights
+
+__all__ = ["InputStatistics", "block_weights", "inputs_of", "usable_gram"]
+
+_FLOOR = 1e-8  # of the mean importance: what an input that is never active counts for
+
+# Where the input and the weight stand among the arguments, and the axis of the weight that is
+# summed over.
+_PRODUCTS: dict[Any, tuple[int, int, int]] = {
+    nn.functional.linear: (0, 1, -1),
+    torch.addmm: (1, 2, -2),
+    torch.baddbmm: (1, 2, -2),
+    **dict.fromkeys(
+        [
+            torch.matmul,
+            torch.mm,
+            torch.bmm,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            Tensor.mm,
+            Tensor.bmm,
+        ],
+        (0, 1, -2),
+    ),
+}
+
+
+def block_weights(block: nn.Module) -> dict[str, Layout | None]:
+    """Names and layouts of the weights of a block that a matrix product may take.
+
+    The layout of stacked experts is None until it is seen how they are used.
+
+    Examples
+    --------
+    >>> block_weights(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)))
+    {'0.weight': Layout(input_axes=(1,), output_axes=(0,), batch_axes=())}
+    """
+    known = prunable_weights(block)
+    convolved = {id(p) for m in block.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
+    found: dict[str, Layout | None] = {}
+    for name, p in block.named_parameters():
+        if id(p) in convolved or not p.is_floating_point():
+            continue
+        if p in known:
+            found[name] = known[p]
+        elif p.ndim == 3:
+            found[name] = None
+    return found
+
+
+class InputStatistics(NamedTuple):
+    """What the inputs of one weight look like.
+
+    Attributes
+    ----------
+    layout : Layout
+        As the weight was used.
+    tokens : int64 tensor, shape (experts,)
+        How many inputs were seen; one entry without a stack.
+    squares : float32 tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
+        The sum of squares of each input feature, or the Gram matrix ``X^T X``.
+    """
+
+    layout: Layout
+    tokens: Tensor
+    squares: Tensor | None
+
+    def importance(self, shape: tuple[int, ...]) -> Tensor:
+        """The mean square of each input feature, with the axes of the weight.
+
+        A feature that is never active counts for next to nothing, so that entries of such
+        features rank by magnitude, and so do all entries of an expert that saw no token.
+        """
+        assert self.squares is not None  # asked for together with the diagonal
+        mean = self.squares / self.tokens.clamp(min=1)[:, None]
+        floor = mean.mean(dim=1, keepdim=True) * _FLOOR
+        filled = torch.where(mean > 0, mean.clamp(min=floor), floor)
+        filled = torch.where(floor > 0, filled, torch.ones_like(filled))
+        axes = (*self.layout.batch_axes, *self.layout.input_axes)
+        return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
+
+
+def usable_gram(gram: Tensor) -> Tensor:
+    """A Gram matrix without zeros on its diagonal: the identity where no input was seen.
+
+    A feature that was never active gets a small entry, so that weights of such features rank
+    by magnitude among each other and below the rest.
+
+    Examples
+    --------
+    >>> usable_gram(torch.zeros(2, 2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
+    return gram + torch.diag(torch.where(diagonal > 0, torch.zeros_like(diagonal), floor))
+
+
+class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
+    """Watch the inputs of a block's weights within: their sums of squares or Gram matrices.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Without grouped kernels for its experts.
+    weights : mapping of name to Layout or None
+        From `block_weights`.
+    kind : {"roles", "diagonal", "gram"}
+        Whether to see only how weights are used, or to sum as well.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> with inputs_of(layer, block_weights(layer), "gram") as seen, torch.no_grad():
+    ...     _ = layer(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    >>> seen.statistics()["weight"].squares
+    tensor([[[1., 2.],
+             [2., 5.]]])
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Layout | None],
+        kind: Literal["roles", "diagonal", "gram"],
+    ) -> None:
+        super().__init__()
+        self._kind = kind
+        self._layouts = dict(weights)
+        self._params = {name: p for name, p in block.named_parameters() if name in weights}
+        self._by_memory = {p.untyped_storage().data_ptr(): n for n, p in self._params.items()}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch, and look at it where it is a matrix product."""
+        kwargs = kwargs or {}
+        places = _PRODUCTS.get(func)
+        if places is not None and len(args) > places[1]:
+            x, w = args[places[0]], args[places[1]]
+            if torch.is_tensor(w) and torch.is_tensor(x):
+                right, left = self._name_of(w), self._name_of(x)
+                if right is not None:
+                    self._see(right, x.detach(), w, places[2])
+                elif left is not None and places[2] == -2:  # a weight times a column
+                    self._see(left, w.detach().transpose(-1, -2), x, -1)
+        return func(*args, **kwargs)
+
+    def _name_of(self, tensor: Tensor) -> str | None:
+        return self._by_memory.get(tensor.untyped_storage().data_ptr())
+
+    def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
+        """Take in the inputs of one product with a weight, or a slice or transpose of it."""
+        p = self._params[name]
+        stride = w.stride(summed)
+        axis = next(
+            (a for a in range(max(0, p.ndim - 2), p.ndim)
+             if p.stride(a) == stride and p.shape[a] == w.shape[summed]),
+            None,
+        )  # fmt: skip
+        if axis is None:
+            return
+        stacked = p.ndim == 3
+        if self._layouts[name] is None:
+            other = ({1, 2} - {axis}).pop()
+            self._layouts[name] = Layout((axis,), (other,), (0,))
+        n, experts = p.shape[axis], p.shape[0] if stacked else 1
+        if name not in self._tokens:
+            self._tokens[name] = torch.zeros(experts, dtype=torch.int64, device=p.device)
+            shape = (experts, n, n) if self._kind == "gram" else (experts, n)
+            if self._kind != "roles":
+                self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+        if stacked and w.ndim == 3:
+            for e in range(experts):
+                self._add(name, e, x[e].reshape(-1, n))
+        else:
+            first = (w.storage_offset() - p.storage_offset()) // p.stride(0) if stacked else 0
+            self._add(name, first, x.reshape(-1, n))
+
+    def _add(self, name: str, expert: int, x: Tensor) -> None:
+        self._tokens[name][expert] += len(x)
+        if self._kind == "roles":
+            return
+        wide = x.float()
+        if self._kind == "gram":
+            self._sums[name][expert].addmm_(wide.T, wide)
+        else:
+            self._sums[name][expert] += wide.square().sum(dim=0)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """What was seen, by name of the weight.
+
+        A linear layer that was not run counts as one that saw no token. A parameter of three
+        axes that entered no product is left out.
+        """
+        found = {}
+        for name, p in self._params.items():
+            layout = self._layouts[name]
+            if layout is None:
+                continue
+            if name not in self._tokens:
+                n = p.shape[layout.input_axes[0]]
+                shape = (1, n, n) if self._kind == "gram" else (1, n)
+                self._tokens[name] = torch.zeros(1, dtype=torch.int64, device=p.device)
+                self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            found[name] = InputStatistics(layout, self._tokens[name], self._sums.get(name))
+        return found
+
+
+def one_by_one(block: nn.Module) -> None:
+    """Let the experts of a block run one after the other, as plain products."""
+    for module in block.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation_internal", None) is not None:
+            config._experts_implementation_internal = "eager"
+
+
+def each_slice(
+    weight: Tensor, layout: Layout, fn: Callable[[Tensor, Layout, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Apply ``fn(slice, layout, expert)`` to each matrix of a stack; values and supports."""
+    if not layout.batch_axes:
+        return fn(weight, layout, 0)
+    inner = Layout(
+        tuple(a - 1 for a in layout.input_axes), tuple(a - 1 for a in layout.output_axes)
+    )
+    pairs = [fn(weight[e], inner, e) for e in range(weight.shape[0])]
+    return torch.stack([v for v, _ in pairs]), torch.stack([s for _, s in pairs])

@@ -1,0 +1,746 @@
+"""Pruning of transformers block by block: families, SAFE, memory, faults."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import safe_core
+from safe_core import Layout, Unstructured
+from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.transformers import (
+    Progress,
+    SafeReconstruction,
+    calibration_batches,
+    plan_pruning,
+    prune_blocks,
+)
+
+VOCABULARY, WIDTH, LENGTH = 61, 16, 16
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
+
+
+def configs() -> dict[str, Any]:
+    t = transformers
+    return {
+        "llama": t.LlamaConfig(**TEXT, **GROUPED),
+        "mistral": t.MistralConfig(**TEXT, **GROUPED, sliding_window=4),
+        "qwen3": t.Qwen3Config(**TEXT, **GROUPED),
+        "gemma2": t.Gemma2Config(**TEXT, **GROUPED, sliding_window=4),
+        "gemma3": t.Gemma3TextConfig(
+            **TEXT, **GROUPED, layer_types=["sliding_attention", "full_attention"], sliding_window=4
+        ),
+        "phi": t.PhiConfig(**TEXT),
+        "opt": t.OPTConfig(**TEXT, ffn_dim=32, word_embed_proj_dim=WIDTH),
+        "gpt2": t.GPT2Config(**TEXT | {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_inner": 32}),
+        "gpt_neox": t.GPTNeoXConfig(**TEXT),
+        "bert": t.BertConfig(**TEXT),
+        "mixtral": t.MixtralConfig(**TEXT, **GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        "vit": t.ViTConfig(
+            hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            image_size=8, patch_size=2,
+        ),
+    }  # fmt: skip
+
+
+DATA = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+CONFIGS = configs()
+AUTO = {
+    "bert": transformers.AutoModelForMaskedLM,
+    "vit": transformers.AutoModelForImageClassification,
+}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = AUTO.get(family, transformers.AutoModelForCausalLM).from_config(CONFIGS[family])
+    for p in model.parameters():  # so that no weight is symmetric or zero, biases included
+        p.data = torch.randn_like(p) * (0.2 if p.ndim > 1 else 0.05) + (p.ndim == 1)
+    return model.to(dtype).eval()
+
+
+def inputs_of(family: str, samples: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if family == "vit":
+        return torch.randn(samples, 3, 8, 8, generator=generator)
+    return torch.randint(3, VOCABULARY, (samples, LENGTH), generator=generator)
+
+
+def wanda(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Layout | None = None) -> Any:
+    return safe_core.project(weight, sparsity, importance=gram.diagonal(), layout=layout)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_is_pruned_exactly(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    dense = {name: p.clone() for name, p in model.state_dict().items()}
+    report = prune_blocks(model, inputs_of(family), wanda, 0.5, batch_size=4)
+    assert report.dense == ()
+    assert len(report.blocks) == 2
+    for block in report.blocks:
+        assert len(block.weights) >= 4
+        for name, weight in block.weights.items():
+            p = model.get_parameter(f"{block.name}.{name}")
+            assert weight.kept * 2 == weight.entries == p.numel()
+            assert int((p == 0).sum()) == p.numel() // 2
+            assert bool((p == dense[f"{block.name}.{name}"])[p != 0].all())
+    pruned = {f"{block.name}.{name}" for block in report.blocks for name in block.weights}
+    for name, p in model.state_dict().items():
+        assert name in pruned or torch.equal(p, dense[name])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, loaded.state_dict()[name])
+
+
+class Watched:
+    """A layer-wise solver that prunes by magnitude and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.grams: list[Tensor] = []
+
+    def __call__(self, weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Layout) -> Any:
+        assert weight.dtype == gram.dtype == torch.float32
+        self.grams.append(gram)
+        return safe_core.project(weight, sparsity, layout=layout)
+
+
+def grams_of(model: nn.Module, name: str, samples: list[dict[str, Tensor]]) -> list[Tensor]:
+    """``X^T X`` of every linear layer of the blocks, by hooks on the whole model."""
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for key, module in model.get_submodule(name).named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+
+            def hook(module: nn.Module, args: Any, key: str = key) -> None:
+                x = args[0].reshape(-1, args[0].shape[-1]).float()
+                sums[key] = sums.get(key, 0) + x.T @ x
+
+            handles.append(module.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for sample in samples:
+            model(**sample)
+    for handle in handles:
+        handle.remove()
+    modules = dict(model.get_submodule(name).named_modules())
+    return [sums[key] for key in modules if key in sums]
+
+
+def rows(family: str, inputs: Tensor) -> list[dict[str, Tensor]]:
+    key = "pixel_values" if family == "vit" else "input_ids"
+    return [{key: inputs[i : i + 1]} for i in range(len(inputs))]
+
+
+@pytest.mark.parametrize("family", [f for f in CONFIGS if f != "mixtral"])
+def test_blocks_see_what_they_see_in_the_model(family: str) -> None:
+    model, inputs, solver = model_of(family), inputs_of(family), Watched()
+    plan = plan_pruning(model, inputs, solver, 0.0, batch_size=4)
+    wanted = grams_of(model, plan.name, rows(family, inputs))
+    plan.apply()
+    assert len(solver.grams) == len(wanted) >= 8
+    for got, want in zip(solver.grams, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # by sdpa and by eager attention
+def test_masks_and_lengths_go_with_their_samples(family: str) -> None:
+    long, short = inputs_of(family), inputs_of(family)[:, :10]
+    samples = [{"input_ids": row[None]} for row in (*long, *short)]
+    for i, sample in enumerate(samples):
+        mask = torch.ones_like(sample["input_ids"])
+        mask[0, : 3 * (i % 3)] = 0  # padding of their own
+        sample["attention_mask"] = mask
+    model, solver = model_of(family), Watched()
+    plan = plan_pruning(model, samples, solver, 0.0, batch_size=3)
+    wanted = grams_of(model, plan.name, samples)
+    plan.apply()
+    for got, want in zip(solver.grams, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+class Carrying(nn.Module):
+    """A block that takes tensors with and without a batch, and what the last one has found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(
+        self, x: Tensor, shared: Tensor, *, own: Tensor, carried: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y = self.linear(x * shared) + own.sum(0)
+        y = y if carried is None else y + carried
+        return y, y.mean(-1, keepdim=True)
+
+
+class Carriers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Carrying() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, carried = torch.stack([x, -2 * x]), None  # the batch runs along the second axis
+        for block in self.blocks:
+            x, carried = block(x, torch.arange(1.0, 9.0), own=own, carried=carried)
+        return x
+
+
+def test_every_argument_is_replayed_for_its_samples() -> None:
+    model, solver = Carriers(), Watched()
+    plan = plan_pruning(model, DATA, solver, 0.0, batch_size=5)
+    wanted = grams_of(model, "blocks", [{"x": DATA}])
+    report = plan.apply()
+    for got, want in zip(solver.grams, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert max(block.loss for block in report.blocks) == 0.0
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_a_block_sees_what_the_blocks_before_it_return(propagate: str) -> None:
+    dense, inputs, solver = model_of("llama"), inputs_of("llama"), Watched()
+    model = model_of("llama")
+    prune_blocks(model, inputs, solver, 0.5, propagate=propagate)
+    before = model if propagate == "pruned" else dense
+    wanted = grams_of(before, "model.layers", rows("llama", inputs))[7]  # first of block 1
+    torch.testing.assert_close(solver.grams[7], wanted, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+def test_the_error_is_against_the_targets(targets: str) -> None:
+    dense, inputs = model_of("llama"), inputs_of("llama")
+    model = model_of("llama")
+    report = prune_blocks(model, inputs, wanda, 0.5, targets=targets)
+    with torch.no_grad():
+        hidden = dense(inputs, output_hidden_states=True).hidden_states[1]
+        if targets == "pruned":
+            dense.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
+        found = {}
+        for name, which in (("dense", dense), ("pruned", model)):
+            handle = which.model.layers[1].register_forward_hook(
+                lambda m, a, out, name=name: found.update({name: out})
+            )
+            which(inputs)
+            handle.remove()
+    error = (found["pruned"] - found["dense"]).square().mean()
+    assert report.blocks[1].loss == pytest.approx(float(error), rel=1e-4)
+    relative = float(error / found["dense"].square().mean())
+    assert report.blocks[1].relative_error == pytest.approx(relative, rel=1e-4)
+    assert hidden.shape == found["dense"].shape
+
+
+# Experts
+
+
+def moe_with_an_idle_expert() -> Any:
+    """The router reads one feature, which is positive, and the last expert is its last choice."""
+    model = model_of("mixtral")
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.gate.weight.zero_()
+        layer.mlp.gate.weight[:, 0] = torch.tensor([3.0, 2.0, 1.0, -9.0])
+    return model
+
+
+def test_stacked_experts_see_the_tokens_that_are_sent_to_them() -> None:
+    model, inputs, solver = model_of("mixtral"), inputs_of("mixtral"), Watched()
+    experts = model.model.layers[0].mlp.experts
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def hook(module: nn.Module, args: Any) -> None:
+        hidden, chosen, _ = args
+        for e in range(4):
+            x = hidden[(chosen == e).any(dim=1)]
+            gate, up = (x @ module.gate_up_proj[e].T).chunk(2, dim=-1)
+            inner = module.act_fn(gate) * up
+            found["up", e], found["down", e] = x.T @ x, inner.T @ inner
+
+    handle = experts.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(inputs)
+    handle.remove()
+    report = prune_blocks(model, inputs, solver, 0.5)
+    first = list(report.blocks[0].weights)
+    assert first[4:] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    wanted = [found[kind, e] for kind in ("up", "down") for e in range(4)]
+    for got, want in zip(solver.grams[4:12], wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        assert [int((w == 0).sum()) for w in weight] == [weight[0].numel() // 2] * 4
+
+
+@pytest.mark.parametrize("plus", [True, False], ids=["safe+", "layerwise"])
+def test_an_expert_without_tokens_is_pruned_by_magnitude(plus: bool) -> None:
+    model = moe_with_an_idle_expert()
+    idle = model.model.layers[0].mlp.experts.down_proj[3].detach().clone()
+    epochs = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
+    report = prune_blocks(model, inputs_of("mixtral"), epochs if plus else wanda, 0.5)
+    assert report.blocks[0].weights["mlp.experts.down_proj"].tokens == 0
+    kept = model.model.layers[0].mlp.experts.down_proj[3] != 0
+    assert torch.equal(kept, safe_core.project(idle, 0.5).support)
+
+
+# SAFE
+
+SHORT = SafeReconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "bert"])
+@pytest.mark.parametrize("sparsity", ["2:4", Unstructured(0.6, scope="row")], ids=str)
+def test_safe_prunes_exactly(family: str, sparsity: Any) -> None:
+    model = model_of(family)
+    report = prune_blocks(model, inputs_of(family), SHORT, sparsity)
+    for block in report.blocks:
+        for name, weight in block.weights.items():
+            p = model.get_parameter(f"{block.name}.{name}")
+            layout = Layout((0,), (1,)) if family == "gpt2" else Layout((1,), (0,))
+            layout = Layout((2,), (1,), (0,)) if p.ndim == 3 else layout
+            again = safe_core.project(p.detach(), sparsity, layout=layout)
+            assert torch.equal(again.values, p)  # sparse already
+            assert int((p != 0).sum()) == weight.kept == int(again.support.sum())
+
+
+def plain_loop(model: Any, hidden: Tensor) -> tuple[Any, Tensor]:
+    """SAFE+ on the first block of a Llama, written out; importance and rate by the formulas."""
+    block, base_model = model.model.layers[0], model.model
+    position = base_model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    call = lambda: block(hidden, position_embeddings=position)  # noqa: E731
+    linear = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    importance = {}
+    for name, module in linear.items():
+
+        def watch(module: nn.Module, args: Any, key: str = f"{name}.weight") -> None:
+            importance.setdefault(key, args[0].detach().square().mean(dim=(0, 1)))
+
+        module.register_forward_pre_hook(watch)
+    target = call().detach()
+    optimizer = SparseOptimizer(
+        torch.optim.Adam(block.parameters(), lr=1.0, betas=(0.9, 0.95)),
+        safe_core.safe(Unstructured(0.5, scope="tensor"), rho=2e-4),
+        model=block,
+        importance=importance,
+    )
+    rates = [1e-4, 2e-4, 2e-4, 4e-4 / 3, 2e-4 / 3]  # two of warm-up, and down
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(call(), target)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure).detach()
+    optimizer.finalize()
+    return block, loss
+
+
+def test_safe_is_a_plain_loop() -> None:
+    model, wanted, inputs = model_of("llama"), model_of("llama"), inputs_of("llama")
+    solver = SafeReconstruction(importance="wanda", epochs=5, batch_size=len(inputs))
+    losses: list[Progress] = []
+    prune_blocks(model, inputs, solver, 0.5, progress=losses.append)
+    hidden = wanted.model.embed_tokens(inputs).detach()
+    block, loss = plain_loop(wanted, hidden)
+    assert losses[4].loss == pytest.approx(float(loss), rel=1e-4)
+    for got, want in zip(model.model.layers[0].parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert torch.equal(got == 0, want == 0)
+
+
+def test_safe_lowers_the_error_of_the_projection() -> None:
+    errors = {}
+    method = safe_core.safe(0.5, rho=2e-4, penalty=0.1, dual_update_interval=4)
+    solver = SafeReconstruction(
+        method, importance="wanda", epochs=8, batch_size=2, learning_rate=2e-2
+    )
+    for name, how in (("one-shot", wanda), ("safe+", solver)):
+        report = prune_blocks(model_of("llama"), inputs_of("llama"), how, 0.5)
+        errors[name] = report.blocks[0].relative_error
+    assert errors["safe+"] < 0.5 * errors["one-shot"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(dtype: torch.dtype) -> None:
+    model = model_of("llama", dtype)
+    report = prune_blocks(model, inputs_of("llama"), SHORT, 0.5)
+    in_32_bits = prune_blocks(model_of("llama"), inputs_of("llama"), SHORT, 0.5)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    for block in report.blocks:
+        for name, weight in block.weights.items():
+            p = model.get_parameter(f"{block.name}.{name}")
+            assert weight.kept * 2 == p.numel()
+            assert int((p == 0).sum()) == p.numel() // 2
+    error = in_32_bits.blocks[0].relative_error
+    assert report.blocks[0].relative_error == pytest.approx(error, rel=0.05)
+
+
+def test_what_is_tied_or_left_out_stays_dense() -> None:
+    model = model_of("llama")
+    layer = model.model.layers[0]
+    model.head = nn.Linear(WIDTH, 32, bias=False)
+    model.head.weight = layer.mlp.up_proj.weight  # tied to what is outside the blocks
+    before = layer.mlp.up_proj.weight.clone()
+    report = prune_blocks(
+        model, inputs_of("llama"), SHORT, 0.5, where=lambda name, p: "self_attn" not in name
+    )
+    assert list(report.blocks[0].weights) == ["mlp.gate_proj.weight", "mlp.down_proj.weight"]
+    assert len(report.blocks[1].weights) == 3
+    assert torch.equal(before, layer.mlp.up_proj.weight)
+
+
+def test_encoder_and_decoder_are_pruned_one_after_the_other() -> None:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = inputs_of("t5")
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :7]}
+    for name in ("encoder.block", "decoder.block"):
+        # The first block returns a position bias, which the others take.
+        solver = Watched()
+        plan = plan_pruning(model, batch, solver, 0.0, blocks=name)
+        wanted = grams_of(model, name, [batch])
+        plan.apply()
+        for got, want in zip(solver.grams, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.max()))
+        assert prune_blocks(model, batch, wanda, 0.5, blocks=name).sparsity == 0.5
+
+
+def test_progress_and_modes() -> None:
+    model, seen = model_of("opt").train(), []
+    model.config.use_cache = True
+    report = prune_blocks(model, inputs_of("opt"), SHORT, 0.5, progress=seen.append)
+    assert [(p.block, p.epoch) for p in seen] == [
+        (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
+    ]
+    assert seen[-1] == Progress(1, 2, None, report.blocks[1].loss, 0.0)
+    assert seen[0].seconds_left > 0
+    assert all(m.training for m in model.modules())
+    assert model.config.use_cache
+    assert "forward" not in vars(model.model.decoder.layers[0])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("how", ["safe+", "layerwise"])
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+def test_memory_is_predicted(how: str, targets: str) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
+    ids = torch.randint(3, VOCABULARY, (16, 64))
+    solver = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
+    report = prune_blocks(
+        model, ids, solver if how == "safe+" else wanda, 0.5, targets=targets, measure_memory=True
+    )
+    assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
+    assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
+
+
+def test_activations_on_disk_are_the_same_bits(tmp_path: Path) -> None:
+    models = [model_of("llama"), model_of("llama")]
+    inputs = inputs_of("llama")
+    in_memory = prune_blocks(models[0], inputs, SHORT, 0.5)
+    work = tmp_path / "work"
+    plan = plan_pruning(models[1], inputs, SHORT, 0.5, offload="disk", work_dir=work)
+    seen: list[str] = []
+    plan.apply(lambda _: seen.extend(p.name for p in work.glob("*.bin")))
+    assert set(seen) == {"inputs-0.bin", "targets-0.bin"}
+    assert not list(work.glob("*.bin"))
+    assert plan.memory.disk == 2 * 6 * LENGTH * WIDTH * 4
+    assert plan.memory.device < in_memory.predicted.device
+    assert_equal(*models)
+
+
+def assert_equal(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# Faults
+
+
+class Chain(nn.Module):
+    """Four blocks, without transformers, for it takes seconds to import."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from torch import nn, Tensor
+import safe_core
+from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
+from safe_core.adapters import transformers_resume as resume
+
+{chain}
+data = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+solver = SafeReconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
+torch.set_num_threads(1)
+model, replaced, replace = Chain(), 0, os.replace
+
+def progress(p):
+    if (p.block, p.epoch) == {at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(a, b):
+    global replaced
+    replaced += 1
+    if replaced == {file!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+
+os.replace = counted
+prune_blocks(model, data, solver, 0.5, work_dir={work!r}, progress=progress)
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, resumed, seen = Chain(), Chain(), []
+    prune_blocks(whole, DATA, SHORT, 0.5)
+    chain = textwrap.dedent(inspect.getsource(Chain))
+    work = str(tmp_path / "work")
+    # Within an epoch of block 1; then before the manifest names block 2, whose file is there.
+    for at, file in (((1, 2), None), (None, 4)):
+        program = KILLED.format(
+            tests=str(Path(__file__).parent), chain=chain, at=at, file=file, work=work
+        )
+        finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert finished.returncode == -signal.SIGKILL, finished.stderr
+    assert (tmp_path / "work" / "block-00002.safetensors").exists()
+    prune_blocks(resumed, DATA, SHORT, 0.5, work_dir=work, progress=seen.append)
+    assert {p.block for p in seen} == {2, 3}
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path) -> None:
+    rules: Any = {"targets": targets, "propagate": propagate}
+    whole, model = model_of("llama"), model_of("llama")
+    report = prune_blocks(whole, inputs_of("llama"), SHORT, 0.5, **rules)
+
+    def stop(p: Progress) -> None:
+        if p.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        prune_blocks(
+            model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path, progress=stop
+        )
+    assert "model.layers.0 to model.layers.0 are pruned" in error.value.__notes__[0]
+    dense = model_of("llama")
+    assert_equal(model.model.layers[1], dense.model.layers[1])
+    assert_equal(model.model.layers[0], whole.model.layers[0])
+    again = prune_blocks(dense, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
+    assert_equal(whole, dense)
+    assert again.blocks[0]._replace(seconds=0.0) == report.blocks[0]._replace(seconds=0.0)
+    if rules == {"targets": "pruned", "propagate": "pruned"}:
+        prune_blocks(model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
+        assert_equal(whole, model)  # of which one block was pruned before
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"work_dir .* sparsity=Unstructured.sparsity=0.5"):
+        prune_blocks(Chain(), DATA, wanda, 0.25, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"work_dir .* batches="):
+        prune_blocks(Chain(), DATA + 1, wanda, 0.5, work_dir=tmp_path)
+    other = Chain()
+    nn.init.ones_(other.blocks[3].weight)
+    with pytest.raises(ValueError, match=r"got other weights in blocks\.3"):
+        prune_blocks(other, DATA, wanda, 0.5, work_dir=tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="work_dir must hold a manifest"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = Chain(), []
+
+    def full(number: int) -> Any:
+        calls.append(number)
+        if len(calls) > 6:  # two for each of the first manifest, a block and its manifest
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="work_dir must have room for block 1, got No space"):
+            prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    whole = Chain()
+    prune_blocks(whole, DATA, wanda, 0.5)
+    assert_equal(whole, model)
+
+    def none_left(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", none_left)
+    with pytest.raises(OSError, match="work_dir must have room for 384 bytes of activations"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path / "b", offload="disk")
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = Chain()
+    with torch.no_grad():
+        model.blocks[2].bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"batches .* finite .* behind blocks\.2") as error:
+        prune_blocks(model, DATA, wanda, 0.5)
+    assert "blocks.0 to blocks.1 are pruned" in error.value.__notes__[0]
+    assert int((model.blocks[1].weight == 0).sum()) == 32
+    assert bool((model.blocks[2].weight != 0).all())
+    wild = SafeReconstruction(learning_rate=1e30, epochs=2, warmup_epochs=0, batch_size=4)
+    with pytest.raises(ValueError, match=r"learning_rate .* epoch . of blocks\.0"):
+        prune_blocks(Chain(), DATA, wild, 0.5)
+
+
+def test_models_that_are_no_chain_of_blocks_are_refused() -> None:
+    model = Chain()
+    model.blocks[1].weight = model.blocks[0].weight
+    with pytest.raises(ValueError, match=r"share parameters, blocks\.0 and blocks\.1 do"):
+        prune_blocks(model, DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match=r"torch\.nn\.ModuleList, got none"):
+        prune_blocks(nn.Linear(8, 8), DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match=r"blocks must be a ModuleList .* 'blocks', got 'layers'"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, blocks="layers")
+
+    class Changed(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x + 1)
+            return x
+
+    class Repeated(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    class Skipped(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    for kind, message in (
+        (Changed, r"what the block before returns, unchanged, blocks\.1"),
+        (Repeated, r"once each and in order, blocks\.0 was called as number 4"),
+        (Skipped, r"once each, blocks\.1 was not called"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_blocks(kind(), DATA, wanda, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": Unstructured(0.5)}, "sparsity must not compare entries of different"),
+        ({"solver": "wanda"}, "solver must be a SafeReconstruction or a function"),
+        ({"batches": []}, "batches must hold at least one sample"),
+        ({"batches": [1.0]}, "batches must be tensors or mappings"),
+        ({"targets": "both"}, "targets must be one of"),
+        ({"offload": "disk"}, "work_dir must name a folder"),
+        ({"where": lambda name, p: False}, "blocks must hold weights to prune"),
+        ({"solver": lambda w, g, s, layout: (w, w > w)}, r"for blocks\.0\.weight .* zero off the"),
+        ({"solver": lambda w, g, s, layout: (w, w)}, "support of torch.float32"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    given = {"batches": DATA, "solver": wanda, "sparsity": 0.5} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        prune_blocks(Chain(), given.pop("batches"), **given)
+
+
+def test_tokens_of_another_model_are_refused() -> None:
+    tokens = inputs_of("opt")
+    tokens[4, 3] = VOCABULARY
+    with pytest.raises(ValueError, match="vocabulary, below 61, got 61 in sample 4"):
+        prune_blocks(model_of("opt"), {"input_ids": tokens}, wanda, 0.5)
+
+
+def test_models_and_devices_that_are_not_there_are_refused(monkeypatch: Any) -> None:
+    model = Chain()
+    model.blocks[1]._hf_hook = object()
+    with pytest.raises(ValueError, match="model must be loaded without device_map"):
+        prune_blocks(model, DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match="model must be loaded, got parameters on the meta"):
+        prune_blocks(Chain().to("meta"), DATA, wanda, 0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be there, got 'cuda' and no GPU"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, device="cuda")
+
+
+def test_blocks_whose_shapes_depend_on_values_are_planned() -> None:
+    model = model_of("mixtral")
+    planned = {}
+    for kind in ("eager", "grouped_mm"):
+        model.set_experts_implementation(kind)
+        planned[kind] = plan_pruning(model, inputs_of("mixtral"), SHORT, 0.5).memory.device
+    assert planned["eager"] == pytest.approx(planned["grouped_mm"], rel=0.2)
+
+
+# Calibration
+
+
+def letters(text: str, **options: Any) -> dict[str, list[int]]:
+    return {"input_ids": [ord(c) for c in text]}
+
+
+def test_calibration_takes_different_windows(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox", encoding="utf-8")
+    text = "jumps over the lazy dog, " * 3
+    found = calibration_batches(letters, [file, text], samples=20, length=8)
+    joined = "the quick brown fox" + text
+    assert found.shape == (20, 8)
+    assert all("".join(map(chr, row)) in joined for row in found.tolist())
+    again = calibration_batches(letters, [file, text], samples=20, length=8)
+    other = calibration_batches(letters, [file, text], samples=20, length=8, seed=1)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, other)
+    starts = calibration_batches(letters, "abcdefgh", samples=5, length=4)[:, 0]
+    assert sorted(starts.tolist()) == [ord(c) for c in "abcde"]
+    with pytest.raises(ValueError, match=r"at least 9 tokens for samples=6 .* got 8"):
+        calibration_batches(letters, "abcdefgh", samples=6, length=4)
+    with pytest.raises(ValueError, match="got 0"):
+        calibration_batches(letters, "", samples=1, length=1)
+    with pytest.raises(TypeError, match="texts must be str or paths"):
+        calibration_batches(letters, [3], samples=1, length=1)
