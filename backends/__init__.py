@@ -26,6 +26,9 @@ class Backend(Protocol):
     def is_concrete(self, x: Array) -> bool:
         """Whether the values of ``x`` can be read now (not traced, not meta)."""
 
+    def detached(self, x: Array) -> Array:
+        """``x``, outside any graph of derivatives that work on it would add to."""
+
     def ordering_key(self, x: Array) -> Array:
         """Keys that order as ``|x|`` does, subnormal numbers included.
 

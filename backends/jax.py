@@ -23,11 +23,12 @@ from jax import lax
 
 from . import Array
 from . import numpy as numpy_backend
-from .standard import peaks
+from .standard import detached, peaks
 
 __all__ = [
     "blockwise",
     "cond",
+    "detached",
     "frexp",
     "has_nan",
     "is_concrete",

@@ -18,6 +18,7 @@ import numpy as np
 from . import Array, threshold
 from .standard import (
     cond,
+    detached,
     is_concrete,
     norms,
     peaks,
@@ -31,6 +32,7 @@ __all__ = [
     "allocate",
     "blockwise",
     "cond",
+    "detached",
     "frexp",
     "has_nan",
     "is_concrete",

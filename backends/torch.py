@@ -25,6 +25,7 @@ from .torch_shards import peaks, regrouped, resharded_as, shardwise
 __all__ = [
     "blockwise",
     "cond",
+    "detached",
     "frexp",
     "has_nan",
     "is_concrete",
@@ -49,6 +50,10 @@ _CANDIDATES = 2**14  # this many, and an eighth of all entries, are sorted witho
 
 def is_concrete(x: Tensor) -> bool:
     return x.device.type != "meta"
+
+
+def detached(x: Tensor) -> Tensor:
+    return x.detach()
 
 
 def has_nan(arrays: Sequence[Tensor]) -> bool:

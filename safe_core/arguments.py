@@ -12,7 +12,7 @@ from safe_core.backends import Array, backend_of
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
 
-__all__ = ["Arguments", "check_importance", "read_arguments", "refuse_filled"]
+__all__ = ["Arguments", "check_importance", "read_arguments", "refuse", "refuse_filled"]
 
 
 class Arguments(NamedTuple):
@@ -54,7 +54,7 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:
     """Refuse a negative or non-finite P, where values can be read; reads one flag."""
     given = [(p, name) for p, name in zip(importance, names, strict=True) if p is not None]
-    _refuse(
+    refuse(
         [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
         [f"importance of {name} must be finite and non-negative" for _, name in given],
     )
@@ -76,7 +76,7 @@ def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:
                 raise ValueError(f"{name} must not hold NaN, got nan")
 
 
-def _refuse(checks: Sequence[tuple[Array, Array]], rules: Sequence[str]) -> None:
+def refuse(checks: Sequence[tuple[Array, Array]], rules: Sequence[str]) -> None:
     """Raise the first rule that an array breaks, with the first value that breaks it."""
     if not checks or not all(backend_of(bad).is_concrete(bad) for _, bad in checks):
         return

@@ -231,7 +231,7 @@ def _select_groups(
     layout = _roles(layout, name, "an N:M pattern", inputs=True)
     axes = layout.input_axes
     shape, axis = merge(score.shape, axes, name)
-    _whole(shape[axis], pattern.m, pattern.ragged, name, "input")
+    whole_units(shape[axis], pattern.m, pattern.ragged, name, "input")
 
     def within(score: Array) -> Array:
         shape, axis = merge(score.shape, axes, name)
@@ -295,7 +295,7 @@ def _blocks(xp: Any, squares: Array, pattern: Block, layout: Layout | None, name
     layout = _roles(layout, name, "a Block pattern", inputs=True, outputs=True)
     plan = _BlockPlan.of(squares.shape, pattern, layout, name)
     for size, unit, role in plan.blocks.values():
-        _whole(size, unit, pattern.ragged, name, role)
+        whole_units(size, unit, pattern.ragged, name, role)
     backend = backend_of(squares)
     whole = backend.regrouped(squares, plan.units(squares.ndim))
 
@@ -392,7 +392,7 @@ def _roles(
     return layout
 
 
-def _whole(size: int, unit: int, ragged: str, name: str, role: str) -> int:
+def whole_units(size: int, unit: int, ragged: str, name: str, role: str) -> int:
     if size % unit and ragged == "error":
         raise ValueError(
             f"the {role} axis of {name} has {size} entries, which {unit} does not divide; "

@@ -12,6 +12,7 @@ import pytest
 import safe_core
 import safe_core.adapters
 import safe_core.backends
+import safe_core.solvers
 import safe_core.splitting
 
 
@@ -23,7 +24,7 @@ def modules(package: object) -> list[str]:
     ]
 
 
-PACKAGES = (safe_core, safe_core.backends, safe_core.adapters)
+PACKAGES = (safe_core, safe_core.backends, safe_core.adapters, safe_core.solvers)
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.adapters",
@@ -33,6 +34,7 @@ WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core._dtypes",
     "safe_core.arguments",
     "safe_core.scores",
+    "safe_core.solvers.problem",
     "safe_core.adapters.torch_compiled",
     "safe_core.adapters.torch_lists",
     "safe_core.adapters.torch_report",
@@ -59,6 +61,8 @@ def public() -> dict[str, object]:
         for name in safe_core.__all__
         if not inspect.ismodule(getattr(safe_core, name))
     }
+    for name in safe_core.solvers.__all__:
+        found[f"solvers.{name}"] = getattr(safe_core.solvers, name)
     for module in (safe_core.splitting, safe_core.importance, safe_core.schedules):
         for name in module.__all__:
             if inspect.isfunction(getattr(module, name)):
@@ -73,6 +77,8 @@ def test_public_names_have_an_example(name: str) -> None:
     assert "Examples\n--------\n>>> " in (inspect.getdoc(thing) or "")
 
 
-@pytest.mark.parametrize("module", [safe_core, safe_core.importance, safe_core.schedules])
+@pytest.mark.parametrize(
+    "module", [safe_core, safe_core.importance, safe_core.schedules, safe_core.solvers]
+)
 def test_public_modules_are_documented(module: object) -> None:
     assert len(module.__doc__.split()) > 10

@@ -24,7 +24,12 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"safe_core"}
-    sources = {"safe_core": "", "backends": "backends/", "adapters": "adapters/"}
+    sources = {
+        "safe_core": "",
+        "safe_core/solvers": "solvers/",
+        "backends": "backends/",
+        "adapters": "adapters/",
+    }
     expected = {
         f"safe_core/{prefix}{file.name}"
         for folder, prefix in sources.items()

@@ -1,0 +1,35 @@
+"""Layer-wise pruning: one linear layer at a time, from its weights and its inputs.
+
+Given a layer with weights ``W`` (outputs, inputs) and the Gram matrix ``H = X^T X`` of the
+inputs ``X`` (tokens, inputs) that it sees, a solver finds sparse weights ``V`` that keep its
+outputs: ``min_V |X W^T - X V^T|_F^2 = tr((W - V) H (W - V)^T)``, without any training.
+Every solver is a frozen dataclass that is called as ``solver(weight, gram, sparsity, *,
+layout=None)`` and returns a `safe_core.Projection`: ``values`` in the dtype of the weights,
+and a boolean ``support`` with the pattern's exact counts.
+
+Of what each solver spends, in the order of the error that it usually leaves: `Magnitude`
+one selection; `Wanda` the same with the norms of the inputs; `SparseGPT` one factorisation
+and one sweep over the columns; `ALPS` one eigendecomposition and a few dozen selections.
+They run on the device of the weights, in float32 or wider. In JAX on an accelerator, ask
+for full products: ``jax.default_matmul_precision("highest")``.
+
+Examples
+--------
+>>> import numpy
+>>> rng = numpy.random.default_rng(0)
+>>> weight, mixing = rng.normal(size=(32, 64)), rng.normal(size=(64, 64))
+>>> gram = Gram.of(rng.normal(size=(300, 64)) @ mixing)
+>>> gram = gram.add(rng.normal(size=(200, 64)) @ mixing)
+>>> dense = float(reconstruction_error(weight, 0 * weight, gram))
+>>> for solver in (Magnitude(), Wanda(), SparseGPT(), ALPS()):
+...     error = reconstruction_error(weight, solver(weight, gram, "2:4").values, gram)
+...     print(f"{type(solver).__name__:9} loses {float(error) / dense:.0%}")
+"""
+
+from .alps import ALPS
+from .error import reconstruction_error
+from .gram import Gram
+from .scores import Magnitude, Wanda
+from .sparsegpt import SparseGPT
+
+__all__ = ["ALPS", "Gram", "Magnitude", "SparseGPT", "Wanda", "reconstruction_error"]

@@ -1,0 +1,214 @@
+"""ALPS: ADMM on the support of a layer, then conjugate gradients on its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from .. import _checks
+from ..layout import Layout
+from ..projection import Projection
+from ..sparsity import NM, Block, Channel, Unstructured
+from .problem import live_diagonal, read_matrices, read_pattern
+
+__all__ = ["ALPS"]
+
+Select = Callable[[Array], Array]
+"""``v (outputs, inputs) -> support``."""
+
+
+@dataclass(frozen=True)
+class ALPS:
+    """ADMM for the support, with a growing penalty; least squares on it for the values.
+
+    In units that give every input norm 1 (``W_ij sqrt(H_jj)``, so that the first support
+    is Wanda's), with dense weights A, sparse D and dual V:
+
+    ``W = A + (rho (D - A) - V) (H + rho)^-1``, ``D = proj(W + V / rho)``,
+    ``V = V + rho (W - D)``
+
+    Every ``interval`` iterations rho grows, by 1.3 if a tenth of the support has changed
+    since the last time, by 1.2 if a two-hundredth has, by 1.1 if any entry has; the loop
+    ends where none has. ``refinements`` steps of conjugate gradients, in each row its own,
+    then go towards the best values on that support.
+
+    Attributes
+    ----------
+    damping : float
+        Added to H in these units, both for the support and for the values. It pulls towards
+        the dense weights where the inputs say little.
+    rho : float
+        The first penalty, positive.
+    interval : int
+        Iterations between two looks at the support.
+    iterations : int
+        The most iterations of ADMM.
+    refinements : int
+        Steps of conjugate gradients.
+
+    Notes
+    -----
+    One eigendecomposition serves every rho. Inputs that are always zero, ``H_jj = 0``, get
+    the value 0.
+
+    Whether the support still changes is read on the host, once in ``interval`` iterations;
+    apart from it an iteration waits for the device only where the selection does, once
+    in the scopes "tensor" and "global" on CUDA. How long the loop runs thus depends on
+    values: it is not for jit, and refuses to be traced.
+
+    Layers of a hundred inputs and more settle in a few dozen iterations. In tiny ones, of a
+    few inputs, a support may recur by chance while rho is small, which ends the loop early.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is of another kind, ``damping`` or ``refinements`` is negative, or
+        another is not positive.
+
+    References
+    ----------
+    Meng et al. 2024, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
+    Large Language Models", Algorithms 1 and 2.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> rng = numpy.random.default_rng(0)
+    >>> weight, mixing = rng.normal(size=(4, 16)), rng.normal(size=(16, 16))
+    >>> values, support = ALPS()(weight, mixing.T @ mixing, 0.5)
+    >>> int(support.sum()), int(numpy.count_nonzero(values))
+    (32, 32)
+    """
+
+    damping: float = 0.01
+    rho: float = 0.1
+    interval: int = 3
+    iterations: int = 300
+    refinements: int = 10
+
+    def __post_init__(self) -> None:
+        _checks.real("damping", self.damping, low=0.0)
+        if _checks.real("rho", self.rho, low=0.0) == 0:
+            raise ValueError(f"rho must be positive, got {self.rho!r}")
+        _checks.integer("interval", self.interval, low=1)
+        _checks.integer("iterations", self.iterations, low=1)
+        _checks.integer("refinements", self.refinements, low=0)
+
+    def __call__(
+        self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
+    ) -> Projection:
+        """Prune a layer.
+
+        Parameters
+        ----------
+        weight : array
+            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+        gram : Gram or array
+            ``H``, shape (inputs, inputs).
+        sparsity : float, str or pattern
+            Any pattern; in the scope "global" the layer is the pool.
+        layout : Layout, optional
+            Roles of the axes, each an input or an output.
+
+        Returns
+        -------
+        Projection
+            ``values`` and ``support``, shaped as the weights.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of another kind, or is traced.
+        ValueError
+            If ``gram`` is not a Gram matrix of the layer's inputs or the pattern does not fit.
+        """
+        pattern = read_pattern(sparsity, self, (Unstructured, NM, Block, Channel))
+        w, h, form = read_matrices(weight, gram, layout)
+        if not (backend_of(w).is_concrete(w) and backend_of(h).is_concrete(h)):
+            raise TypeError(
+                "weight and gram must not be traced for ALPS, whose length depends on their "
+                "values: call it outside jit"
+            )
+
+        def choose(v: Array) -> Array:
+            return form.matrix(form.select(form.array(v), pattern))
+
+        xp = array_namespace(w)
+        live, diagonal = live_diagonal(xp, h)
+        norms = xp.sqrt(diagonal)
+        dense = xp.where(live, w * norms, xp.zeros_like(w))
+        h = h / (norms[:, None] * norms)
+        if 0 in w.shape:
+            values, support = dense, choose(dense)
+        else:
+            sparse, support = self._search(xp, dense, h, choose)
+            values = self._refine(xp, dense, h, sparse, support) / norms
+        return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
+
+    def _search(self, xp: Any, dense: Array, h: Array, choose: Select) -> tuple[Array, Array]:
+        """Sparse weights and their support, by ADMM."""
+        eigenvalues, vectors = xp.linalg.eigh(h)
+        # Rounding makes some of a singular matrix negative.
+        eigenvalues = xp.clip(eigenvalues, min=0.0) + self.damping
+        support = before = choose(dense)
+        sparse, dual = _kept(xp, dense, support), xp.zeros_like(dense)
+        rho, inverse = self.rho, h
+        for t in range(self.iterations):
+            if t % self.interval == 0:
+                if t:
+                    growth = self._growth(xp, support, before)
+                    if growth == 1:
+                        break
+                    rho *= growth
+                inverse = (vectors / (eigenvalues + rho)) @ vectors.mT
+                before = support
+            v = dense + (rho * (sparse - dense) - dual) @ inverse + dual / rho
+            support = choose(v)
+            sparse = _kept(xp, v, support)
+            dual = rho * (v - sparse)
+        return sparse, support
+
+    def _growth(self, xp: Any, support: Array, before: Array) -> float:
+        """The factor of rho, by how much of the support has changed; reads two numbers."""
+        counts = xp.stack([xp.count_nonzero(support ^ before), xp.count_nonzero(support)])
+        changed, kept = (int(count) for count in counts)
+        for share, factor in ((0.1, 1.3), (0.005, 1.2)):
+            if changed and changed >= share * kept:
+                return factor
+        return 1.1 if changed else 1.0
+
+    def _refine(self, xp: Any, dense: Array, h: Array, sparse: Array, support: Array) -> Array:
+        """Towards the least error on a support, by conjugate gradients in each row."""
+
+        def product(x: Array) -> Array:
+            return _kept(xp, x @ h + self.damping * x, support)
+
+        residual = product(dense - sparse)
+        direction, norm = residual, _row_sums(xp, residual * residual)
+        for _ in range(self.refinements):
+            image = product(direction)
+            step = _ratio(xp, norm, _row_sums(xp, direction * image))
+            sparse = sparse + step * direction
+            residual = residual - step * image
+            previous, norm = norm, _row_sums(xp, residual * residual)
+            direction = residual + _ratio(xp, norm, previous) * direction
+        return sparse
+
+
+def _kept(xp: Any, x: Array, support: Array) -> Array:
+    return xp.where(support, x, xp.zeros_like(x))
+
+
+def _row_sums(xp: Any, x: Array) -> Array:
+    return xp.sum(x, axis=1, keepdims=True)
+
+
+def _ratio(xp: Any, a: Array, b: Array) -> Array:
+    """``a / b``, and 0 where b is 0: in a row that is done."""
+    done = b <= 0
+    return xp.where(done, xp.zeros_like(a), a / xp.where(done, xp.ones_like(b), b))

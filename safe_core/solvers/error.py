@@ -1,0 +1,57 @@
+"""The error that a solver makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array
+
+from ..layout import Layout
+from .problem import read_matrices
+
+__all__ = ["reconstruction_error"]
+
+
+def reconstruction_error(
+    weight: Array, values: Array, gram: Any, *, layout: Layout | None = None
+) -> Array:
+    """How far the outputs of a layer move: ``tr((W - V) H (W - V)^T) = |X W^T - X V^T|_F^2``.
+
+    Parameters
+    ----------
+    weight, values : array
+        The layer ``W`` before and ``V`` after, of one shape.
+    gram : Gram or array
+        ``H = X^T X``, shape (inputs, inputs).
+    layout : Layout, optional
+        Roles of the axes; (output, input) unless told otherwise.
+
+    Returns
+    -------
+    array
+        A scalar, float32 or wider. Divide by the error of ``values = 0`` for the fraction
+        of the outputs' energy that is lost.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes, dtypes or values do not fit, as for the solvers.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> weight, inputs = numpy.asarray([[1.0, 2.0]]), numpy.asarray([[1.0, 1.0], [1.0, -1.0]])
+    >>> float(reconstruction_error(weight, numpy.asarray([[1.0, 0.0]]), inputs.T @ inputs))
+    8.0
+    """
+    after, h, _ = read_matrices(values, gram, layout, name="values")
+    before, h, _ = read_matrices(weight, gram, layout)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"values must have the shape of weight {tuple(weight.shape)}, got {tuple(values.shape)}"
+        )
+    xp = array_namespace(before, after)
+    change = before - after
+    return xp.sum((change @ h) * change)

@@ -1,0 +1,86 @@
+"""What a layer's inputs tell a solver."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+from safe_core.backends import Array, backend_of
+
+from .._dtypes import check_real_floating, wide_dtype
+
+__all__ = ["Gram"]
+
+
+class Gram(NamedTuple):
+    """The Gram matrix ``X^T X`` of the inputs of a layer, summed over tokens.
+
+    Start with `of` the first batch and `add` the others. Sums of several processes add
+    up, field by field. No solver looks at the scale.
+
+    Attributes
+    ----------
+    matrix : array
+        ``sum_t x_t x_t^T``, shape (features, features), float32 or wider.
+    count : int
+        Tokens seen.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> gram = Gram.of(numpy.asarray([[1.0, 2.0], [3.0, 0.0]]))
+    >>> gram.add(numpy.asarray([1.0, 1.0]))
+    Gram(matrix=array([[11.,  3.],
+           [ 3.,  5.]]), count=3)
+    """
+
+    matrix: Array
+    count: Any
+
+    @classmethod
+    def of(cls, inputs: Array) -> Gram:
+        """Return the Gram matrix of a first batch.
+
+        Parameters
+        ----------
+        inputs : array
+            Shape (..., features), real floating.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``inputs`` is not a real floating array or has no axes.
+        """
+        rows = _tokens(inputs)
+        return cls(rows.mT @ rows, rows.shape[0])
+
+    def add(self, inputs: Array) -> Gram:
+        """Return the sum with the Gram matrix of another batch, shaped as in `of`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `of`, or if the number of features differs.
+        """
+        other = Gram.of(inputs)
+        if other.matrix.shape != self.matrix.shape:
+            raise ValueError(
+                f"inputs must have {self.matrix.shape[0]} features, as before, got shape "
+                f"{tuple(inputs.shape)}"
+            )
+        return Gram(self.matrix + other.matrix, self.count + other.count)
+
+
+def _tokens(inputs: Array) -> Array:
+    """Inputs as a matrix (tokens, features), in the dtype that sums are taken in."""
+    if not is_array_api_obj(inputs):
+        raise TypeError(f"inputs must be an array, got {type(inputs)!r}")
+    xp = array_namespace(inputs)
+    check_real_floating(xp, inputs, "inputs")
+    if inputs.ndim == 0:
+        raise ValueError("inputs must have shape (..., features), got a scalar")
+    shape = math.prod(inputs.shape[:-1]), inputs.shape[-1]
+    wide = xp.astype(backend_of(inputs).detached(inputs), wide_dtype(xp, [inputs]), copy=False)
+    return xp.reshape(wide, shape)

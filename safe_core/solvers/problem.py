@@ -1,0 +1,145 @@
+"""Arguments of the solvers: a layer and its Gram matrix, checked and brought into matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, is_array_api_obj
+
+from safe_core.backends import Array, backend_of
+
+from .._dtypes import check_real_floating, wide_dtype, widened
+from ..arguments import refuse
+from ..layout import Layout, default_layout, merge, place_importance, resolve
+from ..projection import select
+from ..sparsity import Pattern, as_pattern
+from .gram import Gram
+
+__all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern"]
+
+_ASYMMETRY = 1e-3  # of the largest diagonal entry: far above rounding, far below a mistake
+
+
+class Form(NamedTuple):
+    """How the weights of a layer are stored, and how a matrix (outputs, inputs) is made of them."""
+
+    name: str
+    layout: Layout
+    shape: tuple[int, ...]
+    before: int  # outputs whose axes are stored before the inputs'
+    inputs: int
+    after: int  # outputs whose axes are stored after the inputs'
+
+    @property
+    def outputs(self) -> int:
+        return self.before * self.after
+
+    def matrix(self, x: Array) -> Array:
+        """The matrix (outputs, inputs) of an array."""
+        return self.columns(array_namespace(x).reshape(x, (self.before, self.inputs, self.after)))
+
+    def array(self, matrix: Array) -> Array:
+        """The array that has this matrix."""
+        return array_namespace(matrix).reshape(self.stored(matrix), self.shape)
+
+    def stored(self, columns: Array) -> Array:
+        """Some columns of a matrix in the order of storage, (before, columns, after)."""
+        xp = array_namespace(columns)
+        cube = xp.reshape(columns, (self.before, self.after, columns.shape[1]))
+        return xp.permute_dims(cube, (0, 2, 1))
+
+    def columns(self, stored: Array) -> Array:
+        """The columns (outputs, columns) that are stored so."""
+        xp = array_namespace(stored)
+        return xp.reshape(xp.permute_dims(stored, (0, 2, 1)), (self.outputs, stored.shape[1]))
+
+    def select(self, x: Array, pattern: Pattern, importance: Array | None = None) -> Array:
+        """The support of an array, given P for each input."""
+        if importance is not None:
+            importance = place_importance(importance, x, self.layout, self.name)
+        return select(
+            [x], pattern, importance=[importance], layouts=[self.layout], names=[self.name]
+        )[0]
+
+
+def read_form(weight: Any, layout: Any, name: str = "weight") -> Form:
+    """The roles of the axes of a linear layer, each an input or an output, and its sizes."""
+    if not is_array_api_obj(weight):
+        raise TypeError(f"{name} must be an array, got {type(weight)!r}")
+    check_real_floating(array_namespace(weight), weight, name)
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {layout!r}")
+    if weight.ndim == 0:
+        raise ValueError(f"{name} must have an input axis, got a scalar")
+    roles = resolve(layout or default_layout(weight.ndim) or Layout(), weight.ndim, name)
+    if not roles.input_axes or len(roles.input_axes + roles.output_axes) != weight.ndim:
+        raise ValueError(
+            f"layout of {name} must name input_axes, and each of its {weight.ndim} axes an input "
+            f"or an output (stacked layers are solved one by one), got {roles!r}"
+        )
+    sizes, axis = merge(tuple(weight.shape), roles.input_axes, name)
+    before, after = math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])
+    return Form(name, roles, tuple(weight.shape), before, sizes[axis], after)
+
+
+def read_matrices(
+    weight: Any, gram: Any, layout: Any, *, name: str = "weight"
+) -> tuple[Array, Array, Form]:
+    """``W`` (outputs, inputs) and ``H`` (inputs, inputs) in one wide dtype, and the form of W."""
+    form = read_form(weight, layout, name)
+    xp = array_namespace(weight)
+    matrix = gram.matrix if isinstance(gram, Gram) else gram
+    if not is_array_api_obj(matrix) or array_namespace(matrix) is not xp:
+        raise TypeError(
+            f"gram must be a Gram or an array, of the library of {name} ({xp.__name__}), "
+            f"got {type(matrix)!r}"
+        )
+    check_real_floating(xp, matrix, "gram")
+    if tuple(matrix.shape) != (form.inputs, form.inputs):
+        raise ValueError(
+            f"gram must have shape (inputs, inputs) = {(form.inputs, form.inputs)} for {name} of "
+            f"shape {form.shape} with {form.layout!r}, got shape {tuple(matrix.shape)}"
+        )
+    dtype = wide_dtype(xp, [weight, matrix])
+    w, h = (widened(xp, backend_of(x).detached(x), dtype) for x in (form.matrix(weight), matrix))
+    _check_values(xp, w, h, name)
+    return w, (h + h.mT) / 2, form
+
+
+def _check_values(xp: Any, w: Array, h: Array, name: str) -> None:
+    """Refuse what is no layer or no Gram matrix, where values can be read; reads one flag."""
+    if 0 in h.shape:
+        return
+    diagonal = xp.linalg.diagonal(h)
+    peak, gap = xp.max(diagonal), h - h.mT
+    rules = {
+        f"{name} must be finite": (w, ~xp.isfinite(w)),
+        "gram must be finite": (h, ~xp.isfinite(h)),
+        "gram must have no negative diagonal entry": (diagonal, diagonal < 0),
+        "gram must have a positive diagonal entry, from a layer that has seen inputs": (
+            peak,
+            peak <= 0,
+        ),
+        "gram must be symmetric, and not differ from its transpose": (
+            gap,
+            xp.abs(gap) > _ASYMMETRY * peak,
+        ),
+    }
+    refuse(list(rules.values()), list(rules))
+
+
+def read_pattern(sparsity: Any, solver: Any, accepted: tuple[type, ...]) -> Pattern:
+    """The pattern that ``sparsity`` stands for, of a kind that the solver is defined for."""
+    pattern = as_pattern(sparsity)
+    if not isinstance(pattern, accepted):
+        names = " or ".join(kind.__name__ for kind in accepted)
+        raise TypeError(f"sparsity must be {names} for {type(solver).__name__}, got {pattern!r}")
+    return pattern
+
+
+def live_diagonal(xp: Any, h: Array) -> tuple[Array, Array]:
+    """Which inputs are ever non-zero, and the diagonal of ``H`` with 1 for those that are not."""
+    diagonal = xp.linalg.diagonal(h)
+    live = diagonal > 0
+    return live, xp.where(live, diagonal, xp.ones_like(diagonal))

@@ -1,0 +1,125 @@
+"""Solvers that choose a support by one score for each entry, and leave what they keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from ..arguments import refuse
+from ..layout import Layout
+from ..projection import Projection, apply_support
+from ..sparsity import as_pattern
+from .problem import Form, read_form, read_matrices
+
+__all__ = ["Magnitude", "Wanda"]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Keep the entries of largest magnitude: ``|W_ij|``.
+
+    The baseline: `safe_core.project` with P = 1.
+
+    References
+    ----------
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+
+    Examples
+    --------
+    >>> import numpy
+    >>> weight, gram = numpy.asarray([[3.0, 2.0, 1.0]]), numpy.diag([1.0, 1.0, 16.0])
+    >>> Magnitude()(weight, gram, 0.5).values
+    array([[3., 2., 0.]])
+    """
+
+    def __call__(
+        self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
+    ) -> Projection:
+        """Prune a layer.
+
+        Parameters
+        ----------
+        weight : array
+            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+        gram : Gram or array
+            Not read.
+        sparsity : float, str or pattern
+            Any pattern; in the scope "global" the layer is the pool.
+        layout : Layout, optional
+            Roles of the axes, each an input or an output.
+
+        Returns
+        -------
+        Projection
+            ``values`` and ``support``, shaped as the weights. Kept entries keep their bits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `safe_core.project`, and if an axis is neither an input nor an output.
+        """
+        form = read_form(weight, layout)
+        xp = array_namespace(weight)
+        refuse([(weight, ~xp.isfinite(weight))], ["weight must be finite"])
+        return _pruned(weight, sparsity, form, None)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the entries of largest magnitude times norm of input: ``|W_ij| sqrt(H_jj)``.
+
+    `safe_core.project` with ``P = diag(H)``: the best support if no two inputs were
+    correlated.
+
+    References
+    ----------
+    Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models",
+    eq. 1. It compares within each output: ``Unstructured(sparsity, scope="row")``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> weight, gram = numpy.asarray([[3.0, 2.0, 1.0]]), numpy.diag([1.0, 1.0, 16.0])
+    >>> Wanda()(weight, gram, 0.5).values
+    array([[3., 0., 1.]])
+    """
+
+    def __call__(
+        self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
+    ) -> Projection:
+        """Prune a layer.
+
+        Parameters
+        ----------
+        weight : array
+            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+        gram : Gram or array
+            ``H``, shape (inputs, inputs), of which the diagonal is used.
+        sparsity : float, str or pattern
+            Any pattern; in the scope "global" the layer is the pool.
+        layout : Layout, optional
+            Roles of the axes, each an input or an output.
+
+        Returns
+        -------
+        Projection
+            ``values`` and ``support``, shaped as the weights. Kept entries keep their bits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Magnitude`, or if ``gram`` is not a Gram matrix of the layer's inputs: of
+            another shape, not finite, not symmetric, zero or with a negative diagonal.
+        """
+        _, h, form = read_matrices(weight, gram, layout)
+        return _pruned(weight, sparsity, form, array_namespace(h).linalg.diagonal(h))
+
+
+def _pruned(weight: Array, sparsity: Any, form: Form, importance: Array | None) -> Projection:
+    weight = backend_of(weight).detached(weight)
+    support = form.select(weight, as_pattern(sparsity), importance)
+    return Projection(apply_support([weight], [support])[0], support)

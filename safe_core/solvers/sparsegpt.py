@@ -1,0 +1,202 @@
+"""SparseGPT: weights pruned column by column, each error spread over the columns to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from .. import _checks
+from ..layout import Layout
+from ..projection import Projection, whole_units
+from ..sparsity import NM, Pattern, Unstructured, kept_counts, stage
+from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
+
+__all__ = ["SparseGPT"]
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Optimal brain surgery along the columns, all rows at once.
+
+    With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular: column j, once it is
+    reached, loses its pruned entries, and what they did goes to the columns after it,
+
+    ``e_j = (w_j - v_j) / U_jj``,  ``w_k <- w_k - e_j U_jk`` for ``k > j``,
+
+    which leaves those at their best given all columns before them. Which entries go is
+    chosen a block of columns ahead, by the smallest ``|w_ij| / U_jj``.
+
+    Attributes
+    ----------
+    damping : float
+        Added to the diagonal of H, in units of the mean of its non-zero entries.
+    block_size : int
+        Columns whose support is chosen at once. N:M groups are chosen as they come.
+
+    Notes
+    -----
+    Pools are cut by the blocks as published, yet the counts are exact in the whole: after
+    column n of a row, or of all rows in the scopes "tensor" and "global",
+    ``floor(sparsity * n)`` entries of the row, or the rows, are gone. A last N:M group that
+    is left dense takes its part of the updates. Inputs that are always zero, ``H_jj = 0``,
+    get the value 0.
+
+    It traces under jit, but each column is a part of the program: compile it for narrow
+    layers only. Eagerly JAX compiles once for each of a few shapes of block.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``damping`` is negative or ``block_size`` is not a positive integer.
+
+    References
+    ----------
+    Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned
+    in One-Shot", Algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> weight, gram = numpy.asarray([[1.0, 2.0]]), numpy.asarray([[2.0, 1.0], [1.0, 2.0]])
+    >>> SparseGPT(damping=0.0)(weight, gram, 0.5).values  # 2 takes on half of what 1 did
+    array([[0. , 2.5]])
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        _checks.real("damping", self.damping, low=0.0)
+        _checks.integer("block_size", self.block_size, low=1)
+
+    def __call__(
+        self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
+    ) -> Projection:
+        """Prune a layer.
+
+        Parameters
+        ----------
+        weight : array
+            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+        gram : Gram or array
+            ``H``, shape (inputs, inputs).
+        sparsity : float, str, Unstructured or NM
+            What to reach; in the scope "global" the layer is the pool.
+        layout : Layout, optional
+            Roles of the axes, each an input or an output.
+
+        Returns
+        -------
+        Projection
+            ``values`` and ``support``, shaped as the weights.
+
+        Raises
+        ------
+        TypeError
+            If ``sparsity`` is a Block or Channel, or an argument is of another kind.
+        ValueError
+            If ``gram`` is not a Gram matrix of the layer's inputs, ``damping`` is too small
+            to factor it, or the pattern does not fit. Values are checked where they can be
+            read, which a traced program cannot.
+        """
+        pattern = read_pattern(sparsity, self, (Unstructured, NM))
+        w, h, form = read_matrices(weight, gram, layout)
+        if isinstance(pattern, NM):
+            whole_units(form.inputs, pattern.m, pattern.ragged, "weight", "input")
+        xp = array_namespace(w)
+        live, _ = live_diagonal(xp, h)
+        w = xp.where(live, w, xp.zeros_like(w))
+        if 0 not in w.shape:
+            sweep = _Sweep(pattern, self.block_size, form, xp)
+            pruned = sweep.run(w, self._factor(xp, h), 0)
+            values, support = pruned.values, pruned.support
+        else:
+            values, support = w, xp.ones_like(w, dtype=xp.bool)
+        return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
+
+    def _factor(self, xp: Any, h: Array) -> Array:
+        """The upper triangular U of ``H^-1 = U^T U``, for H damped and of mean diagonal 1."""
+        live, diagonal = live_diagonal(xp, h)
+        alive = xp.sum(xp.astype(live, h.dtype))
+        mean = xp.sum(xp.where(live, diagonal, xp.zeros_like(diagonal))) / alive
+        added = xp.where(live, self.damping * xp.ones_like(diagonal), xp.ones_like(diagonal))
+        h = h / mean + xp.tril(xp.triu(xp.broadcast_to(added, h.shape)))
+        try:
+            # H = R R^T with R upper triangular, by Cholesky from the last row up; U = R^-1.
+            upper = xp.flip(xp.linalg.cholesky(xp.flip(h)))
+            factor = xp.triu(xp.linalg.inv(upper))
+        except Exception as error:
+            # Each library has a class of its own for it, with this name.
+            if "LinAlgError" not in type(error).__name__:
+                raise
+            raise self._too_small() from error
+        if backend_of(factor).is_concrete(factor) and not bool(xp.all(xp.isfinite(factor))):
+            raise self._too_small()
+        return factor
+
+    def _too_small(self) -> ValueError:
+        return ValueError(
+            "damping must be larger for this gram, which is not positive definite in its dtype "
+            f"with damping={self.damping!r}: raise damping, or add up more inputs"
+        )
+
+
+class _Columns(NamedTuple):
+    """Pruned columns; ``errors`` is what they owe to the columns after them."""
+
+    values: Array
+    support: Array
+    errors: Array
+
+
+class _Sweep(NamedTuple):
+    """One pass over the columns of a layer.
+
+    Columns are halved down to single ones, and the updates from the left half to the right
+    are one product: the lazy batches of the paper at every scale. All shapes are static
+    and few, and no value is read on the host.
+    """
+
+    pattern: Pattern
+    block_size: int
+    form: Form
+    xp: Any
+
+    def run(self, w: Array, u: Array, start: int, keep: Array | None = None) -> _Columns:
+        """Prune the columns from ``start`` on that ``w`` holds, u being their part of U."""
+        xp, width = self.xp, w.shape[1]
+        unit = self.pattern.m if isinstance(self.pattern, NM) else self.block_size
+        if keep is None and width <= unit:
+            keep = self.choose(w / xp.linalg.diagonal(u), start)
+        if keep is not None and width == 1:
+            values = xp.where(keep, w, xp.zeros_like(w))
+            return _Columns(values, keep, (w - values) / u)
+        step = unit if keep is None else 1
+        cut = step * -(-width // (2 * step))
+        keeps = (None, None) if keep is None else (keep[:, :cut], keep[:, cut:])
+        left = self.run(w[:, :cut], u[:cut, :cut], start, keeps[0])
+        rest = w[:, cut:] - left.errors @ u[:cut, cut:]
+        right = self.run(rest, u[cut:, cut:], start + cut, keeps[1])
+        return _Columns(*(xp.concat(pair, axis=1) for pair in zip(left, right, strict=True)))
+
+    def choose(self, scores: Array, start: int) -> Array:
+        """The support of a block of columns, where the entries of largest score are kept."""
+        xp, width = self.xp, scores.shape[1]
+        if isinstance(self.pattern, NM):
+            if width < self.pattern.m:
+                return xp.ones_like(scores, dtype=xp.bool)
+            return read_form(scores, None).select(scores, self.pattern)
+        rows = 1 if self.pattern.scope == "row" else self.form.outputs
+        before, after = (
+            kept_counts(self.pattern, rows * columns)[stage(self.pattern, None)]
+            for columns in (start, start + width)
+        )
+        kept, backend = (after - before,), backend_of(scores)
+        if rows == 1:
+            return backend.keep_largest_per_row(scores, kept, 0, on_host=False)
+        stored = self.form.stored(scores)
+        return self.form.columns(backend.keep_largest([stored], kept, 0, on_host=False)[0])
