@@ -236,6 +236,11 @@ offload, work_dir, seed
     samples = split_samples(batches)
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model must be loaded, got parameters on the meta device")
+    if any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ValueError(
+            "model must be loaded without device_map, for its blocks are moved to `device` one by "
+            "one, got one with hooks that move them"
+        )
     check_tokens(model, samples)
     name, modules = find_blocks(model, blocks)
     home = next(model.parameters()).device

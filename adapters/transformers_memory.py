@@ -232,6 +232,7 @@ def prefetched(
             yield samples, load(samples)
         return
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still write what is read
     waiting: tuple[Sequence[int], _T, torch.cuda.Event] | None = None
     for samples in order:
         with torch.cuda.stream(stream):
@@ -247,7 +248,7 @@ def prefetched(
 def _arrived(
     samples: Sequence[int], loaded: _T, event: torch.cuda.Event
 ) -> tuple[Sequence[int], _T]:
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream()  # that of the device: see `Run.run`
     current.wait_event(event)
     for tensor in _tensors(loaded):
         tensor.record_stream(current)

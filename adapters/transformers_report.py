@@ -62,6 +62,13 @@ class BlockReport(NamedTuple):
         The same error over the mean square of the targets.
     weights : dict of str to WeightReport
     seconds : float
+
+    Examples
+    --------
+    >>> block = BlockReport("layers.0", 0.1, 0.02, {"weight": WeightReport(64, 16, 512)}, 3.5)
+    >>> estimate = MemoryEstimate(device=4096, host=0, disk=0)
+    >>> PruningReport((block,), (), estimate, None, 3.5).sparsity
+    0.75
     """
 
     name: str

@@ -114,15 +114,7 @@ def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 
 class Run:
-    """One walk over the blocks.
-
-    Examples
-    --------
-    See `safe_core.adapters.transformers.plan_pruning`, whose plan makes one.
-
-    >>> Run.__name__
-    'Run'
-    """
+    """One walk over the blocks, made by the plan of `plan_pruning`."""
 
     def __init__(
         self,
@@ -148,6 +140,8 @@ class Run:
         task, reports = self.task, []
         with ExitStack() as stack:
             stack.enter_context(evaluated(task.model))
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder()
             try:
@@ -217,27 +211,44 @@ class Run:
 
     def _prune(self, i: int) -> BlockReport:
         started = time.monotonic()
-        task = self.task
-        name, block = f"{task.name}.{i}", task.blocks[i]
+        block = self.task.blocks[i]
+        self.calls.forget_placed()
         statistics, dense = self._dense_pass(i)
+        tokens = {key: int(found.tokens.min()) for key, found in statistics.items()}
         supports: dict[str, Tensor] = {}
+        solved: dict[str, Tensor] = {}
         if statistics:
-            solve = self._reconstruct if dense is None else self._solve_layers
-            solved, supports = solve(i, statistics, dense)
-            self._write_back(block, solved)
-            del solved
-        del dense
-        loss, relative = self._pruned_pass(i)
+            solved, supports = (
+                self._reconstruct(i, statistics)
+                if dense is None
+                else self._solve_layers(i, statistics, dense)
+            )
+        del dense, statistics
+        before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
+        _write_back(block, solved)
+        solved.clear()
         weights = {
-            key: WeightReport(mask.numel(), int(mask.sum()), int(statistics[key].tokens.min()))
+            key: WeightReport(mask.numel(), int(mask.sum()), tokens[key])
             for key, mask in supports.items()
         }
+        try:
+            report = self._finish(i, weights, started)
+        except BaseException:
+            _write_back(block, before)
+            raise
+        self._tell(i, None, report.loss)
+        return report
+
+    def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
+        """Bring the hidden states behind the pruned block, and keep it in the folder."""
+        name, block = f"{self.task.name}.{i}", self.task.blocks[i]
+        loss, relative = self._pruned_pass(i)
         report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
         if self._folder is not None:
-            tensors = dict(block.named_parameters())
-            entry = {**report._asdict(), "digest": sample_of(block.parameters())}
-            self._folder.save(tensors, entry)
-        self._tell(i, None, loss)
+            digest = sample_of(block.parameters())
+            unseen = [key for key in self.unseen if key.startswith(f"{name}.")]
+            entry = {**report._asdict(), "digest": digest, "unseen": unseen}
+            self._folder.save(dict(block.named_parameters()), entry)
         return report
 
     def _take_up(self, i: int) -> BlockReport:
@@ -254,7 +265,9 @@ class Run:
             self._forward_in_place(i, self._copy(i), self.inputs)
         else:
             self.inputs, self.targets = self.targets, self.inputs
-        entry = {k: v for k, v in self._folder.finished[i].items() if k != "digest"}
+        entry = dict(self._folder.finished[i])
+        del entry["digest"]
+        self.unseen = sorted({*self.unseen, *entry.pop("unseen")})
         weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
         return BlockReport(weights=weights, **entry)
 
@@ -352,7 +365,7 @@ class Run:
     # Solvers
 
     def _reconstruct(
-        self, i: int, statistics: Mapping[str, InputStatistics], _: None
+        self, i: int, statistics: Mapping[str, InputStatistics]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """SAFE on the whole block: its parameters, in float32, and supports."""
         s, home = self.settings, self.task.blocks[i]
@@ -396,11 +409,15 @@ class Run:
         return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
 
     def _solve_layers(
-        self, i: int, statistics: Mapping[str, InputStatistics], dense: nn.Module
+        self, i: int, statistics: dict[str, InputStatistics], dense: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer-wise solver on each weight: values and supports."""
-        params, values, supports = dict(dense.named_parameters()), {}, {}
-        for key, found in statistics.items():
+        """A layer-wise solver on each weight, which takes the place of the dense one.
+
+        What is known of a weight's inputs is dropped with it.
+        """
+        values, supports = {}, {}
+        for key in list(statistics):
+            found = statistics.pop(key)
             grams = found.squares
             assert grams is not None  # asked for
 
@@ -412,16 +429,18 @@ class Run:
                 _check_result(f"{self.task.name}.{i}.{key}", weight, result)
                 return result[0], result[1]
 
+            values[key] = dense.get_parameter(key).detach()
             with torch.no_grad():
-                weight = params[key].detach().float()
-                values[key], supports[key] = each_slice(weight, found.layout, solve)
+                solved, supports[key] = each_slice(values[key].float(), found.layout, solve)
+                values[key].copy_(solved)
         return values, supports
 
-    def _write_back(self, block: nn.Module, solved: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, p in block.named_parameters():
-                if key in solved:
-                    p.copy_(solved[key])
+
+def _write_back(block: nn.Module, solved: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, p in block.named_parameters():
+            if key in solved:
+                p.copy_(solved[key])
 
 
 def _check_result(name: str, weight: Tensor, result: Any) -> None:
@@ -494,12 +513,14 @@ def predict_memory(task: Task) -> MemoryEstimate:
         needed = size.layerwise(work)
     first = _numbers(task.samples[0])
     stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
-    beside = calls.nbytes + (size.stored if s.work_dir else 0)
+    # A pruned block stands beside a copy of the dense one and, for a folder, its file.
+    found = {"device": needed, "host": calls.nbytes + 2 * size.stored, "disk": 0}
     places = {None: "device", "cpu": "host", "disk": "disk"}
-    found = {"device": needed, "host": beside, "disk": 0}
     found[places[s.offload]] += stored
     if s.device.type == "cpu":
-        found = {"device": found["device"] + found["host"], "host": 0, "disk": found["disk"]}
+        beside = found["host"] - 2 * size.stored
+        found["device"] = max(found["device"], 3 * size.stored) + beside
+        found["host"] = 0
     return MemoryEstimate(**found)
 
 

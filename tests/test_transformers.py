@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import os
 import signal
 import subprocess
@@ -25,7 +27,6 @@ from safe_core.adapters.transformers import (
     plan_pruning,
     prune_blocks,
 )
-from safe_core.adapters.transformers_memory import Activations, TensorBytes
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
 TEXT = {
@@ -335,11 +336,14 @@ def test_safe_is_a_plain_loop() -> None:
 
 def test_safe_lowers_the_error_of_the_projection() -> None:
     errors = {}
-    solver = SafeReconstruction(importance="wanda", epochs=20, batch_size=2, learning_rate=5e-3)
+    method = safe_core.safe(0.5, rho=2e-4, penalty=0.1, dual_update_interval=4)
+    solver = SafeReconstruction(
+        method, importance="wanda", epochs=8, batch_size=2, learning_rate=2e-2
+    )
     for name, how in (("one-shot", wanda), ("safe+", solver)):
         report = prune_blocks(model_of("llama"), inputs_of("llama"), how, 0.5)
         errors[name] = report.blocks[0].relative_error
-    assert errors["safe+"] < 0.8 * errors["one-shot"]
+    assert errors["safe+"] < 0.5 * errors["one-shot"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -403,3 +407,282 @@ def test_progress_and_modes() -> None:
     assert all(m.training for m in model.modules())
     assert model.config.use_cache
     assert "forward" not in vars(model.model.decoder.layers[0])
+
+
+# Memory
+
+
+@pytest.mark.parametrize("how", ["safe+", "layerwise"])
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+def test_memory_is_predicted(how: str, targets: str) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
+    ids = torch.randint(3, VOCABULARY, (16, 64))
+    solver = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
+    report = prune_blocks(
+        model, ids, solver if how == "safe+" else wanda, 0.5, targets=targets, measure_memory=True
+    )
+    assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
+    assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
+
+
+def test_activations_on_disk_are_the_same_bits(tmp_path: Path) -> None:
+    models = [model_of("llama"), model_of("llama")]
+    inputs = inputs_of("llama")
+    in_memory = prune_blocks(models[0], inputs, SHORT, 0.5)
+    work = tmp_path / "work"
+    plan = plan_pruning(models[1], inputs, SHORT, 0.5, offload="disk", work_dir=work)
+    seen: list[str] = []
+    plan.apply(lambda _: seen.extend(p.name for p in work.glob("*.bin")))
+    assert set(seen) == {"inputs-0.bin", "targets-0.bin"}
+    assert not list(work.glob("*.bin"))
+    assert plan.memory.disk == 2 * 6 * LENGTH * WIDTH * 4
+    assert plan.memory.device < in_memory.predicted.device
+    assert_equal(*models)
+
+
+def assert_equal(a: nn.Module, b: nn.Module) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# Faults
+
+
+class Chain(nn.Module):
+    """Four blocks, without transformers, for it takes seconds to import."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+DATA = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+
+KILLED = """
+import os, signal, sys
+import torch
+from torch import nn, Tensor
+import safe_core
+from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
+from safe_core.adapters import transformers_resume as resume
+
+{chain}
+data = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+solver = SafeReconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
+torch.set_num_threads(1)
+model, replaced, replace = Chain(), 0, os.replace
+
+def progress(p):
+    if (p.block, p.epoch) == {at!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(a, b):
+    global replaced
+    replaced += 1
+    if replaced == {file!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+
+os.replace = counted
+prune_blocks(model, data, solver, 0.5, work_dir={work!r}, progress=progress)
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole, resumed, seen = Chain(), Chain(), []
+    prune_blocks(whole, DATA, SHORT, 0.5)
+    chain = textwrap.dedent(inspect.getsource(Chain))
+    work = str(tmp_path / "work")
+    # Within an epoch of block 1; then before the manifest names block 2, whose file is there.
+    for at, file in (((1, 2), None), (None, 4)):
+        program = KILLED.format(
+            tests=str(Path(__file__).parent), chain=chain, at=at, file=file, work=work
+        )
+        finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert finished.returncode == -signal.SIGKILL, finished.stderr
+    assert (tmp_path / "work" / "block-00002.safetensors").exists()
+    prune_blocks(resumed, DATA, SHORT, 0.5, work_dir=work, progress=seen.append)
+    assert {p.block for p in seen} == {2, 3}
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("targets", ["pruned", "dense"])
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path) -> None:
+    rules: Any = {"targets": targets, "propagate": propagate}
+    whole, model = model_of("llama"), model_of("llama")
+    report = prune_blocks(whole, inputs_of("llama"), SHORT, 0.5, **rules)
+
+    def stop(p: Progress) -> None:
+        if p.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        prune_blocks(
+            model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path, progress=stop
+        )
+    assert "model.layers.0 to model.layers.0 are pruned" in error.value.__notes__[0]
+    dense = model_of("llama")
+    assert_equal(model.model.layers[1], dense.model.layers[1])
+    assert_equal(model.model.layers[0], whole.model.layers[0])
+    again = prune_blocks(dense, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
+    assert_equal(whole, dense)
+    assert again.blocks[0]._replace(seconds=0.0) == report.blocks[0]._replace(seconds=0.0)
+    if rules == {"targets": "pruned", "propagate": "pruned"}:
+        prune_blocks(model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
+        assert_equal(whole, model)  # of which one block was pruned before
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"work_dir .* sparsity=Unstructured.sparsity=0.5"):
+        prune_blocks(Chain(), DATA, wanda, 0.25, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"work_dir .* batches="):
+        prune_blocks(Chain(), DATA + 1, wanda, 0.5, work_dir=tmp_path)
+    other = Chain()
+    nn.init.ones_(other.blocks[3].weight)
+    with pytest.raises(ValueError, match=r"got other weights in blocks\.3"):
+        prune_blocks(other, DATA, wanda, 0.5, work_dir=tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="work_dir must hold a manifest"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = Chain(), []
+
+    def full(number: int) -> Any:
+        calls.append(number)
+        if len(calls) > 6:  # two for each of the first manifest, a block and its manifest
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="work_dir must have room for block 1, got No space"):
+            prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+    prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    whole = Chain()
+    prune_blocks(whole, DATA, wanda, 0.5)
+    assert_equal(whole, model)
+
+    def none_left(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", none_left)
+    with pytest.raises(OSError, match="work_dir must have room for 384 bytes of activations"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path / "b", offload="disk")
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = Chain()
+    with torch.no_grad():
+        model.blocks[2].bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"batches .* finite .* behind blocks\.2") as error:
+        prune_blocks(model, DATA, wanda, 0.5)
+    assert "blocks.0 to blocks.1 are pruned" in error.value.__notes__[0]
+    assert int((model.blocks[1].weight == 0).sum()) == 32
+    assert bool((model.blocks[2].weight != 0).all())
+    wild = SafeReconstruction(learning_rate=1e30, epochs=2, warmup_epochs=0, batch_size=4)
+    with pytest.raises(ValueError, match=r"learning_rate .* epoch . of blocks\.0"):
+        prune_blocks(Chain(), DATA, wild, 0.5)
+
+
+def test_models_that_are_no_chain_of_blocks_are_refused() -> None:
+    model = Chain()
+    model.blocks[1].weight = model.blocks[0].weight
+    with pytest.raises(ValueError, match=r"share parameters, blocks\.0 and blocks\.1 do"):
+        prune_blocks(model, DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match=r"torch\.nn\.ModuleList, got none"):
+        prune_blocks(nn.Linear(8, 8), DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match=r"blocks must be a ModuleList .* 'blocks', got 'layers'"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, blocks="layers")
+
+    class Changed(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x + 1)
+            return x
+
+    class Repeated(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(super().forward(x))
+
+    class Skipped(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    for kind, message in (
+        (Changed, r"what the block before returns, unchanged, blocks\.1"),
+        (Repeated, r"once each and in order, blocks\.0 was called as number 4"),
+        (Skipped, r"once each, blocks\.1 was not called"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune_blocks(kind(), DATA, wanda, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": Unstructured(0.5)}, "sparsity must not compare entries of different"),
+        ({"solver": "wanda"}, "solver must be a SafeReconstruction or a function"),
+        ({"batches": []}, "batches must hold at least one sample"),
+        ({"batches": [1.0]}, "batches must be tensors or mappings"),
+        ({"targets": "both"}, "targets must be one of"),
+        ({"offload": "disk"}, "work_dir must name a folder"),
+        ({"where": lambda name, p: False}, "blocks must hold weights to prune"),
+        ({"solver": lambda w, g, s, layout: (w, w > w)}, r"for blocks\.0\.weight .* zero off the"),
+        ({"solver": lambda w, g, s, layout: (w, w)}, "support of torch.float32"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    given = {"batches": DATA, "solver": wanda, "sparsity": 0.5} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        prune_blocks(Chain(), given.pop("batches"), **given)
+
+
+def test_tokens_of_another_model_are_refused() -> None:
+    tokens = inputs_of("opt")
+    tokens[4, 3] = VOCABULARY
+    with pytest.raises(ValueError, match="vocabulary, below 61, got 61 in sample 4"):
+        prune_blocks(model_of("opt"), {"input_ids": tokens}, wanda, 0.5)
+
+
+# Calibration
+
+
+def letters(text: str, **options: Any) -> dict[str, list[int]]:
+    return {"input_ids": [ord(c) for c in text]}
+
+
+def test_calibration_takes_different_windows(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox", encoding="utf-8")
+    text = "jumps over the lazy dog, " * 3
+    found = calibration_batches(letters, [file, text], samples=20, length=8)
+    joined = "the quick brown fox" + text
+    assert found.shape == (20, 8)
+    assert all("".join(map(chr, row)) in joined for row in found.tolist())
+    again = calibration_batches(letters, [file, text], samples=20, length=8)
+    other = calibration_batches(letters, [file, text], samples=20, length=8, seed=1)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, other)
+    starts = calibration_batches(letters, "abcdefgh", samples=5, length=4)[:, 0]
+    assert sorted(starts.tolist()) == [ord(c) for c in "abcde"]
+    with pytest.raises(ValueError, match=r"at least 9 tokens for samples=6 .* got 8"):
+        calibration_batches(letters, "abcdefgh", samples=6, length=4)
+    with pytest.raises(ValueError, match="got 0"):
+        calibration_batches(letters, "", samples=1, length=1)
+    with pytest.raises(TypeError, match="texts must be str or paths"):
+        calibration_batches(letters, [3], samples=1, length=1)
