@@ -1,0 +1,217 @@
+"""Files of weights, read tensor by tensor: safetensors, its shards, and those of torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["StoredTensor", "read_tensors", "weight_files"]
+
+# Unsigned integers of their width stand for floating numbers; None: several in a byte.
+_SAFETENSORS = {
+    "F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TORCH_INDEX, _TORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_LONGEST_HEADER = 100_000_000  # the limit of the format
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : str
+        As its format calls it.
+    nbytes : int
+    array : array or None
+        Its entries, of floating numbers the bits as unsigned integers; mapped to memory, not
+        read. None where a dtype packs several in a byte.
+    floating : bool
+    same_as : str or None
+        The name of an earlier tensor that is stored in the same place.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    array: NDArray[Any] | None
+    floating: bool
+    same_as: str | None = None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files of weights that a file or a folder of a model stands for.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file, an index of shards, or a folder as ``save_pretrained`` writes it; a folder
+        without the usual names may hold any number of safetensors files.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing at ``path``, no weights in it, or a shard is missing.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "model.safetensors").touch()
+    >>> [file.name for file in weight_files(folder)]
+    ['model.safetensors']
+    """
+    if not path.exists():
+        raise ValueError(f"there must be a file or folder of weights at {path}, got nothing")
+    if path.is_file():
+        return _shards(path) if path.name.endswith(".index.json") else [path]
+    for index, single in ((_INDEX, _SINGLE), (_TORCH_INDEX, _TORCH)):
+        if (path / index).is_file():
+            return _shards(path / index)
+        if (path / single).is_file():
+            return [path / single]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise ValueError(
+            f"folder {path} must hold weights, {_SINGLE}, {_TORCH} or an index of shards, got none"
+        )
+    return found
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} must be an index of shards with a weight_map") from error
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"all shards that {index} names must be there, got no {missing[0]}")
+    return files
+
+
+def read_tensors(file: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of a file, one in memory at a time.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        Of safetensors, or of torch (``torch.save``), from which nothing but tensors and plain
+        containers is taken: code in it is never run.
+
+    Raises
+    ------
+    ValueError
+        If the file is broken, or of torch and not safe to read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> save_file({"w": np.ones((2, 3), "f4")}, file)
+    >>> [(x.name, x.shape, x.dtype, x.array.dtype.str) for x in read_tensors(file)]
+    [('w', (2, 3), 'F32', '<u4')]
+    """
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    return _read_torch(file)
+
+
+def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
+    # The library reads bfloat16 with torch or JAX only; the header is plain JSON.
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"{file} must be a whole safetensors file, got {size} bytes")
+        try:
+            header = json.loads(stream.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            placed = sorted(
+                (v["data_offsets"], k, v["shape"], v["dtype"]) for k, v in entries.items()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} must have a header of safetensors") from error
+    for (start, stop), name, shape, dtype in placed:
+        kind = _SAFETENSORS.get(dtype)
+        nbytes, width = stop - start, np.dtype(kind).itemsize
+        whole = 0 <= start <= stop <= size - 8 - length
+        if not whole or (kind and nbytes != math.prod(shape) * width):
+            raise ValueError(f"{file} must be a whole safetensors file, got {name} cut off")
+        array = None
+        if kind is not None:
+            place = 8 + length + start
+            empty = np.zeros(shape, kind) if not nbytes else None  # there is nothing to map
+            array = np.memmap(file, kind, "r", place, tuple(shape)) if empty is None else empty
+        floating = dtype.startswith(("F", "BF"))
+        yield StoredTensor(name, tuple(shape), dtype, nbytes, array, floating)
+
+
+def _read_torch(file: Path) -> Iterator[StoredTensor]:
+    import torch
+
+    mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 must be read at once
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{file} must be a file of torch that holds tensors and plain containers only, for "
+            f"anything else could run code, got {found[1] if found else 'something else'}"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} must be a file of safetensors or torch weights") from error
+    places: dict[Any, str] = {}
+    for name, tensor in _flat(content, ""):
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{file} must hold strided tensors, got {tensor.layout} in {name}")
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        first = places.setdefault(place, name) if tensor.numel() else name
+        yield _of_torch(name, tensor, None if first == name else first)
+
+
+def _flat(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Tensors in nested mappings and lists, with the path to each."""
+    import torch
+
+    if torch.is_tensor(content):
+        yield prefix or "tensor", content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(content, (list, tuple)):
+        for i, value in enumerate(content):
+            yield from _flat(value, f"{prefix}.{i}" if prefix else str(i))
+
+
+def _of_torch(name: str, tensor: Any, same_as: str | None) -> StoredTensor:
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensor = tensor.detach()
+    floating, width = tensor.is_floating_point(), tensor.element_size()
+    array = None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if floating:
+        array = tensor.view(integers[width]).numpy().view(f"u{width}")
+    elif tensor.dtype in (torch.bool, *integers.values(), torch.int8):
+        array = tensor.numpy()
+    return StoredTensor(
+        name, tuple(tensor.shape), dtype, tensor.numel() * width, array, floating, same_as
+    )

@@ -1,0 +1,185 @@
+"""``safe-core inspect``: what is sparse in a checkpoint, and what that saves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint_files import StoredTensor, read_tensors, weight_files
+from .tensor_analysis import TensorAnalysis, analyse
+
+__all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint", "readable_bytes"]
+
+
+class TensorFigures(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : str
+    nbytes : int
+    analysis : TensorAnalysis or None
+        None for a dtype that packs several entries in a byte, and for a tensor that shares
+        the memory of an earlier one.
+    same_as : str or None
+        The name of that one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    analysis: TensorAnalysis | None
+    same_as: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the figures by name, for JSON."""
+        found: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
+        if self.same_as is not None:
+            return found | {"same_as": self.same_as}
+        if self.analysis is None:
+            return found | {"dense_bytes": self.nbytes, "compressed_bytes": self.nbytes}
+        return found | {"sparsity": self.analysis.sparsity} | self.analysis._asdict()
+
+
+class CheckpointReport(NamedTuple):
+    """All tensors of a checkpoint.
+
+    Attributes
+    ----------
+    files : list of str
+    tensors : list of TensorFigures
+        In the order of the files.
+
+    Examples
+    --------
+    >>> analysis = TensorAnalysis(8, 4, "2:4", 1, 0, 0, 1, 32, 17)
+    >>> report = CheckpointReport([], [TensorFigures("w", (2, 4), "F32", 32, analysis, None)])
+    >>> report.totals()
+    {'entries': 8, 'zeros': 4, 'sparsity': 0.5, 'dense_bytes': 32, 'compressed_bytes': 17}
+    """
+
+    files: list[str]
+    tensors: list[TensorFigures]
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the tensors, each place in memory once; entries and zeros of those analysed."""
+        own = [row for row in self.tensors if row.same_as is None]
+        found = [row.analysis for row in own if row.analysis is not None]
+        entries, zeros = sum(x.entries for x in found), sum(x.zeros for x in found)
+        packed = sum(row.nbytes for row in own if row.analysis is None)
+        return {
+            "entries": entries,
+            "zeros": zeros,
+            "sparsity": zeros / max(entries, 1),
+            "dense_bytes": packed + sum(x.dense_bytes for x in found),
+            "compressed_bytes": packed + sum(x.compressed_bytes for x in found),
+        }
+
+    def plain(self) -> dict[str, Any]:
+        """Return all figures as nested dictionaries and lists, for JSON."""
+        return {
+            "files": self.files,
+            "tensors": {row.name: row.plain() for row in self.tensors},
+            "totals": self.totals(),
+        }
+
+    def table(self) -> Any:
+        """Return a `rich.table.Table`."""
+        from rich.table import Table
+
+        table = Table(padding=(0, 1, 0, 0), show_footer=True, box=None)
+        total = self.totals()
+        table.add_column("tensor", "total", overflow="fold", ratio=1)
+        for header, footer in (
+            ("shape", f"{total['entries']:,}"),
+            ("dtype", ""),
+            ("zeros", f"{total['sparsity']:.2%}"),
+            ("pattern", ""),
+            ("ties", ""),
+            ("dense", readable_bytes(total["dense_bytes"])),
+            ("compressed", readable_bytes(total["compressed_bytes"])),
+        ):
+            right = header not in ("dtype", "pattern")
+            table.add_column(header, footer, justify="right" if right else "left", no_wrap=right)
+        for row in self.tensors:
+            table.add_row(row.name, " x ".join(map(str, row.shape)), row.dtype, *_cells(row))
+        return table
+
+
+def _cells(row: TensorFigures) -> list[str]:
+    if row.same_as is not None:
+        return ["", f"same as {row.same_as}"]
+    x = row.analysis
+    if x is None:
+        return ["", "packed", "", *[readable_bytes(row.nbytes)] * 2]
+    found = [x.pattern]
+    if x.axis is not None and x.axis != len(row.shape) - 1:
+        found.append(f"along axis {x.axis}")
+    if x.zeros < x.entries:
+        slices = zip((x.zero_rows, x.zero_columns), row.shape, ("rows", "columns"), strict=False)
+        found += [f"{n} of {size} {what} empty" for n, size, what in slices if n]
+    sizes = [readable_bytes(n) for n in (x.dense_bytes, x.compressed_bytes)]
+    return [f"{x.sparsity:.2%}", ", ".join(found), f"{x.ties:,}" if x.ties else "", *sizes]
+
+
+def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
+    """Find the zeros of every tensor of a checkpoint, their pattern and what they save.
+
+    Tensors are read one after the other, so that memory is needed for the largest only.
+
+    Parameters
+    ----------
+    path : path
+        A folder of a model, a safetensors file, an index of shards, or a file of torch.
+
+    Returns
+    -------
+    CheckpointReport
+
+    Raises
+    ------
+    ValueError
+        If there are no weights, or a file is broken or could run code.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import safe_core
+    >>> from safetensors.numpy import save_file
+    >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+    >>> weight = np.random.default_rng(0).normal(size=(16, 32))
+    >>> save_file({"w": safe_core.project(weight, "2:4").values}, file)
+    >>> inspect_checkpoint(file).tensors[0].analysis.pattern
+    '2:4'
+    """
+    files = weight_files(Path(path))
+    tensors = [_figures(tensor) for file in files for tensor in read_tensors(file)]
+    return CheckpointReport([str(file) for file in files], tensors)
+
+
+def _figures(tensor: StoredTensor) -> TensorFigures:
+    analysis = None
+    if tensor.array is not None and tensor.same_as is None:
+        analysis = analyse(tensor.array, floating=tensor.floating)
+    return TensorFigures(
+        tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, analysis, tensor.same_as
+    )
+
+
+def readable_bytes(n: int) -> str:
+    """Return a number of bytes as people read it.
+
+    Examples
+    --------
+    >>> readable_bytes(3 * 2**29), readable_bytes(12)
+    ('1.5 GiB', '12 B')
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} B"

@@ -1,0 +1,117 @@
+"""The model card of a pruned model: what was done to it, so that it can be done again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pruning import PruningJob, PruningResult
+
+__all__ = ["file_digest", "markdown_table", "model_card"]
+
+_PACKAGES = ("safe-core", "torch", "transformers", "numpy")
+
+
+def model_card(job: PruningJob, result: PruningResult) -> str:
+    """Return the text of a README.md.
+
+    Examples
+    --------
+    See `safe_core.adapters.command_line.pruning.prune_folder`, which writes one.
+
+    >>> model_card.__name__
+    'model_card'
+    """
+    source = Path(job.model).resolve().name
+    report = result.report
+    settings = [
+        ("method", f"{job.method}: `{job.solver!r}`"),
+        ("sparsity asked", f"`{job.pattern!r}`"),
+        ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
+        ("targets", job.targets),
+        ("batch size", str(job.batch_size)),
+        ("seed", str(job.seed)),
+        ("device", result.device),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    calibration = [
+        (Path(file).name, f"{Path(file).stat().st_size:,}", f"`{file_digest(Path(file))}`")
+        for file in job.calibration
+    ]
+    versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
+    weights = [
+        (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
+        for w in result.weights
+    ]
+    left = [f"Left dense: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [safe-core, pruning, sparse]",
+            "---",
+            "",
+            f"# {source}, pruned",
+            "",
+            f"The weights of the blocks of `{source}`, made sparse by safe_core; embeddings, "
+            "norms, biases and the head are dense.",
+            "",
+            markdown_table(("setting", "value"), settings),
+            "",
+            "## Calibration",
+            "",
+            f"{job.samples:,} windows of {job.length:,} tokens, drawn from",
+            "",
+            markdown_table(("file", "bytes", "SHA-256"), calibration),
+            "",
+            "## Weights",
+            "",
+            "The error is that of what the whole block returns, over its mean square.",
+            "",
+            markdown_table(("weight", "shape", "zeros", "error of block"), weights),
+            "",
+            *(left if report.dense else []),
+            "## Versions",
+            "",
+            markdown_table(("package", "version"), versions),
+            "",
+        ]
+    )
+
+
+def _entries(result: PruningResult) -> int:
+    return sum(w.entries for w in result.weights)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    Examples
+    --------
+    >>> print(markdown_table(("a", "b"), [("1", "x|y")]))
+    | a | b |
+    | --- | --- |
+    | 1 | x\\|y |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+
+
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "empty"
+    >>> file.touch()
+    >>> file_digest(file)[:16]
+    'e3b0c44298fc1c14'
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,175 @@
+"""Folders of Hugging Face models: loading, and writing at once or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint_files import weight_files
+from .inspection import readable_bytes
+
+__all__ = [
+    "check_new_folder",
+    "chosen_device",
+    "load_model",
+    "load_tokenizer",
+    "written_at_once",
+]
+
+
+def chosen_device(device: str) -> torch.device:
+    """Return the device of a name, of which "auto" is a GPU where there is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device here.
+
+    Examples
+    --------
+    >>> chosen_device("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f'device must be "auto" or one that is here, got {device!r}: {reason}'
+        ) from None
+    return torch.device(device)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a folder; nothing is fetched, no code of the folder runs unasked.
+
+    Raises
+    ------
+    ValueError
+        If there is no tokenizer.
+
+    Examples
+    --------
+    >>> load_tokenizer(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: model folder must hold a config.json, got nowhere
+    """
+    from transformers import AutoTokenizer
+
+    _check_model_folder(folder)
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+    )
+    if not any((folder / name).is_file() for name in names):
+        raise ValueError(
+            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}"
+        )
+    return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code)
+
+
+def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """Load the causal language model of a folder on the CPU, in the dtype of its files.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it brings its own code and that is not trusted.
+
+    Examples
+    --------
+    >>> load_model(Path("nowhere"))
+    Traceback (most recent call last):
+    ValueError: model folder must hold a config.json, got nowhere
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_model_folder(folder)
+    weight_files(folder)
+    return _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, dtype="auto")
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model folder must hold a config.json, got {folder}")
+
+
+def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the {what} in {folder} needs code of its own, which is not run unless you ask: "
+                "read that code, then give --trust-remote-code"
+            ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the {what} in {folder} could not be loaded: {reason}") from error
+
+
+def check_new_folder(folder: Path, source: Path) -> None:
+    """Raise unless a copy of a model would be written to a new or empty folder with room for it.
+
+    Raises
+    ------
+    ValueError
+        If the folder has something in it, or is a file.
+    OSError
+        If there is too little room on the disk.
+
+    Examples
+    --------
+    >>>     >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "model.safetensors").touch()
+    >>> check_new_folder(folder / "pruned", folder)
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out must be a new or an empty folder, got {folder}")
+    parent = next(path for path in folder.absolute().parents if path.is_dir())
+    needed = sum(file.stat().st_size for file in weight_files(source))
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(
+            f"out must have room for {readable_bytes(needed)}, got {readable_bytes(free)} free "
+            f"at {parent}"
+        )
+
+
+@contextmanager
+def written_at_once(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write in, which becomes ``folder`` in the end and goes on a fault.
+
+    Examples
+    --------
+    >>>     >>> folder = Path(tempfile.mkdtemp()) / "new"
+    >>> with written_at_once(folder) as draft:
+    ...     _ = (draft / "a").write_text("")
+    ...     folder.exists()
+    False
+    >>> [file.name for file in folder.iterdir()]
+    ['a']
+    """
+    draft = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

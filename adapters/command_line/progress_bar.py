@@ -1,0 +1,72 @@
+"""Progress on standard error, drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..transformers_report import Progress as PruningProgress
+
+__all__ = ["counted", "pruning_bar"]
+
+
+@contextmanager
+def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done of all; call what is yielded with both.
+
+    Examples
+    --------
+    >>> with counted("windows") as progress:
+    ...     progress(1, 2)
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def pruning_bar(epochs: int) -> Iterator[Callable[[PruningProgress], None]]:
+    """A bar over all epochs of all blocks, with the loss and the time left.
+
+    Where nobody watches, such as in a log, one line for each block is printed instead.
+
+    Examples
+    --------
+    >>> with pruning_bar(epochs=30) as progress:
+    ...     progress(PruningProgress(0, 2, epoch=3, loss=1e-3, seconds_left=60.0))
+    """
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pruning", total=None, left="")
+
+        def show(at: PruningProgress) -> None:
+            left = f"{readable_seconds(at.seconds_left)} left"
+            within = "" if at.epoch is None else f", epoch {at.epoch + 1} of {epochs}"
+            text = f"block {at.block + 1} of {at.blocks}{within}, loss {at.loss:.3g}"
+            done = at.block + (1.0 if at.epoch is None else (at.epoch + 1) / (epochs + 1))
+            bar.update(task, description=text, completed=done, total=at.blocks, left=left)
+            if at.epoch is None and not console.is_terminal:
+                console.print(f"{text}, {left}", highlight=False)
+
+        yield show
+
+
+def readable_seconds(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds.
+
+    Examples
+    --------
+    >>> readable_seconds(3725), readable_seconds(59.6)
+    ('1:02:05', '1:00')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
