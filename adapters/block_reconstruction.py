@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import safe_core
-from safe_core import Method, _checks
 from safe_core.layout import Layout
+from safe_core.reconstruction import Reconstruction
 from safe_core.sparsity import Pattern
 
 from .torch import SparseOptimizer
@@ -21,30 +20,13 @@ __all__ = ["SafeReconstruction"]
 
 
 @dataclass(frozen=True)
-class SafeReconstruction:
-    """Minimise the reconstruction error of a block under a sparsity constraint, by SAFE.
-
-    ``f(x) = mean((block_x(inputs) - targets)**2)`` over all parameters x of the block, of which
-    the weights are made sparse and biases and norms follow. The defaults are those of the
-    paper: Adam, a linearly decaying rate after a linear warm-up, rho 2e-4, K = 32 and a
-    constant penalty of 1e-3.
+class SafeReconstruction(Reconstruction):
+    """SAFE and SAFE+ as a solver of `prune_blocks`: the recipe, and its loop in PyTorch.
 
     Attributes
     ----------
-    method : Method, optional
-        In the place of ``safe_core.safe(sparsity, rho=2e-4)``, such as ADMM or another radius;
-        its sparsity is replaced by the one asked of `prune_blocks`.
-    learning_rate : float
-        The highest.
-    betas : pair of float
-        Of Adam.
-    epochs, warmup_epochs : int
-        Passes over the samples, and how many of them the rate rises for.
-    batch_size : int
-        Samples in a step.
-    importance : {None, "wanda"}
-        P of the projection: 1 (SAFE), or the mean square of each input feature in the dense
-        block (SAFE+).
+    method, learning_rate, betas, epochs, warmup_epochs, batch_size, importance
+        As of `safe_core.reconstruction.Reconstruction`.
     autocast : bool, optional
         Whether to compute in bfloat16, with parameters in float32. By default on a GPU for
         models in 16 bits.
@@ -54,65 +36,19 @@ class SafeReconstruction:
     TypeError, ValueError
         If a field is out of its range.
 
-    References
-    ----------
-    Lee et al. 2025, "SAFE: Finding Sparse and Flat Minima to Improve Pruning", section 4.3,
-    appendix B.4 and table 5.
-
     Examples
     --------
-    >>> safe_plus = SafeReconstruction(importance="wanda")
-    >>> safe_plus.rate(0, 16), safe_plus.rate(32, 16), safe_plus.rate(256, 16)
-    (6.25e-06, 0.0002, 0.0001)
+    >>> SafeReconstruction(importance="wanda").rate(0, 16)
+    6.25e-06
     """
 
-    method: Method | None = None
-    learning_rate: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    epochs: int = 30
-    warmup_epochs: int = 2
-    batch_size: int = 8
-    importance: Literal["wanda"] | None = None
     autocast: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.method is not None and not isinstance(self.method, Method):
-            raise TypeError(f"method must be a safe_core.Method or None, got {self.method!r}")
-        _checks.real("learning_rate", self.learning_rate, low=0.0)
-        if len(self.betas) != 2 or not all(0 <= _checks.real("betas", b) < 1 for b in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        _checks.integer("epochs", self.epochs, low=1)
-        if _checks.integer("warmup_epochs", self.warmup_epochs, low=0) > self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be at most epochs={self.epochs}, got {self.warmup_epochs!r}"
-            )
-        _checks.integer("batch_size", self.batch_size, low=1)
-        _checks.choice("importance", self.importance, (None, "wanda"))
-        if self.importance is not None and self.method is not None and self.method.importance:
-            raise ValueError(
-                f"importance must be None where the method has {self.method.importance!r}, got "
-                f"{self.importance!r}"
-            )
-
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate at a step: up to its highest, and down to zero after the last."""
-        rising, steps = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        falling = self.learning_rate * (steps - step) / max(1, steps - rising)
-        return min(self.learning_rate, falling)
 
     def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
         if self.autocast is not None:
             return self.autocast
         return device.type == "cuda" and dtype.itemsize == 2
-
-    def bound(self, sparsity: Pattern) -> Method:
-        """The method under a sparsity."""
-        if self.method is not None:
-            return replace(self.method, sparsity=sparsity)
-        return safe_core.safe(sparsity, rho=2e-4)
 
     def solve(
         self,

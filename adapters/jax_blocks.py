@@ -7,7 +7,6 @@ A block is a function of parameters and inputs. Its layers are pruned one by one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +18,7 @@ import optax
 from safe_core import _checks
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Gram
-from safe_core.sparsity import Pattern, Unstructured, as_pattern
+from safe_core.sparsity import as_pattern
 
 from .optax import finalize, sparse_optimizer
 from .optax_gradients import value_and_gradients
@@ -129,7 +128,7 @@ def reconstruct(
         raise ValueError(
             f"targets must have {samples} samples, as inputs do, got shape {jnp.shape(targets)}"
         )
-    method = recipe.bound(_of_each(sparsity))
+    method = recipe.bound(as_pattern(sparsity, scope="tensor"))
     rates = [recipe.rate(t, batches.count) for t in range(recipe.epochs * batches.count)]
     table = jnp.asarray(rates, jnp.float32)
     tx = sparse_optimizer(
@@ -214,7 +213,8 @@ def prune_layers(
     >>> (pruned["kernel"] != 0).sum(0).tolist()
     [4, 4, 4, 4]
     """
-    tree, pattern = SparseTree.read(params, where, layout, False), _of_each(sparsity)
+    tree = SparseTree.read(params, where, layout, False)
+    pattern = as_pattern(sparsity, scope="tensor")
     pruned = []
     for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
         if name not in grams:
@@ -313,10 +313,3 @@ def _rows(inputs: PyTree, rows: Any) -> PyTree:
 def _widened(x: Any) -> Any:
     floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return x.astype(jnp.float32) if floating else x
-
-
-def _of_each(sparsity: Any) -> Pattern:
-    """The pattern of ``sparsity``, where a number is that of each weight."""
-    pattern = as_pattern(sparsity)
-    each = isinstance(pattern, Unstructured) and pattern is not sparsity
-    return replace(pattern, scope="tensor") if each else pattern  # type: ignore[type-var]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core.layout import Layout
-from safe_core.sparsity import Pattern, Unstructured, as_pattern
+from safe_core.sparsity import Pattern, as_pattern
 
 from .block_reconstruction import SafeReconstruction
 from .transformers_blocks import evaluated, find_blocks, learn_structure
@@ -309,9 +308,7 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 
 def _pattern(sparsity: Any) -> Pattern:
-    pattern = as_pattern(sparsity)
-    if isinstance(pattern, Unstructured) and pattern is not sparsity:
-        return replace(pattern, scope="tensor")  # a number, which is that of each weight
+    pattern = as_pattern(sparsity, scope="tensor")
     if getattr(pattern, "scope", None) == "global":
         raise ValueError(
             "sparsity must not compare entries of different weights, for blocks are pruned one "

@@ -175,8 +175,8 @@ class Channel:
 Pattern = Unstructured | NM | Block | Channel
 
 
-def as_pattern(value: Any) -> Pattern:
-    """Return the pattern that ``value`` stands for: itself, a fraction, or ``"N:M"``."""
+def as_pattern(value: Any, scope: Literal["global", "tensor"] = "global") -> Pattern:
+    """Return the pattern that ``value`` stands for: itself, a fraction in a scope, or ``"N:M"``."""
     if isinstance(value, Pattern):
         return value
     if isinstance(value, str):
@@ -188,7 +188,7 @@ def as_pattern(value: Any) -> Pattern:
             )
         return NM(int(n), int(m))
     if isinstance(value, (Real, Decimal, Cubic)) and not isinstance(value, bool):
-        return Unstructured(value)  # type: ignore[arg-type]
+        return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
         "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "
         f"(Unstructured, NM, Block, Channel), got {value!r}; an array or a traced value is "
