@@ -116,7 +116,7 @@ def test_reconstruction_beats_the_projection(importance: Any) -> None:
         method, learning_rate=0.0, epochs=1, warmup_epochs=0, importance=importance
     )
     projected = reconstruct(apply, params, inputs(), 0.5, recipe=none, importance=given)
-    assert error(found.params) < 0.5 * error(projected.params)
+    assert error(found.params) < 0.75 * error(projected.params)
     assert len(found.losses) == 30
     assert float(jnp.abs(found.params["Dense_0"]["bias"]).max()) > 0  # biases follow
 
