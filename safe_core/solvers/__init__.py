@@ -24,6 +24,10 @@ Examples
 >>> for solver in (Magnitude(), Wanda(), SparseGPT(), ALPS()):
 ...     error = reconstruction_error(weight, solver(weight, gram, "2:4").values, gram)
 ...     print(f"{type(solver).__name__:9} loses {float(error) / dense:.0%}")
+Magnitude loses 13%
+Wanda     loses 12%
+SparseGPT loses 7%
+ALPS      loses 2%
 """
 
 from .alps import ALPS

@@ -61,6 +61,9 @@ class ALPS:
     in the scopes "tensor" and "global" on CUDA. How long the loop runs thus depends on
     values: it is not for jit, and refuses to be traced.
 
+    Conjugate gradients amplify rounding until they have converged: libraries agree on the
+    support, near-ties apart, and on the error rather than on the last digits of values.
+
     Layers of a hundred inputs and more settle in a few dozen iterations. In tiny ones, of a
     few inputs, a support may recur by chance while rho is small, which ends the loop early.
 

@@ -158,7 +158,7 @@ class _Sweep(NamedTuple):
 
     Columns are halved down to single ones, and the updates from the left half to the right
     are one product: the lazy batches of the paper at every scale. All shapes are static
-    and few, and no value is read on the host.
+    and few, and nothing but the selection may wait for a device.
     """
 
     pattern: Pattern
