@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -69,8 +70,8 @@ def inspect(
 ) -> None:
     """Show what is sparse in a checkpoint, tensor by tensor, and what that saves.
 
-    Zeros are counted exactly. N:M patterns are found along any axis; "rows, columns" are those
-    that are zero throughout; ties are entries of the smallest magnitude above zero.
+    Zeros are counted exactly, and patterns hold exactly. Ties are entries of the smallest
+    magnitude above zero.
     """
     _require("rich", *(() if _is_safetensors(path) else ("torch",)))
     with _clear_errors():
@@ -107,6 +108,7 @@ def perplexity(
         from .perplexity import check_length, perplexity, text_tokens
         from .progress_bar import counted
 
+        _quiet()
         where = chosen_device(device)
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         tokens = text_tokens(tokenizer, text)
@@ -171,6 +173,7 @@ def prune(
         from .progress_bar import pruning_bar
         from .pruning import PruningJob, prune_folder
 
+        _quiet()
         job = PruningJob(
             model,
             calibration,
@@ -192,6 +195,8 @@ def prune(
         with pruning_bar(getattr(job.solver, "epochs", 0)) as progress:
             result = prune_folder(job, out, progress=progress, say=_say)
         _print(result.table())
+        for name in result.report.dense:
+            typer.echo(f"left dense, for no product was seen to take it: {name}")
         typer.echo(f"saved in {result.out}")
 
 
@@ -207,8 +212,9 @@ def _print(thing: object) -> None:
     from rich.console import Console
 
     console = Console()
-    # A pipe has no width: let no name be cut there.
-    console.print(thing, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        console = Console(width=160)  # a pipe has no width, and no name should be cut there
+    console.print(thing)
 
 
 @contextmanager
@@ -220,6 +226,14 @@ def _clear_errors() -> Iterator[None]:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         typer.echo(f"safe-core: {error}{notes}", err=True)
         raise typer.Exit(1) from None
+
+
+def _quiet() -> None:
+    """Let transformers draw its bars on a terminal only."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _require(*packages: str) -> None:

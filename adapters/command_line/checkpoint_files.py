@@ -96,7 +96,7 @@ def weight_files(path: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} must be an index of shards with a weight_map") from error
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]

@@ -99,15 +99,12 @@ class CheckpointReport(NamedTuple):
             ("dtype", ""),
             ("zeros", f"{total['sparsity']:.2%}"),
             ("pattern", ""),
-            ("rows, columns", ""),
             ("ties", ""),
             ("dense", readable_bytes(total["dense_bytes"])),
             ("compressed", readable_bytes(total["compressed_bytes"])),
         ):
             right = header not in ("dtype", "pattern")
-            table.add_column(
-                header, footer, justify="right" if right else "left", no_wrap=header != "shape"
-            )
+            table.add_column(header, footer, justify="right" if right else "left", no_wrap=right)
         for row in self.tensors:
             table.add_row(row.name, " × ".join(map(str, row.shape)), row.dtype, *_cells(row))
         return table
@@ -118,11 +115,15 @@ def _cells(row: TensorFigures) -> list[str]:
         return ["", f"same as {row.same_as}"]
     x = row.analysis
     if x is None:
-        return ["", "packed", "", "", *[readable_bytes(row.nbytes)] * 2]
-    along = f" (axis {x.axis})" if x.axis is not None and x.axis != len(row.shape) - 1 else ""
-    empty = f"{x.zero_rows}, {x.zero_columns}" if x.zero_rows or x.zero_columns else ""
+        return ["", "packed", "", *[readable_bytes(row.nbytes)] * 2]
+    found = [x.pattern]
+    if x.axis is not None and x.axis != len(row.shape) - 1:
+        found.append(f"along axis {x.axis}")
+    if x.zeros < x.entries:
+        found += [f"{n} {what} empty" for n, what in
+                  ((x.zero_rows, "rows"), (x.zero_columns, "columns")) if n]  # fmt: skip
     sizes = [readable_bytes(n) for n in (x.dense_bytes, x.compressed_bytes)]
-    return [f"{x.sparsity:.2%}", x.pattern + along, empty, f"{x.ties:,}" if x.ties else "", *sizes]
+    return [f"{x.sparsity:.2%}", ", ".join(found), f"{x.ties:,}" if x.ties else "", *sizes]
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:

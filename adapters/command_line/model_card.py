@@ -34,7 +34,9 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
         ("sparsity asked", f"`{job.pattern!r}`"),
         ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
         ("targets", job.targets),
+        ("batch size", str(job.batch_size)),
         ("seed", str(job.seed)),
+        ("device", job.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
     calibration = [
@@ -46,6 +48,7 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
         (f"`{w.name}`", " × ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
+    left = [f"Left dense: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
     return "\n".join(
         [
             "---",
@@ -72,6 +75,7 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
             "",
             markdown_table(("weight", "shape", "zeros", "error of block"), weights),
             "",
+            *(left if report.dense else []),
             "## Versions",
             "",
             markdown_table(("package", "version"), versions),
