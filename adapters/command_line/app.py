@@ -32,6 +32,7 @@ def main() -> None:
 
 app.command()(demo)
 
+
 class Scope(enum.StrEnum):
     """Where entries compete."""
 
@@ -187,7 +188,7 @@ def prune(
             learning_rate,
             batch_size,
             targets.value,
-            None if offload is Offload.none else offload.value,
+            offload.value,
             work_dir,
             device,
             trust_remote_code,
@@ -233,7 +234,7 @@ def _quiet() -> None:
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _require(*packages: str) -> None:

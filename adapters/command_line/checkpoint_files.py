@@ -143,7 +143,9 @@ def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
         try:
             header = json.loads(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            placed = sorted((v["data_offsets"], k, v["shape"], v["dtype"]) for k, v in entries.items())
+            placed = sorted(
+                (v["data_offsets"], k, v["shape"], v["dtype"]) for k, v in entries.items()
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} must have a header of safetensors") from error
     for (start, stop), name, shape, dtype in placed:

@@ -106,7 +106,7 @@ class CheckpointReport(NamedTuple):
             right = header not in ("dtype", "pattern")
             table.add_column(header, footer, justify="right" if right else "left", no_wrap=right)
         for row in self.tensors:
-            table.add_row(row.name, " × ".join(map(str, row.shape)), row.dtype, *_cells(row))
+            table.add_row(row.name, " x ".join(map(str, row.shape)), row.dtype, *_cells(row))
         return table
 
 

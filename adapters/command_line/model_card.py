@@ -45,7 +45,7 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
     ]
     versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
     weights = [
-        (f"`{w.name}`", " × ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
+        (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
     left = [f"Left dense: {', '.join(f'`{name}`' for name in report.dense)}.", ""]

@@ -61,9 +61,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     _check_model_folder(folder)
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+    )
     if not any((folder / name).is_file() for name in names):
-        raise ValueError(f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}")
+        raise ValueError(
+            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}"
+        )
     return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code)
 
 

@@ -98,7 +98,7 @@ class PruningJob:
     batch_size : int
         Samples in a step and in a forward pass.
     targets : {"pruned", "dense"}
-    offload : {"cpu", "disk", None}
+    offload : {"cpu", "disk", "none"}
     work_dir : path, optional
         As for `safe_core.adapters.transformers.prune_blocks`.
     device : str
@@ -128,13 +128,15 @@ class PruningJob:
     learning_rate: float | None = None
     batch_size: int = 8
     targets: Literal["pruned", "dense"] = "pruned"
-    offload: Literal["cpu", "disk"] | None = "cpu"
+    offload: Literal["cpu", "disk", "none"] = "cpu"
     work_dir: str | os.PathLike[str] | None = None
     device: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _checks.choice("method", self.method, tuple(METHODS))
+        _checks.choice("offload", self.offload, ("cpu", "disk", "none"))
+        _checks.choice("targets", self.targets, ("pruned", "dense"))
         _checks.choice("scope", self.scope, ("tensor", "row", None))
         if isinstance(self.pattern, NM) and self.scope is not None:
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
@@ -216,7 +218,7 @@ class PruningResult(NamedTuple):
             table.add_column(header, footer, justify="right", no_wrap=True)
         for w in self.weights:
             share, error = f"{w.zeros / max(1, w.entries):.4%}", f"{w.block_error:.3g}"
-            shape = " × ".join(map(str, w.shape))
+            shape = " x ".join(map(str, w.shape))
             table.add_row(w.name, shape, f"{w.entries:,}", f"{w.zeros:,}", share, error)
         return table
 
@@ -274,7 +276,7 @@ def prune_folder(
         targets=job.targets,
         batch_size=job.batch_size,
         device=device,
-        offload=job.offload,
+        offload=None if job.offload == "none" else job.offload,
         work_dir=job.work_dir,
         seed=job.seed,
     )
@@ -301,4 +303,3 @@ def _rows(model: nn.Module, report: PruningReport) -> list[WeightRow]:
             row = WeightRow(full, tuple(p.shape), p.numel(), zeros, block.relative_error)
             rows.append(row)
     return rows
-

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["GroupPattern", "TensorAnalysis", "analyse", "find_groups", "magnitude_bits"]
 
 _GROUP_SIZES = (2, 4, 8, 16, 32)
-_FILLED = 0.9  # the share of its room that a pattern must use to be more than chance
+_FULL = 0.9  # the share of groups that hold N, for a pattern to be more than chance
 
 
 class GroupPattern(NamedTuple):
@@ -100,9 +100,9 @@ def find_groups(nonzero: NDArray[np.bool_]) -> GroupPattern | None:
     """Find the N:M pattern that an array follows, or None.
 
     For M = 2, 4, ..., 32 that divides an axis, N is the most that a group holds. It is no
-    pattern if N = M, or if fewer than nine tenths of the places that it leaves are taken,
-    rows of zeros aside: of an array with 99% random zeros too, no group of 4 is full. Of the
-    patterns that hold, the one with the smallest N / M is taken, and of these the smallest M.
+    pattern if N = M, or if fewer than nine tenths of the groups hold N, rows of zeros aside: in
+    an array with 99% random zeros no group of 4 is full either. Of the patterns that hold,
+    the one with the smallest N / M is taken, and of these the smallest M.
 
     Parameters
     ----------
@@ -139,9 +139,8 @@ def _most_in_group(nonzero: NDArray[np.bool_], m: int) -> int | None:
     for j in range(m):
         counts += nonzero[..., j::m]
     n = int(counts.max())
-    rows = int(np.count_nonzero(counts.any(axis=-1)))
-    room = n * (size // m) * rows
-    return n if n < m and int(counts.sum(dtype=np.int64)) >= _FILLED * room else None
+    groups = size // m * int(np.count_nonzero(counts.any(axis=-1)))
+    return n if n < m and np.count_nonzero(counts == n) >= _FULL * groups else None
 
 
 def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnalysis:
