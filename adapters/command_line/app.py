@@ -15,10 +15,10 @@ _INSTALL = 'pip install "safe-core[transformers]"'
 
 try:
     import typer
+
+    from safe_core.demo.cli import demo
 except ImportError:
     raise SystemExit(f"safe-core: the command line needs typer: {_INSTALL}") from None
-
-from safe_core.demo.cli import demo
 
 __all__ = ["app"]
 

@@ -58,8 +58,8 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
             "",
             f"# {source}, pruned",
             "",
-            f"The weights of the blocks of `{source}`, made sparse by safe_core; embeddings, norms, "
-            "biases and the head are dense.",
+            f"The weights of the blocks of `{source}`, made sparse by safe_core; embeddings, "
+            "norms, biases and the head are dense.",
             "",
             markdown_table(("setting", "value"), settings),
             "",
