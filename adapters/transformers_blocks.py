@@ -8,7 +8,6 @@ that take note of their arguments and hand the hidden states on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .transformers_resume import fingerprint
 
 __all__ = ["BlockCalls", "Structure", "evaluated", "find_blocks", "learn_structure", "record"]
 
@@ -353,7 +354,7 @@ class BlockCalls:
         self.structure = structure
         self.pool: list[Tensor] = []
         self.groups: list[list[int]] = []
-        self._digests: dict[bytes, int] = {}
+        self._digests: dict[str, int] = {}
         self._templates: list[_Template] = []
         self._of: list[list[tuple[int, dict[int, int]]]] = []  # [sample][block]
         self._keys: dict[Any, int] = {}
@@ -398,9 +399,7 @@ class BlockCalls:
         """The place of a tensor in the pool, where it may be already."""
         if id(tensor) not in seen:
             plain = tensor.detach().to("cpu", copy=True).contiguous()
-            digest = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-            ref = self._digests.setdefault(digest.digest(), len(self.pool))
+            ref = self._digests.setdefault(fingerprint([plain]), len(self.pool))
             if ref == len(self.pool):
                 self.pool.append(plain)
             seen[id(tensor)] = ref

@@ -56,7 +56,7 @@ def _readable(n: int) -> str:
     return f"{n} B"
 
 
-class TensorBytes(TorchDispatchMode):
+class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of the tensors that are made or used within, while they live.
 
     Parameters
@@ -77,7 +77,7 @@ class TensorBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -231,7 +231,7 @@ def prefetched(
         for samples in order:
             yield samples, load(samples)
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))  # which may still write what is read
     waiting: tuple[Sequence[int], _T, torch.cuda.Event] | None = None
     for samples in order:

@@ -476,7 +476,7 @@ class _Peak:
 
     def __enter__(self) -> _Peak:
         if self._counted is not None:
-            self._counted.__enter__()
+            self._counted.__enter__()  # type: ignore[no-untyped-call]
         elif self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
@@ -484,7 +484,7 @@ class _Peak:
 
     def __exit__(self, *error: Any) -> None:
         if self._counted is not None:
-            self._counted.__exit__(*error)
+            self._counted.__exit__(*error)  # type: ignore[no-untyped-call]
             self.bytes = self._counted.peak
         elif self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before

@@ -234,7 +234,7 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
 def one_by_one(block: nn.Module) -> None:
     """Let the experts of a block run one after the other, as plain products."""
     for module in block.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation_internal", None) is not None:
             config._experts_implementation_internal = "eager"
 
