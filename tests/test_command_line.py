@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from conftest import bits
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,6 +31,7 @@ from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.command_line.pruning import METHODS
 from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
 
+ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
 SHORT = ["--samples", "4", "--length", "32"]
 
@@ -529,6 +531,16 @@ def test_help_is_quick_and_names_all_commands() -> None:
     )
     assert result.stdout.rstrip().endswith("[]")
     assert all(name in result.stdout for name in ("inspect", "perplexity", "prune", "demo"))
+
+
+def test_documented_commands_are_understood() -> None:
+    pages = [ROOT / "docs" / "transformers.md", ROOT / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("safe-core ")]
+    assert {command[0] for command in commands} == {"prune", "perplexity", "inspect"}
+    known = typer.main.get_command(app).commands
+    for name, *arguments in commands:
+        known[name].make_context(name, arguments)  # fails for what it does not know
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import safe_core
 import safe_core.adapters
+import safe_core.adapters.command_line
 import safe_core.backends
 import safe_core.solvers
 import safe_core.splitting
@@ -24,7 +25,13 @@ def modules(package: object) -> list[str]:
     ]
 
 
-PACKAGES = (safe_core, safe_core.backends, safe_core.adapters, safe_core.solvers)
+PACKAGES = (
+    safe_core,
+    safe_core.backends,
+    safe_core.adapters,
+    safe_core.adapters.command_line,
+    safe_core.solvers,
+)
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.adapters",
@@ -35,6 +42,8 @@ WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.arguments",
     "safe_core.scores",
     "safe_core.solvers.problem",
+    "safe_core.adapters.command_line",
+    "safe_core.adapters.command_line.app",
     "safe_core.adapters.torch_compiled",
     "safe_core.adapters.torch_lists",
     "safe_core.adapters.torch_report",

@@ -29,6 +29,7 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
         "safe_core/solvers": "solvers/",
         "backends": "backends/",
         "adapters": "adapters/",
+        "adapters/command_line": "adapters/command_line/",
     }
     expected = {
         f"safe_core/{prefix}{file.name}"
