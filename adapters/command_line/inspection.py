@@ -149,11 +149,13 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     --------
     >>> import tempfile
     >>> import numpy as np
+    >>> import safe_core
     >>> from safetensors.numpy import save_file
     >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-    >>> save_file({"w": np.tile(np.asarray([0, 1, 2, 0], "f2"), (8, 4))}, file)
+    >>> weight = np.random.default_rng(0).normal(size=(16, 32))
+    >>> save_file({"w": safe_core.project(weight, "2:4").values}, file)
     >>> inspect_checkpoint(file).tensors[0].analysis.pattern
-    '1:2'
+    '2:4'
     """
     files = weight_files(Path(path))
     tensors = [_figures(tensor) for file in files for tensor in read_tensors(file)]
