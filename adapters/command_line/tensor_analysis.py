@@ -7,14 +7,16 @@ any floating type, bfloat16 and 8 bits too, are analysed as unsigned integers of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GroupPattern", "TensorAnalysis", "analyse", "find_groups", "magnitude_bits"]
+__all__ = ["GroupPattern", "GroupSearch", "TensorAnalysis", "analyse", "magnitude_bits"]
 
-_GROUP_SIZES = (2, 4, 8, 16, 32)
+_SIZES = (2, 4, 8, 16, 32)
+_SLAB = 2**20  # entries
 _FULL = 0.9  # the share of groups that hold N, for a pattern to be more than chance
 
 
@@ -96,8 +98,8 @@ def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
     return np.bitwise_and(bits, np.asarray(2 ** (8 * bits.dtype.itemsize - 1) - 1, bits.dtype))
 
 
-def find_groups(nonzero: NDArray[np.bool_]) -> GroupPattern | None:
-    """Find the N:M pattern that an array follows, or None.
+class GroupSearch:
+    """Find the N:M pattern that an array follows, slab by slab along its first axis.
 
     For M = 2, 4, ..., 32 that divides an axis, N is the most that a group holds. It is no
     pattern if N = M, or if fewer than nine tenths of the groups hold N, rows of zeros aside: in
@@ -106,41 +108,82 @@ def find_groups(nonzero: NDArray[np.bool_]) -> GroupPattern | None:
 
     Parameters
     ----------
-    nonzero : bool array
-        Of two or more axes; the last axis, which is the input axis of a torch weight, is
-        tried first, then the others from the second last to the first.
+    shape : tuple of int
+        Of the whole array.
 
     Examples
     --------
-    >>> find_groups(np.asarray([[1, 1, 0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 0, 1, 0]], bool))
+    >>> search = GroupSearch((2, 8))
+    >>> search.add(np.asarray([[1, 1, 0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 0, 1, 0]], bool))
+    >>> search.found()
     GroupPattern(n=2, m=4, axis=1)
-    >>> find_groups(np.ones((4, 4), bool)) is None
-    True
     """
-    if nonzero.ndim < 2 or not nonzero.any():
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        # The last axis, the input axis of a torch weight, goes first.
+        self._axes = list(reversed(range(len(shape)))) if len(shape) > 1 else []
+        self._most = {
+            (axis, m): _Extreme(max) for axis in self._axes for m in _SIZES if shape[axis] % m == 0
+        }
+        self._rows = dict.fromkeys(self._axes, 0)  # lines along an axis that are not zero
+        self._columns = np.zeros(shape[1:], bool)
+
+    def add(self, nonzero: NDArray[np.bool_]) -> None:
+        """Take in the next slab; all but the last have a multiple of 32 rows."""
+        for axis in self._axes:
+            if not any((axis, m) in self._most for m in _SIZES):
+                continue
+            if axis:
+                self._rows[axis] += int(np.count_nonzero(nonzero.any(axis=axis)))
+            else:
+                self._columns |= nonzero.any(axis=0)
+            counts = np.moveaxis(nonzero, axis, -1).view(np.uint8)
+            for m in _SIZES:
+                if counts.shape[-1] % 2:
+                    break
+                counts = counts[..., 0::2] + counts[..., 1::2]
+                self._count(axis, m, counts)
+
+    def _count(self, axis: int, m: int, counts: NDArray[Any]) -> None:
+        most = self._most.get((axis, m))
+        if most is not None:
+            most.add(counts)
+            if most.value == m:
+                del self._most[axis, m]
+
+    def found(self) -> GroupPattern | None:
+        """Return the pattern of all slabs, or None."""
+        for axis in self._axes:
+            rows = self._rows[axis] if axis else int(np.count_nonzero(self._columns))
+            patterns = [
+                (most.value / m, GroupPattern(most.value, m, axis))
+                for (a, m), most in self._most.items()
+                if a == axis
+                and most.value
+                and most.times >= _FULL * rows * (self._shape[axis] // m)
+            ]
+            if patterns:
+                return min(patterns)[1]
         return None
-    for axis in reversed(range(nonzero.ndim)):
-        found = []
-        for m in _GROUP_SIZES:
-            n = _most_in_group(np.moveaxis(nonzero, axis, -1), m)
-            if n is not None:
-                found.append((n / m, GroupPattern(n, m, axis)))
-        if found:
-            return min(found)[1]
-    return None
 
 
-def _most_in_group(nonzero: NDArray[np.bool_], m: int) -> int | None:
-    """N of N:M along the last axis, None where that is no pattern."""
-    size = nonzero.shape[-1]
-    if size % m:
-        return None
-    counts = np.zeros((*nonzero.shape[:-1], size // m), np.uint8)
-    for j in range(m):
-        counts += nonzero[..., j::m]
-    n = int(counts.max())
-    groups = size // m * int(np.count_nonzero(counts.any(axis=-1)))
-    return n if n < m and np.count_nonzero(counts == n) >= _FULL * groups else None
+class _Extreme:
+    """The smallest or largest of many numbers, and how many times it occurs."""
+
+    def __init__(self, choose: Callable[[int, int], int]) -> None:
+        self._choose = choose
+        self.value: int | None = None
+        self.times = 0
+
+    def add(self, numbers: NDArray[Any]) -> None:
+        if not numbers.size:
+            return
+        value = int(numbers.max() if self._choose is max else numbers.min())
+        if self.value is None or self._choose(value, self.value) != self.value:
+            self.value, self.times = value, 0
+        if value == self.value:
+            self.times += int(np.count_nonzero(numbers == value))
 
 
 def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnalysis:
@@ -159,7 +202,7 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
 
     Notes
     -----
-    Takes the memory of one copy of the array and two bytes for each entry.
+    Goes through the array once, in slabs of rows of about a million entries.
 
     Examples
     --------
@@ -173,55 +216,65 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
         floating = array.dtype.kind not in "biu"
         if floating:
             array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
-    nonzero = magnitude_bits(array) if floating else array
-    nonzero, ties = nonzero != 0, _ties(nonzero) if floating else 0
-    entries, kept = nonzero.size, int(np.count_nonzero(nonzero))
-    rows, columns = (_empty_slices(nonzero, axis) for axis in (0, 1))
-    groups = find_groups(nonzero) if 0 < kept < entries else None
+    shape = array.shape
+    groups, ties = GroupSearch(shape), _Extreme(min)
+    kept, rows, columns = 0, 0, np.zeros(shape[1:2], bool)
+    for slab in _slabs(array.reshape(1) if array.ndim == 0 else array):
+        numbers = magnitude_bits(slab) if floating else slab
+        nonzero = numbers != 0
+        if floating:
+            numbers -= np.asarray(1, numbers.dtype)  # 0 becomes the largest
+            ties.add(numbers)
+        kept += int(np.count_nonzero(nonzero))
+        groups.add(nonzero)
+        if array.ndim > 1:
+            rows += int(np.count_nonzero(nonzero.any(axis=tuple(range(1, array.ndim)))))
+            columns |= nonzero.any(axis=(0, *range(2, array.ndim)))
+    empty = (0, 0)
+    if array.ndim > 1 and array.size:
+        empty = shape[0] - rows, len(columns) - int(np.count_nonzero(columns))
+    return _described(array, kept, empty, groups.found(), ties.times if floating and kept else 0)
+
+
+def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    per_row = max(1, math.prod(array.shape[1:]))
+    rows = max(1, _SLAB // per_row // _SIZES[-1]) * _SIZES[-1]
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
+
+
+def _described(
+    array: NDArray[Any],
+    kept: int,
+    empty: tuple[int, int],
+    groups: GroupPattern | None,
+    ties: int,
+) -> TensorAnalysis:
+    shape, entries = array.shape, array.size
+    if kept == entries:
+        pattern = "dense"
+    elif not kept:
+        pattern = "all zero"
+    elif array.ndim > 1 and kept == math.prod(
+        [shape[0] - empty[0], shape[1] - empty[1], *shape[2:]]
+    ):
+        pattern = "channels"
+    else:
+        pattern = str(groups) if groups else "unstructured"
+    size = array.dtype.itemsize
+    if groups is not None and pattern == str(groups):
+        places = entries // groups.m * groups.n
+        axis, bits = groups.axis, places * (groups.m - 1).bit_length()
+    else:
+        places, axis, bits = kept, None, entries
+    stored = places * size + math.ceil(bits / 8)
     return TensorAnalysis(
         entries,
         entries - kept,
-        _pattern(nonzero.shape, kept, rows, columns, groups),
-        groups.axis if groups else None,
-        rows,
-        columns,
+        pattern,
+        axis,
+        *empty,
         ties,
         array.nbytes,
-        min(array.nbytes, _compressed(entries, kept, array.dtype.itemsize, groups)),
+        min(array.nbytes, stored),
     )
-
-
-def _ties(magnitudes: NDArray[Any]) -> int:
-    """How many entries have the smallest magnitude that is not zero."""
-    below = magnitudes - np.asarray(1, magnitudes.dtype)  # 0 becomes the largest
-    smallest = below.min() if below.size else None
-    none = smallest is None or smallest == np.iinfo(below.dtype).max
-    return 0 if none else int(np.count_nonzero(below == smallest))
-
-
-def _empty_slices(nonzero: NDArray[np.bool_], axis: int) -> int:
-    if nonzero.ndim < 2 or not nonzero.size:
-        return 0
-    others = tuple(a for a in range(nonzero.ndim) if a != axis)
-    return int(np.count_nonzero(~nonzero.any(axis=others)))
-
-
-def _pattern(
-    shape: tuple[int, ...], kept: int, rows: int, columns: int, groups: GroupPattern | None
-) -> str:
-    entries = math.prod(shape)
-    if kept == entries:
-        return "dense"
-    if not kept:
-        return "all zero"
-    if len(shape) > 1 and kept == (shape[0] - rows) * (shape[1] - columns) * math.prod(shape[2:]):
-        return "channels"
-    return str(groups) if groups else "unstructured"
-
-
-def _compressed(entries: int, kept: int, itemsize: int, groups: GroupPattern | None) -> int:
-    if groups is None:
-        return kept * itemsize + math.ceil(entries / 8)
-    places = entries // groups.m * groups.n
-    bits = places * (groups.m - 1).bit_length()
-    return places * itemsize + math.ceil(bits / 8)
