@@ -229,14 +229,30 @@ def test_shards_and_files_of_torch_agree(tmp_path: Path) -> None:
         assert tensor.dtype == "bfloat16"
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    x = np.random.default_rng(0).standard_normal((512, 2048)).astype("f4")
-    save_file({str(i): x for i in range(6)}, tmp_path / "model.safetensors")
+def test_memory_does_not_grow_with_tensors(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((4096, 2048), dtype="f4")
+    save_file({"a": x, "b": x}, tmp_path / "model.safetensors")
     tracemalloc.start()
     inspect_checkpoint(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 3 * x.nbytes
+    assert peak < x.nbytes / 2
+
+
+def test_slabs_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x = grouped(rng, (96, 70 * 4), 2, 4)
+    dead = np.where(np.arange(96)[:, None] < 40, 0, x)
+    arrays = [x, x.T, dead, dead.T, np.where(x > 1, 0, x), x.reshape(96, 70, 4), x[:, :0]]
+    arrays += [
+        np.where(np.arange(96)[:, None] % 2, np.ones((96, 3)), 0),
+        np.zeros((80, 2)),
+        x[:, 0],
+    ]
+    whole = [analyse(a) for a in arrays]
+    assert [a.pattern for a in whole[:4]] == ["2:4"] * 4
+    monkeypatch.setattr("safe_core.adapters.command_line.tensor_analysis._SLAB", 1)
+    assert [analyse(a) for a in arrays] == whole
 
 
 class _Malicious:
@@ -332,6 +348,13 @@ def test_overlapping_windows_score_each_token_once(folder: Path, stride: int) ->
     assert found.unused == 0
 
 
+def lambda_module(value: float) -> torch.nn.Module:
+    """A model with the same logit everywhere."""
+    module = torch.nn.Module()
+    module.forward = lambda ids: torch.full((*ids.shape, 9), value)
+    return module
+
+
 def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> None:
     def measure(*more: object, model: Path = folder, file: Path = text) -> str:
         return refused("perplexity", model, "--text", file, "--device", "cpu", *more)
@@ -349,6 +372,11 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     short.write_bytes(b"\xff\xfe")
     assert "UTF-8" in measure(file=short)
     assert "must exist" in measure(file=text.with_name("nowhere"))
+    with pytest.raises(ValueError, match="finite log likelihoods"):
+        perplexity(lambda_module(math.nan), torch.arange(9), 3)
+    small = transformers.LlamaForCausalLM(config())
+    with pytest.raises(ValueError, match="tokenizer is that of another model"):
+        perplexity(small, torch.arange(250, 260), 3)
     with pytest.raises(TypeError, match="tokens must be an integer tensor"):
         perplexity_module.perplexity(torch.nn.Linear(1, 1), torch.zeros(9))
 
@@ -461,6 +489,12 @@ def test_prune_refuses_before_it_begins(
     assert "at least 35 tokens" in message(*SHORT, file=empty)
     assert "at most the model's 64 positions" in message("--samples", 2, "--length", 128)
     assert "work_dir must name a folder" in message(*SHORT, "--offload", "disk")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "config.json").write_text('{"model_type": "unheard-of"}')
+    assert "could not be loaded" in message(*SHORT, model=broken)
     assert not out.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: Free)
     assert "out must have room for" in message(*SHORT)
@@ -544,5 +578,18 @@ def test_documented_commands_are_understood() -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("safe_core.adapters.command_line.app.find_spec", lambda name: None)
-    assert "needs rich, torch: pip install" in refused("inspect", tmp_path)
+    torch.save({}, tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    message = "this command needs torch: pip install"
+    assert message in refused("inspect", tmp_path / "model.pt")
+
+
+def test_a_full_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("safe_core.adapters.command_line.inspection.inspect_checkpoint", fail)
+    error: RuntimeError = torch.OutOfMemoryError("no memory")
+    assert "no memory\nTry a smaller --batch-size" in refused("inspect", tmp_path)
+    error = RuntimeError("a fault of the program")
+    assert run("inspect", tmp_path).exception is error

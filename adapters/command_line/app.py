@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +73,6 @@ def inspect(
     Zeros are counted exactly, and patterns hold exactly. Ties are entries of the smallest
     magnitude above zero.
     """
-    _require("rich", *(() if _is_safetensors(path) else ("torch",)))
     with _clear_errors():
         from .inspection import inspect_checkpoint
 
@@ -103,7 +101,6 @@ def perplexity(
     The text is cut into windows without overlap, as papers on pruning do it; with a smaller
     stride each window scores only its new tokens.
     """
-    _require("torch", "transformers", "rich")
     with _clear_errors():
         from .model_folder import chosen_device, load_model, load_tokenizer
         from .perplexity import check_length, perplexity, text_tokens
@@ -169,7 +166,6 @@ def prune(
     loads as the old one does. Without training, alps is the most accurate and magnitude the
     fastest; safe+ trains each block.
     """
-    _require("torch", "transformers", "rich")
     with _clear_errors():
         from .progress_bar import pruning_bar
         from .pruning import PruningJob, prune_folder
@@ -205,10 +201,6 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _is_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors" or any(path.glob("*.safetensors"))
-
-
 def _print(thing: object) -> None:
     from rich.console import Console
 
@@ -223,9 +215,17 @@ def _clear_errors() -> Iterator[None]:
     """Show what was wrong with the input as a message, not as a traceback."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"safe-core: this command needs {error.name}: {_INSTALL}", err=True)
+        raise typer.Exit(1) from None
     except (ValueError, TypeError, OSError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         typer.echo(f"safe-core: {error}{notes}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported
+            raise
+        typer.echo(f"safe-core: {error}\nTry a smaller --batch-size.", err=True)
         raise typer.Exit(1) from None
 
 
@@ -235,13 +235,6 @@ def _quiet() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        typer.echo(f"safe-core: this command needs {', '.join(missing)}: {_INSTALL}", err=True)
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

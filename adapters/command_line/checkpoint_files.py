@@ -156,9 +156,9 @@ def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
             raise ValueError(f"{file} must be a whole safetensors file, got {name} cut off")
         array = None
         if kind is not None:
-            array = np.zeros(shape, kind)
-            if nbytes:
-                array = np.memmap(file, kind, "r", offset=8 + length + start, shape=tuple(shape))
+            place = 8 + length + start
+            empty = np.zeros(shape, kind) if not nbytes else None  # there is nothing to map
+            array = np.memmap(file, kind, "r", place, tuple(shape)) if empty is None else empty
         floating = dtype.startswith(("F", "BF"))
         yield StoredTensor(name, tuple(shape), dtype, nbytes, array, floating)
 

@@ -36,7 +36,7 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
         ("targets", job.targets),
         ("batch size", str(job.batch_size)),
         ("seed", str(job.seed)),
-        ("device", job.device),
+        ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
     calibration = [

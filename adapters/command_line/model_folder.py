@@ -15,7 +15,13 @@ from torch import nn
 from .checkpoint_files import weight_files
 from .inspection import readable_bytes
 
-__all__ = ["check_new_folder", "chosen_device", "load_model", "load_tokenizer", "written_at_once"]
+__all__ = [
+    "check_new_folder",
+    "chosen_device",
+    "load_model",
+    "load_tokenizer",
+    "written_at_once",
+]
 
 
 def chosen_device(device: str) -> torch.device:
@@ -106,13 +112,14 @@ def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **optio
         return auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the {what} in {folder} needs code of its own, which is not run unless you ask: "
                 "read that code, then give --trust-remote-code"
             ) from error
-        raise ValueError(f"the {what} in {folder} could not be loaded: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the {what} in {folder} could not be loaded: {reason}") from error
 
 
 def check_new_folder(folder: Path, source: Path) -> None:
@@ -127,15 +134,14 @@ def check_new_folder(folder: Path, source: Path) -> None:
 
     Examples
     --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
+    >>>     >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "model.safetensors").touch()
     >>> check_new_folder(folder / "pruned", folder)
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {folder}")
     parent = next(path for path in folder.absolute().parents if path.is_dir())
-    needed = sum(file.stat().st_size for file in source.iterdir() if file.is_file())
+    needed = sum(file.stat().st_size for file in weight_files(source))
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(
@@ -150,8 +156,7 @@ def written_at_once(folder: Path) -> Iterator[Path]:
 
     Examples
     --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp()) / "new"
+    >>>     >>> folder = Path(tempfile.mkdtemp()) / "new"
     >>> with written_at_once(folder) as draft:
     ...     _ = (draft / "a").write_text("")
     ...     folder.exists()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from safe_core import _checks
 
 from ..transformers_blocks import evaluated
+from ..transformers_calibration import check_tokens
 
 __all__ = ["Perplexity", "check_length", "perplexity", "read_text", "text_tokens"]
 
@@ -89,7 +90,8 @@ def perplexity(
     Raises
     ------
     TypeError, ValueError
-        If an argument is out of its range, or there are fewer tokens than ``length``.
+        If an argument is out of its range, there are fewer tokens than ``length``, one is
+        not of the model's vocabulary, or the model gives NaN or infinity.
 
     References
     ----------
@@ -119,6 +121,7 @@ def perplexity(
             f"tokens must be at least length={length} for one window, got {len(tokens)}: give a "
             "longer text or a smaller length"
         )
+    check_tokens(model, [{"input_ids": tokens}])
     windows = _windows(len(tokens), length, stride)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -135,6 +138,8 @@ def perplexity(
                 progress(done, len(windows))
     predictions = sum(w.scored for w in windows)
     loss = float(total) / predictions
+    if not math.isfinite(loss):
+        raise ValueError(f"model must give finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(value, loss, predictions, len(windows), unused)

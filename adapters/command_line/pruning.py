@@ -92,7 +92,8 @@ class PruningJob:
     samples, length, seed : int
         How many windows of the text, tokens in each, and what they are drawn by.
     epochs : int, optional
-        Of "safe" and "safe+"; 30 by default.
+        Of "safe" and "safe+"; 30 by default, the rate rising in the first two, or in half of
+        them if they are fewer than four.
     learning_rate : float, optional
         Of the same; 2e-4 by default.
     batch_size : int
@@ -167,7 +168,7 @@ class PruningJob:
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if self.epochs is not None:
-            changed["warmup_epochs"] = min(solver.warmup_epochs, self.epochs)
+            changed["warmup_epochs"] = min(solver.warmup_epochs, self.epochs // 2)
         return replace(solver, batch_size=self.batch_size, **changed)
 
 
@@ -187,12 +188,14 @@ class PruningResult(NamedTuple):
     Attributes
     ----------
     out : pathlib.Path
+    device : str
     report : PruningReport
     weights : list of WeightRow
         Zeros are counted in the weights that were saved.
     """
 
     out: Path
+    device: str
     report: PruningReport
     weights: list[WeightRow]
 
@@ -285,7 +288,7 @@ def prune_folder(
         f"memory beside the model: {plan.memory}"
     )
     report = plan.apply(progress)
-    result = PruningResult(target, report, _rows(model, report))
+    result = PruningResult(target, str(device), report, _rows(model, report))
     with written_at_once(target) as draft:
         model.save_pretrained(draft)  # type: ignore[operator]
         tokenizer.save_pretrained(draft)

@@ -48,7 +48,7 @@ class TensorAnalysis(NamedTuple):
         The narrowest that holds exactly; with its numbers for ``"N:M"``, such as ``"2:4"``.
         "channels" means that every zero is in a zero row or column.
     axis : int or None
-        Along which groups of N:M run.
+        Along which the groups of N:M run, where that is the pattern.
     zero_rows, zero_columns : int
         Slices along axis 0 and along axis 1 that are zero throughout; 0 for vectors.
     ties : int
