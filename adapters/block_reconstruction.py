@@ -102,6 +102,12 @@ class SafeReconstruction:
         falling = self.learning_rate * (steps - step) / max(1, steps - rising)
         return min(self.learning_rate, falling)
 
+    def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
+        if self.autocast is not None:
+            return self.autocast
+        return device.type == "cuda" and dtype.itemsize == 2
+
     def bound(self, sparsity: Pattern) -> Method:
         """The method under a sparsity."""
         if self.method is not None:

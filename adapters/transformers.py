@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from .transformers_blocks import evaluated, find_blocks, learn_structure
 from .transformers_calibration import calibration_batches, check_tokens, split_samples
 from .transformers_memory import MemoryEstimate
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
-from .transformers_run import Run, Settings, Task, predict_memory
+from .transformers_run import Run
 from .transformers_statistics import block_weights
+from .transformers_task import Settings, Task, predict_memory
 
 __all__ = [
     "BlockReport",
@@ -304,9 +306,9 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 
 def _pattern(sparsity: Any) -> Pattern:
-    if isinstance(sparsity, float | int) and not isinstance(sparsity, bool):
-        return Unstructured(sparsity, scope="tensor")
     pattern = as_pattern(sparsity)
+    if isinstance(pattern, Unstructured) and pattern is not sparsity:
+        return replace(pattern, scope="tensor")  # a number, which is that of each weight
     if getattr(pattern, "scope", None) == "global":
         raise ValueError(
             "sparsity must not compare entries of different weights, for blocks are pruned one "

@@ -16,42 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .transformers_resume import fingerprint
-
-__all__ = ["BlockCalls", "Structure", "evaluated", "find_blocks", "learn_structure", "record"]
-
-_HIDDEN = "hidden states"
+__all__ = [
+    "Call",
+    "Structure",
+    "evaluated",
+    "find_blocks",
+    "handing_on",
+    "learn_structure",
+    "really",
+    "run_around",
+]
 
 
 class _Done(BaseException):
     """The last block was called: what the model does after it is not needed."""
 
 
-class _Shared(NamedTuple):
-    """A tensor of the pool that does not grow with the batch."""
-
-    ref: int
-
-
-class _Own(NamedTuple):
-    """A tensor that every sample brings, joined along ``axis`` in a batch."""
-
-    axis: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of one call, flat."""
 
     leaves: list[Any]
-    spec: TreeSpec
-
-
-class _Template(NamedTuple):
-    """The arguments of one call with places in the place of tensors."""
-
-    leaves: tuple[Any, ...]
     spec: TreeSpec
 
 
@@ -178,17 +162,17 @@ def _answered_by(
                 block.__dict__["forward"] = forward
 
 
-def _run(
+def run_around(
     model: nn.Module,
     name: str,
     blocks: Sequence[nn.Module],
     sample: Mapping[str | None, Any],
-    answer: Callable[[int, Callable[..., Any], _Call], Any],
+    answer: Callable[[int, Callable[..., Any], Call], Any],
     *,
     whole: bool = False,
-) -> list[_Call]:
+) -> list[Call]:
     """Run a model up to its last block, or to its end; the calls of its blocks in order."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if i != len(calls):
@@ -196,7 +180,7 @@ def _run(
                 f"blocks must be called once each and in order, {name}.{i} was called as number "
                 f"{len(calls)}"
             )
-        call = _Call(*tree_flatten((args, kwargs)))
+        call = Call(*tree_flatten((args, kwargs)))
         calls.append(call)
         if i + 1 == len(blocks) and not whole:
             raise _Done
@@ -214,7 +198,7 @@ def _run(
     return calls
 
 
-def _real(i: int, forward: Callable[..., Any], call: _Call) -> Any:
+def really(i: int, forward: Callable[..., Any], call: Call) -> Any:
     args, kwargs = tree_unflatten(call.leaves, call.spec)
     return forward(*args, **kwargs)
 
@@ -241,13 +225,13 @@ def learn_structure(
     """
     outputs: dict[type, tuple[list[Any], TreeSpec, int]] = {}
 
-    def passing(change: float) -> tuple[list[_Call], list[Tensor]]:
+    def passing(change: float) -> tuple[list[Call], list[Tensor]]:
         given: list[Tensor] = []
 
-        def answer(i: int, forward: Callable[..., Any], call: _Call) -> Any:
+        def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
             kind = type(blocks[i])
             if kind not in outputs:
-                leaves, spec = tree_flatten(_real(i, forward, call))
+                leaves, spec = tree_flatten(really(i, forward, call))
                 outputs[kind] = leaves, spec, _first_tensor(leaves)
             leaves, spec, place = outputs[kind]
             answers = [
@@ -257,7 +241,7 @@ def learn_structure(
             given.append(answers[place])
             return tree_unflatten(answers, spec)
 
-        return _run(model, name, blocks, sample, answer, whole=True), given
+        return run_around(model, name, blocks, sample, answer, whole=True), given
 
     first, given = passing(1.0)
     copies = [tensor.clone() for tensor in given]
@@ -271,9 +255,9 @@ def learn_structure(
     )
     doubled = {key: _twice(value) for key, value in sample.items()}
     pairs = (
-        _run(model, name, blocks, doubled, _real)
+        run_around(model, name, blocks, doubled, really)
         if dependent
-        else _run(model, name, blocks, doubled, _handing_on(blocks, hidden, outputs))
+        else run_around(model, name, blocks, doubled, handing_on(blocks, hidden, outputs))
     )
     axes = tuple(_batch_axes(one, two) for one, two in zip(first, pairs, strict=True))
     for i, (found, place) in enumerate(zip(axes, hidden, strict=True)):
@@ -283,7 +267,7 @@ def learn_structure(
 
 
 def _follow(
-    name: str, calls: Sequence[_Call], given: Sequence[Tensor], copies: Sequence[Tensor]
+    name: str, calls: Sequence[Call], given: Sequence[Tensor], copies: Sequence[Tensor]
 ) -> tuple[int, ...]:
     """Of each call, the leaf that is what the block before has returned."""
     hidden = []
@@ -307,12 +291,12 @@ def _follow(
     return (first, *hidden)
 
 
-def _handing_on(
+def handing_on(
     blocks: Sequence[nn.Module],
     hidden: Sequence[int],
     outputs: Mapping[type, tuple[list[Any], TreeSpec, int]],
-) -> Callable[[int, Callable[..., Any], _Call], Any]:
-    def answer(i: int, forward: Callable[..., Any], call: _Call) -> Any:
+) -> Callable[[int, Callable[..., Any], Call], Any]:
+    def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
         leaves, spec, place = outputs[type(blocks[i])]
         answers = list(leaves)
         answers[place] = call.leaves[hidden[i]]
@@ -331,136 +315,9 @@ def _twice(value: Any) -> Any:
     return torch.cat([value, value]) if torch.is_tensor(value) and value.ndim else value
 
 
-def _batch_axes(one: _Call, two: _Call) -> dict[int, int]:
+def _batch_axes(one: Call, two: Call) -> dict[int, int]:
     axes = {}
     for i, (a, b) in enumerate(zip(one.leaves, two.leaves, strict=True)):
         if torch.is_tensor(a) and a.shape != b.shape:
             axes[i] = next(k for k in range(a.ndim) if a.shape[k] != b.shape[k])
     return axes
-
-
-class BlockCalls:
-    """What every block is called with, sample by sample; equal tensors are kept once.
-
-    Attributes
-    ----------
-    pool : list of tensors
-        On the CPU.
-    groups : list of lists of int
-        Samples that may be joined in a batch: same shapes, same shared tensors.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        self.structure = structure
-        self.pool: list[Tensor] = []
-        self.groups: list[list[int]] = []
-        self._digests: dict[str, int] = {}
-        self._templates: list[_Template] = []
-        self._of: list[list[tuple[int, dict[int, int]]]] = []  # [sample][block]
-        self._keys: dict[Any, int] = {}
-        self._placed: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def add(self, calls: Sequence[_Call]) -> None:
-        """Take in the calls of one more sample."""
-        seen: dict[int, int] = {}
-        entry = [self._entry(i, call, seen) for i, call in enumerate(calls)]
-        hidden = calls[0].leaves[self.structure.hidden[0]]
-        key = (tuple(hidden.shape), tuple(number for number, _ in entry))
-        if key not in self._keys:
-            self._keys[key] = len(self.groups)
-            self.groups.append([])
-        self.groups[self._keys[key]].append(len(self._of))
-        self._of.append(entry)
-
-    def _entry(self, i: int, call: _Call, seen: dict[int, int]) -> tuple[int, dict[int, int]]:
-        own: dict[int, int] = {}
-        leaves: list[Any] = []
-        for j, leaf in enumerate(call.leaves):
-            if j == self.structure.hidden[i]:
-                leaves.append(_HIDDEN)
-            elif not torch.is_tensor(leaf):
-                if hasattr(leaf, "get_seq_length"):
-                    raise TypeError(f"model must run without a cache, got {type(leaf)!r}")
-                leaves.append(leaf)
-            else:
-                ref = self._keep(leaf, seen)
-                axis = self.structure.axes[i].get(j)
-                if axis is None:
-                    leaves.append(_Shared(ref))
-                else:
-                    own[j] = ref
-                    leaves.append(_Own(axis, tuple(leaf.shape), leaf.dtype))
-        template = _Template(tuple(leaves), call.spec)
-        if template not in self._templates:
-            self._templates.append(template)
-        return self._templates.index(template), own
-
-    def _keep(self, tensor: Tensor, seen: dict[int, int]) -> int:
-        """The place of a tensor in the pool, where it may be already."""
-        if id(tensor) not in seen:
-            plain = tensor.detach().to("cpu", copy=True).contiguous()
-            ref = self._digests.setdefault(fingerprint([plain]), len(self.pool))
-            if ref == len(self.pool):
-                self.pool.append(plain)
-            seen[id(tensor)] = ref
-        return seen[id(tensor)]
-
-    def arguments(
-        self, i: int, samples: Sequence[int], hidden: Tensor, cast: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of block i for a batch of samples of one group.
-
-        Floating tensors of the first dtype of ``cast`` are cast to the second.
-        """
-        template = self._templates[self._of[samples[0]][i][0]]
-        leaves = list(template.leaves)
-        for j, leaf in enumerate(leaves):
-            if isinstance(leaf, str) and leaf is _HIDDEN:
-                leaves[j] = hidden
-            elif isinstance(leaf, _Shared):
-                leaves[j] = self._on(hidden.device, leaf.ref, cast)
-            elif isinstance(leaf, _Own):
-                refs = [self._of[s][i][1][j] for s in samples]
-                parts = [self._cast(self.pool[ref], cast) for ref in refs]
-                joined = torch.cat(parts, dim=leaf.axis) if len(parts) > 1 else parts[0]
-                leaves[j] = joined.to(hidden.device, non_blocking=True)
-        args, kwargs = tree_unflatten(leaves, template.spec)
-        return args, kwargs
-
-    def _on(self, device: torch.device, ref: int, cast: tuple[torch.dtype, torch.dtype]) -> Tensor:
-        key = ref, cast[1]
-        if key not in self._placed:
-            self._placed[key] = self._cast(self.pool[ref], cast).to(device)
-        return self._placed[key]
-
-    @staticmethod
-    def _cast(tensor: Tensor, cast: tuple[torch.dtype, torch.dtype]) -> Tensor:
-        return tensor.to(cast[1]) if tensor.dtype == cast[0] else tensor
-
-    def forget_placed(self) -> None:
-        """Drop the copies of shared tensors on the device."""
-        self._placed.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return sum(tensor.nbytes for tensor in self.pool)
-
-
-def record(
-    model: nn.Module,
-    name: str,
-    blocks: Sequence[nn.Module],
-    samples: Sequence[Mapping[str | None, Any]],
-    structure: Structure,
-    take: Callable[[int, Tensor], None],
-) -> BlockCalls:
-    """Record what every block is called with; ``take(i, hidden)`` gets what the first receives."""
-    calls = BlockCalls(structure)
-    _, _, outputs, dependent = structure
-    answer = _real if dependent else _handing_on(blocks, structure.hidden, outputs)
-    for i, sample in enumerate(samples):
-        found = _run(model, name, blocks, sample, answer)
-        calls.add(found)
-        take(i, found[0].leaves[structure.hidden[0]])
-    return calls

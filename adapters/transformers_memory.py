@@ -1,15 +1,12 @@
-"""Where the activations of a calibration set lie, and how much memory pruning takes."""
+"""How much memory pruning takes: counted as it runs, and predicted before."""
 
 from __future__ import annotations
 
 import copy
-import math
-import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from safe_core.layout import Layout
 
-__all__ = ["Activations", "MemoryEstimate", "TensorBytes", "forward_backward_bytes", "prefetched"]
-
-_T = TypeVar("_T")
+__all__ = ["BlockSize", "MemoryEstimate", "TensorBytes", "forward_backward_bytes", "hollow"]
 
 
 class MemoryEstimate(NamedTuple):
@@ -110,149 +105,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, (list, tuple)):
         for value in tree:
             yield from _tensors(value)
-
-
-class Activations:
-    """The hidden states of every sample, on the device, on the CPU or in a file.
-
-    On the CPU they are pinned for a GPU. Files are given their size at once, so that a full
-    disk is an error here and not a fault later.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where `take` brings them.
-    offload : {"cpu", "disk", None}
-    folder : pathlib.Path, optional
-        For ``"disk"``.
-    name : str
-
-    Examples
-    --------
-    >>> held = Activations(torch.device("cpu"), "cpu")
-    >>> held.expect([0, 1, 2], torch.zeros(1, 2))
-    >>> held.put([2, 0], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    >>> held.take([0, 2])
-    tensor([[3., 4.],
-            [1., 2.]])
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        offload: str | None,
-        folder: Path | None = None,
-        name: str = "activations",
-    ) -> None:
-        self.device = device
-        self._offload, self._folder, self._name = offload, folder, name
-        self._places: dict[int, tuple[Tensor, int]] = {}  # the buffer of a sample and its row
-        self._buffers: list[tuple[list[int], Tensor]] = []
-        self._files: list[Path] = []
-
-    def expect(self, samples: Sequence[int], like: Tensor) -> None:
-        """Make room for samples whose hidden states are like those of the first."""
-        shape, dtype = (len(samples), *like.shape), like.dtype
-        if self._offload is None:
-            buffer = torch.empty(shape, dtype=dtype, device=self.device)
-        elif self._offload == "cpu" or self._folder is None:
-            buffer = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        else:
-            buffer = self._in_file(self._folder, shape, dtype)
-        self._buffers.append((list(samples), buffer))
-        self._places |= {sample: (buffer, row) for row, sample in enumerate(samples)}
-
-    def _in_file(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        path, size = folder / f"{self._name}-{len(self._files)}.bin", math.prod(shape)
-        self._files.append(path)
-        try:
-            with open(path, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, size * dtype.itemsize))
-        except OSError as error:
-            self.close()
-            raise OSError(
-                error.errno,
-                f"work_dir must have room for {size * dtype.itemsize} bytes of activations, got "
-                f"{error.strerror} for {path}",
-            ) from error
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
-
-    def alike(self, name: str) -> Activations:
-        """Make room for as many hidden states of the same shapes."""
-        other = Activations(self.device, self._offload, self._folder, name)
-        for samples, buffer in self._buffers:
-            other.expect(samples, buffer[0])
-        return other
-
-    def put(self, samples: Sequence[int], batch: Tensor) -> None:
-        """Keep the hidden states of samples, joined along the first axis."""
-        for sample, part in zip(samples, batch.detach().chunk(len(samples)), strict=True):
-            buffer, row = self._places[sample]
-            buffer[row].copy_(part, non_blocking=True)
-
-    def take(self, samples: Sequence[int]) -> Tensor:
-        """Bring the hidden states of samples of one shape to the device, joined."""
-        like = self._places[samples[0]][0]
-        joined = torch.empty(
-            (len(samples) * like.shape[1], *like.shape[2:]), dtype=like.dtype, device=self.device
-        )
-        for sample, part in zip(samples, joined.chunk(len(samples)), strict=True):
-            buffer, row = self._places[sample]
-            kept = buffer[row]
-            if self.device.type == "cuda" and not kept.is_cuda and not kept.is_pinned():
-                kept = kept.pin_memory()
-            part.copy_(kept, non_blocking=True)
-        return joined
-
-    def copy_from(self, other: Activations) -> None:
-        """Take over the hidden states of activations of the same shapes."""
-        for (_, mine), (_, theirs) in zip(self._buffers, other._buffers, strict=True):
-            mine.copy_(theirs)
-
-    def close(self) -> None:
-        """Free the memory and remove the files."""
-        self._places.clear()
-        self._buffers.clear()
-        for path in self._files:
-            path.unlink(missing_ok=True)
-
-
-def prefetched(
-    order: Iterable[Sequence[int]], load: Callable[[Sequence[int]], _T], device: torch.device
-) -> Iterator[tuple[Sequence[int], _T]]:
-    """Yield ``(samples, load(samples))``; on a GPU the next is copied during the present one.
-
-    Examples
-    --------
-    >>> list(prefetched([[0], [1]], lambda samples: samples[0] + 1, torch.device("cpu")))
-    [([0], 1), ([1], 2)]
-    """
-    if device.type != "cuda":
-        for samples in order:
-            yield samples, load(samples)
-        return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))  # which may still write what is read
-    waiting: tuple[Sequence[int], _T, torch.cuda.Event] | None = None
-    for samples in order:
-        with torch.cuda.stream(stream):
-            loaded = load(samples)
-            event = stream.record_event()
-        if waiting is not None:
-            yield _arrived(*waiting)
-        waiting = samples, loaded, event
-    if waiting is not None:
-        yield _arrived(*waiting)
-
-
-def _arrived(
-    samples: Sequence[int], loaded: _T, event: torch.cuda.Event
-) -> tuple[Sequence[int], _T]:
-    current = torch.cuda.current_stream()  # that of the device: see `Run.run`
-    current.wait_event(event)
-    for tensor in _tensors(loaded):
-        tensor.record_stream(current)
-    return samples, loaded
 
 
 def hollow(block: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:

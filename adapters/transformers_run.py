@@ -6,31 +6,20 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._pytree import tree_map_only
 
 from safe_core.layout import Layout
-from safe_core.sparsity import Pattern
 
 from .block_reconstruction import SafeReconstruction
-from .torch_groups import described
-from .transformers_blocks import BlockCalls, Structure, evaluated, record
-from .transformers_memory import (
-    Activations,
-    BlockSize,
-    MemoryEstimate,
-    TensorBytes,
-    forward_backward_bytes,
-    hollow,
-    prefetched,
-)
+from .transformers_activations import Activations, prefetched
+from .transformers_blocks import evaluated
+from .transformers_calls import BlockCalls, record
+from .transformers_memory import MemoryEstimate, TensorBytes, hollow
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
-from .transformers_resume import WorkFolder, fingerprint, sample_of
+from .transformers_resume import WorkFolder, sample_of
 from .transformers_statistics import (
     InputStatistics,
     each_slice,
@@ -38,69 +27,9 @@ from .transformers_statistics import (
     one_by_one,
     usable_gram,
 )
+from .transformers_task import NO_CAST, Task, own_dtype
 
-__all__ = ["Run", "Settings", "Task", "predict_memory"]
-
-_NO_CAST = (torch.float32, torch.float32)
-
-
-class Settings(NamedTuple):
-    """Checked arguments of `plan_pruning`."""
-
-    solver: Any
-    pattern: Pattern
-    targets: str
-    propagate: str
-    batch_size: int
-    device: torch.device
-    offload: str | None
-    work_dir: Path | None
-    seed: int
-
-    @property
-    def watched(self) -> Literal["roles", "diagonal", "gram"]:
-        """What must be known of the inputs of weights."""
-        if not isinstance(self.solver, SafeReconstruction):
-            return "gram"
-        return "roles" if self.solver.importance is None else "diagonal"
-
-    @property
-    def two_streams(self) -> bool:
-        """Whether hidden states of dense blocks are kept beside those of pruned ones."""
-        return self.targets == "dense" and self.propagate == "pruned"
-
-
-class Task(NamedTuple):
-    """What is to be pruned and how."""
-
-    model: nn.Module
-    samples: list[dict[str | None, Any]]
-    settings: Settings
-    name: str
-    blocks: list[nn.Module]
-    weights: list[dict[str, Layout | None]]
-    structure: Structure
-    outside: frozenset[int]  # ids of parameters that are used outside the blocks too
-
-    def described(self) -> dict[str, str]:
-        """What must be the same for a run to go on."""
-        s = self.settings
-        tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
-        return {
-            "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
-            "weights": repr([list(w) for w in self.weights]),
-            "solver": described(s.solver),
-            "sparsity": repr(s.pattern),
-            "targets": s.targets,
-            "propagate": s.propagate,
-            "batch_size": str(s.batch_size),
-            "seed": str(s.seed),
-            "batches": fingerprint(tensors),
-        }
-
-
-def _own_dtype(block: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+__all__ = ["Run"]
 
 
 def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -133,7 +62,7 @@ class Run:
         self.targets: Activations
         self._folder: WorkFolder | None = None
         self._started = time.monotonic()
-        self._resumed = 0
+        self._resumed = self._finished = 0
 
     def run(self, *, measure_memory: bool) -> PruningReport:
         """Prune every block, and say what became of it."""
@@ -141,6 +70,7 @@ class Run:
         with ExitStack() as stack:
             stack.enter_context(evaluated(task.model))
             if self.device.type == "cuda":
+                torch.cuda.init()  # type: ignore[no-untyped-call]
                 stack.enter_context(torch.cuda.device(self.device))
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder()
@@ -150,19 +80,19 @@ class Run:
                     finished = self._folder is not None and i < len(self._folder.finished)
                     reports.append(self._take_up(i) if finished else self._prune(i))
             except BaseException as error:
-                error.add_note(self._kept(len(reports)))
+                error.add_note(self._kept())
                 raise
         seconds = time.monotonic() - self._started
         return PruningReport(
             tuple(reports), tuple(self.unseen), self.predicted, peak.bytes, seconds
         )
 
-    def _kept(self, finished: int) -> str:
+    def _kept(self) -> str:
         name = self.task.name
         folder = "" if self._folder is None else f", also in {self._folder.path}"
-        if not finished:
+        if not self._finished:
             return f"No block of {name} was pruned"
-        last = f"{name}.{finished - 1}"
+        last = f"{name}.{self._finished - 1}"
         return f"{name}.0 to {last} are pruned and stay so{folder}; the rest is dense"
 
     # Beginning
@@ -236,6 +166,7 @@ class Run:
         except BaseException:
             _write_back(block, before)
             raise
+        self._finished = i + 1
         self._tell(i, None, report.loss)
         return report
 
@@ -269,6 +200,7 @@ class Run:
         del entry["digest"]
         self.unseen = sorted({*self.unseen, *entry.pop("unseen")})
         weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
+        self._finished = i + 1
         return BlockReport(weights=weights, **entry)
 
     def _tell(self, i: int, epoch: int | None, loss: float) -> None:
@@ -309,7 +241,7 @@ class Run:
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         batches = self._batches(self.settings.batch_size)
         for samples, hidden in prefetched(batches, source.take, self.device):
-            arguments = self.calls.arguments(i, samples, hidden, _NO_CAST)
+            arguments = self.calls.arguments(i, samples, hidden, NO_CAST)
             with torch.no_grad(), nullcontext() if seen is None else seen:
                 output = self._call(arguments, block)
                 finite &= output.isfinite().all()
@@ -370,7 +302,7 @@ class Run:
         """SAFE on the whole block: its parameters, in float32, and supports."""
         s, home = self.settings, self.task.blocks[i]
         solver: SafeReconstruction = s.solver
-        own = _own_dtype(home)
+        own = own_dtype(home)
         cast = own, torch.float32
         block = self._copy(i, torch.float32)
         for p, q in zip(home.parameters(), block.parameters(), strict=True):
@@ -392,9 +324,6 @@ class Run:
                 arguments = self.calls.arguments(i, samples, hidden.float(), cast)
                 yield functools.partial(self._call, arguments), target
 
-        autocast = solver.autocast
-        if autocast is None:
-            autocast = self.device.type == "cuda" and own.itemsize == 2
         supports = solver.solve(
             block,
             {key: found.layout for key, found in statistics.items()},
@@ -404,7 +333,7 @@ class Run:
             len(self._batches(solver.batch_size)),
             lambda k, loss: self._tell(i, k, loss),
             name=f"{self.task.name}.{i}",
-            autocast=autocast,
+            autocast=solver.autocasts(self.device, own),
         )
         return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
 
@@ -488,77 +417,3 @@ class _Peak:
             self.bytes = self._counted.peak
         elif self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
-
-
-# Prediction
-
-
-def predict_memory(task: Task) -> MemoryEstimate:
-    """Predict the peak of a run, from the arguments of one sample and the largest block."""
-    s = task.settings
-    hidden: list[Tensor] = []
-    with evaluated(task.model):
-        calls = record(
-            task.model, task.name, task.blocks, task.samples[:1], task.structure,
-            lambda _, x: hidden.append(x.to("meta")),
-        )  # fmt: skip
-    sizes = [BlockSize.of(b, w) for b, w in zip(task.blocks, task.weights, strict=True)]
-    largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
-    size = sizes[largest]
-    if isinstance(s.solver, SafeReconstruction):
-        work = _work_bytes(task, calls, largest, hidden[0], s.solver.batch_size, backward=True)
-        needed = size.reconstruction(work)
-    else:
-        work = _work_bytes(task, calls, largest, hidden[0], s.batch_size, backward=False)
-        needed = size.layerwise(work)
-    first = _numbers(task.samples[0])
-    stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
-    # A pruned block stands beside a copy of the dense one and, for a folder, its file.
-    found = {"device": needed, "host": calls.nbytes + 2 * size.stored, "disk": 0}
-    places = {None: "device", "cpu": "host", "disk": "disk"}
-    found[places[s.offload]] += stored
-    if s.device.type == "cpu":
-        beside = found["host"] - 2 * size.stored
-        found["device"] = max(found["device"], 3 * size.stored) + beside
-        found["host"] = 0
-    return MemoryEstimate(**found)
-
-
-def _numbers(sample: Mapping[Any, Any]) -> int:
-    return next(max(1, v.numel()) for v in sample.values() if torch.is_tensor(v) and v.ndim)
-
-
-def _work_bytes(
-    task: Task, calls: BlockCalls, i: int, hidden: Tensor, batch: int, *, backward: bool
-) -> int:
-    """Bytes of a forward (and backward) pass of a block on a batch, beside its parameters."""
-    block, rows = task.blocks[i], min(batch, len(task.samples))
-    own = _own_dtype(block)
-    dtype = torch.float32 if backward else own
-
-    def of(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
-        shape = (rows * hidden.shape[0], *hidden.shape[1:])
-        like = torch.empty(shape, device="meta", dtype=dtype)
-        arguments = calls.arguments(i, [0] * rows, like, (own, dtype))
-        calls.forget_placed()
-
-        def call(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Tensor:
-            args, kwargs = tree_map_only(torch.Tensor, make, arguments)
-            output = task.structure.output(model, model(*args, **kwargs))
-            if not backward:
-                return output
-            target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
-            return nn.functional.mse_loss(output.float(), target.float())
-
-        device = task.settings.device if fake else torch.device("cpu")
-        return forward_backward_bytes(
-            block, call, device, backward=backward, dtype=dtype, fake=fake
-        )
-
-    try:
-        if None in task.weights[i].values():
-            # Grouped products of experts know their shapes in bfloat16 only.
-            return of(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
-        return of(rows, dtype, fake=True)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        return of(1, dtype, fake=False) * rows  # the shapes within depend on values

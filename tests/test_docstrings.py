@@ -48,7 +48,9 @@ WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.adapters.torch_lists",
     "safe_core.adapters.torch_report",
     "safe_core.adapters.torch_state",
+    "safe_core.adapters.transformers_calls",
     "safe_core.adapters.transformers_run",
+    "safe_core.adapters.transformers_task",
 }
 
 

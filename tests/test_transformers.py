@@ -66,6 +66,7 @@ def configs() -> dict[str, Any]:
     }  # fmt: skip
 
 
+DATA = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
 CONFIGS = configs()
 AUTO = {
     "bert": transformers.AutoModelForMaskedLM,
@@ -178,6 +179,44 @@ def test_masks_and_lengths_go_with_their_samples(family: str) -> None:
     plan.apply()
     for got, want in zip(solver.grams, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+class Carrying(nn.Module):
+    """A block that takes tensors with and without a batch, and what the last one has found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(
+        self, x: Tensor, shared: Tensor, *, own: Tensor, carried: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y = self.linear(x * shared) + own.sum(0)
+        y = y if carried is None else y + carried
+        return y, y.mean(-1, keepdim=True)
+
+
+class Carriers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Carrying() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, carried = torch.stack([x, -2 * x]), None  # the batch runs along the second axis
+        for block in self.blocks:
+            x, carried = block(x, torch.arange(1.0, 9.0), own=own, carried=carried)
+        return x
+
+
+def test_every_argument_is_replayed_for_its_samples() -> None:
+    model, solver = Carriers(), Watched()
+    plan = plan_pruning(model, DATA, solver, 0.0, batch_size=5)
+    wanted = grams_of(model, "blocks", [{"x": DATA}])
+    report = plan.apply()
+    for got, want in zip(solver.grams, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert max(block.loss for block in report.blocks) == 0.0
 
 
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
@@ -463,8 +502,6 @@ class Chain(nn.Module):
             x = block(x)
         return x
 
-
-DATA = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
 
 KILLED = """
 import os, signal, sys

@@ -1,0 +1,158 @@
+"""What is to be pruned and how, and what memory that will take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._pytree import tree_map_only
+
+from safe_core.layout import Layout
+from safe_core.sparsity import Pattern
+
+from .block_reconstruction import SafeReconstruction
+from .torch_groups import described
+from .transformers_blocks import Structure, evaluated
+from .transformers_calls import BlockCalls, record
+from .transformers_memory import BlockSize, MemoryEstimate, forward_backward_bytes
+from .transformers_resume import fingerprint
+
+__all__ = ["NO_CAST", "Settings", "Task", "own_dtype", "predict_memory"]
+
+NO_CAST = (torch.float32, torch.float32)
+
+
+class Settings(NamedTuple):
+    """Checked arguments of `plan_pruning`."""
+
+    solver: Any
+    pattern: Pattern
+    targets: str
+    propagate: str
+    batch_size: int
+    device: torch.device
+    offload: str | None
+    work_dir: Path | None
+    seed: int
+
+    @property
+    def watched(self) -> Literal["roles", "diagonal", "gram"]:
+        """What must be known of the inputs of weights."""
+        if not isinstance(self.solver, SafeReconstruction):
+            return "gram"
+        return "roles" if self.solver.importance is None else "diagonal"
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether hidden states of dense blocks are kept beside those of pruned ones."""
+        return self.targets == "dense" and self.propagate == "pruned"
+
+
+class Task(NamedTuple):
+    """What is to be pruned and how."""
+
+    model: nn.Module
+    samples: list[dict[str | None, Any]]
+    settings: Settings
+    name: str
+    blocks: list[nn.Module]
+    weights: list[dict[str, Layout | None]]
+    structure: Structure
+    outside: frozenset[int]  # ids of parameters that are used outside the blocks too
+
+    def described(self) -> dict[str, str]:
+        """What must be the same for a run to go on."""
+        s = self.settings
+        tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
+        return {
+            "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
+            "weights": repr([list(w) for w in self.weights]),
+            "solver": described(s.solver),
+            "sparsity": repr(s.pattern),
+            "targets": s.targets,
+            "propagate": s.propagate,
+            "batch_size": str(s.batch_size),
+            "seed": str(s.seed),
+            "batches": fingerprint(tensors),
+        }
+
+
+def own_dtype(block: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+
+
+def predict_memory(task: Task) -> MemoryEstimate:
+    """Predict the peak of a run, from the arguments of one sample and the largest block."""
+    s = task.settings
+    hidden: list[Tensor] = []
+    with evaluated(task.model):
+        calls = record(
+            task.model, task.name, task.blocks, task.samples[:1], task.structure,
+            lambda _, x: hidden.append(x.to("meta")),
+        )  # fmt: skip
+    sizes = [BlockSize.of(b, w) for b, w in zip(task.blocks, task.weights, strict=True)]
+    largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
+    size = sizes[largest]
+    if isinstance(s.solver, SafeReconstruction):
+        work = _work_bytes(task, calls, largest, hidden[0], s.solver.batch_size, backward=True)
+        needed = size.reconstruction(work)
+    else:
+        work = _work_bytes(task, calls, largest, hidden[0], s.batch_size, backward=False)
+        needed = size.layerwise(work)
+    first = _numbers(task.samples[0])
+    stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
+    # A pruned block stands beside a copy of the dense one and, for a folder, its file.
+    found = {"device": needed, "host": calls.nbytes + 2 * size.stored, "disk": 0}
+    places = {None: "device", "cpu": "host", "disk": "disk"}
+    found[places[s.offload]] += stored
+    if s.device.type == "cpu":
+        beside = found["host"] - 2 * size.stored
+        found["device"] = max(found["device"], 3 * size.stored) + beside
+        found["host"] = 0
+    return MemoryEstimate(**found)
+
+
+def _numbers(sample: Mapping[Any, Any]) -> int:
+    return next(max(1, v.numel()) for v in sample.values() if torch.is_tensor(v) and v.ndim)
+
+
+def _work_bytes(
+    task: Task, calls: BlockCalls, i: int, hidden: Tensor, batch: int, *, backward: bool
+) -> int:
+    """Bytes of a forward (and backward) pass of a block on a batch, beside its parameters."""
+    block, rows = task.blocks[i], min(batch, len(task.samples))
+    own, s = own_dtype(block), task.settings
+    dtype = torch.float32 if backward else own
+    autocast = backward and s.solver.autocasts(s.device, own)
+
+    def of(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
+        shape = (rows * hidden.shape[0], *hidden.shape[1:])
+        like = torch.empty(shape, device="meta", dtype=dtype)
+        arguments = calls.arguments(i, [0] * rows, like, (own, dtype))
+        calls.forget_placed()
+
+        def call(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Tensor:
+            args, kwargs = tree_map_only(torch.Tensor, make, arguments)
+            with torch.autocast(s.device.type, torch.bfloat16, enabled=autocast and fake):
+                output = task.structure.output(model, model(*args, **kwargs))
+            if not backward:
+                return output
+            target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
+            return nn.functional.mse_loss(output.float(), target.float())
+
+        device = s.device if fake else torch.device("cpu")
+        return forward_backward_bytes(
+            block, call, device, backward=backward, dtype=dtype, fake=fake
+        )
+
+    try:
+        if None in task.weights[i].values():
+            # Grouped products of experts know their shapes in bfloat16 only.
+            return of(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
+        return of(rows, dtype, fake=True)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return of(1, dtype, fake=False) * rows  # the shapes within depend on values
