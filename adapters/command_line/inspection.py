@@ -120,8 +120,8 @@ def _cells(row: TensorFigures) -> list[str]:
     if x.axis is not None and x.axis != len(row.shape) - 1:
         found.append(f"along axis {x.axis}")
     if x.zeros < x.entries:
-        found += [f"{n} {what} empty" for n, what in
-                  ((x.zero_rows, "rows"), (x.zero_columns, "columns")) if n]  # fmt: skip
+        slices = zip((x.zero_rows, x.zero_columns), row.shape, ("rows", "columns"), strict=False)
+        found += [f"{n} of {size} {what} empty" for n, size, what in slices if n]
     sizes = [readable_bytes(n) for n in (x.dense_bytes, x.compressed_bytes)]
     return [f"{x.sparsity:.2%}", ", ".join(found), f"{x.ties:,}" if x.ties else "", *sizes]
 
