@@ -23,13 +23,14 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
-from safe_core.adapters.command_line import perplexity as perplexity_module
+from safe_core import Unstructured
 from safe_core.adapters.command_line.app import app
 from safe_core.adapters.command_line.checkpoint_files import read_tensors
 from safe_core.adapters.command_line.inspection import inspect_checkpoint
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.command_line.pruning import METHODS
 from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
+from safe_core.adapters.transformers import SafeReconstruction, calibration_batches
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
@@ -249,7 +250,12 @@ def test_slabs_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
         np.zeros((80, 2)),
         x[:, 0],
     ]
+    sparse = np.zeros((64, 19))  # full groups in two columns, next to nothing in the others
+    sparse[5] = 1
+    sparse[:, :2] = np.tile([0, 1, 1, 0], 16)[:, None]
+    arrays.append(sparse)
     whole = [analyse(a) for a in arrays]
+    assert whole[-1].pattern == "unstructured"
     assert [a.pattern for a in whole[:4]] == ["2:4"] * 4
     monkeypatch.setattr("safe_core.adapters.command_line.tensor_analysis._SLAB", 1)
     assert [analyse(a) for a in arrays] == whole
@@ -378,7 +384,7 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     with pytest.raises(ValueError, match="tokenizer is that of another model"):
         perplexity(small, torch.arange(250, 260), 3)
     with pytest.raises(TypeError, match="tokens must be an integer tensor"):
-        perplexity_module.perplexity(torch.nn.Linear(1, 1), torch.zeros(9))
+        perplexity(torch.nn.Linear(1, 1), torch.zeros(9))
 
 
 # Pruning
@@ -460,6 +466,40 @@ def test_prune_goes_on_and_repeats_itself(
     assert prune("one", *work).exit_code == prune("two").exit_code == 0
     files = [tmp_path / out / "model.safetensors" for out in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_settings_reach_the_pruning(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop(model: Any, batches: Any, solver: Any, sparsity: Any, **settings: Any) -> None:
+        seen.update(settings, batches=batches, solver=solver, sparsity=sparsity)
+        raise ValueError("stop")
+
+    monkeypatch.setattr("safe_core.adapters.command_line.pruning.plan_pruning", stop)
+    message = refused(
+        "prune", folder, "--calibration", text, "--calibration", text, "--out", tmp_path / "out",
+        *SHORT, "--sparsity", "0.25", "--scope", "row", "--seed", 7, "--epochs", 9, "--batch-size",
+        3, "--learning-rate", 0.5, "--targets", "dense", "--offload", "none", "--work-dir",
+        tmp_path / "work", "--device", "cpu",
+    )  # fmt: skip
+    assert message == "safe-core: stop\n"
+    batches = seen.pop("batches")
+    wanted = calibration_batches(byte_tokenizer(), [TEXT] * 2, samples=4, length=32, seed=7)
+    assert torch.equal(batches, wanted)
+    assert seen == {
+        "solver": SafeReconstruction(
+            importance="wanda", epochs=9, batch_size=3, learning_rate=0.5, warmup_epochs=2
+        ),
+        "sparsity": Unstructured(0.25, scope="row"),
+        "targets": "dense",
+        "batch_size": 3,
+        "device": torch.device("cpu"),
+        "offload": None,
+        "work_dir": tmp_path / "work",
+        "seed": 7,
+    }
 
 
 def test_prune_refuses_before_it_begins(
