@@ -246,13 +246,16 @@ offload, work_dir, seed
     check_tokens(model, samples)
     name, modules = find_blocks(model, blocks)
     home = next(model.parameters()).device
+    place = home if device is None else torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be there, got {device!r} and no GPU")
     settings = Settings(
         solver,
         pattern,
         targets,
         propagate,
         batch_size,
-        home if device is None else torch.device(device),
+        place,
         offload,
         None if work_dir is None else Path(work_dir),
         seed,

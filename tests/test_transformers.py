@@ -696,6 +696,27 @@ def test_tokens_of_another_model_are_refused() -> None:
         prune_blocks(model_of("opt"), {"input_ids": tokens}, wanda, 0.5)
 
 
+def test_models_and_devices_that_are_not_there_are_refused(monkeypatch: Any) -> None:
+    model = Chain()
+    model.blocks[1]._hf_hook = object()
+    with pytest.raises(ValueError, match="model must be loaded without device_map"):
+        prune_blocks(model, DATA, wanda, 0.5)
+    with pytest.raises(ValueError, match="model must be loaded, got parameters on the meta"):
+        prune_blocks(Chain().to("meta"), DATA, wanda, 0.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be there, got 'cuda' and no GPU"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, device="cuda")
+
+
+def test_blocks_whose_shapes_depend_on_values_are_planned() -> None:
+    model = model_of("mixtral")
+    planned = {}
+    for kind in ("eager", "grouped_mm"):
+        model.set_experts_implementation(kind)
+        planned[kind] = plan_pruning(model, inputs_of("mixtral"), SHORT, 0.5).memory.device
+    assert planned["eager"] == pytest.approx(planned["grouped_mm"], rel=0.2)
+
+
 # Calibration
 
 
