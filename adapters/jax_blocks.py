@@ -151,11 +151,13 @@ def reconstruct(
 
     @jax.jit
     def epoch(carried: Any, data: PyTree, whole: Any, rest: Any) -> tuple[Any, jax.Array]:
-        take = lambda carried, rows: step(carried, _rows(data, rows))  # noqa: E731
+        def take(carried: Any, rows: Any) -> tuple[Any, jax.Array]:
+            return step(carried, _rows(data, rows))
+
         carried, losses = jax.lax.scan(take, carried, whole)
         if rest.size:
             carried, last = take(carried, rest)
-            losses = jnp.append(losses, last)
+            losses = jnp.concatenate([losses, last[None]])
         return carried, losses.mean()
 
     carried, losses = (wide, tx.init(wide)), []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import projection, steps
+from .block import block_step
 from .memory import memory
 from .report import machine, plot, tables
 from .timing import Result
@@ -26,6 +27,7 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
         "torch": lambda: steps.torch_step(width=width, repeats=repeats, compiled=compiled),
         "jax": lambda: steps.jax_step(width=width, repeats=repeats),
         "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
+        "block": lambda: block_step(hidden=max(64, 16 * width), tokens=8 * batch, repeats=repeats),
         "memory": lambda: memory(size=size),
     }
 

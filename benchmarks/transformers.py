@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from safe_core import Unstructured
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
@@ -64,7 +65,12 @@ class Cell:
         return METHODS[self.method](self.epochs)
 
     def pattern(self) -> Any:
-        return self.sparsity if ":" in self.sparsity else float(self.sparsity)
+        """Of each weight; Wanda compares within each output, as published."""
+        if ":" in self.sparsity:
+            return self.sparsity
+        return Unstructured(
+            float(self.sparsity), scope="row" if self.method == "Wanda" else "tensor"
+        )
 
 
 @dataclass
@@ -180,9 +186,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], described: dict[str, str]) -> str:
     """Markdown: a table for each study and figure, mean and standard error over seeds."""
-    parts = []
+    about = ["| machine | |", "| --- | --- |"]
+    parts = ["\n".join([*about, *(f"| {name} | {value} |" for name, value in described.items())])]
     for study, figure, best in (
         ("llama", "perplexity", min),
         ("encoder", "cosine", max),
@@ -245,7 +252,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.study == "table":
-        TABLE.write_text(f"{machine()}\n\n{table(lines(options.results))}")
+        TABLE.write_text(table(lines(options.results), machine()))
         return
     study: Any = (Llama if options.study == "llama" else Encoder)(options.model)
     keys = Cell.__dataclass_fields__

@@ -681,7 +681,7 @@ def test_models_that_are_no_chain_of_blocks_are_refused() -> None:
         ({"solver": lambda w, g, s, layout: (w, w > w)}, r"for blocks\.0\.weight .* zero off the"),
         ({"solver": lambda w, g, s, layout: (w, w)}, "support of torch.float32"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "-".join(given),
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     given = {"batches": DATA, "solver": wanda, "sparsity": 0.5} | change
