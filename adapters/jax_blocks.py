@@ -7,6 +7,7 @@ A block is a function of parameters and inputs. Its layers are pruned one by one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -119,7 +120,8 @@ def reconstruct(
         )
     _checks.integer("seed", seed, low=0)
     samples = _samples(inputs)
-    wide = jax.tree.map(_widened, params)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    wide = jax.tree.map(lambda p: jnp.copy(_widened(p)), params)  # to be written over
     batches = _Batches(samples, recipe.batch_size, np.random.default_rng(seed))
     if targets is None:
         dense = jax.jit(lambda batch: apply_fn(params, batch))
@@ -149,7 +151,7 @@ def reconstruct(
         updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
         return (optax.apply_updates(params, updates), state), loss
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def epoch(carried: Any, data: PyTree, whole: Any, rest: Any) -> tuple[Any, jax.Array]:
         def take(carried: Any, rows: Any) -> tuple[Any, jax.Array]:
             return step(carried, _rows(data, rows))
@@ -190,7 +192,8 @@ def prune_layers(
     grams : mapping of path to Gram or array
         ``X^T X`` of the inputs of each sparse leaf, as `linen_grams` returns.
     solver : callable
-        Of `safe_core.solvers`.
+        ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, as those of
+        `safe_core.solvers`.
     sparsity : float, str or pattern
         A number is that of each weight.
     where, layout : optional
@@ -221,7 +224,8 @@ def prune_layers(
     for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
         if name not in grams:
             raise ValueError(f"grams must hold one for {name}, got {', '.join(grams) or 'none'}")
-        pruned.append(solver(x, grams[name], pattern, layout=roles).values)
+        values, _ = solver(x, grams[name], pattern, layout=roles)
+        pruned.append(values)
     return tree.replaced(tree.leaves(params), pruned)
 
 
@@ -245,8 +249,8 @@ def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[st
 
     Raises
     ------
-    TypeError
-        If ``module`` is no Linen module.
+    TypeError, ValueError
+        If ``module`` is no Linen module, or a layer has batch axes of its own.
 
     Examples
     --------
@@ -264,6 +268,8 @@ def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[st
         layer = context.module
         if isinstance(layer, (nn.Dense, nn.DenseGeneral)) and context.method_name == "__call__":
             name = "/".join((*layer.path, "kernel"))
+            if getattr(layer, "batch_dims", ()):
+                raise ValueError(f"{name} must have no batch_dims, got {layer.batch_dims!r}")
             x = _features_last(args[0], getattr(layer, "axis", -1))
             found[name] = found[name].add(x) if name in found else Gram.of(x)
         return next_fn(*args, **kwargs)
@@ -309,7 +315,7 @@ def _samples(inputs: PyTree) -> int:
 
 
 def _rows(inputs: PyTree, rows: Any) -> PyTree:
-    return jax.tree.map(lambda x: jnp.asarray(x)[rows], inputs)
+    return jax.tree.map(lambda x: x[rows], inputs)
 
 
 def _widened(x: Any) -> Any:

@@ -56,11 +56,11 @@ class IterativeSAM(SafeReconstruction):
                 share = min(1.0, (k // _EVERY + 1) / rounds)
                 level = float(sparsity.sparsity) * (1 - (1 - share) ** 3)
                 supports = self._prune(params, level)
-            total = torch.zeros(())
+            total = torch.zeros((), device=next(block.parameters()).device)
             for run, target in epoch(k):
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(step, steps_per_epoch)
-                total = total + self._step(optimizer, block, run, target)
+                total = total + self._step(optimizer, block, run, target, autocast)
                 step += 1
                 with torch.no_grad():
                     for key, p in params.items():
@@ -76,9 +76,13 @@ class IterativeSAM(SafeReconstruction):
                 p.copy_(found.values[key])
         return found.support
 
-    def _step(self, optimizer: Any, block: nn.Module, run: Any, target: Tensor) -> Tensor:
+    def _step(
+        self, optimizer: Any, block: nn.Module, run: Any, target: Tensor, autocast: bool
+    ) -> Tensor:
         def backward() -> Tensor:
-            loss = nn.functional.mse_loss(run(block).float(), target.float())
+            with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
+                output = run(block)
+            loss = nn.functional.mse_loss(output.float(), target.float())
             loss.backward()
             return loss.detach()
 

@@ -188,6 +188,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]], described: dict[str, str]) -> str:
     """Markdown: a table for each study and figure, mean and standard error over seeds."""
+    _check_settings(results)
     about = ["| machine | |", "| --- | --- |"]
     parts = ["\n".join([*about, *(f"| {name} | {value} |" for name, value in described.items())])]
     for study, figure, best in (
@@ -208,6 +209,18 @@ def table(results: list[dict[str, Any]], described: dict[str, str]) -> str:
                 _grid(rows, lambda r: float(np.mean(r["block_seconds"])), min),
             ]
     return "\n\n".join(parts) + "\n"
+
+
+def _check_settings(results: list[dict[str, Any]]) -> None:
+    """Refuse to average what was not run alike."""
+    for study in ("llama", "encoder"):
+        found = {
+            tuple(line[key] for key in ("samples", "length", "epochs"))
+            for line in results
+            if line["study"] == study
+        }
+        if len(found) > 1:
+            raise ValueError(f"results must be of one setting for {study}, got {sorted(found)}")
 
 
 def _grid(rows: list[dict[str, Any]], figure: Callable[[Any], float], best: Any) -> str:

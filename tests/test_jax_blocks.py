@@ -88,6 +88,14 @@ def test_a_shared_layer_sums_over_its_calls() -> None:
     assert found.count == 4
 
 
+def test_a_layer_with_batch_axes_is_refused() -> None:
+    layer, x = nn.DenseGeneral(3, axis=-1, batch_dims=(0,)), jnp.ones((2, 4, 5))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: jnp.ones(v.shape), variables)
+    with pytest.raises(ValueError, match=r"kernel must have no batch_dims, got \(0,\)"):
+        linen_grams(layer, variables, x)
+
+
 def test_layers_are_pruned_by_a_solver() -> None:
     params = parameters(Layers())
     grams = linen_grams(Layers(), {"params": params}, inputs())

@@ -590,6 +590,18 @@ def test_settings_out_of_range_are_refused(make: Callable[[], Any], message: str
         make()
 
 
+def test_the_error_is_taken_in_the_widest_dtype(xp: Backend) -> None:
+    w, h = layer(4, 8)
+    mixed = (w.astype(np.float32), w / 2, h.astype(np.float32))
+    wanted = reconstruction_error(w.astype(np.float32).astype(float), w / 2, mixed[2].astype(float))
+    np.testing.assert_allclose(xp.run(reconstruction_error, *mixed), wanted, rtol=1e-12)
+
+
+def test_no_mean_square_of_no_token() -> None:
+    with pytest.raises(ValueError, match="count must be positive"):
+        Gram.of(np.ones((0, 3))).mean_squares()
+
+
 def test_solvers_are_static_arguments_of_jit() -> None:
     w, h = layer(4, 8)
     run = jax.jit(lambda solver, a, b: solver(a, b, "2:4"), static_argnums=0)

@@ -8,6 +8,7 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array
 
+from .._dtypes import wide_dtype, widened
 from ..layout import Layout
 from .problem import read_matrices
 
@@ -53,5 +54,7 @@ def reconstruction_error(
             f"values must have the shape of weight {tuple(weight.shape)}, got {tuple(values.shape)}"
         )
     xp = array_namespace(before, after)
+    dtype = wide_dtype(xp, [before, after, h])
+    before, after, h = (widened(xp, x, dtype) for x in (before, after, h))
     change = before - after
     return xp.sum((change @ h) * change)

@@ -73,7 +73,15 @@ class Gram(NamedTuple):
         return Gram(self.matrix + other.matrix, self.count + other.count)
 
     def mean_squares(self) -> Array:
-        """Return the mean square of each input, shape (features,): the P of Wanda and SAFE+."""
+        """Return the mean square of each input, shape (features,): the P of Wanda and SAFE+.
+
+        Raises
+        ------
+        ValueError
+            If no token was seen.
+        """
+        if isinstance(self.count, int) and self.count == 0:
+            raise ValueError("count must be positive for a mean square, got 0")
         return array_namespace(self.matrix).linalg.diagonal(self.matrix) / self.count
 
 
