@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from array_api_compat import array_namespace, is_array_api_obj
+
 
 def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
     """float64 if any array is float64, else float32: what scores and norms are summed in."""
     return xp.float64 if any(a.dtype == xp.float64 for a in arrays) else xp.float32
+
+
+def scalar_like(value: Any, x: Any) -> Any:
+    """A number as it is, and a scalar array in the dtype of ``x``, so that neither promotes it.
+
+    Schedules of a traced step are float64 where JAX has it, though the parameters are not.
+    """
+    if not is_array_api_obj(value):
+        return value
+    return array_namespace(value).astype(value, x.dtype, copy=False)
 
 
 def check_real_floating(xp: Any, x: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array, backend_of
 
 from . import _checks
-from ._dtypes import wide_dtype
+from ._dtypes import scalar_like, wide_dtype
 from .schedules import Constant, Schedule, as_schedule
 
 __all__ = ["ASAM", "SAM", "Direction", "flat_direction", "norm", "reused"]
@@ -85,7 +85,8 @@ class Direction(NamedTuple):
     @property
     def _quotient(self) -> Array:
         xp = array_namespace(self.length)
-        return self.rho / xp.where(self.usable, self.length, xp.ones_like(self.length))
+        length = xp.where(self.usable, self.length, xp.ones_like(self.length))
+        return scalar_like(self.rho, length) / length
 
     def perturbation(self) -> list[Array]:
         """Return ``e``. NaN times zero would be NaN, so the guard is a `where` here too."""

@@ -18,7 +18,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array, backend_of
 
 from . import _checks
-from ._dtypes import wide_dtype
+from ._dtypes import scalar_like, wide_dtype
 from .layout import Layout
 from .projection import apply_support, select
 from .sharpness import norm
@@ -159,7 +159,8 @@ def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
     xp = array_namespace(x)
     dtype = wide_dtype(xp, [x, anchor])
     x, anchor = (xp.astype(a, dtype, copy=False) for a in (x, anchor))
-    return xp.astype(penalty * (x - anchor), dtype, copy=False)
+    difference = x - anchor
+    return xp.astype(scalar_like(penalty, difference) * difference, dtype, copy=False)
 
 
 def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
@@ -371,6 +372,13 @@ def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -
     return all(bool(array_namespace(a).all(a == b)) for a, b in zip(again, support, strict=True))
 
 
+def _scaled(ratio: float | Array, a: Array) -> Array:
+    """``ratio * a`` in the dtype of a, computed in float32 or wider."""
+    xp = array_namespace(a)
+    wide = xp.astype(a, wide_dtype(xp, [a]), copy=False)
+    return xp.astype(scalar_like(ratio, wide) * wide, a.dtype, copy=False)
+
+
 def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
     """Multiply u by ``ratio = lambda_old / lambda_new``.
 
@@ -395,7 +403,7 @@ def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
     [array([2. , 1.5])]
     """
     anchor = [
-        array_namespace(a).where(mask, a, array_namespace(a).astype(ratio * a, a.dtype))
+        array_namespace(a).where(mask, a, _scaled(ratio, a))
         for a, mask in zip(state.anchor, state.support, strict=True)
     ]
     return SplitState(anchor, state.support)

@@ -153,3 +153,17 @@ def single_precision() -> Iterator[None]:
     """JAX as it comes, without 64-bit numbers."""
     with jax.enable_x64(False):
         yield
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """No array of JAX changes its dtype or its rank by itself."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def library_promotes(strict_promotion: None) -> Iterator[None]:
+    """For what optax, Flax or the test itself promotes within a test that is strict."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

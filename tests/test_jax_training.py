@@ -34,7 +34,7 @@ from safe_core.adapters.optax_report import report
 from safe_core.adapters.optax_support import check_sparsity, fixed_support
 from safe_core.adapters.torch import SparseOptimizer
 
-pytestmark = pytest.mark.usefixtures("single_precision")
+pytestmark = pytest.mark.usefixtures("single_precision", "strict_promotion")
 
 METHOD = safe_core.safe(0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
 
@@ -264,6 +264,7 @@ def test_a_train_state_keeps_the_statistics_of_fp8_layers() -> None:
     assert new.tx is state.tx
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_a_train_state_passes_other_arguments_to_the_optimizer() -> None:
     base = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     params = {"kernel": jnp.ones((4, 4))}
@@ -389,6 +390,7 @@ def test_a_leaf_of_nnx_has_one_name() -> None:
         finalize(params, pure[1], method)
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_an_nnx_optimizer_ends_sparse() -> None:
     model, traces = Module(nnx.Rngs(0)), []
     tx = sparse_optimizer(optax.adam(0.01), METHOD)
@@ -478,6 +480,7 @@ def test_statistics_of_a_module_are_recalibrated_in_place() -> None:
         nnx_recalibrate(model, lambda model, x: model(x), data)
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_a_fixed_support_stays_under_weight_decay_and_momentum() -> None:
     params, state = trained()
     params = finalize(params, state, METHOD)
@@ -720,6 +723,7 @@ def test_an_ensemble_over_hyperparameters_is_one_program() -> None:
     assert not jnp.array_equal(mapped["kernel"][0], mapped["kernel"][1])
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_a_checkpointed_model_and_donated_buffers_give_the_same_step() -> None:
     def layer(params: Any, x: Any) -> Any:
         return jnp.tanh(x @ params["kernel"])
@@ -759,6 +763,7 @@ def test_a_gradient_through_a_step_traces() -> None:
     assert jnp.isfinite(jax.grad(after)(1.0))
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_optax_maps_over_the_parameters_within_the_state() -> None:
     tx = sparse_optimizer(optax.adam(0.01), METHOD)
     params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}

@@ -23,6 +23,8 @@ from safe_core.adapters.optax import (
     sparse_optimizer,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
 INTERVAL = 2
 METHOD = safe_core.safe(0.5, rho=0.2, penalty=0.3, dual_update_interval=INTERVAL)
 INPUT_OUTPUT = Layout(input_axes=(0,), output_axes=(1,))
@@ -50,8 +52,8 @@ def loss(params, rows=slice(None)):
     rng = np.random.default_rng(9)
     dtype = params["first"]["bias"].dtype
     inputs, targets = (jnp.asarray(rng.normal(size=(16, n)), dtype) for n in (6, 4))
-    hidden = jnp.tanh(inputs[rows] @ params["first"]["kernel"] + params["first"]["bias"])
-    output = hidden @ params["second"]["kernel"] + params["second"]["bias"]
+    hidden = jnp.tanh(inputs[rows] @ params["first"]["kernel"] + params["first"]["bias"][None])
+    output = hidden @ params["second"]["kernel"] + params["second"]["bias"][None]
     return jnp.mean((output - targets[rows]) ** 2)
 
 
@@ -110,7 +112,7 @@ def test_every_step_is_the_one_written_out_in_numpy(name, double_precision):
     tx = sparse_optimizer(optax.sgd(linear_problem.RATE, momentum=linear_problem.MOMENTUM), method)
 
     def linear_loss(params):
-        residual = problem.inputs @ params["kernel"] + params["bias"] - problem.targets
+        residual = problem.inputs @ params["kernel"] + params["bias"][None] - problem.targets
         return jnp.sum(residual**2) / (2 * len(problem.inputs))
 
     step = jax.jit(stepper(tx, jax.grad(linear_loss)))
@@ -127,6 +129,7 @@ def test_every_step_is_the_one_written_out_in_numpy(name, double_precision):
     assert (state.anchor["kernel"][~state.support["kernel"]] != 0).any(), "so must u"
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_jit_scan_and_eager_agree():
     tx = sparse_optimizer(optax.adam(0.05), METHOD)
     jitted = train(tx, INTERVAL + 1)
@@ -408,12 +411,14 @@ def test_masking_from_outside_is_refused(wrap):
         tx.init(make_params()["first"])
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_masking_within_the_base_works():
     base = optax.masked(optax.adam(0.1), {"first": True, "second": False})
     params, state = train(sparse_optimizer(base, METHOD), 2)
     assert count_zeros(kernels(finalize(params, state, METHOD))) == 40
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_multi_steps_needs_a_grad_fn_that_averages_too():
     def halves(params):
         parts = [grad_fn(params, rows) for rows in (slice(0, 8), slice(8, 16))]
@@ -460,6 +465,7 @@ def test_state_starts_at_the_projection():
     assert int(state.step) == 0
 
 
+@pytest.mark.usefixtures("library_promotes")
 def test_state_is_a_pytree_that_saves():
     tx = sparse_optimizer(optax.adam(0.1), METHOD)
     params, state = train(tx, INTERVAL)
