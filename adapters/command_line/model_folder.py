@@ -134,7 +134,8 @@ def check_new_folder(folder: Path, source: Path) -> None:
 
     Examples
     --------
-    >>>     >>> folder = Path(tempfile.mkdtemp())
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "model.safetensors").touch()
     >>> check_new_folder(folder / "pruned", folder)
     """
@@ -156,7 +157,8 @@ def written_at_once(folder: Path) -> Iterator[Path]:
 
     Examples
     --------
-    >>>     >>> folder = Path(tempfile.mkdtemp()) / "new"
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "new"
     >>> with written_at_once(folder) as draft:
     ...     _ = (draft / "a").write_text("")
     ...     folder.exists()
