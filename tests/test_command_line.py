@@ -468,6 +468,35 @@ def test_prune_goes_on_and_repeats_itself(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_finished_model_is_not_lost(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "out", transformers.PreTrainedModel.save_pretrained
+    prune = ["prune", folder, "--calibration", text, *SHORT, "--method", "magnitude", "--out"]
+
+    def meanwhile(self: Any, path: Any) -> None:
+        save(self, path)
+        text.unlink()
+        out.mkdir()
+        (out / "file").touch()
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", meanwhile)
+    result = run(*prune, out)
+    (kept,) = tmp_path.glob(".out.partial-*")
+    assert result.exit_code == 1
+    assert f"'{out}'\nThe finished" in result.stderr
+    assert result.stderr.endswith(f"\nThe finished model is kept in {kept}\n")
+    assert [file.name for file in out.iterdir()] == ["file"]
+    assert (kept / "model.safetensors").is_file()
+    assert hashlib.sha256(TEXT.encode()).hexdigest() in (kept / "README.md").read_text()
+    monkeypatch.undo()
+    text.write_text(TEXT)
+    result = run(*prune, text / "out")
+    assert result.exit_code == 1
+    assert "out must be where a folder can be made" in result.stderr
+    assert "block 1 of" not in result.stderr  # found before anything is pruned
+
+
 def test_settings_reach_the_pruning(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,14 @@ from safe_core import _checks
 from ..transformers_blocks import evaluated
 from ..transformers_calibration import check_tokens
 
-__all__ = ["Perplexity", "check_length", "perplexity", "read_text", "text_tokens"]
+__all__ = [
+    "Perplexity",
+    "TextFile",
+    "check_length",
+    "perplexity",
+    "read_text_file",
+    "text_tokens",
+]
 
 
 class Perplexity(NamedTuple):
@@ -200,25 +209,50 @@ def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
     >>> text_tokens(lambda text, **options: {"input_ids": [ord(c) for c in text]}, [file])
     tensor([97, 98, 99])
     """
-    text = "\n\n".join(read_text(file) for file in files)
+    text = "\n\n".join(read_text_file(file).text for file in files)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def read_text(file: Path) -> str:
-    """Return the text of a file, which must be there, be UTF-8 and hold something.
+class TextFile(NamedTuple):
+    """A file of text as it was when it was read.
+
+    Attributes
+    ----------
+    name : str
+    nbytes : int
+    sha256 : str
+    text : str
+        With line ends of every kind as ``"\\n"``.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+    text: str
+
+
+def read_text_file(file: Path) -> TextFile:
+    """Return a file of text, which must be there, be UTF-8 and hold something.
 
     Examples
     --------
-    >>> read_text(Path("nowhere.txt"))
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "text.txt"
+    >>> _ = file.write_bytes(b"one\\r\\ntwo")
+    >>> found = read_text_file(file)
+    >>> found.nbytes, found.text
+    (8, 'one\\ntwo')
+    >>> read_text_file(Path("nowhere.txt"))
     Traceback (most recent call last):
     ValueError: text file must exist, got nowhere.txt
     """
     if not file.is_file():
         raise ValueError(f"text file must exist, got {file}")
+    content = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = io.StringIO(content.decode("utf-8"), newline=None).read()
     except UnicodeDecodeError as error:
         raise ValueError(f"text file must be UTF-8, got another encoding in {file}") from error
     if not text.strip():
         raise ValueError(f"text file must hold text, got none in {file}")
-    return text
+    return TextFile(file.name, len(content), hashlib.sha256(content).hexdigest(), text)
