@@ -27,6 +27,7 @@ from safe_core import Unstructured
 from safe_core.adapters.command_line.app import app
 from safe_core.adapters.command_line.checkpoint_files import read_tensors
 from safe_core.adapters.command_line.inspection import inspect_checkpoint
+from safe_core.adapters.command_line.model_folder import chosen_device
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.command_line.pruning import METHODS
 from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
@@ -383,8 +384,24 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     small = transformers.LlamaForCausalLM(config())
     with pytest.raises(ValueError, match="tokenizer is that of another model"):
         perplexity(small, torch.arange(250, 260), 3)
-    with pytest.raises(TypeError, match="tokens must be an integer tensor"):
-        perplexity(torch.nn.Linear(1, 1), torch.zeros(9))
+    for wrong, got in (
+        (torch.zeros(9), r"torch\.float32 of shape \(9,\)"),
+        (torch.zeros(1, 9, dtype=torch.int64), r"torch\.int64 of shape \(1, 9\)"),
+        ([1, 2], r"\[1, 2\]"),
+    ):
+        with pytest.raises(TypeError, match=f"integer tensor of one axis, got {got}"):
+            perplexity(torch.nn.Linear(1, 1), wrong)
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"), [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda"), ("xpu", "xpu")]
+)
+def test_auto_is_a_device_with_float64(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, chosen: str
+) -> None:
+    device = None if found is None else torch.device(found)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **options: device)
+    assert chosen_device("auto") == torch.device(chosen)
 
 
 # Pruning

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def chosen_device(device: str) -> torch.device:
-    """Return the device of a name, of which "auto" is a GPU where there is one.
+    """Return the device of a name, of which "auto" is a GPU with float64 where there is one.
 
     Raises
     ------
@@ -41,7 +41,8 @@ def chosen_device(device: str) -> torch.device:
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
+        # Sums are in float64, which other accelerators, such as that of Apple, do not have.
+        return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -124,7 +124,10 @@ def perplexity(
     if stride > length:
         raise ValueError(f"stride must be at most length={length}, got {stride}")
     if not torch.is_tensor(tokens) or tokens.is_floating_point() or tokens.ndim != 1:
-        raise TypeError("tokens must be an integer tensor of one axis")
+        got = (
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}" if torch.is_tensor(tokens) else tokens
+        )
+        raise TypeError(f"tokens must be an integer tensor of one axis, got {got}")
     if len(tokens) < length:
         raise ValueError(
             f"tokens must be at least length={length} for one window, got {len(tokens)}: give a "
@@ -134,19 +137,20 @@ def perplexity(
     windows = _windows(len(tokens), length, stride)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, done = torch.zeros((), dtype=torch.float64, device="cpu"), 0
+    total, done = 0.0, 0
     with evaluated(model), torch.no_grad():
         for some in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
             ids = torch.stack([tokens[w.start : w.start + length] for w in some]).to(device)
             output = model(ids)
             logits = output if torch.is_tensor(output) else output.logits
-            for row, target, window in zip(logits, ids, some, strict=True):
-                total += _loss(row, target, window.scored).cpu()
+            rows = zip(logits, ids, some, strict=True)
+            losses = [_loss(row, target, window.scored) for row, target, window in rows]
+            total += float(torch.stack(losses).sum())  # the one wait for the device
             done += len(some)
             if progress is not None:
                 progress(done, len(windows))
     predictions = sum(w.scored for w in windows)
-    loss = float(total) / predictions
+    loss = total / predictions
     if not math.isfinite(loss):
         raise ValueError(f"model must give finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
