@@ -290,6 +290,28 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     ):
         file.write_bytes(broken)
         assert message in refused("inspect", file)
+    good = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    for broken, message in (
+        ({"data_offsets": [0, 8, 16]}, "two data_offsets"),
+        ({"data_offsets": 16}, "two data_offsets"),
+        ({"data_offsets": [0, "16"]}, "two data_offsets"),
+        ({"data_offsets": [-4, 12]}, "two data_offsets"),
+        ({"shape": [2.0, 2]}, "a shape"),
+        ({"shape": [True, 4]}, "a shape"),
+        ({"shape": None}, "a shape"),
+        ({"dtype": ["F32"]}, "a dtype"),
+        ({"shape": [3, 2]}, "got 16 bytes for w, F32 of shape (3, 2)"),
+        ({"shape": [1] * 70 + [4]}, "shapes that an array can have"),
+        ({"shape": [0, 2**70], "data_offsets": [0, 0]}, "shapes that an array can have"),
+    ):
+        file.write_bytes(with_header({"w": good | broken}))
+        found = refused("inspect", file)
+        assert message in found
+        assert "for w" in found
+        assert str(file) in found
+    for broken in ({"w": 3}, {"w": {}}, {"w": [1]}):
+        file.write_bytes(with_header(broken))
+        assert "for w" in refused("inspect", file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "lost.safetensors"}}))
     assert "lost.safetensors" in refused("inspect", tmp_path)
@@ -297,6 +319,26 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     assert "weight_map" in refused("inspect", index)
     (tmp_path / "model.bin").write_bytes(b"no weights")
     refused("inspect", tmp_path / "model.bin")
+
+
+def with_header(header: Any) -> bytes:
+    """A safetensors file of any header, with 16 bytes of data."""
+    written = json.dumps(header).encode()
+    return len(written).to_bytes(8, "little") + written + bytes(16)
+
+
+def test_dtypes_that_are_not_known_are_called_so(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    entries = {
+        "new[/b]": {"dtype": "Q3", "shape": [5], "data_offsets": [0, 8]},
+        "four": {"dtype": "F4", "shape": [16], "data_offsets": [8, 16]},
+    }
+    file.write_bytes(with_header(entries))
+    result = run("inspect", file)
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
+    assert lines["new[/b]"] == "5 Q3 unknown dtype 8 B 8 B"
+    assert lines["four"] == "16 F4 packed 8 B 8 B"
 
 
 # Perplexity

@@ -204,9 +204,10 @@ def _say(text: str) -> None:
 def _print(thing: object) -> None:
     from rich.console import Console
 
-    console = Console()
+    # Names come from files, where brackets and colons are no markup.
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width, and no name should be cut there
+        console.width = 160  # a pipe has no width, and no name should be cut there
     console.print(thing)
 
 
