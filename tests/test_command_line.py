@@ -429,7 +429,7 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     for wrong, got in (
         (torch.zeros(9), r"torch\.float32 of shape \(9,\)"),
         (torch.zeros(1, 9, dtype=torch.int64), r"torch\.int64 of shape \(1, 9\)"),
-        ([1, 2], r"\[1, 2\]"),
+        ([1, 2], "<class 'list'>"),
     ):
         with pytest.raises(TypeError, match=f"integer tensor of one axis, got {got}"):
             perplexity(torch.nn.Linear(1, 1), wrong)

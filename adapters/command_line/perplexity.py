@@ -124,9 +124,9 @@ def perplexity(
     if stride > length:
         raise ValueError(f"stride must be at most length={length}, got {stride}")
     if not torch.is_tensor(tokens) or tokens.is_floating_point() or tokens.ndim != 1:
-        got = (
-            f"{tokens.dtype} of shape {tuple(tokens.shape)}" if torch.is_tensor(tokens) else tokens
-        )
+        got: Any = type(tokens)
+        if torch.is_tensor(tokens):
+            got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
         raise TypeError(f"tokens must be an integer tensor of one axis, got {got}")
     if len(tokens) < length:
         raise ValueError(
