@@ -27,6 +27,7 @@ from safe_core import Unstructured
 from safe_core.adapters.command_line.app import app
 from safe_core.adapters.command_line.checkpoint_files import read_tensors
 from safe_core.adapters.command_line.inspection import inspect_checkpoint
+from safe_core.adapters.command_line.model_folder import chosen_device
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.command_line.pruning import METHODS
 from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
@@ -289,6 +290,28 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     ):
         file.write_bytes(broken)
         assert message in refused("inspect", file)
+    good = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+    for broken, message in (
+        ({"data_offsets": [0, 8, 16]}, "two data_offsets"),
+        ({"data_offsets": 16}, "two data_offsets"),
+        ({"data_offsets": [0, "16"]}, "two data_offsets"),
+        ({"data_offsets": [-4, 12]}, "two data_offsets"),
+        ({"shape": [2.0, 2]}, "a shape"),
+        ({"shape": [True, 4]}, "a shape"),
+        ({"shape": None}, "a shape"),
+        ({"dtype": ["F32"]}, "a dtype"),
+        ({"shape": [3, 2]}, "got 16 bytes for w, F32 of shape (3, 2)"),
+        ({"shape": [1] * 70 + [4]}, "shapes that an array can have"),
+        ({"shape": [0, 2**70], "data_offsets": [0, 0]}, "shapes that an array can have"),
+    ):
+        file.write_bytes(with_header({"w": good | broken}))
+        found = refused("inspect", file)
+        assert message in found
+        assert "for w" in found
+        assert str(file) in found
+    for broken in ({"w": 3}, {"w": {}}, {"w": [1]}):
+        file.write_bytes(with_header(broken))
+        assert "for w" in refused("inspect", file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "lost.safetensors"}}))
     assert "lost.safetensors" in refused("inspect", tmp_path)
@@ -296,6 +319,26 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     assert "weight_map" in refused("inspect", index)
     (tmp_path / "model.bin").write_bytes(b"no weights")
     refused("inspect", tmp_path / "model.bin")
+
+
+def with_header(header: Any) -> bytes:
+    """A safetensors file of any header, with 16 bytes of data."""
+    written = json.dumps(header).encode()
+    return len(written).to_bytes(8, "little") + written + bytes(16)
+
+
+def test_dtypes_that_are_not_known_are_called_so(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    entries = {
+        "new[/b]": {"dtype": "Q3", "shape": [5], "data_offsets": [0, 8]},
+        "four": {"dtype": "F4", "shape": [16], "data_offsets": [8, 16]},
+    }
+    file.write_bytes(with_header(entries))
+    result = run("inspect", file)
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
+    assert lines["new[/b]"] == "5 Q3 unknown dtype 8 B 8 B"
+    assert lines["four"] == "16 F4 packed 8 B 8 B"
 
 
 # Perplexity
@@ -383,8 +426,24 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     small = transformers.LlamaForCausalLM(config())
     with pytest.raises(ValueError, match="tokenizer is that of another model"):
         perplexity(small, torch.arange(250, 260), 3)
-    with pytest.raises(TypeError, match="tokens must be an integer tensor"):
-        perplexity(torch.nn.Linear(1, 1), torch.zeros(9))
+    for wrong, got in (
+        (torch.zeros(9), r"torch\.float32 of shape \(9,\)"),
+        (torch.zeros(1, 9, dtype=torch.int64), r"torch\.int64 of shape \(1, 9\)"),
+        ([1, 2], "<class 'list'>"),
+    ):
+        with pytest.raises(TypeError, match=f"integer tensor of one axis, got {got}"):
+            perplexity(torch.nn.Linear(1, 1), wrong)
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"), [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda"), ("xpu", "xpu")]
+)
+def test_auto_is_a_device_with_float64(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, chosen: str
+) -> None:
+    device = None if found is None else torch.device(found)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **options: device)
+    assert chosen_device("auto") == torch.device(chosen)
 
 
 # Pruning
@@ -466,6 +525,35 @@ def test_prune_goes_on_and_repeats_itself(
     assert prune("one", *work).exit_code == prune("two").exit_code == 0
     files = [tmp_path / out / "model.safetensors" for out in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_model_is_not_lost(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "out", transformers.PreTrainedModel.save_pretrained
+    prune = ["prune", folder, "--calibration", text, *SHORT, "--method", "magnitude", "--out"]
+
+    def meanwhile(self: Any, path: Any) -> None:
+        save(self, path)
+        text.unlink()
+        out.mkdir()
+        (out / "file").touch()
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", meanwhile)
+    result = run(*prune, out)
+    (kept,) = tmp_path.glob(".out.partial-*")
+    assert result.exit_code == 1
+    assert f"'{out}'\nThe finished" in result.stderr
+    assert result.stderr.endswith(f"\nThe finished model is kept in {kept}\n")
+    assert [file.name for file in out.iterdir()] == ["file"]
+    assert (kept / "model.safetensors").is_file()
+    assert hashlib.sha256(TEXT.encode()).hexdigest() in (kept / "README.md").read_text()
+    monkeypatch.undo()
+    text.write_text(TEXT)
+    result = run(*prune, text / "out")
+    assert result.exit_code == 1
+    assert "out must be where a folder can be made" in result.stderr
+    assert "block 1 of" not in result.stderr  # found before anything is pruned
 
 
 def test_settings_reach_the_pruning(

@@ -172,22 +172,22 @@ def prune(
 
         _quiet()
         job = PruningJob(
-            model,
-            calibration,
-            sparsity,
-            method,
-            None if scope is None else scope.value,
-            samples,
-            length,
-            seed,
-            epochs,
-            learning_rate,
-            batch_size,
-            targets.value,
-            offload.value,
-            work_dir,
-            device,
-            trust_remote_code,
+            model=model,
+            calibration=calibration,
+            sparsity=sparsity,
+            method=method,
+            scope=None if scope is None else scope.value,
+            samples=samples,
+            length=length,
+            seed=seed,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            targets=targets.value,
+            offload=offload.value,
+            work_dir=work_dir,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
         with pruning_bar(getattr(job.solver, "epochs", 0)) as progress:
             result = prune_folder(job, out, progress=progress, say=_say)
@@ -204,9 +204,10 @@ def _say(text: str) -> None:
 def _print(thing: object) -> None:
     from rich.console import Console
 
-    console = Console()
+    # Names come from files, where brackets and colons are no markup.
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)  # a pipe has no width, and no name should be cut there
+        console.width = 160  # a pipe has no width, and no name should be cut there
     console.print(thing)
 
 

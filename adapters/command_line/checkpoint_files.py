@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["StoredTensor", "read_tensors", "weight_files"]
+__all__ = ["PACKED", "StoredTensor", "read_tensors", "weight_files"]
 
-# Unsigned integers of their width stand for floating numbers; None: several in a byte.
+# Unsigned integers of their width stand for floating numbers.
 _SAFETENSORS = {
     "F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several in a byte
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TORCH_INDEX, _TORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _LONGEST_HEADER = 100_000_000  # the limit of the format
@@ -39,7 +41,7 @@ class StoredTensor(NamedTuple):
     nbytes : int
     array : array or None
         Its entries, of floating numbers the bits as unsigned integers; mapped to memory, not
-        read. None where a dtype packs several in a byte.
+        read. None where a dtype packs several in a byte, or is not known.
     floating : bool
     same_as : str or None
         The name of an earlier tensor that is stored in the same place.
@@ -143,24 +145,62 @@ def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
         try:
             header = json.loads(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            placed = sorted(
-                (v["data_offsets"], k, v["shape"], v["dtype"]) for k, v in entries.items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} must have a header of safetensors") from error
-    for (start, stop), name, shape, dtype in placed:
-        kind = _SAFETENSORS.get(dtype)
-        nbytes, width = stop - start, np.dtype(kind).itemsize
-        whole = 0 <= start <= stop <= size - 8 - length
-        if not whole or (kind and nbytes != math.prod(shape) * width):
-            raise ValueError(f"{file} must be a whole safetensors file, got {name} cut off")
-        array = None
-        if kind is not None:
-            place = 8 + length + start
-            empty = np.zeros(shape, kind) if not nbytes else None  # there is nothing to map
-            array = np.memmap(file, kind, "r", place, tuple(shape)) if empty is None else empty
-        floating = dtype.startswith(("F", "BF"))
-        yield StoredTensor(name, tuple(shape), dtype, nbytes, array, floating)
+    for entry in sorted(_entry(file, name, value) for name, value in entries.items()):
+        yield _stored(file, entry, 8 + length, size)
+
+
+class _Entry(NamedTuple):
+    start: int
+    stop: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _entry(file: Path, name: str, value: Any) -> _Entry:
+    """What a header says of a tensor, which may be anything that JSON can hold."""
+    try:
+        start, stop = value["data_offsets"]
+        entry = _Entry(start, stop, name, tuple(value["shape"]), value["dtype"])
+    except (ValueError, KeyError, TypeError):
+        entry = None
+    if (
+        entry is None
+        or any(type(n) is not int or n < 0 for n in (entry.start, entry.stop, *entry.shape))
+        or not isinstance(entry.dtype, str)
+    ):
+        raise ValueError(
+            f"{file} must give two data_offsets, a shape and a dtype for each tensor, got "
+            f"{reprlib.repr(value)} for {name}"
+        )
+    return entry
+
+
+def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
+    start, stop, name, shape, dtype = entry
+    kind, nbytes = _SAFETENSORS.get(dtype), stop - start
+    if not start <= stop <= size - begin:
+        raise ValueError(f"{file} must be a whole safetensors file, got {name} cut off")
+    array = None
+    if kind is not None:
+        if nbytes != math.prod(shape) * np.dtype(kind).itemsize:
+            raise ValueError(
+                f"{file} must hold all of a tensor, got {nbytes} bytes for {name}, {dtype} of "
+                f"shape {shape}"
+            )
+        try:
+            array = (
+                np.memmap(file, kind, "r", begin + start, shape)
+                if nbytes
+                else np.zeros(shape, kind)  # there is nothing to map
+            )
+        except (ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{file} must hold shapes that an array can have, got {shape} for {name}"
+            ) from error
+    return StoredTensor(name, shape, dtype, nbytes, array, dtype.startswith(("F", "BF")))
 
 
 def _read_torch(file: Path) -> Iterator[StoredTensor]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint_files import StoredTensor, read_tensors, weight_files
+from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
 from .tensor_analysis import TensorAnalysis, analyse
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint", "readable_bytes"]
@@ -22,8 +22,8 @@ class TensorFigures(NamedTuple):
     dtype : str
     nbytes : int
     analysis : TensorAnalysis or None
-        None for a dtype that packs several entries in a byte, and for a tensor that shares
-        the memory of an earlier one.
+        None for a dtype that packs several entries in a byte or is not known, and for a tensor
+        that shares the memory of an earlier one.
     same_as : str or None
         The name of that one.
     """
@@ -115,7 +115,8 @@ def _cells(row: TensorFigures) -> list[str]:
         return ["", f"same as {row.same_as}"]
     x = row.analysis
     if x is None:
-        return ["", "packed", "", *[readable_bytes(row.nbytes)] * 2]
+        label = "packed" if row.dtype in PACKED else "unknown dtype"
+        return ["", label, "", *[readable_bytes(row.nbytes)] * 2]
     found = [x.pattern]
     if x.axis is not None and x.axis != len(row.shape) - 1:
         found.append(f"along axis {x.axis}")

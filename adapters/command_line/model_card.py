@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .perplexity import TextFile
     from .pruning import PruningJob, PruningResult
 
-__all__ = ["file_digest", "markdown_table", "model_card"]
+__all__ = ["markdown_table", "model_card"]
 
 _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
-def model_card(job: PruningJob, result: PruningResult) -> str:
-    """Return the text of a README.md.
+def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]) -> str:
+    """Return the text of a README.md, for calibration files as they were when they were read.
 
     Examples
     --------
@@ -39,10 +39,7 @@ def model_card(job: PruningJob, result: PruningResult) -> str:
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
-    calibration = [
-        (Path(file).name, f"{Path(file).stat().st_size:,}", f"`{file_digest(Path(file))}`")
-        for file in job.calibration
-    ]
+    calibration = [(file.name, f"{file.nbytes:,}", f"`{file.sha256}`") for file in files]
     versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
     weights = [
         (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
@@ -100,18 +97,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
-
-
-def file_digest(file: Path) -> str:
-    """Return the SHA-256 of a file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "empty"
-    >>> file.touch()
-    >>> file_digest(file)[:16]
-    'e3b0c44298fc1c14'
-    """
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .checkpoint_files import weight_files
 from .inspection import readable_bytes
 
 __all__ = [
+    "Draft",
     "check_new_folder",
     "chosen_device",
     "load_model",
@@ -25,7 +27,7 @@ __all__ = [
 
 
 def chosen_device(device: str) -> torch.device:
-    """Return the device of a name, of which "auto" is a GPU where there is one.
+    """Return the device of a name, of which "auto" is a GPU with float64 where there is one.
 
     Raises
     ------
@@ -39,7 +41,8 @@ def chosen_device(device: str) -> torch.device:
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
+        # Sums are in float64, which other accelerators, such as that of Apple, do not have.
+        return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -134,7 +137,8 @@ def check_new_folder(folder: Path, source: Path) -> None:
 
     Examples
     --------
-    >>>     >>> folder = Path(tempfile.mkdtemp())
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "model.safetensors").touch()
     >>> check_new_folder(folder / "pruned", folder)
     """
@@ -150,26 +154,59 @@ def check_new_folder(folder: Path, source: Path) -> None:
         )
 
 
+@dataclass
+class Draft:
+    """A folder that is being written.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+    keep : bool
+        Whether what is in it would be a loss. It then stays if something fails after.
+    """
+
+    path: Path
+    keep: bool = False
+
+
 @contextmanager
-def written_at_once(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write in, which becomes ``folder`` in the end and goes on a fault.
+def written_at_once(folder: Path) -> Iterator[Draft]:
+    """Yield a draft to write in, which becomes ``folder`` in the end.
+
+    On a fault the draft goes, or, if it is to be kept, the error gets a note that names it.
+
+    Raises
+    ------
+    OSError
+        At once if no folder can be made there; in the end if ``folder`` is no longer empty.
 
     Examples
     --------
-    >>>     >>> folder = Path(tempfile.mkdtemp()) / "new"
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "new"
     >>> with written_at_once(folder) as draft:
-    ...     _ = (draft / "a").write_text("")
+    ...     _ = (draft.path / "a").write_text("")
     ...     folder.exists()
     False
     >>> [file.name for file in folder.iterdir()]
     ['a']
     """
-    draft = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
-    draft.mkdir(parents=True)
+    whole = folder.absolute()
+    draft = Draft(whole.with_name(f".{whole.name}.partial-{secrets.token_hex(4)}"))
+    try:
+        draft.path.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"out must be where a folder can be made, got {folder}: {error.strerror}"
+        ) from error
     try:
         yield draft
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if whole.exists():
+            whole.rmdir()
+        draft.path.rename(whole)
+    except BaseException as error:
+        if draft.keep:
+            error.add_note(f"The finished model is kept in {draft.path}")
+        else:
+            shutil.rmtree(draft.path, ignore_errors=True)
+        raise

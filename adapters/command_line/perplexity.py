@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,14 @@ from safe_core import _checks
 from ..transformers_blocks import evaluated
 from ..transformers_calibration import check_tokens
 
-__all__ = ["Perplexity", "check_length", "perplexity", "read_text", "text_tokens"]
+__all__ = [
+    "Perplexity",
+    "TextFile",
+    "check_length",
+    "perplexity",
+    "read_text_file",
+    "text_tokens",
+]
 
 
 class Perplexity(NamedTuple):
@@ -115,7 +124,10 @@ def perplexity(
     if stride > length:
         raise ValueError(f"stride must be at most length={length}, got {stride}")
     if not torch.is_tensor(tokens) or tokens.is_floating_point() or tokens.ndim != 1:
-        raise TypeError("tokens must be an integer tensor of one axis")
+        got: Any = type(tokens)
+        if torch.is_tensor(tokens):
+            got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        raise TypeError(f"tokens must be an integer tensor of one axis, got {got}")
     if len(tokens) < length:
         raise ValueError(
             f"tokens must be at least length={length} for one window, got {len(tokens)}: give a "
@@ -125,19 +137,20 @@ def perplexity(
     windows = _windows(len(tokens), length, stride)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, done = torch.zeros((), dtype=torch.float64, device="cpu"), 0
+    total, done = 0.0, 0
     with evaluated(model), torch.no_grad():
         for some in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
             ids = torch.stack([tokens[w.start : w.start + length] for w in some]).to(device)
             output = model(ids)
             logits = output if torch.is_tensor(output) else output.logits
-            for row, target, window in zip(logits, ids, some, strict=True):
-                total += _loss(row, target, window.scored).cpu()
+            rows = zip(logits, ids, some, strict=True)
+            losses = [_loss(row, target, window.scored) for row, target, window in rows]
+            total += float(torch.stack(losses).sum())  # the one wait for the device
             done += len(some)
             if progress is not None:
                 progress(done, len(windows))
     predictions = sum(w.scored for w in windows)
-    loss = float(total) / predictions
+    loss = total / predictions
     if not math.isfinite(loss):
         raise ValueError(f"model must give finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
@@ -200,25 +213,50 @@ def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
     >>> text_tokens(lambda text, **options: {"input_ids": [ord(c) for c in text]}, [file])
     tensor([97, 98, 99])
     """
-    text = "\n\n".join(read_text(file) for file in files)
+    text = "\n\n".join(read_text_file(file).text for file in files)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def read_text(file: Path) -> str:
-    """Return the text of a file, which must be there, be UTF-8 and hold something.
+class TextFile(NamedTuple):
+    """A file of text as it was when it was read.
+
+    Attributes
+    ----------
+    name : str
+    nbytes : int
+    sha256 : str
+    text : str
+        With line ends of every kind as ``"\\n"``.
+    """
+
+    name: str
+    nbytes: int
+    sha256: str
+    text: str
+
+
+def read_text_file(file: Path) -> TextFile:
+    """Return a file of text, which must be there, be UTF-8 and hold something.
 
     Examples
     --------
-    >>> read_text(Path("nowhere.txt"))
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "text.txt"
+    >>> _ = file.write_bytes(b"one\\r\\ntwo")
+    >>> found = read_text_file(file)
+    >>> found.nbytes, found.text
+    (8, 'one\\ntwo')
+    >>> read_text_file(Path("nowhere.txt"))
     Traceback (most recent call last):
     ValueError: text file must exist, got nowhere.txt
     """
     if not file.is_file():
         raise ValueError(f"text file must exist, got {file}")
+    content = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = io.StringIO(content.decode("utf-8"), newline=None).read()
     except UnicodeDecodeError as error:
         raise ValueError(f"text file must be UTF-8, got another encoding in {file}") from error
     if not text.strip():
         raise ValueError(f"text file must hold text, got none in {file}")
-    return text
+    return TextFile(file.name, len(content), hashlib.sha256(content).hexdigest(), text)

@@ -25,7 +25,7 @@ from .model_folder import (
     load_tokenizer,
     written_at_once,
 )
-from .perplexity import check_length, read_text
+from .perplexity import check_length, read_text_file
 
 __all__ = ["METHODS", "PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
 
@@ -253,7 +253,8 @@ def prune_folder(
     ------
     TypeError, ValueError, OSError
         If files are missing, empty or too short, ``out`` has something in it, there is no room
-        on the disk, or a setting does not fit the model.
+        on the disk, or a setting does not fit the model. If something fails once the weights
+        are saved, they are kept, and a note of the error names the folder.
 
     Examples
     --------
@@ -265,9 +266,13 @@ def prune_folder(
     device = chosen_device(job.device)
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     check_new_folder(target, source)
-    texts = [read_text(Path(file)) for file in job.calibration]
+    files = [read_text_file(Path(file)) for file in job.calibration]
     batches = calibration_batches(
-        tokenizer, texts, samples=job.samples, length=job.length, seed=job.seed
+        tokenizer,
+        [file.text for file in files],
+        samples=job.samples,
+        length=job.length,
+        seed=job.seed,
     )
     model = load_model(source, trust_remote_code=job.trust_remote_code)
     check_length(model, job.length)
@@ -287,12 +292,15 @@ def prune_folder(
         f"{job.method} to {job.sparsity}: {len(plan.weights)} weights of {plan.name} on {device}, "
         f"memory beside the model: {plan.memory}"
     )
-    report = plan.apply(progress)
-    result = PruningResult(target, str(device), report, _rows(model, report))
+    # The draft comes first: that no folder can be made there is not found after hours of work.
     with written_at_once(target) as draft:
-        model.save_pretrained(draft)  # type: ignore[operator]
-        tokenizer.save_pretrained(draft)
-        (draft / "README.md").write_text(model_card(job, result), encoding="utf-8")
+        report = plan.apply(progress)
+        model.save_pretrained(draft.path)  # type: ignore[operator]
+        draft.keep = True
+        tokenizer.save_pretrained(draft.path)
+        result = PruningResult(target, str(device), report, _rows(model, report))
+        card = model_card(job, result, files)
+        (draft.path / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
