@@ -2,8 +2,9 @@
 
 A weight is pruned that a block multiplies hidden states with: of linear layers, of GPT-2's
 `Conv1D`, and stacked ones of experts, which are parameters of three axes. What the products
-take is seen by watching the functions of torch, so that an expert of a stack, a slice of one
-parameter, is told by where its memory begins, and the roles of its axes by how it is used.
+take is seen by watching the operations of torch below its modules and functions, so that it
+makes no difference how a product is written. An expert of a stack, a slice of one parameter,
+is told by where its memory begins, and the roles of its axes by how it is used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safe_core.layout import Layout
 
@@ -25,23 +27,15 @@ __all__ = ["InputStatistics", "block_weights", "inputs_of", "usable_gram"]
 _FLOOR = 1e-8  # of the mean importance: what an input that is never active counts for
 
 # Where the input and the weight stand among the arguments, and the axis of the weight that is
-# summed over.
+# summed over. Linear layers and the others come down to the first four, but not in inference
+# mode.
 _PRODUCTS: dict[Any, tuple[int, int, int]] = {
-    nn.functional.linear: (0, 1, -1),
-    torch.addmm: (1, 2, -2),
-    torch.baddbmm: (1, 2, -2),
-    **dict.fromkeys(
-        [
-            torch.matmul,
-            torch.mm,
-            torch.bmm,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            Tensor.mm,
-            Tensor.bmm,
-        ],
-        (0, 1, -2),
-    ),
+    torch.ops.aten.mm: (0, 1, -2),
+    torch.ops.aten.bmm: (0, 1, -2),
+    torch.ops.aten.addmm: (1, 2, -2),
+    torch.ops.aten.baddbmm: (1, 2, -2),
+    torch.ops.aten.matmul: (0, 1, -2),
+    torch.ops.aten.linear: (0, 1, -1),
 }
 
 
@@ -118,7 +112,7 @@ def usable_gram(gram: Tensor) -> Tensor:
     return gram + torch.diag(torch.where(diagonal > 0, torch.zeros_like(diagonal), floor))
 
 
-class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
+class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (a context)
     """Watch the inputs of a block's weights within: their sums of squares or Gram matrices.
 
     Parameters
@@ -146,32 +140,52 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
         weights: Mapping[str, Layout | None],
         kind: Literal["roles", "diagonal", "gram"],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kind = kind
         self._layouts = dict(weights)
         self._params = {name: p for name, p in block.named_parameters() if name in weights}
         self._by_memory = {p.untyped_storage().data_ptr(): n for n, p in self._params.items()}
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+        self._fast: list[bool] = []
 
-    def __torch_function__(
+    def __enter__(self) -> inputs_of:
+        """Watch from here on, without fused kernels of attention, whose products are not seen."""
+        self._fast.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Watch no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(self._fast.pop())
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a function of torch, and look at it where it is a matrix product."""
-        kwargs = kwargs or {}
-        places = _PRODUCTS.get(func)
-        if places is not None and len(args) > places[1]:
+        """Run an operation, and look at it where it takes one of the weights."""
+        result = func(*args, **(kwargs or {}))
+        places = _PRODUCTS.get(func.overloadpacket)
+        if places is not None:
             x, w = args[places[0]], args[places[1]]
-            if torch.is_tensor(w) and torch.is_tensor(x):
-                right, left = self._name_of(w), self._name_of(x)
-                if right is not None:
-                    self._see(right, x.detach(), w, places[2])
-                elif left is not None and places[2] == -2:  # a weight times a column
-                    self._see(left, w.detach().transpose(-1, -2), x, -1)
-        return func(*args, **kwargs)
+            right, left = self._name_of(w), self._name_of(x)
+            if right is not None:
+                self._see(right, x.detach(), w, places[2])
+            elif left is not None and places[2] == -2:  # a weight times a column
+                self._see(left, w.detach().transpose(-1, -2), x, -1)
+        names = {self._name_of(leaf) for leaf in tree_leaves((args, kwargs))}
+        self._used |= {name for name in names if name is not None} - {
+            self._name_of(leaf)
+            for leaf in tree_leaves(result)  # of a view
+        }
+        return result
 
-    def _name_of(self, tensor: Tensor) -> str | None:
-        return self._by_memory.get(tensor.untyped_storage().data_ptr())
+    def _name_of(self, leaf: Any) -> str | None:
+        if not torch.is_tensor(leaf) or leaf.layout != torch.strided:
+            return None
+        return self._by_memory.get(leaf.untyped_storage().data_ptr())
 
     def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
         """Take in the inputs of one product with a weight, or a slice or transpose of it."""
@@ -214,15 +228,17 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
     def statistics(self) -> dict[str, InputStatistics]:
         """What was seen, by name of the weight.
 
-        A linear layer that was not run counts as one that saw no token. A parameter of three
-        axes that entered no product is left out.
+        A linear layer that was not run counts as one that saw no token. Left out is a weight
+        that was used, but in no product that was seen: what its inputs are is not known. So is
+        a parameter of three axes that entered no product.
         """
         found = {}
         for name, p in self._params.items():
             layout = self._layouts[name]
-            if layout is None:
+            seen = name in self._tokens
+            if layout is None or (not seen and name in self._used and self._kind != "roles"):
                 continue
-            if name not in self._tokens:
+            if not seen:
                 n = p.shape[layout.input_axes[0]]
                 shape = (1, n, n) if self._kind == "gram" else (1, n)
                 self._tokens[name] = torch.zeros(1, dtype=torch.int64, device=p.device)

@@ -252,6 +252,81 @@ def test_the_error_is_against_the_targets(targets: str) -> None:
     assert hidden.shape == found["dense"].shape
 
 
+# Weights and how they are used
+
+
+class Custom(nn.Module):
+    """A block that multiplies hidden states with its weight in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.idle = how, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.layer.weight
+        if self.how == "module":
+            return self.layer(x)
+        if self.how == "keyword":
+            return nn.functional.linear(x, weight=w, bias=self.layer.bias)
+        if self.how == "einsum":
+            return torch.einsum("ti,oi->to", x, w)
+        if self.how == "left":
+            return (w @ x.T).T
+        return (x[:, None, :] * w).sum(-1) if self.how == "sum" else x @ w.clone().T
+
+
+class Blocks(nn.Module):
+    """A chain of given blocks."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("how", ["module", "keyword", "einsum", "left", "sum", "clone"])
+def test_a_weight_is_pruned_by_the_inputs_that_it_takes_or_not_at_all(how: str) -> None:
+    torch.manual_seed(0)
+    model, solver = Blocks(Custom(how)), Watched()
+    dense = model.blocks[0].layer.weight.clone()
+    report = prune_blocks(model, DATA, solver, 0.5)
+    tokens = {name: weight.tokens for name, weight in report.blocks[0].weights.items()}
+    if how in ("sum", "clone"):
+        assert report.dense == ("blocks.0.layer.weight",)
+        assert tokens == {"idle.weight": 0}  # by magnitude, for it is not used
+        assert torch.equal(model.blocks[0].layer.weight, dense)
+    else:
+        assert report.dense == ()
+        assert tokens == {"layer.weight": 12, "idle.weight": 0}
+        torch.testing.assert_close(solver.grams[0], DATA.T @ DATA)
+
+
+def test_attention_of_torch_is_watched_within() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 5, 8)
+    kinds = {"dropout": 0.0, "batch_first": True}
+    layer = nn.TransformerEncoderLayer(8, 2, 16, **kinds).eval()
+    model, solver = Blocks(layer), Watched()
+    wanted: list[Tensor] = []
+    attention = layer.self_attn
+    query, key, value = nn.functional.linear(
+        inputs, attention.in_proj_weight, attention.in_proj_bias
+    ).detach().reshape(6, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)  # fmt: skip
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+    for x in (inputs, mixed.transpose(1, 2)):
+        wanted.append(x.reshape(30, 8).T @ x.reshape(30, 8))
+    report = prune_blocks(model, inputs, solver, 0.5)
+    assert report.dense == ()
+    assert [w.tokens for w in report.blocks[0].weights.values()] == [30] * 4
+    for got, want in zip(solver.grams, wanted, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 # Experts
 
 
