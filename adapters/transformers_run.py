@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_core.layout import Layout
+from safe_core.solvers.gram import gram_or_identity
 
 from .block_reconstruction import SafeReconstruction
 from .transformers_activations import Activations, prefetched
@@ -20,13 +21,7 @@ from .transformers_calls import BlockCalls, record
 from .transformers_memory import MemoryEstimate, TensorBytes, hollow
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
 from .transformers_resume import WorkFolder, sample_of
-from .transformers_statistics import (
-    InputStatistics,
-    each_slice,
-    inputs_of,
-    one_by_one,
-    usable_gram,
-)
+from .transformers_statistics import InputStatistics, each_slice, inputs_of, one_by_one
 from .transformers_task import NO_CAST, Task, own_dtype
 
 __all__ = ["Run"]
@@ -353,7 +348,7 @@ class Run:
             def solve(
                 weight: Tensor, layout: Layout, expert: int, key: str = key, grams: Tensor = grams
             ) -> tuple[Tensor, Tensor]:
-                gram = usable_gram(grams[expert])
+                gram = gram_or_identity(grams[expert])
                 result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
                 _check_result(f"{self.task.name}.{i}.{key}", weight, result)
                 return result[0], result[1]

@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safe_core.layout import Layout
+from safe_core.solvers.gram import positive_squares
 
 from .torch_weights import prunable_weights
 
-__all__ = ["InputStatistics", "block_weights", "inputs_of", "usable_gram"]
-
-_FLOOR = 1e-8  # of the mean importance: what an input that is never active counts for
+__all__ = ["InputStatistics", "block_weights", "inputs_of"]
 
 # Where the input and the weight stand among the arguments, and the axis of the weight that is
 # summed over. Linear layers and the others come down to the first four, but not in inference
@@ -70,7 +69,7 @@ class InputStatistics(NamedTuple):
     layout : Layout
         As the weight was used.
     tokens : int64 tensor, shape (experts,)
-        How many inputs were seen; one entry without a stack.
+        How many inputs were seen, on the CPU; one entry without a stack.
     squares : float32 tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
         The sum of squares of each input feature, or the Gram matrix ``X^T X``.
     """
@@ -86,30 +85,10 @@ class InputStatistics(NamedTuple):
         features rank by magnitude, and so do all entries of an expert that saw no token.
         """
         assert self.squares is not None  # asked for together with the diagonal
-        mean = self.squares / self.tokens.clamp(min=1)[:, None]
-        floor = mean.mean(dim=1, keepdim=True) * _FLOOR
-        filled = torch.where(mean > 0, mean.clamp(min=floor), floor)
-        filled = torch.where(floor > 0, filled, torch.ones_like(filled))
+        tokens = self.tokens.clamp(min=1).to(self.squares.device)
+        filled: Tensor = positive_squares(self.squares / tokens[:, None])
         axes = (*self.layout.batch_axes, *self.layout.input_axes)
         return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
-
-
-def usable_gram(gram: Tensor) -> Tensor:
-    """A Gram matrix without zeros on its diagonal: the identity where no input was seen.
-
-    A feature that was never active gets a small entry, so that weights of such features rank
-    by magnitude among each other and below the rest.
-
-    Examples
-    --------
-    >>> usable_gram(torch.zeros(2, 2))
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-    diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
-    return gram + torch.diag(torch.where(diagonal > 0, torch.zeros_like(diagonal), floor))
 
 
 class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (a context)
@@ -199,21 +178,33 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
         if axis is None:
             return
         stacked = p.ndim == 3
+        if stacked and p.stride(0) < max(p.stride()):
+            return  # no expert is a piece of memory
         if self._layouts[name] is None:
             other = ({1, 2} - {axis}).pop()
             self._layouts[name] = Layout((axis,), (other,), (0,))
         n, experts = p.shape[axis], p.shape[0] if stacked else 1
         if name not in self._tokens:
-            self._tokens[name] = torch.zeros(experts, dtype=torch.int64, device=p.device)
+            self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
             shape = (experts, n, n) if self._kind == "gram" else (experts, n)
             if self._kind != "roles":
                 self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
-        if stacked and w.ndim == 3:
-            for e in range(experts):
-                self._add(name, e, x[e].reshape(-1, n))
-        else:
-            first = (w.storage_offset() - p.storage_offset()) // p.stride(0) if stacked else 0
-            self._add(name, first, x.reshape(-1, n))
+        if not stacked:
+            self._add(name, 0, x.reshape(-1, n))
+            return
+        first = (w.storage_offset() - p.storage_offset()) // p.stride(0)
+        if w.ndim == 3 and w.stride(0) == p.stride(0):  # each expert its own inputs
+            if x.ndim > 2 and x.shape[0] not in (1, len(w)):
+                raise ValueError(
+                    f"blocks must multiply {name} {tuple(p.shape)} with inputs for each of its "
+                    f"experts or for all of them, got inputs {tuple(x.shape)} for {len(w)} experts"
+                )
+            for e, part in enumerate(x.expand(len(w), -1, -1) if x.ndim <= 3 else x):
+                self._add(name, first + e, part.reshape(-1, n))
+        else:  # all the same ones
+            reach = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
+            for e in range(first, first + reach // p.stride(0) + 1):
+                self._add(name, e, x.reshape(-1, n))
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
         self._tokens[name][expert] += len(x)
@@ -241,7 +232,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             if not seen:
                 n = p.shape[layout.input_axes[0]]
                 shape = (1, n, n) if self._kind == "gram" else (1, n)
-                self._tokens[name] = torch.zeros(1, dtype=torch.int64, device=p.device)
+                self._tokens[name] = torch.zeros(1, dtype=torch.int64)
                 self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             found[name] = InputStatistics(layout, self._tokens[name], self._sums.get(name))
         return found

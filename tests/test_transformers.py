@@ -27,6 +27,7 @@ from safe_core.adapters.transformers import (
     plan_pruning,
     prune_blocks,
 )
+from safe_core.solvers import ALPS, SparseGPT, Wanda
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
 TEXT = {
@@ -327,6 +328,28 @@ def test_attention_of_torch_is_watched_within() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+class Columns(nn.Module):
+    """Of its eight columns, half are never active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * (torch.arange(8) < 4))
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(), ALPS(), Wanda()], ids=lambda s: type(s).__name__)
+def test_columns_that_are_never_active_are_pruned_first(solver: Any) -> None:
+    torch.manual_seed(0)
+    model = Blocks(Columns())
+    with torch.no_grad():
+        model.blocks[0].layer.weight[:, 4:] *= 100
+    report = prune_blocks(model, DATA, solver, 0.5)
+    assert report.blocks[0].relative_error < 1e-10
+    assert bool((model.blocks[0].layer.weight[:, 4:] == 0).all())
+
+
 # Experts
 
 
@@ -378,6 +401,32 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(plus: bool) -> None:
     assert report.blocks[0].weights["mlp.experts.down_proj"].tokens == 0
     kept = model.model.layers[0].mlp.experts.down_proj[3] != 0
     assert torch.equal(kept, safe_core.project(idle, 0.5).support)
+
+
+class Stacked(nn.Module):
+    """Three experts in one parameter, of which each sees all tokens, and their mean."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.experts = how, nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "right":
+            return torch.matmul(x, self.experts).mean(0)
+        if self.how == "left":
+            return (self.experts.mT @ x.T).mean(0).T
+        return torch.bmm(x.expand(3, -1, -1), self.experts).mean(0)
+
+
+@pytest.mark.parametrize("how", ["right", "left", "bmm"])
+def test_stacked_experts_may_share_their_inputs(how: str) -> None:
+    torch.manual_seed(0)
+    model, solver = Blocks(Stacked(how)), Watched()
+    report = prune_blocks(model, DATA, solver, 0.5)
+    assert report.blocks[0].weights["experts"].tokens == 12
+    assert len(solver.grams) == 3
+    for gram in solver.grams:
+        torch.testing.assert_close(gram, DATA.T @ DATA)
 
 
 # SAFE
