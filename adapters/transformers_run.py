@@ -139,7 +139,10 @@ class Run:
         block = self.task.blocks[i]
         self.calls.forget_placed()
         statistics, dense = self._dense_pass(i)
-        tokens = {key: int(found.tokens.min()) for key, found in statistics.items()}
+        unknown = self.settings.watched == "roles"
+        tokens = {
+            key: None if unknown else int(found.tokens.min()) for key, found in statistics.items()
+        }
         supports: dict[str, Tensor] = {}
         solved: dict[str, Tensor] = {}
         if statistics:
@@ -150,13 +153,14 @@ class Run:
             )
         del dense, statistics
         before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
-        _write_back(block, solved)
-        solved.clear()
+        kept = torch.stack([m.sum() for m in supports.values()]).tolist() if supports else []
         weights = {
-            key: WeightReport(mask.numel(), int(mask.sum()), tokens[key])
-            for key, mask in supports.items()
+            key: WeightReport(mask.numel(), count, tokens[key])
+            for (key, mask), count in zip(supports.items(), kept, strict=True)
         }
         try:
+            _write_back(block, solved)
+            solved.clear()
             report = self._finish(i, weights, started)
         except BaseException:
             _write_back(block, before)
@@ -300,9 +304,10 @@ class Run:
         own = own_dtype(home)
         cast = own, torch.float32
         block = self._copy(i, torch.float32)
-        for p, q in zip(home.parameters(), block.parameters(), strict=True):
-            q.requires_grad_(q.is_floating_point() and id(p) not in self.task.outside)
         params = dict(block.named_parameters())
+        for key, p in home.named_parameters():
+            trained = key in statistics or (p.requires_grad and id(p) not in self.task.outside)
+            params[key].requires_grad_(trained)
         importance = None
         if solver.importance is not None:
             importance = {

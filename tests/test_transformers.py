@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import inspect
 import os
 import signal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import safe_core
 from safe_core import Layout, Unstructured
+from safe_core.adapters import transformers_run
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.transformers import (
     Progress,
@@ -27,6 +29,7 @@ from safe_core.adapters.transformers import (
     plan_pruning,
     prune_blocks,
 )
+from safe_core.adapters.transformers_activations import Activations
 from safe_core.solvers import ALPS, SparseGPT, Wanda
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
@@ -251,6 +254,23 @@ def test_the_error_is_against_the_targets(targets: str) -> None:
     relative = float(error / found["dense"].square().mean())
     assert report.blocks[1].relative_error == pytest.approx(relative, rel=1e-4)
     assert hidden.shape == found["dense"].shape
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    model = Chain()
+    for block in model.blocks:
+        block.requires_grad_(False)
+    model.blocks[1].bias.requires_grad_(True)
+    prune_blocks(model, DATA, SHORT, 0.5)
+    for i, (block, dense) in enumerate(zip(model.blocks, Chain().blocks, strict=True)):
+        assert torch.equal(block.bias, dense.bias) == (i != 1)
+        assert not torch.equal(block.weight[block.weight != 0], dense.weight[block.weight != 0])
+
+
+def test_tokens_are_unknown_where_nothing_looks_at_them() -> None:
+    solver = SafeReconstruction(epochs=1, warmup_epochs=0, batch_size=4)
+    report = prune_blocks(Chain(), DATA, solver, 0.5)
+    assert [b.weights["weight"].tokens for b in report.blocks] == [None] * 4
 
 
 # Weights and how they are used
@@ -700,6 +720,69 @@ def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path
     if rules == {"targets": "pruned", "propagate": "pruned"}:
         prune_blocks(model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
         assert_equal(whole, model)  # of which one block was pruned before
+
+
+@pytest.mark.parametrize("solver", [SHORT, wanda], ids=["safe+", "layerwise"])
+def test_an_interrupt_while_a_block_is_written_leaves_it_dense(
+    solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, write, calls = Chain(), transformers_run._write_back, []
+
+    def interrupted(block: nn.Module, values: Any) -> None:
+        write(block, values)
+        calls.append(block)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers_run, "_write_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_blocks(model, DATA, solver, 0.5)
+    assert_equal(model.blocks[1], Chain().blocks[1])
+    assert int((model.blocks[0].weight == 0).sum()) == 32
+
+
+def test_a_finished_block_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+    file = tmp_path / "block-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    model = Chain()
+    with pytest.raises(ValueError, match=r"work_dir must hold block 1 as .* another block-00001"):
+        prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    assert_equal(model.blocks[1], Chain().blocks[1])
+    file.unlink()
+    with pytest.raises(ValueError, match=r"work_dir must hold block 1 as .* got no block-00001"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+
+def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
+    def share(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Layout, top: int) -> Any:
+        return safe_core.project(weight * top, sparsity, layout=layout)
+
+    prune_blocks(Chain(), DATA, functools.partial(share, top=2), 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"begun with solver=partial\(.*share, top=2\), got"):
+        prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match="solver must have a name for work_dir"):
+        prune_blocks(Chain(), DATA, lambda w, g, s, layout: None, 0.5, work_dir=tmp_path)
+
+
+def test_pinned_memory_is_copied_once_the_device_has_written_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Activations(torch.device("cpu"), "cpu")
+    source.expect([0], torch.zeros(1, 2))
+    copy = source.alike("copy")
+    copy.device = torch.device("cuda")
+
+    class Stream:
+        def synchronize(self) -> None:
+            source.put([0], torch.ones(1, 2))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    copy.copy_from(source)
+    copy.device = source.device
+    assert torch.equal(copy.take([0]), torch.ones(1, 2))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
