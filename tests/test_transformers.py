@@ -595,17 +595,29 @@ def test_progress_and_modes() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("how", ["safe+", "layerwise"])
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
+@pytest.mark.parametrize(
+    ("how", "targets"),
+    [
+        ("safe+", "pruned"),
+        ("safe+", "dense"),
+        ("wanda", "pruned"),
+        ("wanda", "dense"),
+        ("sparsegpt", "pruned"),
+        ("alps", "pruned"),
+    ],
+)
 def test_memory_is_predicted(how: str, targets: str) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
     ids = torch.randint(3, VOCABULARY, (16, 64))
-    solver = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
-    report = prune_blocks(
-        model, ids, solver if how == "safe+" else wanda, 0.5, targets=targets, measure_memory=True
-    )
+    solvers = {
+        "safe+": SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0),
+        "wanda": wanda,
+        "sparsegpt": SparseGPT(),
+        "alps": ALPS(iterations=6),
+    }
+    report = prune_blocks(model, ids, solvers[how], 0.5, targets=targets, measure_memory=True)
     assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
     assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
 
