@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -169,7 +170,16 @@ def described(value: Any) -> str:
     """What a method says of itself, the same in every process.
 
     Functions go by their names, for their addresses change.
+
+    Examples
+    --------
+    >>> described(functools.partial(round, ndigits=2))
+    'partial(round, ndigits=2)'
     """
+    if isinstance(value, functools.partial):
+        given = [described(x) for x in (value.func, *value.args)]
+        named = [f"{key}={described(x)}" for key, x in sorted(value.keywords.items())]
+        return f"partial({', '.join([*given, *named])})"
     if is_dataclass(value) and not isinstance(value, type):
         # Defaults go unsaid: what a later release adds must not change it.
         changed = [f for f in fields(value) if getattr(value, f.name) != f.default]

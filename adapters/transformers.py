@@ -20,6 +20,7 @@ from safe_core.layout import Layout
 from safe_core.sparsity import Pattern, as_pattern
 
 from .block_reconstruction import SafeReconstruction
+from .torch_groups import described
 from .transformers_blocks import evaluated, find_blocks, learn_structure
 from .transformers_calibration import calibration_batches, check_tokens, split_samples
 from .transformers_memory import MemoryEstimate
@@ -131,7 +132,9 @@ def prune_blocks(
     techniques" and does not say more: as in those, by default a block sees what the pruned
     ones before it return, and its targets are what it returns for that when dense.
 
-    Parameters are trained in float32 and written back in their own dtype, zeros exactly.
+    Parameters are trained in float32 and written back in their own dtype, zeros exactly. SAFE
+    trains biases and norms of a block too; those with ``requires_grad=False`` stay as they
+    are, bit for bit. Weights that are pruned are trained in any case.
 
     References
     ----------
@@ -232,6 +235,11 @@ offload, work_dir, seed
     _checks.choice("offload", offload, ("cpu", "disk", None))
     if offload == "disk" and work_dir is None:
         raise ValueError('work_dir must name a folder for offload="disk", got None')
+    if work_dir is not None and "<lambda>" in described(solver):
+        raise ValueError(
+            "solver must have a name for work_dir, to tell whether a run goes on with the same "
+            f"one, got {described(solver)}: define a function"
+        )
     _checks.integer("batch_size", batch_size, low=1)
     _checks.integer("seed", seed, low=0)
     samples = split_samples(batches)

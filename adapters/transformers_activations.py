@@ -113,6 +113,9 @@ class Activations:
 
     def copy_from(self, other: Activations) -> None:
         """Take over the hidden states of activations of the same shapes."""
+        if self.device.type == "cuda":
+            # The CPU copies pinned memory at once, where the GPU may still have to write.
+            torch.cuda.current_stream(self.device).synchronize()
         for (_, mine), (_, theirs) in zip(self._buffers, other._buffers, strict=True):
             mine.copy_(theirs)
 

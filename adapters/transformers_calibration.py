@@ -129,11 +129,14 @@ def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) 
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embeddings, nn.Embedding):
         return
+    bounds, numbers = [], []
     for i, sample in enumerate(samples):
         tokens = sample.get("input_ids", sample.get(None))
-        if not torch.is_tensor(tokens) or tokens.is_floating_point() or not tokens.numel():
-            continue
-        low, high = int(tokens.min()), int(tokens.max())
+        if torch.is_tensor(tokens) and not tokens.is_floating_point() and tokens.numel():
+            bounds.append(torch.stack(tokens.aminmax()))
+            numbers.append(i)
+    found = torch.stack(bounds).tolist() if bounds else []  # one wait for the device
+    for i, (low, high) in zip(numbers, found, strict=True):
         if low < 0 or high >= embeddings.num_embeddings:
             raise ValueError(
                 "batches must hold tokens of the model's vocabulary, below "

@@ -170,12 +170,12 @@ class BlockSize(NamedTuple):
         state = 20 * self.entries + 5 * self.sparse
         return state + max(work, 5 * self.sparse)
 
-    def layerwise(self, work: int) -> int:
+    def layerwise(self, work: int, matrices: int = 3) -> int:
         """Bytes of a layer-wise solver: all Gram matrices, and the work on one weight.
 
-        A solver is granted three matrices of the Gram matrix's size and four of the weight's.
+        A solver is granted so many matrices of the Gram matrix's size and four of the weight's.
         """
-        solving = 12 * self.inputs**2 + 16 * self.largest + 5 * self.largest
+        solving = 4 * matrices * self.inputs**2 + 16 * self.largest + 5 * self.largest
         return self.stored + 4 * self.gram + max(work, solving)
 
 

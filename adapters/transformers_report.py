@@ -41,13 +41,14 @@ class WeightReport(NamedTuple):
     entries, kept : int
         All entries and those on the support, exactly as many as asked. Of these some may be
         zero: those that were, or that the rounding to the model's dtype makes zero.
-    tokens : int
-        Inputs that the weight has seen; for stacked experts the fewest of an expert.
+    tokens : int or None
+        Inputs that the weight has seen; for stacked experts the fewest of an expert. None for
+        SAFE without importance, which does not look at them.
     """
 
     entries: int
     kept: int
-    tokens: int
+    tokens: int | None
 
 
 class BlockReport(NamedTuple):

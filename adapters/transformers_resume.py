@@ -90,17 +90,18 @@ class WorkFolder:
         self.settings = dict(settings)
         self.notes = list(notes)
         self.finished: list[dict[str, Any]] = []
+        self._digests: list[str] = []  # of the files
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / _MANIFEST).exists():
             self._read()
         else:
-            self._write_manifest([])
+            self._write_manifest([], [])
 
     def _read(self) -> None:
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text())
             found, self.finished = dict(manifest["settings"]), list(manifest["blocks"])
-            self.notes = list(manifest["notes"])
+            self.notes, self._digests = list(manifest["notes"]), list(manifest["digests"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"work_dir must hold a manifest of this library, got {self.path / _MANIFEST} with "
@@ -118,10 +119,24 @@ class WorkFolder:
         return self.path / f"block-{index:05d}.safetensors"
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, on the CPU."""
+        """The tensors of a finished block, on the CPU.
+
+        Raises
+        ------
+        ValueError
+            If its file is not there, or is not what was written.
+        """
         from safetensors.torch import load
 
-        return load(self._file(index).read_bytes())
+        path = self._file(index)
+        data = path.read_bytes() if path.exists() else None
+        if data is None or _digest(data) != self._digests[index]:
+            raise ValueError(
+                f"work_dir must hold block {index} as it was written, got "
+                f"{'no' if data is None else 'another'} {path.name} in {self.path}: name another "
+                "folder to begin anew"
+            )
+        return load(data)
 
     def save(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         """Keep the next block.
@@ -136,8 +151,9 @@ class WorkFolder:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         index = len(self.finished)
         try:
-            _write(self._file(index), save(plain))
-            self._write_manifest([*self.finished, dict(entry)])
+            data = save(plain)
+            _write(self._file(index), data)
+            self._write_manifest([*self.finished, dict(entry)], [*self._digests, _digest(data)])
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -145,10 +161,19 @@ class WorkFolder:
                 f"blocks before it stay in {self.path}",
             ) from error
 
-    def _write_manifest(self, finished: list[dict[str, Any]]) -> None:
-        manifest = {"settings": self.settings, "notes": self.notes, "blocks": finished}
+    def _write_manifest(self, finished: list[dict[str, Any]], digests: list[str]) -> None:
+        manifest = {
+            "settings": self.settings,
+            "notes": self.notes,
+            "blocks": finished,
+            "digests": digests,
+        }
         _write(self.path / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        self.finished = finished
+        self.finished, self._digests = finished, digests
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

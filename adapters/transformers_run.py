@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_core.layout import Layout
+from safe_core.solvers.gram import gram_or_identity
 
 from .block_reconstruction import SafeReconstruction
 from .transformers_activations import Activations, prefetched
@@ -20,13 +21,7 @@ from .transformers_calls import BlockCalls, record
 from .transformers_memory import MemoryEstimate, TensorBytes, hollow
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
 from .transformers_resume import WorkFolder, sample_of
-from .transformers_statistics import (
-    InputStatistics,
-    each_slice,
-    inputs_of,
-    one_by_one,
-    usable_gram,
-)
+from .transformers_statistics import InputStatistics, each_slice, inputs_of, one_by_one
 from .transformers_task import NO_CAST, Task, own_dtype
 
 __all__ = ["Run"]
@@ -144,7 +139,10 @@ class Run:
         block = self.task.blocks[i]
         self.calls.forget_placed()
         statistics, dense = self._dense_pass(i)
-        tokens = {key: int(found.tokens.min()) for key, found in statistics.items()}
+        unknown = self.settings.watched == "roles"
+        tokens = {
+            key: None if unknown else int(found.tokens.min()) for key, found in statistics.items()
+        }
         supports: dict[str, Tensor] = {}
         solved: dict[str, Tensor] = {}
         if statistics:
@@ -155,13 +153,14 @@ class Run:
             )
         del dense, statistics
         before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
-        _write_back(block, solved)
-        solved.clear()
+        kept = torch.stack([m.sum() for m in supports.values()]).tolist() if supports else []
         weights = {
-            key: WeightReport(mask.numel(), int(mask.sum()), tokens[key])
-            for key, mask in supports.items()
+            key: WeightReport(mask.numel(), count, tokens[key])
+            for (key, mask), count in zip(supports.items(), kept, strict=True)
         }
         try:
+            _write_back(block, solved)
+            solved.clear()
             report = self._finish(i, weights, started)
         except BaseException:
             _write_back(block, before)
@@ -305,9 +304,10 @@ class Run:
         own = own_dtype(home)
         cast = own, torch.float32
         block = self._copy(i, torch.float32)
-        for p, q in zip(home.parameters(), block.parameters(), strict=True):
-            q.requires_grad_(q.is_floating_point() and id(p) not in self.task.outside)
         params = dict(block.named_parameters())
+        for key, p in home.named_parameters():
+            trained = key in statistics or (p.requires_grad and id(p) not in self.task.outside)
+            params[key].requires_grad_(trained)
         importance = None
         if solver.importance is not None:
             importance = {
@@ -353,7 +353,7 @@ class Run:
             def solve(
                 weight: Tensor, layout: Layout, expert: int, key: str = key, grams: Tensor = grams
             ) -> tuple[Tensor, Tensor]:
-                gram = usable_gram(grams[expert])
+                gram = gram_or_identity(grams[expert])
                 result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
                 _check_result(f"{self.task.name}.{i}.{key}", weight, result)
                 return result[0], result[1]

@@ -2,8 +2,9 @@
 
 A weight is pruned that a block multiplies hidden states with: of linear layers, of GPT-2's
 `Conv1D`, and stacked ones of experts, which are parameters of three axes. What the products
-take is seen by watching the functions of torch, so that an expert of a stack, a slice of one
-parameter, is told by where its memory begins, and the roles of its axes by how it is used.
+take is seen by watching the operations of torch below its modules and functions, so that it
+makes no difference how a product is written. An expert of a stack, a slice of one parameter,
+is told by where its memory begins, and the roles of its axes by how it is used.
 """
 
 from __future__ import annotations
@@ -14,34 +15,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safe_core.layout import Layout
+from safe_core.solvers.gram import positive_squares
 
 from .torch_weights import prunable_weights
 
-__all__ = ["InputStatistics", "block_weights", "inputs_of", "usable_gram"]
-
-_FLOOR = 1e-8  # of the mean importance: what an input that is never active counts for
+__all__ = ["InputStatistics", "block_weights", "inputs_of"]
 
 # Where the input and the weight stand among the arguments, and the axis of the weight that is
-# summed over.
+# summed over. Linear layers and the others come down to the first four, but not in inference
+# mode.
 _PRODUCTS: dict[Any, tuple[int, int, int]] = {
-    nn.functional.linear: (0, 1, -1),
-    torch.addmm: (1, 2, -2),
-    torch.baddbmm: (1, 2, -2),
-    **dict.fromkeys(
-        [
-            torch.matmul,
-            torch.mm,
-            torch.bmm,
-            Tensor.matmul,
-            Tensor.__matmul__,
-            Tensor.mm,
-            Tensor.bmm,
-        ],
-        (0, 1, -2),
-    ),
+    torch.ops.aten.mm: (0, 1, -2),
+    torch.ops.aten.bmm: (0, 1, -2),
+    torch.ops.aten.addmm: (1, 2, -2),
+    torch.ops.aten.baddbmm: (1, 2, -2),
+    torch.ops.aten.matmul: (0, 1, -2),
+    torch.ops.aten.linear: (0, 1, -1),
 }
 
 
@@ -76,7 +69,7 @@ class InputStatistics(NamedTuple):
     layout : Layout
         As the weight was used.
     tokens : int64 tensor, shape (experts,)
-        How many inputs were seen; one entry without a stack.
+        How many inputs were seen, on the CPU; one entry without a stack.
     squares : float32 tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
         The sum of squares of each input feature, or the Gram matrix ``X^T X``.
     """
@@ -92,33 +85,13 @@ class InputStatistics(NamedTuple):
         features rank by magnitude, and so do all entries of an expert that saw no token.
         """
         assert self.squares is not None  # asked for together with the diagonal
-        mean = self.squares / self.tokens.clamp(min=1)[:, None]
-        floor = mean.mean(dim=1, keepdim=True) * _FLOOR
-        filled = torch.where(mean > 0, mean.clamp(min=floor), floor)
-        filled = torch.where(floor > 0, filled, torch.ones_like(filled))
+        tokens = self.tokens.clamp(min=1).to(self.squares.device)
+        filled: Tensor = positive_squares(self.squares / tokens[:, None])
         axes = (*self.layout.batch_axes, *self.layout.input_axes)
         return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
 
 
-def usable_gram(gram: Tensor) -> Tensor:
-    """A Gram matrix without zeros on its diagonal: the identity where no input was seen.
-
-    A feature that was never active gets a small entry, so that weights of such features rank
-    by magnitude among each other and below the rest.
-
-    Examples
-    --------
-    >>> usable_gram(torch.zeros(2, 2))
-    tensor([[1., 0.],
-            [0., 1.]])
-    """
-    diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    floor = torch.where(mean > 0, mean * _FLOOR, torch.ones_like(mean))
-    return gram + torch.diag(torch.where(diagonal > 0, torch.zeros_like(diagonal), floor))
-
-
-class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
+class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (a context)
     """Watch the inputs of a block's weights within: their sums of squares or Gram matrices.
 
     Parameters
@@ -146,32 +119,52 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
         weights: Mapping[str, Layout | None],
         kind: Literal["roles", "diagonal", "gram"],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kind = kind
         self._layouts = dict(weights)
         self._params = {name: p for name, p in block.named_parameters() if name in weights}
         self._by_memory = {p.untyped_storage().data_ptr(): n for n, p in self._params.items()}
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+        self._fast: list[bool] = []
 
-    def __torch_function__(
+    def __enter__(self) -> inputs_of:
+        """Watch from here on, without fused kernels of attention, whose products are not seen."""
+        self._fast.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Watch no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(self._fast.pop())
+
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a function of torch, and look at it where it is a matrix product."""
-        kwargs = kwargs or {}
-        places = _PRODUCTS.get(func)
-        if places is not None and len(args) > places[1]:
+        """Run an operation, and look at it where it takes one of the weights."""
+        result = func(*args, **(kwargs or {}))
+        places = _PRODUCTS.get(func.overloadpacket)
+        if places is not None:
             x, w = args[places[0]], args[places[1]]
-            if torch.is_tensor(w) and torch.is_tensor(x):
-                right, left = self._name_of(w), self._name_of(x)
-                if right is not None:
-                    self._see(right, x.detach(), w, places[2])
-                elif left is not None and places[2] == -2:  # a weight times a column
-                    self._see(left, w.detach().transpose(-1, -2), x, -1)
-        return func(*args, **kwargs)
+            right, left = self._name_of(w), self._name_of(x)
+            if right is not None:
+                self._see(right, x.detach(), w, places[2])
+            elif left is not None and places[2] == -2:  # a weight times a column
+                self._see(left, w.detach().transpose(-1, -2), x, -1)
+        names = {self._name_of(leaf) for leaf in tree_leaves((args, kwargs))}
+        self._used |= {name for name in names if name is not None} - {
+            self._name_of(leaf)
+            for leaf in tree_leaves(result)  # of a view
+        }
+        return result
 
-    def _name_of(self, tensor: Tensor) -> str | None:
-        return self._by_memory.get(tensor.untyped_storage().data_ptr())
+    def _name_of(self, leaf: Any) -> str | None:
+        if not torch.is_tensor(leaf) or leaf.layout != torch.strided:
+            return None
+        return self._by_memory.get(leaf.untyped_storage().data_ptr())
 
     def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
         """Take in the inputs of one product with a weight, or a slice or transpose of it."""
@@ -185,21 +178,33 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
         if axis is None:
             return
         stacked = p.ndim == 3
+        if stacked and p.stride(0) < max(p.stride()):
+            return  # no expert is a piece of memory
         if self._layouts[name] is None:
             other = ({1, 2} - {axis}).pop()
             self._layouts[name] = Layout((axis,), (other,), (0,))
         n, experts = p.shape[axis], p.shape[0] if stacked else 1
         if name not in self._tokens:
-            self._tokens[name] = torch.zeros(experts, dtype=torch.int64, device=p.device)
+            self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
             shape = (experts, n, n) if self._kind == "gram" else (experts, n)
             if self._kind != "roles":
                 self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
-        if stacked and w.ndim == 3:
-            for e in range(experts):
-                self._add(name, e, x[e].reshape(-1, n))
-        else:
-            first = (w.storage_offset() - p.storage_offset()) // p.stride(0) if stacked else 0
-            self._add(name, first, x.reshape(-1, n))
+        if not stacked:
+            self._add(name, 0, x.reshape(-1, n))
+            return
+        first = (w.storage_offset() - p.storage_offset()) // p.stride(0)
+        if w.ndim == 3 and w.stride(0) == p.stride(0):  # each expert its own inputs
+            if x.ndim > 2 and x.shape[0] not in (1, len(w)):
+                raise ValueError(
+                    f"blocks must multiply {name} {tuple(p.shape)} with inputs for each of its "
+                    f"experts or for all of them, got inputs {tuple(x.shape)} for {len(w)} experts"
+                )
+            for e, part in enumerate(x.expand(len(w), -1, -1) if x.ndim <= 3 else x):
+                self._add(name, first + e, part.reshape(-1, n))
+        else:  # all the same ones
+            reach = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
+            for e in range(first, first + reach // p.stride(0) + 1):
+                self._add(name, e, x.reshape(-1, n))
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
         self._tokens[name][expert] += len(x)
@@ -214,18 +219,20 @@ class inputs_of(TorchFunctionMode):  # noqa: N801 (a context manager)
     def statistics(self) -> dict[str, InputStatistics]:
         """What was seen, by name of the weight.
 
-        A linear layer that was not run counts as one that saw no token. A parameter of three
-        axes that entered no product is left out.
+        A linear layer that was not run counts as one that saw no token. Left out is a weight
+        that was used, but in no product that was seen: what its inputs are is not known. So is
+        a parameter of three axes that entered no product.
         """
         found = {}
         for name, p in self._params.items():
             layout = self._layouts[name]
-            if layout is None:
+            seen = name in self._tokens
+            if layout is None or (not seen and name in self._used and self._kind != "roles"):
                 continue
-            if name not in self._tokens:
+            if not seen:
                 n = p.shape[layout.input_axes[0]]
                 shape = (1, n, n) if self._kind == "gram" else (1, n)
-                self._tokens[name] = torch.zeros(1, dtype=torch.int64, device=p.device)
+                self._tokens[name] = torch.zeros(1, dtype=torch.int64)
                 self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
             found[name] = InputStatistics(layout, self._tokens[name], self._sums.get(name))
         return found

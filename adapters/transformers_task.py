@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from safe_core.layout import Layout
+from safe_core.solvers import ALPS
 from safe_core.sparsity import Pattern
 
 from .block_reconstruction import SafeReconstruction
@@ -101,7 +102,8 @@ def predict_memory(task: Task) -> MemoryEstimate:
         needed = size.reconstruction(work)
     else:
         work = _work_bytes(task, calls, largest, hidden[0], s.batch_size, backward=False)
-        needed = size.layerwise(work)
+        # Beside H stands its eigendecomposition, in several copies as it is made.
+        needed = size.layerwise(work, 7 if isinstance(s.solver, ALPS) else 3)
     first = _numbers(task.samples[0])
     stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
     # A pruned block stands beside a copy of the dense one and, for a folder, its file.

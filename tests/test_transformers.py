@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import inspect
 import os
 import signal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import safe_core
 from safe_core import Layout, Unstructured
+from safe_core.adapters import transformers_run
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.transformers import (
     Progress,
@@ -27,6 +29,8 @@ from safe_core.adapters.transformers import (
     plan_pruning,
     prune_blocks,
 )
+from safe_core.adapters.transformers_activations import Activations
+from safe_core.solvers import ALPS, SparseGPT, Wanda
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
 TEXT = {
@@ -252,6 +256,120 @@ def test_the_error_is_against_the_targets(targets: str) -> None:
     assert hidden.shape == found["dense"].shape
 
 
+def test_frozen_parameters_stay_as_they_are() -> None:
+    model = Chain()
+    for block in model.blocks:
+        block.requires_grad_(False)
+    model.blocks[1].bias.requires_grad_(True)
+    prune_blocks(model, DATA, SHORT, 0.5)
+    for i, (block, dense) in enumerate(zip(model.blocks, Chain().blocks, strict=True)):
+        assert torch.equal(block.bias, dense.bias) == (i != 1)
+        assert not torch.equal(block.weight[block.weight != 0], dense.weight[block.weight != 0])
+
+
+def test_tokens_are_unknown_where_nothing_looks_at_them() -> None:
+    solver = SafeReconstruction(epochs=1, warmup_epochs=0, batch_size=4)
+    report = prune_blocks(Chain(), DATA, solver, 0.5)
+    assert [b.weights["weight"].tokens for b in report.blocks] == [None] * 4
+
+
+# Weights and how they are used
+
+
+class Custom(nn.Module):
+    """A block that multiplies hidden states with its weight in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.idle = how, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.layer.weight
+        if self.how == "module":
+            return self.layer(x)
+        if self.how == "keyword":
+            return nn.functional.linear(x, weight=w, bias=self.layer.bias)
+        if self.how == "einsum":
+            return torch.einsum("ti,oi->to", x, w)
+        if self.how == "left":
+            return (w @ x.T).T
+        return (x[:, None, :] * w).sum(-1) if self.how == "sum" else x @ w.clone().T
+
+
+class Blocks(nn.Module):
+    """A chain of given blocks."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("how", ["module", "keyword", "einsum", "left", "sum", "clone"])
+def test_a_weight_is_pruned_by_the_inputs_that_it_takes_or_not_at_all(how: str) -> None:
+    torch.manual_seed(0)
+    model, solver = Blocks(Custom(how)), Watched()
+    dense = model.blocks[0].layer.weight.clone()
+    report = prune_blocks(model, DATA, solver, 0.5)
+    tokens = {name: weight.tokens for name, weight in report.blocks[0].weights.items()}
+    if how in ("sum", "clone"):
+        assert report.dense == ("blocks.0.layer.weight",)
+        assert tokens == {"idle.weight": 0}  # by magnitude, for it is not used
+        assert torch.equal(model.blocks[0].layer.weight, dense)
+    else:
+        assert report.dense == ()
+        assert tokens == {"layer.weight": 12, "idle.weight": 0}
+        torch.testing.assert_close(solver.grams[0], DATA.T @ DATA)
+
+
+def test_attention_of_torch_is_watched_within() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 5, 8)
+    kinds = {"dropout": 0.0, "batch_first": True}
+    layer = nn.TransformerEncoderLayer(8, 2, 16, **kinds).eval()
+    model, solver = Blocks(layer), Watched()
+    wanted: list[Tensor] = []
+    attention = layer.self_attn
+    query, key, value = nn.functional.linear(
+        inputs, attention.in_proj_weight, attention.in_proj_bias
+    ).detach().reshape(6, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)  # fmt: skip
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+    for x in (inputs, mixed.transpose(1, 2)):
+        wanted.append(x.reshape(30, 8).T @ x.reshape(30, 8))
+    report = prune_blocks(model, inputs, solver, 0.5)
+    assert report.dense == ()
+    assert [w.tokens for w in report.blocks[0].weights.values()] == [30] * 4
+    for got, want in zip(solver.grams, wanted, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Columns(nn.Module):
+    """Of its eight columns, half are never active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * (torch.arange(8) < 4))
+
+
+@pytest.mark.parametrize("solver", [SparseGPT(), ALPS(), Wanda()], ids=lambda s: type(s).__name__)
+def test_columns_that_are_never_active_are_pruned_first(solver: Any) -> None:
+    torch.manual_seed(0)
+    model = Blocks(Columns())
+    with torch.no_grad():
+        model.blocks[0].layer.weight[:, 4:] *= 100
+    report = prune_blocks(model, DATA, solver, 0.5)
+    assert report.blocks[0].relative_error < 1e-10
+    assert bool((model.blocks[0].layer.weight[:, 4:] == 0).all())
+
+
 # Experts
 
 
@@ -303,6 +421,32 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(plus: bool) -> None:
     assert report.blocks[0].weights["mlp.experts.down_proj"].tokens == 0
     kept = model.model.layers[0].mlp.experts.down_proj[3] != 0
     assert torch.equal(kept, safe_core.project(idle, 0.5).support)
+
+
+class Stacked(nn.Module):
+    """Three experts in one parameter, of which each sees all tokens, and their mean."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.experts = how, nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "right":
+            return torch.matmul(x, self.experts).mean(0)
+        if self.how == "left":
+            return (self.experts.mT @ x.T).mean(0).T
+        return torch.bmm(x.expand(3, -1, -1), self.experts).mean(0)
+
+
+@pytest.mark.parametrize("how", ["right", "left", "bmm"])
+def test_stacked_experts_may_share_their_inputs(how: str) -> None:
+    torch.manual_seed(0)
+    model, solver = Blocks(Stacked(how)), Watched()
+    report = prune_blocks(model, DATA, solver, 0.5)
+    assert report.blocks[0].weights["experts"].tokens == 12
+    assert len(solver.grams) == 3
+    for gram in solver.grams:
+        torch.testing.assert_close(gram, DATA.T @ DATA)
 
 
 # SAFE
@@ -451,17 +595,29 @@ def test_progress_and_modes() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("how", ["safe+", "layerwise"])
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
+@pytest.mark.parametrize(
+    ("how", "targets"),
+    [
+        ("safe+", "pruned"),
+        ("safe+", "dense"),
+        ("wanda", "pruned"),
+        ("wanda", "dense"),
+        ("sparsegpt", "pruned"),
+        ("alps", "pruned"),
+    ],
+)
 def test_memory_is_predicted(how: str, targets: str) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
     ids = torch.randint(3, VOCABULARY, (16, 64))
-    solver = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
-    report = prune_blocks(
-        model, ids, solver if how == "safe+" else wanda, 0.5, targets=targets, measure_memory=True
-    )
+    solvers = {
+        "safe+": SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0),
+        "wanda": wanda,
+        "sparsegpt": SparseGPT(),
+        "alps": ALPS(iterations=6),
+    }
+    report = prune_blocks(model, ids, solvers[how], 0.5, targets=targets, measure_memory=True)
     assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
     assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
 
@@ -576,6 +732,69 @@ def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path
     if rules == {"targets": "pruned", "propagate": "pruned"}:
         prune_blocks(model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
         assert_equal(whole, model)  # of which one block was pruned before
+
+
+@pytest.mark.parametrize("solver", [SHORT, wanda], ids=["safe+", "layerwise"])
+def test_an_interrupt_while_a_block_is_written_leaves_it_dense(
+    solver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, write, calls = Chain(), transformers_run._write_back, []
+
+    def interrupted(block: nn.Module, values: Any) -> None:
+        write(block, values)
+        calls.append(block)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers_run, "_write_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_blocks(model, DATA, solver, 0.5)
+    assert_equal(model.blocks[1], Chain().blocks[1])
+    assert int((model.blocks[0].weight == 0).sum()) == 32
+
+
+def test_a_finished_block_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+    file = tmp_path / "block-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    model = Chain()
+    with pytest.raises(ValueError, match=r"work_dir must hold block 1 as .* another block-00001"):
+        prune_blocks(model, DATA, wanda, 0.5, work_dir=tmp_path)
+    assert_equal(model.blocks[1], Chain().blocks[1])
+    file.unlink()
+    with pytest.raises(ValueError, match=r"work_dir must hold block 1 as .* got no block-00001"):
+        prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+
+def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
+    def share(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Layout, top: int) -> Any:
+        return safe_core.project(weight * top, sparsity, layout=layout)
+
+    prune_blocks(Chain(), DATA, functools.partial(share, top=2), 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"begun with solver=partial\(.*share, top=2\), got"):
+        prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
+    with pytest.raises(ValueError, match="solver must have a name for work_dir"):
+        prune_blocks(Chain(), DATA, lambda w, g, s, layout: None, 0.5, work_dir=tmp_path)
+
+
+def test_pinned_memory_is_copied_once_the_device_has_written_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Activations(torch.device("cpu"), "cpu")
+    source.expect([0], torch.zeros(1, 2))
+    copy = source.alike("copy")
+    copy.device = torch.device("cuda")
+
+    class Stream:
+        def synchronize(self) -> None:
+            source.put([0], torch.ones(1, 2))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    copy.copy_from(source)
+    copy.device = source.device
+    assert torch.equal(copy.take([0]), torch.ones(1, 2))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

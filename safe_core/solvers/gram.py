@@ -11,7 +11,9 @@ from safe_core.backends import Array, backend_of
 
 from .._dtypes import check_real_floating, wide_dtype
 
-__all__ = ["Gram"]
+__all__ = ["Gram", "gram_or_identity", "positive_squares"]
+
+_FLOOR = 1e-8  # of the mean over inputs: what an input that is never active counts for
 
 
 class Gram(NamedTuple):
@@ -83,6 +85,58 @@ class Gram(NamedTuple):
         if isinstance(self.count, int) and self.count == 0:
             raise ValueError("count must be positive for a mean square, got 0")
         return array_namespace(self.matrix).linalg.diagonal(self.matrix) / self.count
+
+
+def gram_or_identity(gram: Array) -> Array:
+    """Return a Gram matrix, or the identity where no input was ever active.
+
+    Under the identity every solver prunes by magnitude. Single inputs that were never active,
+    ``H_jj = 0`` beside others, are left for the solvers to tell.
+
+    Parameters
+    ----------
+    gram : array
+        Shape (inputs, inputs), real floating.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> gram_or_identity(numpy.zeros((2, 2)))
+    array([[1., 0.],
+           [0., 1.]])
+    >>> gram_or_identity(numpy.diag([4.0, 0.0]))
+    array([[4., 0.],
+           [0., 0.]])
+    """
+    xp = array_namespace(gram)
+    diagonal = xp.linalg.diagonal(gram)
+    active = xp.any(diagonal != 0)
+    added = xp.where(active, xp.zeros_like(diagonal), xp.ones_like(diagonal))
+    return gram + xp.tril(xp.triu(xp.broadcast_to(added, gram.shape)))
+
+
+def positive_squares(mean_squares: Array) -> Array:
+    """Return mean squares of inputs as a positive P: an input that was never active counts little.
+
+    ``P_j = max(s_j, 1e-8 mean(s))``, so that weights of such inputs rank by magnitude among
+    each other and below the rest. Where no input was active P is 1.
+
+    Parameters
+    ----------
+    mean_squares : array
+        ``s``, shape (..., inputs), real floating, not negative.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> positive_squares(numpy.asarray([[4.0, 0.0], [0.0, 0.0]]))
+    array([[4.e+00, 2.e-08],
+           [1.e+00, 1.e+00]])
+    """
+    xp = array_namespace(mean_squares)
+    floor = _FLOOR * xp.mean(mean_squares, axis=-1, keepdims=True)
+    filled = xp.where(mean_squares > floor, mean_squares, floor)
+    return xp.where(floor > 0, filled, xp.ones_like(filled))
 
 
 def _tokens(inputs: Array) -> Array:
