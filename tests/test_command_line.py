@@ -404,6 +404,31 @@ def lambda_module(value: float) -> torch.nn.Module:
     return module
 
 
+def test_an_encoder_is_refused_before_a_head_is_made_up(tmp_path: Path, text: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    for message in (
+        refused("perplexity", tmp_path / "bert", "--text", text),
+        refused("prune", tmp_path / "bert", "--calibration", text, "--sparsity", "2:4",
+                "--out", tmp_path / "out", *SHORT),
+    ):  # fmt: skip
+        assert "must hold a causal language model, got BertModel" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = run(
+        "prune", folder, "--calibration", text, "--sparsity", "0.5", "--out", tmp_path / "out",
+        "--method", "safe", "--epochs", 2, "--learning-rate", 50, "--device", "cpu", *SHORT,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "differ from the dense model by more than their whole output" in result.output
+
+
 def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> None:
     def measure(*more: object, model: Path = folder, file: Path = text) -> str:
         return refused("perplexity", model, "--text", file, "--device", "cpu", *more)

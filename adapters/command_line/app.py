@@ -194,6 +194,12 @@ def prune(
         _print(result.table())
         for name in result.report.dense:
             typer.echo(f"left dense, for no product was seen to take it: {name}")
+        lost = [block.name for block in result.report.blocks if block.relative_error > 1]
+        if lost:
+            _say(
+                f"warning: {', '.join(lost)} differ from the dense model by more than their whole "
+                "output; a lower --learning-rate or sparsity may help"
+            )
         typer.echo(f"saved in {result.out}")
 
 

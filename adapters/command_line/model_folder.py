@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -102,7 +103,23 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     _check_model_folder(folder)
     weight_files(folder)
+    if not trust_remote_code:
+        _check_causal(folder)
     return _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, dtype="auto")
+
+
+def _check_causal(folder: Path) -> None:
+    """Refuse encoders, which would load with a head of random weights and be saved with it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = json.loads((folder / "config.json").read_text())
+    names = config.get("architectures") or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if names and not config.get("auto_map") and not known.intersection(names):
+        raise ValueError(
+            f"model folder must hold a causal language model, got {', '.join(names)}; prune other "
+            "models from Python, by safe_core.adapters.transformers.prune_blocks"
+        )
 
 
 def _check_model_folder(folder: Path) -> None:

@@ -191,7 +191,10 @@ def check_length(model: nn.Module, length: int) -> None:
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
-        raise ValueError(f"length must be at most the model's {limit} positions, got {length}")
+        raise ValueError(
+            f"length must be at most the model's {limit} positions, got {length}: give --length or "
+            f"length={limit}"
+        )
 
 
 def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
