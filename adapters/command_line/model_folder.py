@@ -90,7 +90,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is no such model, or it brings its own code and that is not trusted.
+        If there is no such model, some of its weights are missing, or it brings its own code
+        and that is not trusted.
 
     Examples
     --------
@@ -102,7 +103,15 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     _check_model_folder(folder)
     weight_files(folder)
-    return _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, dtype="auto")
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    model, info = _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random, such as the head of an encoder
+        raise ValueError(
+            f"model folder must hold all weights of a causal language model, got no {missing[0]} "
+            f"({len(missing)} missing) in {folder}"
+        )
+    return model
 
 
 def _check_model_folder(folder: Path) -> None:
