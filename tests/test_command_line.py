@@ -648,6 +648,14 @@ def test_prune_refuses_before_it_begins(
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "config.json").write_text('{"model_type": "unheard-of"}')
     assert "could not be loaded" in message(*SHORT, model=broken)
+    encoder = tmp_path / "encoder"
+    byte_tokenizer().save_pretrained(encoder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    bert = transformers.BertConfig(vocab_size=256, num_hidden_layers=1, **sizes)
+    transformers.BertModel(bert).save_pretrained(encoder)
+    result = run("prune", encoder, "--calibration", text, "--out", out, *SHORT)
+    assert result.exit_code == 1
+    assert "all weights of a causal language model, got no cls." in result.stderr
     assert not out.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: Free)
     assert "out must have room for" in message(*SHORT)

@@ -91,7 +91,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is no such model, or it brings its own code and that is not trusted.
+        If there is no such model, some of its weights are missing, or it brings its own code
+        and that is not trusted.
 
     Examples
     --------
@@ -105,7 +106,15 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     weight_files(folder)
     if not trust_remote_code:
         _check_causal(folder)
-    return _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, dtype="auto")
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    model, info = _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random, such as the head of an encoder
+        raise ValueError(
+            f"model folder must hold all weights of a causal language model, got no {missing[0]} "
+            f"({len(missing)} missing) in {folder}"
+        )
+    return model
 
 
 def _check_causal(folder: Path) -> None:
