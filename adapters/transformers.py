@@ -21,7 +21,7 @@ from safe_core.sparsity import Pattern, as_pattern
 
 from .block_reconstruction import SafeReconstruction
 from .torch_groups import described
-from .transformers_blocks import evaluated, find_blocks, learn_structure
+from .transformers_blocks import evaluated, find_blocks, inside, learn_structure
 from .transformers_calibration import calibration_batches, check_tokens, split_samples
 from .transformers_memory import MemoryEstimate
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
@@ -86,7 +86,8 @@ def prune_blocks(
         As for `safe_core.project`. A number is that of each weight; a pattern must not compare
         entries over all weights (``scope="global"``).
     blocks : str or torch.nn.Module, optional
-        Which `ModuleList`; that with the most parameters by default. An encoder and a decoder
+        Which `ModuleList`, or `Sequential`, by its name, "" for the model itself; the
+        `ModuleList` with the most parameters by default. An encoder and a decoder
         are pruned one after the other, by two calls.
     where : callable, optional
         ``where(name, parameter) -> bool`` leaves weights of the blocks dense.
@@ -268,9 +269,9 @@ offload, work_dir, seed
         seed,
     )
     outside = _outside(model, name)
-    weights = [_chosen(f"{name}.{i}", block, outside, where) for i, block in enumerate(modules)]
+    weights = [_chosen(inside(name, i), block, outside, where) for i, block in enumerate(modules)]
     if not any(weights):
-        raise ValueError(f"blocks must hold weights to prune, got none in {name}")
+        raise ValueError(f"blocks must hold weights to prune, got none in {name or 'the model'}")
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
     with evaluated(model):
         structure = learn_structure(model, name, modules, placed[0])
@@ -298,7 +299,7 @@ class PruningPlan:
         self._task = task
         self.name = task.name
         self.weights = {
-            f"{task.name}.{i}.{key}": layout
+            f"{inside(task.name, i)}.{key}": layout
             for i, weights in enumerate(task.weights)
             for key, layout in weights.items()
         }
@@ -328,7 +329,8 @@ def _pattern(sparsity: Any) -> Pattern:
 def _outside(model: nn.Module, name: str) -> frozenset[int]:
     """Ids of the parameters that are used outside the blocks, which may be tied to some within."""
     named = model.named_parameters(remove_duplicate=False)
-    return frozenset(id(p) for key, p in named if not key.startswith(f"{name}."))
+    prefix = f"{name}." if name else ""
+    return frozenset(id(p) for key, p in named if not key.startswith(prefix))
 
 
 def _chosen(

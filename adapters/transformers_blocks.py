@@ -22,6 +22,7 @@ __all__ = [
     "evaluated",
     "find_blocks",
     "handing_on",
+    "inside",
     "learn_structure",
     "really",
     "run_around",
@@ -64,6 +65,17 @@ class Structure(NamedTuple):
         leaves, _ = tree_flatten(returned)
         found: Tensor = leaves[self.outputs[type(block)][2]]
         return found
+
+
+def inside(name: str, i: int) -> str:
+    """The name of block i of a list of blocks, which may be the model itself.
+
+    Examples
+    --------
+    >>> inside("model.layers", 3), inside("", 3)
+    ('model.layers.3', '3')
+    """
+    return f"{name}.{i}" if name else str(i)
 
 
 def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Module]]:
@@ -114,7 +126,8 @@ def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Modu
         for p in block.parameters():
             if owners.setdefault(id(p), i) != i:
                 raise ValueError(
-                    f"blocks must not share parameters, {name}.{owners[id(p)]} and {name}.{i} do"
+                    f"blocks must not share parameters, {inside(name, owners[id(p)])} and "
+                    f"{inside(name, i)} do"
                 )
     return name, modules
 
@@ -177,8 +190,8 @@ def run_around(
     def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if i != len(calls):
             raise ValueError(
-                f"blocks must be called once each and in order, {name}.{i} was called as number "
-                f"{len(calls)}"
+                f"blocks must be called once each and in order, {inside(name, i)} was called "
+                f"as number {len(calls)}"
             )
         call = Call(*tree_flatten((args, kwargs)))
         calls.append(call)
@@ -194,7 +207,9 @@ def run_around(
     except _Done:
         pass
     if len(calls) < len(blocks):
-        raise ValueError(f"blocks must be called once each, {name}.{len(calls)} was not called")
+        raise ValueError(
+            f"blocks must be called once each, {inside(name, len(calls))} was not called"
+        )
     return calls
 
 
@@ -262,7 +277,9 @@ def learn_structure(
     axes = tuple(_batch_axes(one, two) for one, two in zip(first, pairs, strict=True))
     for i, (found, place) in enumerate(zip(axes, hidden, strict=True)):
         if found.get(place) != 0:
-            raise ValueError(f"batches must run along the first axis of what {name}.{i} takes")
+            raise ValueError(
+                f"batches must run along the first axis of what {inside(name, i)} takes"
+            )
     return Structure(hidden, axes, outputs, dependent)
 
 
@@ -275,8 +292,8 @@ def _follow(
         found = [j for j, leaf in enumerate(call.leaves) if leaf is given[i]]
         if not found or not torch.equal(given[i], copies[i]):
             raise ValueError(
-                f"blocks must take what the block before returns, unchanged, {name}.{i + 1} takes "
-                "something else"
+                f"blocks must take what the block before returns, unchanged, "
+                f"{inside(name, i + 1)} takes something else"
             )
         hidden.append(found[0])
     first = hidden[0] if hidden else _first_tensor(calls[0].leaves)
@@ -285,8 +302,8 @@ def _follow(
         if taken.shape != tensor.shape or taken.dtype != tensor.dtype:
             raise ValueError(
                 "blocks must return hidden states as they take them, "
-                f"{name}.{i} takes {taken.dtype} {tuple(taken.shape)} and returns {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
+                f"{inside(name, i)} takes {taken.dtype} {tuple(taken.shape)} and returns "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
             )
     return (first, *hidden)
 

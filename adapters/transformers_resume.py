@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -68,15 +68,17 @@ class WorkFolder:
     Raises
     ------
     ValueError
-        If the folder holds a run with other settings, or what is no manifest.
+        If the folder holds a run with other settings, or what is no manifest, or if another
+        run is at work in it.
 
     Examples
     --------
-    >>> import tempfile
+    >>> import contextlib, tempfile
     >>> with tempfile.TemporaryDirectory() as path:
-    ...     WorkFolder(path, {"seed": "0"}).save({"w": torch.ones(1)}, {"loss": 0.5})
-    ...     again = WorkFolder(path, {"seed": "0"})
-    ...     again.finished, again.load(0)["w"]
+    ...     with contextlib.closing(WorkFolder(path, {"seed": "0"})) as folder:
+    ...         folder.save({"w": torch.ones(1)}, {"loss": 0.5})
+    ...     with contextlib.closing(WorkFolder(path, {"seed": "0"})) as again:
+    ...         again.finished, again.load(0)["w"]
     ([{'loss': 0.5}], tensor([1.]))
     """
 
@@ -92,10 +94,15 @@ class WorkFolder:
         self.finished: list[dict[str, Any]] = []
         self._digests: list[str] = []  # of the files
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / _MANIFEST).exists():
-            self._read()
-        else:
-            self._write_manifest([], [])
+        self._lock = _locked(self.path)
+        try:
+            if (self.path / _MANIFEST).exists():
+                self._read()
+            else:
+                self._write_manifest([], [])
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> None:
         try:
@@ -114,6 +121,10 @@ class WorkFolder:
                     f"{key}={found.get(key)}, got {key}={self.settings.get(key)}; name another "
                     "folder to begin anew"
                 )
+
+    def close(self) -> None:
+        """Leave the folder to other runs, as the end of the process does."""
+        self._lock.close()
 
     def _file(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.safetensors"
@@ -170,6 +181,25 @@ class WorkFolder:
         }
         _write(self.path / _MANIFEST, json.dumps(manifest, indent=1).encode())
         self.finished, self._digests = finished, digests
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A file that no other run can open as well, until it is closed or the process is gone."""
+    file = open(path / "lock", "wb")  # noqa: SIM115 (open as long as the run)
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"work_dir must be of one run at a time, got {path}, where another is at work"
+        ) from None
+    except OSError:
+        pass  # file systems without locks
+    return file
 
 
 def _digest(data: bytes) -> str:

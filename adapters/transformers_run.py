@@ -16,7 +16,7 @@ from safe_core.solvers.gram import gram_or_identity
 
 from .block_reconstruction import SafeReconstruction
 from .transformers_activations import Activations, prefetched
-from .transformers_blocks import evaluated
+from .transformers_blocks import evaluated, inside
 from .transformers_calls import BlockCalls, record
 from .transformers_memory import MemoryEstimate, TensorBytes, hollow
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
@@ -68,7 +68,7 @@ class Run:
                 torch.cuda.init()  # type: ignore[no-untyped-call]
                 stack.enter_context(torch.cuda.device(self.device))
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
-            self._folder = self._open_folder()
+            self._folder = self._open_folder(stack)
             try:
                 self._record(stack)
                 for i in range(len(task.blocks)):
@@ -86,18 +86,19 @@ class Run:
         name = self.task.name
         folder = "" if self._folder is None else f", also in {self._folder.path}"
         if not self._finished:
-            return f"No block of {name} was pruned"
-        last = f"{name}.{self._finished - 1}"
-        return f"{name}.0 to {last} are pruned and stay so{folder}; the rest is dense"
+            return f"No block of {name or 'the model'} was pruned"
+        last = inside(name, self._finished - 1)
+        return f"{inside(name, 0)} to {last} are pruned and stay so{folder}; the rest is dense"
 
     # Beginning
 
-    def _open_folder(self) -> WorkFolder | None:
+    def _open_folder(self, stack: ExitStack) -> WorkFolder | None:
         path = self.settings.work_dir
         if path is None:
             return None
         digests = [sample_of(block.parameters()) for block in self.task.blocks]
         folder = WorkFolder(path, self.task.described(), notes=digests)
+        stack.callback(folder.close)
         self._resumed = len(folder.finished)
         for i, (now, then) in enumerate(zip(digests, folder.notes, strict=True)):
             pruned = i < self._resumed and now == folder.finished[i]["digest"]
@@ -106,7 +107,7 @@ class Run:
                 state = "it was, when dense" if pruned else "it was"
                 raise ValueError(
                     f"model must be as {state} when the run in {path} was begun, got other weights "
-                    f"in {self.task.name}.{i}: load the dense model again"
+                    f"in {inside(self.task.name, i)}: load the dense model again"
                 )
         return folder
 
@@ -171,7 +172,7 @@ class Run:
 
     def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
         """Bring the hidden states behind the pruned block, and keep it in the folder."""
-        name, block = f"{self.task.name}.{i}", self.task.blocks[i]
+        name, block = inside(self.task.name, i), self.task.blocks[i]
         loss, relative = self._pruned_pass(i)
         report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
         if self._folder is not None:
@@ -247,7 +248,8 @@ class Run:
             yield samples, output
         if not bool(finite):
             raise ValueError(
-                f"batches must lead to finite activations, got others behind {self.task.name}.{i}"
+                "batches must lead to finite activations, got others behind "
+                f"{inside(self.task.name, i)}"
             )
 
     def _forward_in_place(self, i: int, block: nn.Module, stream: Activations) -> None:
@@ -273,7 +275,9 @@ class Run:
                 if not s.two_streams:
                     self.targets.put(samples, output)
         statistics = seen.statistics()
-        self.unseen += [f"{self.task.name}.{i}.{key}" for key in weights if key not in statistics]
+        self.unseen += [
+            f"{inside(self.task.name, i)}.{key}" for key in weights if key not in statistics
+        ]
         return statistics, None if isinstance(s.solver, SafeReconstruction) else dense
 
     def _pruned_pass(self, i: int) -> tuple[float, float]:
@@ -332,7 +336,7 @@ class Run:
             epoch,
             len(self._batches(solver.batch_size)),
             lambda k, loss: self._tell(i, k, loss),
-            name=f"{self.task.name}.{i}",
+            name=inside(self.task.name, i),
             autocast=solver.autocasts(self.device, own),
         )
         return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
@@ -355,7 +359,7 @@ class Run:
             ) -> tuple[Tensor, Tensor]:
                 gram = gram_or_identity(grams[expert])
                 result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
-                _check_result(f"{self.task.name}.{i}.{key}", weight, result)
+                _check_result(f"{inside(self.task.name, i)}.{key}", weight, result)
                 return result[0], result[1]
 
             values[key] = dense.get_parameter(key).detach()

@@ -267,6 +267,18 @@ def test_frozen_parameters_stay_as_they_are() -> None:
         assert not torch.equal(block.weight[block.weight != 0], dense.weight[block.weight != 0])
 
 
+def test_a_model_may_be_its_list_of_blocks() -> None:
+    chain = Chain()
+    model = nn.Sequential(*Chain().blocks)
+    prune_blocks(chain, DATA, SHORT, 0.5)
+    for blocks in ("", model):
+        plan = plan_pruning(model, DATA, SHORT, 0.5, blocks=blocks)
+        assert list(plan.weights) == [f"{i}.weight" for i in range(4)]
+    report = plan.apply()
+    assert [block.name for block in report.blocks] == ["0", "1", "2", "3"]
+    assert_equal(chain, model)
+
+
 def test_tokens_are_unknown_where_nothing_looks_at_them() -> None:
     solver = SafeReconstruction(epochs=1, warmup_epochs=0, batch_size=4)
     report = prune_blocks(Chain(), DATA, solver, 0.5)
@@ -766,6 +778,15 @@ def test_a_finished_block_that_is_damaged_is_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"work_dir must hold block 1 as .* got no block-00001"):
         prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    def another(_: Progress) -> None:
+        with pytest.raises(ValueError, match="work_dir must be of one run at a time"):
+            prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
+
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path, progress=another)
+    prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
 
 
 def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
