@@ -655,7 +655,7 @@ def test_prune_refuses_before_it_begins(
     transformers.BertModel(bert).save_pretrained(encoder)
     result = run("prune", encoder, "--calibration", text, "--out", out, *SHORT)
     assert result.exit_code == 1
-    assert "all weights of a causal language model, got no cls." in result.stderr
+    assert "must hold a causal language model, got BertModel" in result.stderr
     assert not out.exists()
     monkeypatch.setattr("shutil.disk_usage", lambda path: Free)
     assert "out must have room for" in message(*SHORT)
