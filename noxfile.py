@@ -30,7 +30,7 @@ def tests(session: nox.Session) -> None:
     # Most of the time is XLA compiling small programs that run once.
     env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     chosen = "not equivalence and not long"
-    session.run("pytest", "-n", "2", "-m", chosen, *session.posargs, env=env)
+    session.run("pytest", "-n", "2", "--durations=25", "-m", chosen, *session.posargs, env=env)
 
 
 @nox.session
