@@ -40,6 +40,24 @@ def test_linen_and_nnx_learn_and_end_sparse() -> None:
         assert float(accuracy) > least, printed
 
 
+@pytest.mark.long
+def test_equinox_and_haiku_learn_and_end_sparse() -> None:
+    printed = printed_by(start("libraries.py", "--epochs", "3"))
+    found = re.findall(r"(\w+): accuracy ([\d.]+)%, exactly sparse", printed)
+    assert [library for library, _ in found] == ["Equinox", "Haiku"]
+    assert all(float(accuracy) > 65 for _, accuracy in found), printed
+
+
+@pytest.mark.long
+def test_an_ensemble_is_trained_and_written(tmp_path: Path) -> None:
+    printed = printed_by(start("ensemble.py", "--epochs", "5", "--out", str(tmp_path / "x")))
+    found = re.findall(r"rho ([\d.]+): accuracy ([\d.]+)%", printed)
+    assert [rho for rho, _ in found] == ["0.00", "0.02", "0.05", "0.10"]
+    assert all(float(accuracy) > 60 for _, accuracy in found), printed
+    assert f"kept {64 * 128 + 128 * 10 - (64 * 128 + 128 * 10) * 9 // 10} weights" in printed
+    assert (tmp_path / "x").exists()
+
+
 def test_devices_and_processes_train_what_one_device_trains() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
