@@ -58,6 +58,7 @@ def test_an_ensemble_is_trained_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "x").exists()
 
 
+@pytest.mark.long
 def test_devices_and_processes_train_what_one_device_trains() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -32,7 +32,7 @@ def run(*command: str) -> str:
     return finished.stdout
 
 
-LONG = ("mixed precision, bf16", "compiled", "accumulation", "accelerate")
+LONG = set(COMMANDS) - {"fine-tuning"}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,13 @@ def test_the_hugging_face_example_ends_sparse() -> None:
     assert "exactly sparse" in printed
 
 
-@pytest.mark.parametrize("options", [["--local-ascent"], ["--shard"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--local-ascent"], id="ddp", marks=pytest.mark.long),
+        pytest.param(["--shard"], id="fsdp"),
+    ],
+)
 def test_the_distributed_example_ends_sparse(options: list[str]) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     printed = run(*launcher, "--nproc-per-node", "2", "distributed.py", "--epochs", "1", *options)
