@@ -88,6 +88,27 @@ class SafeReconstruction(Reconstruction):
             If the loss is not finite after an epoch.
         """
         optimizer = self._optimizer(block, weights, importance, sparsity)
+        self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
+        optimizer.finalize(freeze=True)
+        named = optimizer.sparse_parameters()
+        return {name: optimizer.state[p]["support"] for name, p in named.items()}
+
+    def train(
+        self,
+        optimizer: SparseOptimizer,
+        block: nn.Module,
+        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        steps_per_epoch: int,
+        report: Callable[[int, float], None],
+        *,
+        name: str = "block",
+        autocast: bool = False,
+    ) -> None:
+        """Take the steps of all epochs with an optimizer over a block, as `solve` does.
+
+        The other arguments and errors are those of `solve`; ``epoch(k)`` is asked for the next
+        batch once the step of the one before is taken.
+        """
         device = next(block.parameters()).device
         step = 0
         for k in range(self.epochs):
@@ -110,9 +131,6 @@ class SafeReconstruction(Reconstruction):
                     f"{self.learning_rate!r} and a loss of {mean} in epoch {k} of {name}"
                 )
             report(k, mean)
-        optimizer.finalize(freeze=True)
-        named = optimizer.sparse_parameters()
-        return {name: optimizer.state[p]["support"] for name, p in named.items()}
 
     def _optimizer(
         self,

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from safe_core import _checks
+from safe_core._dtypes import wide_dtype
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Gram
 from safe_core.sparsity import as_pattern
@@ -319,5 +320,4 @@ def _rows(inputs: PyTree, rows: Any) -> PyTree:
 
 
 def _widened(x: Any) -> Any:
-    floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-    return x.astype(jnp.float32) if floating else x
+    return x.astype(wide_dtype(jnp, [x])) if jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safe_core.layout import Layout
+
+from .readable import readable_bytes
 
 __all__ = ["BlockSize", "MemoryEstimate", "TensorBytes", "forward_backward_bytes", "hollow"]
 
@@ -41,14 +44,7 @@ class MemoryEstimate(NamedTuple):
     disk: int
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {_readable(n)}" for name, n in self._asdict().items())
-
-
-def _readable(n: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n} B"
+        return ", ".join(f"{name} {readable_bytes(n)}" for name, n in self._asdict().items())
 
 
 class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -81,7 +77,7 @@ class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation and take note of what it returns."""
         result = func(*args, **(kwargs or {}))
-        for leaf in _tensors((args, kwargs, result)):
+        for leaf in filter(torch.is_tensor, tree_leaves((args, kwargs, result))):
             storage = leaf.untyped_storage()
             key = storage._cdata
             if key not in self._known:
@@ -94,17 +90,6 @@ class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
         self.live -= nbytes
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if torch.is_tensor(tree):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
 
 
 def hollow(block: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -154,11 +154,9 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
                 self._see(right, x.detach(), w, places[2])
             elif left is not None and places[2] == -2:  # a weight times a column
                 self._see(left, w.detach().transpose(-1, -2), x, -1)
-        names = {self._name_of(leaf) for leaf in tree_leaves((args, kwargs))}
-        self._used |= {name for name in names if name is not None} - {
-            self._name_of(leaf)
-            for leaf in tree_leaves(result)  # of a view
-        }
+        taken = {self._name_of(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
+        if taken:  # by more than a view
+            self._used |= taken - {self._name_of(leaf) for leaf in tree_leaves(result)}
         return result
 
     def _name_of(self, leaf: Any) -> str | None:
@@ -185,10 +183,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             self._layouts[name] = Layout((axis,), (other,), (0,))
         n, experts = p.shape[axis], p.shape[0] if stacked else 1
         if name not in self._tokens:
-            self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
-            shape = (experts, n, n) if self._kind == "gram" else (experts, n)
-            if self._kind != "roles":
-                self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            self._begin(name, experts, n)
         if not stacked:
             self._add(name, 0, x.reshape(-1, n))
             return
@@ -205,6 +200,14 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             reach = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
             for e in range(first, first + reach // p.stride(0) + 1):
                 self._add(name, e, x.reshape(-1, n))
+
+    def _begin(self, name: str, experts: int, n: int) -> None:
+        """Make room for the sums over n inputs of a weight."""
+        self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
+        if self._kind != "roles":
+            shape = (experts, n, n) if self._kind == "gram" else (experts, n)
+            device = self._params[name].device
+            self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
         self._tokens[name][expert] += len(x)
@@ -230,10 +233,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             if layout is None or (not seen and name in self._used and self._kind != "roles"):
                 continue
             if not seen:
-                n = p.shape[layout.input_axes[0]]
-                shape = (1, n, n) if self._kind == "gram" else (1, n)
-                self._tokens[name] = torch.zeros(1, dtype=torch.int64)
-                self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+                self._begin(name, 1, p.shape[layout.input_axes[0]])
             found[name] = InputStatistics(layout, self._tokens[name], self._sums.get(name))
         return found
 

@@ -7,6 +7,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ __all__ = ["sentences", "source"]
 _HELD_OUT = 20  # one file in so many
 
 
+@cache
 def source(held_out: bool) -> Tensor:
     """The bytes of all files, one after the other, of those held out or of the others."""
     text = b"".join(path.read_bytes() for path in _files(held_out))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
+@cache
 def sentences(held_out: bool, *, low: int = 6, high: int = 40) -> list[str]:
     """Sentences of ``low`` to ``high`` words in the docstrings, each once, in order."""
     found: dict[str, None] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,22 +49,20 @@ class IterativeSAM(SafeReconstruction):
             where=lambda key, p: p is next(iter(params.values())),
             model=block,
         )
-        rounds, step = max(1, self.epochs // _EVERY - 1), 0
-        for k in range(self.epochs):
+        rounds = max(1, self.epochs // _EVERY - 1)
+
+        def masked(k: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
             if k % _EVERY == 0 or k == self.epochs - 1:
                 share = min(1.0, (k // _EVERY + 1) / rounds)
                 level = float(sparsity.sparsity) * (1 - (1 - share) ** 3)
-                supports = self._prune(params, level)
-            total = torch.zeros((), device=next(block.parameters()).device)
-            for run, target in epoch(k):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step, steps_per_epoch)
-                total = total + self._step(optimizer, block, run, target, autocast)
-                step += 1
-                with torch.no_grad():
+                supports.update(self._prune(params, level))
+            for pair in epoch(k):
+                yield pair
+                with torch.no_grad():  # the step has been taken
                     for key, p in params.items():
                         p.masked_fill_(~supports[key], 0)
-            report(k, float(total) / steps_per_epoch)
+
+        self.train(optimizer, block, masked, steps_per_epoch, report, name=name, autocast=autocast)
         return supports
 
     def _prune(self, params: Mapping[str, nn.Parameter], level: float) -> dict[str, Tensor]:
@@ -75,20 +72,3 @@ class IterativeSAM(SafeReconstruction):
             for key, p in params.items():
                 p.copy_(found.values[key])
         return found.support
-
-    def _step(
-        self, optimizer: Any, block: nn.Module, run: Any, target: Tensor, autocast: bool
-    ) -> Tensor:
-        def backward() -> Tensor:
-            with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
-                output = run(block)
-            loss = nn.functional.mse_loss(output.float(), target.float())
-            loss.backward()
-            return loss.detach()
-
-        optimizer.zero_grad()
-        loss = backward()
-        with optimizer.perturbed():
-            backward()
-        optimizer.step()
-        return loss

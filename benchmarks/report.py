@@ -13,7 +13,7 @@ import torch
 
 from .timing import Result
 
-__all__ = ["machine", "plot", "tables"]
+__all__ = ["machine", "machine_table", "plot", "tables"]
 
 
 def machine() -> dict[str, str]:
@@ -38,10 +38,15 @@ def machine() -> dict[str, str]:
     }
 
 
+def machine_table(described: dict[str, str]) -> list[str]:
+    """Lines of Markdown that say what `machine` found."""
+    rows = [f"| {name} | {value} |" for name, value in described.items()]
+    return ["| machine | |", "| --- | --- |", *rows]
+
+
 def tables(results: Sequence[Result], described: dict[str, str]) -> str:
     """Markdown: the machine, then a table for each case."""
-    lines = ["| machine | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in described.items()]
+    lines = machine_table(described)
     for case in dict.fromkeys(result.case for result in results):
         rows = [result for result in results if result.case == case]
         lines += ["", f"**{case}**", ""]

@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 
 from .corpus import sentences, source
 from .iterative import IterativeSAM
-from .report import machine
+from .report import machine, machine_table
 
 __all__ = ["Cell", "main"]
 
@@ -122,9 +123,15 @@ class Encoder:
 
     def _tokens(self, held_out: bool, length: int) -> Tensor:
         """Sentences cut to one length, so that none is padded."""
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        ids = tokenizer(sentences(held_out), add_special_tokens=True)["input_ids"]
-        return torch.tensor([row[:length] for row in ids if len(row) >= length])
+        rows = _tokenized(self.folder, held_out)
+        return torch.tensor([row[:length] for row in rows if len(row) >= length])
+
+
+@cache
+def _tokenized(folder: Path, held_out: bool) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids: list[list[int]] = tokenizer(sentences(held_out), add_special_tokens=True)["input_ids"]
+    return ids
 
 
 @torch.no_grad()
@@ -189,8 +196,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]], described: dict[str, str]) -> str:
     """Markdown: a table for each study and figure, mean and standard error over seeds."""
     _check_settings(results)
-    about = ["| machine | |", "| --- | --- |"]
-    parts = ["\n".join([*about, *(f"| {name} | {value} |" for name, value in described.items())])]
+    parts = ["\n".join(machine_table(described))]
     for study, figure, best in (
         ("llama", "perplexity", min),
         ("encoder", "cosine", max),

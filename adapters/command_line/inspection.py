@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..readable import readable_bytes
 from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
 from .tensor_analysis import TensorAnalysis, analyse
 
-__all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint", "readable_bytes"]
+__all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
 
 
 class TensorFigures(NamedTuple):
@@ -170,17 +171,3 @@ def _figures(tensor: StoredTensor) -> TensorFigures:
     return TensorFigures(
         tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, analysis, tensor.same_as
     )
-
-
-def readable_bytes(n: int) -> str:
-    """Return a number of bytes as people read it.
-
-    Examples
-    --------
-    >>> readable_bytes(3 * 2**29), readable_bytes(12)
-    ('1.5 GiB', '12 B')
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n} B"

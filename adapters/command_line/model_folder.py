@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..readable import readable_bytes
 from .checkpoint_files import weight_files
-from .inspection import readable_bytes
 
 __all__ = [
     "Draft",

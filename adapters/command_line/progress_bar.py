@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..readable import readable_seconds
 from ..transformers_report import Progress as PruningProgress
 
 __all__ = ["counted", "pruning_bar"]
@@ -57,16 +58,3 @@ def pruning_bar(epochs: int) -> Iterator[Callable[[PruningProgress], None]]:
                 console.print(f"{text}, {left}", highlight=False)
 
         yield show
-
-
-def readable_seconds(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds.
-
-    Examples
-    --------
-    >>> readable_seconds(3725), readable_seconds(59.6)
-    ('1:02:05', '1:00')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
