@@ -154,10 +154,14 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
                 self._see(right, x.detach(), w, places[2])
             elif left is not None and places[2] == -2:  # a weight times a column
                 self._see(left, w.detach().transpose(-1, -2), x, -1)
-        taken = {self._name_of(leaf) for leaf in tree_leaves((args, kwargs))} - {None}
+        taken = self._names_in((args, kwargs))
         if taken:  # by more than a view
-            self._used |= taken - {self._name_of(leaf) for leaf in tree_leaves(result)}
+            self._used |= taken - self._names_in(result)
         return result
+
+    def _names_in(self, tree: Any) -> set[str]:
+        names = (self._name_of(leaf) for leaf in tree_leaves(tree))
+        return {name for name in names if name is not None}
 
     def _name_of(self, leaf: Any) -> str | None:
         if not torch.is_tensor(leaf) or leaf.layout != torch.strided:
