@@ -11,6 +11,14 @@ from pathlib import Path
 
 import nox
 
+# Most of the time of tests is XLA compiling small programs that run once: with few
+# optimisations, and each only once for all processes and later runs.
+COMPILE_JAX_ONCE = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parent.resolve() / ".nox" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
 nox.needs_version = ">=2025.5.1"
 nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence"]
 nox.options.reuse_existing_virtualenvs = True
@@ -27,10 +35,8 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The test suite over every backend; arguments go to pytest, such as ``-m long``."""
     install(session)
-    # Most of the time is XLA compiling small programs that run once.
-    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    chosen = "not equivalence and not long"
-    session.run("pytest", "-n", "2", "--durations=25", "-m", chosen, *session.posargs, env=env)
+    chosen = ("-m", "not equivalence and not long", *session.posargs)
+    session.run("pytest", "-n", "2", "--durations=25", *chosen, env=COMPILE_JAX_ONCE)
 
 
 @nox.session
@@ -44,8 +50,9 @@ def equivalence(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The site, warnings as errors, and the code of its pages."""
     install(session)
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
-    session.run("sphinx-build", "-W", "-b", "doctest", "docs", "docs/_build/doctest")
+    build = ("sphinx-build", "-W", "-d", "docs/_build/doctrees")
+    session.run(*build, "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run(*build, "-b", "doctest", "docs", "docs/_build/doctest", env=COMPILE_JAX_ONCE)
 
 
 @nox.session
