@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safe_core import _checks
 from safe_core.layout import Layout
 from safe_core.reconstruction import Reconstruction
 from safe_core.sparsity import Pattern
@@ -17,6 +18,8 @@ from safe_core.sparsity import Pattern
 from .torch import SparseOptimizer
 
 __all__ = ["SafeReconstruction"]
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class SafeReconstruction(Reconstruction):
     autocast : bool, optional
         Whether to compute in bfloat16, with parameters in float32. By default on a GPU for
         models in 16 bits.
+    compile : bool or str
+        Whether the passes through the block run compiled, by `torch.compile`, once for all
+        blocks alike; a string is its ``mode``: "reduce-overhead" replays CUDA graphs.
 
     Raises
     ------
@@ -43,6 +49,12 @@ class SafeReconstruction(Reconstruction):
     """
 
     autocast: bool | None = None
+    compile: bool | str = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.compile, bool):
+            _checks.choice("compile", self.compile, (False, True, *_MODES))
 
     def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
@@ -110,6 +122,8 @@ class SafeReconstruction(Reconstruction):
         batch once the step of the one before is taken.
         """
         device = next(block.parameters()).device
+        if self.compile:
+            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
         step = 0
         for k in range(self.epochs):
             total, count = torch.zeros((), device=device), 0

@@ -529,6 +529,27 @@ def test_safe_is_a_plain_loop() -> None:
         assert torch.equal(got == 0, want == 0)
 
 
+def test_blocks_alike_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    pruned = []
+    for compile in (False, True):
+        model = model_of("llama")
+        solver = SafeReconstruction(epochs=2, warmup_epochs=1, compile=compile)
+        prune_blocks(model, inputs_of("llama"), solver, 0.5)
+        pruned.append(list(model.parameters()))
+    assert len(compiled) == 1
+    for plain, ours in zip(*pruned, strict=True):
+        torch.testing.assert_close(ours, plain)
+    with pytest.raises(ValueError, match=r"compile must be one of .*, got 'c'"):
+        SafeReconstruction(compile="c")
+
+
 def test_safe_lowers_the_error_of_the_projection() -> None:
     errors = {}
     method = safe_core.safe(0.5, rho=2e-4, penalty=0.1, dual_update_interval=4)
