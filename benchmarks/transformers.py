@@ -33,7 +33,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from safe_core import Unstructured, safe
+from safe_core import Unstructured
 from safe_core.adapters.command_line.perplexity import perplexity
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
@@ -54,14 +54,10 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "IMP+SAM": lambda epochs: IterativeSAM(epochs=epochs),
     "SAFE": lambda epochs: SafeReconstruction(epochs=epochs),
     "SAFE+": lambda epochs: SafeReconstruction(epochs=epochs, importance="wanda"),
-    "SAFE, farther": lambda epochs: SafeReconstruction(**_farther(epochs)),
-    "SAFE+, farther": lambda epochs: SafeReconstruction(**_farther(epochs), importance="wanda"),
+    "SAFE+, rate 1e-3": lambda epochs: SafeReconstruction(
+        epochs=epochs, learning_rate=1e-3, importance="wanda"
+    ),
 }
-
-
-def _farther(epochs: int) -> dict[str, Any]:
-    """Five times the recipe's rate and a tenth of its penalty, so that weights go farther."""
-    return {"epochs": epochs, "learning_rate": 1e-3, "method": safe(0.0, rho=2e-4, penalty=1e-4)}
 
 
 @dataclass(frozen=True)
