@@ -2,104 +2,112 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .report import machine_table
 
-__all__ = ["SPARSITIES", "tables"]
+__all__ = ["tables"]
 
-SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 Line = dict[str, Any]
+
+
+class Figure(NamedTuple):
+    """One table: what it shows of a line of results, by column, and which value is best."""
+
+    title: str
+    values: Callable[[Line], dict[str, float]]
+    best: Callable[[list[float]], float] = min
 
 
 def tables(results: list[Line], methods: list[str], described: dict[str, str]) -> str:
     """A table for each study and figure: the mean and its standard error over seeds."""
     parts = ["\n".join(machine_table(described))]
     for study, figures in FIGURES.items():
-        rows = [line for line in results if line["study"] == study]
-        dense = [line for line in rows if line["method"] == "Dense"]
-        rows = [line for line in rows if line["method"] != "Dense"]
-        if rows:
-            parts.append(f"**{study}**: {_settings(study, rows)}")
-            columns = "hidden" if study == "growth" else "sparsity"
-            parts += [_grid(rows, methods, columns, *figure) for figure in figures]
-            parts += [
-                f"Perplexity of the dense model: {d['perplexity']:.4g}"
-                for d in dense
-                if "perplexity" in d
-            ]
+        lines = [line for line in results if line["study"] == study]
+        if lines:
+            parts.append(f"**{study}**: {_settings(study, lines)}.")
+            parts += [_grid(lines, methods, figure) for figure in figures]
     return "\n\n".join(parts) + "\n"
 
 
-def _last_drift(line: Line) -> float:
-    return float(line["drift"][-1])
+def _by_sparsity(value: Callable[[Line], float]) -> Callable[[Line], dict[str, float]]:
+    return lambda line: {line["sparsity"]: float(value(line))}
 
 
-def _seconds(line: Line) -> float:
-    return float(np.mean(line["block_seconds"]))
+def _by_block(line: Line) -> dict[str, float]:
+    if line["sparsity"] != "0.5":
+        return {}
+    errors = line["block_errors"]
+    return {f"block {i}": e for i, e in enumerate(errors)} | {"sum": sum(errors)}
 
 
-_BOTH = (
-    ("squared error of the last hidden state on held-out text over its square", _last_drift, min),
-    ("seconds for one block", _seconds, min),
-)
-FIGURES: dict[str, tuple[tuple[str, Callable[[Line], float], Any], ...]] = {
-    "llama": (("perplexity", lambda line: line["perplexity"], min), *_BOTH),
-    "encoder": (
-        ("cosine with the dense model's embedding", lambda line: line["cosine"], max),
-        ("rank correlation of similarities", lambda line: line["spearman"], max),
-        *_BOTH,
+_ERRORS = (
+    Figure(
+        "squared error of the last hidden state on held-out text, over its square",
+        _by_sparsity(lambda line: line["drift"][-1]),
     ),
-    "growth": (("seconds for one block by its width", _seconds, min),),
+    Figure("squared error of each block's output over its square, at 50%", _by_block),
+    Figure("seconds for one block", _by_sparsity(lambda line: np.mean(line["block_seconds"]))),
+)
+FIGURES = {
+    "llama": (Figure("perplexity", _by_sparsity(lambda line: line["perplexity"])), *_ERRORS),
+    "encoder": (
+        Figure(
+            "cosine with the dense model's embedding",
+            _by_sparsity(lambda line: line["cosine"]),
+            max,
+        ),
+        Figure(
+            "rank correlation of similarities with the dense model's",
+            _by_sparsity(lambda line: line["spearman"]),
+            max,
+        ),
+        *_ERRORS,
+    ),
+    "growth": (
+        Figure(
+            "seconds for one block, by its width",
+            lambda line: {str(line["hidden"]): line["block_seconds"][0]},
+        ),
+    ),
 }
 
 
-def _settings(study: str, rows: list[Line]) -> str:
+def _settings(study: str, lines: list[Line]) -> str:
     """In words; what was not run alike is refused."""
-    found = {tuple(line[key] for key in ("samples", "length", "epochs")) for line in rows}
+    found = {tuple(line[key] for key in ("samples", "length", "epochs")) for line in lines}
     if len(found) > 1:
         raise ValueError(f"results must be of one setting for {study}, got {sorted(found)}")
     samples, length, epochs = found.pop()
-    return f"{samples} samples of {length} tokens, {epochs} epochs where a method trains"
+    dense = {line.get("perplexity") for line in lines if line["method"] == "Dense"} - {None}
+    known = f"; the dense model has a perplexity of {dense.pop():.4g}" if dense else ""
+    return f"{samples} samples of {length} tokens, {epochs} epochs where a method trains{known}"
 
 
-def _grid(
-    rows: list[Line],
-    methods: list[str],
-    columns: str,
-    title: str,
-    figure: Callable[[Line], float],
-    best: Any,
-) -> str:
-    levels = [s for s in SPARSITIES if any(r[columns] == s for r in rows)] or sorted(
-        {r[columns] for r in rows}
-    )
-    found = {
-        (m, s): [figure(r) for r in rows if (r["method"], r[columns]) == (m, s)]
-        for m in methods
-        for s in levels
-    }
-    out = [f"| {title} | " + " | ".join(map(str, levels)) + " |"]
-    out.append("| --- |" + " ---: |" * len(levels))
-    for m in methods:
-        if not any(found[m, s] for s in levels):
-            continue
-        row = []
-        for s in levels:
-            means = [np.mean(found[other, s]) for other in methods if found[other, s]]
-            values = found[m, s]
-            row.append(_entry(values, bool(values) and np.mean(values) == best(means)))
-        out.append(f"| {m} | " + " | ".join(row) + " |")
+def _grid(lines: list[Line], methods: list[str], figure: Figure) -> str:
+    """Methods by columns, the best mean of each column in bold."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["method"] in methods:
+            for column, value in figure.values(line).items():
+                found[column][line["method"]].append(value)
+    best = {c: figure.best([float(np.mean(v)) for v in found[c].values()]) for c in found}
+    out = ["| " + " | ".join([figure.title, *found]) + " |", "| --- |" + " ---: |" * len(found)]
+    for method in methods:
+        row = [_entry(found[column].get(method, []), best[column]) for column in found]
+        if any(row):
+            out.append("| " + " | ".join([method, *row]) + " |")
     return "\n".join(out)
 
 
-def _entry(values: list[float], is_best: bool) -> str:
+def _entry(values: list[float], best: float) -> str:
     if not values:
         return ""
     text = f"{np.mean(values):.4g}"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}"
-    return f"**{text}**" if is_best else text
+    return f"**{text}**" if np.mean(values) == best else text

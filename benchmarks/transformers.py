@@ -40,12 +40,13 @@ from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 
 from .corpus import sentences, source
 from .iterative import IterativeSAM
-from .pruning_tables import SPARSITIES, tables
+from .pruning_tables import tables
 from .report import machine
 
 __all__ = ["Cell", "main"]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "transformers_table.md"
+SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 METHODS: dict[str, Callable[[int], Any]] = {
     "Magnitude": lambda epochs: Magnitude(),
     "Wanda": lambda epochs: Wanda(),

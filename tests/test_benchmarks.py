@@ -18,7 +18,7 @@ from safe_core import project
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import peers, steps  # noqa: E402
+from benchmarks import peers, pruning_tables, steps  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
@@ -77,6 +77,23 @@ def test_tables_name_the_machine_and_the_plot_is_drawn(tmp_path: Path) -> None:
     assert "| ours | 10 | 1.50 | 2 |" in text
     plot(results, tmp_path / "plot.png", {"CPU": "a processor"})
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
+    sizes = {"study": "llama", "sparsity": "0.5", "samples": 8, "length": 4, "epochs": 2}
+    found = [
+        {**sizes, "method": m, "perplexity": p, "drift": [0.0, p], "block_errors": [p, 1.0],
+         "block_seconds": [1.0, 3.0]}
+        for m, p in (("ours", 2.0), ("ours", 4.0), ("theirs", 3.5))
+    ]  # fmt: skip
+    dense = {**sizes, "method": "Dense", "sparsity": "0", "perplexity": 1.25}
+    text = pruning_tables.tables([dense, *found], ["ours", "theirs"], {"CPU": "a processor"})
+    assert "8 samples of 4 tokens, 2 epochs where a method trains; the dense model" in text
+    assert "a perplexity of 1.25." in text
+    assert "| perplexity | 0.5 |\n| --- | ---: |\n| ours | **3 ± 1** |\n| theirs | 3.5 |" in text
+    assert "| ours | **3 ± 1** | **1 ± 0** | **4 ± 1** |" in text  # blocks and their sum
+    with pytest.raises(ValueError, match="one setting for llama"):
+        pruning_tables.tables([dense | {"epochs": 3}, *found], ["ours"], {})
 
 
 @pytest.mark.long
