@@ -114,7 +114,7 @@ def reconstruct(
         raise TypeError(f"apply_fn must be a function, got {type(apply_fn)!r}")
     recipe = Reconstruction() if recipe is None else recipe
     if not isinstance(recipe, Reconstruction):
-        raise TypeError(f"recipe must be a Reconstruction, got {recipe!r}")
+        raise TypeError(f"recipe must be a Reconstruction, got {_checks.shown(recipe)}")
     if recipe.importance is not None and importance is None:
         raise ValueError(
             f"importance must be given for a recipe with importance={recipe.importance!r}, got None"

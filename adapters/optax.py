@@ -476,7 +476,7 @@ def _placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
         if p is None:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
-            raise TypeError(f"importance of {name} must be an array, got {p!r}")
+            raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
         placed.append(place_importance(jnp.asarray(p), x, layout, name))
     check_importance(placed, names)
     return placed

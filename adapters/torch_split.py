@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safe_core import Method, SplitState, Targets
+from safe_core import Method, SplitState, Targets, _checks
 from safe_core.arguments import check_importance
 from safe_core.backends.torch_shards import sharded_like
 from safe_core.layout import place_importance
@@ -84,13 +84,20 @@ class HeldSplit(NamedTuple):
     def placed(self, importance: Any, params: Sequence[Tensor]) -> list[Tensor]:
         """Return P of each parameter, checked, given its axes and sharded like it."""
         if not isinstance(importance, Mapping):
-            raise TypeError(f"importance must be a mapping of name to tensor, got {importance!r}")
+            raise TypeError(
+                f"importance must be a mapping of name to tensor, got {_checks.shown(importance)}"
+            )
         placed = []
         for p in params:
             name, layout, _ = self.selected[p]
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
-            given = torch.as_tensor(importance[name], device=p.device)
+            try:
+                given = torch.as_tensor(importance[name], device=p.device)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(
+                    f"importance of {name} must be a tensor, got {_checks.shown(importance[name])}"
+                ) from None
             placed.append(place_importance(given, p.detach(), layout, name))
         check_importance(placed, [self.selected[p].name for p in params])
         pairs = zip(params, placed, strict=True)

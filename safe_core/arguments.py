@@ -9,6 +9,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array, backend_of
 
+from . import _checks
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
 
@@ -113,7 +114,7 @@ def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> li
     if given is None:
         return [None] * len(names)
     if argument == "layout" and is_array_api_obj(arrays) and not isinstance(given, Layout):
-        raise TypeError(f"layout must be a Layout, got {given!r}")
+        raise TypeError(f"layout must be a Layout, got {_checks.shown(given)}")
     if isinstance(arrays, Mapping) and isinstance(given, Mapping):
         unknown = [key for key in given if key not in arrays]
         if unknown:
@@ -123,7 +124,7 @@ def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> li
         return [given] * len(names)
     if is_array_api_obj(arrays):
         return [given]
-    if isinstance(given, (list, tuple)) and not isinstance(arrays, Mapping):
+    if type(given) in (list, tuple) and not isinstance(arrays, Mapping):
         if len(given) != len(names):
             raise ValueError(
                 f"{argument} must have one entry per array ({len(names)}), got {len(given)}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, is_array_api_obj
 
+from . import _checks
 from ._dtypes import wide_dtype
 
 __all__ = ["Layout"]
@@ -127,7 +128,7 @@ def chosen_layout(name: str, x: Any, given: Any, known: Layout | None) -> Layout
         return given or known
     found = given.get(name, known) if isinstance(given, Mapping) else given(name, x)
     if found is not None and not isinstance(found, Layout):
-        raise TypeError(f"layout of {name} must be a Layout or None, got {found!r}")
+        raise TypeError(f"layout of {name} must be a Layout or None, got {_checks.shown(found)}")
     return found
 
 

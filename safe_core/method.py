@@ -98,7 +98,8 @@ class Method:
         if self.importance is not None and not _is_source(self.importance):
             raise TypeError(
                 "importance must be None or a hashable source such as SquaredGradient(), got "
-                f"{self.importance!r}; arrays and functions go to the adapter's importance="
+                f"{_checks.shown(self.importance)}; arrays and functions go to the adapter's "
+                "importance="
             )
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")

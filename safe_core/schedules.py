@@ -283,8 +283,8 @@ def as_schedule(name: str, value: Any) -> Schedule:
         return Constant(_checks.real(name, value, low=0.0))
     if isinstance(value, Cubic) or not callable(value):
         raise TypeError(
-            f"{name} must be a non-negative Python number or a schedule, got {value!r}; "
-            "an array goes to the adapter instead"
+            f"{name} must be a non-negative Python number or a schedule, got "
+            f"{_checks.shown(value)}; an array goes to the adapter instead"
         )
     try:
         hash(value)

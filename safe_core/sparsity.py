@@ -175,7 +175,7 @@ class Channel:
 Pattern = Unstructured | NM | Block | Channel
 
 
-def as_pattern(value: Any, scope: Literal["global", "tensor"] = "global") -> Pattern:
+def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global") -> Pattern:
     """Return the pattern that ``value`` stands for: itself, a fraction in a scope, or ``"N:M"``."""
     if isinstance(value, Pattern):
         return value
@@ -191,8 +191,8 @@ def as_pattern(value: Any, scope: Literal["global", "tensor"] = "global") -> Pat
         return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
         "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "
-        f"(Unstructured, NM, Block, Channel), got {value!r}; an array or a traced value is "
-        "refused because float32 arithmetic gets the number of zeros wrong"
+        f"(Unstructured, NM, Block, Channel), got {_checks.shown(value)}; an array or a traced "
+        "value is refused because float32 arithmetic gets the number of zeros wrong"
     )
 
 

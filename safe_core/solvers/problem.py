@@ -9,6 +9,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array, backend_of
 
+from .. import _checks
 from .._dtypes import check_real_floating, wide_dtype, widened
 from ..arguments import refuse
 from ..layout import Layout, default_layout, merge, place_importance, resolve
@@ -69,7 +70,7 @@ def read_form(weight: Any, layout: Any, name: str = "weight") -> Form:
         raise TypeError(f"{name} must be an array, got {type(weight)!r}")
     check_real_floating(array_namespace(weight), weight, name)
     if layout is not None and not isinstance(layout, Layout):
-        raise TypeError(f"layout must be a Layout, got {layout!r}")
+        raise TypeError(f"layout must be a Layout, got {_checks.shown(layout)}")
     if weight.ndim == 0:
         raise ValueError(f"{name} must have an input axis, got a scalar")
     roles = resolve(layout or default_layout(weight.ndim) or Layout(), weight.ndim, name)
