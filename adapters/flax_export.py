@@ -14,7 +14,7 @@ from jax.experimental.sparse import BCOO
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
 from .jax_weights import is_prunable, layout_of, name_of
-from .optax_tree import SparseTree
+from .optax_tree import SparseTree, check_layout_paths
 
 __all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
 
@@ -82,7 +82,8 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     ------
     ValueError
         If the path of a kernel does not tell its axes, a convolution is transposed, whose
-        window PyTorch mirrors, or two arrays come to one name.
+        window PyTorch mirrors, two arrays come to one name, or ``layout`` names a path that is
+        none of the variables.
 
     Examples
     --------
@@ -91,7 +92,7 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     {'Dense_0.weight': (2, 3)}
     """
     found: dict[str, np.ndarray[Any, Any]] = {}
-    for path, x in _named(variables):
+    for path, x in _named(variables, layout):
         name = _torch_name(path)
         if name in found:
             raise ValueError(f"variables must come to different names, got two of {name!r}")
@@ -160,7 +161,7 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
 
     held = load_file(path)
     leaves = []
-    for name, x in _named(like):
+    for name, x in _named(like, layout):
         key = _torch_name(name)
         order, shape, unmerged = _axes(name, x, layout)
         if key not in held or held[key].shape != shape:
@@ -171,9 +172,11 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _named(variables: PyTree) -> list[tuple[str, Any]]:
+def _named(variables: PyTree, layout: Any) -> list[tuple[str, Any]]:
     paths = jax.tree_util.tree_leaves_with_path(variables)
-    return [(name_of(path), x) for path, x in paths]
+    named = [(name_of(path), x) for path, x in paths]
+    check_layout_paths(layout, [name for name, _ in named], "variables")
+    return named
 
 
 def _torch_name(path: str) -> str:

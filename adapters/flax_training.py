@@ -123,6 +123,7 @@ def nnx_value_and_gradients(
     0.0
     """
     check_loss(loss_fn, has_aux)
+    _checks.integer("micro_batches", micro_batches, low=1)
 
     def fn(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
         graph, params, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]

@@ -15,7 +15,14 @@ from safe_core.layout import chosen_layout
 
 from .jax_weights import is_prunable, layout_of, name_of, owner_of
 
-__all__ = ["SparseTree", "is_function", "is_masked", "is_sparse_in", "leaves_like"]
+__all__ = [
+    "SparseTree",
+    "check_layout_paths",
+    "is_function",
+    "is_masked",
+    "is_sparse_in",
+    "leaves_like",
+]
 
 PyTree = Any
 
@@ -59,13 +66,7 @@ class SparseTree(NamedTuple):
                 raise TypeError(
                     f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
                 )
-        if isinstance(layout, Mapping):
-            strange = sorted(set(layout) - {name for name, _ in named})
-            if strange:
-                raise ValueError(
-                    f"layout names {strange[0]!r}, which is no path of params; they are "
-                    f"{', '.join(name for name, _ in named)}"
-                )
+        check_layout_paths(layout, [name for name, _ in named], "params")
         layouts = tuple(
             chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
         )
@@ -102,6 +103,16 @@ class SparseTree(NamedTuple):
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """A tree of the sparse leaves, masked elsewhere."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None:
+    """Raise where a mapping of layouts names a path that there is not."""
+    strange = sorted(set(layout) - set(paths)) if isinstance(layout, Mapping) else []
+    if strange:
+        raise ValueError(
+            f"layout names {strange[0]!r}, which is no path of {argument}; they are "
+            f"{', '.join(paths)}"
+        )
 
 
 def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:

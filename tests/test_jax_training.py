@@ -117,10 +117,11 @@ def test_gradients_of_parts_are_those_of_the_whole(has_aux: bool) -> None:
     same(parts[2](moved), whole[2](moved), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("gradients", [value_and_gradients, nnx_value_and_gradients])
 @pytest.mark.parametrize("options", [{"micro_batches": 0}, {"has_aux": 1}])
-def test_a_bad_option_of_the_gradients_is_named(options: Any) -> None:
+def test_a_bad_option_of_the_gradients_is_named(gradients: Any, options: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
-        value_and_gradients(lambda params: 0.0, **options)
+        gradients(lambda params: 0.0, **options)
 
 
 def test_parts_must_divide_the_batch() -> None:
@@ -671,6 +672,13 @@ def test_a_layout_tells_the_axes_that_a_path_does_not(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, params["stem"]["kernel"].transpose(3, 2, 0, 1))
     save_safetensors(params, tmp_path / "x.safetensors", layout=layout)
     same(load_safetensors(tmp_path / "x.safetensors", params, layout=layout), params)
+    strange = layout | {"stem/kernal": safe_core.Layout()}
+    for call in (
+        lambda: to_torch_names(params, layout=strange),
+        lambda: load_safetensors(tmp_path / "x.safetensors", params, layout=strange),
+    ):
+        with pytest.raises(ValueError, match=r"names 'stem/kernal', .* no path of variables; they"):
+            call()
 
 
 def test_the_boxes_of_nnx_go_unnamed(tmp_path: Path) -> None:
