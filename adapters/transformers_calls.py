@@ -57,7 +57,7 @@ class BlockCalls:
         self._templates: list[_Template] = []
         self._of: list[list[tuple[int, dict[int, int]]]] = []  # [sample][block]
         self._keys: dict[Any, int] = {}
-        self._placed: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._placed: dict[tuple[int, tuple[torch.dtype, torch.dtype]], Tensor] = {}
 
     def add(self, calls: Sequence[Call]) -> None:
         """Take in the calls of one more sample."""
@@ -127,7 +127,7 @@ class BlockCalls:
         return args, kwargs
 
     def _on(self, device: torch.device, ref: int, cast: tuple[torch.dtype, torch.dtype]) -> Tensor:
-        key = ref, cast[1]
+        key = ref, cast
         if key not in self._placed:
             self._placed[key] = self._cast(self.pool[ref], cast).to(device)
         return self._placed[key]
