@@ -20,14 +20,15 @@ from safe_core.layout import Layout
 from safe_core.sparsity import Pattern, as_pattern
 
 from .block_reconstruction import SafeReconstruction
-from .torch_groups import described
 from .transformers_blocks import evaluated, find_blocks, inside, learn_structure
 from .transformers_calibration import calibration_batches, check_tokens, split_samples
 from .transformers_memory import MemoryEstimate
+from .transformers_methods import as_solver, default_scope
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
+from .transformers_resume import identity
 from .transformers_run import Run
 from .transformers_statistics import block_weights
-from .transformers_task import Settings, Task, predict_memory
+from .transformers_task import OFFLOADS, Settings, Task, check_groups, predict_memory
 
 __all__ = [
     "BlockReport",
@@ -54,7 +55,7 @@ def prune_blocks(
     propagate: Literal["pruned", "dense"] = "pruned",
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    offload: Literal["cpu", "disk"] | None = "cpu",
+    offload: Literal["cpu", "disk", "none"] = "cpu",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Callable[[Progress], object] | None = None,
@@ -77,14 +78,17 @@ def prune_blocks(
     batches : tensor, mapping, or iterable of them
         What the model takes: a tensor of samples, such as `calibration_batches` returns, or
         keyword arguments. Padding counts as if it were input: leave it out.
-    solver : SafeReconstruction or callable
-        The whole block by SAFE or SAFE+, or a layer-wise solver
+    solver : str, SafeReconstruction or callable
+        The name of a method, as on the command line: "safe+", "safe", "alps", "sparsegpt",
+        "wanda" or "magnitude". Or the whole block by SAFE or SAFE+ with settings of your own,
+        or a layer-wise solver
         ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which gets each
         weight in float32 and ``gram = X^T X`` (inputs, inputs) of the inputs that it has in
         the dense block.
     sparsity : float, str or pattern
-        As for `safe_core.project`. A number is that of each weight; a pattern must not compare
-        entries over all weights (``scope="global"``).
+        As for `safe_core.project`. A number is that of each weight, or for the name "wanda" of
+        each output of each weight, as published; a pattern must not compare entries over all
+        weights (``scope="global"``).
     blocks : str or torch.nn.Module, optional
         Which `ModuleList`, or `Sequential`, by its name, "" for the model itself; the
         `ModuleList` with the most parameters by default. An encoder and a decoder
@@ -101,12 +105,13 @@ def prune_blocks(
         Samples in a forward pass; those in a step are the solver's.
     device : torch.device or str, optional
         Where blocks are pruned; that of the model by default.
-    offload : {"cpu", "disk", None}
+    offload : {"cpu", "disk", "none"}
         Where activations lie meanwhile: on the CPU, in memory-mapped files under ``work_dir``,
         or on the device.
     work_dir : path, optional
         Finished blocks are kept here. The same call goes on after them, and ends with the same
-        bits.
+        bits; a solver of your own must be a function or a dataclass, which can be told from
+        another.
     seed : int
         Of the order of samples.
     progress : callable, optional
@@ -122,7 +127,8 @@ def prune_blocks(
     ------
     TypeError, ValueError
         If an argument is not of its kind, the blocks are not found or not called in a chain,
-        tokens are not of the model's vocabulary, or activations are not finite. Blocks that
+        groups of N:M do not divide the inputs of a weight, tokens are not of the model's
+        vocabulary, or activations are not finite. Blocks that
         were finished stay pruned; the one at work stays dense.
     OSError
         If ``work_dir`` has no room.
@@ -190,7 +196,7 @@ def plan_pruning(
     propagate: Literal["pruned", "dense"] = "pruned",
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    offload: Literal["cpu", "disk"] | None = "cpu",
+    offload: Literal["cpu", "disk", "none"] = "cpu",
     work_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> PruningPlan:
@@ -220,27 +226,23 @@ offload, work_dir, seed
     ...         self.blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
     ...     def forward(self, x):
     ...         return self.blocks[1](self.blocks[0](x))
-    >>> plan = plan_pruning(Tiny(), torch.randn(8, 8), SafeReconstruction(), "2:4")
+    >>> plan = plan_pruning(Tiny(), torch.randn(8, 8), "safe", "2:4")
     >>> plan.name, list(plan.weights)
     ('blocks', ['blocks.0.weight', 'blocks.1.weight'])
     >>> print(plan.memory)
     device 3.2 KiB, host 0 B, disk 0 B
     """
-    pattern = _pattern(sparsity)
+    pattern = _pattern(sparsity, default_scope(solver))
+    solver = as_solver(solver)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    if not callable(solver) and not isinstance(solver, SafeReconstruction):
-        raise TypeError(f"solver must be a SafeReconstruction or a function, got {solver!r}")
     for name, value in (("targets", targets), ("propagate", propagate)):
         _checks.choice(name, value, ("pruned", "dense"))
-    _checks.choice("offload", offload, ("cpu", "disk", None))
+    _checks.choice("offload", offload, OFFLOADS)
     if offload == "disk" and work_dir is None:
         raise ValueError('work_dir must name a folder for offload="disk", got None')
-    if work_dir is not None and "<lambda>" in described(solver):
-        raise ValueError(
-            "solver must have a name for work_dir, to tell whether a run goes on with the same "
-            f"one, got {described(solver)}: define a function"
-        )
+    if work_dir is not None:
+        identity(solver)  # raises for one that cannot be told from another
     _checks.integer("batch_size", batch_size, low=1)
     _checks.integer("seed", seed, low=0)
     samples = split_samples(batches)
@@ -272,6 +274,7 @@ offload, work_dir, seed
     weights = [_chosen(inside(name, i), block, outside, where) for i, block in enumerate(modules)]
     if not any(weights):
         raise ValueError(f"blocks must hold weights to prune, got none in {name or 'the model'}")
+    check_groups(pattern, name, modules, weights)
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
     with evaluated(model):
         structure = learn_structure(model, name, modules, placed[0])
@@ -316,8 +319,8 @@ def _placed(value: Any, device: torch.device) -> Any:
     return value.to(device) if torch.is_tensor(value) else value
 
 
-def _pattern(sparsity: Any) -> Pattern:
-    pattern = as_pattern(sparsity, scope="tensor")
+def _pattern(sparsity: Any, scope: Literal["tensor", "row"]) -> Pattern:
+    pattern = as_pattern(sparsity, scope)
     if getattr(pattern, "scope", None) == "global":
         raise ValueError(
             "sparsity must not compare entries of different weights, for blocks are pruned one "

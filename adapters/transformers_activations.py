@@ -27,7 +27,7 @@ class Activations:
     ----------
     device : torch.device
         Where `take` brings them.
-    offload : {"cpu", "disk", None}
+    offload : {"cpu", "disk", "none"}
     folder : pathlib.Path, optional
         For ``"disk"``.
     name : str
@@ -45,7 +45,7 @@ class Activations:
     def __init__(
         self,
         device: torch.device,
-        offload: str | None,
+        offload: str,
         folder: Path | None = None,
         name: str = "activations",
     ) -> None:
@@ -58,7 +58,7 @@ class Activations:
     def expect(self, samples: Sequence[int], like: Tensor) -> None:
         """Make room for samples whose hidden states are like those of the first."""
         shape, dtype = (len(samples), *like.shape), like.dtype
-        if self._offload is None:
+        if self._offload == "none":
             buffer = torch.empty(shape, dtype=dtype, device=self.device)
         elif self._offload == "cpu" or self._folder is None:
             buffer = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")

@@ -44,7 +44,8 @@ def calibration_batches(
     Raises
     ------
     TypeError, ValueError
-        If the texts are too short for so many different windows, or no text.
+        If the texts are too short for so many different windows, no text, or the name of a file
+        that is there, as a str.
 
     References
     ----------
@@ -76,8 +77,13 @@ def calibration_batches(
 def _tokens(tokenizer: Any, text: Any) -> list[int]:
     if isinstance(text, os.PathLike):
         text = Path(text).read_text(encoding="utf-8")
-    if not isinstance(text, str):
+    elif not isinstance(text, str):
         raise TypeError(f"texts must be str or paths, got {type(text)!r}")
+    elif os.path.isfile(text):
+        raise ValueError(
+            "texts must be text itself, or paths of type pathlib.Path, got the name of a file as "
+            f"a str: Path({text!r}) is read"
+        )
     # Special tokens would stand in the middle of windows; the length is no concern of a window.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -105,8 +105,9 @@ class BlockSize(NamedTuple):
 
     Attributes
     ----------
-    entries, sparse : int
-        Entries of all floating parameters, and of the weights that are pruned.
+    entries, trained, sparse : int
+        Entries of all floating parameters, of those that SAFE trains, and of the weights that
+        are pruned.
     stored : int
         Bytes of the block in its own dtypes.
     largest : int
@@ -118,6 +119,7 @@ class BlockSize(NamedTuple):
     """
 
     entries: int
+    trained: int
     sparse: int
     stored: int
     largest: int
@@ -125,8 +127,10 @@ class BlockSize(NamedTuple):
     inputs: int
 
     @classmethod
-    def of(cls, block: nn.Module, weights: Mapping[str, Layout | None]) -> BlockSize:
-        """The sizes of a block of which ``weights`` are pruned."""
+    def of(
+        cls, block: nn.Module, weights: Mapping[str, Layout | None], trained: Collection[str]
+    ) -> BlockSize:
+        """The sizes of a block of which ``weights`` are pruned, and ``trained`` by SAFE."""
         params = dict(block.named_parameters())
         gram = inputs = largest = 0
         for name, layout in weights.items():
@@ -138,6 +142,7 @@ class BlockSize(NamedTuple):
             largest = max(largest, p.numel() // experts)
         return cls(
             entries=sum(p.numel() for p in params.values() if p.is_floating_point()),
+            trained=sum(params[name].numel() for name in trained),
             sparse=sum(params[name].numel() for name in weights),
             stored=sum(t.nbytes for t in (*params.values(), *block.buffers())),
             largest=largest,
@@ -148,11 +153,11 @@ class BlockSize(NamedTuple):
     def reconstruction(self, work: int) -> int:
         """Bytes of SAFE on the block, of which a forward and backward pass takes ``work``.
 
-        Parameters, gradients, a copy of the parameters, two moments of Adam and anchors in
-        float32, a support of one byte. A dual update holds scores and a second support beside
-        them, but no activations.
+        Parameters in float32; of those that are trained gradients, a copy and two moments of
+        Adam; of those that are pruned anchors, and a support of one byte. A dual update holds
+        scores and a second support beside them, but no activations.
         """
-        state = 20 * self.entries + 5 * self.sparse
+        state = 4 * self.entries + 16 * self.trained + 5 * self.sparse
         return state + max(work, 5 * self.sparse)
 
     def layerwise(self, work: int, matrices: int = 3) -> int:
@@ -170,6 +175,7 @@ def forward_backward_bytes(
     device: torch.device,
     *,
     backward: bool,
+    trained: Collection[str] | None = None,
     dtype: torch.dtype | None = None,
     fake: bool = True,
 ) -> int:
@@ -184,6 +190,8 @@ def forward_backward_bytes(
         ``call(block, make)`` returns the loss, of inputs made by ``make`` from real ones.
     device : torch.device
     backward : bool
+    trained : collection of str, optional
+        Names of the parameters that have gradients; by default all of floating numbers.
     dtype : torch.dtype, optional
         Of floating parameters, in the place of their own.
     fake : bool
@@ -203,10 +211,11 @@ def forward_backward_bytes(
 
     with FakeTensorMode() if fake else nullcontext(), torch.set_grad_enabled(backward):
         model = hollow(block, make)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p)  # added to in place, as at a later step
-        gradients = [p.grad for p in trained if p.grad is not None]
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and (trained is None or name in trained))
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)  # added to in place, as at a later step
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         own = [*model.parameters(), *model.buffers(), *gradients]
         with TensorBytes(own) as counted:
             loss = call(model, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device))

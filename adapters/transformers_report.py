@@ -20,17 +20,30 @@ class Progress:
         The block at work and how many there are.
     epoch : int or None
         The epoch that has ended; None for the whole block.
+    epochs : int
+        How many there are in a block; 0 for a solver that does not train.
     loss : float
         Mean squared error of the reconstruction, in that epoch or in the end.
     seconds_left : float
         By the time that was taken so far.
+
+    Examples
+    --------
+    >>> Progress(block=1, blocks=4, epoch=1, epochs=4, loss=0.1, seconds_left=60.0).done
+    1.4
     """
 
     block: int
     blocks: int
     epoch: int | None
+    epochs: int
     loss: float
     seconds_left: float
+
+    @property
+    def done(self) -> float:
+        """How many blocks are done; what comes with a block beside its epochs counts as one."""
+        return self.block + (1.0 if self.epoch is None else (self.epoch + 1) / (self.epochs + 1))
 
 
 class WeightReport(NamedTuple):

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .transformers_memory import MemoryEstimate, TensorBytes, hollow
 from .transformers_report import BlockReport, Progress, PruningReport, WeightReport
 from .transformers_resume import WorkFolder, sample_of
 from .transformers_statistics import InputStatistics, each_slice, inputs_of, one_by_one
-from .transformers_task import NO_CAST, Task, own_dtype
+from .transformers_task import NO_CAST, Task, own_dtype, trained_by_safe
 
 __all__ = ["Run"]
 
@@ -206,12 +207,11 @@ class Run:
     def _tell(self, i: int, epoch: int | None, loss: float) -> None:
         if self.progress is None:
             return
-        blocks = len(self.task.blocks)
-        epochs = getattr(self.settings.solver, "epochs", 1)
-        done = i - self._resumed + (1.0 if epoch is None else (epoch + 1) / (epochs + 1))
-        elapsed = time.monotonic() - self._started
-        left = elapsed * (blocks - self._resumed - done) / done
-        self.progress(Progress(i, blocks, epoch, loss, left))
+        solver = self.settings.solver
+        epochs = solver.epochs if isinstance(solver, SafeReconstruction) else 0
+        at = Progress(i, len(self.task.blocks), epoch, epochs, loss, 0.0)
+        rate = (time.monotonic() - self._started) / (at.done - self._resumed)
+        self.progress(replace(at, seconds_left=rate * (at.blocks - at.done)))
 
     # Passes
 
@@ -309,9 +309,9 @@ class Run:
         cast = own, torch.float32
         block = self._copy(i, torch.float32)
         params = dict(block.named_parameters())
-        for key, p in home.named_parameters():
-            trained = key in statistics or (p.requires_grad and id(p) not in self.task.outside)
-            params[key].requires_grad_(trained)
+        trained = trained_by_safe(self.task, i, statistics)
+        for key, p in params.items():
+            p.requires_grad_(key in trained)
         importance = None
         if solver.importance is not None:
             importance = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,18 +13,28 @@ from torch.utils._pytree import tree_map_only
 
 from safe_core.layout import Layout
 from safe_core.solvers import ALPS
-from safe_core.sparsity import Pattern
+from safe_core.sparsity import NM, Pattern
 
 from .block_reconstruction import SafeReconstruction
-from .torch_groups import described
-from .transformers_blocks import Structure, evaluated
+from .transformers_blocks import Structure, evaluated, inside
 from .transformers_calls import BlockCalls, record
 from .transformers_memory import BlockSize, MemoryEstimate, forward_backward_bytes
-from .transformers_resume import fingerprint
+from .transformers_resume import fingerprint, identity
 
-__all__ = ["NO_CAST", "Settings", "Task", "own_dtype", "predict_memory"]
+__all__ = [
+    "NO_CAST",
+    "OFFLOADS",
+    "RaggedWeightError",
+    "Settings",
+    "Task",
+    "check_groups",
+    "own_dtype",
+    "predict_memory",
+    "trained_by_safe",
+]
 
 NO_CAST = (torch.float32, torch.float32)
+OFFLOADS = ("cpu", "disk", "none")
 
 
 class Settings(NamedTuple):
@@ -35,7 +46,7 @@ class Settings(NamedTuple):
     propagate: str
     batch_size: int
     device: torch.device
-    offload: str | None
+    offload: str
     work_dir: Path | None
     seed: int
 
@@ -68,17 +79,73 @@ class Task(NamedTuple):
         """What must be the same for a run to go on."""
         s = self.settings
         tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
+        settled: dict[str, Any] = {}  # by default, so that it is no part of what the solver says
+        if isinstance(s.solver, SafeReconstruction):
+            settled = {"method": identity(s.solver.bound(s.pattern)), "warmup": s.solver.warmup}
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
             "weights": repr([list(w) for w in self.weights]),
-            "solver": described(s.solver),
+            "solver": identity(s.solver),
             "sparsity": repr(s.pattern),
             "targets": s.targets,
             "propagate": s.propagate,
             "batch_size": str(s.batch_size),
             "seed": str(s.seed),
             "batches": fingerprint(tensors),
+            **{key: str(value) for key, value in settled.items()},
         }
+
+
+class RaggedWeightError(ValueError):
+    """Groups of N:M do not divide the inputs of a weight.
+
+    Attributes
+    ----------
+    name : str
+    inputs : int
+        Of that weight.
+    common : int
+        The greatest common divisor of the inputs of all weights.
+    """
+
+    def __init__(self, pattern: NM, name: str, inputs: int, common: int) -> None:
+        super().__init__(
+            f"sparsity must divide the inputs of every weight into groups of {pattern.m}, got "
+            f"{inputs} of {name}: NM({pattern.n}, {pattern.m}, ragged='dense') leaves the rest of "
+            "them dense, and where= the weight"
+        )
+        self.name, self.inputs, self.common = name, inputs, common
+
+
+def check_groups(
+    pattern: Pattern,
+    name: str,
+    blocks: Sequence[nn.Module],
+    weights: Sequence[Mapping[str, Layout | None]],
+) -> None:
+    """Raise where N:M does not divide the inputs of a weight, as far as their axis is known."""
+    if not isinstance(pattern, NM) or pattern.ragged == "dense":
+        return
+    inputs = {
+        f"{inside(name, i)}.{key}": math.prod(
+            block.get_parameter(key).shape[axis] for axis in layout.input_axes
+        )
+        for i, (block, chosen) in enumerate(zip(blocks, weights, strict=True))
+        for key, layout in chosen.items()
+        if layout is not None
+    }
+    for key, size in inputs.items():
+        if size % pattern.m:
+            raise RaggedWeightError(pattern, key, size, math.gcd(*inputs.values()))
+
+
+def trained_by_safe(task: Task, i: int, pruned: Collection[str]) -> set[str]:
+    """The names of what SAFE trains in block i: what is pruned, and the rest unless frozen."""
+    return {
+        key
+        for key, p in task.blocks[i].named_parameters()
+        if key in pruned or (p.requires_grad and id(p) not in task.outside)
+    }
 
 
 def own_dtype(block: nn.Module) -> torch.dtype:
@@ -94,7 +161,10 @@ def predict_memory(task: Task) -> MemoryEstimate:
             task.model, task.name, task.blocks, task.samples[:1], task.structure,
             lambda _, x: hidden.append(x.to("meta")),
         )  # fmt: skip
-    sizes = [BlockSize.of(b, w) for b, w in zip(task.blocks, task.weights, strict=True)]
+    sizes = [
+        BlockSize.of(block, weights, trained_by_safe(task, i, weights))
+        for i, (block, weights) in enumerate(zip(task.blocks, task.weights, strict=True))
+    ]
     largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
     size = sizes[largest]
     if isinstance(s.solver, SafeReconstruction):
@@ -108,7 +178,7 @@ def predict_memory(task: Task) -> MemoryEstimate:
     stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
     # A pruned block stands beside a copy of the dense one and, for a folder, its file.
     found = {"device": needed, "host": calls.nbytes + 2 * size.stored, "disk": 0}
-    places = {None: "device", "cpu": "host", "disk": "disk"}
+    places = {"none": "device", "cpu": "host", "disk": "disk"}
     found[places[s.offload]] += stored
     if s.device.type == "cpu":
         beside = found["host"] - 2 * size.stored
@@ -128,6 +198,7 @@ def _work_bytes(
     block, rows = task.blocks[i], min(batch, len(task.samples))
     own, s = own_dtype(block), task.settings
     dtype = torch.float32 if backward else own
+    trained = trained_by_safe(task, i, task.weights[i])
     autocast = backward and s.solver.autocasts(s.device, own)
 
     def of(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
@@ -147,7 +218,7 @@ def _work_bytes(
 
         device = s.device if fake else torch.device("cpu")
         return forward_backward_bytes(
-            block, call, device, backward=backward, dtype=dtype, fake=fake
+            block, call, device, backward=backward, trained=trained, dtype=dtype, fake=fake
         )
 
     try:

@@ -30,8 +30,11 @@ class Reconstruction:
         The highest.
     betas : pair of float
         Of Adam.
-    epochs, warmup_epochs : int
-        Passes over the samples, and how many of them the rate rises for.
+    epochs : int
+        Passes over the samples.
+    warmup_epochs : int, optional
+        How many of them the rate rises for; by default two, or half of them if they are fewer
+        than four: ``min(2, epochs // 2)``.
     batch_size : int
         Samples in a step.
     importance : {None, "wanda"}
@@ -59,18 +62,20 @@ class Reconstruction:
     learning_rate: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.95)
     epochs: int = 30
-    warmup_epochs: int = 2
+    warmup_epochs: int | None = None
     batch_size: int = 8
     importance: Literal["wanda"] | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None and not isinstance(self.method, Method):
-            raise TypeError(f"method must be a safe_core.Method or None, got {self.method!r}")
+            raise TypeError(
+                f"method must be a safe_core.Method or None, got {_checks.shown(self.method)}"
+            )
         _checks.real("learning_rate", self.learning_rate, low=0.0)
         if len(self.betas) != 2 or not all(0 <= _checks.real("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         _checks.integer("epochs", self.epochs, low=1)
-        if _checks.integer("warmup_epochs", self.warmup_epochs, low=0) > self.epochs:
+        if _checks.integer("warmup_epochs", self.warmup, low=0) > self.epochs:
             raise ValueError(
                 f"warmup_epochs must be at most epochs={self.epochs}, got {self.warmup_epochs!r}"
             )
@@ -82,9 +87,14 @@ class Reconstruction:
                 f"{self.importance!r}"
             )
 
+    @property
+    def warmup(self) -> int:
+        """The epochs that the rate rises for."""
+        return min(2, self.epochs // 2) if self.warmup_epochs is None else self.warmup_epochs
+
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate at a step: up to its highest, and down to zero after the last."""
-        rising, steps = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
+        rising, steps = (n * steps_per_epoch for n in (self.warmup, self.epochs))
         if step < rising:
             return self.learning_rate * (step + 1) / rising
         falling = self.learning_rate * (steps - step) / max(1, steps - rising)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import jax
 import numpy as np
+import optax
 import pytest
 import reference
 import torch
@@ -17,7 +19,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from safe_core import NM, Block, Channel, Layout, Projection, Unstructured, project, schedules
+from safe_core import (
+    NM,
+    Block,
+    Channel,
+    Layout,
+    Projection,
+    Unstructured,
+    admm,
+    project,
+    safe,
+    schedules,
+)
+from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.torch import SparseOptimizer
+from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import ALPS, Gram, Magnitude, SparseGPT, Wanda, reconstruction_error
 
 FLAX = Layout(input_axes=(0,), output_axes=(1,))
@@ -69,6 +85,64 @@ def refit(w: np.ndarray, h: np.ndarray, support: np.ndarray) -> np.ndarray:
     for row, dense, kept in zip(best, w, support, strict=True):
         row[kept] = np.linalg.lstsq(h[np.ix_(kept, kept)], h[kept] @ dense, rcond=None)[0]
     return best
+
+
+# The recipe of a block
+
+
+def test_the_rate_rises_in_two_epochs_or_in_half_of_fewer() -> None:
+    assert [Reconstruction(epochs=n).warmup for n in (1, 2, 3, 4, 30)] == [0, 1, 1, 2, 2]
+    one = replace(Reconstruction(), epochs=1)
+    assert [one.rate(t, 2) for t in range(3)] == [2e-4, 1e-4, 0.0]
+    assert Reconstruction(epochs=1, warmup_epochs=1).warmup == 1
+    with pytest.raises(ValueError, match="warmup_epochs must be at most epochs=1, got 2"):
+        Reconstruction(epochs=1, warmup_epochs=2)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda g: Reconstruction(importance=g), "one of None, 'wanda', got Gram(matrix=numpy.nd"),
+        (lambda g: Reconstruction(importance=g.matrix), "'wanda', got numpy.ndarray of shape (4, "),
+        (lambda g: Reconstruction(method=g), "or None, got Gram(matrix=numpy.ndarray of shape"),
+        (lambda g: Reconstruction(epochs=[g] * 9), "be an integer, got [Gram(matrix=numpy.nda"),
+        (lambda g: safe(0.5, importance=g), "got Gram(matrix=numpy.ndarray of shape (4, 4), count"),
+        (lambda g: safe(g.matrix), "got numpy.ndarray of shape (4, 4)"),
+        (lambda g: safe(0.5, rho=g.matrix), "got numpy.ndarray of shape (4, 4)"),
+        (lambda g: project([g.matrix], 0.5, importance=g), "structure of arrays, got <class"),
+        (lambda g: project([g.matrix] * 2, 0.5, importance=g), "structure of arrays, got <class"),
+        (lambda g: Wanda()(g.matrix, g, 0.5, layout=g), "must be a Layout, got Gram(matrix=numpy"),
+    ],
+)
+def test_messages_do_not_print_arrays(make: Callable[[Gram], Any], wanted: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        make(Gram.of(np.full((2, 4), 0.123)))
+    assert wanted in str(error.value)
+    assert "0.0302" not in str(error.value)  # 2 * 0.123**2
+
+
+def test_adapters_do_not_print_arrays() -> None:
+    layer, given = torch.nn.Linear(4, 4), {"weight": Gram.of(torch.full((2, 4), 0.123))}
+
+    def step(importance: Any) -> None:
+        base = torch.optim.SGD(layer.parameters(), lr=0.1)
+        method = admm(0.5, dual_update_interval=1)
+        optimizer = SparseOptimizer(base, method, model=layer, importance=importance)
+        layer(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+
+    for importance in (given, lambda *_: given["weight"]):
+        with pytest.raises(TypeError, match=r"got Gram\(matrix=torch\.Tensor of shape \(4, 4\)"):
+            step(importance)
+    jax_gram = Gram.of(jax.numpy.full((2, 4), 0.123))
+    tx = sparse_optimizer(optax.sgd(0.1), admm(0.5), importance={"kernel": jax_gram})
+    with pytest.raises(
+        TypeError, match=r"kernel .*, got Gram\(matrix=.* of shape \(4, 4\), count=2"
+    ):
+        tx.init({"kernel": jax.numpy.ones((4, 4))})
 
 
 # SparseGPT against brain surgery by exact least squares

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from safe_core.adapters.transformers import (
     prune_blocks,
 )
 from safe_core.adapters.transformers_activations import Activations
+from safe_core.adapters.transformers_memory import forward_backward_bytes
+from safe_core.adapters.transformers_methods import as_solver
+from safe_core.adapters.transformers_resume import identity
+from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import ALPS, SparseGPT, Wanda
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
@@ -280,7 +285,7 @@ def test_a_model_may_be_its_list_of_blocks() -> None:
 
 
 def test_tokens_are_unknown_where_nothing_looks_at_them() -> None:
-    solver = SafeReconstruction(epochs=1, warmup_epochs=0, batch_size=4)
+    solver = SafeReconstruction(epochs=1, batch_size=4)
     report = prune_blocks(Chain(), DATA, solver, 0.5)
     assert [b.weights["weight"].tokens for b in report.blocks] == [None] * 4
 
@@ -428,8 +433,8 @@ def test_stacked_experts_see_the_tokens_that_are_sent_to_them() -> None:
 def test_an_expert_without_tokens_is_pruned_by_magnitude(plus: bool) -> None:
     model = moe_with_an_idle_expert()
     idle = model.model.layers[0].mlp.experts.down_proj[3].detach().clone()
-    epochs = SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0)
-    report = prune_blocks(model, inputs_of("mixtral"), epochs if plus else wanda, 0.5)
+    solver = SafeReconstruction(importance="wanda", epochs=1) if plus else wanda
+    report = prune_blocks(model, inputs_of("mixtral"), solver, 0.5)
     assert report.blocks[0].weights["mlp.experts.down_proj"].tokens == 0
     kept = model.model.layers[0].mlp.experts.down_proj[3] != 0
     assert torch.equal(kept, safe_core.project(idle, 0.5).support)
@@ -577,6 +582,19 @@ def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(dtype: torch.dtype) 
     assert report.blocks[0].relative_error == pytest.approx(error, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_positions_have_the_dtype_that_a_block_is_computed_in(dtype: torch.dtype) -> None:
+    model, seen = model_of("llama", dtype), set()
+
+    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = (args[0], *kwargs["position_embeddings"], module.mlp.up_proj.weight)
+        seen.add((torch.is_grad_enabled(), *(t.dtype for t in tensors)))
+
+    model.model.layers[1].register_forward_pre_hook(watch, with_kwargs=True)
+    prune_blocks(model, inputs_of("llama"), SafeReconstruction(epochs=1), 0.5)
+    assert seen == {(False, *[dtype] * 4), (True, *[torch.float32] * 4)}
+
+
 def test_what_is_tied_or_left_out_stays_dense() -> None:
     model = model_of("llama")
     layer = model.model.layers[0]
@@ -618,14 +636,21 @@ def test_progress_and_modes() -> None:
     assert [(p.block, p.epoch) for p in seen] == [
         (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
     ]
-    assert seen[-1] == Progress(1, 2, None, report.blocks[1].loss, 0.0)
+    assert seen[-1] == Progress(1, 2, None, 4, report.blocks[1].loss, 0.0)
     assert seen[0].seconds_left > 0
+    assert [p.done for p in seen] == [block + k / 5 for block in (0, 1) for k in range(1, 6)]
     assert all(m.training for m in model.modules())
     assert model.config.use_cache
     assert "forward" not in vars(model.model.decoder.layers[0])
 
 
 # Memory
+
+
+def wide_llama() -> Any:
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
 
 
 @pytest.mark.parametrize(
@@ -640,12 +665,9 @@ def test_progress_and_modes() -> None:
     ],
 )
 def test_memory_is_predicted(how: str, targets: str) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
-    ids = torch.randint(3, VOCABULARY, (16, 64))
+    model, ids = wide_llama(), torch.randint(3, VOCABULARY, (16, 64))
     solvers = {
-        "safe+": SafeReconstruction(importance="wanda", epochs=1, warmup_epochs=0),
+        "safe+": SafeReconstruction(importance="wanda", epochs=1),
         "wanda": wanda,
         "sparsegpt": SparseGPT(),
         "alps": ALPS(iterations=6),
@@ -653,6 +675,28 @@ def test_memory_is_predicted(how: str, targets: str) -> None:
     report = prune_blocks(model, ids, solvers[how], 0.5, targets=targets, measure_memory=True)
     assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
     assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
+
+
+def test_what_is_frozen_takes_no_gradients() -> None:
+    def work(trained: set[str] | None) -> int:
+        layer, x, device = nn.Linear(500, 8), torch.zeros(1, 500), torch.device("cpu")
+        return forward_backward_bytes(
+            layer, lambda m, make: m(make(x)).sum(), device, backward=True, trained=trained
+        )
+
+    assert work(None) - work({"bias"}) >= 4 * 8 * 500
+
+    model, ids = wide_llama(), torch.randint(3, VOCABULARY, (2, 16))
+    for name, p in model.named_parameters():
+        p.requires_grad_("mlp" not in name)
+    solver = SafeReconstruction(epochs=1)
+    plan = plan_pruning(model, ids, solver, 0.5, where=lambda name, p: "mlp" not in name)
+    report = plan.apply(measure_memory=True)
+    assert report.peak == pytest.approx(plan.memory.device, rel=0.2)
+    model.requires_grad_(True)
+    again = plan_pruning(model, ids, solver, 0.5, where=lambda name, p: "mlp" not in name)
+    more = again.memory.device - plan.memory.device
+    assert more >= 16 * 3 * 128 * 384  # a gradient, a copy and two moments of each
 
 
 def test_activations_on_disk_are_the_same_bits(tmp_path: Path) -> None:
@@ -817,8 +861,62 @@ def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
     prune_blocks(Chain(), DATA, functools.partial(share, top=2), 0.5, work_dir=tmp_path)
     with pytest.raises(ValueError, match=r"begun with solver=partial\(.*share, top=2\), got"):
         prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
-    with pytest.raises(ValueError, match="solver must have a name for work_dir"):
-        prune_blocks(Chain(), DATA, lambda w, g, s, layout: None, 0.5, work_dir=tmp_path)
+    for unknown in (lambda w, g, s, layout: None, Watched()):
+        with pytest.raises(ValueError, match=r"solver must be of functions .*, got .*(<lam|Wat)"):
+            prune_blocks(Chain(), DATA, unknown, 0.5, work_dir=tmp_path)
+
+
+class Stateless:
+    def __repr__(self) -> str:
+        return "a solver"
+
+
+class Likewise(Stateless):
+    pass
+
+
+class Kept:
+    def __init__(self, *kept: Any) -> None:
+        self.kept = kept
+
+
+def closing_over(kept: Any) -> Any:
+    def solve(default: int = 3) -> Any:
+        return kept, default
+
+    return solve
+
+
+def test_solvers_that_differ_are_told_apart() -> None:
+    long = [torch.arange(5000.0), torch.arange(5000.0)]
+    long[1][2500] = -1  # within what a repr leaves out
+    different = [
+        SafeReconstruction(), SafeReconstruction(epochs=29), Wanda(), Wanda, SparseGPT(), ALPS(),
+        ALPS(rho=1), ALPS().__call__, ALPS(iterations=6).__call__, Stateless, Stateless(),
+        Likewise(), wanda, functools.partial(wanda), functools.partial(wanda, 1),
+        functools.partial(wanda, a=1), closing_over(1), closing_over("1"), closing_over([1]),
+        closing_over((1,)), closing_over({1: 2}), closing_over(long[0]), closing_over(long[1]),
+        closing_over(long[0].numpy() + 1),
+    ]  # fmt: skip
+    found = [identity(solver) for solver in different]
+    assert len(set(found)) == len(found)
+    assert found == [identity(solver) for solver in different]
+    assert "0x" not in "".join(found)
+    assert all(f"{f.name}=" in found[0] for f in fields(SafeReconstruction))  # defaults too
+    for unknown in (Kept(1), closing_over(Kept(1)), torch.Generator(), nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="to tell whether a run goes on with the same one"):
+            identity(unknown)
+
+
+def test_a_run_does_not_go_on_by_other_defaults(tmp_path: Path, monkeypatch: Any) -> None:
+    """What a later release decides in the place of None is another run."""
+    solver = SafeReconstruction(epochs=1)
+    prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)
+    monkeypatch.setattr(
+        SafeReconstruction, "bound", lambda self, sparsity: safe_core.safe(sparsity, rho=1e-3)
+    )
+    with pytest.raises(ValueError, match=r"begun with method=.*0\.0002.*, got method=.*0\.001"):
+        prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)
 
 
 def test_pinned_memory_is_copied_once_the_device_has_written_it(
@@ -933,7 +1031,11 @@ def test_models_that_are_no_chain_of_blocks_are_refused() -> None:
     ("change", "message"),
     [
         ({"sparsity": Unstructured(0.5)}, "sparsity must not compare entries of different"),
-        ({"solver": "wanda"}, "solver must be a SafeReconstruction or a function"),
+        ({"solver": "obd"}, r"solver must be one of 'safe\+', .* if a name, got 'obd'"),
+        ({"solver": Wanda}, r"solver must be an instance, Wanda\(\), got the class Wanda"),
+        ({"solver": 3}, "solver must be a SafeReconstruction, a function .*, or one of .*, got 3"),
+        ({"sparsity": "2:3"}, r"groups of 3, got 8 of blocks\.0\.weight: NM\(2, 3, ragged='de"),
+        ({"offload": None}, "offload must be one of 'cpu', 'disk', 'none', got None"),
         ({"batches": []}, "batches must hold at least one sample"),
         ({"batches": [1.0]}, "batches must be tensors or mappings"),
         ({"targets": "both"}, "targets must be one of"),
@@ -948,6 +1050,18 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     given = {"batches": DATA, "solver": wanda, "sparsity": 0.5} | change
     with pytest.raises((TypeError, ValueError), match=message):
         prune_blocks(Chain(), given.pop("batches"), **given)
+
+
+def test_methods_go_by_name() -> None:
+    named, given = Chain(), Chain()
+    prune_blocks(named, DATA, "sparsegpt", 0.5)
+    prune_blocks(given, DATA, SparseGPT(), 0.5)
+    assert_equal(named, given)
+    prune_blocks(named, DATA, "wanda", 0.75)
+    assert [(b.weight == 0).sum(dim=1).tolist() for b in named.blocks] == [[6] * 8] * 4
+    recipe = Reconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
+    assert as_solver(recipe) == SHORT
+    assert as_solver("safe+") == SafeReconstruction(importance="wanda")
 
 
 def test_tokens_of_another_model_are_refused() -> None:
@@ -1003,5 +1117,8 @@ def test_calibration_takes_different_windows(tmp_path: Path) -> None:
         calibration_batches(letters, "abcdefgh", samples=6, length=4)
     with pytest.raises(ValueError, match="got 0"):
         calibration_batches(letters, "", samples=1, length=1)
+    for wrong in (str(file), [text, str(file)]):
+        with pytest.raises(ValueError, match=r"name of a file as a str: Path\('.*text.txt'\) is"):
+            calibration_batches(letters, wrong, samples=1, length=1)
     with pytest.raises(TypeError, match="texts must be str or paths"):
         calibration_batches(letters, [3], samples=1, length=1)

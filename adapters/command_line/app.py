@@ -189,7 +189,7 @@ def prune(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        with pruning_bar(getattr(job.solver, "epochs", 0)) as progress:
+        with pruning_bar() as progress:
             result = prune_folder(job, out, progress=progress, say=_say)
         _print(result.table())
         for name in result.report.dense:

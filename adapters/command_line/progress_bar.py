@@ -33,15 +33,15 @@ def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def pruning_bar(epochs: int) -> Iterator[Callable[[PruningProgress], None]]:
+def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
     """A bar over all epochs of all blocks, with the loss and the time left.
 
     Where nobody watches, such as in a log, one line for each block is printed instead.
 
     Examples
     --------
-    >>> with pruning_bar(epochs=30) as progress:
-    ...     progress(PruningProgress(0, 2, epoch=3, loss=1e-3, seconds_left=60.0))
+    >>> with pruning_bar() as progress:
+    ...     progress(PruningProgress(0, 2, epoch=3, epochs=30, loss=1e-3, seconds_left=60.0))
     """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}")
@@ -50,10 +50,9 @@ def pruning_bar(epochs: int) -> Iterator[Callable[[PruningProgress], None]]:
 
         def show(at: PruningProgress) -> None:
             left = f"{readable_seconds(at.seconds_left)} left"
-            within = "" if at.epoch is None else f", epoch {at.epoch + 1} of {epochs}"
+            within = "" if at.epoch is None else f", epoch {at.epoch + 1} of {at.epochs}"
             text = f"block {at.block + 1} of {at.blocks}{within}, loss {at.loss:.3g}"
-            done = at.block + (1.0 if at.epoch is None else (at.epoch + 1) / (epochs + 1))
-            bar.update(task, description=text, completed=done, total=at.blocks, left=left)
+            bar.update(task, description=text, completed=at.done, total=at.blocks, left=left)
             if at.epoch is None and not console.is_terminal:
                 console.print(f"{text}, {left}", highlight=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from safe_core import _checks
-from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 from safe_core.sparsity import NM, Pattern, Unstructured, as_pattern
 
 from ..transformers import PruningReport, SafeReconstruction, calibration_batches, plan_pruning
+from ..transformers_methods import METHODS, default_scope
 from ..transformers_report import Progress
+from ..transformers_task import OFFLOADS, RaggedWeightError
 from .model_card import model_card
 from .model_folder import (
     check_new_folder,
@@ -27,16 +29,7 @@ from .model_folder import (
 )
 from .perplexity import check_length, read_text_file
 
-__all__ = ["METHODS", "PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
-
-METHODS: dict[str, Any] = {
-    "safe+": SafeReconstruction(importance="wanda"),
-    "safe": SafeReconstruction(),
-    "alps": ALPS(),
-    "sparsegpt": SparseGPT(),
-    "wanda": Wanda(),
-    "magnitude": Magnitude(),
-}
+__all__ = ["PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
@@ -81,19 +74,18 @@ class PruningJob:
     model : path
         A folder with a causal language model and its tokenizer.
     calibration : sequence of path
-        UTF-8 text files.
+        UTF-8 text files, each named once.
     sparsity : str
         A fraction of the zeros of each weight, or "N:M".
     method : str
-        One of `METHODS`.
+        "safe+", "safe", "alps", "sparsegpt", "wanda" or "magnitude".
     scope : {None, "tensor", "row"}
         Where entries compete under a fraction; by default within outputs for "wanda", as it
         was published, and within weights for the others.
     samples, length, seed : int
-        How many windows of the text, tokens in each, and what they are drawn by.
+        How many windows of the text, tokens in each, at least two, and what they are drawn by.
     epochs : int, optional
-        Of "safe" and "safe+"; 30 by default, the rate rising in the first two, or in half of
-        them if they are fewer than four.
+        Of "safe" and "safe+"; 30 by default.
     learning_rate : float, optional
         Of the same; 2e-4 by default.
     batch_size : int
@@ -108,8 +100,8 @@ class PruningJob:
 
     Raises
     ------
-    ValueError
-        If a field is out of its range.
+    TypeError, ValueError
+        If a field is not of its kind or out of its range.
 
     Examples
     --------
@@ -136,7 +128,7 @@ class PruningJob:
 
     def __post_init__(self) -> None:
         _checks.choice("method", self.method, tuple(METHODS))
-        _checks.choice("offload", self.offload, ("cpu", "disk", "none"))
+        _checks.choice("offload", self.offload, OFFLOADS)
         _checks.choice("targets", self.targets, ("pruned", "dense"))
         _checks.choice("scope", self.scope, ("tensor", "row", None))
         if isinstance(self.pattern, NM) and self.scope is not None:
@@ -148,16 +140,31 @@ class PruningJob:
                     f"{name} must be left out for method={self.method!r}, which does not train, "
                     f"got {value!r}"
                 )
+        if self.length == 1:
+            raise ValueError(
+                "length must be at least 2 tokens, for attention to have something to attend to, "
+                "such as the default of 2048, got 1"
+            )
+        self._check_files()
+        self.solver  # noqa: B018 (checks its fields)
+
+    def _check_files(self) -> None:
+        if isinstance(self.calibration, (str, os.PathLike)):
+            raise TypeError(f"calibration must be a list of files, got {self.calibration!r}")
         if not self.calibration:
             raise ValueError("calibration must name at least one text file, got none")
-        self.solver  # noqa: B018 (checks its fields)
+        whole = [Path(file).resolve() for file in self.calibration]
+        twice = next((file for file in whole if whole.count(file) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"calibration must name each file once, got {twice} {whole.count(twice)} times: "
+                "more windows of it are drawn by a larger samples"
+            )
 
     @property
     def pattern(self) -> Pattern:
         """What is asked of each weight."""
-        return parse_sparsity(
-            self.sparsity, self.scope or ("row" if self.method == "wanda" else "tensor")
-        )
+        return parse_sparsity(self.sparsity, self.scope or default_scope(self.method))
 
     @property
     def solver(self) -> Any:
@@ -167,8 +174,6 @@ class PruningJob:
             return solver
         given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
         changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        if self.epochs is not None:
-            changed["warmup_epochs"] = min(solver.warmup_epochs, self.epochs // 2)
         return replace(solver, batch_size=self.batch_size, **changed)
 
 
@@ -252,15 +257,16 @@ def prune_folder(
     Raises
     ------
     TypeError, ValueError, OSError
-        If files are missing, empty or too short, ``out`` has something in it, there is no room
-        on the disk, or a setting does not fit the model. If something fails once the weights
-        are saved, they are kept, and a note of the error names the folder.
+        If files are missing, empty or too short, ``out`` has something in it or lies in the
+        model's folder, there is no room on the disk, or a setting does not fit the model. If
+        something fails once the weights are saved, they are kept, and a note of the error names
+        the folder.
 
     Examples
     --------
-    >>> prune_folder(PruningJob("nowhere", ["text.txt"]), "out")
+    >>> prune_folder(PruningJob(".", ["text.txt"]), "out")
     Traceback (most recent call last):
-    ValueError: model folder must hold a config.json, got nowhere
+    ValueError: model folder must hold a config.json, got .
     """
     source, target = Path(job.model), Path(out)
     device = chosen_device(job.device)
@@ -276,18 +282,21 @@ def prune_folder(
     )
     model = load_model(source, trust_remote_code=job.trust_remote_code)
     check_length(model, job.length)
-    plan = plan_pruning(
-        model,
-        batches,
-        job.solver,
-        job.pattern,
-        targets=job.targets,
-        batch_size=job.batch_size,
-        device=device,
-        offload=None if job.offload == "none" else job.offload,
-        work_dir=job.work_dir,
-        seed=job.seed,
-    )
+    try:
+        plan = plan_pruning(
+            model,
+            batches,
+            job.solver,
+            job.pattern,
+            targets=job.targets,
+            batch_size=job.batch_size,
+            device=device,
+            offload=job.offload,
+            work_dir=job.work_dir,
+            seed=job.seed,
+        )
+    except RaggedWeightError as error:
+        raise ValueError(_ragged(job, error)) from None
     say(
         f"{job.method} to {job.sparsity}: {len(plan.weights)} weights of {plan.name} on {device}, "
         f"memory beside the model: {plan.memory}"
@@ -302,6 +311,19 @@ def prune_folder(
         card = model_card(job, result, files)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _ragged(job: PruningJob, error: RaggedWeightError) -> str:
+    """What to ask for in the place of groups that do not divide the inputs of a weight."""
+    pattern = job.pattern
+    assert isinstance(pattern, NM)  # by which the error came
+    least = pattern.m // math.gcd(pattern.n, pattern.m)  # the smallest groups of the same share
+    sizes = [m for m in range(least, pattern.m, least) if error.common % m == 0]
+    groups = f"{pattern.n * sizes[-1] // pattern.m}:{sizes[-1]} or " if sizes else ""
+    return (
+        f"--sparsity {job.sparsity} must divide the inputs of every weight, got {error.inputs} of "
+        f"{error.name}: --sparsity {groups}{1 - pattern.n / pattern.m:g} would do"
+    )
 
 
 def _rows(model: nn.Module, report: PruningReport) -> list[WeightRow]:
