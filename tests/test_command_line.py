@@ -29,9 +29,10 @@ from safe_core.adapters.command_line.checkpoint_files import read_tensors
 from safe_core.adapters.command_line.inspection import inspect_checkpoint
 from safe_core.adapters.command_line.model_folder import chosen_device
 from safe_core.adapters.command_line.perplexity import perplexity
-from safe_core.adapters.command_line.pruning import METHODS
+from safe_core.adapters.command_line.pruning import PruningJob
 from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
 from safe_core.adapters.transformers import SafeReconstruction, calibration_batches
+from safe_core.adapters.transformers_methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
@@ -180,6 +181,7 @@ def test_inspect_counts_what_was_written(tmp_path: Path) -> None:
         "half": grouped(rng, (8, 16), 2, 4).astype(ml_dtypes.bfloat16),
         "full": rng.standard_normal((4, 4)).astype("f4"),
         "count": np.asarray(7),
+        "bias": np.zeros(4, "f4"),
         "none": np.zeros((0, 3), "f4"),
     }
     file = tmp_path / "model.safetensors"
@@ -190,12 +192,18 @@ def test_inspect_counts_what_was_written(tmp_path: Path) -> None:
     half = found["tensors"]["half"]
     assert (half["shape"], half["dtype"], half["pattern"]) == ([8, 16], "BF16", "2:4")
     assert (half["zeros"], half["sparsity"], half["compressed_bytes"]) == (64, 0.5, 128 + 16)
-    totals = found["totals"]
-    assert (totals["entries"], totals["zeros"]) == (128 + 16 + 1, 64)
-    assert (totals["dense_bytes"], totals["compressed_bytes"]) == (256 + 64 + 8, 144 + 64 + 8)
+    alone, everything = found["totals"]["weights"], found["totals"]["all"]
+    assert (alone["entries"], alone["zeros"]) == (128 + 16, 64)
+    assert (everything["entries"], everything["zeros"]) == (128 + 16 + 1 + 4, 64 + 4)
+    assert everything["sparsity"] == 68 / 149
+    assert (alone["dense_bytes"], alone["compressed_bytes"]) == (256 + 64, 144 + 64)
+    assert everything["dense_bytes"] == 256 + 64 + 8 + 16
     table = run("inspect", tmp_path).stdout
     (row,) = [line.split() for line in table.splitlines() if line.startswith("half")]
     assert row[-7:] == ["50.00%", "2:4", "1", "256", "B", "144", "B"]
+    lines = [" ".join(line.split()) for line in table.splitlines()[-2:]]
+    assert lines[0].startswith("total of weights (two axes or more) 144 44.44% ")
+    assert lines[1].startswith("total of all, with biases and norms 149 45.64% ")
     for tensor in read_tensors(file):
         np.testing.assert_array_equal(tensor.array.ravel(), _stored(weights[tensor.name]).ravel())
 
@@ -436,8 +444,7 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     assert "at most the model's 64 positions, got 65" in measure("--length", 65)
     assert "length must be at least 2" in measure("--length", 1)
     assert "stride must be at most length=8, got 9" in measure("--length", 8, "--stride", 9)
-    assert "device must be" in refused("perplexity", folder, "--text", text, "--device", "moon")
-    assert "config.json" in measure(model=folder / "nowhere")
+    assert "must be a local folder" in measure(model=folder / "nowhere")
     short = text.with_name("short.txt")
     short.write_text("abc")
     assert "at least length=64 for one window, got 3" in measure("--length", 64, file=short)
@@ -514,15 +521,38 @@ def test_prune_saves_a_sparse_model(
     assert list(out.parent.iterdir()) == [out]  # nothing is left of the draft
     card = (out / "README.md").read_text()
     for part in (
-        hashlib.sha256(TEXT.encode()).hexdigest(), f"{method}: `", "4 windows of 32 tokens",
-        "sparsity asked", transformers.__version__, torch.__version__,
+        hashlib.sha256(TEXT.encode()).hexdigest(), "4 windows of 32 tokens",
+        transformers.__version__, torch.__version__, *CARDS[method],
     ):  # fmt: skip
         assert part in card
+    settings = card.partition("## Calibration")[0]
+    assert not any(python in settings for python in ("=", "None", "NM(", "Unstructured"))
     assert result.stdout.splitlines()[-1] == f"saved in {out}"
     assert "block 2 of 2, loss" in result.stderr
     (row,) = [x for x in result.stdout.splitlines() if x.startswith("model.layers.1.mlp.down_proj")]
     name = "model.layers.1.mlp.down_proj.weight"
     assert row.split()[4:6] == ["512", str(inspected[name].zeros)]
+
+
+SAFE = [
+    "(rho) | 0.0002 |", "(lambda) | 0.001 |", "(K) | 32 |", "| epochs | 1 |", "rate rises | 0 |",
+    "| highest learning rate | 0.0002 |", "| optimizer | Adam, betas 0.9 and 0.95 |",
+    "| batch | 8 samples |", "| inputs of a block | what the pruned blocks before it return |",
+    "| targets of a block | what a block returns, when dense, for what the pruned",
+]  # fmt: skip
+CARDS = {
+    "safe+": [
+        *SAFE,
+        "| safe+: SAFE",
+        "| 2:4, of every 4 inputs",
+        "| magnitude times norm of input |",
+    ],
+    "safe": [*SAFE, "| safe: SAFE", "| 29% of each weight |", "| magnitude |"],
+    "wanda": ["| wanda: Wanda, layer by layer |", "| 50% of each output of each weight |"],
+    "magnitude": ["| magnitude: Magnitude, layer by layer |", "| 4:8, of every 8 inputs"],
+    "sparsegpt": ["| sparsegpt: SparseGPT, layer", "| block size | 128 |", "| damping | 0.01 |"],
+    "alps": ["| alps: ALPS, layer by layer |", "| iterations | 300 |", "| seed | 0 |"],
+}
 
 
 def test_prune_goes_on_and_repeats_itself(
@@ -585,6 +615,8 @@ def test_settings_reach_the_pruning(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
+    other = text.with_name("other.txt")
+    other.write_text(TEXT[::-1])
 
     def stop(model: Any, batches: Any, solver: Any, sparsity: Any, **settings: Any) -> None:
         seen.update(settings, batches=batches, solver=solver, sparsity=sparsity)
@@ -592,24 +624,22 @@ def test_settings_reach_the_pruning(
 
     monkeypatch.setattr("safe_core.adapters.command_line.pruning.plan_pruning", stop)
     message = refused(
-        "prune", folder, "--calibration", text, "--calibration", text, "--out", tmp_path / "out",
+        "prune", folder, "--calibration", text, "--calibration", other, "--out", tmp_path / "out",
         *SHORT, "--sparsity", "0.25", "--scope", "row", "--seed", 7, "--epochs", 9, "--batch-size",
         3, "--learning-rate", 0.5, "--targets", "dense", "--offload", "none", "--work-dir",
         tmp_path / "work", "--device", "cpu",
     )  # fmt: skip
     assert message == "safe-core: stop\n"
     batches = seen.pop("batches")
-    wanted = calibration_batches(byte_tokenizer(), [TEXT] * 2, samples=4, length=32, seed=7)
+    wanted = calibration_batches(byte_tokenizer(), [TEXT, TEXT[::-1]], samples=4, length=32, seed=7)
     assert torch.equal(batches, wanted)
     assert seen == {
-        "solver": SafeReconstruction(
-            importance="wanda", epochs=9, batch_size=3, learning_rate=0.5, warmup_epochs=2
-        ),
+        "solver": SafeReconstruction(importance="wanda", epochs=9, batch_size=3, learning_rate=0.5),
         "sparsity": Unstructured(0.25, scope="row"),
         "targets": "dense",
         "batch_size": 3,
         "device": torch.device("cpu"),
-        "offload": None,
+        "offload": "none",
         "work_dir": tmp_path / "work",
         "seed": 7,
     }
@@ -630,7 +660,26 @@ def test_prune_refuses_before_it_begins(
     assert "epochs must be left out" in message("--method", "wanda", "--epochs", 3)
     assert "scope must be left out" in message("--sparsity", "2:4", "--scope", "row")
     assert "epochs must be at least 1" in message("--epochs", 0)
-    assert "config.json" in message(model=tmp_path / "nowhere")
+    for model, hub in ((tmp_path / "nowhere", "ORGANISATION/NAME"), (Path("own/lm-7.b"),) * 2):
+        found = message(model=model)
+        assert f"model must be a local folder, got {model}, where there is none" in found
+        assert f"`hf download {hub} --local-dir model`" in found
+        assert f"huggingface_hub.snapshot_download('{hub}', local_dir='model')" in found
+    named = 'by the name that torch has for it, such as "cuda", "cuda:1" or "xpu", got'
+    assert message("--device", "gpu").endswith(f"{named} 'gpu'\n")
+    assert f"{named} 'cuda:99': " in message("--device", "cuda:99")
+    again = text.parent / ".." / text.parent.name / text.name
+    assert f"name each file once, got {text} 2 times" in message("--calibration", again)
+    assert "length must be at least 2 tokens, for" in message("--length", 1)
+    for inside in (folder, folder / "sparse", folder / ".." / folder.name):
+        found = refused("prune", folder, "--calibration", text, "--out", inside, *SHORT)
+        assert f"outside of the model's folder, such as {folder}-sparse, got {inside}" in found
+    down = "model.layers.0.self_attn.q_proj.weight"
+    for groups, instead in (("3:12", "2:8 or 0.75"), ("4:6", "0.333333")):
+        found = message("--sparsity", groups, *SHORT)
+        assert f"got 16 of {down}: --sparsity {instead} would do" in found
+    with pytest.raises(TypeError, match=r"calibration must be a list of files, got 'text\.txt'"):
+        PruningJob("model", "text.txt")
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")

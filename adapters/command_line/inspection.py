@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,11 @@ from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
 from .tensor_analysis import TensorAnalysis, analyse
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
+
+_TOTALS = {
+    "weights": "total of weights (two axes or more)",
+    "all": "total of all, with biases and norms",
+}
 
 
 class TensorFigures(NamedTuple):
@@ -59,26 +65,22 @@ class CheckpointReport(NamedTuple):
     --------
     >>> analysis = TensorAnalysis(8, 4, "2:4", 1, 0, 0, 1, 32, 17)
     >>> report = CheckpointReport([], [TensorFigures("w", (2, 4), "F32", 32, analysis, None)])
-    >>> report.totals()
+    >>> report.totals()["weights"]
     {'entries': 8, 'zeros': 4, 'sparsity': 0.5, 'dense_bytes': 32, 'compressed_bytes': 17}
     """
 
     files: list[str]
     tensors: list[TensorFigures]
 
-    def totals(self) -> dict[str, Any]:
-        """Sums over the tensors, each place in memory once; entries and zeros of those analysed."""
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """Return sums over the ``"weights"`` and over ``"all"`` tensors.
+
+        Weights are tensors of two axes or more, embeddings among them; all are these, biases,
+        norms and buffers. A place in memory counts once; entries and zeros are of tensors that
+        were analysed.
+        """
         own = [row for row in self.tensors if row.same_as is None]
-        found = [row.analysis for row in own if row.analysis is not None]
-        entries, zeros = sum(x.entries for x in found), sum(x.zeros for x in found)
-        packed = sum(row.nbytes for row in own if row.analysis is None)
-        return {
-            "entries": entries,
-            "zeros": zeros,
-            "sparsity": zeros / max(entries, 1),
-            "dense_bytes": packed + sum(x.dense_bytes for x in found),
-            "compressed_bytes": packed + sum(x.compressed_bytes for x in found),
-        }
+        return {"weights": _sums(row for row in own if len(row.shape) > 1), "all": _sums(own)}
 
     def plain(self) -> dict[str, Any]:
         """Return all figures as nested dictionaries and lists, for JSON."""
@@ -92,23 +94,32 @@ class CheckpointReport(NamedTuple):
         """Return a `rich.table.Table`."""
         from rich.table import Table
 
-        table = Table(padding=(0, 1, 0, 0), show_footer=True, box=None)
-        total = self.totals()
-        table.add_column("tensor", "total", overflow="fold", ratio=1)
-        for header, footer in (
-            ("shape", f"{total['entries']:,}"),
-            ("dtype", ""),
-            ("zeros", f"{total['sparsity']:.2%}"),
-            ("pattern", ""),
-            ("ties", ""),
-            ("dense", readable_bytes(total["dense_bytes"])),
-            ("compressed", readable_bytes(total["compressed_bytes"])),
-        ):
+        table = Table(padding=(0, 1, 0, 0), box=None)
+        table.add_column("tensor", overflow="fold", ratio=1)
+        for header in ("shape", "dtype", "zeros", "pattern", "ties", "dense", "compressed"):
             right = header not in ("dtype", "pattern")
-            table.add_column(header, footer, justify="right" if right else "left", no_wrap=right)
+            table.add_column(header, justify="right" if right else "left", no_wrap=right)
         for row in self.tensors:
             table.add_row(row.name, " x ".join(map(str, row.shape)), row.dtype, *_cells(row))
+        for name, total in self.totals().items():
+            sizes = [readable_bytes(total[f"{kind}_bytes"]) for kind in ("dense", "compressed")]
+            cells = f"{total['entries']:,}", "", f"{total['sparsity']:.2%}", "", "", *sizes
+            table.add_row(_TOTALS[name], *cells, style="bold")
         return table
+
+
+def _sums(rows: Iterable[TensorFigures]) -> dict[str, Any]:
+    found = [(row.nbytes, row.analysis) for row in rows]
+    packed = sum(nbytes for nbytes, x in found if x is None)
+    analysed = [x for _, x in found if x is not None]
+    entries, zeros = sum(x.entries for x in analysed), sum(x.zeros for x in analysed)
+    return {
+        "entries": entries,
+        "zeros": zeros,
+        "sparsity": zeros / max(entries, 1),
+        "dense_bytes": packed + sum(x.dense_bytes for x in analysed),
+        "compressed_bytes": packed + sum(x.compressed_bytes for x in analysed),
+    }
 
 
 def _cells(row: TensorFigures) -> list[str]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from safe_core.schedules import Constant
+from safe_core.sparsity import NM, Pattern, Unstructured
+
+from ..block_reconstruction import SafeReconstruction
 
 if TYPE_CHECKING:
     from .perplexity import TextFile
@@ -14,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["markdown_table", "model_card"]
 
+_TARGETS = {
+    "pruned": "what a block returns, when dense, for what the pruned blocks before it return",
+    "dense": "what a block returned in the dense model",
+}
 _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
@@ -30,11 +40,12 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     source = Path(job.model).resolve().name
     report = result.report
     settings = [
-        ("method", f"{job.method}: `{job.solver!r}`"),
-        ("sparsity asked", f"`{job.pattern!r}`"),
+        ("sparsity asked", _asked(job.pattern)),
         ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        ("targets", job.targets),
-        ("batch size", str(job.batch_size)),
+        *_of_method(job.method, job.solver, job.pattern),
+        ("batch", f"{job.batch_size} samples"),
+        ("inputs of a block", "what the pruned blocks before it return"),
+        ("targets of a block", _TARGETS[job.targets]),
         ("seed", str(job.seed)),
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
@@ -79,6 +90,40 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
         ]
     )
+
+
+def _asked(pattern: Pattern) -> str:
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}, of every {pattern.m} inputs in a row {pattern.n} kept"
+    assert isinstance(pattern, Unstructured)  # nothing else can be asked for as a text
+    assert isinstance(pattern.sparsity, float)
+    each = "each output of each weight" if pattern.scope == "row" else "each weight"
+    return f"{100 * pattern.sparsity:g}% of {each}"
+
+
+def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]]:
+    """The settings of a solver, named as people read them."""
+    if not isinstance(solver, SafeReconstruction):
+        found = [(f.name.replace("_", " "), str(getattr(solver, f.name))) for f in fields(solver)]
+        return [("method", f"{name}: {type(solver).__name__}, layer by layer"), *found]
+    method, (first, second) = solver.bound(pattern), solver.betas
+    radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
+    plus = "magnitude times norm of input" if solver.importance else "magnitude"
+    return [
+        ("method", f"{name}: SAFE on the reconstruction error of each block"),
+        ("entries chosen by", plus),
+        ("perturbation radius (rho)", radius),
+        ("penalty (lambda)", _value(method.penalty)),
+        ("steps from one dual update to the next (K)", str(method.dual_update_interval)),
+        ("optimizer", f"Adam, betas {first:g} and {second:g}"),
+        ("highest learning rate", f"{solver.learning_rate:g}"),
+        ("epochs", str(solver.epochs)),
+        ("epochs in which the rate rises", str(solver.warmup)),
+    ]
+
+
+def _value(schedule: Any) -> str:
+    return f"{schedule.value:g}" if isinstance(schedule, Constant) else f"`{schedule!r}`"
 
 
 def _entries(result: PruningResult) -> int:

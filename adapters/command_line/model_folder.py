@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -44,14 +45,19 @@ def chosen_device(device: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         # Sums are in float64, which other accelerators, such as that of Apple, do not have.
         return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
+    rule = (
+        'device must be "auto", "cpu" or a GPU that is here, by the name that torch has for it, '
+        f'such as "cuda", "cuda:1" or "xpu", got {device!r}'
+    )
     try:
-        torch.empty(0, device=device)
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(rule) from None
+    try:
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f'device must be "auto" or one that is here, got {device!r}: {reason}'
-        ) from None
-    return torch.device(device)
+        raise ValueError(f"{rule}: {str(error).strip().splitlines()[0]}") from None
+    return found
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -64,9 +70,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Examples
     --------
-    >>> load_tokenizer(Path("nowhere"))
+    >>> load_tokenizer(Path("."))
     Traceback (most recent call last):
-    ValueError: model folder must hold a config.json, got nowhere
+    ValueError: model folder must hold a config.json, got .
     """
     from transformers import AutoTokenizer
 
@@ -96,9 +102,9 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
     Examples
     --------
-    >>> load_model(Path("nowhere"))
+    >>> load_model(Path("."))
     Traceback (most recent call last):
-    ValueError: model folder must hold a config.json, got nowhere
+    ValueError: model folder must hold a config.json, got .
     """
     from transformers import AutoModelForCausalLM
 
@@ -132,6 +138,14 @@ def _check_causal(folder: Path) -> None:
 
 
 def _check_model_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
+        hub = str(folder) if named else "ORGANISATION/NAME"
+        raise ValueError(
+            f"model must be a local folder, got {folder}, where there is none. One of the Hugging "
+            f"Face Hub is fetched by `hf download {hub} --local-dir model` or, in Python, "
+            f"huggingface_hub.snapshot_download({hub!r}, local_dir='model')"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder must hold a config.json, got {folder}")
 
@@ -157,7 +171,7 @@ def check_new_folder(folder: Path, source: Path) -> None:
     Raises
     ------
     ValueError
-        If the folder has something in it, or is a file.
+        If the folder is that of the model or lies in it, has something in it, or is a file.
     OSError
         If there is too little room on the disk.
 
@@ -166,8 +180,14 @@ def check_new_folder(folder: Path, source: Path) -> None:
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "model.safetensors").touch()
-    >>> check_new_folder(folder / "pruned", folder)
+    >>> check_new_folder(folder.with_name("pruned"), folder)
     """
+    whole, model = folder.resolve(), source.resolve()
+    if whole == model or model in whole.parents:
+        raise ValueError(
+            f"out must be outside of the model's folder, such as {source.absolute()}-sparse, got "
+            f"{folder}"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {folder}")
     parent = next(path for path in folder.absolute().parents if path.is_dir())
