@@ -81,7 +81,7 @@ def prune_blocks(
     solver : str, SafeReconstruction or callable
         The name of a method, as on the command line: "safe+", "safe", "alps", "sparsegpt",
         "wanda" or "magnitude". Or the whole block by SAFE or SAFE+ with settings of your own,
-        or a layer-wise solver
+        for which `safe_core.reconstruction.Reconstruction` does too, or a layer-wise solver
         ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which gets each
         weight in float32 and ``gram = X^T X`` (inputs, inputs) of the inputs that it has in
         the dense block.
@@ -128,8 +128,8 @@ def prune_blocks(
     TypeError, ValueError
         If an argument is not of its kind, the blocks are not found or not called in a chain,
         groups of N:M do not divide the inputs of a weight, tokens are not of the model's
-        vocabulary, or activations are not finite. Blocks that
-        were finished stay pruned; the one at work stays dense.
+        vocabulary, or activations are not finite. Blocks that were finished stay pruned; the
+        one at work stays dense.
     OSError
         If ``work_dir`` has no room.
 
