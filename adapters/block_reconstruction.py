@@ -54,7 +54,7 @@ class SafeReconstruction(Reconstruction):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.compile, bool):
-            _checks.choice("compile", self.compile, (False, True, *_MODES))
+            _checks.choice("compile", self.compile, _MODES)
 
     def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
