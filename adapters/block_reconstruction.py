@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from safe_core import _checks
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
 from safe_core.reconstruction import Reconstruction
 from safe_core.sparsity import Pattern
 
 from .torch import SparseOptimizer
 
-__all__ = ["SafeReconstruction"]
+__all__ = ["SafeReconstruction", "wide_mse"]
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -80,7 +81,7 @@ class SafeReconstruction(Reconstruction):
         Parameters
         ----------
         block : torch.nn.Module
-            In float32, on its device.
+            In float32 or wider, on its device.
         weights : mapping of name to Layout
         importance : mapping of name to tensor, optional
         sparsity : pattern
@@ -134,7 +135,7 @@ class SafeReconstruction(Reconstruction):
                 def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                         output = run(block)
-                    return nn.functional.mse_loss(output.float(), target.float())
+                    return wide_mse(output, target)
 
                 total, count = total + _step(optimizer, loss_of), count + 1
                 step += 1
@@ -165,6 +166,12 @@ class SafeReconstruction(Reconstruction):
             layout=dict(weights),
             importance=importance,
         )
+
+
+def wide_mse(output: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error, in float32 or wider."""
+    dtype = wide_dtype(torch, [output, target])
+    return nn.functional.mse_loss(output.to(dtype), target.to(dtype))
 
 
 def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:

@@ -83,8 +83,8 @@ def prune_blocks(
         "wanda" or "magnitude". Or the whole block by SAFE or SAFE+ with settings of your own,
         for which `safe_core.reconstruction.Reconstruction` does too, or a layer-wise solver
         ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which gets each
-        weight in float32 and ``gram = X^T X`` (inputs, inputs) of the inputs that it has in
-        the dense block.
+        weight in float32 or wider and ``gram = X^T X`` (inputs, inputs) of the inputs that it
+        has in the dense block.
     sparsity : float, str or pattern
         As for `safe_core.project`. A number is that of each weight, or for the name "wanda" of
         each output of each weight, as published; a pattern must not compare entries over all
@@ -139,9 +139,9 @@ def prune_blocks(
     techniques" and does not say more: as in those, by default a block sees what the pruned
     ones before it return, and its targets are what it returns for that when dense.
 
-    Parameters are trained in float32 and written back in their own dtype, zeros exactly. SAFE
-    trains biases and norms of a block too; those with ``requires_grad=False`` stay as they
-    are, bit for bit. Weights that are pruned are trained in any case.
+    Parameters are trained in float32 or wider and written back in their own dtype, zeros
+    exactly. SAFE trains biases and norms of a block too; those with ``requires_grad=False``
+    stay as they are, bit for bit. Weights that are pruned are trained in any case.
 
     References
     ----------

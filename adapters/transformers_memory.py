@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
 
 from .readable import readable_bytes
@@ -116,6 +117,8 @@ class BlockSize(NamedTuple):
         Entries of all Gram matrices together.
     inputs : int
         The largest number of input features of a weight.
+    number : int
+        Bytes of a number that is computed with: 4, or 8 in a block in float64.
     """
 
     entries: int
@@ -125,6 +128,7 @@ class BlockSize(NamedTuple):
     largest: int
     gram: int
     inputs: int
+    number: int
 
     @classmethod
     def of(
@@ -148,25 +152,28 @@ class BlockSize(NamedTuple):
             largest=largest,
             gram=gram,
             inputs=inputs,
+            number=wide_dtype(torch, list(params.values())).itemsize,
         )
 
     def reconstruction(self, work: int) -> int:
         """Bytes of SAFE on the block, of which a forward and backward pass takes ``work``.
 
-        Parameters in float32; of those that are trained gradients, a copy and two moments of
-        Adam; of those that are pruned anchors, and a support of one byte. A dual update holds
-        scores and a second support beside them, but no activations.
+        Parameters in float32 or wider; of those that are trained gradients, a copy and two
+        moments of Adam; of those that are pruned anchors, and a support of one byte. A dual
+        update holds scores and a second support beside them, but no activations.
         """
-        state = 4 * self.entries + 16 * self.trained + 5 * self.sparse
-        return state + max(work, 5 * self.sparse)
+        split = (self.number + 1) * self.sparse
+        state = self.number * (self.entries + 4 * self.trained) + split
+        return state + max(work, split)
 
     def layerwise(self, work: int, matrices: int = 3) -> int:
         """Bytes of a layer-wise solver: all Gram matrices, and the work on one weight.
 
         A solver is granted so many matrices of the Gram matrix's size and four of the weight's.
         """
-        solving = 4 * matrices * self.inputs**2 + 16 * self.largest + 5 * self.largest
-        return self.stored + 4 * self.gram + max(work, solving)
+        numbers = matrices * self.inputs**2 + 5 * self.largest
+        solving = self.number * numbers + self.largest
+        return self.stored + self.number * self.gram + max(work, solving)
 
 
 def forward_backward_bytes(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
+from safe_core.reconstruction import batches_at_random, batches_in_order
 from safe_core.solvers.gram import gram_or_identity
 
 from .block_reconstruction import SafeReconstruction
@@ -218,18 +220,6 @@ class Run:
     def _copy(self, i: int, dtype: torch.dtype | None = None) -> nn.Module:
         return _on_device(self.task.blocks[i], self.device, dtype)
 
-    def _batches(self, size: int, generator: torch.Generator | None = None) -> list[list[int]]:
-        """Samples in batches, in order or drawn at random."""
-        batches = []
-        for group in self.calls.groups:
-            order = list(group)
-            if generator is not None:
-                order = [group[int(k)] for k in torch.randperm(len(group), generator=generator)]
-            batches += [order[k : k + size] for k in range(0, len(order), size)]
-        if generator is not None and len(self.calls.groups) > 1:
-            batches = [batches[int(k)] for k in torch.randperm(len(batches), generator=generator)]
-        return batches
-
     def _call(self, arguments: tuple[Any, Any], block: nn.Module) -> Tensor:
         args, kwargs = arguments
         return self.task.structure.output(block, block(*args, **kwargs))
@@ -239,7 +229,7 @@ class Run:
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Run a block on all samples; what it returns, batch by batch, and finite."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        batches = self._batches(self.settings.batch_size)
+        batches = batches_in_order(self.calls.groups, self.settings.batch_size)
         for samples, hidden in prefetched(batches, source.take, self.device):
             arguments = self.calls.arguments(i, samples, hidden, NO_CAST)
             with torch.no_grad(), nullcontext() if seen is None else seen:
@@ -286,8 +276,9 @@ class Run:
         error = torch.zeros(2, dtype=torch.float64, device=self.device)
         entries = 0
         for samples, output in self._forward(i, self._copy(i), self.inputs):
-            target = self.targets.take(samples).float()
-            error[0] += (output.float() - target).square().sum()
+            dtype = wide_dtype(torch, [output])
+            target = self.targets.take(samples).to(dtype)
+            error[0] += (output.to(dtype) - target).square().sum()
             error[1] += target.square().sum()
             entries += target.numel()
             if s.propagate == "pruned":
@@ -302,12 +293,12 @@ class Run:
     def _reconstruct(
         self, i: int, statistics: Mapping[str, InputStatistics]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """SAFE on the whole block: its parameters, in float32, and supports."""
+        """SAFE on the whole block: its parameters, in float32 or wider, and supports."""
         s, home = self.settings, self.task.blocks[i]
         solver: SafeReconstruction = s.solver
-        own = own_dtype(home)
-        cast = own, torch.float32
-        block = self._copy(i, torch.float32)
+        own, wide = own_dtype(home), wide_dtype(torch, list(home.parameters()))
+        cast = own, wide
+        block = self._copy(i, wide)
         params = dict(block.named_parameters())
         trained = trained_by_safe(self.task, i, statistics)
         for key, p in params.items():
@@ -317,15 +308,15 @@ class Run:
             importance = {
                 key: found.importance(tuple(params[key].shape)) for key, found in statistics.items()
             }
-        generator = torch.Generator().manual_seed(s.seed * 1_000_003 + i)
+        groups, size = self.calls.groups, solver.batch_size
 
         def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
             return self.inputs.take(samples), self.targets.take(samples)
 
-        def epoch(_: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
-            batches = self._batches(solver.batch_size, generator)
+        def epoch(k: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
+            batches = batches_at_random(groups, size, seed=s.seed, block=i, epoch=k)
             for samples, (hidden, target) in prefetched(batches, load, self.device):
-                arguments = self.calls.arguments(i, samples, hidden.float(), cast)
+                arguments = self.calls.arguments(i, samples, hidden.to(wide), cast)
                 yield functools.partial(self._call, arguments), target
 
         supports = solver.solve(
@@ -334,7 +325,7 @@ class Run:
             importance,
             s.pattern,
             epoch,
-            len(self._batches(solver.batch_size)),
+            len(batches_in_order(groups, size)),
             lambda k, loss: self._tell(i, k, loss),
             name=inside(self.task.name, i),
             autocast=solver.autocasts(self.device, own),
@@ -364,7 +355,8 @@ class Run:
 
             values[key] = dense.get_parameter(key).detach()
             with torch.no_grad():
-                solved, supports[key] = each_slice(values[key].float(), found.layout, solve)
+                wide = wide_dtype(torch, [values[key]])
+                solved, supports[key] = each_slice(values[key].to(wide), found.layout, solve)
                 values[key].copy_(solved)
         return values, supports
 

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
 from safe_core.solvers.gram import positive_squares
 
@@ -70,8 +71,9 @@ class InputStatistics(NamedTuple):
         As the weight was used.
     tokens : int64 tensor, shape (experts,)
         How many inputs were seen, on the CPU; one entry without a stack.
-    squares : float32 tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
-        The sum of squares of each input feature, or the Gram matrix ``X^T X``.
+    squares : tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
+        The sum of squares of each input feature, or the Gram matrix ``X^T X``, in float32 or
+        wider.
     """
 
     layout: Layout
@@ -210,14 +212,15 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
         self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
         if self._kind != "roles":
             shape = (experts, n, n) if self._kind == "gram" else (experts, n)
-            device = self._params[name].device
-            self._sums[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+            p = self._params[name]
+            dtype = wide_dtype(torch, [p])
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=p.device)
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
         self._tokens[name][expert] += len(x)
         if self._kind == "roles":
             return
-        wide = x.float()
+        wide = x.to(self._sums[name].dtype)
         if self._kind == "gram":
             self._sums[name][expert].addmm_(wide.T, wide)
         else:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
 from safe_core.solvers import ALPS
 from safe_core.sparsity import NM, Pattern
 
-from .block_reconstruction import SafeReconstruction
+from .block_reconstruction import SafeReconstruction, wide_mse
 from .transformers_blocks import Structure, evaluated, inside
 from .transformers_calls import BlockCalls, record
 from .transformers_memory import BlockSize, MemoryEstimate, forward_backward_bytes
@@ -197,7 +198,7 @@ def _work_bytes(
     """Bytes of a forward (and backward) pass of a block on a batch, beside its parameters."""
     block, rows = task.blocks[i], min(batch, len(task.samples))
     own, s = own_dtype(block), task.settings
-    dtype = torch.float32 if backward else own
+    dtype = wide_dtype(torch, list(block.parameters())) if backward else own
     trained = trained_by_safe(task, i, task.weights[i])
     autocast = backward and s.solver.autocasts(s.device, own)
 
@@ -214,7 +215,7 @@ def _work_bytes(
             if not backward:
                 return output
             target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
-            return nn.functional.mse_loss(output.float(), target.float())
+            return wide_mse(output, target)
 
         device = s.device if fake else torch.device("cpu")
         return forward_backward_bytes(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from . import _checks
 from .method import Method, safe
 from .sparsity import Pattern
 
-__all__ = ["Reconstruction"]
+__all__ = ["Reconstruction", "batches_at_random", "batches_in_order"]
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,49 @@ class Reconstruction:
         if self.method is not None:
             return replace(self.method, sparsity=sparsity)
         return safe(sparsity, rho=2e-4)
+
+
+def batches_in_order(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Cut each group of samples into batches; the last of a group may be smaller.
+
+    Parameters
+    ----------
+    groups : sequence of sequence of int
+        Samples that may be together in a batch, as those of one length.
+    size : int
+        Samples in a batch, at least 1.
+
+    Examples
+    --------
+    >>> batches_in_order([[0, 1, 2], [3]], 2)
+    [[0, 1], [2], [3]]
+    """
+    return [list(group[k : k + size]) for group in groups for k in range(0, len(group), size)]
+
+
+def batches_at_random(
+    groups: Sequence[Sequence[int]], size: int, *, seed: int, block: int = 0, epoch: int = 0
+) -> list[list[int]]:
+    """The batches of an epoch: the samples of each group in random order, cut as in order.
+
+    They are the same in every framework, and those of an epoch of a block do not depend on
+    what was drawn before, so that a run may begin anywhere. The batches of several groups are
+    mixed.
+
+    Parameters
+    ----------
+    groups, size
+        As for `batches_in_order`.
+    seed, block, epoch : int
+        Not negative.
+
+    Examples
+    --------
+    >>> batches_at_random([range(5)], 2, seed=0)
+    [[2, 4], [3, 0], [1]]
+    """
+    random = np.random.default_rng((seed, block, epoch))
+    batches = batches_in_order([random.permutation(group).tolist() for group in groups], size)
+    if len(groups) > 1:
+        batches = [batches[k] for k in random.permutation(len(batches))]
+    return batches
