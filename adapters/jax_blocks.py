@@ -1,16 +1,16 @@
-"""JAX: make one block of a trained network sparse, so that it returns what it did.
+"""JAX: make the blocks of a trained network sparse, so that they return what they did.
 
 A block is a function of parameters and inputs. Its layers are pruned one by one by a solver of
-`safe_core.solvers`, or all together by SAFE on the reconstruction error.
+`safe_core.solvers`, or all together by SAFE on the reconstruction error; blocks in a row, one
+after the other.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +18,75 @@ import optax
 
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
-from safe_core.reconstruction import Reconstruction
+from safe_core.reconstruction import (
+    Reconstruction,
+    batches_at_random,
+    batches_in_order,
+    block_pattern,
+)
 from safe_core.solvers import Gram
-from safe_core.sparsity import as_pattern
+from safe_core.solvers.gram import gram_or_identity, positive_squares
+from safe_core.sparsity import Pattern, as_pattern
 
 from .optax import finalize, sparse_optimizer
 from .optax_gradients import value_and_gradients
-from .optax_tree import SparseTree
+from .optax_tree import SparseTree, is_function
 
-__all__ = ["Reconstructed", "linen_grams", "prune_layers", "reconstruct"]
+__all__ = [
+    "Block",
+    "PrunedBlock",
+    "Reconstructed",
+    "prune_blocks",
+    "prune_layers",
+    "reconstruct",
+]
 
 PyTree = Any
+
+
+class Block(NamedTuple):
+    """One of the blocks that `prune_blocks` takes.
+
+    `safe_core.adapters.flax_blocks` makes them of modules of Flax.
+
+    Attributes
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, inputs) -> array``. Blocks with the same function and shapes share
+        compiled programs.
+    params : pytree
+    grams : callable, optional
+        ``grams(params, inputs)`` returns the Gram matrices of the inputs of each weight, a
+        mapping of path to `safe_core.solvers.Gram`. Layer-wise solvers and SAFE+ need it.
+    """
+
+    apply_fn: Callable[[PyTree, PyTree], jax.Array]
+    params: PyTree
+    grams: Callable[[PyTree, PyTree], Mapping[str, Gram]] | None = None
+
+
+class PrunedBlock(NamedTuple):
+    """What `prune_blocks` returns of a block.
+
+    Attributes
+    ----------
+    params : pytree
+        Exactly sparse, in the dtypes given.
+    loss : float
+        Mean squared error of what the pruned block returns, against the targets.
+    relative_error : float
+        The same error over the mean square of the targets.
+    sparsity : float
+        The fraction of zeros among the entries of its sparse weights.
+    seconds : float
+        Compilation included.
+    """
+
+    params: PyTree
+    loss: float
+    relative_error: float
+    sparsity: float
+    seconds: float
 
 
 class Reconstructed(NamedTuple):
@@ -78,9 +136,10 @@ def reconstruct(
         Steps, rates and method; the paper's by default.
     targets : array, optional
         What the block shall return; by default what it returns when dense.
-    importance : pytree or mapping of path to array, optional
-        P, such as ``{name: gram.mean_squares() for name, gram in linen_grams(...).items()}`` for
-        SAFE+. Needed where the recipe asks for "wanda".
+    importance : pytree or mapping of path to array or Gram, optional
+        P; of a Gram matrix the mean square of each input, where one that was never active
+        counts next to nothing. Needed where the recipe asks for "wanda" (SAFE+): pass what
+        `linen_grams` or `nnx_grams` returns.
     where, layout : optional
         As for `sparse_optimizer`.
     seed : int
@@ -119,61 +178,143 @@ def reconstruct(
         raise ValueError(
             f"importance must be given for a recipe with importance={recipe.importance!r}, got None"
         )
+    if importance is not None and is_function(importance):
+        raise TypeError(f"importance must hold arrays, got {importance!r}")
     _checks.integer("seed", seed, low=0)
     samples = _samples(inputs)
     inputs = jax.tree.map(jnp.asarray, inputs)
-    wide = jax.tree.map(lambda p: jnp.copy(_widened(p)), params)  # to be written over
-    batches = _Batches(samples, recipe.batch_size, np.random.default_rng(seed))
     if targets is None:
-        dense = jax.jit(lambda batch: apply_fn(params, batch))
-        targets = jnp.concatenate([dense(_rows(inputs, rows)) for rows in batches.in_order()])
+        targets = _in_batches(jax.jit(apply_fn), params, inputs, recipe.batch_size)
     elif _samples(targets) != samples:
         raise ValueError(
             f"targets must have {samples} samples, as inputs do, got shape {jnp.shape(targets)}"
         )
-    method = recipe.bound(as_pattern(sparsity, scope="tensor"))
-    rates = [recipe.rate(t, batches.count) for t in range(recipe.epochs * batches.count)]
-    table = jnp.asarray(rates, jnp.float32)
-    tx = sparse_optimizer(
-        optax.adam(lambda step: table[step], *recipe.betas),
-        method,
-        where=where,
-        layout=layout,
-        importance=importance,
-    )
+    pattern = as_pattern(sparsity, scope="tensor")
+    training = _Training(apply_fn, recipe, pattern, samples, where, layout)
+    return training(params, inputs, targets, importance, seed=seed, block=0)
 
-    def loss_of(params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
-        output = apply_fn(params, batch)
-        return jnp.mean((_widened(output) - _widened(target)) ** 2)
 
-    def step(carried: tuple[PyTree, Any], data: PyTree) -> tuple[tuple[PyTree, Any], jax.Array]:
-        (params, state), (batch, target) = carried, data
-        loss, gradients, grad_fn = value_and_gradients(loss_of)(params, batch, target)
-        updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
-        return (optax.apply_updates(params, updates), state), loss
+def prune_blocks(
+    blocks: Sequence[Block | tuple[Any, ...]],
+    inputs: PyTree,
+    solver: Any,
+    sparsity: Any,
+    *,
+    targets: Literal["pruned", "dense"] = "pruned",
+    propagate: Literal["pruned", "dense"] = "pruned",
+    batch_size: int = 8,
+    where: Any = None,
+    layout: Any = None,
+    seed: int = 0,
+) -> list[PrunedBlock]:
+    """Prune blocks of which each takes what the one before returns, block after block.
 
-    @partial(jax.jit, donate_argnums=0)
-    def epoch(carried: Any, data: PyTree, whole: Any, rest: Any) -> tuple[Any, jax.Array]:
-        def take(carried: Any, rows: Any) -> tuple[Any, jax.Array]:
-            return step(carried, _rows(data, rows))
+    Block i with parameters x is made sparse to minimise
 
-        carried, losses = jax.lax.scan(take, carried, whole)
-        if rest.size:
-            carried, last = take(carried, rest)
-            losses = jnp.concatenate([losses, last[None]])
-        return carried, losses.mean()
+        ``|block_x(h) - target|^2``,  ``target = block_dense(h')``,
 
-    carried, losses = (wide, tx.init(wide)), []
-    for k in range(recipe.epochs):
-        carried, mean = epoch(carried, (inputs, targets), *batches.drawn())
-        losses.append(float(mean))
-        if not np.isfinite(losses[-1]):
-            raise ValueError(
-                "learning_rate must be low enough for a finite loss, got "
-                f"{recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k}"
-            )
-    found = finalize(carried[0], carried[1], method, layout=layout)
-    return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
+    over the samples, as `safe_core.adapters.transformers.prune_blocks` does in PyTorch: with the
+    same seed by the same batches. What is compiled for a block serves the others with the same
+    function and shapes.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+        Or of tuples ``(apply_fn, params)`` or ``(apply_fn, params, grams)``.
+    inputs : array or tuple of arrays
+        Of the first block, with samples along the first axis. Of a tuple the first item goes
+        from block to block, and the others, such as masks, to every block as they are.
+    solver : Reconstruction or callable
+        The whole block by SAFE or SAFE+, or a layer-wise solver
+        ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, as those of
+        `safe_core.solvers`.
+    sparsity : float, str or pattern
+        As for `safe_core.project`. A number is that of each weight; a pattern must not compare
+        entries over all weights (``scope="global"``).
+    targets : {"pruned", "dense"}
+        Whether h' is what the pruned blocks before give, ``h' = h``, or what the dense ones
+        gave.
+    propagate : {"pruned", "dense"}
+        Whether h is what the pruned blocks before give. With "dense" every block is pruned as
+        if the others were dense, and ``targets`` makes no difference.
+    batch_size : int
+        Samples in a forward pass; those in a step are the solver's.
+    where, layout : optional
+        As for `sparse_optimizer`, of each block.
+    seed : int
+        Of the order of samples.
+
+    Returns
+    -------
+    list of PrunedBlock
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, a block does not return an array of the samples or
+        lacks ``grams``, or what blocks return is not finite.
+
+    References
+    ----------
+    Lee et al. 2025, sections 3.4 and 4.3 and appendix B.4.
+
+    Examples
+    --------
+    >>> def block(params, x):
+    ...     return x + jnp.tanh(x @ params["kernel"])
+    >>> def grams(params, x):
+    ...     return {"kernel": Gram.of(x)}
+    >>> weights = jax.random.normal(jax.random.key(0), (3, 8, 8)) / 8
+    >>> blocks = [Block(block, {"kernel": kernel}, grams) for kernel in weights]
+    >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
+    >>> solver = Reconstruction(importance="wanda", epochs=2)
+    >>> [pruned.sparsity for pruned in prune_blocks(blocks, inputs, solver, "2:4")]
+    [0.5, 0.5, 0.5]
+    """
+    pattern = block_pattern(sparsity)
+    if not callable(solver) and not isinstance(solver, Reconstruction):
+        raise TypeError(f"solver must be a Reconstruction or a function, got {solver!r}")
+    for name, value in (("targets", targets), ("propagate", propagate)):
+        _checks.choice(name, value, ("pruned", "dense"))
+    _checks.integer("batch_size", batch_size, low=1)
+    _checks.integer("seed", seed, low=0)
+    watched = not isinstance(solver, Reconstruction) or solver.importance is not None
+    chain = [_checked(i, block, watched) for i, block in enumerate(blocks)]
+    samples = _samples(inputs)
+    hidden, *others = jax.tree.map(jnp.asarray, inputs if isinstance(inputs, tuple) else (inputs,))
+    beside = hidden if targets == "dense" and propagate == "pruned" else None
+    trainings: dict[Any, _Training] = {}
+
+    def given(hidden: PyTree) -> PyTree:
+        return (hidden, *others) if isinstance(inputs, tuple) else hidden
+
+    pruned = []
+    for i, (apply_fn, params, grams) in enumerate(chain):
+        started = time.monotonic()
+        forward = jax.jit(apply_fn)
+        source = hidden if beside is None else beside
+        target = _in_batches(forward, params, given(source), batch_size)
+        seen = {}
+        if grams is not None and watched:
+            seen = _summed_grams(jax.jit(grams), params, given(hidden), batch_size)
+        if isinstance(solver, Reconstruction):
+            if apply_fn not in trainings:
+                trainings[apply_fn] = _Training(apply_fn, solver, pattern, samples, where, layout)
+            found = trainings[apply_fn](
+                params, given(hidden), target, seen or None, seed=seed, block=i
+            ).params
+        else:
+            found = prune_layers(params, seen, solver, pattern, where=where, layout=layout)
+        output = _in_batches(forward, found, given(hidden), batch_size)
+        loss, size = (float(x) for x in _error(output, target))
+        if not np.isfinite(loss):
+            raise ValueError(f"inputs must lead to finite activations, got others behind block {i}")
+        zeros = _sparsity(found, where, layout)
+        seconds = time.monotonic() - started
+        pruned.append(PrunedBlock(found, loss, loss / size if size else 0.0, zeros, seconds))
+        hidden = output if propagate == "pruned" else target
+        beside = None if beside is None else target
+    return pruned
 
 
 def prune_layers(
@@ -191,7 +332,8 @@ def prune_layers(
     ----------
     params : pytree
     grams : mapping of path to Gram or array
-        ``X^T X`` of the inputs of each sparse leaf, as `linen_grams` returns.
+        ``X^T X`` of the inputs of each sparse leaf, as `linen_grams` and `nnx_grams` return.
+        Where no input was ever active, a layer is pruned by magnitude.
     solver : callable
         ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, as those of
         `safe_core.solvers`.
@@ -225,84 +367,151 @@ def prune_layers(
     for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
         if name not in grams:
             raise ValueError(f"grams must hold one for {name}, got {', '.join(grams) or 'none'}")
-        values, _ = solver(x, grams[name], pattern, layout=roles)
+        gram = grams[name].matrix if isinstance(grams[name], Gram) else grams[name]
+        values, _ = solver(x, gram_or_identity(jnp.asarray(gram)), pattern, layout=roles)
         pruned.append(values)
     return tree.replaced(tree.leaves(params), pruned)
 
 
-def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[str, Gram]:
-    """The Gram matrices of the inputs of every dense layer in a module of Flax Linen.
+class _Training:
+    """SAFE on blocks of one function: what is compiled for one serves others of its shapes."""
 
-    Parameters
-    ----------
-    module : flax.linen.Module
-    variables : pytree
-        As for ``module.apply``.
-    inputs : array or tuple of arrays
-        The arguments of ``module.apply(variables, *inputs)``.
+    def __init__(
+        self,
+        apply_fn: Callable[..., jax.Array],
+        recipe: Reconstruction,
+        pattern: Pattern,
+        samples: int,
+        where: Any,
+        layout: Any,
+    ) -> None:
+        self.apply_fn, self.recipe, self.samples = apply_fn, recipe, samples
+        self.where, self.layout = where, layout
+        self.method = recipe.bound(pattern)
+        steps = len(batches_in_order([range(samples)], recipe.batch_size))
+        rates = jnp.asarray([recipe.rate(t, steps) for t in range(recipe.epochs * steps)])
+        self._base = optax.adam(lambda step: rates[step], *recipe.betas)
+        self._tx = self._optimizer(None)  # P, if there is one, is in the state
+        self._epoch = jax.jit(self._steps, donate_argnums=0)
 
-    Returns
-    -------
-    dict of str to Gram
-        By the paths of kernels within ``variables["params"]``, for `flax.linen.Dense` and
-        `flax.linen.DenseGeneral`, and so for attention. The mean squares of the inputs, Wanda's
-        importance, are ``gram.mean_squares()``.
+    def __call__(
+        self,
+        params: PyTree,
+        inputs: PyTree,
+        targets: jax.Array,
+        importance: Any,
+        *,
+        seed: int,
+        block: int,
+    ) -> Reconstructed:
+        wide = jax.tree.map(lambda p: jnp.copy(_widened(p)), params)  # to be written over
+        if isinstance(importance, Mapping):
+            importance = self._of_grams(wide, importance)
+        carried, losses = (wide, self._optimizer(importance).init(wide)), []
+        for k in range(self.recipe.epochs):
+            whole, rest = self._batches(seed, block, k)
+            carried, mean = self._epoch(carried, (inputs, targets), whole, rest)
+            losses.append(float(mean))
+            if not np.isfinite(losses[-1]):
+                raise ValueError(
+                    "learning_rate must be low enough for a finite loss, got "
+                    f"{self.recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k} of "
+                    f"block {block}"
+                )
+        found = finalize(*carried, self.method, layout=self.layout)
+        return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
 
-    Raises
-    ------
-    TypeError, ValueError
-        If ``module`` is no Linen module, or a layer has batch axes of its own.
+    def _optimizer(self, importance: Any) -> optax.GradientTransformationExtraArgs:
+        return sparse_optimizer(
+            self._base, self.method, where=self.where, layout=self.layout, importance=importance
+        )
 
-    Examples
-    --------
-    >>> module = nn.Dense(2)
-    >>> variables = {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
-    >>> grams = linen_grams(module, variables, jnp.ones((5, 3)))
-    >>> grams["kernel"].matrix.tolist()[0], grams["kernel"].count
-    ([5.0, 5.0, 5.0], 5)
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a flax.linen.Module, got {type(module)!r}")
-    found: dict[str, Gram] = {}
+    def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
+        """P of the mean squares of inputs; Gram matrices of dense leaves are left out."""
+        names = SparseTree.read(params, self.where, self.layout, False).targets.names
+        return {
+            name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
+            for name, p in importance.items()
+            if name in names or not isinstance(p, Gram)
+        }
 
-    def watch(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        if isinstance(layer, (nn.Dense, nn.DenseGeneral)) and context.method_name == "__call__":
-            name = "/".join((*layer.path, "kernel"))
-            if getattr(layer, "batch_dims", ()):
-                raise ValueError(f"{name} must have no batch_dims, got {layer.batch_dims!r}")
-            x = _features_last(args[0], getattr(layer, "axis", -1))
-            found[name] = found[name].add(x) if name in found else Gram.of(x)
-        return next_fn(*args, **kwargs)
+    def _batches(self, seed: int, block: int, epoch: int) -> tuple[Any, Any]:
+        """Samples of whole batches, shape (count, size), and those of what is left over."""
+        size, groups = min(self.recipe.batch_size, self.samples), [range(self.samples)]
+        batches = batches_at_random(groups, size, seed=seed, block=block, epoch=epoch)
+        order = np.concatenate(batches)
+        whole = self.samples // size * size
+        return order[:whole].reshape(-1, size), order[whole:]
 
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    with nn.intercept_methods(watch):
-        module.apply(variables, *given)
+    def _steps(
+        self, carried: Any, data: PyTree, whole: jax.Array, rest: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """One epoch; the mean loss at x."""
+
+        def take(carried: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            params, state = carried
+            batch, target = _rows(data, rows)
+            loss, gradients, grad_fn = value_and_gradients(self._loss)(params, batch, target)
+            updates, state = self._tx.update(gradients, state, params, grad_fn=grad_fn)
+            return (optax.apply_updates(params, updates), state), loss
+
+        carried, losses = jax.lax.scan(take, carried, whole)
+        if rest.size:
+            carried, last = take(carried, rest)
+            losses = jnp.concatenate([losses, last[None]])
+        return carried, losses.mean()
+
+    def _loss(self, params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
+        output = self.apply_fn(params, batch)
+        return jnp.mean((_widened(output) - _widened(target)) ** 2)
+
+
+def _checked(i: int, block: Any, watched: bool) -> Block:
+    if not isinstance(block, tuple) or len(block) not in (2, 3):
+        raise TypeError(f"blocks must be pairs of apply_fn and params, or Block, got {block!r}")
+    found = Block(*block)
+    if not callable(found.apply_fn):
+        raise TypeError(f"apply_fn must be a function, got {type(found.apply_fn)!r} in block {i}")
+    if watched and found.grams is None:
+        raise ValueError(
+            f"grams must be given for a layer-wise solver and SAFE+, got None in block {i}"
+        )
     return found
 
 
-def _features_last(x: jax.Array, axis: int | Sequence[int]) -> jax.Array:
-    """Inputs with the axes that a layer contracts merged into a last one."""
-    axes = [a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)]
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+def _in_batches(
+    forward: Callable[..., jax.Array], params: PyTree, inputs: PyTree, size: int
+) -> jax.Array:
+    """What a block returns for all samples."""
+    samples = _samples(inputs)
+    batches = batches_in_order([range(samples)], size)
+    outputs = [forward(params, _rows(inputs, np.asarray(rows))) for rows in batches]
+    if any(jnp.shape(x)[:1] != (len(rows),) for x, rows in zip(outputs, batches, strict=True)):
+        raise ValueError(
+            "apply_fn must return an array with samples along its first axis, got shape "
+            f"{jnp.shape(outputs[0])} for {len(batches[0])} samples"
+        )
+    return jnp.concatenate(outputs)
 
 
-class _Batches:
-    """Indices of samples, cut into batches."""
+def _summed_grams(
+    grams: Callable[..., Mapping[str, Gram]], params: PyTree, inputs: PyTree, size: int
+) -> Mapping[str, Gram]:
+    batches = batches_in_order([range(_samples(inputs))], size)
+    found = [grams(params, _rows(inputs, np.asarray(rows))) for rows in batches]
+    return jax.tree.map(lambda *parts: sum(parts), *found)  # field by field
 
-    def __init__(self, samples: int, size: int, random: np.random.Generator) -> None:
-        self.samples, self.size, self.random = samples, size, random
-        self.count = -(-samples // size)
 
-    def in_order(self) -> list[np.ndarray[Any, Any]]:
-        return np.array_split(np.arange(self.samples), range(self.size, self.samples, self.size))
+@jax.jit
+def _error(output: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean squared error, and mean square of the target."""
+    output, target = _widened(output), _widened(target)
+    return jnp.mean((output - target) ** 2), jnp.mean(target**2)
 
-    def drawn(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Whole batches, shape (count, size), and what is left over."""
-        order = self.random.permutation(self.samples)
-        whole = self.samples // self.size * self.size
-        return order[:whole].reshape(-1, self.size), order[whole:]
+
+def _sparsity(params: PyTree, where: Any, layout: Any) -> float:
+    sparse = SparseTree.read(params, where, layout, False).sparse(params)
+    return sum(int((x == 0).sum()) for x in sparse) / max(1, sum(x.size for x in sparse))
 
 
 def _samples(inputs: PyTree) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core.layout import Layout
-from safe_core.sparsity import Pattern, as_pattern
+from safe_core.reconstruction import block_pattern
 
 from .block_reconstruction import SafeReconstruction
 from .transformers_blocks import evaluated, find_blocks, inside, learn_structure
@@ -232,7 +232,7 @@ offload, work_dir, seed
     >>> print(plan.memory)
     device 3.2 KiB, host 0 B, disk 0 B
     """
-    pattern = _pattern(sparsity, default_scope(solver))
+    pattern = block_pattern(sparsity, default_scope(solver))
     solver = as_solver(solver)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
@@ -317,16 +317,6 @@ class PruningPlan:
 
 def _placed(value: Any, device: torch.device) -> Any:
     return value.to(device) if torch.is_tensor(value) else value
-
-
-def _pattern(sparsity: Any, scope: Literal["tensor", "row"]) -> Pattern:
-    pattern = as_pattern(sparsity, scope)
-    if getattr(pattern, "scope", None) == "global":
-        raise ValueError(
-            "sparsity must not compare entries of different weights, for blocks are pruned one "
-            f"after the other, got {pattern!r}; give it another scope"
-        )
-    return pattern
 
 
 def _outside(model: nn.Module, name: str) -> frozenset[int]:

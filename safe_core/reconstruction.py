@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _checks
 from .method import Method, safe
-from .sparsity import Pattern
+from .sparsity import Pattern, as_pattern
 
-__all__ = ["Reconstruction", "batches_at_random", "batches_in_order"]
+__all__ = ["Reconstruction", "batches_at_random", "batches_in_order", "block_pattern"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,35 @@ class Reconstruction:
         if self.method is not None:
             return replace(self.method, sparsity=sparsity)
         return safe(sparsity, rho=2e-4)
+
+
+def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
+    """The pattern of blocks that are pruned one after the other: a number is per weight.
+
+    Parameters
+    ----------
+    sparsity : float, str or pattern
+        As for `safe_core.project`.
+    scope : {"tensor", "row"}
+        Where entries compete under a number.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no pattern, or one that compares entries of different weights.
+
+    Examples
+    --------
+    >>> block_pattern(0.5).scope
+    'tensor'
+    """
+    pattern = as_pattern(sparsity, scope)
+    if getattr(pattern, "scope", None) == "global":
+        raise ValueError(
+            "sparsity must not compare entries of different weights, for blocks are pruned one "
+            f"after the other, got {pattern!r}; give it another scope"
+        )
+    return pattern
 
 
 def batches_in_order(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import safe_core
-from safe_core.adapters.jax_blocks import linen_grams, prune_layers, reconstruct
+from safe_core.adapters.flax_blocks import linen_block, linen_grams, nnx_block, nnx_grams
+from safe_core.adapters.jax_blocks import prune_blocks, prune_layers, reconstruct
 from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import Magnitude, Wanda
+from safe_core.solvers import Gram, Magnitude, Wanda
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 
@@ -92,8 +94,80 @@ def test_a_layer_with_batch_axes_is_refused() -> None:
     layer, x = nn.DenseGeneral(3, axis=-1, batch_dims=(0,)), jnp.ones((2, 4, 5))
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda v: jnp.ones(v.shape), variables)
-    with pytest.raises(ValueError, match=r"kernel must have no batch_dims, got \(0,\)"):
+    with pytest.raises(ValueError, match=r"kernel must have no batch axes, got \(0,\)"):
         linen_grams(layer, variables, x)
+
+
+def test_a_layer_within_a_transform_is_refused() -> None:
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.remat(nn.Dense)(8)(x)
+
+    params = parameters(Stack())
+    with pytest.raises(ValueError, match=r"kernel must be called outside of scan, vmap, remat"):
+        linen_grams(Stack(), {"params": params}, inputs())
+
+
+class Module(nnx.Module):
+    """Attention, a layer given by an equation and a plain one, in NNX."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.up = nnx.Einsum("...d,df->...f", (8, 16), rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(16, 8, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norm(x))
+        return x + self.layers[0](jnp.tanh(self.up(x)))
+
+
+def test_grams_of_nnx_are_those_of_what_each_layer_takes() -> None:
+    module, x = Module(nnx.Rngs(0)), inputs()
+    before = nnx.as_pure(nnx.state(module))
+    grams = nnx_grams(module, x)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.as_pure(nnx.state(module)))
+    assert set(grams) == set(zeros(nnx.as_pure(nnx.state(module, nnx.Param))))
+    rows = x.reshape(-1, 8) / jnp.sqrt(1 + 1e-5)  # in evaluation mode
+    np.testing.assert_allclose(grams["attention/key/kernel"].matrix, rows.T @ rows, rtol=1e-4)
+    assert grams["attention/out/kernel"].matrix.shape == (8, 8)
+    module.eval()
+    hidden = x + module.attention(module.norm(x))
+    rows = hidden.reshape(-1, 8)
+    np.testing.assert_allclose(grams["up/kernel"].matrix, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    rows = jnp.tanh(module.up(hidden)).reshape(-1, 16)
+    found = grams["layers/0/kernel"]
+    np.testing.assert_allclose(found.matrix, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert found.count == 50
+
+
+@pytest.mark.parametrize("equation", ["abd,bdf->abf", "abd,df->bf", "aad,df->af"])
+def test_an_equation_that_is_no_matrix_product_is_refused(equation: str) -> None:
+    letters = equation.split("->")[0].split(",")[1]
+    shape = tuple({"b": 5, "d": 8, "f": 2}[letter] for letter in letters)
+    layer = nnx.Einsum(equation, shape, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="kernel must be a matrix of which inputs contract"):
+        nnx_grams(layer, inputs())
+
+
+def test_contracted_axes_follow_the_kernel() -> None:
+    layer = nnx.Einsum("bthd,dhf->btf", (4, 2, 3), rngs=nnx.Rngs(0))
+    x = inputs().reshape(10, 5, 2, 4)
+    rows = x.transpose(0, 1, 3, 2).reshape(-1, 8)
+    np.testing.assert_allclose(nnx_grams(layer, x)["kernel"].matrix, rows.T @ rows, rtol=1e-5)
+
+
+def test_blocks_of_nnx_are_pruned_and_put_back() -> None:
+    modules = [nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
+    dense = [module.kernel[...] for module in modules]
+    pruned = prune_blocks([nnx_block(m) for m in modules], inputs(), Wanda(), "2:4")
+    for module, found, kernel in zip(modules, pruned, dense, strict=True):
+        np.testing.assert_array_equal(module.kernel[...], kernel)
+        nnx.update(module, found.params)
+        left = module.kernel[...]
+        assert found.sparsity == float((left == 0).mean()) == 0.5
+        np.testing.assert_array_equal(left[left != 0], kernel[left != 0])
 
 
 def test_layers_are_pruned_by_a_solver() -> None:
@@ -114,10 +188,7 @@ def test_reconstruction_beats_the_projection(importance: Any) -> None:
     recipe = Reconstruction(
         method, learning_rate=1e-2, epochs=30, batch_size=4, importance=importance
     )
-    given = None
-    if importance is not None:
-        grams = linen_grams(Layers(), {"params": params}, inputs())
-        given = {name: gram.mean_squares() for name, gram in grams.items()}
+    given = linen_grams(Layers(), {"params": params}, inputs()) if importance else None
     found = reconstruct(apply, params, inputs(), 0.5, recipe=recipe, importance=given)
     assert zeros(found.params) == {"Dense_0/kernel": 0.5, "Dense_1/kernel": 0.5}
     none = Reconstruction(
@@ -127,6 +198,124 @@ def test_reconstruction_beats_the_projection(importance: Any) -> None:
     assert error(found.params) < 0.75 * error(projected.params)
     assert len(found.losses) == 30
     assert float(jnp.abs(found.params["Dense_0"]["bias"]).max()) > 0  # biases follow
+
+
+def linear(params: Any, x: Any) -> jax.Array:
+    x, scale = x if isinstance(x, tuple) else (x, 1.0)
+    return jnp.tanh(x @ params["kernel"]) * scale
+
+
+def gram(params: Any, x: Any) -> dict[str, Gram]:
+    return {"kernel": Gram.of(x[0] if isinstance(x, tuple) else x)}
+
+
+def chain(blocks: int = 2) -> list[Any]:
+    weights = jax.random.normal(jax.random.key(3), (blocks, 8, 8))
+    return [(linear, {"kernel": w}, gram) for w in weights]
+
+
+@pytest.mark.parametrize(
+    ("targets", "propagate"), [("pruned", "pruned"), ("dense", "pruned"), ("pruned", "dense")]
+)
+def test_blocks_are_pruned_on_what_comes_before(targets: Any, propagate: Any) -> None:
+    blocks, x = chain(), inputs()
+    rules = {"targets": targets, "propagate": propagate, "batch_size": 4}
+    first, second = prune_blocks(blocks, x, Wanda(), 0.5, **rules)
+    (_, dense, _), (_, behind, _) = blocks
+    expected = prune_layers(dense, gram(dense, x), Wanda(), 0.5)
+    np.testing.assert_array_equal(first.params["kernel"], expected["kernel"])
+    streams = {"pruned": linear(expected, x), "dense": linear(dense, x)}
+    hidden = streams[propagate]
+    expected = prune_layers(behind, gram(behind, hidden), Wanda(), 0.5)
+    np.testing.assert_array_equal(second.params["kernel"], expected["kernel"])
+    target = linear(behind, hidden if propagate == "dense" else streams[targets])
+    loss = jnp.mean((linear(expected, hidden) - target) ** 2)
+    assert second.loss == pytest.approx(float(loss), rel=1e-5)
+    assert second.relative_error == pytest.approx(float(loss / jnp.mean(target**2)), rel=1e-5)
+    assert second.sparsity == 0.5
+
+
+@pytest.mark.parametrize("solver", [Wanda(), Reconstruction(importance="wanda", epochs=2)])
+def test_blocks_of_one_function_compile_once(solver: Any) -> None:
+    def traces(blocks: int) -> int:
+        seen = []
+
+        def counted(params: Any, x: Any) -> jax.Array:
+            seen.append(None)
+            return linear(params, x)
+
+        chained = [(counted, params, gram) for _, params, _ in chain(blocks)]
+        prune_blocks(chained, (inputs(), jnp.ones((10, 1, 1))), solver, 0.5)
+        return len(seen)
+
+    assert traces(3) == traces(1) > 0
+
+
+def test_equal_modules_are_one_function() -> None:
+    params = parameters(Layers())
+    same = [linen_block(Layers(), {"params": params}) for _ in range(2)]
+    assert same[0].apply_fn == same[1].apply_fn
+    assert same[0].grams == same[1].grams
+    assert hash(same[0].apply_fn) == hash(same[1].apply_fn)
+    beside = {"params": params, "batch_stats": {"mean": jnp.ones(3)}}
+    assert linen_block(Layers(), beside).apply_fn != same[0].apply_fn
+    layers = [nnx_block(nnx.Linear(8, 8, rngs=nnx.Rngs(i))) for i in range(2)]
+    assert layers[0].apply_fn == layers[1].apply_fn
+    assert hash(layers[0].grams) == hash(layers[1].grams)
+    assert nnx_block(nnx.Linear(8, 4, rngs=nnx.Rngs(0))).apply_fn != layers[0].apply_fn
+
+
+def test_the_first_block_is_reconstructed_as_alone() -> None:
+    (apply_fn, params, _), *_ = chain()
+    recipe = Reconstruction(learning_rate=1e-2, epochs=2, batch_size=4)
+    alone = reconstruct(apply_fn, params, inputs(), 0.5, recipe=recipe, seed=2)
+    first, second = prune_blocks(chain(), inputs(), recipe, 0.5, batch_size=4, seed=2)
+    np.testing.assert_array_equal(first.params["kernel"], alone.params["kernel"])
+    assert second.sparsity == 0.5
+    other = prune_blocks(chain(1), inputs(), recipe, 0.5, batch_size=4, seed=3)
+    assert (other[0].params["kernel"] != first.params["kernel"]).any()
+
+
+def test_grams_of_dense_leaves_are_left_out() -> None:
+    params, x = parameters(Layers()), inputs()
+    recipe = Reconstruction(importance="wanda", epochs=1, warmup_epochs=0)
+    block = linen_block(Layers(), {"params": params})
+    where = lambda path, leaf: path == "Dense_1/kernel"  # noqa: E731
+    (found,) = prune_blocks([block], x, recipe, 0.5, where=where)
+    assert zeros(found.params) == {"Dense_0/kernel": 0.0, "Dense_1/kernel": 0.5}
+
+
+def test_a_layer_that_was_never_active_is_pruned_by_magnitude() -> None:
+    params = chain()[0][1]
+    pruned = prune_layers(params, {"kernel": jnp.zeros((8, 8))}, Wanda(), 0.5)["kernel"]
+    wanted = prune_layers(params, {"kernel": jnp.eye(8)}, Magnitude(), 0.5)["kernel"]
+    np.testing.assert_array_equal(pruned, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"blocks": [(linear, {}, gram, 1)]}, TypeError, "blocks must be pairs of apply_fn"),
+        ({"blocks": [(3, {}, gram)]}, TypeError, "apply_fn must be a function.* in block 0"),
+        ({"blocks": [chain()[0][:2]]}, ValueError, "grams must be given .* None in block 0"),
+        ({"blocks": [(lambda p, x: x.sum(), {}, gram)]}, ValueError, "apply_fn must return an"),
+        ({"solver": 3}, TypeError, "solver must be a Reconstruction or a function"),
+        ({"targets": "sparse"}, ValueError, "targets must be one of"),
+        ({"propagate": None}, ValueError, "propagate must be one of"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"seed": -1}, ValueError, "seed"),
+        (
+            {"inputs": np.full((10, 5, 8), np.inf, np.float32)},
+            ValueError,
+            "inputs must lead to finite activations",
+        ),
+        ({"sparsity": safe_core.Unstructured(0.5)}, ValueError, "sparsity must not compare"),
+    ],
+)
+def test_a_bad_argument_of_a_chain_is_named(options: Any, error: Any, message: str) -> None:
+    given = {"blocks": chain(), "inputs": inputs(), "solver": Magnitude(), "sparsity": 0.5}
+    with pytest.raises(error, match=message):
+        prune_blocks(**{**given, **options})
 
 
 def test_a_narrow_block_is_trained_in_float32_and_returned_as_it_was() -> None:
@@ -155,6 +344,7 @@ def test_targets_may_be_given() -> None:
         ({"inputs": jnp.ones(())}, ValueError, "inputs must be arrays with the same number"),
         ({"apply_fn": None}, TypeError, "apply_fn must be a function"),
         ({"seed": -1}, ValueError, "seed"),
+        ({"importance": lambda params: params}, TypeError, "importance must hold arrays"),
         (
             {"recipe": Reconstruction(learning_rate=1e30, epochs=2, warmup_epochs=0)},
             ValueError,
