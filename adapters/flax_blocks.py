@@ -182,7 +182,7 @@ def nnx_grams(module: nnx.Module, *inputs: Any) -> dict[str, Gram]:
             layer.dot_general_cls = None
         elif isinstance(layer, nnx.Einsum):
             layer.einsum_op = seen.einsum(name, layer.einsum_op)
-    watched(*inputs)  # type: ignore[operator]
+    watched(*inputs)
     return seen.grams
 
 
@@ -191,7 +191,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.grams: dict[str, Gram] = {}
-        self._trace = TraceState()
+        self._trace = TraceState()  # type: ignore[no-untyped-call]
 
     def add(self, name: str, x: jax.Array, axes: Sequence[int]) -> None:
         """Take in inputs that a layer contracts over some axes, in the kernel's order."""
@@ -303,7 +303,7 @@ def _evaluated(module: Any) -> Any:
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module must be a flax.nnx.Module, got {type(module)!r}")
     copy = nnx.merge(*nnx.split(module))
-    copy.eval()
+    copy.eval()  # type: ignore[no-untyped-call]
     return copy
 
 

@@ -278,34 +278,21 @@ def prune_blocks(
         _checks.choice(name, value, ("pruned", "dense"))
     _checks.integer("batch_size", batch_size, low=1)
     _checks.integer("seed", seed, low=0)
-    watched = not isinstance(solver, Reconstruction) or solver.importance is not None
-    chain = [_checked(i, block, watched) for i, block in enumerate(blocks)]
-    samples = _samples(inputs)
+    solve = _BlockSolver(solver, pattern, batch_size, where, layout, seed)
+    chain = [_checked(i, block, solve.watches) for i, block in enumerate(blocks)]
+    _samples(inputs)
     hidden, *others = jax.tree.map(jnp.asarray, inputs if isinstance(inputs, tuple) else (inputs,))
     beside = hidden if targets == "dense" and propagate == "pruned" else None
-    trainings: dict[Any, _Training] = {}
 
     def given(hidden: PyTree) -> PyTree:
         return (hidden, *others) if isinstance(inputs, tuple) else hidden
 
     pruned = []
-    for i, (apply_fn, params, grams) in enumerate(chain):
+    for i, block in enumerate(chain):
         started = time.monotonic()
-        forward = jax.jit(apply_fn)
-        source = hidden if beside is None else beside
-        target = _in_batches(forward, params, given(source), batch_size)
-        seen = {}
-        if grams is not None and watched:
-            seen = _summed_grams(jax.jit(grams), params, given(hidden), batch_size)
-        if isinstance(solver, Reconstruction):
-            if apply_fn not in trainings:
-                trainings[apply_fn] = _Training(apply_fn, solver, pattern, samples, where, layout)
-            found = trainings[apply_fn](
-                params, given(hidden), target, seen or None, seed=seed, block=i
-            ).params
-        else:
-            found = prune_layers(params, seen, solver, pattern, where=where, layout=layout)
-        output = _in_batches(forward, found, given(hidden), batch_size)
+        target = solve.outputs(block, block.params, given(hidden if beside is None else beside))
+        found = solve(i, block, given(hidden), target)
+        output = solve.outputs(block, found, given(hidden))
         loss, size = (float(x) for x in _error(output, target))
         if not np.isfinite(loss):
             raise ValueError(f"inputs must lead to finite activations, got others behind block {i}")
@@ -466,6 +453,48 @@ class _Training:
         return jnp.mean((_widened(output) - _widened(target)) ** 2)
 
 
+class _BlockSolver:
+    """What `prune_blocks` does with each block; what is compiled for one serves the others."""
+
+    def __init__(
+        self, solver: Any, pattern: Pattern, batch_size: int, where: Any, layout: Any, seed: int
+    ) -> None:
+        self.solver, self.pattern, self.batch_size = solver, pattern, batch_size
+        self.where, self.layout, self.seed = where, layout, seed
+        self.watches = not isinstance(solver, Reconstruction) or solver.importance is not None
+        self._compiled: dict[Any, Any] = {}
+        self._trainings: dict[Any, _Training] = {}
+
+    def __call__(self, i: int, block: Block, inputs: PyTree, targets: jax.Array) -> PyTree:
+        """The parameters of a pruned block."""
+        where, layout = self.where, self.layout
+        grams = self._grams(block, inputs) if self.watches else None
+        if grams is not None and not isinstance(self.solver, Reconstruction):
+            return prune_layers(
+                block.params, grams, self.solver, self.pattern, where=where, layout=layout
+            )
+        if block.apply_fn not in self._trainings:
+            self._trainings[block.apply_fn] = _Training(
+                block.apply_fn, self.solver, self.pattern, _samples(inputs), where, layout
+            )
+        training = self._trainings[block.apply_fn]
+        return training(block.params, inputs, targets, grams, seed=self.seed, block=i).params
+
+    def outputs(self, block: Block, params: PyTree, inputs: PyTree) -> jax.Array:
+        """What a block with some parameters returns."""
+        return _in_batches(self._jitted(block.apply_fn), params, inputs, self.batch_size)
+
+    def _grams(self, block: Block, inputs: PyTree) -> Mapping[str, Gram]:
+        grams = self._jitted(block.grams)
+        batches = batches_in_order([range(_samples(inputs))], self.batch_size)
+        found = [grams(block.params, _rows(inputs, np.asarray(rows))) for rows in batches]
+        return jax.tree.map(lambda *parts: sum(parts), *found)  # field by field
+
+    def _jitted(self, fn: Any) -> Any:
+        """One compiled function for all that are equal."""
+        return self._compiled.setdefault(fn, jax.jit(fn))
+
+
 def _checked(i: int, block: Any, watched: bool) -> Block:
     if not isinstance(block, tuple) or len(block) not in (2, 3):
         raise TypeError(f"blocks must be pairs of apply_fn and params, or Block, got {block!r}")
@@ -492,14 +521,6 @@ def _in_batches(
             f"{jnp.shape(outputs[0])} for {len(batches[0])} samples"
         )
     return jnp.concatenate(outputs)
-
-
-def _summed_grams(
-    grams: Callable[..., Mapping[str, Gram]], params: PyTree, inputs: PyTree, size: int
-) -> Mapping[str, Gram]:
-    batches = batches_in_order([range(_samples(inputs))], size)
-    found = [grams(params, _rows(inputs, np.asarray(rows))) for rows in batches]
-    return jax.tree.map(lambda *parts: sum(parts), *found)  # field by field
 
 
 @jax.jit

@@ -200,13 +200,12 @@ def test_reconstruction_beats_the_projection(importance: Any) -> None:
     assert float(jnp.abs(found.params["Dense_0"]["bias"]).max()) > 0  # biases follow
 
 
-def linear(params: Any, x: Any) -> jax.Array:
-    x, scale = x if isinstance(x, tuple) else (x, 1.0)
-    return jnp.tanh(x @ params["kernel"]) * scale
+def linear(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["kernel"])
 
 
-def gram(params: Any, x: Any) -> dict[str, Gram]:
-    return {"kernel": Gram.of(x[0] if isinstance(x, tuple) else x)}
+def gram(params: Any, x: jax.Array) -> dict[str, Gram]:
+    return {"kernel": Gram.of(x)}
 
 
 def chain(blocks: int = 2) -> list[Any]:
@@ -236,16 +235,19 @@ def test_blocks_are_pruned_on_what_comes_before(targets: Any, propagate: Any) ->
 
 
 @pytest.mark.parametrize("solver", [Wanda(), Reconstruction(importance="wanda", epochs=2)])
-def test_blocks_of_one_function_compile_once(solver: Any) -> None:
+def test_blocks_of_equal_modules_compile_once(solver: Any) -> None:
     def traces(blocks: int) -> int:
         seen = []
 
-        def counted(params: Any, x: Any) -> jax.Array:
-            seen.append(None)
-            return linear(params, x)
+        class Counted(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
+                seen.append(None)
+                return jnp.tanh(nn.Dense(8, use_bias=False)(x)) * scale
 
-        chained = [(counted, params, gram) for _, params, _ in chain(blocks)]
-        prune_blocks(chained, (inputs(), jnp.ones((10, 1, 1))), solver, 0.5)
+        params = [{"params": {"Dense_0": params}} for _, params, _ in chain(blocks)]
+        equal = [linen_block(Counted(), variables) for variables in params]
+        prune_blocks(equal, (inputs(), jnp.ones((10, 1, 1))), solver, 0.5)
         return len(seen)
 
     assert traces(3) == traces(1) > 0
