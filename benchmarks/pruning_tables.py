@@ -30,7 +30,9 @@ def tables(results: list[Line], methods: list[str], described: dict[str, str]) -
         lines = [line for line in results if line["study"] == study]
         if lines:
             parts.append(f"**{study}**: {_settings(study, lines)}.")
-            parts += [_grid(lines, methods, figure) for figure in figures]
+            named = dict.fromkeys([*methods, *(line["method"] for line in lines)])
+            rows = [method for method in named if method != "Dense"]
+            parts += [_grid(lines, rows, figure) for figure in figures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -53,6 +55,12 @@ _ERRORS = (
     Figure("squared error of each block's output over its square, at 50%", _by_block),
     Figure("seconds for one block", _by_sparsity(lambda line: np.mean(line["block_seconds"]))),
 )
+_FIRST_BLOCK = (
+    Figure(
+        "squared error of the first block over its square, by penalty",
+        lambda line: {f"{line['penalty']:g}": line["block_errors"][0]},
+    ),
+)
 FIGURES = {
     "llama": (Figure("perplexity", _by_sparsity(lambda line: line["perplexity"])), *_ERRORS),
     "encoder": (
@@ -68,6 +76,8 @@ FIGURES = {
         ),
         *_ERRORS,
     ),
+    "llama, first block": _FIRST_BLOCK,
+    "encoder, first block": _FIRST_BLOCK,
     "growth": (
         Figure(
             "seconds for one block, by its width",
