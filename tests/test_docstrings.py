@@ -13,6 +13,7 @@ import safe_core
 import safe_core.adapters
 import safe_core.adapters.command_line
 import safe_core.backends
+import safe_core.flatness
 import safe_core.solvers
 import safe_core.splitting
 
@@ -30,6 +31,7 @@ PACKAGES = (
     safe_core.backends,
     safe_core.adapters,
     safe_core.adapters.command_line,
+    safe_core.flatness,
     safe_core.solvers,
 )
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]

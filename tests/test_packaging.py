@@ -26,6 +26,7 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"safe_core"}
     sources = {
         "safe_core": "",
+        "safe_core/flatness": "flatness/",
         "safe_core/solvers": "solvers/",
         "backends": "backends/",
         "adapters": "adapters/",

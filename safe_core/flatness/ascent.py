@@ -1,0 +1,154 @@
+"""Sharpness: how much the loss can rise within a ball."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.sharpness import SAM, norm
+
+from .vectors import Coordinates, check_seed
+
+__all__ = ["Sharpness", "ValueAndGradient", "moved", "sharpness"]
+
+ValueAndGradient = Callable[[Sequence[Array]], tuple[Array, Sequence[Array]]]
+"""From parameters to the loss there, a scalar, and its gradient."""
+
+
+class Sharpness(NamedTuple):
+    """The sharpness on several batches.
+
+    Attributes
+    ----------
+    by_batch : list of float
+        ``max_{|e| <= rho} f_b(x + e) - f_b(x)``, approximately, for the loss f_b of each
+        batch with a perturbation of its own.
+
+    Examples
+    --------
+    >>> found = Sharpness([1.0, 3.0])
+    >>> found.mean, found.worst
+    (2.0, 3.0)
+    """
+
+    by_batch: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The m-sharpness of Foret et al. 2021, m the size of a batch."""
+        return float(np.mean(self.by_batch))
+
+    @property
+    def worst(self) -> float:
+        """The largest over the batches."""
+        return float(np.max(self.by_batch))
+
+
+def sharpness(
+    value_and_gradient: ValueAndGradient,
+    arrays: Sequence[Array],
+    rho: float,
+    *,
+    steps: int = 1,
+    seed: int = 0,
+    support: Sequence[Array | None] | None = None,
+) -> float:
+    """How much the loss can rise within a distance: ``max_{|e| <= rho} f(x + e) - f(x)``.
+
+    One step is that of SAM, ``e_1 = rho * g / |g|`` with g the gradient at x. More are projected
+    gradient ascent,
+
+        e_t = proj(e_{t-1} + rho / sqrt(t) * g / |g|),    g = grad f(x + e_{t-1}),
+
+    of which the largest rise met counts, so that more steps never find less. Where the
+    gradient at x is zero one step finds 0, and more begin with a random ``|e_1| = rho``.
+
+    Parameters
+    ----------
+    value_and_gradient : callable
+        ``value_and_gradient(arrays) -> (loss, gradient)``, called ``steps + 1`` times.
+    arrays : list of arrays
+        x, real floating.
+    rho : float
+        Positive, in the unit of the parameters; norms are over all arrays.
+    steps : int
+    seed : int
+        Of the random start, in ``[0, 2**32)``.
+    support : list of bool arrays or None, optional
+        Entries that may move, None for all of an array.
+
+    Returns
+    -------
+    float
+        In the unit of the loss; NaN if the loss is at any point met.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind.
+
+    References
+    ----------
+    Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
+    Generalization", equation 2; Madry et al. 2018, "Towards Deep Learning Models Resistant to
+    Adversarial Attacks" (projected gradient ascent).
+
+    Examples
+    --------
+    >>> import numpy
+    >>> curvature = numpy.asarray([1.0, 3.0])
+    >>> def bowl(arrays):
+    ...     return numpy.sum(curvature * arrays[0] ** 2) / 2, [curvature * arrays[0]]
+    >>> minimum = [numpy.zeros(2)]
+    >>> sharpness(bowl, minimum, 2.0), round(sharpness(bowl, minimum, 2.0, steps=50), 3)
+    (0.0, 6.0)
+    """
+    if _checks.real("rho", rho, low=0.0) == 0:
+        raise ValueError(f"rho must be positive, got {rho!r}")
+    _checks.integer("steps", steps, low=1)
+    check_seed(seed)
+    coordinates = Coordinates.of(arrays, support)
+    start, gradient = value_and_gradient(arrays)
+    step = _ascent(coordinates, gradient, rho)
+    if steps > 1 and float(norm([step])) == 0:
+        step = _ascent(coordinates, coordinates.unpack(coordinates.normal(seed, 0)), rho)
+    e, found = step, []
+    for t in range(1, steps + 1):
+        value, gradient = value_and_gradient(moved(arrays, coordinates.unpack(e)))
+        found.append(float(value) - float(start))
+        if t < steps:
+            e = _into_ball(e + _ascent(coordinates, gradient, rho / math.sqrt(t + 1)), rho)
+    return float(np.max(found))
+
+
+def moved(arrays: Sequence[Array], steps: Sequence[Array]) -> list[Array]:
+    """``x + step``, added in the dtype of the steps and rounded to that of x.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> moved([numpy.ones(1, numpy.float32)], [numpy.ones(1)])
+    [array([2.], dtype=float32)]
+    """
+    xp = array_namespace(*arrays)
+    return [
+        xp.astype(xp.astype(x, step.dtype) + step, x.dtype)
+        for x, step in zip(arrays, steps, strict=True)
+    ]
+
+
+def _ascent(coordinates: Coordinates, gradient: Sequence[Array], length: float) -> Array:
+    """The vector of a length along the gradient; zero where that is zero or not finite."""
+    g = coordinates.pack(gradient, "gradient")
+    return SAM().perturbation([g], [g], rho=length)[0]
+
+
+def _into_ball(e: Array, rho: float) -> Array:
+    length = float(norm([e]))
+    return e if length <= rho else rho / length * e
