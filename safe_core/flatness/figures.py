@@ -119,7 +119,8 @@ def plot_contours(
     --------
     >>> places = np.linspace(-1, 1, 5)
     >>> bowl = places[:, None] ** 2 + places**2
-    >>> figure = plot_contours({"ADMM": Landscape(places, 9 * bowl), "SAFE": Landscape(places, bowl)})
+    >>> planes = {"ADMM": Landscape(places, 9 * bowl), "SAFE": Landscape(places, bowl)}
+    >>> figure = plot_contours(planes)
     >>> [axes.get_title() for axes in figure.axes]
     ['ADMM', 'SAFE', '']
     """

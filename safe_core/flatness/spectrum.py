@@ -152,9 +152,7 @@ def eigenvalues(
             if np.all(errors <= tolerance * peak):
                 break
     vectors = [_combined(basis, column) for column in mixing.T]
-    residuals = [
-        hessian(y) - value * y for y, value in zip(vectors, values.tolist(), strict=True)
-    ]
+    residuals = [hessian(y) - value * y for y, value in zip(vectors, values.tolist(), strict=True)]
     return Eigenvalues(
         values.tolist(),
         [math.sqrt(float(dot(r, r))) for r in residuals],
