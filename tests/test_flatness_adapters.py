@@ -258,7 +258,7 @@ def test_torch_models_are_left_as_they_were(batches):
     assert (model.training, [m.track_running_stats for m in model.norms]) == (True, flags)
     vector = surface.eigenvalues(iterations=3).vectors[0]
     assert "frozen.weight" not in vector
-    assert torch.equal(vector["unused"], torch.zeros(2)) is False  # random, for H is zero there
+    assert vector["unused"].shape == (2,)
 
 
 def test_parameters_are_restored_after_an_error():
@@ -293,8 +293,8 @@ def test_a_mapping_is_not_written_to_and_holds_what_else_the_loss_needs():
     surface = torch_flatness.loss_surface(
         lambda p, x: p["count"] * (p["w"] * x).square().sum(), named, [torch.arange(3.0)]
     )
-    everything_but_random_directions = surface.landscape([{"w": torch.ones(3).double()}], points=3)
-    np.testing.assert_allclose(everything_but_random_directions.values, [0, 10, 40])
+    line = surface.landscape([{"w": torch.ones(3).double()}], points=3)
+    np.testing.assert_allclose(line.values, [0, 10, 40])
     assert surface.eigenvalues().values[0] == pytest.approx(16)
     assert torch.equal(named["w"], torch.ones(3).double())
     assert not named["w"].requires_grad
@@ -322,7 +322,9 @@ def test_narrow_parameters_and_linear_losses():
         {"w": jnp.ones((2, 2), "bfloat16")},
         [np.ones((2, 2))],
     )
-    assert of_jax.eigenvalues(k=4).values == pytest.approx([2.0] * 4, rel=1e-2)
+    (found,) = of_jax.loss.hessian_product()([jnp.full((2, 2), 3, "float32")])
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.full((2, 2), 6))
 
 
 def test_jax_promotes_nothing_and_leaves_other_leaves_alone(strict_promotion, single_precision):

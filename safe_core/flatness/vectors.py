@@ -210,7 +210,7 @@ def orthogonalised(vector: Array, basis: Sequence[Array]) -> tuple[list[float], 
     length = float(array_namespace(vector).linalg.vector_norm(vector))
     if not math.isfinite(length):
         raise ValueError(f"product(arrays) must be finite, got a vector of norm {length}")
-    return [float(a) + float(b) for a, b in zip(*passes, strict=True)], vector, length
+    return [float(a + b) for a, b in zip(*passes, strict=True)], vector, length
 
 
 def check_seed(seed: int) -> None:
