@@ -93,7 +93,8 @@ class _Loss:
         layout: Any,
         trainable: Any,
     ) -> None:
-        paths, self._treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        self._treedef: Any = treedef
         self._held, self._layout = held, layout
         self._named = [(name_of(path), leaf) for path, leaf in paths]
         self._owners = [owner_of(params, path) for path, _ in paths]

@@ -82,7 +82,8 @@ def loss_surface(
         raise TypeError(f"loss must be a function, got {loss!r}")
     if isinstance(params, nn.Module):
         named: dict[str, Tensor] = {k: p for k, p in params.named_parameters() if p.requires_grad}
-        bound, model = _OfModule(loss, params, named), params
+        bound: _OfModule | _OfMapping = _OfModule(loss, params, named)
+        model = params
     elif isinstance(params, Mapping):
         named = {k: p for k, p in params.items() if isinstance(p, Tensor) and _is_variable(p)}
         bound = _OfMapping(loss, params, named)

@@ -384,7 +384,7 @@ def jax_surface_of(
             ValueError,
             "loss must depend on the parameters",
         ),
-        (lambda: surface_of().landscape(3), ValueError, "directions must be one of 1, 2, got 3"),
+        (lambda: surface_of().landscape(3), ValueError, "directions must be 1 or 2, got 3"),
         (lambda: surface_of().landscape([{"v": 1}]), ValueError, "direction must be a mapping"),
         (lambda: surface_of().landscape(), ValueError, "layouts must name the filters"),
         (

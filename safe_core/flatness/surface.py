@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.layout import Layout
 
@@ -156,10 +155,9 @@ class LossSurface:
             normal draws under one seed.
         """
         arrays = self.loss.arrays()
-        if isinstance(directions, Sequence) and not isinstance(directions, (str, Mapping)):
-            chosen = [self.loss.listed(d) for d in directions]
-        else:
-            _checks.choice("directions", directions, (1, 2))  # type: ignore[arg-type]
+        if isinstance(directions, int):
+            if directions not in (1, 2):
+                raise ValueError(f"directions must be 1 or 2, got {directions!r}")
             layouts, support = self.loss.layouts(), self.loss.support()
             chosen = [
                 filter_direction(
@@ -167,4 +165,6 @@ class LossSurface:
                 )
                 for i in range(directions)
             ]
+        else:
+            chosen = [self.loss.listed(d) for d in directions]
         return landscape(self.loss.value, arrays, chosen, radius=radius, points=points)
