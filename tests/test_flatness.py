@@ -302,11 +302,11 @@ def test_contours_share_their_levels_and_their_axes_are_the_directions():
     levels = [panel.collections[0].levels for panel in (first, second)]
     np.testing.assert_array_equal(*levels)
     assert (levels[0][0], levels[0][-1]) == (1.0, 16.0)
-    # The loss rises with the second direction, upwards: the topmost filled level is higher.
-    top = second.collections[0].get_paths()
-    filled = [i for i, path in enumerate(top) if len(path.vertices)]
-    heights = [top[i].vertices[:, 1].mean() for i in (filled[0], filled[-1])]
-    assert heights[0] < heights[1]
+    # The loss falls and rises again to the right, and rises steadily upwards.
+    filled = [p.vertices for p in second.collections[0].get_paths() if len(p.vertices)]
+    highest = filled[-1]
+    assert highest[:, 1].min() > 0
+    assert (highest[:, 0].min(), highest[:, 0].max()) == (-1, 1)
 
 
 def test_figures_are_saved_as_vectors_and_points(tmp_path):
