@@ -62,9 +62,9 @@ def sharpness(
     """How much the loss can rise within a distance: ``max_{|e| <= rho} f(x + e) - f(x)``.
 
     One step is that of SAM, ``e_1 = rho * g / |g|`` with g the gradient at x. More are projected
-    gradient ascent,
+    gradient ascent::
 
-        e_t = proj(e_{t-1} + rho / sqrt(t) * g / |g|),    g = grad f(x + e_{t-1}),
+        e_t = proj(e_{t-1} + rho / sqrt(t) * g / |g|),    g = grad f(x + e_{t-1})
 
     of which the largest rise met counts, so that more steps never find less. Where the
     gradient at x is zero one step finds 0, and more begin with a random ``|e_1| = rho``.

@@ -174,9 +174,9 @@ def trace(
 
     Hutchinson's estimate is the mean of ``v . H v`` over vectors v of independent signs. With
     a ``sketch`` it is Hutch++: with Q an orthonormal basis of the products of H with as many
-    random vectors,
+    random vectors::
 
-        tr(H) = tr(Q^T H Q) + E[w . H w],    w = v - Q Q^T v,
+        tr(H) = tr(Q^T H Q) + E[w . H w],    w = v - Q Q^T v
 
     where the first part is exact: worth its products where few eigenvalues stand out.
 
