@@ -31,11 +31,15 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
         "backends": "backends/",
         "adapters": "adapters/",
         "adapters/command_line": "adapters/command_line/",
+        "examples/demo": "demo/",
+        "examples/study": "study/",
+        "examples/study/data": "study/data/",
+        "examples/study/models": "study/models/",
+        "examples/study/robustness": "study/robustness/",
     }
     expected = {
         f"safe_core/{prefix}{file.name}"
         for folder, prefix in sources.items()
         for file in (ROOT / folder).glob("*.py")
     }
-    expected |= {f"safe_core/demo/{file.name}" for file in (ROOT / "examples/demo").glob("*.py")}
     assert expected | {"safe_core/py.typed"} <= names

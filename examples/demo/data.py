@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from safe_core.study.noise import symmetric_label_noise
+
 from .recipe import Recipe, Run
 
 __all__ = ["Dataset", "Layer", "accuracy", "cross_entropy", "initial_layers", "load", "logits"]
@@ -47,10 +49,7 @@ def load(recipe: Recipe, run: Run) -> Dataset:
     train, test = (part.astype(np.float32) for part in split[:2])
     mean = train.mean(axis=0)
     train, test = train - mean, test - mean
-    labels = split[2].copy()
-    noise = np.random.default_rng([run.seed, 1])
-    noisy = noise.permutation(len(labels))[: round(run.noise * len(labels))]
-    labels[noisy] = noise.integers(CLASSES, size=len(noisy))
+    labels = symmetric_label_noise(split[2], run.noise, classes=CLASSES, seed=[run.seed, 1])
     kept, held = np.arange(len(labels)), np.arange(0)
     if run.held_out:
         kept, held = train_test_split(kept, test_size=0.2, stratify=split[2], random_state=0)
