@@ -74,7 +74,7 @@ def test_networks_have_names():
     assert architecture("resnet-32", width=2, classes=100) == ResNet(32, 2, 100)
     assert architecture("lenet-300-100", image=(28, 28, 1)) == LeNet()
     assert architecture("vgg-19") == VGG19()
-    with pytest.raises(ValueError, match="name must be one of .*'resnet-20'.*got 'resnet20'"):
+    with pytest.raises(ValueError, match=r"name must be one of .*'resnet-20'.*got 'resnet20'"):
         architecture("resnet20")
 
 
@@ -145,9 +145,7 @@ def test_conversion_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"batch_stats/norm/mean must .* shape \(4,\), got none"):
         to_state_dict(network, variables)
     state["stage1_block1.conv1.weight"] = np.zeros((4, 4))
-    with pytest.raises(
-        ValueError, match=r"conv1\.weight must .*\(4, 4, 3, 3\), got shape \(4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"conv1\.weight must .*\(4, 4, 3, 3\), got"):
         from_state_dict(network, state)
 
 

@@ -1,0 +1,99 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from safe_core import _checks
+
+from .cifar import read_cifar
+from .files import Release, find
+from .idx import read_idx
+from .splits import Dataset, Normalisation, Split, checked
+
+__all__ = ["Dataset", "Normalisation", "Split", "load"]
+
+_MNIST = Release(
+    "MNIST/raw",  # where torchvision puts them
+    tuple(
+        (f"{stem}-idx{axes}-ubyte", f"{stem}-idx{axes}-ubyte.gz", f"{stem}.idx{axes}-ubyte")
+        for stem, axes in (
+            ("train-images", 3),
+            ("train-labels", 1),
+            ("t10k-images", 3),
+            ("t10k-labels", 1),
+        )
+    ),
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+# Of the training images as pixels in [0, 1].
+_NORMALISATIONS = {
+    "digits": Normalisation((0.3055,), (0.3761,)),
+    "mnist": Normalisation((0.1307,), (0.3081,)),
+    "cifar-10": Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar-100": Normalisation((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def load(name: str, folder: str | Path | None = None) -> Dataset:
+    """Return a data set from local files.
+
+    Parameters
+    ----------
+    name : {"digits", "mnist", "cifar-10", "cifar-100"}
+        The digits come with scikit-learn: 1797 of 8 by 8 pixels, 30% of them to test with.
+    folder : str or Path, optional
+        That holds the published files, extracted; the digits need none.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    FileNotFoundError
+        If files are missing. The message says which, what is there, and where to get them.
+    ValueError
+        If the name is not known, the folder is missing, or a file is not of its format.
+
+    Examples
+    --------
+    >>> load("digits").test.images.shape
+    (540, 8, 8, 1)
+    """
+    _checks.choice("name", name, tuple(_NORMALISATIONS))
+    normalisation = _NORMALISATIONS[name]
+    if name == "digits":
+        return Dataset(*_digits(), 10, normalisation)
+    if folder is None:
+        raise ValueError(f"folder must be where the files of {name} are, got None")
+    if name == "mnist":
+        return Dataset(*_mnist(folder), 10, normalisation)
+    classes = int(name.removeprefix("cifar-"))
+    return Dataset(*read_cifar(folder, classes), classes, normalisation)
+
+
+def _digits() -> tuple[Split, Split]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    parts = train_test_split(images, labels, test_size=0.3, stratify=labels, random_state=0)
+    return Split(parts[0], parts[2]), Split(parts[1], parts[3])
+
+
+def _mnist(folder: str | Path) -> tuple[Split, Split]:
+    _, paths = find("MNIST", folder, [_MNIST])
+    splits = []
+    for images_path, labels_path in (paths[:2], paths[2:]):
+        images, labels = read_idx(images_path), read_idx(labels_path)
+        if images.shape[1:] != (28, 28) or labels.ndim != 1:
+            raise ValueError(
+                f"{images_path} and {labels_path.name} must be of shapes (n, 28, 28) and (n,), "
+                f"got {images.shape} and {labels.shape}"
+            )
+        splits.append(checked(images[..., np.newaxis], labels, 10, images_path))
+    return splits[0], splits[1]
