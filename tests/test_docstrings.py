@@ -16,6 +16,10 @@ import safe_core.backends
 import safe_core.flatness
 import safe_core.solvers
 import safe_core.splitting
+import safe_core.study
+import safe_core.study.data
+import safe_core.study.models
+import safe_core.study.robustness
 
 
 def modules(package: object) -> list[str]:
@@ -33,6 +37,10 @@ PACKAGES = (
     safe_core.adapters.command_line,
     safe_core.flatness,
     safe_core.solvers,
+    safe_core.study,
+    safe_core.study.data,
+    safe_core.study.models,
+    safe_core.study.robustness,
 )
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public
@@ -46,6 +54,7 @@ WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.solvers.problem",
     "safe_core.adapters.command_line",
     "safe_core.adapters.command_line.app",
+    "safe_core.study",
     "safe_core.adapters.torch_compiled",
     "safe_core.adapters.torch_lists",
     "safe_core.adapters.torch_report",
