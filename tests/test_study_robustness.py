@@ -78,7 +78,7 @@ def test_frameworks_agree_and_stay_in_ball_and_range():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_step_on_every_backend(xp: Backend, norm):
-    attack = PGD(norm, 0.3, step_size=0.2, high=0.8)
+    attack = PGD(norm, 0.4, step_share=0.5, high=0.8)
     origin = np.asarray([[0.5, 0.7], [0.1, 0.2], [0.4, 0.4]], np.float32)
     gradient = np.asarray([[3e-30, 4e-30], [0, 0], [-3, 4]], np.float32)
     unit = np.asarray([[0.6, 0.8], [0, 0], [-0.6, 0.8]])

@@ -47,8 +47,8 @@ def augmented(images: Images, rng: np.random.Generator, *, padding: int = 4) -> 
     windows = sliding_window_view(np.pad(images, edges), (height, width), axis=(1, 2))
     down, right = rng.integers(2 * padding + 1, size=(2, count))
     cropped = np.moveaxis(windows[np.arange(count), down, right], 1, -1)
-    flipped = rng.integers(2, size=count, dtype=np.bool_)
-    return np.where(flipped[:, None, None, None], cropped[:, :, ::-1], cropped)
+    flipped = rng.random((count, 1, 1, 1)) < 0.5
+    return np.where(flipped, cropped[:, :, ::-1], cropped)
 
 
 def batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +46,8 @@ class Normalisation(NamedTuple):
 
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """Return ``(images / 255 - mean) / std`` in float32."""
-        mean, std = (np.asarray(s, np.float32) for s in self)
-        return (images.astype(np.float32) / 255 - mean) / std
+        pixels = images.astype(np.float32) / np.float32(255)
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
 class Dataset(NamedTuple):
@@ -73,7 +73,7 @@ class Dataset(NamedTuple):
     normalisation: Normalisation
 
 
-def checked(images: Images, labels: Labels, classes: int, source: object) -> Split:
+def checked(images: Images, labels: NDArray[Any], classes: int, source: object) -> Split:
     """Return the split, or raise a ValueError that names the files it was read from.
 
     Examples

@@ -70,7 +70,9 @@ class BatchNorm(nn.Module):
 class Network(nn.Module):
     """The network of an `Architecture`.
 
-    Its variables are those of `initial_variables`; ``init`` would draw others.
+    Its variables are those of `initial_variables`; ``init`` would draw others. In training
+    ``apply(variables, images, train=True, mutable=["batch_stats"])`` returns the new batch
+    statistics, too.
 
     Attributes
     ----------
@@ -78,14 +80,10 @@ class Network(nn.Module):
 
     Examples
     --------
-    >>> from safe_core.study.models import ResNet, initial_variables
-    >>> network = ResNet(depth=8, width=0.25)
+    >>> from safe_core.study.models import LeNet, initial_variables
+    >>> network = LeNet()
     >>> variables = initial_variables(network, seed=0)
-    >>> images = jnp.ones((2, 32, 32, 3), jnp.float32)
-    >>> logits, after = Network(network).apply(
-    ...     variables, images, train=True, mutable=["batch_stats"]
-    ... )
-    >>> logits.shape
+    >>> Network(network).apply(variables, jnp.ones((2, 28, 28, 1), jnp.float32)).shape
     (2, 10)
     """
 
@@ -155,7 +153,7 @@ def _vgg(network: VGG19, x: jax.Array, train: bool) -> jax.Array:
         for i in range(1, count + 1):
             x = _conv(outputs, f"stage{stage}_conv{i}")(x)
             x = nn.relu(BatchNorm(name=f"stage{stage}_norm{i}")(x, train=train))
-        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))  # type: ignore[no-untyped-call]
     return nn.Dense(network.classes, name="dense")(x.reshape(len(x), -1))
 
 

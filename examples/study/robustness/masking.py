@@ -123,14 +123,14 @@ def masking_report(
     clean = float(loss(inputs).mean())
     radii, losses, noise_losses = [0.0], [clean], [clean]
     for factor in factors:
-        wider = replace(attack, radius=factor * attack.radius, step_size=factor * attack.step_size)
+        wider = replace(attack, radius=factor * attack.radius)
         radii.append(wider.radius)
         losses.append(float(loss(attacker(wider)(inputs, labels, seed)).mean()))
         noisy = (loss(x) for x in _noise(wider, inputs, seed))
         noise_losses.append(float(np.max(list(noisy), axis=0).mean()))
     span = attack.high - attack.low
     unbounded = replace(
-        attack, norm="linf", radius=span, step_size=span / 20, steps=100, random_start=False
+        attack, norm="linf", radius=span, step_share=0.05, steps=100, random_start=False
     )
     moved = logits_fn(attacker(unbounded)(inputs, labels, seed))
     right = 100 * float(np.mean(_numpy(moved).argmax(axis=1) == truth))

@@ -29,8 +29,8 @@ class PGD:
         In the units of the inputs: for pixels in [0, 1], 1/255 for ``linf`` and 3/255 for
         ``l2`` in the SAFE paper.
     steps : int
-    step_size : float, optional
-        ``radius / 4`` by default, as in the paper.
+    step_share : float
+        The size of a step as a share of the radius; a quarter in the paper.
     random_start : bool
         Start at a uniform draw from the ball, else at the input.
     low, high : float
@@ -49,7 +49,7 @@ class PGD:
     norm: str
     radius: float
     steps: int = 10
-    step_size: float | None = None
+    step_share: float = 0.25
     random_start: bool = True
     low: float = 0.0
     high: float = 1.0
@@ -58,11 +58,14 @@ class PGD:
         _checks.choice("norm", self.norm, ("linf", "l2"))
         _checks.real("radius", self.radius, low=0)
         _checks.integer("steps", self.steps, low=1)
-        if self.step_size is None:
-            object.__setattr__(self, "step_size", self.radius / 4)
-        _checks.real("step_size", self.step_size, low=0)
+        _checks.real("step_share", self.step_share, low=0)
         if _checks.real("low", self.low) >= _checks.real("high", self.high):
             raise ValueError(f"low must be below high, got {self.low!r} and {self.high!r}")
+
+    @property
+    def step_size(self) -> float:
+        """``step_share * radius``."""
+        return self.step_share * self.radius
 
 
 def start(attack: PGD, shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
@@ -102,7 +105,7 @@ def step(attack: PGD, x: Any, origin: Any, gradient: Any, *, xp: Any) -> Any:
     Examples
     --------
     >>> origin, gradient = np.full((1, 2), 0.5), np.asarray([[3.0, -4.0]])
-    >>> step(PGD("l2", 0.4, step_size=0.1), origin, origin, gradient, xp=np).tolist()
+    >>> step(PGD("l2", 0.4), origin, origin, gradient, xp=np).tolist()
     [[0.56, 0.42]]
     """
     if attack.norm == "linf":
