@@ -47,7 +47,8 @@ class Normalisation(NamedTuple):
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """Return ``(images / 255 - mean) / std`` in float32."""
         pixels = images.astype(np.float32) / np.float32(255)
-        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return np.divide(pixels - mean, std, dtype=np.float32)
 
 
 class Dataset(NamedTuple):
