@@ -8,9 +8,9 @@ from . import importance, schedules
 from .certificate import stationarity_gap
 from .importance import SquaredGradient
 from .layout import Layout
-from .method import Method, admm, safe
+from .method import Method, admm, cram, gmp, iht, imp_sam, magnitude, safe
 from .projection import Projection, project
-from .sharpness import ASAM, SAM
+from .sharpness import ASAM, SAM, GradientAscent
 from .sparsity import NM, Block, Channel, Unstructured
 from .splitting import SplitState, Targets
 
@@ -20,6 +20,7 @@ __all__ = [
     "SAM",
     "Block",
     "Channel",
+    "GradientAscent",
     "Layout",
     "Method",
     "Projection",
@@ -28,7 +29,12 @@ __all__ = [
     "Targets",
     "Unstructured",
     "admm",
+    "cram",
+    "gmp",
+    "iht",
+    "imp_sam",
     "importance",
+    "magnitude",
     "project",
     "safe",
     "schedules",

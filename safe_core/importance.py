@@ -19,7 +19,7 @@ from safe_core.backends import Array, backend_of
 from . import _checks
 from ._dtypes import check_real_floating, wide_dtype
 
-__all__ = ["Importance", "SquaredGradient", "wanda"]
+__all__ = ["Importance", "SquaredGradient", "hutchinson", "wanda"]
 
 
 class Importance(Protocol):
@@ -145,3 +145,52 @@ def wanda(activations: Any) -> Any:
         raise ValueError("activations must have shape (..., features), got a scalar")
     wide = xp.astype(activations, wide_dtype(xp, [activations]))
     return xp.sum(wide * wide, axis=tuple(range(activations.ndim - 1)))
+
+
+def hutchinson(probes: Sequence[Any], products: Sequence[Any]) -> Any:
+    """The diagonal of a Hessian, estimated from products with it, negative entries as 0.
+
+    ``P = max(0, mean_s r_s * (H r_s))`` over samples s, with entries of r drawn from -1 and
+    1: the mean of every ``r_i H_ij r_j`` is zero but for ``i = j``. With it an entry ranks by
+    ``sqrt(P) |v|``, as in Optimal Brain Damage.
+
+    Parameters
+    ----------
+    probes : sequence of arrays
+        The vectors ``r_s``, shaped as the parameter; at least one.
+    products : sequence of arrays
+        ``H r_s``, of the same shapes.
+
+    Returns
+    -------
+    array
+        Shaped as the parameter, float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        If there is no sample, or not one product for every probe.
+
+    References
+    ----------
+    Hutchinson 1990, "A Stochastic Estimator of the Trace of the Influence Matrix for
+    Laplacian Smoothing Splines"; LeCun et al. 1989, "Optimal Brain Damage".
+
+    Examples
+    --------
+    >>> import numpy
+    >>> hessian, r = numpy.diag([2.0, -1.0]), numpy.asarray([1.0, -1.0])
+    >>> hutchinson([r], [hessian @ r])
+    array([2., 0.])
+    """
+    if not probes or len(probes) != len(products):
+        raise ValueError(
+            f"products must be one for every probe, and at least one, got {len(products)} for "
+            f"{len(probes)}"
+        )
+    xp = array_namespace(*probes, *products)
+    dtype = wide_dtype(xp, products)
+    total = xp.zeros_like(products[0], dtype=dtype)
+    for r, product in zip(probes, products, strict=True):
+        total = total + xp.astype(r, dtype) * xp.astype(product, dtype)
+    return xp.where(total > 0, total / len(probes), xp.zeros_like(total))

@@ -18,12 +18,12 @@ from safe_core.backends import Array
 from . import _checks, splitting
 from .importance import Importance
 from .projection import apply_support
-from .schedules import Schedule, as_schedule
-from .sharpness import ASAM, SAM, Direction, flat_direction, reused
+from .schedules import Constant, RandomSparsity, Schedule, SparsityTable, as_schedule
+from .sharpness import ASAM, SAM, Direction, GradientAscent, flat_direction, reused
 from .sparsity import Pattern, as_pattern
 from .splitting import SplitState, Targets
 
-__all__ = ["Method", "admm", "safe"]
+__all__ = ["Method", "admm", "cram", "gmp", "iht", "imp_sam", "magnitude", "safe"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,14 @@ class Method:
 
     It starts at ``z = proj(x_0)``, ``u = 0`` and ends with ``proj(x_T)``, which makes
     the weights exactly sparse (Lee et al. 2025, Algorithm 1, in the order of both
-    published implementations).
+    published implementations). Other methods are made of the same parts::
+
+        g  = grad f(C(x + e))                            compressed
+        g += grad f(x)  or  grad f(C(x))                 added_gradient
+        x -= learning rate * penalty(t) * (x_t - z + u)  decoupled
+        x  = proj(x), or under a mask, or left           projection
+
+    where ``C`` is the projection at the sparsity of step t.
 
     Attributes
     ----------
@@ -66,6 +73,19 @@ class Method:
         wider: with the support 5 bytes per sparse float32 parameter. "bfloat16" takes 3,
         rounds stochastically at dual updates, and computes as before. Not for NumPy,
         which lacks it, nor with ``rescale_dual``.
+    decoupled : bool
+        Whether the penalty acts beside the base step, times the learning rate, and not
+        through the gradient: Algorithm 1, line 13.
+    compressed : bool
+        Whether the perturbed gradient is taken at C(x + e) and not at x + e.
+    added_gradient : {None, "unperturbed", "projected"}
+        A loss gradient to be added: ``grad f(x)`` where a step perturbs, or
+        ``grad f(C(x))`` at every step.
+    projection : {"dual", "hard", "masked", "final"}
+        What brings x to C. "dual": z and u, as above. "hard": ``x <- proj(x)`` in the place
+        of a dual update. "masked": a mask on x and its gradients that is drawn anew, among
+        what it has kept, where a sparsity that changes over time does. "final": nothing
+        before the end. All but the first need a ``penalty`` of 0 and keep the support alone.
 
     Raises
     ------
@@ -88,12 +108,18 @@ class Method:
     relaxation: float = 1.0
     rescale_dual: bool = False
     state_dtype: str | None = None
+    decoupled: bool = False
+    compressed: bool = False
+    added_gradient: str | None = None
+    projection: str = "dual"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", as_pattern(self.sparsity))
         object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
         if self.perturbation is not None and not isinstance(self.perturbation, SAM):
-            raise TypeError(f"perturbation must be SAM, ASAM or None, got {self.perturbation!r}")
+            raise TypeError(
+                f"perturbation must be SAM, ASAM, GradientAscent or None, got {self.perturbation!r}"
+            )
         _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
         if self.importance is not None and not _is_source(self.importance):
             raise TypeError(
@@ -103,8 +129,9 @@ class Method:
             )
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
-        if not isinstance(self.rescale_dual, bool):
-            raise TypeError(f"rescale_dual must be True or False, got {self.rescale_dual!r}")
+        for name in ("rescale_dual", "decoupled", "compressed"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.rescale_dual and getattr(self.penalty, "has_zero_after_start", True):
             raise ValueError(
                 "rescale_dual divides by the penalty, which must be known to stay positive after "
@@ -117,11 +144,75 @@ class Method:
                     "state_dtype must be None under rescale_dual, which changes the stored u at "
                     f"every step, got {self.state_dtype!r}"
                 )
+        self._check_gradients()
+        self._check_projection()
+
+    def _check_gradients(self) -> None:
+        _checks.choice("added_gradient", self.added_gradient, (None, "unperturbed", "projected"))
+        if self.perturbation is None and (self.compressed or self.added_gradient == "unperturbed"):
+            raise ValueError(
+                "perturbation must not be None for a gradient at C(x + e), or for one at x beside "
+                "it, got None"
+            )
+        if self.reuses and (self.compressed or self.added_gradient is not None):
+            raise ValueError(
+                "reuse must be 0 beside a gradient at C(x + e) or an added one, got "
+                f"{self.perturbation!r}"
+            )
+
+    def _check_projection(self) -> None:
+        _checks.choice("projection", self.projection, ("dual", "hard", "masked", "final"))
+        if self.projection == "masked" and isinstance(self._table, RandomSparsity):
+            raise ValueError(
+                "sparsity must not be drawn at random for a mask, of which nothing comes back, got "
+                f"{self.sparsity!r}"
+            )
+        if self.splits:
+            return
+        of_dual = {
+            "penalty": Constant(0.0),
+            "relaxation": 1,
+            "rescale_dual": False,
+            "state_dtype": None,
+            "decoupled": False,
+        }
+        for name, value in of_dual.items():
+            if getattr(self, name) != value:
+                shown = 0 if name == "penalty" else value
+                raise ValueError(
+                    f"{name} must be {shown!r} where projection is {self.projection!r}, for there "
+                    f"is no z and u, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def _table(self) -> Any:
+        """The sparsity within the pattern: a fraction, a table, or None for N:M."""
+        return getattr(self.sparsity, "sparsity", None)
+
+    @property
+    def splits(self) -> bool:
+        """Whether there are z and u: the penalty pulls x to them, and anchors are kept."""
+        return self.projection == "dual"
+
+    @property
+    def masks(self) -> bool:
+        """Whether x and its gradients are zero off the support at every step."""
+        return self.projection == "masked"
+
+    @property
+    def adds_projected(self) -> bool:
+        """Whether every step takes a gradient at C(x) too."""
+        return self.added_gradient == "projected"
+
+    @property
+    def adds_unperturbed(self) -> bool:
+        """Whether the gradient at x is added to the perturbed one."""
+        return self.added_gradient == "unperturbed"
 
     @property
     def perturbs(self) -> bool:
         """Whether some step takes a second gradient, at the perturbed point."""
-        return self.perturbation is not None and not self.perturbation.is_zero
+        return self.perturbation is not None and (self.compressed or not self.perturbation.is_zero)
 
     @property
     def reuses(self) -> bool:
@@ -146,7 +237,14 @@ class Method:
         return reused(gradients, flat, self.perturbation.reuse)
 
     def is_dual_update(self, step: int | Array) -> bool | Array:
-        """Whether z and u are updated after the base step number ``step``."""
+        """Whether the support, with z and u if there are any, is updated after base step ``step``."""
+        if self.projection == "final":
+            return False
+        if self.masks:
+            if not isinstance(self._table, SparsityTable):
+                return False
+            changed: bool | Array = self._table.stage(step + 1) != self._table.stage(step)
+            return changed
         return self.dual_update_interval == 1 or (step + 1) % self.dual_update_interval == 0
 
     def radius(self, step: int | Array) -> float | Array:
@@ -189,6 +287,8 @@ class Method:
 
         ``importance`` is P where it is known from the start.
         """
+        if not self.splits:
+            return SplitState([], self.compression(params, targets, 0, importance))
         return splitting.init(
             params,
             self.sparsity,
@@ -241,8 +341,12 @@ class Method:
         """Return the split after the dual update at the end of ``step``.
 
         ``importance`` is P itself, such as ``method.metric(state)``; None is P = 1.
-        ``workspace``, arrays like v to write over, updates the split in place.
+        ``workspace``, arrays like v to write over, updates the split in place. Without z and
+        u it is the support of x alone, or of x under its mask.
         """
+        if not self.splits:
+            under = apply_support(params, split.support) if self.masks else params
+            return SplitState([], self.compression(under, targets, step + 1, importance))
         return splitting.dual_update(
             params,
             split,
@@ -254,6 +358,16 @@ class Method:
             state_dtype=self.state_dtype,
             workspace=workspace,
         )
+
+    def compression(
+        self,
+        params: Sequence[Array],
+        targets: Targets,
+        step: int | Array,
+        importance: Sequence[Array | None] | None = None,
+    ) -> list[Array]:
+        """Return where ``C(params)`` at ``step`` keeps entries."""
+        return splitting.support_at(params, self.sparsity, targets, step, importance=importance)
 
     def finalize(
         self,
@@ -299,10 +413,13 @@ def safe(
     perturbation_interval: int = 1,
     reuse: float = 0.0,
     state_dtype: str | None = None,
+    decoupled: bool = False,
+    projected_gradient: bool = False,
 ) -> Method:
     """SAFE, and SAFE+ when given an importance: sparse and flat minima by ADMM.
 
-    ``min_{x in C} max_{|e| <= rho} f(x + e)``, see `Method` for the iteration.
+    ``min_{x in C} max_{|e| <= rho} f(x + e)``, see `Method` for the iteration. SAFE-Multi is
+    SAFE with a `safe_core.schedules.random_sparsity`.
 
     Parameters
     ----------
@@ -329,6 +446,10 @@ def safe(
         others: ``interval`` and ``reuse`` of `SAM`.
     state_dtype : {None, "bfloat16"}
         "bfloat16" keeps 3 bytes per sparse parameter in place of 5, see `Method`.
+    decoupled : bool
+        Whether the penalty acts beside the base step and not through the gradient.
+    projected_gradient : bool
+        Whether every step adds ``grad f(C(x))``, a third gradient: SAFE+SG.
 
     Returns
     -------
@@ -349,20 +470,31 @@ def safe(
     >>> method.sparsity
     Unstructured(sparsity=0.95, scope='global')
     """
-    if not isinstance(adaptive, bool):
-        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
     _checks.integer("perturbation_interval", perturbation_interval, low=1)
-    kind = ASAM if adaptive else SAM
     return Method(
         sparsity=sparsity,
-        perturbation=kind(rho, interval=perturbation_interval, reuse=reuse),
+        perturbation=_ball(rho, adaptive, interval=perturbation_interval, reuse=reuse),
         penalty=penalty,  # type: ignore[arg-type]
         dual_update_interval=dual_update_interval,
         importance=importance,
         relaxation=relaxation,
         rescale_dual=rescale_dual,
         state_dtype=state_dtype,
+        decoupled=decoupled,
+        added_gradient=_projected(projected_gradient),
     )
+
+
+def _ball(rho: Any, adaptive: Any, **options: Any) -> SAM:
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+    return (ASAM if adaptive else SAM)(rho, **options)
+
+
+def _projected(flag: Any) -> str | None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"projected_gradient must be True or False, got {flag!r}")
+    return "projected" if flag else None
 
 
 def admm(
@@ -374,6 +506,8 @@ def admm(
     relaxation: float = 1.0,
     rescale_dual: bool = False,
     state_dtype: str | None = None,
+    decoupled: bool = False,
+    projected_gradient: bool = False,
 ) -> Method:
     """Plain ADMM pruning: SAFE without a perturbation.
 
@@ -381,7 +515,9 @@ def admm(
 
     Parameters
     ----------
-    sparsity, penalty, dual_update_interval, importance, relaxation, rescale_dual, state_dtype
+    sparsity, penalty, dual_update_interval, importance, relaxation
+        As for `safe`.
+    rescale_dual, state_dtype, decoupled, projected_gradient
         As for `safe`.
 
     Returns
@@ -411,4 +547,230 @@ def admm(
         relaxation=relaxation,
         rescale_dual=rescale_dual,
         state_dtype=state_dtype,
+        decoupled=decoupled,
+        added_gradient=_projected(projected_gradient),
+    )
+
+
+def magnitude(sparsity: Any, *, importance: Importance | None = None) -> Method:
+    """One-shot pruning: train freely, and project at the end.
+
+    Parameters
+    ----------
+    sparsity, importance
+        As for `safe`. Without an importance the entries of largest magnitude are kept.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    References
+    ----------
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+
+    Examples
+    --------
+    >>> magnitude(0.9).is_dual_update(31)
+    False
+    """
+    return Method(sparsity, penalty=0.0, importance=importance, projection="final")  # type: ignore[arg-type]
+
+
+def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
+    """Gradual magnitude pruning: a mask on the weights that grows while they train.
+
+    At the steps where the sparsity changes the mask is drawn anew, among what it has kept,
+    and holds until the next.
+
+    Parameters
+    ----------
+    sparsity : Cubic, or pattern with one
+        From `safe_core.schedules.cubic`, or `safe_core.schedules.linear_sparsity`.
+    importance : Importance, optional
+        As for `safe`.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`, or if ``sparsity`` does not change over time.
+
+    References
+    ----------
+    Zhu and Gupta 2017, "To Prune, or Not to Prune: Exploring the Efficacy of Pruning for
+    Model Compression".
+
+    Examples
+    --------
+    >>> from safe_core import schedules
+    >>> method = gmp(schedules.cubic(0.9, steps=1000, every=50))
+    >>> [step for step in range(200) if method.is_dual_update(step)]
+    [49, 99, 149, 199]
+    """
+    return _gradual(
+        Method(sparsity, penalty=0.0, importance=importance, projection="masked")  # type: ignore[arg-type]
+    )
+
+
+def imp_sam(
+    sparsity: Any,
+    *,
+    rho: float | Schedule = 0.1,
+    importance: Importance | None = None,
+    adaptive: bool = False,
+) -> Method:
+    """Iterative magnitude pruning with sharpness-aware steps in between: `gmp` under SAM.
+
+    Parameters
+    ----------
+    sparsity : Cubic, or pattern with one
+        Its ``every`` is the number of steps between two prunings. The published form rises
+        by `safe_core.schedules.linear_sparsity`; `safe_core.schedules.cubic` does better.
+    rho, importance, adaptive
+        As for `safe`.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `gmp`.
+
+    References
+    ----------
+    Na et al. 2022, "Train Flat, Then Compress: Sharpness-Aware Minimization Learns More
+    Compressible Models"; Lee et al. 2025, section 4.5.
+
+    Examples
+    --------
+    >>> from safe_core import schedules
+    >>> imp_sam(schedules.linear_sparsity(0.9, steps=1000, every=250), rho=0.05).perturbs
+    True
+    """
+    return _gradual(
+        Method(
+            sparsity,
+            perturbation=_ball(rho, adaptive),
+            penalty=0.0,  # type: ignore[arg-type]
+            importance=importance,
+            projection="masked",
+        )
+    )
+
+
+def _gradual(method: Method) -> Method:
+    if not isinstance(getattr(method.sparsity, "sparsity", None), SparsityTable):
+        raise ValueError(
+            "sparsity must change over time, such as schedules.cubic(0.9, steps=1000), got "
+            f"{method.sparsity!r}"
+        )
+    return method
+
+
+def iht(
+    sparsity: Any,
+    *,
+    interval: int = 1,
+    importance: Importance | None = None,
+) -> Method:
+    """Iterative hard thresholding: ``x <- proj(x)`` after every ``interval`` base steps.
+
+    Parameters
+    ----------
+    sparsity, importance
+        As for `safe`.
+    interval : int
+        Base steps from one projection to the next.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    References
+    ----------
+    Blumensath and Davies 2009, "Iterative Hard Thresholding for Compressed Sensing".
+
+    Examples
+    --------
+    >>> iht(0.9, interval=8).is_dual_update(7)
+    True
+    """
+    _checks.integer("interval", interval, low=1)
+    return Method(
+        sparsity,
+        penalty=0.0,  # type: ignore[arg-type]
+        dual_update_interval=interval,
+        importance=importance,
+        projection="hard",
+    )
+
+
+def cram(
+    sparsity: Any,
+    *,
+    rho: float | Schedule = 0.05,
+    plus: bool = False,
+    importance: Importance | None = None,
+) -> Method:
+    """CrAM: train for what is left of the weights once they are pruned in one shot.
+
+    ``g = grad f(C(x + rho * grad f(x)))``, and CrAM+ adds ``grad f(x)``. With a
+    `safe_core.schedules.random_sparsity`, of which every step draws C, it is CrAM-Multi or
+    CrAM+-Multi.
+
+    Parameters
+    ----------
+    sparsity : float, str or pattern
+        As for `safe`.
+    rho : float or schedule
+        Step size of the ascent, which is not normalised.
+    plus : bool
+        Whether the gradient at x is added.
+    importance : Importance, optional
+        As for `safe`.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    References
+    ----------
+    Peste et al. 2023, "CrAM: A Compression-Aware Minimizer", ICLR.
+
+    Examples
+    --------
+    >>> from safe_core import schedules
+    >>> cram(schedules.random_sparsity((0.5, 0.7, 0.9)), plus=True).added_gradient
+    'unperturbed'
+    """
+    if not isinstance(plus, bool):
+        raise TypeError(f"plus must be True or False, got {plus!r}")
+    return Method(
+        sparsity,
+        perturbation=GradientAscent(rho),
+        penalty=0.0,  # type: ignore[arg-type]
+        importance=importance,
+        compressed=True,
+        added_gradient="unperturbed" if plus else None,
+        projection="final",
     )

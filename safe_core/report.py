@@ -11,7 +11,8 @@ from array_api_compat import array_namespace
 from ._dtypes import wide_dtype
 from .backends import Array
 from .method import Method
-from .schedules import Cubic
+from .projection import apply_support
+from .schedules import SparsityTable
 from .sharpness import norm
 from .sparsity import NM, Pattern
 from .splitting import SplitState, Targets, recover
@@ -145,10 +146,15 @@ def outlook(
     >>> outlook(method, x, method.init(x, targets), 0, targets, None)[2]
     [array([ True, False])]
     """
+    final = method.final_support(params, targets, importance)
+    if not method.splits:  # then z is x on its support, and u zero
+        wide = [array_namespace(x).astype(x, _wide(x), copy=False) for x in params]
+        now = method.dual_update(params, split, step, targets, importance).support
+        found = [SplitState(apply_support(wide, s), s) for s in (split.support, now)]
+        return found[0], found[1], final
     held = [array_namespace(a).astype(a, _wide(a), copy=False) for a in split.anchor]
-    wide, exact = SplitState(held, split.support), replace(method, state_dtype=None)
-    update = exact.dual_update(params, wide, step, targets, importance)
-    return wide, update, method.final_support(params, targets, importance)
+    before, exact = SplitState(held, split.support), replace(method, state_dtype=None)
+    return before, exact.dual_update(params, before, step, targets, importance), final
 
 
 def _wide(a: Array) -> Any:
@@ -195,5 +201,5 @@ def _asked(pattern: Pattern) -> float:
     if isinstance(pattern, NM):
         return 1 - pattern.n / pattern.m
     return float(
-        pattern.sparsity.value if isinstance(pattern.sparsity, Cubic) else pattern.sparsity
+        pattern.sparsity.value if isinstance(pattern.sparsity, SparsityTable) else pattern.sparsity
     )

@@ -8,19 +8,34 @@ schedule holds its last value.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
 
 from . import _checks
 
-__all__ = ["Constant", "Cosine", "Cubic", "Linear", "constant", "cosine", "cubic", "linear"]
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Linear",
+    "LinearSparsity",
+    "RandomSparsity",
+    "SparsityTable",
+    "constant",
+    "cosine",
+    "cubic",
+    "linear",
+    "linear_sparsity",
+    "random_sparsity",
+]
 
 Array = Any
 Schedule = Callable[[Any], Any]
@@ -107,6 +122,8 @@ class Cubic:
     start: int = 0
     every: int = 1
 
+    _power: ClassVar[int] = 3
+
     def __post_init__(self) -> None:
         _checks.sparsity("value", self.value)
         _checks.integer("steps", self.steps, low=1)
@@ -124,7 +141,7 @@ class Cubic:
         initial, final = map(_checks.decimal_fraction, (self.initial, self.value))
         stages = self.steps // self.every
         return tuple(
-            final + (initial - final) * (1 - Fraction(stage, stages)) ** 3
+            final + (initial - final) * (1 - Fraction(stage, stages)) ** self._power
             for stage in range(stages + 1)
         )
 
@@ -138,6 +155,67 @@ class Cubic:
 
     def __call__(self, step: int) -> float:
         return float(self.table[self.stage(step)])
+
+
+@dataclass(frozen=True)
+class LinearSparsity(Cubic):
+    """The same in equal steps."""
+
+    _power: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class RandomSparsity:
+    """A static table of sparsities from which every step draws one."""
+
+    values: tuple[float, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, (tuple, list)) or not 0 < len(self.values) < 2**15:
+            raise TypeError(f"values must be a tuple of sparsities, not empty, got {self.values!r}")
+        for value in self.values:
+            _checks.sparsity("values", value)
+        object.__setattr__(self, "values", tuple(self.values))
+        _checks.integer("seed", self.seed, low=0)
+
+    @property
+    def value(self) -> float:
+        """The largest, which holds at the end."""
+        return max(self.values)
+
+    @cached_property
+    def table(self) -> tuple[Fraction, ...]:
+        """The exact sparsities to draw from, and the largest again at the end."""
+        return tuple(map(_checks.decimal_fraction, (*self.values, self.value)))
+
+    def stage(self, step: int | Array) -> int | Array:
+        """The index into `table` at a step."""
+        return (self._bits(step) * len(self.values)) >> 16
+
+    def _bits(self, step: int | Array) -> int | Array:
+        """16 bits that are a function of the step and the seed alone.
+
+        A Feistel network of products below 2**31: integers of any library are wide enough.
+        """
+        left, right = (step >> 16) & 0x7FFF, step & 0xFFFF
+        for added, factor in self._keys:
+            left, right = right, left ^ ((((right ^ added) * factor) >> 11) & 0xFFFF)
+        return right
+
+    @cached_property
+    def _keys(self) -> tuple[tuple[int, int], ...]:
+        """16 bits, and an odd number of 15 bits, for every round."""
+        digest = hashlib.sha256(str(self.seed).encode()).digest()
+        words = [int.from_bytes(digest[i : i + 2], "big") for i in range(0, 32, 2)]
+        return tuple((a, b >> 1 | 0x4001) for a, b in zip(words[::2], words[1::2], strict=True))
+
+    def __call__(self, step: int) -> float:
+        return float(self.table[self.stage(step)])
+
+
+SparsityTable = Cubic | RandomSparsity
+"""A static table of sparsities, which a pattern may take for its ``sparsity``."""
 
 
 def constant(value: float) -> Constant:
@@ -273,15 +351,90 @@ def cubic(
     """
     if every is None:
         _checks.integer("steps", steps, low=1)
-        every = next(k for k in range(-(-steps // 100), steps + 1) if steps % k == 0)
+        every = _finest(steps)
     return Cubic(value, steps, initial, start, every)
+
+
+def linear_sparsity(
+    value: float, steps: int, initial: float = 0.0, start: int = 0, every: int | None = None
+) -> LinearSparsity:
+    """Sparsity ``initial + (value - initial) * j / n`` at stage ``j`` of ``n``.
+
+    A static table of exact fractions, as of `cubic`.
+
+    Parameters
+    ----------
+    value, steps, initial, start, every
+        As for `cubic`.
+
+    Returns
+    -------
+    LinearSparsity
+        A frozen dataclass that a pattern takes as its ``sparsity``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cubic`.
+
+    Examples
+    --------
+    >>> sparsity = linear_sparsity(0.8, steps=4)
+    >>> [sparsity(step) for step in range(6)]
+    [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
+    """
+    if every is None:
+        _checks.integer("steps", steps, low=1)
+        every = _finest(steps)
+    return LinearSparsity(value, steps, initial, start, every)
+
+
+def _finest(steps: int) -> int:
+    """Steps between two changes, of a table of at most 100 stages."""
+    return next(k for k in range(-(-steps // 100), steps + 1) if steps % k == 0)
+
+
+def random_sparsity(values: tuple[float, ...], seed: int = 0) -> RandomSparsity:
+    """One of ``values`` at every step, drawn at random; the largest at the end.
+
+    The draw is a function of step and seed alone: the same in every library, and in a run
+    that is resumed.
+
+    Parameters
+    ----------
+    values : tuple of float
+        Fractions of zeros in [0, 1). One that is listed twice is drawn twice as often.
+    seed : int
+        Non-negative; another one gives other draws.
+
+    Returns
+    -------
+    RandomSparsity
+        A frozen dataclass that a pattern takes as its ``sparsity``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``values`` is not a tuple of sparsities or ``seed`` not a non-negative integer.
+
+    References
+    ----------
+    Peste et al. 2023, "CrAM: A Compression-Aware Minimizer", ICLR (CrAM-Multi).
+
+    Examples
+    --------
+    >>> sparsity = random_sparsity((0.5, 0.7, 0.9))
+    >>> [sparsity(step) for step in range(6)]
+    [0.7, 0.9, 0.7, 0.9, 0.5, 0.7]
+    """
+    return RandomSparsity(values, seed)
 
 
 def as_schedule(name: str, value: Any) -> Schedule:
     """Return a non-negative schedule for a number or a schedule, or raise naming ``name``."""
     if isinstance(value, Real) and not isinstance(value, bool):
         return Constant(_checks.real(name, value, low=0.0))
-    if isinstance(value, Cubic) or not callable(value):
+    if isinstance(value, SparsityTable) or not callable(value):
         raise TypeError(
             f"{name} must be a non-negative Python number or a schedule, got "
             f"{_checks.shown(value)}; an array goes to the adapter instead"

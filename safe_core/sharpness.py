@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -14,7 +15,7 @@ from . import _checks
 from ._dtypes import scalar_like, wide_dtype
 from .schedules import Constant, Schedule, as_schedule
 
-__all__ = ["ASAM", "SAM", "Direction", "flat_direction", "norm", "reused"]
+__all__ = ["ASAM", "SAM", "Direction", "GradientAscent", "flat_direction", "norm", "reused"]
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -228,6 +229,9 @@ class SAM:
     interval: int = field(default=1, kw_only=True)
     reuse: float = field(default=0.0, kw_only=True)
 
+    is_scale_free: ClassVar[bool] = True
+    """Whether e stays as it is when the loss is multiplied by a positive number."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", as_schedule("rho", self.rho))
         _checks.integer("interval", self.interval, low=1)
@@ -328,3 +332,50 @@ class ASAM(SAM):
             scaled.append(t * wide)
             twice.append(t * (t * wide))
         return Direction(twice, norm(scaled), rho)
+
+
+@dataclass(frozen=True)
+class GradientAscent(SAM):
+    """A step along the gradient as it is: ``e = rho * g``.
+
+    Its length is that of the gradient times rho, so a loss that was scaled gives another e:
+    gradients are to be unscaled first.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Step size, in the unit of a learning rate.
+    interval, reuse : int, float
+        As for `SAM`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `SAM`.
+
+    References
+    ----------
+    Peste et al. 2023, "CrAM: A Compression-Aware Minimizer", ICLR, equation 4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> ascent = GradientAscent(0.5)
+    >>> ascent.perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.5)
+    [array([1.5, 2. ])]
+    """
+
+    is_scale_free: ClassVar[bool] = False
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+    ) -> Direction:
+        """Return `perturbation` before it is written out."""
+        length = norm(gradients)
+        xp = array_namespace(length)
+        one = xp.ones_like(length)
+        return Direction(gradients, xp.where(xp.isfinite(length), one, math.inf * one), rho)

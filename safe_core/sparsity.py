@@ -13,13 +13,13 @@ from numbers import Real
 from typing import Any, Literal
 
 from . import _checks
-from .schedules import Cubic
+from .schedules import SparsityTable
 
 __all__ = ["NM", "Block", "Channel", "Pattern", "Unstructured"]
 
 
 def _check_fraction(name: str, value: Any) -> None:
-    if not isinstance(value, Cubic):
+    if not isinstance(value, SparsityTable):
         _checks.sparsity(name, value)
 
 
@@ -29,7 +29,7 @@ class Unstructured:
 
     Attributes
     ----------
-    sparsity : float or Cubic
+    sparsity : float or table of `safe_core.schedules`
         Fraction of zeros in [0, 1), taken as the decimal it prints as.
     scope : {"global", "tensor", "row"}
         The pool in which entries compete: all tensors together, each tensor, or the
@@ -46,7 +46,7 @@ class Unstructured:
     Unstructured(sparsity=0.9, scope='row')
     """
 
-    sparsity: float | Cubic
+    sparsity: float | SparsityTable
     scope: Literal["global", "tensor", "row"] = "global"
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Block:
     ----------
     shape : tuple of two int
         Size of a block along the output and the input axis.
-    sparsity : float or Cubic
+    sparsity : float or table of `safe_core.schedules`
         Fraction of blocks that are zero, in [0, 1).
     scope : {"tensor", "global"}
         Whether blocks compete within each tensor or all together.
@@ -125,7 +125,7 @@ class Block:
     """
 
     shape: tuple[int, int]
-    sparsity: float | Cubic
+    sparsity: float | SparsityTable
     scope: Literal["tensor", "global"] = "tensor"
     ragged: Literal["error", "dense"] = "error"
 
@@ -148,7 +148,7 @@ class Channel:
 
     Attributes
     ----------
-    sparsity : float or Cubic
+    sparsity : float or table of `safe_core.schedules`
         Fraction of output channels that are zero, in [0, 1).
     scope : {"tensor", "global"}
         Whether channels compete within each tensor or all together.
@@ -164,7 +164,7 @@ class Channel:
     Channel(sparsity=0.5, scope='tensor')
     """
 
-    sparsity: float | Cubic
+    sparsity: float | SparsityTable
     scope: Literal["tensor", "global"] = "tensor"
 
     def __post_init__(self) -> None:
@@ -187,7 +187,7 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
                 f"{value!r}"
             )
         return NM(int(n), int(m))
-    if isinstance(value, (Real, Decimal, Cubic)) and not isinstance(value, bool):
+    if isinstance(value, Real | Decimal | SparsityTable) and not isinstance(value, bool):
         return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
         "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "
@@ -202,7 +202,7 @@ def kept_counts(pattern: Pattern, units: int) -> tuple[int, ...]:
         return (pattern.n,)
     fractions = (
         pattern.sparsity.table
-        if isinstance(pattern.sparsity, Cubic)
+        if isinstance(pattern.sparsity, SparsityTable)
         else (_checks.decimal_fraction(pattern.sparsity),)
     )
     return tuple(units - int(Fraction(units) * fraction) for fraction in fractions)
@@ -210,6 +210,6 @@ def kept_counts(pattern: Pattern, units: int) -> tuple[int, ...]:
 
 def stage(pattern: Pattern, step: Any) -> Any:
     """The index into `kept_counts` at a step; None asks for the final one."""
-    if isinstance(pattern, NM) or not isinstance(pattern.sparsity, Cubic):
+    if isinstance(pattern, NM) or not isinstance(pattern.sparsity, SparsityTable):
         return 0
     return len(pattern.sparsity.table) - 1 if step is None else pattern.sparsity.stage(step)

@@ -36,6 +36,7 @@ __all__ = [
     "primal_residual",
     "recover",
     "rescale_dual",
+    "support_at",
 ]
 
 
@@ -47,9 +48,10 @@ class SplitState(NamedTuple):
     anchor : list of arrays
         ``z - u``, shaped as the parameter, in its dtype or float32 if that is wider:
         rounded to the nearest of 16 bits, small increments of u would be lost. Bfloat16
-        where that was asked for, rounded stochastically.
+        where that was asked for, rounded stochastically. Empty for a method without z and u.
     support : list of bool arrays
-        Where z may be non-zero; u is zero there.
+        Where z may be non-zero; u is zero there. Of a method without z and u the support
+        of its last projection.
 
     Examples
     --------
@@ -337,6 +339,43 @@ def final_support(
     [array([False,  True])]
     """
     return _select(params, pattern, targets, importance, step=None)
+
+
+def support_at(
+    params: Sequence[Array],
+    pattern: Pattern,
+    targets: Targets,
+    step: int | Array,
+    *,
+    importance: Sequence[Array | None] | None = None,
+) -> list[Array]:
+    """The support of ``proj(x)`` at a step of a sparsity that changes over time.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+    pattern : pattern
+        The constraint.
+    targets : Targets
+        Names and layouts of ``params``.
+    step : int or integer array
+        The step that the sparsity is taken at.
+    importance : sequence of arrays or None, optional
+        P, broadcastable to the parameters; 1 where None.
+
+    Returns
+    -------
+    list of bool arrays
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import Unstructured, schedules
+    >>> pattern = Unstructured(schedules.cubic(0.5, steps=9))
+    >>> support_at([numpy.asarray([1.0, 3.0])], pattern, Targets(("x",), (None,)), 0)
+    [array([ True,  True])]
+    """
+    return _select(params, pattern, targets, importance, step)
 
 
 def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -> bool:
