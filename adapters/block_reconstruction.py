@@ -182,5 +182,8 @@ def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:
     if optimizer.perturbs:
         with optimizer.perturbed():
             loss_of().backward()  # type: ignore[no-untyped-call]
+    if optimizer.projects:
+        with optimizer.projected():
+            loss_of().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 
 from safe_core import Method, SplitState, _checks
-from safe_core._dtypes import wide_dtype
+from safe_core._dtypes import scalar_like, wide_dtype
 from safe_core.arguments import check_importance
 from safe_core.backends import backend_of
 from safe_core.layout import Layout, place_importance
-from safe_core.schedules import Cubic
+from safe_core.projection import apply_support
+from safe_core.schedules import SparsityTable
 from safe_core.splitting import is_projected, penalty_gradient
 
 from .optax_tree import SparseTree, is_function, is_sparse_in, leaves_like
@@ -44,10 +45,10 @@ class SparseOptimizerState(NamedTuple):
         Base steps taken.
     base : pytree
         State of the base transformation.
-    anchor : pytree of arrays
-        ``z - u``, see `safe_core.SplitState`.
+    anchor : pytree of arrays, or None
+        ``z - u``, see `safe_core.SplitState`; None for a method without z and u.
     support : pytree of bool arrays
-        Where z may be non-zero.
+        Where z may be non-zero, or x after its last projection.
     importance : pytree of arrays, or None
         P, or what it is derived from; None if P = 1.
     flat_direction : pytree of arrays, or None
@@ -69,6 +70,7 @@ def sparse_optimizer(
     *,
     rho: float | jax.Array | Schedule | None = None,
     penalty: float | jax.Array | Schedule | None = None,
+    learning_rate: float | jax.Array | Schedule | None = None,
     where: Callable[[str, Any], bool] | PyTree | None = None,
     layout: _Layouts = None,
     importance: Callable[[PyTree], PyTree] | PyTree | None = None,
@@ -79,8 +81,10 @@ def sparse_optimizer(
     Written out, one step is that of `safe_core.Method`. ``update(grads, state, params,
     grad_fn=...)`` takes the gradients at ``params`` and, where the method perturbs,
     ``grad_fn``, a function of parameters to gradients on the same batch. At steps that
-    perturb, ``grads`` serves the ascent alone and may be of a part of the batch; at
-    others, see `safe_core.SAM`, ``grad_fn`` is not called.
+    perturb, ``grads`` serves the ascent alone and may be of a part of the batch, unless the
+    method adds it; at others, see `safe_core.SAM`, ``grad_fn`` is not called. A method that
+    adds a projected gradient calls it at every step once more. Gradients must be unscaled
+    where the perturbation is not scale-free, as of `safe_core.cram`.
 
     Use it as the last transformation: what follows it would change the step that z and u
     have seen. Gradient clipping belongs before it and into ``grad_fn``; within ``base``
@@ -96,6 +100,8 @@ def sparse_optimizer(
         From `safe_core.safe` or `safe_core.admm`.
     rho, penalty : float, array or schedule, optional
         Override the method's; may be traced, as under `optax.inject_hyperparams`.
+    learning_rate : float, array or schedule
+        That of ``base``, for a method with a decoupled penalty; not for others.
     where : callable or pytree of bool, optional
         Which leaves are sparse: ``where(path, leaf)``, with the keys of the path joined
         by ``/``. By default the weights of linear, convolution, attention and recurrent
@@ -144,9 +150,9 @@ def sparse_optimizer(
     >>> int((params["kernel"] == 0).sum())
     12
     """
-    _check_arguments(base, method, rho, penalty, layout, importance)
+    _check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
     inner = optax.with_extra_args_support(base)
-    perturbs = method.perturbs if rho is None else not _is_static_zero(rho)
+    perturbs = method.perturbs if rho is None or method.compressed else not _is_static_zero(rho)
     reuses = perturbs and method.reuses
 
     def init(params: PyTree) -> SparseOptimizerState:
@@ -158,7 +164,7 @@ def sparse_optimizer(
         return SparseOptimizerState(
             step=jnp.zeros((), jnp.int32),
             base=inner.init(params),
-            anchor=tree.masked(split.anchor),
+            anchor=tree.masked(split.anchor) if method.splits else None,
             support=tree.masked(split.support),
             importance=None if held is None else tree.masked(held),
             flat_direction=_no_direction(params) if reuses else None,
@@ -180,21 +186,32 @@ def sparse_optimizer(
         _check_state(state, method, tree, reuses)
         check_shapes(params, state, tree)
         gradients = tree.gradients("updates", updates, params)
+        held = None if state.importance is None else tree.sparse(state.importance)
+        support = tree.sparse(state.support)
+        loss_gradients = _LossGradients(method, tree, params, support, held, state.step, grad_fn)
         flat = []
         if reuses:
             flat = leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
-        if perturbs:
+        gradients = loss_gradients.masked(gradients)
+        if perturbs or method.adds_projected:
             _check_grad_fn(grad_fn)
+        if perturbs:
             radius = None if rho is None else at_step(rho, state.step)
-            gradients, flat = _perturbed(
-                method, params, gradients, flat, state.step, radius, grad_fn, tree
-            )
-        held = None if state.importance is None else tree.sparse(state.importance)
-        split = SplitState(tree.sparse(state.anchor), tree.sparse(state.support))
+            gradients, flat = loss_gradients.perturbed(gradients, flat, radius)
+        if method.adds_projected:
+            gradients = loss_gradients.with_projected(gradients)
+        split = SplitState(tree.sparse(state.anchor) if method.splits else [], support)
         split = method.rescale(split, state.step)
         weight = method.penalty(state.step) if penalty is None else at_step(penalty, state.step)
-        penalized = _penalized(params, gradients, split, weight, tree)
-        out, base_state = inner.update(penalized, state.base, params, **extra_args)
+        total = tree.treedef.unflatten(gradients)
+        if method.splits and not method.decoupled:
+            total = _penalized(params, gradients, split, weight, tree)
+        out, base_state = inner.update(total, state.base, params, **extra_args)
+        if method.decoupled:
+            rate = at_step(learning_rate, state.step)
+            out = _pulled(out, params, split, weight, rate, tree)
+        if method.masks:
+            out = _emptied(out, params, support, tree)
         new_params = optax.apply_updates(params, out)
 
         def due(split: SplitState, held: list[Any] | None) -> tuple[SplitState, list[Any] | None]:
@@ -206,13 +223,18 @@ def sparse_optimizer(
             metric = method.metric(held)
             return method.dual_update(values, split, state.step, tree.targets, metric), held
 
-        split, held = backend_of(state.step).cond(
-            method.is_dual_update(state.step), due, lambda *same: same, split, held
-        )
+        is_due = method.is_dual_update(state.step)
+        split, held = backend_of(state.step).cond(is_due, due, lambda *same: same, split, held)
+        if method.projection == "hard":
+            out = _emptied(
+                out, params, [mask | ~jnp.asarray(is_due) for mask in split.support], tree
+            )
+        if method.masks:
+            out = _emptied(out, params, split.support, tree)
         return out, SparseOptimizerState(
             step=optax.safe_increment(state.step),
             base=base_state,
-            anchor=tree.masked(split.anchor),
+            anchor=tree.masked(split.anchor) if method.splits else None,
             support=tree.masked(split.support),
             importance=None if held is None else tree.masked(held),
             flat_direction=tree.treedef.unflatten(flat) if flat else None,
@@ -286,7 +308,7 @@ def trained_tree(
     params: PyTree, state: SparseOptimizerState, layout: _Layouts, on_host: bool = False
 ) -> SparseTree:
     """The sparse leaves of ``params`` as ``state`` knows them."""
-    sparse = is_sparse_in(state.anchor)
+    sparse = is_sparse_in(state.support)
     known: Any = jax.tree.structure(sparse)
     if known != jax.tree.structure(params):
         raise ValueError(
@@ -300,12 +322,12 @@ def trained_tree(
 
 def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
     """Refuse parameters that a state was not made of."""
-    pairs = zip(tree.targets.names, tree.sparse(params), tree.sparse(state.anchor), strict=True)
-    for name, x, anchor in pairs:
-        if x.shape != anchor.shape:
+    pairs = zip(tree.targets.names, tree.sparse(params), tree.sparse(state.support), strict=True)
+    for name, x, support in pairs:
+        if x.shape != support.shape:
             raise ValueError(
                 f"params must have the shapes of those that state was made of, which is "
-                f"{anchor.shape} for {name}, got {x.shape}"
+                f"{support.shape} for {name}, got {x.shape}"
             )
 
 
@@ -345,30 +367,67 @@ def find_state(state: PyTree) -> SparseOptimizerState:
     return found[0]
 
 
-def _perturbed(
-    method: Method,
-    params: PyTree,
-    gradients: list[Any],
-    flat: list[Any],
-    step: jax.Array,
-    rho: Any,
-    grad_fn: Any,
-    tree: SparseTree,
-) -> tuple[list[Any], list[Any]]:
-    """The loss gradients of the step, and the direction that other steps reuse, if any do."""
-    due = method.perturbation.is_due(step)  # type: ignore[union-attr]
+class _LossGradients(NamedTuple):
+    """The gradients of the loss at the points of one step."""
 
-    def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
-        e = method.perturb(tree.leaves(params), first, step, rho=rho)
-        second = tree.gradients("what grad_fn returns", grad_fn(_moved(params, e, tree)), params)
-        second = _cast(second, first)
-        return second, _cast(method.flat_direction(first, second), flat) if flat else flat
+    method: Method
+    tree: SparseTree
+    params: PyTree
+    support: list[Any]
+    importance: list[Any] | None
+    step: jax.Array
+    grad_fn: Any
 
-    def stay(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
-        return method.reuse(first, flat) if flat else first, flat
+    def perturbed(
+        self, gradients: list[Any], flat: list[Any], rho: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Those of the step, and the direction that other steps reuse, if any do."""
+        method, step = self.method, self.step
+        due = method.perturbation.is_due(step)  # type: ignore[union-attr]
 
-    found: tuple[list[Any], list[Any]] = backend_of(step).cond(due, ascend, stay, gradients, flat)
-    return found
+        def ascend(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+            e = method.perturb(self.tree.leaves(self.params), first, step, rho=rho)
+            moved = _moved(self.params, e, self.tree)
+            second = self._at(self._compressed(moved) if method.compressed else moved, first)
+            if method.adds_unperturbed:
+                second = [a + b for a, b in zip(second, first, strict=True)]
+            return second, _cast(method.flat_direction(first, second), flat) if flat else flat
+
+        def stay(first: list[Any], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+            return method.reuse(first, flat) if flat else first, flat
+
+        found: tuple[list[Any], list[Any]] = backend_of(step).cond(
+            due, ascend, stay, gradients, flat
+        )
+        return found
+
+    def with_projected(self, gradients: list[Any]) -> list[Any]:
+        """Add the gradient at ``C(x)``."""
+        added = self._at(self._compressed(self.params), gradients)
+        return [a + b for a, b in zip(gradients, added, strict=True)]
+
+    def masked(self, gradients: list[Any]) -> list[Any]:
+        """Gradients, zero off the support under a mask."""
+        if not self.method.masks:
+            return gradients
+        found = list(gradients)
+        sparse = [gradients[i] for i in self.tree.indices]
+        kept = apply_support(sparse, self.support)
+        for i, gradient in zip(self.tree.indices, kept, strict=True):
+            found[i] = gradient
+        return found
+
+    def _at(self, params: PyTree, like: list[Any]) -> list[Any]:
+        """What ``grad_fn`` returns at other parameters, checked."""
+        found = self.tree.gradients("what grad_fn returns", self.grad_fn(params), params)
+        return self.masked(_cast(found, like))
+
+    def _compressed(self, params: PyTree) -> PyTree:
+        """``C(params)``."""
+        sparse, targets = self.tree.sparse(params), self.tree.targets
+        metric = self.method.metric(self.importance)
+        kept = self.method.compression(sparse, targets, self.step, metric)
+        return self.tree.replaced(self.tree.leaves(params), apply_support(sparse, kept))
 
 
 def _check_state(
@@ -380,6 +439,9 @@ def _check_state(
             f"state.flat_direction must {'' if reuses else 'not '}be there for a method with "
             f"reuse={getattr(method.perturbation, 'reuse', 0)!r}; is the state of another method?"
         )
+    check_anchor(state, method)
+    if not method.splits:
+        return
     narrow = method.state_dtype is not None
     for name, anchor in zip(tree.targets.names, tree.sparse(state.anchor), strict=True):
         if narrow != (anchor.dtype == jnp.bfloat16):
@@ -389,11 +451,21 @@ def _check_state(
             )
 
 
+def check_anchor(state: SparseOptimizerState, method: Method) -> None:
+    """Refuse a state that lacks the anchors of a method, or has too many."""
+    if method.splits != (state.anchor is not None):
+        raise ValueError(
+            f"state.anchor must {'' if method.splits else 'not '}be there for a method with "
+            f"projection={method.projection!r}; is the state of another method?"
+        )
+
+
 def _check_grad_fn(grad_fn: Any) -> None:
     if grad_fn is None:
         raise ValueError(
             "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-            "function of params to gradients, for the method has rho > 0; got None"
+            "function of params to gradients, for the method has rho > 0 or takes a gradient at "
+            "projected parameters; got None"
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
@@ -416,6 +488,27 @@ def _penalized(
         pull = penalty_gradient(x, anchor, penalty)
         sums.append((gradients[i].astype(pull.dtype) + pull).astype(gradients[i].dtype))
     return tree.replaced(gradients, sums)
+
+
+def _pulled(
+    updates: PyTree, params: PyTree, split: SplitState, penalty: Any, rate: Any, tree: SparseTree
+) -> PyTree:
+    """Updates less ``rate * penalty * (x - anchor)``, in their dtypes."""
+    steps, pulled = tree.leaves(updates), []
+    for i, x, anchor in zip(tree.indices, tree.sparse(params), split.anchor, strict=True):
+        pull = penalty_gradient(x, anchor, penalty)
+        moved = steps[i].astype(pull.dtype) - scalar_like(rate, pull) * pull
+        pulled.append(moved.astype(steps[i].dtype))
+    return tree.replaced(steps, pulled)
+
+
+def _emptied(updates: PyTree, params: PyTree, support: Sequence[Any], tree: SparseTree) -> PyTree:
+    """Updates that leave parameters zero off a support: x + (-x) is +0."""
+    steps, kept = tree.leaves(updates), []
+    for i, x, mask in zip(tree.indices, tree.sparse(params), support, strict=True):
+        dtype = jnp.promote_types(steps[i].dtype, x.dtype)  # in which -x is exact
+        kept.append(jnp.where(mask, steps[i].astype(dtype), -x.astype(dtype)))
+    return tree.replaced(steps, kept)
 
 
 def _no_direction(params: PyTree) -> PyTree:
@@ -484,7 +577,7 @@ def _placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
 
 def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
     """Refuse a layout other than the one that was trained with, where values can be read."""
-    changes = isinstance(getattr(method.sparsity, "sparsity", None), Cubic)
+    changes = isinstance(getattr(method.sparsity, "sparsity", None), SparsityTable)
     if changes or not all(backend_of(mask).is_concrete(mask) for mask in support):
         return
     if not is_projected(support, method.sparsity, tree.targets):
@@ -495,7 +588,13 @@ def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> No
 
 
 def _check_arguments(
-    base: Any, method: Any, rho: Any, penalty: Any, layout: Any, importance: Any
+    base: Any,
+    method: Any,
+    rho: Any,
+    penalty: Any,
+    learning_rate: Any,
+    layout: Any,
+    importance: Any,
 ) -> None:
     if not isinstance(base, optax.GradientTransformation):
         raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
@@ -503,7 +602,14 @@ def _check_arguments(
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     if rho is not None and method.perturbation is None:
         raise ValueError(f"rho must be None for a method without perturbation, got {rho!r}")
-    for name, value in (("rho", rho), ("penalty", penalty)):
+    if method.decoupled != (learning_rate is not None):
+        raise ValueError(
+            f"learning_rate must {'be given' if method.decoupled else 'be None'} for a method with "
+            f"decoupled={method.decoupled!r}, got {learning_rate!r}"
+        )
+    if penalty is not None and not method.splits:
+        raise ValueError(f"penalty must be None for a method without z and u, got {penalty!r}")
+    for name, value in (("rho", rho), ("penalty", penalty), ("learning_rate", learning_rate)):
         if isinstance(value, (np.ndarray, jax.Array)):
             if value.shape != ():
                 raise ValueError(f"{name} must be a scalar, got shape {value.shape}")

@@ -7,7 +7,7 @@ from typing import Any
 from safe_core import Method, SplitState
 from safe_core.report import Report, TensorReport, outlook, sums
 
-from .optax import at_step, check_layout, find_state, trained_tree
+from .optax import at_step, check_anchor, check_layout, find_state, trained_tree
 
 __all__ = ["report"]
 
@@ -59,7 +59,9 @@ def report(
     ours = find_state(state)
     tree = trained_tree(params, ours, layout)
     values = tree.sparse(params)
-    split = SplitState(tree.sparse(ours.anchor), tree.sparse(ours.support))
+    check_anchor(ours, method)
+    anchor = tree.sparse(ours.anchor) if method.splits else []
+    split = SplitState(anchor, tree.sparse(ours.support))
     check_layout(split.support, method, tree)
     metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     compared = outlook(method, values, split, ours.step, tree.targets, metric)

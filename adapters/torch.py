@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import Method, SplitState
+from safe_core import Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
 from safe_core.backends import backend_of
@@ -55,7 +55,8 @@ class SparseOptimizer(Optimizer):
     base : torch.optim.Optimizer
         An instance that holds the parameters. Its own state stays apart from ours.
     method : Method
-        From `safe_core.safe` or `safe_core.admm`.
+        From `safe_core.safe` or another function of `safe_core`. One with a decoupled penalty
+        reads the ``"lr"`` of the groups.
     model : torch.nn.Module, optional
         Makes the weights of its linear, convolution and attention layers sparse, not
         biases, norms and embeddings, and supplies their names and layouts.
@@ -70,7 +71,7 @@ class SparseOptimizer(Optimizer):
         function ``importance({name: parameter}) -> {name: tensor}`` is called at dual
         updates, after the base optimizer's step, and P is 1 before the first.
     allow_unperturbed : bool
-        Let `step` run without a perturbed gradient.
+        Let `step` run without a perturbed gradient, or one at the projected parameters.
     compile : bool
         Run the perturbation, and the penalty together with the base optimizer's step, as
         two programs of `torch.compile`. Needs a base that compiles, with a learning rate
@@ -126,8 +127,8 @@ class SparseOptimizer(Optimizer):
     ...     nn.functional.mse_loss(model(x), y).backward()
     >>> optimizer.step()
 
-    (within ``if optimizer.perturbs:`` where the method does not perturb at every step).
-    In the end the weights are made sparse:
+    (within ``if optimizer.perturbs:`` where the method does not perturb at every step, and
+    with `projected` for a method that `projects`). In the end the weights are made sparse:
 
     >>> optimizer.finalize()
     >>> int((model.weight == 0).sum())
@@ -168,7 +169,9 @@ class SparseOptimizer(Optimizer):
         self._targets: dict[Tensor, Target]
         self._select()
         self._make_kernels()
-        self._phase = ""  # "", "perturbed" within the block, "ready" after it
+        # "", "perturbed" within the block, "ready" after it, "projected" within that one,
+        # "complete" after it
+        self._phase = ""
         self._first: dict[Tensor, Tensor] = {}  # gradients at x, where they are reused
         self._checked_rounding = False
 
@@ -182,34 +185,43 @@ class SparseOptimizer(Optimizer):
             perturbation is not None and bool(perturbation.is_due(self.steps)) and self._has_radius
         )
 
+    @property
+    def projects(self) -> bool:
+        """Whether the step to come takes a gradient within `projected`."""
+        return self.method.adds_projected and not self.frozen
+
     @contextmanager
-    def perturbed(self, replay: RandomState | None = None) -> Iterator[None]:
+    def perturbed(
+        self, replay: RandomState | None = None, *, loss_scale: float = 1.0
+    ) -> Iterator[None]:
         """Hold the parameters at ``x + e``; restore x bit for bit on the way out.
 
         ``e`` follows from the gradients of the first backward pass, which are cleared
         on entry: compute the loss and call ``backward()`` again inside. Restores too
-        when the block raises. Needs no unscaling under a gradient scaler. At a step that
-        does not perturb, the parameters stay at x. The first gradients serve the ascent
-        alone, and may be of a part of the batch, unless the method reuses a direction.
+        when the block raises. At a step that does not perturb, the parameters stay at x. The
+        first gradients serve the ascent alone, and may be of a part of the batch, unless the
+        method reuses a direction or adds them: then they are added as the block ends.
 
         Parameters
         ----------
         replay : RandomState, optional
             From `RandomState.record` before the first forward pass: the block draws the
             same random numbers, such as dropout masks.
+        loss_scale : float
+            What the loss was multiplied by, as ``scaler.get_scale()``. Read where e depends
+            on it, as of `safe_core.cram`; e of `safe_core.safe` does not.
 
         Raises
         ------
         ValueError
-            If no parameter has a gradient, one is sparse, or a perturbed block is open.
+            If no parameter has a gradient, one is sparse, or a block is open.
         """
-        if self._phase == "perturbed":
-            raise ValueError("perturbed() must not be entered within perturbed()")
-        if replay is not None and not isinstance(replay, RandomState):
-            raise TypeError(f"replay must be a RandomState or None, got {replay!r}")
+        self._check_block("perturbed()", replay)
+        if not _checks.real("loss_scale", loss_scale) > 0:
+            raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
         self._phase, self._first = "", {}
         try:
-            with self._at_perturbed_point(replay):
+            with self._at_perturbed_point(replay, loss_scale):
                 yield
         finally:
             with torch.no_grad():
@@ -217,7 +229,90 @@ class SparseOptimizer(Optimizer):
             self._forget_copies()
 
     @contextmanager
-    def _at_perturbed_point(self, replay: RandomState | None) -> Iterator[None]:
+    def projected(self, replay: RandomState | None = None) -> Iterator[None]:
+        """Hold the parameters at ``C(x)``; restore x bit for bit on the way out.
+
+        The third phase of a method that adds a projected gradient, after `perturbed`: compute
+        the loss and call ``backward()`` inside. The gradients from before are set aside on
+        entry and added as the block ends, so that what clips or unscales sees the sum.
+
+        Parameters
+        ----------
+        replay : RandomState, optional
+            As for `perturbed`.
+
+        Raises
+        ------
+        ValueError
+            If the method adds no such gradient, those before it are missing, or a block is
+            open.
+        """
+        self._check_block("projected()", replay)
+        if not self.projects:
+            raise ValueError(
+                "projected() must be for a method that adds the gradient there, see `projects`, "
+                f"got {self.method!r}"
+            )
+        if self._phase != "ready":
+            self._check_perturbed("projected()")
+        try:
+            with self._at_projected_point(replay):
+                yield
+        finally:
+            with torch.no_grad():
+                self._moved.restore()
+            self._forget_copies()
+
+    @contextmanager
+    def _at_projected_point(self, replay: RandomState | None) -> Iterator[None]:
+        """`projected` without the way back."""
+        before = self._phase
+        try:
+            held = self._set_aside()
+            with torch.no_grad():
+                sparse = self._sparse_parameters()
+                self._moved.hold(sparse)
+                self._compress(sparse)
+            self._phase = "projected"
+            self._forget_copies()
+            with statistics_kept(self._rules[0]), RandomState.replayed(replay):
+                yield
+        except BaseException:
+            self._phase = ""
+            raise
+        else:
+            self._phase = "complete" if self._has_gradient() else before
+            self._add_back(held)
+
+    def _set_aside(self) -> dict[Tensor, Tensor]:
+        """Clear the gradients, and return copies.
+
+        Copies, for a reducer may write the next gradients to the same memory.
+        """
+        held = {p: p.grad.clone() for p in self._trainable() if p.grad is not None}
+        super().zero_grad()
+        return held
+
+    @torch.no_grad()
+    def _add_back(self, held: dict[Tensor, Tensor]) -> None:
+        """Add gradients that were set aside to those that are there."""
+        met = {p: g for p, g in held.items() if p.grad is not None}
+        torch_lists.add_(_gradients(met), list(met.values()))
+        for p in held.keys() - met.keys():
+            p.grad = held[p]
+
+    def _compress(self, sparse: list[Tensor]) -> None:
+        """Set parameters to ``C(x)``."""
+        for method, members in self._held.by_pattern(self.method, sparse):
+            values = [p.detach() for p in members]
+            metric = method.metric(self._held.importance(members))
+            kept = method.compression(values, self._held.targets(members), self.steps, metric)
+            torch_lists.mask_(values, kept)
+
+    @contextmanager
+    def _at_perturbed_point(
+        self, replay: RandomState | None, loss_scale: float = 1.0
+    ) -> Iterator[None]:
         """`perturbed` without the way back."""
         params = [p for p in self._trainable() if p.grad is not None]
         if not params:
@@ -226,17 +321,23 @@ class SparseOptimizer(Optimizer):
                 "every parameter; an optimizer must be made after its model is wrapped or sharded"
             )
         sparse = self._sparse_parameters()  # z and u start from x, not from x + e
+        added: dict[Tensor, Tensor] = {}
         try:
             if self.perturbs:
+                compresses = self.method.compressed and not self.frozen
                 with torch.no_grad():
+                    if compresses:  # which moves parameters without a gradient too
+                        _fill_gradients(sparse)
+                        params = [p for p in self._trainable() if p.grad is not None]
                     self._mask_gradients(sparse)
-                    self._ascend(params)
+                    self._ascend(params, loss_scale)
+                    if compresses:
+                        self._compress(sparse)
                 if self._reuses:
-                    # Copies, for a reducer may write the next gradients to the same memory.
-                    self._first = {
-                        p: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                        for p in self._trainable()
-                    }
+                    self._first = {p: torch.zeros_like(p) for p in self._trainable()}
+                    self._first |= self._set_aside()
+                elif self.method.adds_unperturbed:
+                    added = self._set_aside()
             self.zero_grad()
             self._phase = "perturbed"
             self._forget_copies()
@@ -250,6 +351,8 @@ class SparseOptimizer(Optimizer):
             looked = all(p.grad is None for p in params)
             self._phase = "" if looked else "ready"
             self._first = {} if looked else self._first
+            if not looked:
+                self._add_back(added)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -263,7 +366,8 @@ class SparseOptimizer(Optimizer):
         ----------
         closure : callable, optional
             Clears the gradients, computes the loss, calls ``backward()`` and returns
-            the loss. It is called at x and, where the step perturbs, at x + e.
+            the loss. It is called at x and, where the step takes gradients there, at x + e
+            and at C(x).
 
         Returns
         -------
@@ -273,18 +377,18 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If the step perturbs and there is neither a closure nor a perturbed phase
-            before it, or if it is called within that phase.
+            If there is neither a closure nor the phases that the step needs before it, or if
+            it is called within one.
         """
-        self._refuse_within_perturbed("step()")
+        self._refuse_within_block("step()")
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be a function or None, got {type(closure)!r}")
-        if closure is None and self._phase != "ready" and self._only_initialises():
+        if closure is None and not self._phase and self._only_initialises():
             self.base.step()
             self.state.update({p: {} for p in self._trainable() if p not in self.state})
             return None
         if closure is None:
-            self._check_perturbed()
+            self._check_phases()
             self._take_step()
             return None
         try:
@@ -296,8 +400,8 @@ class SparseOptimizer(Optimizer):
         return loss
 
     def _call(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure at x and, where the step perturbs, at x + e, where it stays."""
-        if not self.perturbs:
+        """Call a closure at x and at the other points of the step; it stays at the last."""
+        if not self.perturbs and not self.projects:
             with torch.enable_grad():
                 return closure()
         replay = RandomState.record() if self.replay_rng else None
@@ -309,7 +413,7 @@ class SparseOptimizer(Optimizer):
         finally:
             watch.put_back()
         if ignored:  # as by that of a trainer that has called backward() by itself
-            self._check_perturbed()
+            self._check_phases()
             return loss
         if added:
             raise ValueError(
@@ -318,8 +422,12 @@ class SparseOptimizer(Optimizer):
                 "parts again: take the phases, with `with optimizer.perturbed():`, which in "
                 "Lightning means manual optimization"
             )
-        if self._has_gradient():
+        if self.perturbs and self._has_gradient():
             with torch.enable_grad(), self._at_perturbed_point(replay):
+                closure()
+        if self.projects and self._has_gradient():
+            self._moved.restore()
+            with torch.enable_grad(), self._at_projected_point(replay):
                 closure()
         return loss
 
@@ -329,10 +437,23 @@ class SparseOptimizer(Optimizer):
     def _has_gradient(self) -> bool:
         return any(p.grad is not None for p in self._trainable())
 
-    def _check_perturbed(self) -> None:
-        if self.perturbs and self._phase != "ready" and not self._may_go_unperturbed():
+    def _check_phases(self) -> None:
+        """Refuse a step without its closure and phases."""
+        if self._phase == "complete" or self._may_go_unperturbed():
+            return
+        if self._phase != "ready":
+            self._check_perturbed("step()")
+        if self.projects:
             raise ValueError(
-                "step() needs a gradient at the perturbed point, for the method has rho > 0: "
+                "step() needs a gradient at the projected point, for the method adds it: pass "
+                "step(closure=...), or call loss.backward() within `with optimizer.projected():` "
+                "last; allow_unperturbed=True lifts this. Got closure=None"
+            )
+
+    def _check_perturbed(self, call: str) -> None:
+        if self.perturbs and not self._may_go_unperturbed():
+            raise ValueError(
+                f"{call} needs a gradient at the perturbed point, for the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
                 "`with optimizer.perturbed():` first, of an optimizer that a trainer has wrapped "
                 "`with perturbed(optimizer):` from safe_core.adapters.torch_trainers, with Hugging "
@@ -345,33 +466,48 @@ class SparseOptimizer(Optimizer):
         if not self._has_gradient():
             return  # as optimizers of torch do
         sparse = self._sparse_parameters()
-        if self.frozen:
-            self._mask_gradients(sparse)
-            self._moved.restore()
-            self.base.step()
-            self._mask(sparse, sparse)
-            self.steps += 1
-            return
+        self._mask_gradients(sparse)
         if self._reuses:
             self._reuse_direction()
-        due = self.method.is_dual_update(self.steps)
+        due = self._due(sparse)
         if due:
-            self._take_in_gradients(sparse)
-        self._held.store(sparse, self.method.rescale(self._held.split(sparse), self.steps))
-        self._descend(sparse)
+            self._take_in_gradients(due)
+        if self.method.splits and not self.frozen:
+            self._held.store(sparse, self.method.rescale(self._held.split(sparse), self.steps))
+            self._descend(sparse)
+        else:
+            self._moved.restore()
+            self._base_step()
+        if self._masks:
+            self._mask(sparse, sparse)
         if due:
-            self._call_importance(sparse)
-            for method, members in self._held.by_pattern(self.method, sparse):
-                split = method.dual_update(
-                    [p.detach() for p in members],
-                    self._held.split(members),
-                    self.steps,
-                    self._held.targets(members),
-                    method.metric(self._held.importance(members)),
-                    workspace=self._moved.workspace(members),
-                )
-                self._held.store(members, split)
+            self._update_support(due)
         self.steps += 1
+
+    def _due(self, sparse: list[Tensor]) -> list[Tensor]:
+        """The parameters whose support is updated after this step."""
+        if self.frozen:
+            return []
+        if not self.method.masks:
+            return sparse if self.method.is_dual_update(self.steps) else []
+        pools = self._held.by_pattern(self.method, sparse)  # each with stages of its own
+        return [p for own, members in pools if own.is_dual_update(self.steps) for p in members]
+
+    def _update_support(self, params: list[Tensor]) -> None:
+        """Project what is due: z and u, or x itself."""
+        self._call_importance(params)
+        for method, members in self._held.by_pattern(self.method, params):
+            split = method.dual_update(
+                [p.detach() for p in members],
+                self._held.split(members),
+                self.steps,
+                self._held.targets(members),
+                method.metric(self._held.importance(members)),
+                workspace=self._moved.workspace(members) if method.splits else None,
+            )
+            self._held.store(members, split)
+            if not method.splits:
+                self._mask(members, members)
 
     @torch.no_grad()
     def finalize(self, importance: Any = _LAST, *, freeze: bool = False) -> None:
@@ -395,7 +531,7 @@ class SparseOptimizer(Optimizer):
         TypeError, ValueError
             If ``importance`` does not fit the parameters, or within a perturbed block.
         """
-        self._refuse_within_perturbed("finalize()")
+        self._refuse_within_block("finalize()")
         _check_flags(freeze=freeze)
         with self._as_started() as sparse:
             values = [p.detach() for p in sparse]
@@ -453,7 +589,7 @@ class SparseOptimizer(Optimizer):
         Computes a projection and a dual update on copies, and changes nothing. See
         `TensorReport` for the figures.
         """
-        self._refuse_within_perturbed("report()")
+        self._refuse_within_block("report()")
         if self.frozen:
             raise ValueError("report() must come before the support is frozen, got frozen=True")
         found: dict[Tensor, TensorReport] = {}
@@ -485,10 +621,10 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `torch.optim.Optimizer.zero_grad` does.
 
-        After a perturbed phase that gives up the step it was for.
+        After a phase that gives up the step it was for.
         """
         super().zero_grad(set_to_none)
-        if self._phase == "ready":
+        if self._phase in ("ready", "complete"):
             self._phase, self._first = "", {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -520,7 +656,7 @@ class SparseOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._refuse_within_perturbed("state_dict()")
+        self._refuse_within_block("state_dict()")
         started = any("support" in entries for entries in self.state.values())
         with self._as_started():
             # Every parameter has an entry, for torch.distributed.checkpoint wants one.
@@ -559,7 +695,7 @@ class SparseOptimizer(Optimizer):
             If the state lacks our entries, or they are those of other parameters or of an
             optimizer with another importance, method or base.
         """
-        self._refuse_within_perturbed("load_state_dict()")
+        self._refuse_within_block("load_state_dict()")
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict)!r}")
         loaded = state_dict.copy()
@@ -579,7 +715,7 @@ class SparseOptimizer(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_within_perturbed("a copy")
+        self._refuse_within_block("a copy")
         own = (
             "base",
             "method",
@@ -611,7 +747,9 @@ class SparseOptimizer(Optimizer):
 
     @property
     def _has_radius(self) -> bool:
-        return any(self._rules_of(group).perturbs for group in self.param_groups)
+        return self.method.compressed or any(
+            self._rules_of(group).perturbs for group in self.param_groups
+        )
 
     def _rules_of(self, group: dict[str, Any]) -> GroupRules:
         return GroupRules.read(settings_of(group, self.base), self.method)
@@ -641,8 +779,13 @@ class SparseOptimizer(Optimizer):
         """Set tensors to zero off the support of their parameters."""
         torch_lists.mask_([t.detach() for t in tensors], [self.state[p]["support"] for p in params])
 
+    @property
+    def _masks(self) -> bool:
+        """Whether parameters and gradients are held to the support at every step."""
+        return self.frozen or self.method.masks
+
     def _mask_gradients(self, sparse: list[Tensor]) -> None:
-        if self.frozen:
+        if self._masks:
             known = [p for p in sparse if p.grad is not None]
             self._mask([p.grad for p in known if p.grad is not None], known)
 
@@ -720,6 +863,7 @@ class SparseOptimizer(Optimizer):
                 f"in the place of {len(gone)}: make the optimizer after its model is wrapped or "
                 "sharded"
             )
+        self._moved.release()
         for p in gone:
             del self.state[p]
         self._select()
@@ -743,17 +887,29 @@ class SparseOptimizer(Optimizer):
             shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
             method.init(shapes, self._held.targets(members))
 
-    def _refuse_within_perturbed(self, call: str) -> None:
-        if self._phase == "perturbed":
-            raise ValueError(f"{call} must come after the perturbed() block, not within it")
+    @property
+    def _block(self) -> str:
+        """The block that is open, if any."""
+        return self._phase if self._phase in ("perturbed", "projected") else ""
 
-    def _ascend(self, params: list[Tensor]) -> None:
+    def _refuse_within_block(self, call: str) -> None:
+        if self._block:
+            raise ValueError(f"{call} must come after the {self._block}() block, not within it")
+
+    def _check_block(self, call: str, replay: Any) -> None:
+        """Refuse to open a block within another, or to replay what is no state."""
+        if self._block:
+            raise ValueError(f"{call} must not be entered within {self._block}()")
+        if replay is not None and not isinstance(replay, RandomState):
+            raise TypeError(f"replay must be a RandomState or None, got {replay!r}")
+
+    def _ascend(self, params: list[Tensor], loss_scale: float) -> None:
         """Move the parameters to x + e, uphill in the loss."""
-        radii = self._signed("rho")
+        radii = self._radii(loss_scale)
         gradients = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
-        self._warn_of_rounding(params, gradients)
+        self._warn_of_rounding(params, gradients, radii)
         direction = self.method.direction(params, gradients, self.steps)
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
         copies = self._moved.prepare(params)
@@ -770,6 +926,13 @@ class SparseOptimizer(Optimizer):
                 [copies[i] for i in mine],
                 found._replace(vectors=[direction.vectors[i] for i in mine]),
             )
+
+    def _radii(self, loss_scale: float) -> dict[Tensor, float]:
+        """What e is a multiple of, for gradients of a scaled loss."""
+        radii = self._signed("rho")
+        if self.method.perturbation is None or self.method.perturbation.is_scale_free:
+            return radii
+        return {p: rho / loss_scale for p, rho in radii.items()}
 
     def _only_initialises(self) -> bool:
         """Whether a step would only make the base optimizer create its state.
@@ -793,10 +956,10 @@ class SparseOptimizer(Optimizer):
     def _descend(self, sparse: list[Tensor]) -> None:
         """Add the gradient of the penalty and take a step of the base optimizer."""
         penalties = self._signed("penalty")
-        for p in sparse:
-            if p.grad is None:
-                # Without a loss gradient the penalty still acts, else u would wind up.
-                p.grad = torch.zeros_like(p)
+        _fill_gradients(sparse)  # the penalty still acts there, else u would wind up
+        if self.method.decoupled:
+            self._descend_beside(sparse, penalties)
+            return
         if self._compiled is not None:
             anchors, copies = self._held.split(sparse).anchor, self._moved.copies(sparse)
             self._moved.restore(but=sparse)
@@ -811,6 +974,26 @@ class SparseOptimizer(Optimizer):
             self._moved.forget(mine)
         self._moved.restore()
         self.base.step()
+
+    def _descend_beside(self, sparse: list[Tensor], penalties: dict[Tensor, float]) -> None:
+        """Take a step of the base optimizer, and the pull of the penalty beside it."""
+        self._moved.restore()
+        pulled: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p in self._targets and p.requires_grad]
+            if mine:
+                factor = group["lr"] * abs(penalties[mine[0]])
+                found = torch_lists.pulls(mine, self._held.split(mine).anchor, factor)
+                pulled.update(zip(mine, found, strict=True))
+        self._base_step()
+        torch_lists.subtract_(sparse, [pulled[p] for p in sparse])
+
+    def _base_step(self) -> None:
+        """A step of the base optimizer alone."""
+        if self._compiled is None or self.frozen:
+            self.base.step()
+        else:
+            self._compiled.descend([], [], [], {}, None)
 
     def _reuse_direction(self) -> None:
         """Keep the direction of a perturbed gradient, or add it to a plain one."""
@@ -844,11 +1027,12 @@ class SparseOptimizer(Optimizer):
             placed = self._held.placed(self._importance(named), sparse)
             self._held.store_importance(sparse, placed)
 
-    def _warn_of_rounding(self, params: list[Tensor], gradients: list[Tensor]) -> None:
+    def _warn_of_rounding(
+        self, params: list[Tensor], gradients: list[Tensor], radii: dict[Tensor, float]
+    ) -> None:
         """Say once, at the first perturbation, that 16-bit parameters swallow it."""
         if self._checked_rounding or all(p.element_size() > 2 for p in params):
             return
-        radii = self._signed("rho")
         widest = max(abs(radii[p]) for p in params)
         if widest == 0:
             return
@@ -902,6 +1086,13 @@ def _check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def _fill_gradients(params: Iterable[Tensor]) -> None:
+    """Give a zero gradient where there is none."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def _gradients(params: Iterable[Tensor]) -> list[Tensor]:

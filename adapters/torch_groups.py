@@ -77,6 +77,11 @@ class GroupRules(NamedTuple):
                 f"{settings['rho']!r}"
             )
         radius = Constant(0.0) if method.perturbation is None else method.perturbation.rho
+        if "penalty" in settings and not method.splits:
+            raise ValueError(
+                "penalty of a param group must be left out for a method without z and u, got "
+                f"{settings['penalty']!r}"
+            )
         if "penalty" in settings and method.rescale_dual:
             raise ValueError(
                 "penalty of a param group must be left out under rescale_dual, got "
@@ -110,6 +115,11 @@ def select_parameters(
     for g, group in enumerate(groups):
         settings = settings_of(group, base)
         GroupRules.read(settings, method)
+        if method.decoupled and "lr" not in group:
+            raise ValueError(
+                "base must have a learning rate, 'lr', in its param groups for a decoupled "
+                f"penalty, got {type(base).__qualname__} without"
+            )
         sparsify = settings.get("sparsify")
         if sparsify is not None and not isinstance(sparsify, bool):
             raise TypeError(f"sparsify of a param group must be True or False, got {sparsify!r}")

@@ -16,6 +16,7 @@ from safe_core.sharpness import Direction
 
 __all__ = [
     "Perturbed",
+    "add_",
     "add_penalty_",
     "add_penalty_traced_",
     "at_hand",
@@ -23,6 +24,8 @@ __all__ = [
     "count_filled",
     "mask_",
     "move_traced_",
+    "pulls",
+    "subtract_",
 ]
 
 _GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
@@ -49,8 +52,19 @@ class Perturbed:
             x, kept = local(p.detach()), self._memory.get(p)
             copies.append(kept if kept is not None and _fits(kept, x) else torch.empty_like(x))
         pairs = zip(params, copies, strict=True)
-        self._memory = {p: copy for p, copy in pairs if p.device.type == "cpu"}
+        self._memory |= {p: copy for p, copy in pairs if p.device.type == "cpu"}
         return copies
+
+    def release(self) -> None:
+        """Drop the memory of copies, as of parameters that may be gone."""
+        self._memory = {}
+
+    def hold(self, params: Sequence[Tensor]) -> None:
+        """Copy ``params``, which are about to be changed in place."""
+        params = list(params)
+        copies = self.prepare(params)
+        copy_(copies, params)
+        self.saved(params, copies)
 
     def move(
         self, params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction
@@ -117,6 +131,28 @@ def add_penalty_(
             torch._foreach_copy_(params[i], sources[i])
         wide = [_widened(x) for x in params[i]]
         torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
+
+
+def pulls(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], factor: float | Tensor
+) -> list[Tensor]:
+    """``factor * (x - anchor)`` of the shards at hand, in float32 or wider."""
+    params, anchors = at_hand(params), at_hand(anchors)
+    differences = torch._foreach_sub([_widened(x) for x in params], anchors)
+    torch._foreach_mul_(differences, factor)
+    return list(differences)
+
+
+def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
+    """``x <- x - pull``, computed in the dtype of the pull."""
+    for x, pull in zip(at_hand(params), pulled, strict=True):
+        x.copy_(_widened(x) - pull)
+
+
+def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:
+    """``tensor <- tensor + added``, of tensors that are sharded alike."""
+    if tensors:
+        torch._foreach_add_(at_hand(tensors), at_hand(added))
 
 
 def add_penalty_traced_(

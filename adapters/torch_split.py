@@ -45,14 +45,17 @@ class HeldSplit(NamedTuple):
         return p in self.state and "support" in self.state[p]
 
     def split(self, params: Sequence[Tensor]) -> SplitState:
-        """Return the split of ``params``."""
+        """Return the split of ``params``, without anchors where there are none."""
         entries = [self.state[p] for p in params]
-        return SplitState([e["anchor"] for e in entries], [e["support"] for e in entries])
+        anchors = [e["anchor"] for e in entries if "anchor" in e]
+        return SplitState(anchors, [e["support"] for e in entries])
 
     def store(self, params: Sequence[Tensor], split: SplitState) -> None:
         """Keep the split of ``params``."""
-        for p, anchor, support in zip(params, split.anchor, split.support, strict=True):
-            self.state[p].update(anchor=anchor, support=support)
+        for p, support in zip(params, split.support, strict=True):
+            self.state[p]["support"] = support
+        for p, anchor in zip(params, split.anchor, strict=bool(split.anchor)):
+            self.state[p]["anchor"] = anchor
 
     def importance(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """Return P of ``params``, or what it is derived from; None where P = 1."""

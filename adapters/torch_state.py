@@ -168,7 +168,7 @@ def _read_entries(
 ) -> dict[str, Tensor]:
     """The entries of one sparse parameter, checked and cast."""
     full = tuple(parameter.shape)
-    for key in ("support",) if frozen else ("anchor", "support"):
+    for key in ("anchor", "support") if method.splits and not frozen else ("support",):
         shape = tuple(entries[key].shape) if key in entries else None
         if shape != full:
             raise ValueError(

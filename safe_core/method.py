@@ -237,7 +237,7 @@ class Method:
         return reused(gradients, flat, self.perturbation.reuse)
 
     def is_dual_update(self, step: int | Array) -> bool | Array:
-        """Whether the support, with z and u if there are any, is updated after base step ``step``."""
+        """Whether the support, with z and u if any, is updated after the base step ``step``."""
         if self.projection == "final":
             return False
         if self.masks:
