@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ STEPS, RATE, MOMENTUM = 12, 0.1, 0.9
 
 
 class Point(NamedTuple):
-    """Parameters and both ADMM variables after a step."""
+    """Parameters and both ADMM variables after a step; z is the last projection without them."""
 
     weight: np.ndarray  # (output, input)
     bias: np.ndarray
@@ -49,20 +50,25 @@ class Recipe(NamedTuple):
     rho: Callable[[int], float] = lambda t: 0.2
     penalty: Callable[[int], float] = lambda t: 0.3
     interval: int = 3
-    sparsity: float = 0.6
+    sparsity: Callable[[int], Any] = lambda t: Fraction(6, 10)
     relaxation: float = 1.0
     rescales: bool = False
     adaptive: bool = False
     decay: float | None = None
     perturbed_every: int = 1
     reuse: float = 0.0
+    normalised: bool = True
+    compressed: bool = False
+    added: str = ""  # "x" or "C(x)"
+    decoupled: bool = False
+    after: str = "dual"  # or "hard", "mask", "nothing"
 
 
 def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     """The points after every step with SGD under momentum, z and u in two arrays."""
 
-    def keep(v: np.ndarray) -> np.ndarray:
-        zeros = math.floor(recipe.sparsity * v.size)
+    def keep(v: np.ndarray, t: int) -> np.ndarray:
+        zeros = math.floor(recipe.sparsity(t) * v.size)
         importance = np.ones_like(v) if m is None or not m.any() else m
         order = np.argsort(np.sqrt(importance).ravel() * np.abs(v).ravel(), kind="stable")
         kept = v.ravel().copy()
@@ -71,17 +77,23 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
 
     w, b = problem.weight, problem.bias
     m = None if recipe.decay is None else np.zeros_like(w)
-    z, u = keep(w), np.zeros_like(w)
+    z, u = keep(w, 0), np.zeros_like(w)
     w_buffer, b_buffer = np.zeros_like(w), np.zeros_like(b)
     flat = np.zeros(w.size + b.size)
-    for t in range(STEPS):
+
+    def gradient(w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gw, gb = problem.gradient(w, b)
+        return np.where(z != 0, gw, 0) if recipe.after == "mask" else gw, gb
+
+    for t in range(STEPS):
+        gw, gb = g0w, g0b = gradient(w, b)
         scale = np.abs(w) + 0.01 if recipe.adaptive else np.ones_like(w)
-        length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2))
+        length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2)) if recipe.normalised else 1
         first = np.concatenate([gw.ravel(), gb])
         if t % recipe.perturbed_every == 0:
-            gw, gb = problem.gradient(
-                w + recipe.rho(t) * scale**2 * gw / length, b + recipe.rho(t) * gb / length
+            moved = w + recipe.rho(t) * scale**2 * gw / length
+            gw, gb = gradient(
+                keep(moved, t) if recipe.compressed else moved, b + recipe.rho(t) * gb / length
             )
             second = np.concatenate([gw.ravel(), gb])
             flat = second - (second @ first) / (first @ first) * first
@@ -90,14 +102,28 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
             gw, gb = gw + added[: w.size].reshape(w.shape), gb + added[w.size :]
         if recipe.rescales and t > 0:
             u = u * (recipe.penalty(t - 1) / recipe.penalty(t))
-        w_buffer = MOMENTUM * w_buffer + gw + recipe.penalty(t) * (w - z + u)
+        if recipe.added:
+            added = (g0w, g0b) if recipe.added == "x" else gradient(keep(w, t), b)
+            gw, gb = gw + added[0], gb + added[1]
+        pull = recipe.penalty(t) * (w - z + u) if recipe.after == "dual" else np.zeros_like(w)
+        w_buffer = MOMENTUM * w_buffer + (gw if recipe.decoupled else gw + pull)
         b_buffer = MOMENTUM * b_buffer + gb
         w, b = w - RATE * w_buffer, b - RATE * b_buffer
-        if (t + 1) % recipe.interval == 0:
+        if recipe.decoupled:
+            w = w - RATE * pull
+        if recipe.after == "mask":
+            w = np.where(z != 0, w, 0)
+            if recipe.sparsity(t + 1) != recipe.sparsity(t):
+                w = z = keep(w, t + 1)
+        elif recipe.after != "nothing" and (t + 1) % recipe.interval == 0:
             if m is not None:
                 m = recipe.decay * m + (1 - recipe.decay) * gw**2
+            if recipe.after == "hard":
+                w = z = keep(w, t + 1)
+                yield Point(w, b, z, u)
+                continue
             v = recipe.relaxation * w + (1 - recipe.relaxation) * z + u
-            z = keep(v)
+            z = keep(v, t + 1)
             u = v - z
         yield Point(w, b, z, u)
 
@@ -105,6 +131,21 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
 def _method(**changes: Any) -> safe_core.Method:
     defaults = {"sparsity": 0.6, "rho": 0.2, "penalty": 0.3, "dual_update_interval": 3}
     return safe_core.safe(**{**defaults, **changes})
+
+
+# Of three equally likely, by seed 0.
+DRAWN = [0.5, 0.7, 0.5, 0.7, 0.3, 0.5, 0.7, 0.5, 0.5, 0.7, 0.5, 0.7, 0.5]
+MULTI = schedules.random_sparsity((0.3, 0.5, 0.7))
+
+
+def drawn(t: int) -> Fraction:
+    return Fraction(str(DRAWN[t]))
+
+
+def gradual(power: int) -> Callable[[int], Fraction]:
+    """From 0 to 0.6 in 3 stages, of 3 steps from step 1 on."""
+    stage = lambda t: Fraction(min(max(t - 1, 0) // 3, 3), 3)  # noqa: E731
+    return lambda t: Fraction(6, 10) * (1 - (1 - stage(t)) ** power)
 
 
 CASES = {
@@ -133,6 +174,33 @@ CASES = {
     "reused": (
         _method(perturbation_interval=3, reuse=0.4),
         Recipe(perturbed_every=3, reuse=0.4),
+    ),
+    "sg": (_method(projected_gradient=True), Recipe(added="C(x)")),
+    "sg multi": (
+        _method(sparsity=MULTI, projected_gradient=True),
+        Recipe(added="C(x)", sparsity=drawn),
+    ),
+    "decoupled": (_method(decoupled=True), Recipe(decoupled=True)),
+    "iht": (
+        safe_core.iht(0.6, interval=3, importance=SquaredGradient(0.7)),
+        Recipe(rho=lambda t: 0.0, decay=0.7, after="hard"),
+    ),
+    "gmp": (
+        safe_core.gmp(schedules.cubic(0.6, steps=9, start=1, every=3)),
+        Recipe(rho=lambda t: 0.0, sparsity=gradual(3), after="mask"),
+    ),
+    "imp": (
+        safe_core.imp_sam(schedules.linear_sparsity(0.6, steps=9, start=1, every=3), rho=0.2),
+        Recipe(sparsity=gradual(1), after="mask"),
+    ),
+    "magnitude": (safe_core.magnitude(0.6), Recipe(rho=lambda t: 0.0, after="nothing")),
+    "cram": (
+        safe_core.cram(0.6, rho=0.2),
+        Recipe(normalised=False, compressed=True, after="nothing"),
+    ),
+    "cram plus multi": (
+        safe_core.cram(MULTI, rho=0.2, plus=True),
+        Recipe(normalised=False, compressed=True, added="x", sparsity=drawn, after="nothing"),
     ),
 }
 """Methods of the library, each with what it comes down to."""
