@@ -53,7 +53,7 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
 def perturbed(
     optimizer: Any, replay: RandomState | None = None
 ) -> AbstractContextManager[None, bool | None]:
-    """`SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped.
+    """`SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped, and its scaler.
 
     Parameters
     ----------
@@ -84,11 +84,15 @@ def perturbed(
             "perturbed() must come once an accumulated batch, with all its micro-batches replayed "
             "in the block, got it where accelerator.sync_gradients is False"
         )
-    return unwrap(optimizer).perturbed(replay)
+    inner, scaler = unwrap(optimizer), getattr(optimizer, "scaler", None)
+    perturbation = inner.method.perturbation
+    if scaler is None or perturbation is None or perturbation.is_scale_free:
+        return inner.perturbed(replay)
+    return inner.perturbed(replay, loss_scale=scaler.get_scale())
 
 
 class SparseTrainerMixin:
-    """Let `transformers.Trainer` take the second gradient, over all accumulated batches.
+    """Let `transformers.Trainer` take every gradient of a step, over all accumulated batches.
 
     ``class SparseTrainer(SparseTrainerMixin, Trainer): pass``, made with
     ``optimizers=(SparseOptimizer(...), scheduler)``. When `train` returns the weights are
@@ -104,7 +108,7 @@ class SparseTrainerMixin:
     _micro_batches: list[Any]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Compute the gradients of one micro-batch; after the last replay all at x + e."""
+        """Compute the gradients of one micro-batch; after the last replay all elsewhere."""
         step, accelerator = super().training_step, self.accelerator  # type: ignore[misc, attr-defined]
         seen = [*getattr(self, "_micro_batches", []), (inputs, num_items_in_batch)]
         self._micro_batches = []  # also if what follows raises
@@ -113,8 +117,10 @@ class SparseTrainerMixin:
             self._micro_batches = seen
             return loss
         optimizer = unwrap(self.optimizer)  # type: ignore[attr-defined]
-        if optimizer.perturbs:
-            with optimizer.perturbed():
+        blocks = [lambda: perturbed(self.optimizer)] if optimizer.perturbs else []  # type: ignore[attr-defined]
+        blocks += [optimizer.projected] if optimizer.projects else []
+        for block in blocks:
+            with block():
                 for i, (batch, items) in enumerate(seen, 1):
                     with nullcontext() if i == len(seen) else accelerator.no_sync(model):
                         step(model, batch, items)

@@ -1,0 +1,513 @@
+"""Comparators and variants: the core on plain arrays, and what the adapters keep of them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import linear_problem
+import numpy as np
+import optax
+import pytest
+import torch
+from conftest import Backend
+from torch import nn
+
+import safe_core
+from safe_core import GradientAscent, Layout, Method, Targets, schedules
+from safe_core.adapters import optax_importance, torch_importance
+from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax_report import report
+from safe_core.adapters.torch import SparseOptimizer
+from safe_core.projection import apply_support
+from safe_core.splitting import penalty_gradient
+
+NAMES = ["sg multi", "decoupled", "iht", "gmp", "imp", "magnitude", "cram", "cram plus multi"]
+CUBIC = schedules.cubic(0.6, steps=4)
+every_case = pytest.mark.parametrize("name", NAMES)
+
+# The core
+
+
+class Loop(NamedTuple):
+    """A training loop of one's own: the parts of a method on a list of one weight and one bias."""
+
+    method: Method
+    xp: Backend
+
+    TARGETS = Targets(("w",), (Layout((1,), (0,)),))
+
+    def run(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The weight and its support after every step of `linear_problem`."""
+        method, problem = self.method, linear_problem.Problem.make()
+        w, b = self.xp.asarray(problem.weight), self.xp.asarray(problem.bias)
+        split, held = method.init([w], self.TARGETS), method.init_importance([w])
+        buffers = [0 * w, 0 * b]
+        for t in range(linear_problem.STEPS):
+
+            def gradient(w: Any, b: Any, split: Any = split) -> list[Any]:
+                found = problem.gradient(self.xp.to_numpy(w), self.xp.to_numpy(b))
+                found = [self.xp.asarray(g) for g in found]
+                return (
+                    [*apply_support(found[:1], split.support), found[1]] if method.masks else found
+                )
+
+            def compressed(w: Any, t: int = t, held: Any = held) -> Any:
+                kept = method.compression([w], self.TARGETS, t, method.metric(held))
+                return apply_support([w], kept)[0]
+
+            first = g = gradient(w, b)
+            if method.perturbs:
+                e = method.perturb([w, b], g, t)
+                moved = w + e[0]
+                g = gradient(compressed(moved) if method.compressed else moved, b + e[1])
+            if method.adds_unperturbed:
+                g = [x + y for x, y in zip(g, first, strict=True)]
+            if method.adds_projected:
+                g = [x + y for x, y in zip(g, gradient(compressed(w), b), strict=True)]
+            pull = penalty_gradient(w, split.anchor[0], method.penalty(t)) if method.splits else 0.0
+            total = g if method.decoupled else [g[0] + pull, g[1]]
+            buffers = [linear_problem.MOMENTUM * m + x for m, x in zip(buffers, total, strict=True)]
+            w, b = (x - linear_problem.RATE * m for x, m in zip((w, b), buffers, strict=True))
+            if method.decoupled:
+                w = w - linear_problem.RATE * pull
+            if method.masks:
+                w = apply_support([w], split.support)[0]
+            if method.is_dual_update(t):
+                held = method.refresh_importance(held, g[:1])
+                split = method.dual_update([w], split, t, self.TARGETS, method.metric(held))
+                if not method.splits:
+                    w = apply_support([w], split.support)[0]
+            yield self.xp.to_numpy(w), self.xp.to_numpy(split.support[0])
+
+
+@every_case
+@pytest.mark.parametrize("xp", [Backend.NUMPY, Backend.STRICT, Backend.TORCH], ids=str)
+def test_the_parts_of_a_method_make_its_steps(name: str, xp: Backend) -> None:
+    method, recipe = linear_problem.CASES[name]
+    points = linear_problem.trajectory(linear_problem.Problem.make(), recipe)
+    for (w, support), point in zip(Loop(method, xp).run(), points, strict=True):
+        np.testing.assert_allclose(w, point.weight, rtol=1e-11)
+        np.testing.assert_array_equal(support, point.z != 0)
+
+
+def test_draws_are_the_same_of_every_library_and_never_change() -> None:
+    table = schedules.random_sparsity((0.5, 0.7, 0.9), seed=3)
+    steps = np.asarray([0, 1, 2, 3, 1000, 2**16, 2**31 - 2])
+    wanted = [table.stage(int(t)) for t in steps]
+    assert wanted == [0, 1, 0, 1, 2, 1, 0]
+    for integers in (steps, torch.tensor(steps), jnp.asarray(steps, jnp.int32)):
+        assert [int(i) for i in table.stage(integers)] == wanted
+    assert [float(x) for x in table.table] == [0.5, 0.7, 0.9, 0.9]
+    assert table(0) == 0.5
+
+
+@pytest.mark.parametrize("stride", [1, 32])
+def test_draws_are_uniform_and_independent_from_one_to_the_next(stride: int) -> None:
+    drawn = schedules.random_sparsity((0.1, 0.2, 0.3)).stage(stride * np.arange(9001))
+    pairs = np.bincount(3 * drawn[:-1] + drawn[1:], minlength=9)
+    assert np.sum((pairs - 1000) ** 2 / 1000) < 26.1  # 0.1% of chi-squared with 8 degrees exceed it
+
+
+def test_a_random_sparsity_ends_at_its_largest() -> None:
+    x, targets = [np.arange(1.0, 11.0)], Targets(("x",), (None,))
+    method = safe_core.cram(schedules.random_sparsity((0.9, 0.2)))
+    assert method.finalize(x, targets)[0].tolist() == [0.0] * 9 + [10.0]
+    zeros = [int(np.sum(~method.compression(x, targets, t)[0])) for t in range(40)]
+    assert set(zeros) == {2, 9}
+
+
+def test_linear_sparsity_rises_in_equal_steps() -> None:
+    table = schedules.linear_sparsity(0.9, steps=90, initial=0.3, start=10, every=30)
+    assert [float(x) for x in table.table] == [0.3, 0.5, 0.7, 0.9]
+    assert [table(t) for t in (0, 39, 40, 99, 100, 200)] == [0.3, 0.3, 0.5, 0.7, 0.9, 0.9]
+    assert len(schedules.linear_sparsity(0.9, 1000).table) == 101
+
+
+def test_gradient_ascent_follows_the_gradient_at_its_length(xp: Backend) -> None:
+    def perturb(*gradients: Any) -> Any:
+        return GradientAscent(0.5).perturbation([None, None], gradients, rho=0.5)
+
+    e = xp.run(perturb, np.asarray([3.0, 0.0]), np.asarray([[-4.0]]))
+    assert [x.tolist() for x in e] == [[1.5, 0.0], [[-2.0]]]
+    bad = xp.run(perturb, np.asarray([np.inf, 1.0]), np.asarray([[-4.0]]))
+    assert [x.tolist() for x in bad] == [[0.0, 0.0], [[0.0]]]
+
+
+# OBD
+
+CURVATURE = np.asarray([[2.0, -1.0, 0.5], [-1.0, 3.0, 0.0], [0.5, 0.0, -4.0]])
+
+
+def test_every_sign_together_gives_the_diagonal(xp: Backend) -> None:
+    signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 3), -1).reshape(8, 3)
+    products = signs @ CURVATURE
+
+    def estimate(probes: Any, products: Any) -> Any:
+        return safe_core.importance.hutchinson(probes, products)
+
+    found = xp.run(estimate, list(signs), list(products))
+    np.testing.assert_allclose(found, [2.0, 3.0, 0.0], atol=1e-15)
+    assert found.dtype == np.float64
+
+
+def test_both_frameworks_estimate_the_diagonal_of_a_hessian() -> None:
+    w = np.asarray([1.0, -2.0, 3.0])  # of sum c x^3 the Hessian is diagonal: 6 c x
+    found = optax_importance.hessian_diagonal(
+        lambda p, c: jnp.sum(c * p["w"] ** 3) + p["b"],
+        {"w": jnp.asarray(w), "b": jnp.asarray(1.0)},
+        jnp.asarray([1.0, 1.0, 2.0]),
+        key=jax.random.key(0),
+        samples=2,
+    )
+    np.testing.assert_allclose(found["w"], [6.0, 0.0, 36.0])
+    assert found["b"] == 0
+    params = {"w": nn.Parameter(torch.tensor(w)), "b": nn.Parameter(torch.tensor(1.0))}
+    loss = lambda: (torch.tensor([1.0, 1.0, 2.0]) * params["w"] ** 3).sum() + params["b"]  # noqa: E731
+    with torch.no_grad():  # as within a step
+        mine = torch_importance.hessian_diagonal(loss, params, samples=2)
+    np.testing.assert_allclose(mine["w"], [6.0, 0.0, 36.0])
+    assert mine["b"] == 0
+    a = torch.tensor(CURVATURE)
+    x = nn.Parameter(torch.tensor(w))
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch_importance.hessian_diagonal(
+        lambda: x @ a @ x / 2, {"x": x}, samples=400, generator=generator
+    )
+    np.testing.assert_allclose(mixed["x"], [2.0, 3.0, 0.0], atol=0.2)
+
+
+# The PyTorch adapter
+
+
+class Run:
+    """A small network; equal arguments give equal runs."""
+
+    def __init__(self, method: Method, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.inputs, self.targets = torch.randn(16, 6), torch.randn(16, 4)
+        groups = [{"params": [self.model[0].weight]}, {"params": [self.model[2].weight]}]
+        groups += [{"params": [self.model[0].bias, self.model[2].bias]}]
+        base = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
+        self.optimizer = SparseOptimizer(base, method, model=self.model, **options)
+
+    def loss(self) -> torch.Tensor:
+        return nn.functional.mse_loss(self.model(self.inputs), self.targets)
+
+    def closure(self) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def train(self, steps: int) -> Run:
+        for _ in range(steps):
+            self.optimizer.step(self.closure)
+        return self
+
+    def by_phases(self, scale: float = 1.0) -> None:
+        """A step phase by phase, with a loss scaled by ``scale``."""
+        self.optimizer.zero_grad()
+        (scale * self.loss()).backward()
+        if self.optimizer.perturbs:
+            with self.optimizer.perturbed(loss_scale=scale):
+                (scale * self.loss()).backward()
+        if self.optimizer.projects:
+            with self.optimizer.projected():
+                (scale * self.loss()).backward()
+        for p in self.model.parameters():
+            p.grad /= scale
+        self.optimizer.step()
+
+    def state(self) -> list[torch.Tensor]:
+        split = self.optimizer.split()
+        tensors = [*self.model.parameters(), *split.anchor, *split.support]
+        return [t.detach().clone() for t in tensors]
+
+
+def assert_same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_a_run_resumes_and_ends_exactly_sparse(name: str) -> None:
+    method = linear_problem.CASES[name][0]
+    first = Run(method).train(5)
+    file = io.BytesIO()
+    torch.save([first.model.state_dict(), first.optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    held = {key for entry in state["state"].values() for key in entry if key.startswith("safe_")}
+    assert ("safe_anchor" in held) == method.splits
+    second = Run(method)
+    second.model.load_state_dict(weights)
+    second.optimizer.load_state_dict(state)
+    assert_same(second.train(5).state(), first.train(5).state())
+    figures = second.optimizer.report().scalars()
+    zeros = 80 - int(80 * {"cram plus multi": 0.7, "sg multi": 0.7}.get(name, 0.6))
+    second.optimizer.finalize()
+    second.optimizer.check_sparsity()
+    kept = sum(int((w != 0).sum()) for w in second.optimizer.sparse_parameters().values())
+    assert kept == zeros
+    assert figures["achieved"] == 1 - kept / 80
+    assert (figures["zeros"] > 0) == (name in ("gmp", "imp"))
+
+
+@every_case
+def test_phases_with_a_scaled_loss_are_the_closure(name: str) -> None:
+    method = linear_problem.CASES[name][0]
+    one, two = Run(method).train(4), Run(method)
+    for _ in range(4):
+        two.by_phases(scale=2.0**10)
+    assert_same(two.state(), one.state())
+
+
+@pytest.mark.parametrize("name", ["sg multi", "cram plus multi"])
+def test_parameters_come_back_and_clipping_sees_the_sum(name: str) -> None:
+    run = Run(linear_problem.CASES[name][0]).train(2)
+    optimizer, before = run.optimizer, run.state()
+    optimizer.zero_grad()
+    run.loss().backward()
+    first = [p.grad.clone() for p in run.model.parameters()]
+    with optimizer.perturbed():
+        run.loss().backward()
+        second = [p.grad.clone() for p in run.model.parameters()]
+    wanted = [a + b for a, b in zip(first, second, strict=True)]
+    if optimizer.projects:
+        with optimizer.projected():
+            zeros = sum(int((w == 0).sum()) for w in optimizer.sparse_parameters().values())
+            assert zeros == int(80 * linear_problem.MULTI(2))
+            run.loss().backward()
+            wanted = [a + p.grad for a, p in zip(second, run.model.parameters(), strict=True)]
+    assert_same([p.grad for p in run.model.parameters()], wanted)
+    assert_same(run.state(), before)
+
+
+def test_a_frozen_support_needs_no_projected_gradient() -> None:
+    run = Run(linear_problem.CASES["sg"][0]).train(3)
+    run.optimizer.finalize(freeze=True)
+    assert not run.optimizer.projects
+    run.train(2).optimizer.check_sparsity()
+
+
+def test_a_mask_holds_between_prunings_and_nothing_comes_back() -> None:
+    run = Run(safe_core.imp_sam(schedules.linear_sparsity(0.8, steps=6, every=3)))
+    weights = list(run.optimizer.sparse_parameters().values())
+    gone, counts = torch.zeros(80, dtype=torch.bool), []
+    for _ in range(8):
+        run.train(1)
+        zero = torch.cat([w.detach().flatten() == 0 for w in weights])
+        assert zero[gone].all()
+        gone = zero
+        counts.append(int(zero.sum()))
+    assert counts == [0, 0, 32, 32, 32, 64, 64, 64]
+
+
+def test_the_sparsity_of_a_group_rises_by_its_own_schedule() -> None:
+    run = Run(safe_core.gmp(schedules.cubic(0.5, steps=2)))
+    run.optimizer.param_groups[1]["sparsity"] = schedules.linear_sparsity(0.5, steps=4)
+    counts = []
+    for _ in range(5):
+        run.train(1)
+        counts.append([int((run.model[i].weight == 0).sum()) for i in (0, 2)])
+    assert counts == [[21, 4], [24, 8], [24, 12], [24, 16], [24, 16]]
+
+
+# The JAX adapter
+
+
+def jax_params() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {"kernel": jnp.asarray(rng.normal(size=(6, 4))), "bias": jnp.zeros(4)}
+
+
+def jax_loss(params: Any) -> Any:
+    return jnp.sum(jnp.tanh(params["kernel"] + params["bias"]) ** 2)
+
+
+@pytest.mark.parametrize("name", ["gmp", "cram plus multi"])
+def test_a_step_is_traced_once_and_reports(name: str) -> None:
+    method = linear_problem.CASES[name][0]
+    tx, traces = sparse_optimizer(optax.sgd(0.1), method), []
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        traces.append(1)
+        grad_fn = jax.grad(jax_loss)
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    params = jax_params()
+    state = tx.init(params)
+    structure = jax.tree.structure(state)
+    for _ in range(11):
+        params, state = step(params, state)
+    assert len(traces) == 1
+    assert jax.tree.structure(state) == structure
+    kept = 24 - int(24 * (0.7 if "multi" in name else 0.6))
+    sparse = finalize(params, state, method)["kernel"]
+    assert int((sparse != 0).sum()) == kept
+    achieved = report(params, state, method).scalars()["achieved"]
+    assert float(achieved) == pytest.approx(1 - kept / 24)
+
+
+# Refusals
+
+V, T = ValueError, TypeError
+MULTI = schedules.random_sparsity((0.5, 0.7))
+
+
+def torch_with(method: Method, **group: Any) -> Any:
+    weight = nn.Parameter(torch.ones(2, 2))
+    base = torch.optim.SGD([{"params": [weight], **group}], lr=0.1)
+    return SparseOptimizer(base, method, where=lambda name, p: True)
+
+
+def jax_with(method: Method, **options: Any) -> Any:
+    return sparse_optimizer(optax.sgd(0.1), method, **options)
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """A base that knows no learning rate."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+
+def without_rate() -> Any:
+    base = WithoutRate([nn.Parameter(torch.ones(2, 2))])
+    method = safe_core.admm(0.5, decoupled=True)
+    return SparseOptimizer(base, method, where=lambda name, p: True)
+
+
+def another_state(method: Method, other: Method) -> Any:
+    state, params = jax_with(other).init(jax_params()), jax_params()
+    return jax_with(method).update(params, state, params)
+
+
+def backward(run: Run) -> Run:
+    run.loss().backward()
+    return run
+
+
+def enter(block: Any) -> None:
+    with block:
+        raise AssertionError("the block must not be entered")
+
+
+def unprojected() -> Any:
+    run = backward(Run(safe_core.safe(0.5, projected_gradient=True)))
+    with run.optimizer.perturbed():
+        run.loss().backward()
+    run.optimizer.step()
+
+
+BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
+    ("projection", lambda: Method(0.5, projection="soft"), V, "'soft'"),
+    ("penalty", lambda: Method(0.5, projection="hard"), V, "Constant(value=0.001)"),
+    ("relaxation", lambda: Method(0.5, penalty=0, relaxation=1.5, projection="final"), V, "1.5"),
+    ("decoupled", lambda: Method(0.5, penalty=0, decoupled=True, projection="hard"), V, "True"),
+    ("decoupled", lambda: Method(0.5, decoupled=1), T, "1"),
+    ("compressed", lambda: Method(0.5, compressed=None), T, "None"),
+    ("perturbation", lambda: Method(0.5, compressed=True), V, "None"),
+    ("perturbation", lambda: Method(0.5, added_gradient="unperturbed"), V, "None"),
+    ("added_gradient", lambda: Method(0.5, added_gradient="sparse"), V, "'sparse'"),
+    (
+        "reuse",
+        lambda: safe_core.safe(0.5, perturbation_interval=2, reuse=0.1, projected_gradient=True),
+        V,
+        "SAM(",
+    ),
+    ("projected_gradient", lambda: safe_core.admm(0.5, projected_gradient=1), T, "1"),
+    ("sparsity", lambda: safe_core.gmp(0.5), V, "sparsity=0.5"),
+    ("sparsity", lambda: safe_core.imp_sam("2:4"), V, "NM("),
+    ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
+    ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
+    ("plus", lambda: safe_core.cram(0.5, plus="yes"), T, "'yes'"),
+    ("rho", lambda: safe_core.cram(0.5, rho=-1.0), V, "-1.0"),
+    ("adaptive", lambda: safe_core.imp_sam(CUBIC, adaptive=2), T, "2"),
+    ("values", lambda: schedules.random_sparsity(()), T, "()"),
+    ("values", lambda: schedules.random_sparsity((0.5, 1.0)), V, "1.0"),
+    ("values", lambda: schedules.random_sparsity(0.5), T, "0.5"),
+    ("seed", lambda: schedules.random_sparsity((0.5,), seed=-1), V, "-1"),
+    ("steps", lambda: schedules.linear_sparsity(0.5, 0), V, "0"),
+    ("penalty", lambda: safe_core.safe(0.5, penalty=MULTI), T, "RandomSparsity("),
+    ("products", lambda: safe_core.importance.hutchinson([], []), V, "0"),
+    ("samples", lambda: torch_importance.hessian_diagonal(print, {}, samples=0), V, "0"),
+    ("params", lambda: torch_importance.hessian_diagonal(print, {}), V, "none"),
+    ("loss_fn", lambda: torch_importance.hessian_diagonal(3.0, {}), T, "float"),
+    (
+        "loss_fn",
+        lambda: optax_importance.hessian_diagonal(None, {}, key=jax.random.key(0)),
+        T,
+        "NoneType",
+    ),
+    ("penalty", lambda: torch_with(safe_core.iht(0.5), penalty=0.1), V, "0.1"),
+    ("lr", without_rate, V, "WithoutRate"),
+    ("learning_rate", lambda: jax_with(safe_core.admm(0.5, decoupled=True)), V, "None"),
+    ("learning_rate", lambda: jax_with(safe_core.admm(0.5), learning_rate=0.1), V, "0.1"),
+    ("penalty", lambda: jax_with(safe_core.iht(0.5), penalty=0.1), V, "0.1"),
+    (
+        "grad_fn",
+        lambda: another_state(*[safe_core.admm(0.5, projected_gradient=True)] * 2),
+        V,
+        "None",
+    ),
+    ("state.anchor", lambda: another_state(safe_core.admm(0.5), safe_core.iht(0.5)), V, ""),
+    ("state.anchor", lambda: another_state(safe_core.iht(0.5), safe_core.admm(0.5)), V, ""),
+    (
+        "projected()",
+        lambda: enter(backward(Run(safe_core.admm(0.5))).optimizer.projected()),
+        V,
+        "Method(",
+    ),
+    (
+        "projected()",
+        lambda: enter(
+            backward(Run(safe_core.safe(0.5, projected_gradient=True))).optimizer.projected()
+        ),
+        V,
+        "None",
+    ),
+    (
+        "loss_scale",
+        lambda: enter(backward(Run(safe_core.cram(0.5))).optimizer.perturbed(loss_scale=0.0)),
+        V,
+        "0.0",
+    ),
+    ("optimizer.projected()", unprojected, V, "None"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argument", "make", "kind", "value"),
+    BAD,
+    ids=[f"{i}-{argument}" for i, (argument, _, _, _) in enumerate(BAD)],
+)
+def test_a_bad_argument_is_refused_by_name_and_value(
+    argument: str, make: Callable[[], Any], kind: type[Exception], value: str
+) -> None:
+    with pytest.raises(kind) as refusal:
+        make()
+    message = str(refusal.value)
+    assert argument in message
+    assert value in message
+
+
+def test_no_block_is_entered_within_another() -> None:
+    run = backward(Run(safe_core.safe(0.5, projected_gradient=True)))
+    with run.optimizer.perturbed():
+        with pytest.raises(ValueError, match=r"projected\(\) must not be .* within perturbed\(\)"):
+            enter(run.optimizer.projected())
+        run.loss().backward()
+    with run.optimizer.projected():
+        with pytest.raises(ValueError, match=r"step\(\) must come after the projected\(\) block"):
+            run.optimizer.step()
+        run.loss().backward()
+    run.optimizer.step()
+    assert run.optimizer.steps == 1
