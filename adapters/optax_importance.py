@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -61,7 +61,7 @@ def hessian_diagonal(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
     _checks.integer("samples", samples, low=1)
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.leaves(params), cast(Any, jax.tree.structure(params))
 
     def gradient(params: PyTree) -> PyTree:
         return jax.grad(loss_fn)(params, *args)

@@ -5,7 +5,9 @@ Lightning needs nothing of this: `configure_optimizers` returns a `SparseOptimiz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from .torch import SparseOptimizer
@@ -117,8 +119,11 @@ class SparseTrainerMixin:
             self._micro_batches = seen
             return loss
         optimizer = unwrap(self.optimizer)  # type: ignore[attr-defined]
-        blocks = [lambda: perturbed(self.optimizer)] if optimizer.perturbs else []  # type: ignore[attr-defined]
-        blocks += [optimizer.projected] if optimizer.projects else []
+        blocks: list[Callable[[], AbstractContextManager[Any]]] = []
+        if optimizer.perturbs:
+            blocks.append(partial(perturbed, self.optimizer))  # type: ignore[attr-defined]
+        if optimizer.projects:
+            blocks.append(optimizer.projected)
         for block in blocks:
             with block():
                 for i, (batch, items) in enumerate(seen, 1):

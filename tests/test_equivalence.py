@@ -24,12 +24,14 @@ from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.importance import wanda
 from safe_core.layout import OUTPUT_INPUT
+from safe_core.projection import apply_support
 from safe_core.splitting import penalty_gradient
 
 pytestmark = pytest.mark.equivalence
 
 STEPS, BATCH, SIZES = 300, 16, (12, 16, 8, 4)
 LAYERS = len(SIZES) - 1
+RATES = {"momentum": 0.05, "adam": 0.01}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -99,7 +101,7 @@ class Momentum:
 
     def __call__(self, params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
         self.buffers = [0.9 * m + g for m, g in zip(self.buffers, grads, strict=True)]
-        return [p - 0.05 * m for p, m in zip(params, self.buffers, strict=True)]
+        return [p - RATES["momentum"] * m for p, m in zip(params, self.buffers, strict=True)]
 
 
 class Adam:
@@ -115,9 +117,13 @@ class Adam:
         self.v = [0.999 * v + 0.001 * g * g for v, g in zip(self.v, grads, strict=True)]
         first, second = 1 - 0.9**self.t, 1 - 0.999**self.t
         return [
-            p - 0.01 * (m / first) / (np.sqrt(v / second) + 1e-8)
+            p - RATES["adam"] * (m / first) / (np.sqrt(v / second) + 1e-8)
             for p, m, v in zip(params, self.m, self.v, strict=True)
         ]
+
+
+def plus(a, b):
+    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def run_numpy(problem, method, base, importance):
@@ -128,20 +134,44 @@ def run_numpy(problem, method, base, importance):
         held = [p[None, :] for p in importance]
     split = method.init(params[:LAYERS], targets, None if importance is None else held)
     optimizer = {"momentum": Momentum, "adam": Adam}[base](params)
-    for step in range(STEPS):
-        batch = problem.inputs[step], problem.labels[step]
-        grads = gradients(params, *batch)
+
+    def kept(arrays, support):
+        return [*apply_support(arrays[:LAYERS], support), *arrays[LAYERS:]]
+
+    for step, batch in enumerate(zip(problem.inputs, problem.labels, strict=True)):
+
+        def at(params, batch=batch, split=split):
+            found = gradients(params, *batch)
+            return kept(found, split.support) if method.masks else found
+
+        def compressed(params, step=step, held=held):
+            metric = method.metric(held)
+            return kept(params, method.compression(params[:LAYERS], targets, step, metric))
+
+        first = grads = at(params)
         if method.perturbs:
             e = method.perturb(params, grads, step)
-            grads = gradients([p + e_i for p, e_i in zip(params, e, strict=True)], *batch)
-        penalized = [
-            g + penalty_gradient(x, a, method.penalty(step))
-            for g, x, a in zip(grads, params, split.anchor, strict=False)
+            moved = plus(params, e)
+            grads = at(compressed(moved) if method.compressed else moved)
+        if method.adds_unperturbed:
+            grads = plus(grads, first)
+        if method.adds_projected:
+            grads = plus(grads, at(compressed(params)))
+        pulls = [
+            penalty_gradient(x, a, method.penalty(step))
+            for x, a in zip(params, split.anchor, strict=False)
         ]
-        params = optimizer(params, penalized + grads[LAYERS:])
+        pulls += [np.zeros_like(p) for p in params[len(pulls) :]]
+        params = optimizer(params, grads if method.decoupled else plus(grads, pulls))
+        if method.decoupled:
+            params = plus(params, [-RATES[base] * pull for pull in pulls])
+        if method.masks:
+            params = kept(params, split.support)
         if method.is_dual_update(step):
             held = method.refresh_importance(held, grads[:LAYERS])
             split = method.dual_update(params[:LAYERS], split, step, targets, method.metric(held))
+            if not method.splits:
+                params = kept(params, split.support)
     projected = method.finalize(params[:LAYERS], targets, method.metric(held))
     return Result(params[:LAYERS], params[LAYERS:], split.support, projected)
 
@@ -159,9 +189,9 @@ def run_torch(problem, method, base, importance):
         layer.weight.data = torch.tensor(w, device=DEVICE)
         layer.bias.data = torch.tensor(b, device=DEVICE)
     if base == "momentum":
-        inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        inner = torch.optim.SGD(model.parameters(), lr=RATES[base], momentum=0.9)
     else:
-        inner = torch.optim.Adam(model.parameters(), lr=0.01)
+        inner = torch.optim.Adam(model.parameters(), lr=RATES[base])
     if importance is not None:
         importance = {
             f"{2 * i}.weight": torch.tensor(p, device=DEVICE) for i, p in enumerate(importance)
@@ -211,8 +241,11 @@ def run_jax(problem, method, base, importance):
     }
     if importance is not None:
         importance = {f"params/Dense_{i}/kernel": p for i, p in enumerate(importance)}
-    inner = optax.sgd(0.05, momentum=0.9) if base == "momentum" else optax.adam(0.01)
-    tx = sparse_optimizer(inner, method, importance=importance)
+    rate = RATES[base]
+    inner = optax.sgd(rate, momentum=0.9) if base == "momentum" else optax.adam(rate)
+    tx = sparse_optimizer(
+        inner, method, importance=importance, learning_rate=rate if method.decoupled else None
+    )
 
     def loss(params, x, labels):
         logits = model.apply(params, x)
@@ -267,11 +300,16 @@ def test_frameworks_agree(name, base, sparsity, importance):
         importance=SquaredGradient(0.9) if importance == "squared gradient" else None,
     )
     arrays = problem.input_importance() if importance == "inputs" else None
-    expected = run_numpy(problem, method, base, arrays)
-    # The run must move the weights and the support, or agreement would mean little.
-    assert relative_distance(expected.weights[0], problem.weights[0]) > 0.1
+    expected = assert_agreement(problem, method, base, arrays)
+    # The run must move the support too, or agreement would mean little.
     start = safe_core.project(problem.weights, sparsity).support
     assert any((a != b).any() for a, b in zip(start, expected.supports, strict=True))
+
+
+def assert_agreement(problem, method, base, arrays=None):
+    """Run in NumPy and in both frameworks; return what NumPy gives."""
+    expected = run_numpy(problem, method, base, arrays)
+    assert relative_distance(expected.weights[0], problem.weights[0]) > 0.1
     for run in (run_torch, run_jax):
         result = run(problem, method, base, arrays)
         for got, wanted in zip(result.supports, expected.supports, strict=True):
@@ -279,6 +317,26 @@ def test_frameworks_agree(name, base, sparsity, importance):
         for field in ("weights", "biases", "projected"):
             for got, wanted in zip(getattr(result, field), getattr(expected, field), strict=True):
                 assert relative_distance(got, wanted) < 1e-10, (run.__name__, field)
+    return expected
+
+
+MULTI = safe_core.schedules.random_sparsity((0.5, 0.7, 0.9))
+VARIANTS = {
+    "safe sg multi": safe_core.safe(
+        MULTI, penalty=0.1, dual_update_interval=8, projected_gradient=True
+    ),
+    "cram plus multi": safe_core.cram(MULTI, rho=0.1, plus=True),
+    "imp": safe_core.imp_sam(
+        safe_core.schedules.cubic(0.8, steps=48, every=16), importance=SquaredGradient(0.9)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_frameworks_agree_on_variants(name):
+    problem = Problem.make()
+    short = problem._replace(inputs=problem.inputs[:60], labels=problem.labels[:60])
+    assert_agreement(short, VARIANTS[name], "momentum")
 
 
 def test_the_comparison_sees_a_small_difference():
