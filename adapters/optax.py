@@ -225,7 +225,7 @@ def sparse_optimizer(
 
         is_due = method.is_dual_update(state.step)
         split, held = backend_of(state.step).cond(is_due, due, lambda *same: same, split, held)
-        if method.projection == "hard":
+        if method.prunes and not method.masks:
             out = _emptied(
                 out, params, [mask | ~jnp.asarray(is_due) for mask in split.support], tree
             )

@@ -506,7 +506,7 @@ class SparseOptimizer(Optimizer):
                 workspace=self._moved.workspace(members) if method.splits else None,
             )
             self._held.store(members, split)
-            if not method.splits:
+            if method.prunes:
                 self._mask(members, members)
 
     @torch.no_grad()

@@ -85,7 +85,8 @@ class Method:
         What brings x to C. "dual": z and u, as above. "hard": ``x <- proj(x)`` in the place
         of a dual update. "masked": a mask on x and its gradients that is drawn anew, among
         what it has kept, where a sparsity that changes over time does. "final": nothing
-        before the end. All but the first need a ``penalty`` of 0 and keep the support alone.
+        before the end; in the place of a dual update the importance is refreshed. All but the
+        first need a ``penalty`` of 0 and keep the support alone.
 
     Raises
     ------
@@ -200,6 +201,11 @@ class Method:
         return self.projection == "masked"
 
     @property
+    def prunes(self) -> bool:
+        """Whether x itself is set to zero off the support as it is updated."""
+        return self.projection in ("hard", "masked")
+
+    @property
     def adds_projected(self) -> bool:
         """Whether every step takes a gradient at C(x) too."""
         return self.added_gradient == "projected"
@@ -238,8 +244,6 @@ class Method:
 
     def is_dual_update(self, step: int | Array) -> bool | Array:
         """Whether the support, with z and u if any, is updated after the base step ``step``."""
-        if self.projection == "final":
-            return False
         if self.masks:
             if not isinstance(self._table, SparsityTable):
                 return False
@@ -552,13 +556,15 @@ def admm(
     )
 
 
-def magnitude(sparsity: Any, *, importance: Importance | None = None) -> Method:
+def magnitude(sparsity: Any, *, importance: Importance | None = None, interval: int = 32) -> Method:
     """One-shot pruning: train freely, and project at the end.
 
     Parameters
     ----------
     sparsity, importance
         As for `safe`. Without an importance the entries of largest magnitude are kept.
+    interval : int
+        Base steps from one refresh of the importance to the next.
 
     Returns
     -------
@@ -575,10 +581,17 @@ def magnitude(sparsity: Any, *, importance: Importance | None = None) -> Method:
 
     Examples
     --------
-    >>> magnitude(0.9).is_dual_update(31)
+    >>> magnitude(0.9).splits
     False
     """
-    return Method(sparsity, penalty=0.0, importance=importance, projection="final")  # type: ignore[arg-type]
+    _checks.integer("interval", interval, low=1)
+    return Method(
+        sparsity,
+        penalty=0.0,  # type: ignore[arg-type]
+        dual_update_interval=interval,
+        importance=importance,
+        projection="final",
+    )
 
 
 def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
@@ -726,6 +739,7 @@ def cram(
     rho: float | Schedule = 0.05,
     plus: bool = False,
     importance: Importance | None = None,
+    interval: int = 32,
 ) -> Method:
     """CrAM: train for what is left of the weights once they are pruned in one shot.
 
@@ -743,6 +757,8 @@ def cram(
         Whether the gradient at x is added.
     importance : Importance, optional
         As for `safe`.
+    interval : int
+        Base steps from one refresh of the importance to the next.
 
     Returns
     -------
@@ -765,10 +781,12 @@ def cram(
     """
     if not isinstance(plus, bool):
         raise TypeError(f"plus must be True or False, got {plus!r}")
+    _checks.integer("interval", interval, low=1)
     return Method(
         sparsity,
         perturbation=GradientAscent(rho),
         penalty=0.0,  # type: ignore[arg-type]
+        dual_update_interval=interval,
         importance=importance,
         compressed=True,
         added_gradient="unperturbed" if plus else None,

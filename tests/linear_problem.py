@@ -115,11 +115,12 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
             w = np.where(z != 0, w, 0)
             if recipe.sparsity(t + 1) != recipe.sparsity(t):
                 w = z = keep(w, t + 1)
-        elif recipe.after != "nothing" and (t + 1) % recipe.interval == 0:
+        elif (t + 1) % recipe.interval == 0:
             if m is not None:
                 m = recipe.decay * m + (1 - recipe.decay) * gw**2
-            if recipe.after == "hard":
-                w = z = keep(w, t + 1)
+            if recipe.after != "dual":
+                z = keep(w, t + 1)
+                w = z if recipe.after == "hard" else w
                 yield Point(w, b, z, u)
                 continue
             v = recipe.relaxation * w + (1 - recipe.relaxation) * z + u
@@ -193,13 +194,16 @@ CASES = {
         safe_core.imp_sam(schedules.linear_sparsity(0.6, steps=9, start=1, every=3), rho=0.2),
         Recipe(sparsity=gradual(1), after="mask"),
     ),
-    "magnitude": (safe_core.magnitude(0.6), Recipe(rho=lambda t: 0.0, after="nothing")),
+    "magnitude": (
+        safe_core.magnitude(0.6, interval=3),
+        Recipe(rho=lambda t: 0.0, after="nothing"),
+    ),
     "cram": (
-        safe_core.cram(0.6, rho=0.2),
-        Recipe(normalised=False, compressed=True, after="nothing"),
+        safe_core.cram(0.6, rho=0.2, interval=3, importance=SquaredGradient(0.7)),
+        Recipe(normalised=False, compressed=True, decay=0.7, after="nothing"),
     ),
     "cram plus multi": (
-        safe_core.cram(MULTI, rho=0.2, plus=True),
+        safe_core.cram(MULTI, rho=0.2, plus=True, interval=3),
         Recipe(normalised=False, compressed=True, added="x", sparsity=drawn, after="nothing"),
     ),
 }

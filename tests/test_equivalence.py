@@ -170,7 +170,7 @@ def run_numpy(problem, method, base, importance):
         if method.is_dual_update(step):
             held = method.refresh_importance(held, grads[:LAYERS])
             split = method.dual_update(params[:LAYERS], split, step, targets, method.metric(held))
-            if not method.splits:
+            if method.prunes:
                 params = kept(params, split.support)
     projected = method.finalize(params[:LAYERS], targets, method.metric(held))
     return Result(params[:LAYERS], params[LAYERS:], split.support, projected)

@@ -79,7 +79,7 @@ class Loop(NamedTuple):
             if method.is_dual_update(t):
                 held = method.refresh_importance(held, g[:1])
                 split = method.dual_update([w], split, t, self.TARGETS, method.metric(held))
-                if not method.splits:
+                if method.prunes:
                     w = apply_support([w], split.support)[0]
             yield self.xp.to_numpy(w), self.xp.to_numpy(split.support[0])
 
@@ -428,6 +428,8 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: safe_core.imp_sam("2:4"), V, "NM("),
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
+    ("interval", lambda: safe_core.cram(0.5, interval=1.5), T, "1.5"),
+    ("interval", lambda: safe_core.magnitude(0.5, interval=0), V, "0"),
     ("plus", lambda: safe_core.cram(0.5, plus="yes"), T, "'yes'"),
     ("rho", lambda: safe_core.cram(0.5, rho=-1.0), V, "-1.0"),
     ("adaptive", lambda: safe_core.imp_sam(CUBIC, adaptive=2), T, "2"),
