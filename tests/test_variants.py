@@ -120,6 +120,15 @@ def test_a_random_sparsity_ends_at_its_largest() -> None:
     assert set(zeros) == {2, 9}
 
 
+def test_nothing_comes_back_under_a_mask() -> None:
+    method = safe_core.gmp(schedules.linear_sparsity(0.5, steps=2))
+    split = safe_core.SplitState([], [np.asarray([True, False, True, True])])
+    after = method.dual_update(
+        [np.asarray([1.0, 9.0, 2.0, 3.0])], split, 1, Targets(("x",), (None,))
+    )
+    assert after.support[0].tolist() == [False, False, True, True]
+
+
 def test_linear_sparsity_rises_in_equal_steps() -> None:
     table = schedules.linear_sparsity(0.9, steps=90, initial=0.3, start=10, every=30)
     assert [float(x) for x in table.table] == [0.3, 0.5, 0.7, 0.9]
