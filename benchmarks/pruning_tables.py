@@ -53,7 +53,6 @@ _ERRORS = (
         _by_sparsity(lambda line: line["drift"][-1]),
     ),
     Figure("squared error of each block's output over its square, at 50%", _by_block),
-    Figure("seconds for one block", _by_sparsity(lambda line: np.mean(line["block_seconds"]))),
 )
 _FIRST_BLOCK = (
     Figure(

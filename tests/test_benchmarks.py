@@ -82,10 +82,9 @@ def test_tables_name_the_machine_and_the_plot_is_drawn(tmp_path: Path) -> None:
 def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
     sizes = {"study": "llama", "sparsity": "0.5", "samples": 8, "length": 4, "epochs": 2}
     found = [
-        {**sizes, "method": m, "perplexity": p, "drift": [0.0, p], "block_errors": [p, 1.0],
-         "block_seconds": [1.0, 3.0]}
+        {**sizes, "method": m, "perplexity": p, "drift": [0.0, p], "block_errors": [p, 1.0]}
         for m, p in (("ours", 2.0), ("ours", 4.0), ("theirs", 3.5))
-    ]  # fmt: skip
+    ]
     dense = {**sizes, "method": "Dense", "sparsity": "0", "perplexity": 1.25}
     text = pruning_tables.tables([dense, *found], ["ours", "theirs"], {"CPU": "a processor"})
     assert "8 samples of 4 tokens, 2 epochs where a method trains; the dense model" in text
