@@ -334,8 +334,10 @@ class SparseOptimizer(Optimizer):
                     if compresses:
                         self._compress(sparse)
                 if self._reuses:
-                    self._first = {p: torch.zeros_like(p) for p in self._trainable()}
-                    self._first |= self._set_aside()
+                    held = self._set_aside()
+                    self._first = {
+                        p: held[p] if p in held else torch.zeros_like(p) for p in self._trainable()
+                    }
                 elif self.method.adds_unperturbed:
                     added = self._set_aside()
             self.zero_grad()
