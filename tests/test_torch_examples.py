@@ -45,19 +45,15 @@ def test_an_example_learns(name: str) -> None:
     assert float(accuracies[-1]) > 70, printed
 
 
+@pytest.mark.long
 def test_the_hugging_face_example_ends_sparse() -> None:
     printed = run(sys.executable, "hugging_face.py", "--steps", "4")
     assert "4 steps, loss" in printed
     assert "exactly sparse" in printed
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(["--local-ascent"], id="ddp", marks=pytest.mark.long),
-        pytest.param(["--shard"], id="fsdp"),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["--local-ascent"], ["--shard"]], ids=["ddp", "fsdp"])
 def test_the_distributed_example_ends_sparse(options: list[str]) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
     printed = run(*launcher, "--nproc-per-node", "2", "distributed.py", "--epochs", "1", *options)
