@@ -255,6 +255,11 @@ class SparseOptimizer(Optimizer):
             )
         if self._phase != "ready":
             self._check_perturbed("projected()")
+        if not self._has_gradient():
+            raise ValueError(
+                "projected() needs the gradients of a backward pass before it, to which its own are "
+                "added, got None for every parameter"
+            )
         try:
             with self._at_projected_point(replay):
                 yield
@@ -1025,7 +1030,7 @@ class SparseOptimizer(Optimizer):
     def _call_importance(self, sparse: list[Tensor]) -> None:
         """Ask the user's function for P at the parameters that are to be projected."""
         if callable(self._importance):
-            named = {self._targets[p].name: p.detach() for p in sparse}
+            named = {self._targets[p].name: p for p in sparse}
             placed = self._held.placed(self._importance(named), sparse)
             self._held.store_importance(sparse, placed)
 

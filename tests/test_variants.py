@@ -189,6 +189,23 @@ def test_both_frameworks_estimate_the_diagonal_of_a_hessian() -> None:
     np.testing.assert_allclose(mixed["x"], [2.0, 3.0, 0.0], atol=0.2)
 
 
+def test_a_dual_update_asks_for_the_diagonal_of_a_hessian() -> None:
+    model, curvature = nn.Linear(3, 1, bias=False), torch.tensor([[1.0, 3.0, 2.0]])
+
+    def loss() -> torch.Tensor:
+        return (curvature * model.weight**2).sum()
+
+    optimizer = SparseOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        safe_core.iht(0.5),
+        model=model,
+        importance=lambda params: torch_importance.hessian_diagonal(loss, params),
+    )
+    loss().backward()
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.weight]["importance"], 2 * curvature)
+
+
 # The PyTorch adapter
 
 
@@ -484,6 +501,12 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         ),
         V,
         "None",
+    ),
+    (
+        "projected()",
+        lambda: enter(Run(safe_core.admm(0.5, projected_gradient=True)).optimizer.projected()),
+        V,
+        "needs the gradients",
     ),
     (
         "loss_scale",
