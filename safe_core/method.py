@@ -19,6 +19,7 @@ from . import _checks, splitting
 from .importance import Importance
 from .projection import apply_support
 from .schedules import Constant, RandomSparsity, Schedule, SparsityTable, as_schedule
+from .scores import positive
 from .sharpness import ASAM, SAM, Direction, GradientAscent, flat_direction, reused
 from .sparsity import Pattern, as_pattern
 from .splitting import SplitState, Targets
@@ -349,8 +350,9 @@ class Method:
         u it is the support of x alone, or of x under its mask.
         """
         if not self.splits:
-            under = apply_support(params, split.support) if self.masks else params
-            return SplitState([], self.compression(under, targets, step + 1, importance))
+            if self.masks:
+                params, importance = _under_mask(params, split.support, importance)
+            return SplitState([], self.compression(params, targets, step + 1, importance))
         return splitting.dual_update(
             params,
             split,
@@ -393,6 +395,18 @@ class Method:
     ) -> list[Array]:
         """Return where `finalize` keeps entries."""
         return splitting.final_support(params, self.sparsity, targets, importance=importance)
+
+
+def _under_mask(
+    params: Sequence[Array], mask: Sequence[Array], importance: Sequence[Array | None] | None
+) -> tuple[Sequence[Array], Sequence[Array | None] | None]:
+    """Params and P by which what the mask has kept ranks above what is gone."""
+    kept = apply_support(params, mask)
+    known = [p for p in importance or () if p is not None]
+    if importance is None or not known:
+        return kept, None
+    raised = iter(positive(array_namespace(*known), known))
+    return kept, [None if p is None else next(raised) for p in importance]
 
 
 def _is_source(importance: Any) -> bool:

@@ -9,7 +9,7 @@ from safe_core.backends import Array, backend_of
 
 from ._dtypes import flushed, wide_dtype, widened
 
-__all__ = ["common", "entry_scores", "unit_squares"]
+__all__ = ["common", "entry_scores", "positive", "unit_squares"]
 
 
 def common(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
@@ -64,6 +64,16 @@ def unit_squares(
                 square = flushed(xp, p * square)
             squares.append(square)
     return squares
+
+
+def positive(xp: Any, importance: Sequence[Array]) -> list[Array]:
+    """P up to one factor, and where it is zero or nearly a number that is not zero.
+
+    An entry of P = 0 that a mask has kept then still ranks above those that are gone.
+    """
+    least = 2.0**-60  # of which root and product with squares are far from underflow
+    scaled = _scaled(xp, importance, wide_dtype(xp, importance))
+    return [xp.clip(p, least, None) for p in scaled]
 
 
 def _pools(arrays: Sequence[Array], *, joint: bool) -> list[list[int]]:
