@@ -159,7 +159,7 @@ class Cubic:
 
 @dataclass(frozen=True)
 class LinearSparsity(Cubic):
-    """The same in equal steps."""
+    """A static table of sparsities that rises in equal steps."""
 
     _power: ClassVar[int] = 1
 
@@ -172,8 +172,10 @@ class RandomSparsity:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, (tuple, list)) or not 0 < len(self.values) < 2**15:
-            raise TypeError(f"values must be a tuple of sparsities, not empty, got {self.values!r}")
+        if not isinstance(self.values, (tuple, list)):
+            raise TypeError(f"values must be a tuple of sparsities, got {self.values!r}")
+        if not 0 < len(self.values) < 2**15:
+            raise ValueError(f"values must be 1 to 32767 sparsities, got {len(self.values)}")
         for value in self.values:
             _checks.sparsity("values", value)
         object.__setattr__(self, "values", tuple(self.values))
