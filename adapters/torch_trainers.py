@@ -53,15 +53,18 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
 
 
 def perturbed(
-    optimizer: Any, replay: RandomState | None = None
+    optimizer: Any, replay: RandomState | None = None, *, loss_scale: float | None = None
 ) -> AbstractContextManager[None, bool | None]:
-    """`SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped, and its scaler.
+    """`SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped.
 
     Parameters
     ----------
     optimizer : SparseOptimizer, or a wrapper of one
     replay : RandomState, optional
         As for `SparseOptimizer.perturbed`.
+    loss_scale : float, optional
+        As there. By default that of the scaler that Accelerate puts beside the optimizer;
+        Lightning keeps it apart, as ``trainer.precision_plugin.scaler``.
 
     Returns
     -------
@@ -88,9 +91,11 @@ def perturbed(
         )
     inner, scaler = unwrap(optimizer), getattr(optimizer, "scaler", None)
     perturbation = inner.method.perturbation
-    if scaler is None or perturbation is None or perturbation.is_scale_free:
-        return inner.perturbed(replay)
-    return inner.perturbed(replay, loss_scale=scaler.get_scale())
+    if loss_scale is None:
+        # Not read where e does not depend on it: an accelerator would be waited for.
+        reads = scaler is not None and perturbation is not None and not perturbation.is_scale_free
+        loss_scale = scaler.get_scale() if reads else 1.0
+    return inner.perturbed(replay, loss_scale=loss_scale)
 
 
 class SparseTrainerMixin:
