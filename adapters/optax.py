@@ -97,7 +97,7 @@ def sparse_optimizer(
         Turns the gradient of loss and penalty into an update. Extra arguments of
         ``update`` are passed on to it.
     method : Method
-        From `safe_core.safe` or `safe_core.admm`.
+        From `safe_core.safe` or another function of `safe_core`.
     rho, penalty : float, array or schedule, optional
         Override the method's; may be traced, as under `optax.inject_hyperparams`.
     learning_rate : float, array or schedule

@@ -989,7 +989,9 @@ class SparseOptimizer(Optimizer):
         for group in self.param_groups:
             mine = [p for p in group["params"] if p in self._targets and p.requires_grad]
             if mine:
-                factor = group["lr"] * abs(penalties[mine[0]])
+                rate = group["lr"]  # torch takes a tensor of one entry, of any number of axes
+                rate = rate.reshape(()) if torch.is_tensor(rate) else rate
+                factor = rate * abs(penalties[mine[0]])
                 found = torch_lists.pulls(mine, self._held.split(mine).anchor, factor)
                 pulled.update(zip(mine, found, strict=True))
         self._base_step()

@@ -18,7 +18,7 @@ from torch import nn
 
 import safe_core
 from safe_core import GradientAscent, Layout, Method, Targets, schedules
-from safe_core.adapters import optax_importance, torch_importance
+from safe_core.adapters import optax_importance, torch_importance, torch_trainers
 from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.adapters.optax_report import report
 from safe_core.adapters.torch import SparseOptimizer
@@ -127,6 +127,27 @@ def test_nothing_comes_back_under_a_mask() -> None:
         [np.asarray([1.0, 9.0, 2.0, 3.0])], split, 1, Targets(("x",), (None,))
     )
     assert after.support[0].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "importance", "wanted"),
+    [
+        (schedules.linear_sparsity(0.75, 1), [1.0, 0.0, 0.0, 0.0], [True, False, False, True]),
+        (safe_core.Channel(schedules.linear_sparsity(0.5, 1)), [0.0] * 4, [True] * 4),
+    ],
+    ids=["entries", "channels"],
+)
+def test_nothing_comes_back_where_what_is_left_has_no_importance(
+    xp: Backend, pattern: Any, importance: list[float], wanted: list[bool]
+) -> None:
+    def update(w: Any, mask: Any, importance: Any) -> Any:
+        split, targets = safe_core.SplitState([], [mask]), Targets(("w",), (Layout((1,), (0,)),))
+        return safe_core.gmp(pattern).dual_update([w], split, 0, targets, [importance]).support[0]
+
+    w = np.asarray([[9.0, 9.0, 9.0, 9.0], [1.0, 2.0, 3.0, 4.0]])
+    mask = np.asarray([[False] * 4, [True] * 4])
+    support = xp.run(update, w, mask, np.asarray([[1.0] * 4, importance]))
+    assert support.tolist() == [[False] * 4, wanted]
 
 
 def test_linear_sparsity_rises_in_equal_steps() -> None:
@@ -293,6 +314,29 @@ def test_phases_with_a_scaled_loss_are_the_closure(name: str) -> None:
     assert_same(two.state(), one.state())
 
 
+class Wrapped(NamedTuple):
+    """An optimizer as Accelerate wraps it."""
+
+    optimizer: SparseOptimizer
+    scaler: torch.amp.GradScaler | None
+
+
+@pytest.mark.parametrize("told", [None, 8.0])
+def test_the_ascent_of_a_wrapped_optimizer_is_told_the_scale_of_the_loss(
+    told: float | None,
+) -> None:
+    scaler = None if told else torch.amp.GradScaler("cpu", init_scale=8.0)
+    moved = []
+    for scale in (1.0, 8.0):
+        run = Run(safe_core.cram(0.5))
+        (scale * run.loss()).backward()
+        inner = run.optimizer
+        optimizer, given = (Wrapped(inner, scaler), told) if scale > 1 else (inner, None)
+        with torch_trainers.perturbed(optimizer, loss_scale=given):
+            moved.append([p.detach().clone() for p in run.model.parameters()])
+    assert_same(*moved)
+
+
 @pytest.mark.parametrize("name", ["sg multi", "cram plus multi"])
 def test_parameters_come_back_and_clipping_sees_the_sum(name: str) -> None:
     run = Run(linear_problem.CASES[name][0]).train(2)
@@ -312,6 +356,17 @@ def test_parameters_come_back_and_clipping_sees_the_sum(name: str) -> None:
             wanted = [a + p.grad for a, p in zip(second, run.model.parameters(), strict=True)]
     assert_same([p.grad for p in run.model.parameters()], wanted)
     assert_same(run.state(), before)
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(0.1), torch.tensor([0.1], dtype=torch.float64)])
+def test_the_rate_of_a_decoupled_penalty_may_be_a_tensor(rate: torch.Tensor) -> None:
+    run = Run(safe_core.admm(0.5, penalty=0.3, decoupled=True))
+    wanted = run.train(1).state()
+    run = Run(safe_core.admm(0.5, penalty=0.3, decoupled=True))
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    for a, b in zip(run.train(1).state(), wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_frozen_support_needs_no_projected_gradient() -> None:
@@ -459,7 +514,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("plus", lambda: safe_core.cram(0.5, plus="yes"), T, "'yes'"),
     ("rho", lambda: safe_core.cram(0.5, rho=-1.0), V, "-1.0"),
     ("adaptive", lambda: safe_core.imp_sam(CUBIC, adaptive=2), T, "2"),
-    ("values", lambda: schedules.random_sparsity(()), T, "()"),
+    ("values", lambda: schedules.random_sparsity(()), V, "0"),
     ("values", lambda: schedules.random_sparsity((0.5, 1.0)), V, "1.0"),
     ("values", lambda: schedules.random_sparsity(0.5), T, "0.5"),
     ("seed", lambda: schedules.random_sparsity((0.5,), seed=-1), V, "-1"),
