@@ -377,7 +377,8 @@ class _Training:
         self.method = recipe.bound(pattern)
         steps = len(batches_in_order([range(samples)], recipe.batch_size))
         rates = jnp.asarray([recipe.rate(t, steps) for t in range(recipe.epochs * steps)])
-        self._base = optax.adam(lambda step: rates[step], *recipe.betas)
+        self._rate = lambda step: rates[step]
+        self._base = optax.adam(self._rate, *recipe.betas)
         self._tx = self._optimizer(None)  # P, if there is one, is in the state
         self._epoch = jax.jit(self._steps, donate_argnums=0)
 
@@ -410,7 +411,12 @@ class _Training:
 
     def _optimizer(self, importance: Any) -> optax.GradientTransformationExtraArgs:
         return sparse_optimizer(
-            self._base, self.method, where=self.where, layout=self.layout, importance=importance
+            self._base,
+            self.method,
+            learning_rate=self._rate if self.method.decoupled else None,
+            where=self.where,
+            layout=self.layout,
+            importance=importance,
         )
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:

@@ -278,6 +278,16 @@ def test_the_first_block_is_reconstructed_as_alone() -> None:
     assert (other[0].params["kernel"] != first.params["kernel"]).any()
 
 
+def test_a_decoupled_penalty_has_the_rate_of_the_recipe() -> None:
+    apply_fn, params, _ = chain(1)[0]
+    method = safe_core.admm(0.5, penalty=5.0, decoupled=True)
+    recipe = Reconstruction(method, learning_rate=0.2, epochs=1, warmup_epochs=0, batch_size=10)
+    found = reconstruct(apply_fn, params, inputs(), 0.5, recipe=recipe)
+    # A rate of 0.2 times 5 takes what is off the support of the start to it, and Adam 0.2 back.
+    start = safe_core.project(params["kernel"], 0.5).support
+    np.testing.assert_array_equal(found.params["kernel"] != 0, start)
+
+
 def test_grams_of_dense_leaves_are_left_out() -> None:
     params, x = parameters(Layers()), inputs()
     recipe = Reconstruction(importance="wanda", epochs=1, warmup_epochs=0)
