@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _checks
 from .method import Method, safe
+from .schedules import SparsityTable
 from .sparsity import Pattern, as_pattern
 
 __all__ = ["Reconstruction", "batches_at_random", "batches_in_order", "block_pattern"]
@@ -28,7 +29,8 @@ class Reconstruction:
     ----------
     method : Method, optional
         In the place of ``safe_core.safe(sparsity, rho=2e-4)``, such as ADMM or another radius;
-        its sparsity is replaced by the one that is asked for.
+        its sparsity is replaced by the one that is asked for, which must be a schedule for
+        `safe_core.gmp` and `safe_core.imp_sam`.
     learning_rate : float
         The highest.
     betas : pair of float
@@ -105,9 +107,14 @@ class Reconstruction:
 
     def bound(self, sparsity: Pattern) -> Method:
         """The method under a sparsity."""
-        if self.method is not None:
-            return replace(self.method, sparsity=sparsity)
-        return safe(sparsity, rho=2e-4)
+        if self.method is None:
+            return safe(sparsity, rho=2e-4)
+        if self.method.masks and not isinstance(getattr(sparsity, "sparsity", None), SparsityTable):
+            raise ValueError(
+                "sparsity must change over time for a method of masks, such as "
+                f"schedules.cubic(0.5, steps=1000), got {sparsity!r}"
+            )
+        return replace(self.method, sparsity=sparsity)
 
 
 def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> Pattern:

@@ -23,6 +23,7 @@ from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.adapters.optax_report import report
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.projection import apply_support
+from safe_core.reconstruction import Reconstruction
 from safe_core.splitting import penalty_gradient
 
 NAMES = ["sg multi", "decoupled", "iht", "gmp", "imp", "magnitude", "cram", "cram plus multi"]
@@ -441,6 +442,7 @@ def test_a_step_is_traced_once_and_reports(name: str) -> None:
 
 V, T = ValueError, TypeError
 MULTI = schedules.random_sparsity((0.5, 0.7))
+RECIPE = Reconstruction(safe_core.gmp(CUBIC))
 
 
 def torch_with(method: Method, **group: Any) -> Any:
@@ -507,6 +509,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("projected_gradient", lambda: safe_core.admm(0.5, projected_gradient=1), T, "1"),
     ("sparsity", lambda: safe_core.gmp(0.5), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.imp_sam("2:4"), V, "NM("),
+    ("sparsity", lambda: RECIPE.bound(safe_core.Unstructured(0.5)), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
     ("interval", lambda: safe_core.cram(0.5, interval=1.5), T, "1.5"),
