@@ -257,8 +257,8 @@ class SparseOptimizer(Optimizer):
             self._check_perturbed("projected()")
         if not self._has_gradient():
             raise ValueError(
-                "projected() needs the gradients of a backward pass before it, to which its own are "
-                "added, got None for every parameter"
+                "projected() needs the gradients of a backward pass before it, to which it adds "
+                "its own, got None for every parameter"
             )
         try:
             with self._at_projected_point(replay):
