@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 _INSTALL = 'pip install "safe-core[transformers]"'
+_INSTALL_STUDY = 'pip install "safe-core[torch,jax,study]"'
 
 try:
     import typer
@@ -203,6 +204,49 @@ def prune(
         typer.echo(f"saved in {result.out}")
 
 
+@app.command()
+def study(
+    recipe: Annotated[
+        Path, typer.Argument(help="A TOML file, or the name of a recipe that is installed.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; by default study-results/ and the name."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    data: Annotated[
+        Path | None, typer.Option(help="Where the files of the data are, in place of the recipe's.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Device to train on, as the framework calls it.")
+    ] = "cpu",
+) -> None:
+    """Train and measure what a recipe asks for: method by sparsity by seed by framework.
+
+    A study that was stopped goes on from where it was. Then see safe-core report.
+    """
+    with _clear_errors(_INSTALL_STUDY):
+        from safe_core.study.runner import recipe_source, run_study
+
+        name, source = recipe_source(recipe)
+        folder = Path("study-results", name) if out is None else out
+        run_study(source, folder, jobs=jobs, data=data, device=device)
+        typer.echo(f"results in {folder}; tables and figures: safe-core report {folder}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study, finished or not.")],
+) -> None:
+    """Write the tables of a study as Markdown and LaTeX, and its figures as PNG and PDF."""
+    with _clear_errors(_INSTALL_STUDY):
+        from safe_core.study.runner import write_report
+
+        files = write_report(folder)
+        typer.echo((folder / "report.md").read_text(encoding="utf-8"))
+        typer.echo("Written: " + ", ".join(map(str, files)))
+
+
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 
@@ -218,12 +262,12 @@ def _print(thing: object) -> None:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _clear_errors(install: str = _INSTALL) -> Iterator[None]:
     """Show what was wrong with the input as a message, not as a traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
-        typer.echo(f"safe-core: this command needs {error.name}: {_INSTALL}", err=True)
+        typer.echo(f"safe-core: this command needs {error.name}: {install}", err=True)
         raise typer.Exit(1) from None
     except (ValueError, TypeError, OSError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))

@@ -1,0 +1,26 @@
+"""Studies from recipes: what `safe-core study` runs and `safe-core report` shows.
+
+A `Recipe` names data, network, methods, sparsities and seeds; `run_study` trains every
+combination once in PyTorch or JAX, and `write_report` makes tables and figures of what is there.
+
+>>> from importlib.resources import files
+>>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-4-digits.toml")
+>>> recipe.sparsities
+(0.8, 0.9, 0.95)
+"""
+
+from .cells import Cell, cells
+from .recipe import Recipe, parse_recipe, read_recipe, recipe_source
+from .report import write_report
+from .run import run_study
+
+__all__ = [
+    "Cell",
+    "Recipe",
+    "cells",
+    "parse_recipe",
+    "read_recipe",
+    "recipe_source",
+    "run_study",
+    "write_report",
+]

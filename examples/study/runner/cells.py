@@ -1,0 +1,121 @@
+"""The runs of a study, and the file that holds their results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .methods import Sparsity
+from .recipe import Recipe
+
+__all__ = ["Cell", "append_result", "cells", "read_results"]
+
+
+class Cell(NamedTuple):
+    """One run: a network trained from one seed by one method.
+
+    Attributes
+    ----------
+    framework : {"torch", "jax"}
+    noise : float
+        Share of the training labels drawn at random.
+    method : str
+        The label of a method of the recipe.
+    sparsity : float, str or None
+        None for dense training.
+    seed : int
+
+    Examples
+    --------
+    >>> Cell("jax", 0.0, "SAFE", 0.95, 1).title
+    'SAFE at 0.95, seed 1, jax'
+    """
+
+    framework: str
+    noise: float
+    method: str
+    sparsity: Sparsity | None
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """What a message calls it."""
+        target = "" if self.sparsity is None else f" at {self.sparsity}"
+        noise = f", label noise {self.noise:g}" if self.noise else ""
+        return f"{self.method}{target}{noise}, seed {self.seed}, {self.framework}"
+
+
+def cells(recipe: Recipe) -> list[Cell]:
+    """Return all runs of a study; those of one method and sparsity follow one another.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from safe_core.study.runner import read_recipe
+    >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
+    >>> cells(recipe)[0]
+    Cell(framework='torch', noise=0.25, method='ADMM', sparsity=0.7, seed=0)
+    """
+    return [
+        Cell(framework, noise, entry.label, sparsity, seed)
+        for framework in recipe.frameworks
+        for noise in recipe.data.label_noise
+        for entry in recipe.methods
+        for sparsity in ((None,) if entry.is_dense else recipe.sparsities)
+        for seed in recipe.seeds
+    ]
+
+
+def append_result(file: Path, digest: str, cell: Cell, result: dict[str, Any]) -> None:
+    """Write a finished run as one line, on the disk when this returns.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> cell = Cell("jax", 0.0, "SAFE", 0.95, 1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "results.jsonl")
+    ...     append_result(file, "3f", cell, {"accuracy": 97.5})
+    ...     read_results(file, "3f")
+    {Cell(framework='jax', noise=0.0, method='SAFE', sparsity=0.95, seed=1): {'accuracy': 97.5}}
+    """
+    line = json.dumps({"recipe": digest, "cell": cell._asdict(), "result": result})
+    with file.open("a", encoding="utf-8") as out:
+        out.write(line + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_results(file: Path, digest: str, known: Sequence[Cell] = ()) -> dict[Cell, Any]:
+    """Return the results by run, in the order of ``known`` first.
+
+    A last line that was cut off, as by a kill, is removed from the file.
+
+    Raises
+    ------
+    ValueError
+        If a line is of another recipe, or not of this format.
+    """
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
+    found = {}
+    for number, line in enumerate(whole.decode().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            of, cell, result = entry["recipe"], Cell(**entry["cell"]), entry["result"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} must hold results, but line {number} is none") from None
+        if of != digest:
+            raise ValueError(
+                f"{file} must hold results of this recipe, {digest}, got some of {of}: choose "
+                "another folder, or the recipe of this one"
+            )
+        found[cell] = result
+    return {cell: found[cell] for cell in known if cell in found} | found

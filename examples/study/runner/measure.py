@@ -1,0 +1,154 @@
+"""What is measured of a trained network, the same for both frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_core.study.data import CORRUPTIONS as CIFAR_CORRUPTIONS
+from safe_core.study.data import Split, load_cifar_10_c
+from safe_core.study.models import Variables
+from safe_core.study.robustness import CORRUPTIONS, PGD, corrupt
+
+from .plan import Plan, Subject, pixels
+from .recipe import Attack, Evaluation
+
+__all__ = ["accuracy", "constraint_distance", "measure", "zeros"]
+
+_BATCH = 1000  # images at a time
+MakeSubject = Callable[[Variables], Subject]
+
+
+def measure(
+    evaluation: Evaluation, plan: Plan, make: MakeSubject, dense: Variables, sparse: Variables
+) -> dict[str, Any]:
+    """Return what a recipe asks for, by name.
+
+    Accuracies are in percent, of the projected network after batch-norm tuning if asked
+    for: ``accuracy_untuned`` is before it, ``dense_accuracy`` before the projection.
+    """
+    subject = make(sparse)
+    found: dict[str, Any] = {}
+    if evaluation.batch_norm_tuning:
+        found["accuracy_untuned"] = accuracy(subject, plan.data.test)
+        subject = make(subject.recalibrated(_tuning_batches(evaluation, plan)))
+    found["accuracy"] = accuracy(subject, plan.data.test)
+    found["dense_accuracy"] = accuracy(make(dense), plan.data.test)
+    found["distance"] = constraint_distance(dense, sparse)
+    found["zeros"], found["weights"] = zeros(sparse)
+    found |= _flatness(evaluation, plan, subject)
+    for severity in evaluation.corruptions:
+        found[f"corruption_{severity}"] = _corrupted(evaluation, plan, subject, severity)
+    for attack in evaluation.attacks:
+        found[f"pgd_{attack.norm}"] = _attacked(attack, plan, subject)
+    if evaluation.weight_bins:
+        found["weights_histogram"] = _histogram(dense, evaluation.weight_bins)
+    return found
+
+
+def accuracy(subject: Subject, split: Split) -> float:
+    """Share of right answers, in percent."""
+    right = sum(
+        int(np.sum(subject.logits(images).argmax(1) == labels))
+        for images, labels in _parts(split.images, split.labels)
+    )
+    return 100 * right / len(split.labels)
+
+
+def constraint_distance(dense: Variables, sparse: Variables) -> float:
+    """``|x - proj(x)|_2``.
+
+    Examples
+    --------
+    >>> x = {"params": {"dense": {"kernel": np.asarray([[3.0], [4.0]])}}}
+    >>> constraint_distance(x, {"params": {"dense": {"kernel": np.asarray([[0.0], [0.0]])}}})
+    5.0
+    """
+    pairs = zip(_leaves(dense["params"]), _leaves(sparse["params"]), strict=True)
+    squares = [np.sum(np.square(a - b, dtype=np.float64)) for a, b in pairs]
+    return float(np.sqrt(np.sum(squares)))
+
+
+def zeros(variables: Variables) -> tuple[int, int]:
+    """Zero weights and all weights, biases and normalisation apart.
+
+    Examples
+    --------
+    >>> zeros({"params": {"dense": {"kernel": np.asarray([[0.0], [4.0]]), "bias": np.zeros(1)}}})
+    (1, 2)
+    """
+    kernels = [x for x in _leaves(variables["params"]) if x.ndim > 1]
+    return sum(int(np.sum(x == 0)) for x in kernels), sum(x.size for x in kernels)
+
+
+def _flatness(evaluation: Evaluation, plan: Plan, subject: Subject) -> dict[str, Any]:
+    """On the first training images, with the labels that were trained on."""
+    if not evaluation.flatness and not evaluation.landscape_points:
+        return {}
+    images, labels = (part[: evaluation.flatness_images] for part in plan.data.train)
+    surface = subject.surface(list(_parts(images, labels)))
+    measures = {
+        "eigenvalue": lambda: surface.eigenvalues(seed=plan.seed).values[0],
+        "trace": lambda: surface.trace(seed=plan.seed).value,
+        "sharpness": lambda: surface.sharpness(evaluation.flatness_rho, seed=plan.seed).mean,
+    }
+    found: dict[str, Any] = {name: float(measures[name]()) for name in evaluation.flatness}
+    if evaluation.landscape_points:
+        # One seed for all, so that networks are seen along the same draws.
+        plane = surface.landscape(2, points=evaluation.landscape_points, seed=0)
+        found["landscape"] = {name: x.tolist() for name, x in plane._asdict().items()}
+    return found
+
+
+def _corrupted(evaluation: Evaluation, plan: Plan, subject: Subject, severity: int) -> float:
+    """Mean accuracy over the common corruptions: CIFAR-10-C's own files where they are given."""
+    if evaluation.corruption_folder is not None:
+        folder = Path(evaluation.corruption_folder)
+        splits: Iterator[Split] = (
+            load_cifar_10_c(folder, name, severity) for name in CIFAR_CORRUPTIONS
+        )
+    else:
+        images, labels = plan.data.test
+        splits = (Split(corrupt(images, name, severity), labels) for name in CORRUPTIONS)
+    return float(np.mean([accuracy(subject, split) for split in splits]))
+
+
+def _attacked(attack: Attack, plan: Plan, subject: Subject) -> float:
+    pgd = PGD(attack.norm, attack.radius, attack.steps)
+    right = 0
+    for images, labels in _parts(*plan.data.test):
+        moved = subject.attacked(pgd, images, labels, plan.seed)
+        right += int(np.sum(subject.logits(moved).argmax(1) == labels))
+    return 100 * right / len(plan.data.test.labels)
+
+
+def _histogram(variables: Variables, bins: int) -> dict[str, Any]:
+    """Of the weights before the last projection."""
+    weights = np.concatenate([x.ravel() for x in _leaves(variables["params"]) if x.ndim > 1])
+    counts, edges = np.histogram(weights, bins, range=(-1, 1))
+    return {"counts": counts.tolist(), "edges": edges.tolist()}
+
+
+def _tuning_batches(evaluation: Evaluation, plan: Plan) -> list[NDArray[np.float32]]:
+    """Batches of the first epoch, as they were trained on."""
+    found: list[NDArray[np.float32]] = []
+    for images, _ in plan.batches(0):
+        found.append(images)
+        if sum(map(len, found)) >= evaluation.batch_norm_samples:
+            break
+    return found
+
+
+def _parts(images: Any, labels: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    for i in range(0, len(labels), _BATCH):
+        yield pixels(images[i : i + _BATCH]), labels[i : i + _BATCH]
+
+
+def _leaves(tree: Any) -> Sequence[NDArray[Any]]:
+    if not isinstance(tree, Mapping):
+        return [tree]
+    return [leaf for name in sorted(tree) for leaf in _leaves(tree[name])]

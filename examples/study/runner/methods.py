@@ -1,0 +1,282 @@
+"""The methods that a recipe may name, with parameters for each sparsity."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import safe_core
+from safe_core import Method, Unstructured, _checks, importance, schedules
+
+from .tables import text
+
+__all__ = ["METHODS", "Entry", "read_entries"]
+
+Sparsity = float | str
+
+
+class Kind(NamedTuple):
+    """What a name stands for: a constructor, what it is given, and how the sparsity goes.
+
+    Attributes
+    ----------
+    constructor : callable or None
+        None for dense training.
+    fixed : dict
+        Arguments that the name implies.
+    course : {"fixed", "rising", "drawn"}
+        Of the sparsity over time.
+
+    Examples
+    --------
+    >>> METHODS["cram_plus"].fixed
+    {'plus': True}
+    """
+
+    constructor: Callable[..., Method] | None
+    fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    course: str = "fixed"
+
+    def options(self) -> tuple[str, ...]:
+        """The parameters that a recipe may set."""
+        if self.constructor is None:
+            return ()
+        taken = {"sparsity", *self.fixed}
+        names = [n for n in inspect.signature(self.constructor).parameters if n not in taken]
+        if "penalty" in names:
+            names.append("penalty_schedule")
+        return (*names, "scope", *_OF_COURSE[self.course])
+
+
+_OF_COURSE = {
+    "fixed": (),
+    "rising": ("rise", "rise_epochs", "prune_every_epochs"),
+    "drawn": ("among",),
+}
+_SG = {"projected_gradient": True}
+METHODS = {
+    "dense": Kind(None),
+    "safe": Kind(safe_core.safe),
+    "safe_sg": Kind(safe_core.safe, _SG),
+    "safe_multi": Kind(safe_core.safe, {}, "drawn"),
+    "safe_sg_multi": Kind(safe_core.safe, _SG, "drawn"),
+    "admm": Kind(safe_core.admm),
+    "magnitude": Kind(safe_core.magnitude),
+    "gmp": Kind(safe_core.gmp, {}, "rising"),
+    "iht": Kind(safe_core.iht),
+    "imp_sam": Kind(safe_core.imp_sam, {}, "rising"),
+    "cram": Kind(safe_core.cram, {"plus": False}),
+    "cram_plus": Kind(safe_core.cram, {"plus": True}),
+    "cram_multi": Kind(safe_core.cram, {"plus": False}, "drawn"),
+    "cram_plus_multi": Kind(safe_core.cram, {"plus": True}, "drawn"),
+}
+_RISES = {"cubic": schedules.cubic, "linear": schedules.linear_sparsity}
+_PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
+_IMPORTANCES = {"squared_gradient": importance.SquaredGradient()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a study, under its label.
+
+    Attributes
+    ----------
+    method : str
+        One of `METHODS`.
+    label : str
+        What tables and figures call it.
+    options : tuple of (str, value)
+        Parameters; a value that is a tuple of (sparsity, value) pairs holds by sparsity.
+    swept : tuple of (str, value) or None
+        The parameter that this entry was made for, of a ``sweep``.
+
+    Examples
+    --------
+    >>> entry = read_entries([{"method": "safe", "penalty": {"0.9": 1e-3, "default": 1e-2}}])[0]
+    >>> entry.values(0.9)["penalty"], entry.values(0.99)["penalty"]
+    (0.001, 0.01)
+    >>> entry.build(0.9, epochs=2, steps_per_epoch=5, seed=0).dual_update_interval
+    32
+    """
+
+    method: str
+    label: str
+    options: tuple[tuple[str, Any], ...] = ()
+    swept: tuple[str, Any] | None = None
+    # Names the entry in messages; no part of what it is.
+    place: str = field(default="methods", compare=False)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is pruned, so that no sparsity applies."""
+        return METHODS[self.method].constructor is None
+
+    def values(self, sparsity: Sparsity) -> dict[str, Any]:
+        """The parameters at a sparsity."""
+        found = {}
+        for name, value in self.options:
+            if isinstance(value, BySparsity):
+                value = value.at(f"{self.place}.{name}", sparsity)
+            found[name] = value
+        return found
+
+    def build(
+        self, sparsity: Sparsity | None, *, epochs: int, steps_per_epoch: int, seed: int
+    ) -> Method | None:
+        """The method of one run; None for dense training.
+
+        ``seed`` is that of sparsities drawn at random.
+        """
+        kind = METHODS[self.method]
+        if kind.constructor is None or sparsity is None:
+            return None
+        values = self.values(sparsity)
+        try:
+            course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
+            scope = values.pop("scope", None)
+            pattern = course if scope is None else Unstructured(course, scope=scope)
+            self._schedule(values, epochs * steps_per_epoch)
+            if "importance" in values:
+                _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
+                values["importance"] = _IMPORTANCES[values["importance"]]
+            return kind.constructor(pattern, **kind.fixed, **values)
+        except (TypeError, ValueError) as error:
+            where = f"{self.place} ({self.label}) at sparsity {sparsity}"
+            raise type(error)(f"{where}: {error}") from None
+
+    def _course(
+        self,
+        kind: Kind,
+        sparsity: Any,
+        values: dict[str, Any],
+        epochs: int,
+        steps_per_epoch: int,
+        seed: int,
+    ) -> Any:
+        """The sparsity over time; takes its parameters out of ``values``."""
+        if kind.course == "fixed":
+            return sparsity
+        if isinstance(sparsity, str):
+            raise ValueError(f"sparsity must be a fraction for {self.method}, got {sparsity!r}")
+        if kind.course == "drawn":
+            among = values.pop("among", None)
+            if not isinstance(among, tuple):
+                raise TypeError(f"among must be a list of sparsities, got {among!r}")
+            lower = [_checks.sparsity("among", s) for s in among if s < sparsity]
+            return schedules.random_sparsity((*lower, sparsity), seed)
+        rise = values.pop("rise", "cubic")
+        _checks.choice("rise", rise, tuple(_RISES))
+        length = _checks.integer("rise_epochs", values.pop("rise_epochs", epochs), low=1)
+        every = _checks.integer("prune_every_epochs", values.pop("prune_every_epochs", 1), low=1)
+        if length > epochs or length % every:
+            raise ValueError(
+                f"rise_epochs must be at most the {epochs} epochs and a multiple of "
+                f"prune_every_epochs, {every}, got {length}"
+            )
+        return _RISES[rise](sparsity, steps=length * steps_per_epoch, every=every * steps_per_epoch)
+
+    def _schedule(self, values: dict[str, Any], steps: int) -> None:
+        """Replace ``penalty`` and ``penalty_schedule`` by a schedule over all steps."""
+        name = values.pop("penalty_schedule", "constant")
+        _checks.choice("penalty_schedule", name, tuple(_PENALTIES))
+        rises = _PENALTIES[name]
+        if rises is not None:
+            if "penalty" not in values:
+                raise ValueError(f"penalty must be given for penalty_schedule {name!r}, got none")
+            values["penalty"] = rises(values["penalty"], steps=steps)
+
+
+@dataclass(frozen=True)
+class BySparsity:
+    """A parameter for each sparsity.
+
+    Examples
+    --------
+    >>> BySparsity((("0.9", 1), ("2:4", 2))).at("penalty", "2:4")
+    2
+    """
+
+    pairs: tuple[tuple[str, Any], ...]
+
+    def at(self, name: str, sparsity: Sparsity) -> Any:
+        """The value at a sparsity, or that under ``default``."""
+        values = dict(self.pairs)
+        for key in (str(sparsity), "default"):
+            if key in values:
+                return values[key]
+        raise ValueError(
+            f'{name} must have a value for sparsity "{sparsity}" or "default", got '
+            f"{', '.join(map(repr, values))}"
+        )
+
+
+def read_entries(tables: Any) -> tuple[Entry, ...]:
+    """Return the methods of a recipe, those of a sweep one by one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a method or a parameter is not known, or two have one label.
+
+    Examples
+    --------
+    >>> read_entries([{"method": "iht", "rho": 0.1}])
+    Traceback (most recent call last):
+        ...
+    ValueError: methods[0].rho is not a parameter of iht, which takes: interval, importance, scope
+    >>> found = read_entries([{"method": "safe", "sweep": {"rho": [0.1, 0.2]}}])
+    >>> [entry.label for entry in found]
+    ['safe, rho = 0.1', 'safe, rho = 0.2']
+    """
+    if not isinstance(tables, list) or not tables:
+        raise TypeError(f"methods must be tables, [[methods]], got {_checks.shown(tables)}")
+    entries = [e for i, table in enumerate(tables) for e in _expanded(f"methods[{i}]", table)]
+    labels = [entry.label for entry in entries]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"methods must have different labels, got {label!r} twice")
+    return tuple(entries)
+
+
+def _expanded(place: str, table: Any) -> Iterator[Entry]:
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{place} must be a table, got {_checks.shown(table)}")
+    name = table.get("method")
+    _checks.choice(f"{place}.method", name, tuple(METHODS))
+    label = text(f"{place}.label", table.get("label", name))
+    accepted = METHODS[str(name)].options()
+    given = {k: v for k, v in table.items() if k not in ("method", "label", "sweep")}
+    sweep = table.get("sweep", {})
+    if not isinstance(sweep, Mapping) or len(sweep) > 1:
+        raise TypeError(f"{place}.sweep must be a table of one list, got {_checks.shown(sweep)}")
+    for key in (*given, *sweep):
+        if key not in accepted:
+            takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
+            raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
+    options = tuple((key, _frozen(value)) for key, value in given.items())
+    entry = Entry(str(name), label, options, place=place)
+    if not sweep:
+        yield entry
+    for key, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            raise TypeError(f"{place}.sweep.{key} must be a list, got {_checks.shown(values)}")
+        for value in values:
+            rest = tuple(pair for pair in options if pair[0] != key)
+            yield replace(
+                entry,
+                label=f"{label}, {key} = {value:g}" if _is_number(value) else f"{label}, {value}",
+                options=(*rest, (key, _frozen(value))),
+                swept=(key, value),
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return BySparsity(tuple((key, _frozen(v)) for key, v in value.items()))
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

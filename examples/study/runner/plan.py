@@ -1,0 +1,177 @@
+"""What one run is made of, the same for both frameworks: data, weights, rates and method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_core import Method
+from safe_core.study.data import Dataset, Normalisation, Split, batches, load
+from safe_core.study.models import Architecture, Variables, architecture, initial_variables
+from safe_core.study.noise import symmetric_label_noise
+
+from .cells import Cell
+from .recipe import Recipe, Training
+
+__all__ = ["Learner", "Plan", "Subject", "pixels", "plan"]
+
+# The streams of a seed; the order of the images is that of `safe_core.study.data.batches`.
+_WEIGHTS, _NOISE = 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, ready to be trained.
+
+    Attributes
+    ----------
+    data : Dataset
+        Its training labels with their noise.
+    architecture : Architecture
+    training : Training
+    method : Method or None
+        None for dense training.
+    seed : int
+    augment : bool
+    """
+
+    data: Dataset
+    architecture: Architecture
+    training: Training
+    method: Method | None
+    seed: int
+    augment: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of the training images."""
+        return len(self.data.train.labels) // self.training.batch_size
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of the data."""
+        return self.data.normalisation
+
+    def initial_variables(self) -> Variables:
+        """The initial weights."""
+        return initial_variables(self.architecture, [self.seed, _WEIGHTS])
+
+    def rates(self) -> NDArray[np.float64]:
+        """The learning rate of every step."""
+        each = self.steps_per_epoch
+        return np.asarray(
+            [self.training.rate(step, each) for step in range(self.training.epochs * each)]
+        )
+
+    def batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        """Pixels in [0, 1], and labels, of the batches of an epoch."""
+        found = batches(
+            self.data.train,
+            self.training.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.augment,
+        )
+        return ((pixels(images), labels) for images, labels in found)
+
+
+class Learner(Protocol):
+    """A network in training, as a framework does it."""
+
+    def step(self, images: Any, labels: Any) -> Any:
+        """Take one step on a batch; return its loss, which need not be ready."""
+
+    def variables(self) -> Variables:
+        """The weights now, in NumPy."""
+
+    def projected(self) -> Variables:
+        """The weights after a last projection; training may go on."""
+
+
+class Subject(Protocol):
+    """A trained network in evaluation mode, as a framework measures it."""
+
+    def logits(self, images: Any) -> NDArray[Any]:
+        """Of pixels in [0, 1]."""
+
+    def recalibrated(self, batches: Any) -> Variables:
+        """The variables with statistics of batch normalisation over these images."""
+
+    def surface(self, batches: Any) -> Any:
+        """The `safe_core.flatness.LossSurface` on these batches."""
+
+    def attacked(self, attack: Any, images: Any, labels: Any, seed: int) -> Any:
+        """Adversarial images, in NumPy."""
+
+
+def pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Bytes as float32 from 0 to 1.
+
+    Examples
+    --------
+    >>> pixels(np.asarray([0, 255], np.uint8)).tolist()
+    [0.0, 1.0]
+    """
+    return images.astype(np.float32) / np.float32(255)
+
+
+def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
+    """Return what a run is made of.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    cell : Cell
+        One of its `cells`.
+    folder : Path, optional
+        Where the files of the data are; by default as the recipe says.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from safe_core.study.runner import cells, read_recipe
+    >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
+    >>> made = plan(recipe, cells(recipe)[0])
+    >>> made.steps_per_epoch, made.method.perturbs
+    (19, False)
+    """
+    clean = _loaded(recipe.data.name, folder or recipe.data.folder)
+    images, labels = (part[: recipe.data.train_images] for part in clean.train)
+    if len(labels) < recipe.training.batch_size:
+        raise ValueError(
+            f"training.batch_size must be at most the {len(labels)} training images, got "
+            f"{recipe.training.batch_size}"
+        )
+    noisy = symmetric_label_noise(
+        labels, cell.noise, classes=clean.classes, seed=[cell.seed, _NOISE]
+    )
+    entry = next(entry for entry in recipe.methods if entry.label == cell.method)
+    return Plan(
+        data=clean._replace(train=Split(images, noisy)),
+        architecture=architecture(
+            recipe.model.name,
+            classes=clean.classes,
+            image=images.shape[1:],  # type: ignore[arg-type]
+            width=recipe.model.width,
+        ),
+        training=recipe.training,
+        method=entry.build(
+            cell.sparsity,
+            epochs=recipe.training.epochs,
+            steps_per_epoch=len(labels) // recipe.training.batch_size,
+            seed=cell.seed,
+        ),
+        seed=cell.seed,
+        augment=recipe.data.augment,
+    )
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, folder: Path | str | None) -> Dataset:
+    return load(name, folder)

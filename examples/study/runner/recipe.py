@@ -1,0 +1,351 @@
+"""Recipes of studies: TOML files read into frozen dataclasses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from safe_core import _checks
+
+from .methods import Entry, Sparsity, read_entries
+from .tables import choice, flag, integer, key, number, read, several, sparsity, text
+
+__all__ = [
+    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report", "Training",
+    "parse_recipe", "read_recipe", "recipe_source",
+]  # fmt: skip
+
+AXES = ("method", "sparsity", "noise", "framework", "metric")
+
+
+@dataclass(frozen=True)
+class Data:
+    """``[data]``: images, and the share of training labels drawn at random.
+
+    Examples
+    --------
+    >>> read(Data, "data", {"name": "digits", "label_noise": [0, 0.5]}).label_noise
+    (0.0, 0.5)
+    """
+
+    name: str = key(choice("digits", "mnist", "cifar-10", "cifar-100"))
+    folder: str | None = key(text, None)
+    augment: bool = key(flag, False)
+    label_noise: tuple[float, ...] = key(several(number(0, 1)), (0.0,))
+    train_images: int | None = key(integer(1), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """``[model]``: a network of `safe_core.study.models`.
+
+    Examples
+    --------
+    >>> read(Model, "model", {"name": "resnet-20", "width": 2})
+    Model(name='resnet-20', width=2.0)
+    """
+
+    name: str = key(choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19"))
+    width: float = key(number(0), 1.0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """``[training]``: the base optimizer and its learning rate.
+
+    The rate rises over ``warmup_epochs``, and then falls to zero as a cosine or a line, or by
+    ``decay`` at each epoch of ``milestones`` (``step``).
+
+    Examples
+    --------
+    >>> found = read(Training, "training", {"epochs": 2, "batch_size": 8, "learning_rate": 0.1})
+    >>> [round(found.rate(step, steps_per_epoch=2), 4) for step in range(4)]
+    [0.1, 0.0854, 0.05, 0.0146]
+    """
+
+    epochs: int = key(integer(1))
+    batch_size: int = key(integer(2))
+    learning_rate: float = key(number(0))
+    optimizer: str = key(choice("sgd", "adam"), "sgd")
+    schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
+    warmup_epochs: int = key(integer(0), 0)
+    milestones: tuple[int, ...] = key(several(integer(1)), ())
+    decay: float = key(number(0), 0.1)
+    momentum: float = key(number(0, 1), 0.9)
+    second_moment: float = key(number(0, 1), 0.999)
+    weight_decay: float = key(number(0), 0.0)
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"training.warmup_epochs must be below the {self.epochs} epochs, got "
+                f"{self.warmup_epochs}"
+            )
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                'training.milestones must be given for the schedule "step" alone, got '
+                f"{list(self.milestones)} for {self.schedule!r}"
+            )
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step."""
+        warm, end = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        if self.schedule == "step":
+            passed = sum(step >= m * steps_per_epoch for m in self.milestones)
+            return self.learning_rate * self.decay**passed
+        progress = (step - warm) / (end - warm)
+        share = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }
+        return self.learning_rate * share[self.schedule]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack by projected gradients, as `safe_core.study.robustness.PGD`.
+
+    Examples
+    --------
+    >>> read(Attack, "attack", {"norm": "linf", "radius": "1/255"}).steps
+    10
+    """
+
+    norm: str = key(choice("linf", "l2"))
+    radius: float = key(number(0))
+    steps: int = key(integer(1), 10)
+
+
+def _attack(name: str, value: Any) -> Attack:
+    return read(Attack, name, value)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``[evaluation]``: what is measured beside test accuracy.
+
+    Examples
+    --------
+    >>> found = read(Evaluation, "evaluation", {"flatness": ["eigenvalue"], "corruptions": [3]})
+    >>> found.metrics()
+    ('accuracy', 'dense_accuracy', 'distance', 'seconds', 'eigenvalue', 'corruption_3')
+    """
+
+    batch_norm_tuning: bool = key(flag, False)
+    batch_norm_samples: int = key(integer(1), 10000)
+    flatness: tuple[str, ...] = key(several(choice("eigenvalue", "trace", "sharpness")), ())
+    flatness_images: int = key(integer(1), 1000)
+    flatness_rho: float = key(number(0), 0.1)
+    landscape_points: int = key(integer(0), 0)
+    weight_bins: int = key(integer(0), 0)
+    corruptions: tuple[int, ...] = key(several(integer(1)), ())
+    corruption_folder: str | None = key(text, None)
+    attacks: tuple[Attack, ...] = key(several(_attack), ())
+    history_epochs: int = key(integer(0), 0)
+
+    def __post_init__(self) -> None:
+        for severity in self.corruptions:
+            if severity > 5:
+                raise ValueError(f"evaluation.corruptions must be from 1 to 5, got {severity}")
+        norms = [attack.norm for attack in self.attacks]
+        if len(set(norms)) < len(norms):
+            raise ValueError(f"evaluation.attacks must have one for a norm, got {norms}")
+
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the numbers that are measured."""
+        return (
+            "accuracy",
+            *(("accuracy_untuned",) if self.batch_norm_tuning else ()),
+            "dense_accuracy",
+            "distance",
+            "seconds",
+            *self.flatness,
+            *(f"corruption_{severity}" for severity in self.corruptions),
+            *(f"pgd_{attack.norm}" for attack in self.attacks),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """``[report]``: how the tables are laid out.
+
+    Examples
+    --------
+    >>> read(Report, "report", {"rows": ["sparsity", "method"], "columns": "noise"}).metrics
+    ('accuracy',)
+    """
+
+    rows: tuple[str, ...] = key(several(choice(*AXES)), ("method",))
+    columns: str = key(choice(*AXES), "sparsity")
+    metrics: tuple[str, ...] = key(several(text), ("accuracy",))
+
+    def __post_init__(self) -> None:
+        if "method" not in (*self.rows, self.columns) or self.columns in self.rows:
+            raise ValueError(
+                "report.rows and report.columns must be different and one of them the method, "
+                f"got {list(self.rows)} and {self.columns!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Quote:
+    """``[[quoted]]``: figures of another source, shown beside those of the study.
+
+    ``values`` holds by sparsity a mean, or a mean and its standard error.
+
+    Examples
+    --------
+    >>> table = {"source": "Lee et al. 2025", "method": "GMP", "values": {"0.9": [92.94, 0.08]}}
+    >>> read(Quote, "quoted[0]", table).values
+    (('0.9', (92.94, 0.08)),)
+    """
+
+    source: str = key(text)
+    method: str = key(text)
+    values: tuple[tuple[str, tuple[float, ...]], ...] = key(lambda n, v: _quoted_values(n, v))
+    metric: str = key(text, "accuracy")
+    noise: float = key(number(0, 1), 0.0)
+
+
+def _quoted_values(name: str, value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    if not isinstance(value, Mapping) or not value:
+        raise TypeError(f"{name} must be a table by sparsity, got {_checks.shown(value)}")
+    found = []
+    for k, v in value.items():
+        pair = v if isinstance(v, list) else [v]
+        if not 1 <= len(pair) <= 2:
+            raise ValueError(f"{name}.{k} must be a mean, or [mean, standard error], got {v!r}")
+        found.append((str(k), tuple(_checks.real(f"{name}.{k}", x) for x in pair)))
+    return tuple(found)
+
+
+def _quote(name: str, value: Any) -> Quote:
+    return read(Quote, name, value)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole study.
+
+    Attributes
+    ----------
+    title : str
+    data, model, training : Data, Model, Training
+    methods : tuple of Entry
+    sparsities : tuple of float or str
+        Fractions of zeros, or patterns such as ``"2:4"``.
+    seeds : tuple of int
+        Of initial weights, order and augmentation of the images, and label noise.
+    frameworks : tuple of {"torch", "jax"}
+    evaluation, report : Evaluation, Report
+    quoted : tuple of Quote
+    """
+
+    title: str = key(text)
+    data: Data = key(lambda n, v: read(Data, n, v))
+    model: Model = key(lambda n, v: read(Model, n, v))
+    training: Training = key(lambda n, v: read(Training, n, v))
+    methods: tuple[Entry, ...] = key(lambda n, v: read_entries(v))
+    sparsities: tuple[Sparsity, ...] = key(several(sparsity))
+    seeds: tuple[int, ...] = key(several(integer(0)))
+    frameworks: tuple[str, ...] = key(several(choice("torch", "jax")), ("jax",))
+    evaluation: Evaluation = key(lambda n, v: read(Evaluation, n, v), Evaluation())
+    report: Report = key(lambda n, v: read(Report, n, v), Report())
+    quoted: tuple[Quote, ...] = key(several(_quote), ())
+
+    def __post_init__(self) -> None:
+        measured = self.evaluation.metrics()
+        for metric in self.report.metrics:
+            if metric not in measured:
+                raise ValueError(
+                    f"report.metrics must be measured: {', '.join(measured)}; got {metric!r}"
+                )
+        for entry in self.methods:
+            for s in self.sparsities:
+                epochs = self.training.epochs
+                entry.build(s, epochs=epochs, steps_per_epoch=1, seed=0)
+
+    @property
+    def digest(self) -> str:
+        """Of all that results depend on, so not of title, report, quotes and folders."""
+        content = asdict(self)
+        for name in ("title", "report", "quoted"):
+            del content[name]
+        del content["data"]["folder"], content["evaluation"]["corruption_folder"]
+        for entry in content["methods"]:
+            del entry["place"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_recipe(source: str) -> Recipe:
+    """Return the recipe that a TOML text describes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not TOML, or a key is missing, not known or of another kind. The message names
+        the key and what it takes.
+
+    Examples
+    --------
+    >>> parse_recipe('title = "mine"')
+    Traceback (most recent call last):
+        ...
+    ValueError: data is missing in recipe
+    """
+    try:
+        table = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe must be TOML: {error}") from None
+    return read(Recipe, "recipe", table)
+
+
+def read_recipe(path: Path | Traversable) -> Recipe:
+    """Return the recipe in a file, as `parse_recipe`.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml").model
+    Model(name='lenet-300-100', width=1.0)
+    """
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def recipe_source(path: Path) -> tuple[str, str]:
+    """Return name and text of a recipe: a file, or one that is installed, by its name.
+
+    Raises
+    ------
+    ValueError
+        If there is neither.
+
+    Examples
+    --------
+    >>> name, source = recipe_source(Path("table-2-digits"))
+    >>> name, parse_recipe(source).title
+    ('table-2-digits', 'Noisy labels, digits')
+    """
+    if path.is_file():
+        return path.stem, path.read_text(encoding="utf-8")
+    folder = files("safe_core.study") / "recipes"
+    shipped = {file.name.removesuffix(".toml"): file for file in folder.iterdir()}
+    if path.name != str(path) or path.stem not in shipped:
+        raise ValueError(
+            f"recipe must be a file, or one of {', '.join(sorted(shipped))}, got {str(path)!r}"
+        )
+    return path.stem, shipped[path.stem].read_text(encoding="utf-8")

@@ -1,0 +1,203 @@
+"""The main loop of a study: what is left is run, in one process or several, and written down."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safe_core import _checks
+
+from .cells import Cell, append_result, cells, read_results
+from .progress import study_bar
+from .recipe import Recipe, parse_recipe
+from .train import run_cell
+
+__all__ = ["RECIPE", "RESULTS", "run_study"]
+
+RECIPE, RESULTS = "recipe.toml", "results.jsonl"
+_POLL = 0.2  # seconds
+Advance = Callable[[], None]
+
+
+def run_study(
+    source: str,
+    out: Path,
+    *,
+    jobs: int = 1,
+    data: Path | None = None,
+    device: str = "cpu",
+) -> dict[Cell, Any]:
+    """Run what is left of a study.
+
+    Every finished run is a line of ``results.jsonl`` in ``out``, written before the next
+    begins; a study that was stopped goes on from there, and no run is done twice.
+
+    Parameters
+    ----------
+    source : str
+        A recipe, as of `parse_recipe`. A copy is kept in ``out``.
+    out : Path
+        A folder, made where missing.
+    jobs : int
+        Processes.
+    data : Path, optional
+        Where the files of the data are; by default as the recipe says.
+    device : str
+        As the frameworks call it.
+
+    Returns
+    -------
+    dict of Cell to dict
+        All results, old and new, as of `run_cell`.
+
+    Raises
+    ------
+    ValueError
+        If the recipe is wrong, or ``out`` holds results of another one or is in use.
+    RuntimeError
+        If a run fails; what was finished before stays.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> source = '''
+    ... title = "tiny"
+    ... sparsities = [0.9]
+    ... seeds = [0]
+    ... frameworks = ["torch"]
+    ... data = {name = "digits", train_images = 64}
+    ... model = {name = "lenet-300-100", width = 0.1}
+    ... training = {epochs = 1, batch_size = 32, learning_rate = 0.1}
+    ... methods = [{method = "admm"}]
+    ... '''
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = run_study(source, Path(folder))
+    >>> [cell.title for cell in found]
+    ['admm at 0.9, seed 0, torch']
+    """
+    _checks.integer("jobs", jobs, low=1)
+    recipe = parse_recipe(source)
+    planned = cells(recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    with _held(out / ".lock"):
+        found = read_results(out / RESULTS, recipe.digest, planned)
+        (out / RECIPE).write_text(source, encoding="utf-8")
+        left = [cell for cell in planned if cell not in found]
+        with study_bar(len(planned), len(left), recipe.training.epochs) as bar:
+            results = _results(recipe, left, jobs, data, device, bar.epoch)
+            for cell, result in results:
+                append_result(out / RESULTS, recipe.digest, cell, result)
+                found[cell] = result
+                bar.finished(cell, result)
+    return {cell: found[cell] for cell in planned}
+
+
+def _results(
+    recipe: Recipe, left: list[Cell], jobs: int, data: Path | None, device: str, advance: Advance
+) -> Iterator[tuple[Cell, Any]]:
+    """The runs as they finish."""
+    settings = {"folder": data, "device": device}
+    if jobs > 1 and len(left) > 1:
+        yield from _in_processes(recipe, left, min(jobs, len(left)), settings, advance)
+        return
+    for cell in left:
+        with _named(cell):
+            yield cell, run_cell(recipe, cell, advance=advance, **settings)  # type: ignore[arg-type]
+
+
+def _in_processes(
+    recipe: Recipe, left: list[Cell], jobs: int, settings: dict[str, Any], advance: Advance
+) -> Iterator[tuple[Cell, Any]]:
+    context = multiprocessing.get_context("spawn")
+    ticks: Any = context.Queue()
+    with (
+        _shared_machine(jobs),
+        ProcessPoolExecutor(jobs, context, _start_worker, (ticks,)) as pool,
+    ):
+        running: dict[Future[Any], Cell] = {
+            pool.submit(_work, recipe, cell, settings): cell for cell in left
+        }
+        try:
+            while running:
+                done, _ = wait(running, _POLL, FIRST_COMPLETED)
+                _drain(ticks, advance)
+                for future in done:
+                    cell = running.pop(future)
+                    with _named(cell):
+                        yield cell, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_ticks: Any = None
+
+
+def _start_worker(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+
+
+def _work(recipe: Recipe, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
+    return run_cell(recipe, cell, advance=lambda: _ticks.put(None), **settings)
+
+
+def _drain(ticks: Any, advance: Advance) -> None:
+    while True:
+        try:
+            ticks.get_nowait()
+        except queue.Empty:
+            return
+        advance()
+
+
+@contextmanager
+def _shared_machine(jobs: int) -> Iterator[None]:
+    """Settings that workers start with: each takes its share of the processors and memory."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    settings = {"OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    missing = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Say which run an error is of."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a process of the study was ended from outside, as for want of memory; run the same "
+            "command again to go on, perhaps with fewer --jobs"
+        ) from None
+    except Exception as error:
+        error.add_note(f"in {cell.title}; the runs before it are kept")
+        raise
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Let one study write to a folder at a time; the system frees the lock of a dead one."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path.parent} is in use by another study") from None
+        yield

@@ -1,0 +1,270 @@
+"""Results laid out as tables: means and standard errors over seeds, ranked among methods."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .cells import Cell
+from .recipe import AXES, Recipe
+
+__all__ = ["Entry", "Table", "mean_and_error", "tables"]
+
+Place = tuple[Any, ...]  # along AXES
+_LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
+NAMES = {
+    "accuracy": "accuracy, %",
+    "accuracy_untuned": "accuracy without batch-norm tuning, %",
+    "dense_accuracy": "accuracy before the projection, %",
+    "distance": "distance from the constraint",
+    "seconds": "seconds of training",
+    "eigenvalue": "largest Hessian eigenvalue",
+    "trace": "Hessian trace",
+    "sharpness": "sharpness",
+    "pgd_linf": "PGD, linf, %",
+    "pgd_l2": "PGD, l2, %",
+    **{f"corruption_{i}": f"corruptions at intensity {i}, %" for i in range(1, 6)},
+}
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a table.
+
+    Attributes
+    ----------
+    mean : float
+    error : float or None
+        Standard error of the mean; None of a single value.
+    diverged : int
+        Seeds of which nothing could be measured, and that are not in the mean.
+    rank : {0, 1, 2}
+        1 for the best of the methods, 2 for the second best, else 0.
+    quoted : int
+        Of which source, counted from 1; 0 where it was measured.
+
+    Examples
+    --------
+    >>> Entry(93.44, 0.01).text()
+    '93.44 ± 0.01'
+    """
+
+    mean: float
+    error: float | None = None
+    diverged: int = 0
+    rank: int = 0
+    quoted: int = 0
+
+    def text(self, join: str = " ± ") -> str:
+        """Mean and error, with two decimals or four digits."""
+        if math.isnan(self.mean):
+            return "diverged"
+        digits = 2 if abs(self.mean) >= 1 else max(2, 3 - math.floor(_exponent(self.mean)))
+        text = f"{self.mean:.{digits}f}"
+        return text if self.error is None else f"{text}{join}{self.error:.{digits}f}"
+
+
+def _exponent(x: float) -> float:
+    return math.log10(abs(x)) if x else 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its entries by row and column.
+
+    Attributes
+    ----------
+    caption : str
+    heads : tuple of str
+        Of the columns that name a row.
+    rows : tuple of (tuple of str)
+    columns : tuple of str
+    entries : dict of (int, int) to Entry
+        By the places of row and column.
+    notes : tuple of str
+    """
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...]
+    entries: Mapping[tuple[int, int], Entry]
+    notes: tuple[str, ...]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and its standard error; None for a single value.
+
+    Examples
+    --------
+    >>> mean_and_error([1.0, 2.0, 3.0])
+    (2.0, 0.5773502691896258)
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
+    """Return the tables that a recipe asks for.
+
+    What is neither a row nor a column, such as the framework, makes tables of its own. Dense
+    networks, and figures of other sources, are not ranked.
+
+    Examples
+    --------
+    >>> from safe_core.study.runner import parse_recipe
+    >>> recipe = parse_recipe('''
+    ... title = "tiny"
+    ... sparsities = [0.9]
+    ... seeds = [0, 1]
+    ... data = {name = "digits"}
+    ... model = {name = "lenet-300-100"}
+    ... training = {epochs = 1, batch_size = 32, learning_rate = 0.1}
+    ... methods = [{method = "admm"}]
+    ... ''')
+    >>> results = {Cell("jax", 0.0, "admm", 0.9, s): {"accuracy": 90.0 + s} for s in (0, 1)}
+    >>> table = tables(recipe, results)[0]
+    >>> table.caption, table.entries[0, 0].text()
+    ('tiny: accuracy, %', '90.50 ± 0.50')
+    """
+    found = _ranked(_means(recipe, results), recipe)
+    quotes = _quotes(recipe, found)
+    everything = found | quotes
+    by = (*recipe.report.rows, recipe.report.columns)
+    apart = [i for i, axis in enumerate(AXES) if axis not in by]
+    kinds = dict.fromkeys(tuple(place[i] for i in apart) for place in everything)
+    return [
+        _table(
+            recipe,
+            {p: e for p, e in everything.items() if tuple(p[i] for i in apart) == kind},
+            [_shown(AXES[i], v) for i, v in zip(apart, kind, strict=True) if _tells(recipe, i, v)],
+        )
+        for kind in kinds
+    ]
+
+
+def _means(recipe: Recipe, results: Mapping[Cell, Any]) -> dict[Place, Entry]:
+    """Entries over all seeds; a dense network stands under every sparsity."""
+    dense = {entry.label for entry in recipe.methods if entry.is_dense}
+    values: dict[Place, list[float | None]] = {}
+    for cell, result in results.items():
+        targets = recipe.sparsities if cell.method in dense else (cell.sparsity,)
+        for metric, sparsity in itertools.product(recipe.report.metrics, targets):
+            place = (cell.method, sparsity, cell.noise, cell.framework, metric)
+            values.setdefault(place, []).append(result.get(metric))
+    found = {}
+    for place, of_seeds in values.items():
+        finite = [v for v in of_seeds if v is not None]
+        mean, error = mean_and_error(finite) if finite else (math.nan, None)
+        found[place] = Entry(mean, error, len(of_seeds) - len(finite))
+    return found
+
+
+def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
+    """Mark the best and the second best method of each comparison; equal means share a rank."""
+    dense = {entry.label for entry in recipe.methods if entry.is_dense}
+    ranked = dict(found)
+    for rest in dict.fromkeys(place[1:] for place in found):
+        group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in dense}
+        sign = 1 if rest[-1] in _LOWER_IS_BETTER else -1
+        means = sorted({sign * round(e.mean, 9) for e in group.values() if not math.isnan(e.mean)})
+        if len(group) < 2:
+            continue
+        for place, entry in group.items():
+            value = sign * round(entry.mean, 9)
+            if value in means[:2]:
+                ranked[place] = replace(entry, rank=means.index(value) + 1)
+    return ranked
+
+
+def _quotes(recipe: Recipe, found: Mapping[Place, Entry]) -> dict[Place, Entry]:
+    """Figures of other sources, beside those of every framework."""
+    sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
+    frameworks = dict.fromkeys(place[3] for place in found) or dict.fromkeys(recipe.frameworks)
+    by_name = {str(s): s for s in recipe.sparsities}
+    entries = {}
+    for quote, framework in itertools.product(recipe.quoted, frameworks):
+        number = sources.index(quote.source) + 1
+        for name, (mean, *error) in quote.values:
+            if name in by_name and quote.metric in recipe.report.metrics:
+                label = f"{quote.method} (quoted {number})"
+                place = (label, by_name[name], quote.noise, framework, quote.metric)
+                entries[place] = Entry(mean, error[0] if error else None, quoted=number)
+    return entries
+
+
+def _table(recipe: Recipe, entries: Mapping[Place, Entry], apart: list[str]) -> Table:
+    row_axes = [AXES.index(axis) for axis in recipe.report.rows]
+    column_axis = AXES.index(recipe.report.columns)
+    rows = sorted({tuple(p[i] for i in row_axes) for p in entries}, key=_order(recipe, row_axes))
+    columns = sorted({(p[column_axis],) for p in entries}, key=_order(recipe, [column_axis]))
+    placed = {
+        (rows.index(tuple(p[i] for i in row_axes)), columns.index((p[column_axis],))): entry
+        for p, entry in entries.items()
+    }
+    return Table(
+        caption=": ".join([recipe.title, ", ".join(apart)] if apart else [recipe.title]),
+        heads=recipe.report.rows,
+        rows=tuple(
+            tuple(_shown(AXES[i], v) for i, v in zip(row_axes, row, strict=True)) for row in rows
+        ),
+        columns=tuple(_shown(AXES[column_axis], column[0]) for column in columns),
+        entries=placed,
+        notes=tuple(_notes(recipe, entries.values())),
+    )
+
+
+def _order(recipe: Recipe, axes: Sequence[int]) -> Any:
+    """As the recipe lists them; what is quoted comes after what was measured."""
+    known = {
+        "method": [entry.label for entry in recipe.methods],
+        "sparsity": recipe.sparsities,
+        "noise": recipe.data.label_noise,
+        "framework": recipe.frameworks,
+        "metric": recipe.report.metrics,
+    }
+
+    def key(values: Place) -> list[tuple[int, str]]:
+        found = []
+        for axis, value in zip(axes, values, strict=True):
+            listed = list(known[AXES[axis]])
+            found.append((listed.index(value) if value in listed else len(listed), str(value)))
+        return found
+
+    return key
+
+
+def _notes(recipe: Recipe, entries: Any) -> Iterator[str]:
+    held = list(entries)
+    if len(recipe.seeds) > 1:
+        yield f"Mean and standard error over {len(recipe.seeds)} seeds"
+    if any(entry.rank for entry in held):
+        yield "best in bold, second best underlined, among what was measured here"
+    if any(entry.diverged for entry in held):
+        yield "in brackets: how many seeds diverged and are not in the mean"
+    sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
+    for number in sorted({entry.quoted for entry in held} - {0}):
+        yield f"quoted {number}: not measured here, but by {sources[number - 1]}"
+
+
+def _tells(recipe: Recipe, axis: int, value: Any) -> bool:
+    """Whether a caption needs the value of an axis."""
+    alone = {"noise": recipe.data.label_noise == (0.0,), "framework": len(recipe.frameworks) == 1}
+    return not alone.get(AXES[axis], False)
+
+
+def _shown(axis: str, value: Any) -> str:
+    if axis == "sparsity":
+        return value if isinstance(value, str) else f"{100 * value:g}%"
+    if axis == "noise":
+        return f"{100 * value:g}% label noise"
+    if axis == "framework":
+        return FRAMEWORKS[value]
+    return NAMES.get(value, value) if axis == "metric" else str(value)

@@ -1,0 +1,188 @@
+"""TOML tables as frozen dataclasses, with errors that name the key and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field, fields
+from fractions import Fraction
+from typing import Any, TypeVar
+
+from safe_core import _checks
+
+__all__ = [
+    "choice", "flag", "integer", "key", "number", "read", "several", "sparsity", "text"
+]  # fmt: skip
+
+T = TypeVar("T")
+Reader = Callable[[str, Any], Any]
+
+
+def key(reader: Reader, default: Any = MISSING) -> Any:
+    """A dataclass field that a key of the table fills; without a default it must be there.
+
+    Examples
+    --------
+    >>> key(text, "cpu").default
+    'cpu'
+    """
+    return field(default=default, metadata={"reader": reader})
+
+
+def read(cls: type[T], name: str, table: Any) -> T:
+    """Return the dataclass that a table describes.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass of `key` fields.
+    name : str
+        Of the table, for messages.
+    table : mapping
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a key is not known, missing, or of another kind.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Model:
+    ...     name: str = key(text)
+    ...     width: float = key(number(low=0), 1.0)
+    >>> read(Model, "model", {"name": "vgg-19"})
+    Model(name='vgg-19', width=1.0)
+    >>> read(Model, "model", {"name": "vgg-19", "depth": 19})
+    Traceback (most recent call last):
+        ...
+    ValueError: model.depth is not a key of model, which takes: name, width
+    """
+    if not isinstance(table, Mapping):
+        raise TypeError(f"{name} must be a table, got {_checks.shown(table)}")
+    known = {f.name: f for f in fields(cls) if "reader" in f.metadata}  # type: ignore[arg-type]
+    prefix = f"{name}." if name != "recipe" else ""
+    for found in table:
+        if found not in known:
+            raise ValueError(
+                f"{prefix}{found} is not a key of {name}, which takes: {', '.join(known)}"
+            )
+    for wanted, f in known.items():
+        if f.default is MISSING and wanted not in table:
+            raise ValueError(f"{prefix}{wanted} is missing in {name}")
+    return cls(**{k: known[k].metadata["reader"](f"{prefix}{k}", v) for k, v in table.items()})
+
+
+def text(name: str, value: Any) -> str:
+    """Read a string that is not empty.
+
+    Examples
+    --------
+    >>> text("title", "Table 4")
+    'Table 4'
+    """
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{name} must be a string, not empty, got {_checks.shown(value)}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Read true or false.
+
+    Examples
+    --------
+    >>> flag("data.augment", True)
+    True
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {_checks.shown(value)}")
+    return value
+
+
+def integer(low: int) -> Reader:
+    """A reader of integers of at least ``low``.
+
+    Examples
+    --------
+    >>> integer(1)("training.epochs", 200)
+    200
+    """
+    return lambda name, value: _checks.integer(name, value, low=low)
+
+
+def number(low: float, high: float | None = None) -> Reader:
+    """A reader of finite numbers within bounds; strings such as ``"1/255"`` are fractions.
+
+    Examples
+    --------
+    >>> number(0)("radius", "3/6"), number(0)("radius", 2)
+    (0.5, 2.0)
+    """
+
+    def reader(name: str, value: Any) -> float:
+        if isinstance(value, str):
+            try:
+                value = float(Fraction(value))
+            except (ValueError, ZeroDivisionError):
+                raise ValueError(f'{name} must be a number or "a/b", got {value!r}') from None
+        found = _checks.real(name, value, low=low)
+        if high is not None and found > high:
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+        return found
+
+    return reader
+
+
+def choice(*options: str) -> Reader:
+    """A reader of one of a few strings.
+
+    Examples
+    --------
+    >>> choice("sgd", "adam")("training.optimizer", "lion")
+    Traceback (most recent call last):
+        ...
+    ValueError: training.optimizer must be one of 'sgd', 'adam', got 'lion'
+    """
+
+    def reader(name: str, value: Any) -> Any:
+        _checks.choice(name, value, options)
+        return value
+
+    return reader
+
+
+def sparsity(name: str, value: Any) -> float | str:
+    """Read a fraction of zeros in [0, 1), or a pattern such as ``"2:4"``.
+
+    Examples
+    --------
+    >>> sparsity("sparsities", 0.95), sparsity("sparsities", "2:4")
+    (0.95, '2:4')
+    """
+    if isinstance(value, str):
+        from safe_core.sparsity import as_pattern
+
+        as_pattern(value)
+        return value
+    return float(_checks.sparsity(name, value))
+
+
+def several(reader: Reader, *, empty: bool = False) -> Reader:
+    """A reader of lists without repetition, as tuples.
+
+    Examples
+    --------
+    >>> several(integer(0))("seeds", [0, 1, 2])
+    (0, 1, 2)
+    """
+
+    def read_list(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or (not value and not empty):
+            kind = "a list" if empty else "a list, not empty"
+            raise TypeError(f"{name} must be {kind}, got {_checks.shown(value)}")
+        found = tuple(reader(f"{name}[{i}]", v) for i, v in enumerate(value))
+        if len(set(found)) < len(found):
+            raise ValueError(f"{name} must not repeat a value, got {_checks.shown(value)}")
+        return found
+
+    return read_list
