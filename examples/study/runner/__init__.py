@@ -6,7 +6,7 @@ combination once in PyTorch or JAX, and `write_report` makes tables and figures 
 >>> from importlib.resources import files
 >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-4-digits.toml")
 >>> recipe.sparsities
-(0.8, 0.9, 0.95)
+(0.9, 0.95, 0.98, 0.99)
 """
 
 from .cells import Cell, cells

@@ -16,7 +16,7 @@ from typing import Any
 from safe_core import _checks
 
 from .methods import Entry, Sparsity, read_entries
-from .tables import choice, flag, integer, key, number, read, several, sparsity, text
+from .tables import choice, flag, integer, key, number, read, several, sparsity, table, text
 
 __all__ = [
     "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report", "Training",
@@ -127,10 +127,6 @@ class Attack:
     steps: int = key(integer(1), 10)
 
 
-def _attack(name: str, value: Any) -> Attack:
-    return read(Attack, name, value)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """``[evaluation]``: what is measured beside test accuracy.
@@ -151,7 +147,7 @@ class Evaluation:
     weight_bins: int = key(integer(0), 0)
     corruptions: tuple[int, ...] = key(several(integer(1)), ())
     corruption_folder: str | None = key(text, None)
-    attacks: tuple[Attack, ...] = key(several(_attack), ())
+    attacks: tuple[Attack, ...] = key(several(table(Attack)), ())
     history_epochs: int = key(integer(0), 0)
 
     def __post_init__(self) -> None:
@@ -198,6 +194,18 @@ class Report:
             )
 
 
+def _quoted_values(name: str, value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    if not isinstance(value, Mapping) or not value:
+        raise TypeError(f"{name} must be a table by sparsity, got {_checks.shown(value)}")
+    found = []
+    for k, v in value.items():
+        pair = v if isinstance(v, list) else [v]
+        if not 1 <= len(pair) <= 2:
+            raise ValueError(f"{name}.{k} must be a mean, or [mean, standard error], got {v!r}")
+        found.append((str(k), tuple(_checks.real(f"{name}.{k}", x) for x in pair)))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Quote:
     """``[[quoted]]``: figures of another source, shown beside those of the study.
@@ -213,25 +221,9 @@ class Quote:
 
     source: str = key(text)
     method: str = key(text)
-    values: tuple[tuple[str, tuple[float, ...]], ...] = key(lambda n, v: _quoted_values(n, v))
+    values: tuple[tuple[str, tuple[float, ...]], ...] = key(_quoted_values)
     metric: str = key(text, "accuracy")
     noise: float = key(number(0, 1), 0.0)
-
-
-def _quoted_values(name: str, value: Any) -> tuple[tuple[str, tuple[float, ...]], ...]:
-    if not isinstance(value, Mapping) or not value:
-        raise TypeError(f"{name} must be a table by sparsity, got {_checks.shown(value)}")
-    found = []
-    for k, v in value.items():
-        pair = v if isinstance(v, list) else [v]
-        if not 1 <= len(pair) <= 2:
-            raise ValueError(f"{name}.{k} must be a mean, or [mean, standard error], got {v!r}")
-        found.append((str(k), tuple(_checks.real(f"{name}.{k}", x) for x in pair)))
-    return tuple(found)
-
-
-def _quote(name: str, value: Any) -> Quote:
-    return read(Quote, name, value)
 
 
 @dataclass(frozen=True)
@@ -253,16 +245,16 @@ class Recipe:
     """
 
     title: str = key(text)
-    data: Data = key(lambda n, v: read(Data, n, v))
-    model: Model = key(lambda n, v: read(Model, n, v))
-    training: Training = key(lambda n, v: read(Training, n, v))
-    methods: tuple[Entry, ...] = key(lambda n, v: read_entries(v))
+    data: Data = key(table(Data))
+    model: Model = key(table(Model))
+    training: Training = key(table(Training))
+    methods: tuple[Entry, ...] = key(lambda _, tables: read_entries(tables))
     sparsities: tuple[Sparsity, ...] = key(several(sparsity))
     seeds: tuple[int, ...] = key(several(integer(0)))
     frameworks: tuple[str, ...] = key(several(choice("torch", "jax")), ("jax",))
-    evaluation: Evaluation = key(lambda n, v: read(Evaluation, n, v), Evaluation())
-    report: Report = key(lambda n, v: read(Report, n, v), Report())
-    quoted: tuple[Quote, ...] = key(several(_quote), ())
+    evaluation: Evaluation = key(table(Evaluation), Evaluation())
+    report: Report = key(table(Report), Report())
+    quoted: tuple[Quote, ...] = key(several(table(Quote)), ())
 
     def __post_init__(self) -> None:
         measured = self.evaluation.metrics()
@@ -305,10 +297,10 @@ def parse_recipe(source: str) -> Recipe:
     ValueError: data is missing in recipe
     """
     try:
-        table = tomllib.loads(source)
+        content = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe must be TOML: {error}") from None
-    return read(Recipe, "recipe", table)
+    return read(Recipe, "recipe", content)
 
 
 def read_recipe(path: Path | Traversable) -> Recipe:

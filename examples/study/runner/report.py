@@ -82,7 +82,7 @@ def as_markdown(table: Table) -> str:
 
     def marked(entry: Entry | None) -> str:
         if entry is None:
-            return "–"
+            return "-"
         text = _with_diverged(entry, entry.text())
         return {0: text, 1: f"**{text}**", 2: f"<u>{text}</u>"}[entry.rank]
 

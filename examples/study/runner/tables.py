@@ -28,7 +28,7 @@ def key(reader: Reader, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"reader": reader})
 
 
-def read(cls: type[T], name: str, table: Any) -> T:
+def read(cls: type[T], name: str, content: Any) -> T:
     """Return the dataclass that a table describes.
 
     Parameters
@@ -37,7 +37,7 @@ def read(cls: type[T], name: str, table: Any) -> T:
         A dataclass of `key` fields.
     name : str
         Of the table, for messages.
-    table : mapping
+    content : mapping
 
     Raises
     ------
@@ -58,19 +58,24 @@ def read(cls: type[T], name: str, table: Any) -> T:
         ...
     ValueError: model.depth is not a key of model, which takes: name, width
     """
-    if not isinstance(table, Mapping):
-        raise TypeError(f"{name} must be a table, got {_checks.shown(table)}")
+    if not isinstance(content, Mapping):
+        raise TypeError(f"{name} must be a table, got {_checks.shown(content)}")
     known = {f.name: f for f in fields(cls) if "reader" in f.metadata}  # type: ignore[arg-type]
     prefix = f"{name}." if name != "recipe" else ""
-    for found in table:
+    for found in content:
         if found not in known:
             raise ValueError(
                 f"{prefix}{found} is not a key of {name}, which takes: {', '.join(known)}"
             )
     for wanted, f in known.items():
-        if f.default is MISSING and wanted not in table:
+        if f.default is MISSING and wanted not in content:
             raise ValueError(f"{prefix}{wanted} is missing in {name}")
-    return cls(**{k: known[k].metadata["reader"](f"{prefix}{k}", v) for k, v in table.items()})
+    return cls(**{k: known[k].metadata["reader"](f"{prefix}{k}", v) for k, v in content.items()})
+
+
+def table(cls: type[Any]) -> Reader:
+    """A reader of tables, as `read`."""
+    return lambda name, value: read(cls, name, value)
 
 
 def text(name: str, value: Any) -> str:

@@ -1,0 +1,310 @@
+"""Studies from recipes: what is refused, run once, alike in both frameworks, and reported."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import safe_core.study.runner.run as runner
+from safe_core import schedules
+from safe_core.adapters.command_line.app import app
+from safe_core.study.runner import cells, parse_recipe, read_recipe, run_study, write_report
+from safe_core.study.runner.cells import Cell, append_result, read_results
+from safe_core.study.runner.in_jax import JaxLearner, JaxSubject
+from safe_core.study.runner.in_torch import TorchLearner, TorchSubject
+from safe_core.study.runner.measure import measure
+from safe_core.study.runner.plan import plan
+from safe_core.study.runner.recipe import Training
+
+TINY = """
+title = "Tiny"
+frameworks = ["torch"]
+sparsities = [0.8, 0.9]
+seeds = [0, 1]
+
+[data]
+name = "digits"
+train_images = 96
+label_noise = [0.0, 0.5]
+
+[model]
+name = "lenet-300-100"
+width = 0.05
+
+[training]
+epochs = 2
+batch_size = 32
+learning_rate = 0.1
+weight_decay = 1e-4
+
+[[methods]]
+method = "dense"
+
+[[methods]]
+method = "safe"
+label = "SAFE"
+penalty = { "0.8" = 1e-2, default = 1e-1 }
+penalty_schedule = "cosine"
+dual_update_interval = 2
+"""
+RECIPES = sorted(p.name for p in (files("safe_core.study") / "recipes").iterdir())
+
+
+def changed(old: str, new: str) -> str:
+    assert old in TINY
+    return TINY.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("title =", "recipe must be TOML"),
+        (changed('title = "Tiny"', ""), "title is missing in recipe"),
+        ("colour = 3\n" + TINY, "colour is not a key of recipe, which takes: title, data, model"),
+        (
+            changed("width", "depth"),
+            r"model\.depth is not a key of model, which takes: name, width",
+        ),
+        (changed('"digits"', '"svhn"'), r"data\.name must be one of 'digits', 'mnist'.*'svhn'"),
+        (changed("[0.8, 0.9]", "[0.8, 1.0]"), r"sparsities\[1\] must be a fraction.*got 1\.0"),
+        (changed("seeds = [0, 1]", "seeds = [0, 0]"), "seeds must not repeat a value"),
+        (changed("epochs = 2", "epochs = 2.5"), r"training\.epochs must be an integer, got 2\.5"),
+        (changed("epochs = 2", 'epochs = 2\nschedule = "step"'), r"training\.milestones must be"),
+        (
+            changed('"safe"', '"saef"'),
+            r"methods\[1\]\.method must be one of 'dense', 'safe'.*'saef'",
+        ),
+        (
+            changed("penalty_schedule", "rise"),
+            r"methods\[1\]\.rise is not a parameter of safe, which",
+        ),
+        (changed("default", '"0.95"'), r'penalty must have a value for sparsity "0\.9"'),
+        (changed("interval = 2", "interval = 0"), r"methods\[1\] \(SAFE\) at sparsity 0\.8: dual_"),
+        (TINY + '[report]\nmetrics = ["trace"]', r"report\.metrics must be measured: accuracy,"),
+        (TINY + "[evaluation]\ncorruptions = [6]", r"evaluation\.corruptions must be from 1 to 5"),
+        (
+            TINY + '[[methods]]\nmethod = "gmp"\nrise_epochs = 3',
+            "rise_epochs must be at most the 2",
+        ),
+    ],
+)
+def test_a_wrong_recipe_names_the_key(source: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        parse_recipe(source)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_are_recipes(name: str) -> None:
+    recipe = read_recipe(files("safe_core.study") / "recipes" / name)
+    digits = name.endswith("-digits.toml")
+    assert digits == (recipe.data.name == "digits")
+    assert digits or f"{name.removesuffix('.toml')}-digits.toml" in RECIPES or "cifar" in name
+    labels = {entry.label for entry in recipe.methods}
+    measured_elsewhere = {"PBW", "MLPrune", "LTH"}
+    assert {quote.method for quote in recipe.quoted} <= labels | measured_elsewhere
+
+
+def test_methods_are_built_with_their_schedules() -> None:
+    recipe = read_recipe(files("safe_core.study") / "recipes" / "table-8.toml")
+    by_label = {entry.label: entry for entry in recipe.methods}
+    size = {"epochs": 200, "steps_per_epoch": 390, "seed": 1}
+    safe = by_label["SAFE+SG"].build(0.99, **size)
+    assert safe.penalty == schedules.cosine(1e-2, steps=78000)
+    assert safe.adds_projected
+    assert safe.perturbation.rho(0) == 0.1
+    multi = by_label["CrAM+ Multi"].build(0.95, **size)
+    assert multi.sparsity.sparsity.values == (0.5, 0.7, 0.8, 0.9, 0.95)
+    assert multi.adds_unperturbed
+
+
+def test_learning_rates() -> None:
+    common = {"epochs": 4, "batch_size": 2, "learning_rate": 1.0}
+    step = Training(**common, schedule="step", milestones=(2, 3), warmup_epochs=1)
+    rates = [step.rate(t, steps_per_epoch=2) for t in range(8)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    line = Training(**common, schedule="linear")
+    assert [line.rate(t, 1) for t in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+def test_no_run_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Cell] = []
+
+    def fake(recipe: Any, cell: Cell, **_: Any) -> dict[str, Any]:
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return {"accuracy": 50.0, "losses": [1.0]}
+
+    monkeypatch.setattr(runner, "run_cell", fake)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(TINY, tmp_path)
+    file = tmp_path / "results.jsonl"
+    with file.open("a") as out:
+        out.write('{"recipe": "cut off by a k')
+    first, ran[:] = list(ran), []
+    limit = run_study  # runs the other seven in two goes
+    with pytest.raises(KeyboardInterrupt):
+        limit(TINY, tmp_path)
+    second, ran[:] = list(ran), []
+    run_study(changed('"Tiny"', '"A new title"'), tmp_path)
+    planned = cells(parse_recipe(TINY))
+    assert [*first, *second, *ran] == planned
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [Cell(**line["cell"]) for line in lines] == planned
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"must hold results of this recipe, \w+, got some of"):
+        run_study(changed("epochs = 2", "epochs = 3"), tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(runner, "run_cell", fails)
+    with pytest.raises(ValueError, match="no such thing") as caught:
+        run_study(TINY, tmp_path)
+    assert caught.value.__notes__ == ["in dense, seed 0, torch; the runs before it are kept"]
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    return [x for k in sorted(tree) for x in leaves(tree[k])] if isinstance(tree, dict) else [tree]
+
+
+@pytest.mark.parametrize("method", ["safe_sg", "cram_plus", "gmp"])
+@pytest.mark.parametrize("network", ["lenet-300-100", "resnet-20"])
+@pytest.mark.usefixtures("single_precision")
+def test_frameworks_agree(method: str, network: str) -> None:
+    if network == "resnet-20" and method != "safe_sg":
+        pytest.skip("one network with batch normalisation is enough")
+    source = changed('"safe"', f'"{method}"').replace("lenet-300-100", network)
+    if method != "safe_sg":
+        source = re.sub("(penalty|dual_).*\n", "", source)
+    recipe = parse_recipe(source.replace("width = 0.05", "width = 0.1"))
+    cell = Cell("jax", 0.5, "SAFE", 0.8, 1)
+    made = plan(recipe, cell)
+    learners = TorchLearner(made), JaxLearner(made)
+    for images, labels in made.batches(0):
+        losses = [float(learner.step(images, labels)) for learner in learners]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+    for dense in [[x.variables() for x in learners], [x.projected() for x in learners]]:
+        for a, b in zip(*map(leaves, dense), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4 if network == "resnet-20" else 1e-5)
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_frameworks_measure_alike() -> None:
+    recipe = parse_recipe(
+        TINY.replace("lenet-300-100", "resnet-20").replace("0.05", "0.1")
+        + "[evaluation]\nbatch_norm_tuning = true\nbatch_norm_samples = 64\nflatness_images = 32\n"
+        + 'flatness = ["sharpness"]\nattacks = [{norm = "linf", radius = 0.1, steps = 2}]\n'
+    )
+    made = plan(recipe, Cell("jax", 0.0, "SAFE", 0.8, 0))
+    small = made.data.test._replace(
+        images=made.data.test.images[:64], labels=made.data.test.labels[:64]
+    )
+    made = type(made)(**{**vars(made), "data": made.data._replace(test=small)})
+    variables = made.initial_variables()
+    found = [
+        measure(
+            recipe.evaluation,
+            made,
+            lambda v, side=side: side(made.architecture, made.normalisation, v),
+            variables,
+            variables,
+        )
+        for side in (TorchSubject, JaxSubject)
+    ]
+    assert found[0].keys() == found[1].keys() >= set(recipe.evaluation.metrics()) - {"seconds"}
+    for name, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][name], rtol=1e-3, err_msg=name)
+    assert found[0]["accuracy"] != found[0]["accuracy_untuned"]
+
+
+def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        changed("seeds = [0, 1]", "seeds = [0]")
+        .replace("[0.8, 0.9]", "[0.9]")
+        .replace(", 0.5]", "]")
+        + "[evaluation]\nhistory_epochs = 1\nweight_bins = 5\nlandscape_points = 3\n"
+    )
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["study", str(path), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "2/2 SAFE at 0.9, seed 0, torch" in result.stderr
+    recipe = parse_recipe(path.read_text())
+    found = read_results(out / "results.jsonl", recipe.digest)
+    safe = found[Cell("torch", 0.0, "SAFE", 0.9, 0)]
+    assert safe["zeros"] == int(0.9 * safe["weights"])
+    assert [point["epoch"] for point in safe["history"]] == [1, 2]
+    assert safe["history"][-1]["accuracy"] == safe["accuracy"]
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"| SAFE | {safe['accuracy']:.2f} |" in result.stdout
+    figures = {p.name for p in out.glob("*.p[dn][fg]")}
+    wanted = {"accuracy", "history_distance_0.9", "landscape", "weights"}
+    assert {f"{name}.{kind}" for name in wanted for kind in ("png", "pdf")} <= figures
+    refused = CliRunner().invoke(app, ["study", "table-99"])
+    assert refused.exit_code == 1
+    assert "recipe must be a file, or one of figure-1, " in refused.stderr
+
+
+def made_results(out: Path) -> None:
+    """Three methods, two seeds and a quote; one seed of the last method diverged."""
+    source = TINY.replace(", 0.5]", "]") + '[[methods]]\nmethod = "admm"\nlabel = "AD_MM"\n'
+    source += '[[quoted]]\nsource = "Lee"\nmethod = "PBW"\nvalues = {"0.9" = [99.0, 0.25]}\n'
+    (out / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    means = {"dense": 98.0, "SAFE": 97.0, "AD_MM": 95.0}
+    for cell in cells(recipe):
+        result: dict[str, Any] = {"accuracy": means[cell.method] + cell.seed}
+        if cell.method == "AD_MM" and cell.sparsity == 0.9 and cell.seed:
+            result = {"diverged": True, "losses": []}
+        append_result(out / "results.jsonl", recipe.digest, cell, result)
+
+
+def test_report(tmp_path: Path) -> None:
+    made_results(tmp_path)
+    files = write_report(tmp_path)
+    assert all(file.stat().st_size for file in files)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| dense | 98.50 ± 0.50 | 98.50 ± 0.50 |" in markdown
+    assert "| SAFE | **97.50 ± 0.50** | **97.50 ± 0.50** |" in markdown
+    assert "| AD_MM | <u>95.50 ± 0.50</u> | <u>95.00 (1)</u> |" in markdown
+    assert "| PBW (quoted 1) | - | 99.00 ± 0.25 |" in markdown
+    assert "quoted 1: not measured here, but by Lee" in markdown
+    latex = (tmp_path / "report.tex").read_text()
+    assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
+    assert r"AD\_MM & $\underline{95.50} \pm 0.50$ & $\underline{95.00}$ (1) \\" in latex
+    assert r"method & 80\% & 90\% \\" in latex
+
+
+def test_report_by_noise_and_metric(tmp_path: Path) -> None:
+    source = TINY + '[report]\nrows = ["sparsity", "method"]\ncolumns = "noise"\n'
+    source += 'metrics = ["accuracy", "distance"]\n'
+    (tmp_path / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    for cell in cells(recipe):
+        result = {"accuracy": 50 + 10 * cell.noise + cell.seed, "distance": 0.0123}
+        append_result(tmp_path / "results.jsonl", recipe.digest, cell, result)
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "**Tiny: accuracy, %**" in markdown
+    assert "| sparsity | method | 0% label noise | 50% label noise |" in markdown
+    assert "| 80% | SAFE | 50.50 ± 0.50 | 55.50 ± 0.50 |" in markdown
+    assert "| 80% | SAFE | 0.0123 ± 0.0000 | 0.0123 ± 0.0000 |" in markdown
+
+
+def test_quotes_are_what_the_paper_prints() -> None:
+    content = tomllib.loads((files("safe_core.study") / "recipes" / "table-2.toml").read_text())
+    safe = [q for q in content["quoted"] if q["method"] == "SAFE" and q["noise"] == 0.75]
+    assert safe[0]["values"]["0.9"] == [64.72, 0.61]
