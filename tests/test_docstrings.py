@@ -20,6 +20,7 @@ import safe_core.study
 import safe_core.study.data
 import safe_core.study.models
 import safe_core.study.robustness
+import safe_core.study.runner
 
 
 def modules(package: object) -> list[str]:
@@ -41,6 +42,7 @@ PACKAGES = (
     safe_core.study.data,
     safe_core.study.models,
     safe_core.study.robustness,
+    safe_core.study.runner,
 )
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public

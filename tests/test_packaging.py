@@ -36,10 +36,16 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
         "examples/study/data": "study/data/",
         "examples/study/models": "study/models/",
         "examples/study/robustness": "study/robustness/",
+        "examples/study/runner": "study/runner/",
     }
     expected = {
         f"safe_core/{prefix}{file.name}"
         for folder, prefix in sources.items()
         for file in (ROOT / folder).glob("*.py")
     }
-    assert expected | {"safe_core/py.typed"} <= names
+    recipes = {
+        f"safe_core/study/recipes/{file.name}"
+        for file in (ROOT / "examples/study/recipes").glob("*.toml")
+    }
+    assert len(recipes) > 20
+    assert expected | recipes | {"safe_core/py.typed"} <= names
