@@ -39,10 +39,11 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A training step, compiled once for all seeds."""
+    """The parts of training, compiled once for all seeds."""
 
     init: Callable[[Any], Any]
     step: Callable[..., tuple[State, jax.Array]]
+    project: Callable[[State], Any]
 
 
 class JaxLearner:
@@ -63,7 +64,7 @@ class JaxLearner:
     """
 
     def __init__(self, plan: Plan, device: str = "cpu") -> None:
-        self._device, self._method = _device(device), plan.method
+        self._device = _device(device)
         self._program = _program(
             plan.architecture,
             plan.normalisation,
@@ -90,10 +91,8 @@ class JaxLearner:
 
     def projected(self) -> Variables:
         """The weights after a last projection; training may go on."""
-        params = self._state.params
-        if self._method is not None:
-            with jax.default_device(self._device):
-                params = finalize(params, self._state.optimizer, self._method)
+        with jax.default_device(self._device):
+            params = self._program.project(self._state)
         return _variables(params, self._state.statistics)
 
 
@@ -106,7 +105,7 @@ def _program(
     steps_per_epoch: int,
 ) -> Program:
     count = training.epochs * steps_per_epoch
-    table = np.asarray([training.rate(step, steps_per_epoch) for step in range(count)], np.float32)
+    table = np.asarray([training.rate(step, steps_per_epoch) for step in range(count)])
 
     def rate(step: Any) -> jax.Array:
         return jnp.asarray(table)[step]
@@ -130,7 +129,10 @@ def _program(
         updates, optimizer = tx.update(gradients, state.optimizer, state.params, grad_fn=grad_fn)
         return State(optax.apply_updates(state.params, updates), statistics, optimizer), loss
 
-    return Program(jax.jit(tx.init), step)
+    def project(state: State) -> Any:
+        return state.params if method is None else finalize(state.params, state.optimizer, method)
+
+    return Program(jax.jit(tx.init), step, jax.jit(project))
 
 
 def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:

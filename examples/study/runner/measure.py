@@ -17,7 +17,7 @@ from safe_core.study.robustness import CORRUPTIONS, PGD, corrupt
 from .plan import Plan, Subject, pixels
 from .recipe import Attack, Evaluation
 
-__all__ = ["accuracy", "constraint_distance", "measure", "zeros"]
+__all__ = ["accuracy", "constraint_distance", "is_finite", "measure", "zeros"]
 
 _BATCH = 1000  # images at a time
 MakeSubject = Callable[[Variables], Subject]
@@ -71,6 +71,17 @@ def constraint_distance(dense: Variables, sparse: Variables) -> float:
     pairs = zip(_leaves(dense["params"]), _leaves(sparse["params"]), strict=True)
     squares = [np.sum(np.square(a - b, dtype=np.float64)) for a, b in pairs]
     return float(np.sqrt(np.sum(squares)))
+
+
+def is_finite(variables: Variables) -> bool:
+    """Whether no weight or statistic is infinite or NaN.
+
+    Examples
+    --------
+    >>> is_finite({"params": {"dense": {"kernel": np.asarray([[np.nan]])}}})
+    False
+    """
+    return all(bool(np.isfinite(x).all()) for x in _leaves(variables))
 
 
 def zeros(variables: Variables) -> tuple[int, int]:

@@ -62,8 +62,9 @@ def run_study(
     ------
     ValueError
         If the recipe is wrong, or ``out`` holds results of another one or is in use.
-    RuntimeError
-        If a run fails; what was finished before stays.
+    ChildProcessError
+        If a process is ended from outside; what was finished before stays, as it does when
+        a run raises.
 
     Examples
     --------
@@ -178,7 +179,7 @@ def _named(cell: Cell) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise ChildProcessError(
             "a process of the study was ended from outside, as for want of memory; run the same "
             "command again to go on, perhaps with fewer --jobs"
         ) from None

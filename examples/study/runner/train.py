@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell
-from .measure import MakeSubject, accuracy, constraint_distance, measure
+from .measure import MakeSubject, accuracy, constraint_distance, is_finite, measure
 from .plan import Learner, Plan, plan
 from .recipe import Evaluation, Recipe
 
@@ -98,7 +98,10 @@ def _trained(
         if evaluation.history_epochs and (epoch + 1) % evaluation.history_epochs == 0:
             history.append({"epoch": epoch + 1, **_snapshot(made, learner, make)})
         advance()
-    dense, sparse = learner.variables(), learner.projected()
+    dense = learner.variables()
+    if not is_finite(dense):  # of a last step
+        return {"diverged": True, "losses": losses, "seconds": seconds}
+    sparse = learner.projected()
     found = measure(evaluation, made, make, dense, sparse)
     found |= {"seconds": seconds, "losses": losses}
     return found | ({"history": history} if history else {})
