@@ -92,9 +92,10 @@ def perturbed(
     inner, scaler = unwrap(optimizer), getattr(optimizer, "scaler", None)
     perturbation = inner.method.perturbation
     if loss_scale is None:
+        loss_scale = 1.0
         # Not read where e does not depend on it: an accelerator would be waited for.
-        reads = scaler is not None and perturbation is not None and not perturbation.is_scale_free
-        loss_scale = scaler.get_scale() if reads else 1.0
+        if scaler is not None and perturbation is not None and not perturbation.is_scale_free:
+            loss_scale = scaler.get_scale()
     return inner.perturbed(replay, loss_scale=loss_scale)
 
 
