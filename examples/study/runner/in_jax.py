@@ -112,8 +112,7 @@ def _program(
 
     tx: Any = _base(training, rate)
     if method is not None:
-        known = {"learning_rate": rate} if method.decoupled else {}
-        tx = sparse_optimizer(tx, method, **known)
+        tx = sparse_optimizer(tx, method, learning_rate=rate if method.decoupled else None)
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(params: Any, batch: Any, statistics: Any) -> tuple[jax.Array, Any]:

@@ -142,7 +142,8 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     (19, False)
     """
     clean = _loaded(recipe.data.name, folder or recipe.data.folder)
-    images, labels = (part[: recipe.data.train_images] for part in clean.train)
+    count = recipe.data.train_images
+    images, labels = clean.train.images[:count], clean.train.labels[:count]
     if len(labels) < recipe.training.batch_size:
         raise ValueError(
             f"training.batch_size must be at most the {len(labels)} training images, got "
@@ -157,7 +158,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
         architecture=architecture(
             recipe.model.name,
             classes=clean.classes,
-            image=images.shape[1:],  # type: ignore[arg-type]
+            image=images.shape[1:],
             width=recipe.model.width,
         ),
         training=recipe.training,
