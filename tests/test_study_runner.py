@@ -310,7 +310,7 @@ def test_report_by_noise_and_metric(tmp_path: Path) -> None:
     assert "**Tiny: accuracy, %**" in markdown
     assert "| sparsity | method | 0% label noise | 50% label noise |" in markdown
     assert "| 80% | SAFE | 50.50 ± 0.50 | 55.50 ± 0.50 |" in markdown
-    assert "| 80% | SAFE | 0.0123 ± 0.0000 | 0.0123 ± 0.0000 |" in markdown
+    assert "| 80% | SAFE | 0.01230 ± 0.00000 | 0.01230 ± 0.00000 |" in markdown
 
 
 def test_quotes_are_what_the_paper_prints() -> None:
