@@ -136,23 +136,27 @@ def test_learning_rates() -> None:
     assert [line.rate(t, 1) for t in range(4)] == [1, 0.75, 0.5, 0.25]
 
 
+class Killed(BaseException):
+    """Not an error that a run may have."""
+
+
 def test_no_run_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Cell] = []
 
     def fake(recipe: Any, cell: Cell, **_: Any) -> dict[str, Any]:
         if len(ran) == 5:
-            raise KeyboardInterrupt
+            raise Killed
         ran.append(cell)
         return {"accuracy": 50.0, "losses": [1.0]}
 
     monkeypatch.setattr(runner, "run_cell", fake)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run_study(TINY, tmp_path)
     file = tmp_path / "results.jsonl"
     with file.open("a") as out:
         out.write('{"recipe": "cut off by a k')
     first, ran[:] = list(ran), []
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run_study(TINY, tmp_path)
     second, ran[:] = list(ran), []
     run_study(changed('"Tiny"', '"A new title"'), tmp_path)
