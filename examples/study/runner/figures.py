@@ -29,6 +29,14 @@ def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
 
     Each metric of the report against sparsity; for a swept parameter against that, with a
     line for each sparsity; histories against epochs; weights and landscapes of the first seed.
+
+    Examples
+    --------
+    >>> from importlib.resources import files
+    >>> from safe_core.study.runner import read_recipe
+    >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
+    >>> draw(recipe, {}, Path("nothing-to-draw"))
+    []
     """
     found: list[Path] = []
     swept = [entry for entry in recipe.methods if entry.swept]

@@ -65,7 +65,7 @@ def run_cell(
     ... ''')
     >>> found = run_cell(recipe, cells(recipe)[0])
     >>> found["zeros"], found["weights"]
-    (2078, 2320)
+    (2088, 2320)
     """
     made = plan(recipe, cell, folder)
     module, prefix = _SIDES[cell.framework]
