@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_array_api_obj
@@ -12,8 +13,16 @@ from safe_core.backends import Array, backend_of
 from . import _checks
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
+from .sparsity import Pattern, as_pattern
 
-__all__ = ["Arguments", "check_importance", "read_arguments", "refuse", "refuse_filled"]
+__all__ = [
+    "Arguments",
+    "check_importance",
+    "read_arguments",
+    "read_sparsity",
+    "refuse",
+    "refuse_filled",
+]
 
 
 class Arguments(NamedTuple):
@@ -50,6 +59,17 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
     _refuse_nan(listed, names)
     check_importance(weights, names)
     return Arguments(listed, weights, layouts, names, rebuild)
+
+
+def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
+    """The pattern that ``sparsity`` stands for; a budget's keys are those of ``arrays``."""
+    pattern = as_pattern(sparsity)
+    budget = getattr(pattern, "budget", None)
+    if not isinstance(budget, tuple):
+        return pattern
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays must be a mapping for a budget by name, got {type(arrays)!r}")
+    return replace(pattern, budget={f"arrays[{name!r}]": value for name, value in budget})
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:

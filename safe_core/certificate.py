@@ -10,9 +10,8 @@ from safe_core.backends import Array
 
 from . import _checks
 from ._dtypes import wide_dtype
-from .arguments import read_arguments
+from .arguments import read_arguments, read_sparsity
 from .projection import apply_support, select
-from .sparsity import as_pattern
 
 __all__ = ["stationarity_gap"]
 
@@ -66,7 +65,7 @@ def stationarity_gap(
     """
     if _checks.real("delta", delta, low=0.0) == 0:
         raise ValueError(f"delta must be positive, got {delta!r}")
-    pattern = as_pattern(sparsity)
+    pattern = read_sparsity(sparsity, x)
     point = read_arguments(x, importance, layout)
     slope = read_arguments(gradient, None, layout)
     shapes = [tuple(a.shape) for a in point.arrays], [tuple(g.shape) for g in slope.arrays]

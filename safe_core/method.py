@@ -486,7 +486,7 @@ def safe(
     --------
     >>> method = safe(sparsity=0.95, rho=0.1, penalty=1e-3)
     >>> method.sparsity
-    Unstructured(sparsity=0.95, scope='global')
+    Unstructured(sparsity=0.95, scope='global', budget=None)
     """
     _checks.integer("perturbation_interval", perturbation_interval, low=1)
     return Method(

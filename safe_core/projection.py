@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
-from .arguments import read_arguments
+from .arguments import read_arguments, read_sparsity
+from .budgets import layer_fractions
 from .layout import Layout, inverse, merge, resolve, rows_first
 from .scores import common, entry_scores, unit_squares
-from .sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern, kept_counts, stage
+from .sparsity import (
+    NM,
+    Block,
+    Channel,
+    Pattern,
+    Unstructured,
+    fractions,
+    kept_counts,
+    stage,
+)
 
 __all__ = ["Projection", "project", "select"]
 
@@ -110,7 +121,7 @@ def project(
     >>> project(v, 0.75, importance=numpy.asarray([100.0, 1.0, 1.0, 1.0])).support
     array([[ True, False, False, False]])
     """
-    pattern = as_pattern(sparsity)
+    pattern = read_sparsity(sparsity, arrays)
     point = read_arguments(arrays, importance, layout)
     support = select(
         point.arrays,
@@ -175,12 +186,14 @@ def select(
         plans = [unit.layout for unit in units]
         expand = lambda i, mask: units[i].expand(mask)  # noqa: E731
     if joint:
-        counts = kept_counts(pattern, sum(math.prod(score.shape) for score in scores))
+        counts = kept_counts(fractions(pattern), sum(math.prod(s.shape) for s in scores))
         masks = backend_of(scores[0]).keep_largest(scores, counts, at, on_host=on_host)
     else:
+        by_output = pattern.scope == "row"
+        spread = layer_fractions(pattern, [tuple(s.shape) for s in scores], plans, names)
         masks = [
-            _select_rows(xp, score, pattern, plan, name, at, on_host)
-            for score, plan, name in zip(scores, plans, names, strict=True)
+            _select_rows(xp, score, stages, by_output, plan, name, at, on_host)
+            for score, stages, plan, name in zip(scores, spread, plans, names, strict=True)
         ]
     return [expand(i, mask) for i, mask in enumerate(masks)]
 
@@ -191,20 +204,20 @@ def select(
 def _select_rows(
     xp: Any,
     score: Array,
-    pattern: Pattern,
+    stages: Sequence[Fraction],
+    by_output: bool,
     layout: Layout | None,
     name: str,
     at: int | Array,
     on_host: bool,
 ) -> Array:
-    """Select within each tensor, or each row, of one array."""
-    by_output = pattern.scope == "row"
+    """Select within one array, or each of its rows, by fractions of zeros."""
     if by_output:
         layout = _roles(layout, name, "scope 'row'")
     order = rows_first(layout or Layout(), score.ndim, by_output=by_output)
     pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
     n = math.prod(score.shape[axis] for axis in order[pools:])
-    counts = kept_counts(pattern, n)
+    counts = kept_counts(stages, n)
     if math.prod(score.shape[axis] for axis in order[:pools]) == 1:
         return backend_of(score).keep_largest([score], counts, at, on_host=on_host)[0]
 

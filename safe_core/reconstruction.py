@@ -130,7 +130,8 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     Raises
     ------
     TypeError, ValueError
-        If it is no pattern, or one that compares entries of different weights.
+        If it is no pattern, or one that compares entries of different weights or spreads a
+        budget over them.
 
     Examples
     --------
@@ -138,10 +139,10 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     'tensor'
     """
     pattern = as_pattern(sparsity, scope)
-    if getattr(pattern, "scope", None) == "global":
+    if getattr(pattern, "scope", None) == "global" or getattr(pattern, "budget", None) is not None:
         raise ValueError(
-            "sparsity must not compare entries of different weights, for blocks are pruned one "
-            f"after the other, got {pattern!r}; give it another scope"
+            "sparsity must not compare entries of different weights, nor spread a budget over "
+            f"them, for blocks are pruned one after the other, got {pattern!r}"
         )
     return pattern
 

@@ -12,9 +12,8 @@ from ._dtypes import wide_dtype
 from .backends import Array
 from .method import Method
 from .projection import apply_support
-from .schedules import SparsityTable
 from .sharpness import norm
-from .sparsity import NM, Pattern
+from .sparsity import Pattern, fractions
 from .splitting import SplitState, Targets, recover
 
 __all__ = ["Report", "TensorReport", "outlook", "sums"]
@@ -28,7 +27,8 @@ class TensorReport(NamedTuple):
     name : str
     entries : int
     asked : float
-        The sparsity of the pattern at its end, over all that are projected together.
+        The sparsity of the pattern at its end, over all that are projected together or spread
+        by a rule; of the parameter itself where its budget says so.
     achieved : float
         The share of this parameter that finalizing would set to zero now.
     zeros : float
@@ -64,7 +64,7 @@ class TensorReport(NamedTuple):
         return cls(
             name=name,
             entries=entries,
-            asked=_asked(pattern),
+            asked=_asked(pattern, name),
             achieved=removed / n,
             zeros=zeros / n,
             distance=distance**0.5,
@@ -197,9 +197,8 @@ def sums(
     return found
 
 
-def _asked(pattern: Pattern) -> float:
-    if isinstance(pattern, NM):
-        return 1 - pattern.n / pattern.m
-    return float(
-        pattern.sparsity.value if isinstance(pattern.sparsity, SparsityTable) else pattern.sparsity
-    )
+def _asked(pattern: Pattern, name: str) -> float:
+    budget = getattr(pattern, "budget", None)
+    if isinstance(budget, tuple) and name in dict(budget):
+        return float(dict(budget)[name])
+    return float(fractions(pattern)[-1])

@@ -6,6 +6,7 @@ which pool they compete. It holds no arrays and knows no framework.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -34,24 +35,58 @@ class Unstructured:
     scope : {"global", "tensor", "row"}
         The pool in which entries compete: all tensors together, each tensor, or the
         entries of each output of each tensor.
+    budget : None, "erdos_renyi_kernel", or mapping of str to float
+        What each tensor has, where tensors do not compete. None: ``sparsity`` each.
+        "erdos_renyi_kernel": densities in proportion to the sum of a tensor's axes by
+        their product, such that all have ``sparsity`` together, see
+        `safe_core.budgets.erdos_renyi_kernel`. A mapping: the sparsity of tensors by their
+        names, as in reports, and ``sparsity`` for the rest; where ``sparsity`` changes over
+        time, these change in proportion.
 
     Raises
     ------
     TypeError, ValueError
-        If ``sparsity`` is not a number in [0, 1) or ``scope`` is unknown.
+        If ``sparsity`` is not a number in [0, 1), ``scope`` or ``budget`` is unknown, or a
+        budget is given in the scope "global".
 
     Examples
     --------
     >>> Unstructured(0.9, scope="row")
-    Unstructured(sparsity=0.9, scope='row')
+    Unstructured(sparsity=0.9, scope='row', budget=None)
     """
 
     sparsity: float | SparsityTable
     scope: Literal["global", "tensor", "row"] = "global"
+    budget: str | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
 
     def __post_init__(self) -> None:
         _check_fraction("sparsity", self.sparsity)
         _checks.choice("scope", self.scope, ("global", "tensor", "row"))
+        if self.budget is None:
+            return
+        if self.scope == "global":
+            raise ValueError(
+                "budget must be None in scope 'global', where tensors compete, got "
+                f"{_checks.shown(self.budget)}"
+            )
+        object.__setattr__(self, "budget", _frozen_budget(self.budget))
+
+
+def _frozen_budget(given: Any) -> str | tuple[tuple[str, Any], ...]:
+    """A budget as a value that is hashable."""
+    if isinstance(given, str):
+        _checks.choice("budget", given, (None, "erdos_renyi_kernel"))
+        return given
+    try:
+        pairs = dict(given)
+    except (TypeError, ValueError):
+        pairs = {}
+    if not pairs or not all(isinstance(name, str) for name in pairs):
+        raise TypeError(
+            "budget must be None, 'erdos_renyi_kernel' or a mapping of names to sparsities, got "
+            f"{_checks.shown(given)}"
+        )
+    return tuple((name, _checks.sparsity(f"budget of {name}", x)) for name, x in pairs.items())
 
 
 @dataclass(frozen=True)
@@ -196,16 +231,18 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
     )
 
 
-def kept_counts(pattern: Pattern, units: int) -> tuple[int, ...]:
-    """How many of ``units`` are kept at every stage: ``units - floor(sparsity * units)``."""
+def fractions(pattern: Pattern) -> tuple[Fraction, ...]:
+    """The fraction of zeros at every stage of a pattern that has one."""
     if isinstance(pattern, NM):
-        return (pattern.n,)
-    fractions = (
-        pattern.sparsity.table
-        if isinstance(pattern.sparsity, SparsityTable)
-        else (_checks.decimal_fraction(pattern.sparsity),)
-    )
-    return tuple(units - int(Fraction(units) * fraction) for fraction in fractions)
+        return (1 - Fraction(pattern.n, pattern.m),)
+    if isinstance(pattern.sparsity, SparsityTable):
+        return tuple(pattern.sparsity.table)
+    return (_checks.decimal_fraction(pattern.sparsity),)
+
+
+def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
+    """How many of ``units`` are kept at every stage: ``units - floor(fraction * units)``."""
+    return tuple(units - int(Fraction(units) * fraction) for fraction in stages)
 
 
 def stage(pattern: Pattern, step: Any) -> Any:

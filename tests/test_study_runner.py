@@ -23,8 +23,10 @@ from safe_core.study.runner.cells import Cell, append_result, read_results
 from safe_core.study.runner.in_jax import JaxLearner, JaxSubject
 from safe_core.study.runner.in_torch import TorchLearner, TorchSubject
 from safe_core.study.runner.measure import measure
+from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import Plan, plan
 from safe_core.study.runner.recipe import Training
+from safe_core.study.runner.statistics import agreement
 
 TINY = """
 title = "Tiny"
@@ -125,6 +127,24 @@ def test_methods_are_built_with_their_schedules() -> None:
     multi = by_label["CrAM+ Multi"].build(0.95, **size)
     assert multi.sparsity.sparsity.values == (0.5, 0.7, 0.8, 0.9, 0.95)
     assert multi.adds_unperturbed
+
+
+def test_a_method_takes_where_weights_compete() -> None:
+    tables = [{"method": "gmp", "scope": "tensor", "budget": "erdos_renyi_kernel"}]
+    pattern = read_entries(tables)[0].build(0.9, epochs=2, steps_per_epoch=4, seed=0).sparsity
+    assert (pattern.scope, pattern.budget) == ("tensor", "erdos_renyi_kernel")
+    assert pattern.sparsity == schedules.cubic(0.9, steps=8, every=4)
+
+
+def test_parameters_are_chosen_on_training_images_that_are_not_trained_on() -> None:
+    source = changed("train_images = 96", "train_images = 96\nvalidation = 0.25")
+    recipe, whole = parse_recipe(source), parse_recipe(TINY)
+    made, full = plan(recipe, cells(recipe)[0]), plan(whole, cells(whole)[0])
+    np.testing.assert_array_equal(made.data.train.images, full.data.train.images[:72])
+    np.testing.assert_array_equal(made.data.test.images, full.data.train.images[72:])
+    assert made.steps_per_epoch == 2
+    with pytest.raises(ValueError, match="batch_size must be at most the 0 training images"):
+        plan(parse_recipe(source.replace("0.25", "1")), cells(recipe)[0])
 
 
 def test_learning_rates() -> None:
@@ -315,6 +335,39 @@ def test_report_by_noise_and_metric(tmp_path: Path) -> None:
     assert "| sparsity | method | 0% label noise | 50% label noise |" in markdown
     assert "| 80% | SAFE | 50.50 ± 0.50 | 55.50 ± 0.50 |" in markdown
     assert "| 80% | SAFE | 0.01230 ± 0.00000 | 0.01230 ± 0.00000 |" in markdown
+
+
+def test_report_tells_where_the_frameworks_differ(tmp_path: Path) -> None:
+    source = TINY.replace('["torch"]', '["torch", "jax"]').replace(", 0.5]", "]")
+    recipe = parse_recipe(source)
+    means = {  # (PyTorch, JAX) of the first seed; that of the second is 2 higher
+        ("dense", None): (98.0, 98.9),
+        ("SAFE", 0.8): (90.0, 94.3),  # three joint standard errors are 4.24
+        ("SAFE", 0.9): (90.0, 94.2),
+    }
+    results = {
+        cell: {
+            "accuracy": means[cell.method, cell.sparsity][cell.framework == "jax"] + 2 * cell.seed
+        }
+        for cell in cells(recipe)
+    }
+    found = agreement(recipe, results)
+    assert (found.compared, round(found.largest, 9), found.apart) == (3, 4.3, ["SAFE at 80%"])
+    alone = {cell: result for cell, result in results.items() if cell.framework == "torch"}
+    assert agreement(recipe, alone) is None
+    exact = {cell: {"accuracy": means[cell.method, cell.sparsity][0]} for cell in cells(recipe)}
+    lost = {cell: {} if cell.method == "dense" else result for cell, result in exact.items()}
+    assert agreement(recipe, lost).apart == []  # all seeds of both diverged
+    key = next(c for c in lost if c.method == "SAFE" and c.framework == "jax")
+    again = {**lost, **{c: {} for c in lost if c._replace(seed=0) == key._replace(seed=0)}}
+    assert agreement(recipe, again).apart == [f"SAFE at {100 * key.sparsity:g}%"]
+    for cell, result in results.items():
+        append_result(tmp_path / "results.jsonl", recipe.digest, cell, result)
+    (tmp_path / "recipe.toml").write_text(source)
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "PyTorch and JAX agree in 2 of 3 accuracies" in markdown
+    assert markdown.endswith("They do not in: SAFE at 80%.\n")
 
 
 def test_quotes_are_what_the_paper_prints() -> None:

@@ -13,7 +13,6 @@ from safe_core.backends import Array, backend_of
 from .. import _checks
 from ..layout import Layout
 from ..projection import Projection
-from ..sparsity import NM, Block, Channel, Unstructured
 from .problem import live_diagonal, read_matrices, read_pattern
 
 __all__ = ["ALPS"]
@@ -130,7 +129,7 @@ class ALPS:
         ValueError
             If ``gram`` is not a Gram matrix of the layer's inputs or the pattern does not fit.
         """
-        pattern = read_pattern(sparsity, self, (Unstructured, NM, Block, Channel))
+        pattern = read_pattern(sparsity, self)
         w, h, form = read_matrices(weight, gram, layout)
         if not (backend_of(w).is_concrete(w) and backend_of(h).is_concrete(h)):
             raise TypeError(

@@ -14,7 +14,7 @@ from .._dtypes import check_real_floating, wide_dtype, widened
 from ..arguments import refuse
 from ..layout import Layout, default_layout, merge, place_importance, resolve
 from ..projection import select
-from ..sparsity import Pattern, as_pattern
+from ..sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern
 from .gram import Gram
 
 __all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern"]
@@ -130,12 +130,19 @@ def _check_values(xp: Any, w: Array, h: Array, name: str) -> None:
     refuse(list(rules.values()), list(rules))
 
 
-def read_pattern(sparsity: Any, solver: Any, accepted: tuple[type, ...]) -> Pattern:
+def read_pattern(
+    sparsity: Any, solver: Any, accepted: tuple[type, ...] = (Unstructured, NM, Block, Channel)
+) -> Pattern:
     """The pattern that ``sparsity`` stands for, of a kind that the solver is defined for."""
     pattern = as_pattern(sparsity)
     if not isinstance(pattern, accepted):
         names = " or ".join(kind.__name__ for kind in accepted)
         raise TypeError(f"sparsity must be {names} for {type(solver).__name__}, got {pattern!r}")
+    if getattr(pattern, "budget", None) is not None:
+        raise ValueError(
+            f"sparsity must have no budget for {type(solver).__name__}, which sees one layer, got "
+            f"{pattern!r}"
+        )
     return pattern
 
 

@@ -12,8 +12,8 @@ from safe_core.backends import Array, backend_of
 from ..arguments import refuse
 from ..layout import Layout
 from ..projection import Projection, apply_support
-from ..sparsity import as_pattern
-from .problem import Form, read_form, read_matrices
+from ..sparsity import Pattern
+from .problem import Form, read_form, read_matrices, read_pattern
 
 __all__ = ["Magnitude", "Wanda"]
 
@@ -65,7 +65,7 @@ class Magnitude:
         form = read_form(weight, layout)
         xp = array_namespace(weight)
         refuse([(weight, ~xp.isfinite(weight))], ["weight must be finite"])
-        return _pruned(weight, sparsity, form, None)
+        return _pruned(weight, read_pattern(sparsity, self), form, None)
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,12 @@ class Wanda:
             another shape, not finite, not symmetric, zero or with a negative diagonal.
         """
         _, h, form = read_matrices(weight, gram, layout)
-        return _pruned(weight, sparsity, form, array_namespace(h).linalg.diagonal(h))
+        return _pruned(
+            weight, read_pattern(sparsity, self), form, array_namespace(h).linalg.diagonal(h)
+        )
 
 
-def _pruned(weight: Array, sparsity: Any, form: Form, importance: Array | None) -> Projection:
+def _pruned(weight: Array, pattern: Pattern, form: Form, importance: Array | None) -> Projection:
     weight = backend_of(weight).detached(weight)
-    support = form.select(weight, as_pattern(sparsity), importance)
+    support = form.select(weight, pattern, importance)
     return Projection(apply_support([weight], [support])[0], support)

@@ -12,7 +12,7 @@ from safe_core.backends import Array, backend_of
 from .. import _checks
 from ..layout import Layout
 from ..projection import Projection, whole_units
-from ..sparsity import NM, Pattern, Unstructured, kept_counts, stage
+from ..sparsity import NM, Pattern, Unstructured, fractions, kept_counts
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
@@ -192,7 +192,7 @@ class _Sweep(NamedTuple):
             return read_form(scores, None).select(scores, self.pattern)
         rows = 1 if self.pattern.scope == "row" else self.form.outputs
         before, after = (
-            kept_counts(self.pattern, rows * columns)[stage(self.pattern, None)]
+            kept_counts(fractions(self.pattern), rows * columns)[-1]
             for columns in (start, start + width)
         )
         kept, backend = (after - before,), backend_of(scores)

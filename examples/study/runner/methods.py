@@ -47,7 +47,7 @@ class Kind(NamedTuple):
         names = [n for n in inspect.signature(self.constructor).parameters if n not in taken]
         if "penalty" in names:
             names.append("penalty_schedule")
-        return (*names, "scope", *_OF_COURSE[self.course])
+        return (*names, "scope", "budget", *_OF_COURSE[self.course])
 
 
 _OF_COURSE = {
@@ -135,8 +135,8 @@ class Entry:
         values = self.values(sparsity)
         try:
             course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
-            scope = values.pop("scope", None)
-            pattern = course if scope is None else Unstructured(course, scope=scope)
+            pools = {name: values.pop(name) for name in ("scope", "budget") if name in values}
+            pattern = Unstructured(course, **pools) if pools else course
             self._schedule(values, epochs * steps_per_epoch)
             if "importance" in values:
                 _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
@@ -222,10 +222,10 @@ def read_entries(tables: Any) -> tuple[Entry, ...]:
 
     Examples
     --------
-    >>> read_entries([{"method": "iht", "rho": 0.1}])
+    >>> read_entries([{"method": "dense", "rho": 0.1}])
     Traceback (most recent call last):
         ...
-    ValueError: methods[0].rho is not a parameter of iht, which takes: interval, importance, scope
+    ValueError: methods[0].rho is not a parameter of dense, which takes none
     >>> found = read_entries([{"method": "safe", "sweep": {"rho": [0.1, 0.2]}}])
     >>> [entry.label for entry in found]
     ['safe, rho = 0.1', 'safe, rho = 0.2']

@@ -142,8 +142,11 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     (19, False)
     """
     clean = _loaded(recipe.data.name, folder or recipe.data.folder)
-    count = recipe.data.train_images
-    images, labels = clean.train.images[:count], clean.train.labels[:count]
+    images, labels = (part[: recipe.data.train_images] for part in clean.train)
+    if recipe.data.validation:
+        count = len(labels) - max(1, round(recipe.data.validation * len(labels)))
+        clean = clean._replace(test=Split(images[count:], labels[count:]))
+        images, labels = images[:count], labels[:count]
     if len(labels) < recipe.training.batch_size:
         raise ValueError(
             f"training.batch_size must be at most the {len(labels)} training images, got "

@@ -30,6 +30,8 @@ AXES = ("method", "sparsity", "noise", "framework", "metric")
 class Data:
     """``[data]``: images, and the share of training labels drawn at random.
 
+    The last ``validation`` of the training images are measured in place of the test images.
+
     Examples
     --------
     >>> read(Data, "data", {"name": "digits", "label_noise": [0, 0.5]}).label_noise
@@ -41,6 +43,7 @@ class Data:
     augment: bool = key(flag, False)
     label_noise: tuple[float, ...] = key(several(number(0, 1)), (0.0,))
     train_images: int | None = key(integer(1), None)
+    validation: float = key(number(0, 1), 0.0)
 
 
 @dataclass(frozen=True)

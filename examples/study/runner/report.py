@@ -10,7 +10,7 @@ from pathlib import Path
 from .cells import cells, read_results
 from .recipe import parse_recipe
 from .run import RECIPE, RESULTS
-from .statistics import Entry, Table, tables
+from .statistics import Entry, Table, agreement, tables
 
 __all__ = ["as_latex", "as_markdown", "write_report"]
 
@@ -55,8 +55,10 @@ def write_report(out: Path) -> list[Path]:
     head = (
         f"# {recipe.title}\n\n{state} Made with {', '.join(with_versions) or 'unknown versions'}."
     )
+    agreed = agreement(recipe, results)
+    body = [*map(as_markdown, made), *([agreed.sentence()] if agreed else [])]
     texts = {
-        "report.md": "\n\n".join([head, *map(as_markdown, made)]) + "\n",
+        "report.md": "\n\n".join([head, *body]) + "\n",
         "report.tex": "\n\n".join([f"% {state}", *map(as_latex, made)]) + "\n",
     }
     for name, content in texts.items():

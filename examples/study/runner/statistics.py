@@ -6,12 +6,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cells import Cell
 from .recipe import AXES, Recipe
 
-__all__ = ["Entry", "Table", "mean_and_error", "tables"]
+__all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "tables"]
 
 Place = tuple[Any, ...]  # along AXES
 _LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
@@ -111,6 +111,82 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(variance / len(values))
 
 
+class Agreement(NamedTuple):
+    """How far the accuracies of two frameworks are apart.
+
+    Attributes
+    ----------
+    compared : int
+        Means over seeds that both frameworks have.
+    largest : float
+        The largest difference, in points.
+    apart : list of str
+        What differs by more than the larger of one point and three joint standard errors.
+
+    Examples
+    --------
+    >>> print(Agreement(24, 0.42, []).sentence())
+    PyTorch and JAX agree in 24 of 24 accuracies, within the larger of one point and three joint \
+standard errors; the largest difference is 0.42 points.
+    """
+
+    compared: int
+    largest: float
+    apart: list[str]
+
+    def sentence(self) -> str:
+        """The agreement in words."""
+        text = (
+            f"PyTorch and JAX agree in {self.compared - len(self.apart)} of {self.compared} "
+            "accuracies, within the larger of one point and three joint standard errors; the "
+            f"largest difference is {self.largest:.2f} points."
+        )
+        return f"{text} They do not in: {', '.join(self.apart)}." if self.apart else text
+
+
+def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
+    """Compare the mean accuracies of PyTorch and JAX; None where one of them has none.
+
+    Examples
+    --------
+    >>> from safe_core.study.runner import parse_recipe
+    >>> recipe = parse_recipe('''
+    ... title = "tiny"
+    ... sparsities = [0.9]
+    ... seeds = [0]
+    ... frameworks = ["torch", "jax"]
+    ... data = {name = "digits"}
+    ... model = {name = "lenet-300-100"}
+    ... training = {epochs = 1, batch_size = 32, learning_rate = 0.1}
+    ... methods = [{method = "admm"}]
+    ... ''')
+    >>> results = {Cell("jax", 0.0, "admm", 0.9, 0): {"accuracy": 90.0}}
+    >>> results[Cell("torch", 0.0, "admm", 0.9, 0)] = {"accuracy": 92.0}
+    >>> agreement(recipe, results).apart
+    ['admm at 90%']
+    """
+    means = _means(recipe, results, ("accuracy",))
+    dense = {entry.label for entry in recipe.methods if entry.is_dense}
+    compared, largest, apart = 0, 0.0, []
+    for (method, sparsity, noise, framework, _), ours in means.items():
+        theirs = means.get((method, sparsity, noise, "jax", "accuracy"))
+        repeated = method in dense and sparsity != recipe.sparsities[0]
+        if framework != "torch" or theirs is None or repeated:
+            continue
+        compared += 1
+        difference = abs(ours.mean - theirs.mean)
+        errors = math.hypot(ours.error or 0.0, theirs.error or 0.0)
+        if not (ours.diverged or theirs.diverged):
+            largest = max(largest, difference)
+        # Not a number where all seeds of one diverged; of both that is agreement.
+        alike = math.isnan(ours.mean) and math.isnan(theirs.mean)
+        if not (difference <= max(1.0, 3 * errors) or alike):
+            where = [method if method in dense else f"{method} at {_shown('sparsity', sparsity)}"]
+            where += [_shown("noise", noise)] if _tells(recipe, AXES.index("noise"), noise) else []
+            apart.append(", ".join(where))
+    return Agreement(compared, largest, apart) if compared else None
+
+
 def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
     """Return the tables that a recipe asks for.
 
@@ -134,7 +210,7 @@ def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
     >>> table.caption, table.entries[0, 0].text()
     ('tiny: accuracy, %', '90.50 ± 0.50')
     """
-    found = _ranked(_means(recipe, results), recipe)
+    found = _ranked(_means(recipe, results, recipe.report.metrics), recipe)
     quotes = _quotes(recipe, found)
     everything = found | quotes
     by = (*recipe.report.rows, recipe.report.columns)
@@ -150,13 +226,15 @@ def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
     ]
 
 
-def _means(recipe: Recipe, results: Mapping[Cell, Any]) -> dict[Place, Entry]:
+def _means(
+    recipe: Recipe, results: Mapping[Cell, Any], metrics: Sequence[str]
+) -> dict[Place, Entry]:
     """Entries over all seeds; a dense network stands under every sparsity."""
     dense = {entry.label for entry in recipe.methods if entry.is_dense}
     values: dict[Place, list[float | None]] = {}
     for cell, result in results.items():
         targets = recipe.sparsities if cell.method in dense else (cell.sparsity,)
-        for metric, sparsity in itertools.product(recipe.report.metrics, targets):
+        for metric, sparsity in itertools.product(metrics, targets):
             place = (cell.method, sparsity, cell.noise, cell.framework, metric)
             values.setdefault(place, []).append(result.get(metric))
     found = {}
