@@ -1,0 +1,90 @@
+"""Every study on the digits, and the tables of the docs: ``python -m benchmarks.digits``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+from safe_core.study.runner import parse_recipe, read_recipe, run_study, write_report
+from safe_core.study.runner.cells import cells, read_results
+from safe_core.study.runner.recipe import Recipe
+from safe_core.study.runner.report import as_markdown
+from safe_core.study.runner.run import RECIPE, RESULTS
+from safe_core.study.runner.statistics import agreement, tables
+
+from .report import machine, machine_table
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIX = "-digits"
+# Figures that say what a table does not.
+FIGURES = {
+    "figure-1-digits": ("landscape_pytorch", "weights_pytorch"),
+    "figure-3-digits": ("accuracy_pytorch",),
+    "figure-4-digits": ("history_accuracy_0.95_pytorch", "history_distance_0.95_pytorch"),
+    "figure-5-digits": ("accuracy_pytorch",),
+    "table-7-digits": ("accuracy_pytorch",),
+}
+
+
+def recipes() -> list[str]:
+    """The names of the recipes on the digits, in the order of the paper."""
+    folder = files("safe_core.study") / "recipes"
+    names = [p.name.removesuffix(".toml") for p in folder.iterdir()]
+    mine = [name for name in names if name.endswith(SUFFIX)]
+    return sorted(mine, key=lambda name: (name.split("-")[0], int(name.split("-")[1])))
+
+
+def section(name: str, folder: Path) -> str:
+    """What came of one study, beside what the paper has of it."""
+    recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
+    planned = cells(recipe)
+    results = read_results(folder / RESULTS, recipe.digest, planned)
+    minutes = sum(r["seconds"] for r in results.values()) / 60
+    parts = [
+        f"## {recipe.title}",
+        f"`safe-core study {name}`: {len(results)} of {len(planned)} runs, {minutes:.0f} minutes "
+        "of training on one core.",
+        *map(as_markdown, tables(recipe, results)),
+    ]
+    agreed = agreement(recipe, results)
+    parts += [agreed.sentence()] if agreed else []
+    parts += [
+        f"![{recipe.title}](_static/digits/{name}-{figure}.png)" for figure in FIGURES.get(name, ())
+    ]
+    parts += [as_markdown(table) for parent in parents(name) for table in tables(parent, {})]
+    return "\n\n".join(parts)
+
+
+def parents(name: str) -> list[Recipe]:
+    """The recipes of the paper that a study on the digits follows."""
+    folder = files("safe_core.study") / "recipes"
+    stem = name.removesuffix(SUFFIX)
+    found = [p for p in folder.iterdir() if p.name.startswith((f"{stem}.", f"{stem}-cifar"))]
+    return [read_recipe(path) for path in sorted(found, key=lambda path: path.name)]
+
+
+def main() -> None:
+    """Parse the command line, run what is left, write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("study-results"))
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    options = parser.parse_args()
+    sections = []
+    for name in recipes():
+        folder = options.results / name
+        source = (files("safe_core.study") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+        run_study(source, folder, jobs=options.jobs)
+        write_report(folder)
+        for figure in FIGURES.get(name, ()):
+            target = ROOT / "docs" / "_static" / "digits" / f"{name}-{figure}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / f"{figure}.png", target)
+        sections.append(section(name, folder))
+    head = "\n".join(machine_table(machine()))
+    (ROOT / "docs" / "digits_tables.md").write_text("\n\n".join([head, *sections]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
