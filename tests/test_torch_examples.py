@@ -60,6 +60,7 @@ def test_the_distributed_example_ends_sparse(options: list[str]) -> None:
     assert "exactly sparse" in printed
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
         return [sys.executable, "resume.py", str(tmp_path / name), "--epochs", "3"]
