@@ -6,11 +6,14 @@ import json
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import safe_core.study.runner.run as runner
@@ -25,7 +28,8 @@ from safe_core.study.runner.in_torch import TorchLearner, TorchSubject
 from safe_core.study.runner.measure import measure
 from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import Plan, plan
-from safe_core.study.runner.recipe import Training
+from safe_core.study.runner.training import Training
+from safe_core.study.runner.progress import StudyBar
 from safe_core.study.runner.statistics import agreement
 
 TINY = """
@@ -59,6 +63,7 @@ penalty = { "0.8" = 1e-2, default = 1e-1 }
 penalty_schedule = "cosine"
 dual_update_interval = 2
 """
+OWN = TINY.replace("dual_update_interval = 2", "training = { epochs = 3, batch_size = 16 }")
 RECIPES = sorted(p.name for p in (files("safe_core.study") / "recipes").iterdir())
 
 
@@ -92,6 +97,17 @@ def changed(old: str, new: str) -> str:
         ),
         (changed("default", '"0.95"'), r'penalty must have a value for sparsity "0\.9"'),
         (changed("interval = 2", "interval = 0"), r"methods\[1\] \(SAFE\) at sparsity 0\.8: dual_"),
+        (OWN.replace("epochs = 3", "epoch = 3"), r"methods\[1\]\.training\.epoch is not a key"),
+        (
+            OWN.replace("epochs = 3", "warmup_epochs = 2"),
+            r"methods\[1\] \(SAFE\): training\.warmup_epochs must be below the 2 epochs, got 2",
+        ),
+        (changed("rate = 0.1", "rate = 0.1\nmomentum = 1"), r"training\.momentum must not be 1"),
+        (changed("width = 0.05", "width = 0"), r"model\.width must not be 0, got 0"),
+        (
+            changed("epochs = 2", 'epochs = 2\nschedule = "step"\nmilestones = [1, 2]'),
+            r"training\.milestones must be below the 2 epochs, got \[1, 2\]",
+        ),
         (TINY + '[report]\nmetrics = ["trace"]', r"report\.metrics must be measured: accuracy,"),
         (TINY + "[evaluation]\ncorruptions = [6]", r"evaluation\.corruptions must be from 1 to 5"),
         (
@@ -145,6 +161,33 @@ def test_parameters_are_chosen_on_training_images_that_are_not_trained_on() -> N
     assert made.steps_per_epoch == 2
     with pytest.raises(ValueError, match="batch_size must be at most the 0 training images"):
         plan(parse_recipe(source.replace("0.25", "1")), cells(recipe)[0])
+
+
+def test_a_method_may_have_settings_of_training_of_its_own(tmp_path: Path) -> None:
+    recipe = parse_recipe(OWN)
+    dense, safe = (plan(recipe, cells(recipe)[i]) for i in (0, 2))
+    assert (dense.training.epochs, dense.steps_per_epoch, len(dense.rates())) == (2, 3, 6)
+    assert (safe.training.epochs, safe.steps_per_epoch, len(safe.rates())) == (3, 6, 18)
+    assert safe.training.weight_decay == 1e-4
+    assert safe.method.penalty == schedules.cosine(1e-2, steps=18)
+    assert recipe.digest != parse_recipe(OWN.replace("epochs = 3", "epochs = 4")).digest
+    by_hand = {"accuracy": 50.0, "losses": [1.0]}
+    for cell in cells(recipe):
+        append_result(tmp_path / "results.jsonl", recipe.digest, cell, by_hand)
+    (tmp_path / "recipe.toml").write_text(OWN)
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "; SAFE trained with epochs = 3, batch_size = 16." in markdown
+
+
+def test_progress_counts_the_epochs_of_each_method() -> None:
+    recipe = parse_recipe(OWN)
+    left = {cell: recipe.training_of(cell.method).epochs for cell in cells(recipe)}
+    with Progress(console=Console(file=StringIO())) as progress:
+        bar = StudyBar(progress, runs=14, left=left)
+        assert (progress.tasks[0].total, bar.done) == (8 * 3 + 4 * 2, 2)
+        bar.finished(cells(recipe)[2], {"diverged": True, "losses": [1.0]})
+        assert (progress.tasks[0].completed, bar.done) == (2, 3)
 
 
 def test_learning_rates() -> None:

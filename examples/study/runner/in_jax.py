@@ -25,7 +25,7 @@ from safe_core.study.robustness import PGD
 from safe_core.study.robustness.jax import attacker
 
 from .plan import Plan
-from .recipe import Training
+from .training import Training
 
 __all__ = ["JaxLearner", "JaxSubject"]
 

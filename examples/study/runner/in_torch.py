@@ -34,7 +34,7 @@ class TorchLearner:
     >>> from safe_core import safe
     >>> from safe_core.study.data import load
     >>> from safe_core.study.models import LeNet
-    >>> from safe_core.study.runner.recipe import Training
+    >>> from safe_core.study.runner.training import Training
     >>> training = Training(epochs=1, batch_size=8, learning_rate=0.1)
     >>> network = LeNet((4,), image=(8, 8, 1))
     >>> plan = Plan(load("digits"), network, training, safe(0.75), seed=0, augment=False)

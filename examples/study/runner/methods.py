@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import safe_core
 from safe_core import Method, Unstructured, _checks, importance, schedules
 
-from .tables import text
+from .tables import read_some, text
+from .training import Training
 
 __all__ = ["METHODS", "Entry", "read_entries"]
 
@@ -74,6 +75,8 @@ METHODS = {
 }
 _RISES = {"cubic": schedules.cubic, "linear": schedules.linear_sparsity}
 _PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
+# Keys of every method that are no parameters of it.
+_OF_ENTRY = ("method", "label", "sweep", "training")
 _IMPORTANCES = {"squared_gradient": importance.SquaredGradient()}
 
 
@@ -91,6 +94,8 @@ class Entry:
         Parameters; a value that is a tuple of (sparsity, value) pairs holds by sparsity.
     swept : tuple of (str, value) or None
         The parameter that this entry was made for, of a ``sweep``.
+    training : tuple of (str, value)
+        What differs from the settings of training of the study.
 
     Examples
     --------
@@ -105,6 +110,7 @@ class Entry:
     label: str
     options: tuple[tuple[str, Any], ...] = ()
     swept: tuple[str, Any] | None = None
+    training: tuple[tuple[str, Any], ...] = ()
     # Names the entry in messages; no part of what it is.
     place: str = field(default="methods", compare=False)
 
@@ -112,6 +118,13 @@ class Entry:
     def is_dense(self) -> bool:
         """Whether nothing is pruned, so that no sparsity applies."""
         return METHODS[self.method].constructor is None
+
+    def trained(self, training: Training) -> Training:
+        """The settings of training of this method, from those of the study."""
+        try:
+            return training.changed(dict(self.training))
+        except ValueError as error:
+            raise ValueError(f"{self.place} ({self.label}): {error}") from None
 
     def values(self, sparsity: Sparsity) -> dict[str, Any]:
         """The parameters at a sparsity."""
@@ -247,7 +260,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
     _checks.choice(f"{place}.method", name, tuple(METHODS))
     label = text(f"{place}.label", table.get("label", name))
     accepted = METHODS[str(name)].options()
-    given = {k: v for k, v in table.items() if k not in ("method", "label", "sweep")}
+    given = {k: v for k, v in table.items() if k not in _OF_ENTRY}
     sweep = table.get("sweep", {})
     if not isinstance(sweep, Mapping) or len(sweep) > 1:
         raise TypeError(f"{place}.sweep must be a table of one list, got {_checks.shown(sweep)}")
@@ -256,7 +269,8 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
             takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
     options = tuple((key, _frozen(value)) for key, value in given.items())
-    entry = Entry(str(name), label, options, place=place)
+    training = read_some(Training, f"{place}.training", table.get("training", {}))
+    entry = Entry(str(name), label, options, training=tuple(training.items()), place=place)
     if not sweep:
         yield entry
     for key, values in sweep.items():

@@ -17,7 +17,8 @@ from safe_core.study.models import Architecture, Variables, architecture, initia
 from safe_core.study.noise import symmetric_label_noise
 
 from .cells import Cell
-from .recipe import Recipe, Training
+from .recipe import Recipe
+from .training import Training
 
 __all__ = ["Learner", "Plan", "Subject", "pixels", "plan"]
 
@@ -147,15 +148,15 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
         count = len(labels) - max(1, round(recipe.data.validation * len(labels)))
         clean = clean._replace(test=Split(images[count:], labels[count:]))
         images, labels = images[:count], labels[:count]
-    if len(labels) < recipe.training.batch_size:
+    training = recipe.training_of(cell.method)
+    if len(labels) < training.batch_size:
         raise ValueError(
             f"training.batch_size must be at most the {len(labels)} training images, got "
-            f"{recipe.training.batch_size}"
+            f"{training.batch_size}"
         )
     noisy = symmetric_label_noise(
         labels, cell.noise, classes=clean.classes, seed=[cell.seed, _NOISE]
     )
-    entry = next(entry for entry in recipe.methods if entry.label == cell.method)
     return Plan(
         data=clean._replace(train=Split(images, noisy)),
         architecture=architecture(
@@ -164,11 +165,11 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
             image=images.shape[1:],
             width=recipe.model.width,
         ),
-        training=recipe.training,
-        method=entry.build(
+        training=training,
+        method=recipe.entry(cell.method).build(
             cell.sparsity,
-            epochs=recipe.training.epochs,
-            steps_per_epoch=len(labels) // recipe.training.batch_size,
+            epochs=training.epochs,
+            steps_per_epoch=len(labels) // training.batch_size,
             seed=cell.seed,
         ),
         seed=cell.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,21 +29,24 @@ class StudyBar:
 
     Examples
     --------
-    >>> bar = StudyBar(Progress(disable=True), runs=4, left=2, epochs=10)
+    >>> left = {Cell("jax", 0.0, "dense", None, seed): 10 for seed in (2, 3)}
+    >>> bar = StudyBar(Progress(disable=True), runs=4, left=left)
     >>> bar.epoch()
     >>> bar.done
     2
     """
 
-    def __init__(self, progress: Any, *, runs: int, left: int, epochs: int) -> None:
-        self._progress, self._runs, self._epochs = progress, runs, epochs
-        self._task = progress.add_task("runs", total=left * epochs, runs=f"{runs - left}/{runs}")
-        self._start, self._left, self._finished = time.monotonic(), left, 0
+    def __init__(self, progress: Any, *, runs: int, left: Mapping[Cell, int]) -> None:
+        self._progress, self._runs, self._left = progress, runs, dict(left)
+        self._task = progress.add_task(
+            "runs", total=sum(left.values()), runs=f"{self.done}/{runs}"
+        )
+        self._start, self._run = time.monotonic(), 0
 
     @property
     def done(self) -> int:
         """Runs that are finished, those of before with them."""
-        return self._runs - self._left + self._finished
+        return self._runs - len(self._left)
 
     def epoch(self) -> None:
         """An epoch of some run is over."""
@@ -51,26 +54,27 @@ class StudyBar:
 
     def finished(self, cell: Cell, result: dict[str, Any]) -> None:
         """A run is over; where nobody watches, such as in a log, a line says so."""
-        self._finished += 1
+        epochs = self._left.pop(cell)
+        self._run += epochs
         # Of a run that diverged some epochs are not run.
-        skipped = self._epochs - len(result["losses"]) if result.get("diverged") else 0
+        skipped = epochs - len(result["losses"]) if result.get("diverged") else 0
         self._progress.update(self._task, advance=skipped, runs=f"{self.done}/{self._runs}")
         if self._progress.console.is_terminal:
             return
-        each = (time.monotonic() - self._start) / self._finished
-        left = readable_seconds(each * (self._runs - self.done))
+        each = (time.monotonic() - self._start) / self._run
+        left = readable_seconds(each * sum(self._left.values()))
         found = "diverged" if result.get("diverged") else f"{result['accuracy']:.2f}%"
         line = f"{self.done}/{self._runs} {cell.title}: {found}, {left} left"
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def study_bar(runs: int, left: int, epochs: int) -> Iterator[StudyBar]:
-    """A bar over the epochs of all runs that are left.
+def study_bar(runs: int, left: Mapping[Cell, int]) -> Iterator[StudyBar]:
+    """A bar over the epochs of the runs that are left, given as a mapping of run to epochs.
 
     Examples
     --------
-    >>> with study_bar(runs=4, left=2, epochs=10) as bar:
+    >>> with study_bar(runs=4, left={Cell("jax", 0.0, "dense", None, 3): 10}) as bar:
     ...     bar.epoch()
     """
     console = Console(stderr=True)
@@ -83,4 +87,4 @@ def study_bar(runs: int, left: int, epochs: int) -> Iterator[StudyBar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield StudyBar(progress, runs=runs, left=left, epochs=epochs)
+        yield StudyBar(progress, runs=runs, left=left)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,9 +16,10 @@ from safe_core import _checks
 
 from .methods import Entry, Sparsity, read_entries
 from .tables import choice, flag, integer, key, number, read, several, sparsity, table, text
+from .training import Training
 
 __all__ = [
-    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report", "Training",
+    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
     "parse_recipe", "read_recipe", "recipe_source",
 ]  # fmt: skip
 
@@ -57,62 +57,7 @@ class Model:
     """
 
     name: str = key(choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19"))
-    width: float = key(number(0), 1.0)
-
-
-@dataclass(frozen=True)
-class Training:
-    """``[training]``: the base optimizer and its learning rate.
-
-    The rate rises over ``warmup_epochs``, and then falls to zero as a cosine or a line, or by
-    ``decay`` at each epoch of ``milestones`` (``step``).
-
-    Examples
-    --------
-    >>> found = read(Training, "training", {"epochs": 2, "batch_size": 8, "learning_rate": 0.1})
-    >>> [round(found.rate(step, steps_per_epoch=2), 4) for step in range(4)]
-    [0.1, 0.0854, 0.05, 0.0146]
-    """
-
-    epochs: int = key(integer(1))
-    batch_size: int = key(integer(2))
-    learning_rate: float = key(number(0))
-    optimizer: str = key(choice("sgd", "adam"), "sgd")
-    schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
-    warmup_epochs: int = key(integer(0), 0)
-    milestones: tuple[int, ...] = key(several(integer(1)), ())
-    decay: float = key(number(0), 0.1)
-    momentum: float = key(number(0, 1), 0.9)
-    second_moment: float = key(number(0, 1), 0.999)
-    weight_decay: float = key(number(0), 0.0)
-
-    def __post_init__(self) -> None:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"training.warmup_epochs must be below the {self.epochs} epochs, got "
-                f"{self.warmup_epochs}"
-            )
-        if (self.schedule == "step") != bool(self.milestones):
-            raise ValueError(
-                'training.milestones must be given for the schedule "step" alone, got '
-                f"{list(self.milestones)} for {self.schedule!r}"
-            )
-
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step."""
-        warm, end = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        if self.schedule == "step":
-            passed = sum(step >= m * steps_per_epoch for m in self.milestones)
-            return self.learning_rate * self.decay**passed
-        progress = (step - warm) / (end - warm)
-        share = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        }
-        return self.learning_rate * share[self.schedule]
+    width: float = key(number(0, excluded=0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -267,9 +212,17 @@ class Recipe:
                     f"report.metrics must be measured: {', '.join(measured)}; got {metric!r}"
                 )
         for entry in self.methods:
+            epochs = entry.trained(self.training).epochs
             for s in self.sparsities:
-                epochs = self.training.epochs
                 entry.build(s, epochs=epochs, steps_per_epoch=1, seed=0)
+
+    def entry(self, label: str) -> Entry:
+        """The method of a label."""
+        return next(entry for entry in self.methods if entry.label == label)
+
+    def training_of(self, label: str) -> Training:
+        """The settings of training of the method of a label."""
+        return self.entry(label).trained(self.training)
 
     @property
     def digest(self) -> str:
@@ -280,6 +233,8 @@ class Recipe:
         del content["data"]["folder"], content["evaluation"]["corruption_folder"]
         for entry in content["methods"]:
             del entry["place"]
+            if not entry["training"]:
+                del entry["training"]  # so that results from before there was this key stay
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -92,7 +92,8 @@ def run_study(
         found = read_results(out / RESULTS, recipe.digest, planned)
         (out / RECIPE).write_text(source, encoding="utf-8")
         left = [cell for cell in planned if cell not in found]
-        with study_bar(len(planned), len(left), recipe.training.epochs) as bar:
+        epochs = {cell: recipe.training_of(cell.method).epochs for cell in left}
+        with study_bar(len(planned), epochs) as bar:
             results = _results(recipe, left, jobs, data, device, bar.epoch)
             for cell, result in results:
                 append_result(out / RESULTS, recipe.digest, cell, result)

@@ -295,7 +295,7 @@ def _table(recipe: Recipe, entries: Mapping[Place, Entry], apart: list[str]) -> 
         ),
         columns=tuple(_shown(AXES[column_axis], column[0]) for column in columns),
         entries=placed,
-        notes=tuple(_notes(recipe, entries.values())),
+        notes=tuple(_notes(recipe, entries)),
     )
 
 
@@ -319,14 +319,26 @@ def _order(recipe: Recipe, axes: Sequence[int]) -> Any:
     return key
 
 
-def _notes(recipe: Recipe, entries: Any) -> Iterator[str]:
-    held = list(entries)
+def _plain(value: Any) -> str:
+    """A setting as a recipe has it."""
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
+    held, methods = list(entries.values()), {place[0] for place in entries}
     if len(recipe.seeds) > 1:
         yield f"Mean and standard error over {len(recipe.seeds)} seeds"
     if any(entry.rank for entry in held):
         yield "best in bold, second best underlined, among what was measured here"
     if any(entry.diverged for entry in held):
         yield "in brackets: how many seeds diverged and are not in the mean"
+    own: dict[Any, list[str]] = {}
+    for entry in recipe.methods:
+        if entry.training and entry.label in methods:
+            own.setdefault(entry.training, []).append(entry.label)
+    for training, labels in own.items():
+        settings = ", ".join(f"{name} = {_plain(value)}" for name, value in training)
+        yield f"{', '.join(labels)} trained with {settings}"
     sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
     for number in sorted({entry.quoted for entry in held} - {0}):
         yield f"quoted {number}: not measured here, but by {sources[number - 1]}"

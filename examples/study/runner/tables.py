@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from safe_core import _checks
 
 __all__ = [
-    "choice", "flag", "integer", "key", "number", "read", "several", "sparsity", "text"
+    "choice", "flag", "integer", "key", "number", "read", "read_some", "several", "sparsity", "text"
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -58,19 +58,36 @@ def read(cls: type[T], name: str, content: Any) -> T:
         ...
     ValueError: model.depth is not a key of model, which takes: name, width
     """
+    found = read_some(cls, name, content)
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.default is MISSING and f.name not in found:
+            raise ValueError(f"{_prefix(name)}{f.name} is missing in {name}")
+    return cls(**found)
+
+
+def read_some(cls: type[Any], name: str, content: Any) -> dict[str, Any]:
+    """Return the values of a table that need not have all keys of a dataclass; see `read`.
+
+    Examples
+    --------
+    >>> from .training import Training
+    >>> read_some(Training, "training", {"epochs": 60})
+    {'epochs': 60}
+    """
     if not isinstance(content, Mapping):
         raise TypeError(f"{name} must be a table, got {_checks.shown(content)}")
-    known = {f.name: f for f in fields(cls) if "reader" in f.metadata}  # type: ignore[arg-type]
-    prefix = f"{name}." if name != "recipe" else ""
+    known = {f.name: f for f in fields(cls) if "reader" in f.metadata}
+    prefix = _prefix(name)
     for found in content:
         if found not in known:
             raise ValueError(
                 f"{prefix}{found} is not a key of {name}, which takes: {', '.join(known)}"
             )
-    for wanted, f in known.items():
-        if f.default is MISSING and wanted not in content:
-            raise ValueError(f"{prefix}{wanted} is missing in {name}")
-    return cls(**{k: known[k].metadata["reader"](f"{prefix}{k}", v) for k, v in content.items()})
+    return {k: known[k].metadata["reader"](f"{prefix}{k}", v) for k, v in content.items()}
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name != "recipe" else ""
 
 
 def table(cls: type[Any]) -> Reader:
@@ -115,8 +132,10 @@ def integer(low: int) -> Reader:
     return lambda name, value: _checks.integer(name, value, low=low)
 
 
-def number(low: float, high: float | None = None) -> Reader:
+def number(low: float, high: float | None = None, *, excluded: float | None = None) -> Reader:
     """A reader of finite numbers within bounds; strings such as ``"1/255"`` are fractions.
+
+    The bounds are allowed, but for one that is ``excluded``.
 
     Examples
     --------
@@ -133,6 +152,8 @@ def number(low: float, high: float | None = None) -> Reader:
         found = _checks.real(name, value, low=low)
         if high is not None and found > high:
             raise ValueError(f"{name} must be from {low:g} to {high:g}, got {value!r}")
+        if found == excluded:
+            raise ValueError(f"{name} must not be {excluded:g}, got {value!r}")
         return found
 
     return reader

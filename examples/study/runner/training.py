@@ -1,0 +1,82 @@
+"""Settings of training, of a study and of single methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .tables import choice, integer, key, number, read, several
+
+__all__ = ["Training"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """``[training]``: the base optimizer and its learning rate.
+
+    The rate rises over ``warmup_epochs``, and then falls to zero as a cosine or a line, or by
+    ``decay`` at each epoch of ``milestones`` (``step``).
+
+    Examples
+    --------
+    >>> found = read(Training, "training", {"epochs": 2, "batch_size": 8, "learning_rate": 0.1})
+    >>> [round(found.rate(step, steps_per_epoch=2), 4) for step in range(4)]
+    [0.1, 0.0854, 0.05, 0.0146]
+    """
+
+    epochs: int = key(integer(1))
+    batch_size: int = key(integer(2))
+    learning_rate: float = key(number(0))
+    optimizer: str = key(choice("sgd", "adam"), "sgd")
+    schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
+    warmup_epochs: int = key(integer(0), 0)
+    milestones: tuple[int, ...] = key(several(integer(1), empty=True), ())
+    decay: float = key(number(0), 0.1)
+    momentum: float = key(number(0, 1, excluded=1), 0.9)
+    second_moment: float = key(number(0, 1, excluded=1), 0.999)
+    weight_decay: float = key(number(0), 0.0)
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"training.warmup_epochs must be below the {self.epochs} epochs, got "
+                f"{self.warmup_epochs}"
+            )
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                'training.milestones must be given for the schedule "step" alone, got '
+                f"{list(self.milestones)} for {self.schedule!r}"
+            )
+        if max(self.milestones, default=0) >= self.epochs:
+            raise ValueError(
+                f"training.milestones must be below the {self.epochs} epochs, got "
+                f"{list(self.milestones)}"
+            )
+
+    def changed(self, settings: Mapping[str, Any]) -> Training:
+        """These settings with some others, as those of a method.
+
+        Examples
+        --------
+        >>> Training(epochs=2, batch_size=8, learning_rate=0.1).changed({"epochs": 3}).epochs
+        3
+        """
+        return replace(self, **settings)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step."""
+        warm, end = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        if self.schedule == "step":
+            passed = sum(step >= m * steps_per_epoch for m in self.milestones)
+            return self.learning_rate * self.decay**passed
+        progress = (step - warm) / (end - warm)
+        share = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }
+        return self.learning_rate * share[self.schedule]
