@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
@@ -28,9 +29,9 @@ from safe_core.study.runner.in_torch import TorchLearner, TorchSubject
 from safe_core.study.runner.measure import measure
 from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import Plan, plan
-from safe_core.study.runner.training import Training
 from safe_core.study.runner.progress import StudyBar
 from safe_core.study.runner.statistics import agreement
+from safe_core.study.runner.training import Training
 
 TINY = """
 title = "Tiny"
@@ -150,6 +151,81 @@ def test_a_method_takes_where_weights_compete() -> None:
     pattern = read_entries(tables)[0].build(0.9, epochs=2, steps_per_epoch=4, seed=0).sparsity
     assert (pattern.scope, pattern.budget) == ("tensor", "erdos_renyi_kernel")
     assert pattern.sparsity == schedules.cubic(0.9, steps=8, every=4)
+
+
+METHODS = """
+from safe_core import imp_sam, schedules
+
+def in_rounds(sparsity, steps, epochs, steps_per_epoch, *, rounds=2, rho=0.1):
+    every = epochs // rounds * steps_per_epoch
+    return imp_sam(schedules.linear_sparsity(sparsity, steps=steps, every=every), rho=rho)
+
+def nothing(sparsity):
+    return None
+
+def labelled(sparsity, label):
+    return None
+"""
+BY_HAND = changed(
+    '"dense"',
+    '"sub/mine.py:in_rounds"\nrounds = 1\nrho = { "0.8" = 0.2, default = 0.3 }',
+)
+
+
+@pytest.fixture
+def sub(tmp_path: Path) -> Path:
+    """A folder with a file of methods."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text(METHODS)
+    return tmp_path / "sub"
+
+
+def test_a_method_may_be_a_function_of_ones_own(
+    tmp_path: Path, sub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(BY_HAND, tmp_path)
+    entry = recipe.methods[0]
+    assert entry.label == "in_rounds"
+    found = entry.build(0.9, epochs=2, steps_per_epoch=3, seed=0)
+    assert found.sparsity.sparsity == schedules.linear_sparsity(0.9, steps=6, every=6)
+    assert found.perturbation.rho(0) == 0.3
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe(BY_HAND).digest == recipe.digest
+    monkeypatch.setattr(runner, "run_cell", lambda *_, **__: {"accuracy": 50.0, "losses": [1.0]})
+    out = tmp_path / "out"
+    run_study(BY_HAND, out, folder=tmp_path)
+    (sub / "mine.py").write_text(METHODS + "# another line")
+    assert parse_recipe(BY_HAND).digest != recipe.digest
+    with pytest.raises(ValueError, match="and its files of methods"):
+        run_study(BY_HAND, out)
+    (sub / "mine.py").unlink()
+    write_report(out)
+    assert "| in_rounds | **50.00 ± 0.00** |" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("mine.py:other", r"method: .*mine\.py must have the function 'other', got: in_rounds, la"),
+        ("yours.py:f", r"methods\[0\]\.method must name a file that is there, got 'yours\.py:f'"),
+        ("no.such:f", r"methods\[0\]\.method must name a file, .* got 'no\.such:f'"),
+        ("mine.py:labelled", "must not have the parameter label, which is a key of every method"),
+        (
+            "mine.py:nothing",
+            r"\(nothing\) at sparsity 0\.8: method must return a safe_core",
+        ),
+        (
+            'mine.py:in_rounds"\nround = "3',
+            "round is not a parameter of in_rounds, which takes: rounds, rho",
+        ),
+        ("broken.py:f", r"broken\.py must be importable, got NameError: .* \(line 2\)"),
+    ],
+)
+def test_a_wrong_function_names_the_key(sub: Path, method: str, message: str) -> None:
+    (sub / "broken.py").write_text("\nraise Undefined")
+    with pytest.raises((TypeError, ValueError), match=message):
+        parse_recipe(changed('"dense"', f'"{method}"'), sub)
 
 
 def test_parameters_are_chosen_on_training_images_that_are_not_trained_on() -> None:

@@ -230,7 +230,7 @@ def study(
 
         name, source = recipe_source(recipe)
         folder = Path("study-results", name) if out is None else out
-        run_study(source, folder, jobs=jobs, data=data, device=device)
+        run_study(source, folder, folder=recipe.parent, jobs=jobs, data=data, device=device)
         typer.echo(f"results in {folder}; tables and figures: safe-core report {folder}")
 
 

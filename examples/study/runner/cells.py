@@ -115,7 +115,7 @@ def read_results(file: Path, digest: str, known: Sequence[Cell] = ()) -> dict[Ce
         if of != digest:
             raise ValueError(
                 f"{file} must hold results of this recipe, {digest}, got some of {of}: choose "
-                "another folder, or the recipe of this one"
+                "another folder, or the recipe of this one, and its files of methods"
             )
         found[cell] = result
     return {cell: found[cell] for cell in known if cell in found} | found

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import safe_core
 from safe_core import Method, Unstructured, _checks, importance, schedules
 
+from .own import Own, load
 from .tables import read_some, text
 from .training import Training
 
@@ -40,17 +41,26 @@ class Kind(NamedTuple):
     fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
     course: str = "fixed"
 
+    def parameters(self) -> tuple[str, ...]:
+        """Of the constructor, after the first, which is the sparsity."""
+        if self.constructor is None:
+            return ()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        found = inspect.signature(self.constructor).parameters.values()
+        return tuple(p.name for p in found if p.kind in kinds)[1:]
+
     def options(self) -> tuple[str, ...]:
         """The parameters that a recipe may set."""
         if self.constructor is None:
             return ()
-        taken = {"sparsity", *self.fixed}
-        names = [n for n in inspect.signature(self.constructor).parameters if n not in taken]
+        names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
         return (*names, "scope", "budget", *_OF_COURSE[self.course])
 
 
+# Parameters of a user's function that the runner gives.
+_OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
 _OF_COURSE = {
     "fixed": (),
     "rising": ("rise", "rise_epochs", "prune_every_epochs"),
@@ -86,8 +96,8 @@ class Entry:
 
     Attributes
     ----------
-    method : str
-        One of `METHODS`.
+    method : str or Own
+        One of `METHODS`, or a user's function.
     label : str
         What tables and figures call it.
     options : tuple of (str, value)
@@ -106,7 +116,7 @@ class Entry:
     32
     """
 
-    method: str
+    method: str | Own
     label: str
     options: tuple[tuple[str, Any], ...] = ()
     swept: tuple[str, Any] | None = None
@@ -117,7 +127,12 @@ class Entry:
     @property
     def is_dense(self) -> bool:
         """Whether nothing is pruned, so that no sparsity applies."""
-        return METHODS[self.method].constructor is None
+        return self.method == "dense"
+
+    @property
+    def kind(self) -> Kind:
+        """What the method stands for."""
+        return Kind(load(self.method)) if isinstance(self.method, Own) else METHODS[self.method]
 
     def trained(self, training: Training) -> Training:
         """The settings of training of this method, from those of the study."""
@@ -142,7 +157,7 @@ class Entry:
 
         ``seed`` is that of sparsities drawn at random.
         """
-        kind = METHODS[self.method]
+        kind = self.kind
         if kind.constructor is None or sparsity is None:
             return None
         values = self.values(sparsity)
@@ -154,10 +169,21 @@ class Entry:
             if "importance" in values:
                 _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
                 values["importance"] = _IMPORTANCES[values["importance"]]
-            return kind.constructor(pattern, **kind.fixed, **values)
+            of_run = (epochs * steps_per_epoch, epochs, steps_per_epoch, seed)
+            given = {
+                name: value
+                for name, value in zip(_OF_RUN, of_run, strict=True)
+                if name in kind.parameters()
+            }
+            found = kind.constructor(pattern, **kind.fixed, **given, **values)
+            if not isinstance(found, Method):
+                raise TypeError(
+                    f"method must return a safe_core.Method, got {_checks.shown(found)}"
+                )
         except (TypeError, ValueError) as error:
             where = f"{self.place} ({self.label}) at sparsity {sparsity}"
-            raise type(error)(f"{where}: {error}") from None
+            raise type(error)(f"{where}: {error}") from error
+        return found
 
     def _course(
         self,
@@ -256,10 +282,15 @@ def read_entries(tables: Any) -> tuple[Entry, ...]:
 def _expanded(place: str, table: Any) -> Iterator[Entry]:
     if not isinstance(table, Mapping):
         raise TypeError(f"{place} must be a table, got {_checks.shown(table)}")
-    name = table.get("method")
-    _checks.choice(f"{place}.method", name, tuple(METHODS))
+    method = table.get("method")
+    if not isinstance(method, Own) and method not in METHODS:
+        raise ValueError(
+            f"{place}.method must be one of {', '.join(map(repr, METHODS))}, or a function, "
+            f'"my_methods.py:function", got {_checks.shown(method)}'
+        )
+    name = method.function if isinstance(method, Own) else str(method)
     label = text(f"{place}.label", table.get("label", name))
-    accepted = METHODS[str(name)].options()
+    accepted = _options(place, name, method)
     given = {k: v for k, v in table.items() if k not in _OF_ENTRY}
     sweep = table.get("sweep", {})
     if not isinstance(sweep, Mapping) or len(sweep) > 1:
@@ -270,7 +301,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
     options = tuple((key, _frozen(value)) for key, value in given.items())
     training = read_some(Training, f"{place}.training", table.get("training", {}))
-    entry = Entry(str(name), label, options, training=tuple(training.items()), place=place)
+    entry = Entry(method, label, options, training=tuple(training.items()), place=place)
     if not sweep:
         yield entry
     for key, values in sweep.items():
@@ -284,6 +315,21 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
                 options=(*rest, (key, _frozen(value))),
                 swept=(key, value),
             )
+
+
+def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
+    """What a recipe may set of a method; a user's function must not take what is ours."""
+    try:
+        kind = Entry(method, name).kind
+    except ValueError as error:
+        raise ValueError(f"{place}.method: {error}") from error
+    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, "scope", "budget")]
+    if clash:
+        raise ValueError(
+            f"{place}.method must not have the parameter {clash[0]}, which is a key of every "
+            f"method, got {name}"
+        )
+    return kind.options()
 
 
 def _is_number(value: Any) -> bool:

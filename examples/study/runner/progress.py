@@ -38,9 +38,7 @@ class StudyBar:
 
     def __init__(self, progress: Any, *, runs: int, left: Mapping[Cell, int]) -> None:
         self._progress, self._runs, self._left = progress, runs, dict(left)
-        self._task = progress.add_task(
-            "runs", total=sum(left.values()), runs=f"{self.done}/{runs}"
-        )
+        self._task = progress.add_task("runs", total=sum(left.values()), runs=f"{self.done}/{runs}")
         self._start, self._run = time.monotonic(), 0
 
     @property

@@ -15,14 +15,17 @@ from typing import Any
 from safe_core import _checks
 
 from .methods import Entry, Sparsity, read_entries
+from .own import Find, Own, own_method
 from .tables import choice, flag, integer, key, number, read, several, sparsity, table, text
 from .training import Training
 
 __all__ = [
-    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
-    "parse_recipe", "read_recipe", "recipe_source",
+    "AXES", "RECIPE", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
+    "keep_recipe", "kept_recipe", "parse_recipe", "read_recipe", "recipe_source",
 ]  # fmt: skip
 
+RECIPE = "recipe.toml"
+_STEPS = 60  # in an epoch, where methods are built to be checked
 AXES = ("method", "sparsity", "noise", "framework", "metric")
 
 
@@ -211,10 +214,16 @@ class Recipe:
                 raise ValueError(
                     f"report.metrics must be measured: {', '.join(measured)}; got {metric!r}"
                 )
+        files = {m.file for e in self.methods if isinstance(m := e.method, Own) and m.file}
+        if len({file.name for file in files}) < len(files):
+            raise ValueError(
+                "methods must be of files with different names, as copies are kept in one folder, "
+                f"got {', '.join(sorted(map(str, files)))}"
+            )
         for entry in self.methods:
             epochs = entry.trained(self.training).epochs
             for s in self.sparsities:
-                entry.build(s, epochs=epochs, steps_per_epoch=1, seed=0)
+                entry.build(s, epochs=epochs, steps_per_epoch=_STEPS, seed=0)
 
     def entry(self, label: str) -> Entry:
         """The method of a label."""
@@ -233,13 +242,21 @@ class Recipe:
         del content["data"]["folder"], content["evaluation"]["corruption_folder"]
         for entry in content["methods"]:
             del entry["place"]
+            if isinstance(entry["method"], Own):
+                entry["method"] = entry["method"].identity()
             if not entry["training"]:
                 del entry["training"]  # so that results from before there was this key stay
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def parse_recipe(source: str) -> Recipe:
+def parse_recipe(source: str, folder: Path | None = None) -> Recipe:
     """Return the recipe that a TOML text describes.
+
+    Parameters
+    ----------
+    source : str
+    folder : Path, optional
+        Where files of methods are sought, before the current folder.
 
     Raises
     ------
@@ -254,11 +271,43 @@ def parse_recipe(source: str) -> Recipe:
         ...
     ValueError: data is missing in recipe
     """
+
+    def find(path: Path) -> Path:
+        beside = (folder or Path()) / path
+        return beside if beside.is_file() else path
+
+    return _parsed(source, find)
+
+
+def kept_recipe(out: Path) -> Recipe:
+    """Return the recipe in the folder of a study, with the files of methods that are kept there."""
+    return _parsed((out / RECIPE).read_text(encoding="utf-8"), lambda path: out / path.name)
+
+
+def keep_recipe(recipe: Recipe, source: str, out: Path) -> Recipe:
+    """Write a recipe and its files of methods to the folder of a study; return what is there."""
+    for method in {entry.method for entry in recipe.methods}:
+        if isinstance(method, Own) and method.file:
+            (out / method.file.name).write_bytes(method.file.read_bytes())
+    (out / RECIPE).write_text(source, encoding="utf-8")
+    return kept_recipe(out)
+
+
+def _parsed(source: str, find: Find) -> Recipe:
     try:
         content = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe must be TOML: {error}") from None
+    for i, method in enumerate(_tables(content.get("methods"))):
+        value = method.get("method")
+        if isinstance(value, str) and ":" in value:
+            method["method"] = own_method(f"methods[{i}].method", value, find)
     return read(Recipe, "recipe", content)
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    """The tables of a list; what is none is refused elsewhere."""
+    return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
 
 
 def read_recipe(path: Path | Traversable) -> Recipe:
@@ -270,8 +319,9 @@ def read_recipe(path: Path | Traversable) -> Recipe:
     >>> read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml").model
     Model(name='lenet-300-100', width=1.0)
     """
+    folder = path.parent if isinstance(path, Path) else None
     try:
-        return parse_recipe(path.read_text(encoding="utf-8"))
+        return parse_recipe(path.read_text(encoding="utf-8"), folder)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from None
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import cells, read_results
-from .recipe import parse_recipe
-from .run import RECIPE, RESULTS
+from .recipe import RECIPE, kept_recipe
+from .run import RESULTS
 from .statistics import Entry, Table, agreement, tables
 
 __all__ = ["as_latex", "as_markdown", "write_report"]
@@ -43,7 +43,7 @@ def write_report(out: Path) -> list[Path]:
     """
     if not all((out / name).is_file() for name in (RECIPE, RESULTS)):
         raise FileNotFoundError(f"{out} must be the folder of a study, with {RECIPE} and {RESULTS}")
-    recipe = parse_recipe((out / RECIPE).read_text(encoding="utf-8"))
+    recipe = kept_recipe(out)
     planned = cells(recipe)
     results = read_results(out / RESULTS, recipe.digest, planned)
     if not results:

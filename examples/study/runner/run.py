@@ -17,12 +17,12 @@ from safe_core import _checks
 
 from .cells import Cell, append_result, cells, read_results
 from .progress import study_bar
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, keep_recipe, parse_recipe
 from .train import run_cell
 
-__all__ = ["RECIPE", "RESULTS", "run_study"]
+__all__ = ["RESULTS", "run_study"]
 
-RECIPE, RESULTS = "recipe.toml", "results.jsonl"
+RESULTS = "results.jsonl"
 _POLL = 0.2  # seconds
 Advance = Callable[[], None]
 
@@ -31,6 +31,7 @@ def run_study(
     source: str,
     out: Path,
     *,
+    folder: Path | None = None,
     jobs: int = 1,
     data: Path | None = None,
     device: str = "cpu",
@@ -43,9 +44,11 @@ def run_study(
     Parameters
     ----------
     source : str
-        A recipe, as of `parse_recipe`. A copy is kept in ``out``.
+        A recipe, as of `parse_recipe`. A copy is kept in ``out``, and of files of methods.
     out : Path
         A folder, made where missing.
+    folder : Path, optional
+        Where files of methods are sought, before the current folder.
     jobs : int
         Processes.
     data : Path, optional
@@ -85,12 +88,12 @@ def run_study(
     ['admm at 0.9, seed 0, torch']
     """
     _checks.integer("jobs", jobs, low=1)
-    recipe = parse_recipe(source)
+    recipe = parse_recipe(source, folder)
     planned = cells(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with _held(out / ".lock"):
         found = read_results(out / RESULTS, recipe.digest, planned)
-        (out / RECIPE).write_text(source, encoding="utf-8")
+        recipe = keep_recipe(recipe, source, out)
         left = [cell for cell in planned if cell not in found]
         epochs = {cell: recipe.training_of(cell.method).epochs for cell in left}
         with study_bar(len(planned), epochs) as bar:

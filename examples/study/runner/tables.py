@@ -70,7 +70,7 @@ def read_some(cls: type[Any], name: str, content: Any) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from .training import Training
+    >>> from safe_core.study.runner.training import Training
     >>> read_some(Training, "training", {"epochs": 60})
     {'epochs': 60}
     """

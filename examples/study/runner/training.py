@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .tables import choice, integer, key, number, read, several
+from .tables import choice, integer, key, number, several
 
 __all__ = ["Training"]
 
@@ -21,8 +21,8 @@ class Training:
 
     Examples
     --------
-    >>> found = read(Training, "training", {"epochs": 2, "batch_size": 8, "learning_rate": 0.1})
-    >>> [round(found.rate(step, steps_per_epoch=2), 4) for step in range(4)]
+    >>> training = Training(epochs=2, batch_size=8, learning_rate=0.1)
+    >>> [round(training.rate(step, steps_per_epoch=2), 4) for step in range(4)]
     [0.1, 0.0854, 0.05, 0.0146]
     """
 
