@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+import safe_core.study.runner.figures as figures
 import safe_core.study.runner.run as runner
 from safe_core import schedules
 from safe_core.adapters.command_line.app import app
@@ -438,6 +439,29 @@ def test_report(tmp_path: Path) -> None:
     assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
     assert r"AD\_MM & $\underline{95.50} \pm 0.50$ & $\underline{95.00}$ (1) \\" in latex
     assert r"method & 80\% & 90\% \\" in latex
+
+
+def test_figures_of_sweeps(tmp_path: Path) -> None:
+    swept = '[[methods]]\nmethod = "admm"\nlabel = "{0}"\nscope = "{1}"\nsweep = {2}\n'
+    source = TINY.split("[[methods]]")[0].replace(", 0.5]", "]") + '[[methods]]\nmethod = "dense"\n'
+    source += swept.format("A", "global", "{ penalty = [0.1, 1, 10] }")
+    source += swept.format("B", "row", "{ penalty = [1, 0.1] }")
+    source += swept.format("C", "row", "{ relaxation = [0.5, 1] }")
+    recipe = parse_recipe(source)
+    by_label = {entry.label: 50.0 + i for i, entry in enumerate(recipe.methods)}
+    assert [entry.family for entry in recipe.methods] == ["dense", *"AAABBCC"]
+    results = {c: {"accuracy": by_label[c.method], "distance": 1.0} for c in cells(recipe)}
+    results |= {c: {"diverged": True} for c in results if c.method == "B, penalty = 0.1"}
+    found = figures._metrics(recipe, results, "")
+    assert list(found) == ["accuracy_by_penalty", "accuracy_by_relaxation"]
+    (axes,) = found["accuracy_by_penalty"].axes
+    lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
+    assert lines["A, 80%"] == [[0.1, 51.0], [1.0, 52.0], [10.0, 53.0]]
+    np.testing.assert_equal(lines["B, 90%"], [[1.0, 54.0], [0.1, np.nan]])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "1", "10"]
+    half = {c: r for c, r in results.items() if c.method in ("dense", "A, penalty = 1")}
+    (axes,) = figures._metrics(recipe, half, "")["accuracy_by_penalty"].axes
+    assert [c.get_label() for c in axes.containers] == ["A, 80%", "A, 90%"]
 
 
 def test_report_by_noise_and_metric(tmp_path: Path) -> None:

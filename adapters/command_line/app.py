@@ -244,7 +244,7 @@ def report(
 
         files = write_report(folder)
         typer.echo((folder / "report.md").read_text(encoding="utf-8"))
-        typer.echo("Written: " + ", ".join(map(str, files)))
+        typer.echo(f"Written in {folder}: {', '.join(file.name for file in files)}")
 
 
 def _say(text: str) -> None:

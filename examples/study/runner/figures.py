@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from safe_core.flatness import Landscape
 from safe_core.flatness.figures import plot_contours, save
@@ -17,7 +18,7 @@ from safe_core.flatness.figures import plot_contours, save
 from .cells import Cell
 from .methods import Entry
 from .recipe import Recipe
-from .statistics import FRAMEWORKS, NAMES, mean_and_error
+from .statistics import FRAMEWORKS, LOWER_IS_BETTER, NAMES, mean_and_error
 
 __all__ = ["draw"]
 
@@ -27,7 +28,7 @@ _MARKERS = "osD^vPX*"
 def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
     """Draw what the results hold, and return the files.
 
-    Each metric of the report against sparsity; for a swept parameter against that, with a
+    Each metric of the report against sparsity, and against every swept parameter, with a
     line for each sparsity; histories against epochs; weights and landscapes of the first seed.
 
     Examples
@@ -39,22 +40,33 @@ def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
     []
     """
     found: list[Path] = []
-    swept = [entry for entry in recipe.methods if entry.swept]
     panels = itertools.product(recipe.frameworks, recipe.data.label_noise)
     for framework, noise in panels:
         here = {c: r for c, r in results.items() if (c.framework, c.noise) == (framework, noise)}
         if not here:
             continue
         tail = _tail(recipe, framework, noise)
-        figures = {f"{metric}{tail}": _by_sparsity(recipe, here, metric)
-                   for metric in recipe.report.metrics if not swept}  # fmt: skip
-        for metric in recipe.report.metrics if swept else ():
-            figures[f"{metric}{tail}"] = _by_swept(recipe, swept, here, metric)
+        figures = _metrics(recipe, here, tail)
         figures |= _histories(recipe, here, tail)
         figures |= _of_first_seed(recipe, here, tail)
         for name, figure in figures.items():
             found += save(figure, out / name)
     return found
+
+
+def _metrics(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
+    """Against sparsity, unless all methods are of sweeps; and against what is swept."""
+    swept: dict[str, list[Entry]] = {}
+    for entry in recipe.methods:
+        if entry.swept:
+            swept.setdefault(entry.swept[0], []).append(entry)
+    figures = {}
+    for metric in recipe.report.metrics:
+        if not all(entry.swept or entry.is_dense for entry in recipe.methods) or not swept:
+            figures[f"{metric}{tail}"] = _by_sparsity(recipe, results, metric)
+        for name, entries in swept.items():
+            figures[f"{metric}_by_{name}{tail}"] = _by_swept(recipe, entries, results, metric)
+    return figures
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
@@ -66,44 +78,87 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _legend(figure: Figure, axes: Any) -> None:
+    """Among the lines, or below where it would cover them."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 6:
+        figure.set_figheight(figure.get_figheight() + 0.09 * len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+    elif labels:
+        axes.legend(fontsize=7)
+
+
 def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
     """A line for each method; equal steps on the axis, as sparsities crowd at the end."""
     figure, axes = _axes("zero weights", NAMES.get(metric, metric))
     places = {s: i for i, s in enumerate(recipe.sparsities)}
+    _dense(axes, recipe, results, metric)
     for i, entry in enumerate(recipe.methods):
-        if entry.is_dense:
-            mean, _ = _statistics(results, entry.label, None, metric)
-            if math.isfinite(mean):
-                axes.axhline(mean, color="0.4", linestyle="--", label=entry.label)
-            continue
-        found = [_statistics(results, entry.label, s, metric) for s in places]
-        _errorbar(axes, list(places.values()), found, i, entry.label)
-    for i, (label, points) in enumerate(_quoted(recipe, results, metric).items()):
-        x = [places[s] for s in points]
-        axes.plot(x, list(points.values()), ":", color="0.5", marker=_MARKERS[i % 8], label=label)
+        if not entry.is_dense:
+            found = [_statistics(results, entry.label, s, metric) for s in places]
+            _errorbar(axes, list(places.values()), found, i, entry.label)
+    labels = [entry.label for entry in recipe.methods]
+    for i, (method, points) in enumerate(_quoted(recipe, results, metric).items()):
+        # As the measured one, but hollow and dotted.
+        i = labels.index(method) if method in labels else i
+        axes.plot(
+            [places[s] for s in points], list(points.values()), ":", label=f"{method} (quoted)",
+            color=f"C{i % 10}" if method in labels else "0.5", marker=_MARKERS[i % 8],
+            markersize=4, markerfacecolor="none", linewidth=1.2,
+        )  # fmt: skip
     axes.set_xticks(list(places.values()), [_percent(s) for s in places])
-    axes.legend(fontsize=7)
+    _scale(axes, metric)
+    _legend(figure, axes)
     return figure
 
 
 def _by_swept(
     recipe: Recipe, entries: list[Entry], results: Mapping[Cell, Any], metric: str
 ) -> Figure:
-    """A line for each sparsity, against a swept parameter."""
-    values = [entry.swept[1] for entry in entries if entry.swept]
-    numbers = all(isinstance(v, int | float) for v in values)
-    name = entries[0].swept[0] if entries[0].swept else ""
-    figure, axes = _axes(name.replace("_", " "), NAMES.get(metric, metric))
-    x = values if numbers else list(range(len(values)))
-    for i, sparsity in enumerate(recipe.sparsities):
-        found = [_statistics(results, entry.label, sparsity, metric) for entry in entries]
-        _errorbar(axes, x, found, i, _percent(sparsity))
-    if numbers and min(values) > 0 and max(values) >= 10 * min(values):
+    """A line for each method and sparsity, against a swept parameter."""
+    swept = [entry.swept for entry in entries if entry.swept]
+    values = list(dict.fromkeys(str(value) for _, value in swept))
+    figure, axes = _axes(swept[0][0].replace("_", " "), NAMES.get(metric, metric))
+    places = _places([value for _, value in swept])
+    families = dict.fromkeys(entry.family for entry in entries)
+    _dense(axes, recipe, results, metric)
+    for i, (family, sparsity) in enumerate(itertools.product(families, recipe.sparsities)):
+        own = [entry for entry in entries if entry.family == family]
+        x = [places[values.index(str(entry.swept[1]))] for entry in own if entry.swept]
+        found = [_statistics(results, entry.label, sparsity, metric) for entry in own]
+        name = f"{family}, {_percent(sparsity)}" if len(families) > 1 else _percent(sparsity)
+        _errorbar(axes, x, found, i, name)
+    if places != list(range(len(places))):
         axes.set_xscale("log")
-    elif not numbers:
-        axes.set_xticks(x, [str(v) for v in values])
-    axes.legend(fontsize=7)
+        axes.minorticks_off()
+    axes.set_xticks(places, values, fontsize=7 if len(values) > 8 else None)
+    _scale(axes, metric)
+    _legend(figure, axes)
     return figure
+
+
+def _places(values: list[Any]) -> list[float]:
+    """Where values stand: on a logarithmic axis if all are above zero, else in equal steps."""
+    distinct = list({str(value): value for value in values}.values())
+    if all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in distinct):
+        return distinct
+    return list(range(len(distinct)))
+
+
+def _dense(axes: Any, recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> None:
+    for entry in recipe.methods:
+        mean, _ = _statistics(results, entry.label, None, metric) or (math.nan, 0)
+        if entry.is_dense and math.isfinite(mean):
+            axes.axhline(mean, color="0.4", linestyle="--", label=entry.label)
+
+
+def _scale(axes: Any, metric: str) -> None:
+    """A logarithmic axis for what is of several orders of magnitude."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
+    values = values[np.isfinite(values)]
+    positive = metric in LOWER_IS_BETTER and values.size and values.min() > 0
+    if positive and values.max() >= 30 * values.min():
+        axes.set_yscale("log")
 
 
 def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
@@ -113,7 +168,8 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
     for sparsity in recipe.sparsities if kept else ():
         for metric in ("accuracy", "dense_accuracy", "distance"):
             figure, axes = _axes("epoch", NAMES[metric])
-            for entry in recipe.methods:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            for i, entry in enumerate(recipe.methods):
                 of_seeds = [
                     [(point["epoch"], point[metric]) for point in history]
                     for c, history in kept.items()
@@ -121,69 +177,94 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
                 ]
                 if of_seeds:
                     points = np.mean(np.asarray(of_seeds), axis=0)
-                    axes.plot(points[:, 0], points[:, 1], label=entry.label)
-            axes.legend(fontsize=7)
+                    style = {"color": "0.4", "linestyle": "--"} if entry.is_dense else {}
+                    line = {"color": f"C{i % 10}", **style}
+                    axes.plot(points[:, 0], points[:, 1], label=entry.label, **line)
+            _legend(figure, axes)
             found[f"history_{metric}_{str(sparsity).replace(':', 'of')}{tail}"] = figure
     return found
 
 
 def _of_first_seed(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
     """Histograms of weights, and landscapes, as Figure 1 of Lee et al. 2025 has them."""
-    first = {c: r for c, r in results.items() if c.seed == recipe.seeds[0]}
-    planes, histograms = {}, {}
-    for cell, result in first.items():
-        name = f"{cell.method}{'' if cell.sparsity is None else f', {_percent(cell.sparsity)}'}"
-        if "landscape" in result:
-            plane = {key: np.asarray(value) for key, value in result["landscape"].items()}
-            value = f", eigenvalue {result['eigenvalue']:.3g}" if "eigenvalue" in result else ""
-            planes[name + value] = Landscape(**plane)
-        if "weights_histogram" in result:
-            histograms[name] = result["weights_histogram"]
     found = {}
-    if planes:
-        found[f"landscape{tail}"] = plot_contours(planes)
-    if histograms:
-        figure, axes = _axes("weight before the last projection", "count")
-        for name, histogram in histograms.items():
-            axes.stairs(histogram["counts"], histogram["edges"], label=name)
-        axes.set_yscale("log")
-        axes.legend(fontsize=7)
-        found[f"weights{tail}"] = figure
+    for sparsity in recipe.sparsities:
+        first = {
+            c.method: r
+            for c, r in results.items()
+            if c.seed == recipe.seeds[0] and c.sparsity in (sparsity, None)
+        }
+        name = f"_{str(sparsity).replace(':', 'of')}" if len(recipe.sparsities) > 1 else ""
+        planes = {_titled(m, r): _plane(r) for m, r in first.items() if "landscape" in r}
+        if planes:
+            wide = 2.2 * len(planes) if len(planes) > 3 else None
+            found[f"landscape{name}{tail}"] = plot_contours(planes, width=wide)
+        histograms = {
+            m: r["weights_histogram"] for m, r in first.items() if "weights_histogram" in r
+        }
+        if histograms:
+            found[f"weights{name}{tail}"] = _weights(recipe, histograms)
     return found
+
+
+def _titled(method: str, result: Mapping[str, Any]) -> str:
+    return f"{method}\neigenvalue {result['eigenvalue']:.3g}" if "eigenvalue" in result else method
+
+
+def _plane(result: Mapping[str, Any]) -> Landscape:
+    return Landscape(**{key: np.asarray(value) for key, value in result["landscape"].items()})
+
+
+def _weights(recipe: Recipe, histograms: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("weight before the last projection", "count")
+    for i, entry in enumerate(recipe.methods):
+        if entry.label in histograms:
+            histogram = histograms[entry.label]
+            color = "0.4" if entry.is_dense else f"C{i % 10}"
+            axes.stairs(histogram["counts"], histogram["edges"], label=entry.label, color=color)
+    axes.set_yscale("log")
+    _legend(figure, axes)
+    return figure
 
 
 def _statistics(
     results: Mapping[Cell, Any], label: str, sparsity: Any, metric: str
-) -> tuple[float, float]:
-    """Mean and error over the seeds; NaN, which is not drawn, where there is nothing."""
-    values = [r[metric] for c, r in results.items()
-              if (c.method, c.sparsity) == (label, sparsity) and metric in r]  # fmt: skip
+) -> tuple[float, float] | None:
+    """Mean and error over the seeds, not a number where all diverged; None where none is run."""
+    here = [r for c, r in results.items() if (c.method, c.sparsity) == (label, sparsity)]
+    values = [result[metric] for result in here if result.get(metric) is not None]
     mean, error = mean_and_error(values) if values else (math.nan, None)
-    return mean, error or 0.0
+    return (mean, error or 0.0) if here else None
 
 
 def _errorbar(
-    axes: Any, x: list[Any], found: list[tuple[float, float]], i: int, label: str
+    axes: Any, x: Sequence[float], found: Sequence[tuple[float, float] | None], i: int, label: str
 ) -> None:
-    means, errors = zip(*found, strict=True)
+    """A line through what there is; a method of which every run diverged is named as such."""
+    held = [point for point in zip(x, found, strict=True) if point[1] is not None]
+    if not held:
+        return
+    x, pairs = zip(*held, strict=True)
+    means, errors = zip(*pairs, strict=True)
+    lost = all(map(math.isnan, means))
     axes.errorbar(
         x, means, yerr=errors, color=f"C{i % 10}", marker=_MARKERS[i % 8], markersize=4,
-        linewidth=1.2, capsize=2, label=label,
+        linewidth=1.2, capsize=2, label=f"{label} (diverged)" if lost else label,
     )  # fmt: skip
 
 
 def _quoted(
     recipe: Recipe, results: Mapping[Cell, Any], metric: str
 ) -> dict[str, dict[Any, float]]:
-    """Means of other sources by sparsity, under labels that say so."""
+    """Means of other sources by method and sparsity."""
     noise = next(iter(results)).noise
     by_name = {str(s): s for s in recipe.sparsities}
     found: dict[str, dict[Any, float]] = {}
     for quote in recipe.quoted:
         if quote.metric == metric and quote.noise == noise:
             points = {by_name[name]: v[0] for name, v in quote.values if name in by_name}
-            found.setdefault(f"{quote.method} (quoted)", {}).update(points)
-    return {label: points for label, points in found.items() if points}
+            found.setdefault(quote.method, {}).update(points)
+    return {method: points for method, points in found.items() if points}
 
 
 def _percent(sparsity: Any) -> str:

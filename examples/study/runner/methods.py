@@ -130,6 +130,11 @@ class Entry:
         return self.method == "dense"
 
     @property
+    def family(self) -> str:
+        """The label without what a sweep added to it."""
+        return self.label.removesuffix(_suffix(*self.swept)) if self.swept else self.label
+
+    @property
     def kind(self) -> Kind:
         """What the method stands for."""
         return Kind(load(self.method)) if isinstance(self.method, Own) else METHODS[self.method]
@@ -311,7 +316,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
             rest = tuple(pair for pair in options if pair[0] != key)
             yield replace(
                 entry,
-                label=f"{label}, {key} = {value:g}" if _is_number(value) else f"{label}, {value}",
+                label=label + _suffix(key, value),
                 options=(*rest, (key, _frozen(value))),
                 swept=(key, value),
             )
@@ -332,8 +337,12 @@ def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
     return kind.options()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _suffix(key: str, value: Any) -> str:
+    """What a swept value adds to a label."""
+    if isinstance(value, str):
+        return f", {value}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f", {key} = {value:g}" if number else f", {key} = {value}"
 
 
 def _frozen(value: Any) -> Any:

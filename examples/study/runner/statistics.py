@@ -14,19 +14,19 @@ from .recipe import AXES, Recipe
 __all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "tables"]
 
 Place = tuple[Any, ...]  # along AXES
-_LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
+LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
 NAMES = {
     "accuracy": "accuracy, %",
     "accuracy_untuned": "accuracy without batch-norm tuning, %",
     "dense_accuracy": "accuracy before the projection, %",
     "distance": "distance from the constraint",
-    "seconds": "seconds of training",
+    "seconds": "time of training, s",
     "eigenvalue": "largest Hessian eigenvalue",
     "trace": "Hessian trace",
     "sharpness": "sharpness",
-    "pgd_linf": "PGD, linf, %",
-    "pgd_l2": "PGD, l2, %",
-    **{f"corruption_{i}": f"corruptions at intensity {i}, %" for i in range(1, 6)},
+    "pgd_linf": "accuracy under PGD, linf, %",
+    "pgd_l2": "accuracy under PGD, l2, %",
+    **{f"corruption_{i}": f"accuracy on corruptions, intensity {i}, %" for i in range(1, 6)},
 }
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 
@@ -251,7 +251,7 @@ def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
     ranked = dict(found)
     for rest in dict.fromkeys(place[1:] for place in found):
         group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in dense}
-        sign = 1 if rest[-1] in _LOWER_IS_BETTER else -1
+        sign = 1 if rest[-1] in LOWER_IS_BETTER else -1
         means = sorted({sign * round(e.mean, 9) for e in group.values() if not math.isnan(e.mean)})
         if len(group) < 2:
             continue
