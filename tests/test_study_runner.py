@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -318,6 +321,44 @@ def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="no such thing") as caught:
         run_study(TINY, tmp_path)
     assert caught.value.__notes__ == ["in dense, seed 0, torch; the runs before it are kept"]
+
+
+def test_a_run_that_fails_beside_others_costs_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, started = cells(parse_recipe(TINY)), Event()
+
+    def work(_: Any, cell: Cell, __: Any) -> dict[str, Any]:
+        if cell == planned[0]:
+            started.wait(10)
+            raise ValueError("no such thing")
+        started.set()
+        sleep(0.4 if cell == planned[1] else 0.1)
+        return {"accuracy": 50.0, "losses": [1.0]}
+
+    monkeypatch.setattr(runner, "_work", work)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    with pytest.raises(ValueError, match="no such thing") as caught:
+        run_study(TINY, tmp_path, jobs=2)
+    assert caught.value.__notes__ == ["in dense, seed 0, torch; the runs before it are kept"]
+    found = read_results(tmp_path / "results.jsonl", parse_recipe(TINY).digest)
+    assert planned[1] in found
+    assert len(found) < 4
+
+
+def test_a_report_leaves_a_line_that_is_being_written(tmp_path: Path) -> None:
+    made_results(tmp_path)
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"recipe": "be')
+    before = file.read_bytes()
+    write_report(tmp_path)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_an_unknown_device_is_refused(framework: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device must be one that \w+ has, got 'abacus'"):
+        run_study(changed('"torch"', f'"{framework}"'), tmp_path, device="abacus")
 
 
 def leaves(tree: Any) -> list[np.ndarray]:

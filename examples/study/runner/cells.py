@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from .methods import Sparsity
 from .recipe import Recipe
 
-__all__ = ["Cell", "append_result", "cells", "read_results"]
+__all__ = ["Cell", "append_result", "cells", "mend_results", "read_results"]
 
 
 class Cell(NamedTuple):
@@ -89,10 +89,19 @@ def append_result(file: Path, digest: str, cell: Cell, result: dict[str, Any]) -
         os.fsync(out.fileno())
 
 
+def mend_results(file: Path) -> None:
+    """Remove a last line that was cut off, before others are written."""
+    if file.exists():
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            os.truncate(file, len(whole))
+
+
 def read_results(file: Path, digest: str, known: Sequence[Cell] = ()) -> dict[Cell, Any]:
     """Return the results by run, in the order of ``known`` first.
 
-    A last line that was cut off, as by a kill, is removed from the file.
+    A last line without an end, which is being written or was cut off by a kill, is not read.
 
     Raises
     ------
@@ -101,12 +110,9 @@ def read_results(file: Path, digest: str, known: Sequence[Cell] = ()) -> dict[Ce
     """
     if not file.exists():
         return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        file.write_bytes(whole)
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
     found = {}
-    for number, line in enumerate(whole.decode().splitlines(), 1):
+    for number, line in enumerate(whole.decode().split("\n") if whole else (), 1):
         try:
             entry = json.loads(line)
             of, cell, result = entry["recipe"], Cell(**entry["cell"]), entry["result"]

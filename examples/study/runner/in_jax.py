@@ -247,7 +247,10 @@ def _train_logits(
 
 def _device(name: str) -> Any:
     """A device of JAX, such as of ``"cpu"`` or ``"cuda"``."""
-    return jax.devices(name)[0]
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that JAX has, got {name!r}: {error}") from None
 
 
 def _variables(params: Any, statistics: Any) -> Variables:

@@ -45,7 +45,7 @@ class TorchLearner:
     """
 
     def __init__(self, plan: Plan, device: str = "cpu") -> None:
-        self._architecture, self._device = plan.architecture, device
+        self._architecture, self._device = plan.architecture, _checked(device)
         network = build(plan.architecture, plan.initial_variables())
         self._model = Normalised(network, *plan.normalisation).to(device).train()
         self._rates = plan.rates()
@@ -138,6 +138,16 @@ class TorchSubject:
         """Adversarial images."""
         moved = attacker(self._model, attack)(*_tensors(self._device, images, labels), seed)
         return moved.cpu().numpy().transpose(0, 2, 3, 1)
+
+
+def _checked(device: str) -> str:
+    """The device, if PyTorch can put something there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device must be one that PyTorch has, got {device!r}: {reason}") from None
+    return device
 
 
 def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:

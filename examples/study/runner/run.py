@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,7 +16,7 @@ from typing import Any
 
 from safe_core import _checks
 
-from .cells import Cell, append_result, cells, read_results
+from .cells import Cell, append_result, cells, mend_results, read_results
 from .progress import study_bar
 from .recipe import Recipe, keep_recipe, parse_recipe
 from .train import run_cell
@@ -93,6 +94,7 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     with _held(out / ".lock"):
         found = read_results(out / RESULTS, recipe.digest, planned)
+        mend_results(out / RESULTS)
         recipe = keep_recipe(recipe, source, out)
         left = [cell for cell in planned if cell not in found]
         epochs = {cell: recipe.training_of(cell.method).epochs for cell in left}
@@ -130,16 +132,25 @@ def _in_processes(
         running: dict[Future[Any], Cell] = {
             pool.submit(_work, recipe, cell, settings): cell for cell in left
         }
+        failed: list[tuple[Cell, Future[Any]]] = []
         try:
             while running:
                 done, _ = wait(running, _POLL, FIRST_COMPLETED)
                 _drain(ticks, advance)
                 for future in done:
                     cell = running.pop(future)
-                    with _named(cell):
+                    if future.exception() is None:
                         yield cell, future.result()
+                        continue
+                    failed.append((cell, future))
+                    # What is under way is still written down; no other run begins.
+                    running = {f: c for f, c in running.items() if not f.cancel()}
+                    print(f"{cell.title} failed; finishing {len(running)} more", file=sys.stderr)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    for cell, future in failed:
+        with _named(cell):
+            future.result()
 
 
 _ticks: Any = None
@@ -148,6 +159,8 @@ _ticks: Any = None
 def _start_worker(ticks: Any) -> None:
     global _ticks
     _ticks = ticks
+    # Ctrl-C reaches all processes; one message, of the main process, is enough.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _work(recipe: Recipe, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
