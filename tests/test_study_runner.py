@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import safe_core.study.runner.figures as figures
 import safe_core.study.runner.run as runner
-from safe_core import schedules
+from safe_core import NM, Unstructured, schedules
 from safe_core.adapters.command_line.app import app
 from safe_core.study.data import Split
 from safe_core.study.models import ResNet
@@ -102,6 +102,13 @@ def changed(old: str, new: str) -> str:
         ),
         (changed("default", '"0.95"'), r'penalty must have a value for sparsity "0\.9"'),
         (changed("interval = 2", "interval = 0"), r"methods\[1\] \(SAFE\) at sparsity 0\.8: dual_"),
+        (changed("[0.8, 0.9]", '[0.8, "4:2"]'), r"sparsities\[1\]: n must be at most m=2, got 4"),
+        (changed('"0.8" = 1e-2', '"0.8x" = 1'), r"methods\[1\]\.penalty must have sparsities as k"),
+        (
+            TINY
+            + '[[quoted]]\nsource = "Lee"\nmethod = "PBW"\nmetric = "acc"\nvalues = {"0.9" = 1}',
+            r"quoted\[0\]\.metric must be measured: accuracy, .*; got 'acc'",
+        ),
         (OWN.replace("epochs = 3", "epoch = 3"), r"methods\[1\]\.training\.epoch is not a key"),
         (
             OWN.replace("epochs = 3", "warmup_epochs = 2"),
@@ -230,6 +237,20 @@ def test_a_wrong_function_names_the_key(sub: Path, method: str, message: str) ->
     (sub / "broken.py").write_text("\nraise Undefined")
     with pytest.raises((TypeError, ValueError), match=message):
         parse_recipe(changed('"dense"', f'"{method}"'), sub)
+
+
+def test_fractions_and_patterns_take_each_their_own_options() -> None:
+    table = {"method": "admm", "scope": "row", "ragged": "dense", "penalty": {"0.90": 1, "2:4": 2}}
+    (entry,) = read_entries([table])
+    size = {"epochs": 2, "steps_per_epoch": 4, "seed": 0}
+    built = entry.build(0.9, **size), entry.build("2:4", **size)
+    assert [method.sparsity for method in built] == [
+        Unstructured(0.9, "row"),
+        NM(2, 4, ragged="dense"),
+    ]
+    assert [method.penalty(0) for method in built] == [1, 2]
+    with pytest.raises(ValueError, match=r"admm\) at sparsity 0\.9: ragged must be one of 'error'"):
+        read_entries([table | {"ragged": "no"}])[0].build(0.9, **size)
 
 
 def test_parameters_are_chosen_on_training_images_that_are_not_trained_on() -> None:
@@ -455,7 +476,9 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
 def made_results(out: Path) -> None:
     """Three methods, two seeds and a quote; one seed of the last method diverged."""
     source = TINY.replace(", 0.5]", "]") + '[[methods]]\nmethod = "admm"\nlabel = "AD_MM"\n'
-    source += '[[quoted]]\nsource = "Lee"\nmethod = "PBW"\nvalues = {"0.9" = [99.0, 0.25]}\n'
+    quote = '[[quoted]]\nsource = "Lee"\nmethod = "{0}"\nnoise = {1}\nvalues = {2}\n'
+    source += quote.format("PBW", 0, '{"0.90" = [99.0, 0.25]}')
+    source += quote.format("Elsewhere", 0.25, '{"0.9" = 1}') + quote.format("At", 0, '{"0.7" = 1}')
     (out / "recipe.toml").write_text(source)
     recipe = parse_recipe(source)
     means = {"dense": 98.0, "SAFE": 97.0, "AD_MM": 95.0}
@@ -475,6 +498,9 @@ def test_report(tmp_path: Path) -> None:
     assert "| SAFE | **97.50 ± 0.50** | **97.50 ± 0.50** |" in markdown
     assert "| AD_MM | <u>95.50 ± 0.50</u> | <u>95.00 (1)</u> |" in markdown
     assert "| PBW (quoted 1) | - | 99.00 ± 0.25 |" in markdown
+    assert "Elsewhere" not in markdown
+    assert "At (quoted" not in markdown
+    assert "\nMean and standard error over 2 seeds;" in markdown
     assert "quoted 1: not measured here, but by Lee" in markdown
     latex = (tmp_path / "report.tex").read_text()
     assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
@@ -503,6 +529,20 @@ def test_figures_of_sweeps(tmp_path: Path) -> None:
     half = {c: r for c, r in results.items() if c.method in ("dense", "A, penalty = 1")}
     (axes,) = figures._metrics(recipe, half, "")["accuracy_by_penalty"].axes
     assert [c.get_label() for c in axes.containers] == ["A, 80%", "A, 90%"]
+
+
+def test_report_of_a_part(tmp_path: Path) -> None:
+    source = changed('"SAFE"', '"S|{_}^2\\\\"').replace(", 0.5]", "]")
+    (tmp_path / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    for cell in cells(recipe)[:3]:
+        append_result(tmp_path / "results.jsonl", recipe.digest, cell, {"accuracy": 50.0})
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| S\\|{_}^2\\ | 50.00 | - |" in markdown
+    assert "\nMean and standard error over 1 to 2 of 2 seeds." in markdown
+    name = r"S\textbar{}\{\_\}\textasciicircum{}2\textbackslash{} &"
+    assert name in (tmp_path / "report.tex").read_text()
 
 
 def test_report_by_noise_and_metric(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from .cells import Cell
 from .methods import Entry
 from .recipe import Recipe
 from .statistics import FRAMEWORKS, LOWER_IS_BETTER, NAMES, mean_and_error
+from .tables import sparsity_key
 
 __all__ = ["draw"]
 
@@ -258,11 +259,11 @@ def _quoted(
 ) -> dict[str, dict[Any, float]]:
     """Means of other sources by method and sparsity."""
     noise = next(iter(results)).noise
-    by_name = {str(s): s for s in recipe.sparsities}
     found: dict[str, dict[Any, float]] = {}
     for quote in recipe.quoted:
         if quote.metric == metric and quote.noise == noise:
-            points = {by_name[name]: v[0] for name, v in quote.values if name in by_name}
+            means = {sparsity_key("values", name): v[0] for name, v in quote.values}
+            points = {s: means[s] for s in recipe.sparsities if s in means}
             found.setdefault(quote.method, {}).update(points)
     return {method: points for method, points in found.items() if points}
 

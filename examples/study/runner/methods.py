@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import safe_core
 from safe_core import Method, Unstructured, _checks, importance, schedules
+from safe_core.sparsity import as_pattern
 
 from .own import Own, load
-from .tables import read_some, text
+from .tables import read_some, sparsity_key, text
 from .training import Training
 
 __all__ = ["METHODS", "Entry", "read_entries"]
@@ -56,9 +57,10 @@ class Kind(NamedTuple):
         names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
-        return (*names, "scope", "budget", *_OF_COURSE[self.course])
+        return (*names, *_OF_PATTERN, *_OF_COURSE[self.course])
 
 
+_OF_PATTERN = ("scope", "budget", "ragged")
 # Parameters of a user's function that the runner gives.
 _OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
 _OF_COURSE = {
@@ -168,8 +170,7 @@ class Entry:
         values = self.values(sparsity)
         try:
             course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
-            pools = {name: values.pop(name) for name in ("scope", "budget") if name in values}
-            pattern = Unstructured(course, **pools) if pools else course
+            pattern = _pattern(course, values)
             self._schedule(values, epochs * steps_per_epoch)
             if "importance" in values:
                 _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
@@ -232,6 +233,16 @@ class Entry:
             values["penalty"] = rises(values["penalty"], steps=steps)
 
 
+def _pattern(course: Any, values: dict[str, Any]) -> Any:
+    """The pattern of a course; takes out of ``values`` what is of fractions or of N:M alone."""
+    pools = {name: values.pop(name) for name in ("scope", "budget") if name in values}
+    ragged = values.pop("ragged", "error")
+    if isinstance(course, str):
+        return replace(as_pattern(course), ragged=ragged)
+    _checks.choice("ragged", ragged, ("error", "dense"))
+    return Unstructured(course, **pools) if pools else course
+
+
 @dataclass(frozen=True)
 class BySparsity:
     """A parameter for each sparsity.
@@ -247,9 +258,11 @@ class BySparsity:
     def at(self, name: str, sparsity: Sparsity) -> Any:
         """The value at a sparsity, or that under ``default``."""
         values = dict(self.pairs)
-        for key in (str(sparsity), "default"):
-            if key in values:
-                return values[key]
+        for key, value in self.pairs:
+            if key != "default" and sparsity_key(name, key) == sparsity:
+                return value
+        if "default" in values:
+            return values["default"]
         raise ValueError(
             f'{name} must have a value for sparsity "{sparsity}" or "default", got '
             f"{', '.join(map(repr, values))}"
@@ -305,6 +318,10 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
             takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
     options = tuple((key, _frozen(value)) for key, value in given.items())
+    for key, value in options:
+        for of, _ in value.pairs if isinstance(value, BySparsity) else ():
+            if of != "default":
+                sparsity_key(f"{place}.{key}", of)
     training = read_some(Training, f"{place}.training", table.get("training", {}))
     entry = Entry(method, label, options, training=tuple(training.items()), place=place)
     if not sweep:
@@ -328,7 +345,7 @@ def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
         kind = Entry(method, name).kind
     except ValueError as error:
         raise ValueError(f"{place}.method: {error}") from error
-    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, "scope", "budget")]
+    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, *_OF_PATTERN)]
     if clash:
         raise ValueError(
             f"{place}.method must not have the parameter {clash[0]}, which is a key of every "

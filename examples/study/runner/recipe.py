@@ -16,7 +16,19 @@ from safe_core import _checks
 
 from .methods import Entry, Sparsity, read_entries
 from .own import Find, Own, own_method
-from .tables import choice, flag, integer, key, number, read, several, sparsity, table, text
+from .tables import (
+    choice,
+    flag,
+    integer,
+    key,
+    number,
+    read,
+    several,
+    sparsity,
+    sparsity_key,
+    table,
+    text,
+)
 from .training import Training
 
 __all__ = [
@@ -153,7 +165,8 @@ def _quoted_values(name: str, value: Any) -> tuple[tuple[str, tuple[float, ...]]
         pair = v if isinstance(v, list) else [v]
         if not 1 <= len(pair) <= 2:
             raise ValueError(f"{name}.{k} must be a mean, or [mean, standard error], got {v!r}")
-        found.append((str(k), tuple(_checks.real(f"{name}.{k}", x) for x in pair)))
+        sparsity_key(name, k)
+        found.append((k, tuple(_checks.real(f"{name}.{k}", x) for x in pair)))
     return tuple(found)
 
 
@@ -213,6 +226,12 @@ class Recipe:
             if metric not in measured:
                 raise ValueError(
                     f"report.metrics must be measured: {', '.join(measured)}; got {metric!r}"
+                )
+        for i, quote in enumerate(self.quoted):
+            if quote.metric not in measured:
+                raise ValueError(
+                    f"quoted[{i}].metric must be measured: {', '.join(measured)}; got "
+                    f"{quote.metric!r}"
                 )
         files = {m.file for e in self.methods if isinstance(m := e.method, Own) and m.file}
         if len({file.name for file in files}) < len(files):

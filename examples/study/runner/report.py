@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cells import cells, read_results
@@ -13,6 +13,12 @@ from .run import RESULTS
 from .statistics import Entry, Table, agreement, tables
 
 __all__ = ["as_latex", "as_markdown", "write_report"]
+
+
+_LATEX = {c: f"\\{c}" for c in "%&#_${}"} | {
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
 
 
 def write_report(out: Path) -> list[Path]:
@@ -89,12 +95,12 @@ def as_markdown(table: Table) -> str:
         return {0: text, 1: f"**{text}**", 2: f"<u>{text}</u>"}[entry.rank]
 
     lines = [
-        _line([*table.heads, *table.columns]),
+        _line(map(_cell, [*table.heads, *table.columns])),
         _line(["---"] * len(table.heads) + ["---:"] * len(table.columns)),
     ]
     for i, row in enumerate(table.rows):
         found = [marked(table.entries.get((i, j))) for j in range(len(table.columns))]
-        lines.append(_line([*(part.replace("|", "\\|") for part in row), *found]))
+        lines.append(_line([*map(_cell, row), *found]))
     notes = [f"{_sentence(table.notes)}"] if table.notes else []
     return "\n\n".join([f"**{table.caption}**", "\n".join(lines), *notes])
 
@@ -142,7 +148,11 @@ def as_latex(table: Table) -> str:
     )
 
 
-def _line(parts: Sequence[str]) -> str:
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _line(parts: Iterable[str]) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
@@ -157,4 +167,4 @@ def _sentence(notes: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     """Plain text in LaTeX."""
-    return re.sub(r"([%&#_$])", r"\\\1", text)
+    return re.sub(r"[\\%&#_${}^~<>|]", lambda found: _LATEX[found[0]], text)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .cells import Cell
 from .recipe import AXES, Recipe
+from .tables import sparsity_key
 
 __all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "tables"]
 
@@ -46,6 +47,8 @@ class Entry:
         1 for the best of the methods, 2 for the second best, else 0.
     quoted : int
         Of which source, counted from 1; 0 where it was measured.
+    seeds : int
+        Runs, those that diverged with them.
 
     Examples
     --------
@@ -58,6 +61,7 @@ class Entry:
     diverged: int = 0
     rank: int = 0
     quoted: int = 0
+    seeds: int = 1
 
     def text(self, join: str = " ± ") -> str:
         """Mean and error, with two decimals or four digits."""
@@ -241,7 +245,7 @@ def _means(
     for place, of_seeds in values.items():
         finite = [v for v in of_seeds if v is not None]
         mean, error = mean_and_error(finite) if finite else (math.nan, None)
-        found[place] = Entry(mean, error, len(of_seeds) - len(finite))
+        found[place] = Entry(mean, error, len(of_seeds) - len(finite), seeds=len(of_seeds))
     return found
 
 
@@ -266,14 +270,15 @@ def _quotes(recipe: Recipe, found: Mapping[Place, Entry]) -> dict[Place, Entry]:
     """Figures of other sources, beside those of every framework."""
     sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
     frameworks = dict.fromkeys(place[3] for place in found) or dict.fromkeys(recipe.frameworks)
-    by_name = {str(s): s for s in recipe.sparsities}
     entries = {}
     for quote, framework in itertools.product(recipe.quoted, frameworks):
         number = sources.index(quote.source) + 1
         for name, (mean, *error) in quote.values:
-            if name in by_name and quote.metric in recipe.report.metrics:
+            sparsity = sparsity_key("values", name)
+            shown = sparsity in recipe.sparsities and quote.noise in recipe.data.label_noise
+            if shown and quote.metric in recipe.report.metrics:
                 label = f"{quote.method} (quoted {number})"
-                place = (label, by_name[name], quote.noise, framework, quote.metric)
+                place = (label, sparsity, quote.noise, framework, quote.metric)
                 entries[place] = Entry(mean, error[0] if error else None, quoted=number)
     return entries
 
@@ -326,7 +331,11 @@ def _plain(value: Any) -> str:
 
 def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
     held, methods = list(entries.values()), {place[0] for place in entries}
-    if len(recipe.seeds) > 1:
+    counts = sorted({entry.seeds for entry in held if not entry.quoted})
+    if counts and counts != [len(recipe.seeds)]:
+        numbers = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        yield f"Mean and standard error over {numbers} of {len(recipe.seeds)} seeds"
+    elif len(recipe.seeds) > 1:
         yield f"Mean and standard error over {len(recipe.seeds)} seeds"
     if any(entry.rank for entry in held):
         yield "best in bold, second best underlined, among what was measured here"

@@ -8,9 +8,11 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from safe_core import _checks
+from safe_core.sparsity import as_pattern
 
 __all__ = [
-    "choice", "flag", "integer", "key", "number", "read", "read_some", "several", "sparsity", "text"
+    "choice", "flag", "integer", "key", "number", "read", "read_some", "several", "sparsity",
+    "sparsity_key", "text",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -186,11 +188,28 @@ def sparsity(name: str, value: Any) -> float | str:
     (0.95, '2:4')
     """
     if isinstance(value, str):
-        from safe_core.sparsity import as_pattern
-
-        as_pattern(value)
+        try:
+            as_pattern(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         return value
     return float(_checks.sparsity(name, value))
+
+
+def sparsity_key(name: str, value: str) -> float | str:
+    """Read a sparsity that is the key of a table, so a fraction in quotes or a pattern.
+
+    Examples
+    --------
+    >>> sparsity_key("penalty", "0.90"), sparsity_key("penalty", "2:4")
+    (0.9, '2:4')
+    """
+    try:
+        return sparsity(name, value if ":" in value else float(value))
+    except ValueError:
+        raise ValueError(
+            f'{name} must have sparsities as keys, such as "0.9" or "2:4", got {value!r}'
+        ) from None
 
 
 def several(reader: Reader, *, empty: bool = False) -> Reader:
