@@ -13,7 +13,7 @@ from safe_core.backends import Array, backend_of
 from . import _checks
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
-from .sparsity import Pattern, as_pattern
+from .sparsity import Pattern, Unstructured, as_pattern
 
 __all__ = [
     "Arguments",
@@ -64,12 +64,11 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
 def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
     """The pattern that ``sparsity`` stands for; a budget's keys are those of ``arrays``."""
     pattern = as_pattern(sparsity)
-    budget = getattr(pattern, "budget", None)
-    if not isinstance(budget, tuple):
+    if not isinstance(pattern, Unstructured) or not isinstance(pattern.budget, tuple):
         return pattern
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays must be a mapping for a budget by name, got {type(arrays)!r}")
-    return replace(pattern, budget={f"arrays[{name!r}]": value for name, value in budget})
+    return replace(pattern, budget={f"arrays[{name!r}]": value for name, value in pattern.budget})
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:

@@ -42,6 +42,11 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     list of int
         Zeros of each tensor; they sum to ``zeros``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If ``zeros`` is no integer within its bounds.
+
     References
     ----------
     Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", section 3 (1).
@@ -52,7 +57,9 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     [1, 899, 0]
     """
     entries = [math.prod(size) for size in sizes]
-    kept = sum(entries) - zeros
+    kept = sum(entries) - _checks.integer("zeros", zeros, low=0)
+    if kept < 0:
+        raise ValueError(f"zeros must be at most the {sum(entries)} entries, got {zeros!r}")
     # Entries kept in a tensor are c * (n_1 + ... + n_k), up to all of them.
     open_ = {i for i, n in enumerate(entries) if n}
     share = Fraction(0)
@@ -111,12 +118,13 @@ def layer_fractions(
         return [stages] * len(names)
     if isinstance(budget, str):
         return list(_by_rule(stages, tuple(map(_sizes, shapes, layouts))))
-    unknown = [name for name, _ in budget if name not in names]
+    named = dict(budget)
+    unknown = [name for name in named if name not in names]
     if unknown:
         raise ValueError(
             f"budget must name sparse tensors, {', '.join(names)}, got {', '.join(unknown)}"
         )
-    final = {name: _checks.decimal_fraction(value) for name, value in budget}
+    final = {name: _checks.decimal_fraction(value) for name, value in named.items()}
     rise = [stage / stages[-1] if stages[-1] else Fraction(1) for stage in stages]
     return [
         tuple(final[name] * share for share in rise) if name in final else stages for name in names

@@ -255,6 +255,12 @@ X = np.ones((4, 4))
             r"budget of a must be a fraction in \[0, 1\)",
         ),
         (
+            lambda: erdos_renyi_kernel([(3, 3)], 10),
+            ValueError,
+            "zeros must be at most the 9 entries, got 10",
+        ),
+        (lambda: erdos_renyi_kernel([(3, 3)], -1), ValueError, "zeros must be at least 0, got -1"),
+        (
             lambda: project({"a": X}, Unstructured(0.5, "tensor", {"b": 0.1})),
             ValueError,
             r"budget must name sparse tensors, arrays\['a'\], got arrays\['b'\]",

@@ -121,6 +121,12 @@ def changed(old: str, new: str) -> str:
             r"training\.milestones must be below the 2 epochs, got \[1, 2\]",
         ),
         (TINY + '[report]\nmetrics = ["trace"]', r"report\.metrics must be measured: accuracy,"),
+        (TINY + "[evaluation]\nlandscape_points = 1", r"landscape_points must be 0, or at least 2"),
+        (TINY + "[evaluation]\nflatness_rho = 0", r"evaluation\.flatness_rho must not be 0, got 0"),
+        (
+            TINY + '[evaluation]\ncorruption_folder = "c"',
+            r"corruption_folder must be given for cifar-10 alone, .* got 'c' for digits",
+        ),
         (TINY + "[evaluation]\ncorruptions = [6]", r"evaluation\.corruptions must be from 1 to 5"),
         (
             TINY + '[[methods]]\nmethod = "gmp"\nrise_epochs = 3',
@@ -289,6 +295,13 @@ def test_progress_counts_the_epochs_of_each_method() -> None:
         assert (progress.tasks[0].total, bar.done) == (8 * 3 + 4 * 2, 2)
         bar.finished(cells(recipe)[2], {"diverged": True, "losses": [1.0]})
         assert (progress.tasks[0].completed, bar.done) == (2, 3)
+
+
+def test_a_missing_folder_is_refused_before_training() -> None:
+    source = changed('"digits"', '"cifar-10"') + '[evaluation]\ncorruption_folder = "none"\n'
+    recipe = parse_recipe(source)
+    with pytest.raises(ValueError, match=r"corruption_folder must be a folder, got 'none'"):
+        plan(recipe, cells(recipe)[0])
 
 
 def test_learning_rates() -> None:

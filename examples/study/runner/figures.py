@@ -155,7 +155,7 @@ def _dense(axes: Any, recipe: Recipe, results: Mapping[Cell, Any], metric: str) 
 
 def _scale(axes: Any, metric: str) -> None:
     """A logarithmic axis for what is of several orders of magnitude."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [[]])
+    values = np.asarray([y for line in axes.lines for y in line.get_ydata()], float)
     values = values[np.isfinite(values)]
     positive = metric in LOWER_IS_BETTER and values.size and values.min() > 0
     if positive and values.max() >= 30 * values.min():

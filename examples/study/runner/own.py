@@ -122,7 +122,7 @@ def load(own: Own) -> Callable[..., Any]:
         raise ValueError(
             f"{own.source} must have the function {own.function!r}, got: {', '.join(there)}"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _executed(own: Own) -> ModuleType:

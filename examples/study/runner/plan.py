@@ -142,8 +142,12 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     >>> made.steps_per_epoch, made.method.perturbs
     (19, False)
     """
+    corrupted = recipe.evaluation.corruption_folder
+    if corrupted is not None and not Path(corrupted).is_dir():
+        raise ValueError(f"evaluation.corruption_folder must be a folder, got {corrupted!r}")
     clean = _loaded(recipe.data.name, folder or recipe.data.folder)
-    images, labels = (part[: recipe.data.train_images] for part in clean.train)
+    images = clean.train.images[: recipe.data.train_images]
+    labels = clean.train.labels[: recipe.data.train_images]
     if recipe.data.validation:
         count = len(labels) - max(1, round(recipe.data.validation * len(labels)))
         clean = clean._replace(test=Split(images[count:], labels[count:]))

@@ -103,20 +103,24 @@ class Evaluation:
 
     batch_norm_tuning: bool = key(flag, False)
     batch_norm_samples: int = key(integer(1), 10000)
-    flatness: tuple[str, ...] = key(several(choice("eigenvalue", "trace", "sharpness")), ())
+    flatness: tuple[str, ...] = key(
+        several(choice("eigenvalue", "trace", "sharpness"), empty=True), ()
+    )
     flatness_images: int = key(integer(1), 1000)
-    flatness_rho: float = key(number(0), 0.1)
+    flatness_rho: float = key(number(0, excluded=0), 0.1)
     landscape_points: int = key(integer(0), 0)
     weight_bins: int = key(integer(0), 0)
-    corruptions: tuple[int, ...] = key(several(integer(1)), ())
+    corruptions: tuple[int, ...] = key(several(integer(1), empty=True), ())
     corruption_folder: str | None = key(text, None)
-    attacks: tuple[Attack, ...] = key(several(table(Attack)), ())
+    attacks: tuple[Attack, ...] = key(several(table(Attack), empty=True), ())
     history_epochs: int = key(integer(0), 0)
 
     def __post_init__(self) -> None:
         for severity in self.corruptions:
             if severity > 5:
                 raise ValueError(f"evaluation.corruptions must be from 1 to 5, got {severity}")
+        if self.landscape_points == 1:
+            raise ValueError("evaluation.landscape_points must be 0, or at least 2, got 1")
         norms = [attack.norm for attack in self.attacks]
         if len(set(norms)) < len(norms):
             raise ValueError(f"evaluation.attacks must have one for a norm, got {norms}")
@@ -227,6 +231,11 @@ class Recipe:
                 raise ValueError(
                     f"report.metrics must be measured: {', '.join(measured)}; got {metric!r}"
                 )
+        if self.evaluation.corruption_folder is not None and self.data.name != "cifar-10":
+            raise ValueError(
+                "evaluation.corruption_folder must be given for cifar-10 alone, of which its files "
+                f"are, got {self.evaluation.corruption_folder!r} for {self.data.name}"
+            )
         for i, quote in enumerate(self.quoted):
             if quote.metric not in measured:
                 raise ValueError(
