@@ -380,6 +380,21 @@ def test_a_run_that_fails_beside_others_costs_no_results(
     assert len(found) < 4
 
 
+def test_a_study_that_is_stopped_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_cell", stopped)
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    result = CliRunner().invoke(app, ["study", str(path), "--out", str(tmp_path)])
+    assert (result.exit_code, "the same command goes on" in result.stderr) == (130, True)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert "must hold at least one finished run, got none" in result.stderr
+
+
 def test_a_report_leaves_a_line_that_is_being_written(tmp_path: Path) -> None:
     made_results(tmp_path)
     file = tmp_path / "results.jsonl"

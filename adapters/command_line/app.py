@@ -230,7 +230,11 @@ def study(
 
         name, source = recipe_source(recipe)
         folder = Path("study-results", name) if out is None else out
-        run_study(source, folder, folder=recipe.parent, jobs=jobs, data=data, device=device)
+        try:
+            run_study(source, folder, folder=recipe.parent, jobs=jobs, data=data, device=device)
+        except KeyboardInterrupt:
+            _say("stopped; the same command goes on with what is left")
+            raise typer.Exit(130) from None
         typer.echo(f"results in {folder}; tables and figures: safe-core report {folder}")
 
 

@@ -45,10 +45,10 @@ def write_report(out: Path) -> list[Path]:
     >>> write_report(Path("/nowhere"))
     Traceback (most recent call last):
         ...
-    FileNotFoundError: /nowhere must be the folder of a study, with recipe.toml and results.jsonl
+    FileNotFoundError: /nowhere must be the folder of a study, with its recipe.toml
     """
-    if not all((out / name).is_file() for name in (RECIPE, RESULTS)):
-        raise FileNotFoundError(f"{out} must be the folder of a study, with {RECIPE} and {RESULTS}")
+    if not (out / RECIPE).is_file():
+        raise FileNotFoundError(f"{out} must be the folder of a study, with its {RECIPE}")
     recipe = kept_recipe(out)
     planned = cells(recipe)
     results = read_results(out / RESULTS, recipe.digest, planned)
