@@ -225,6 +225,7 @@ def test_a_method_may_be_a_function_of_ones_own(
     ("method", "message"),
     [
         ("mine.py:other", r"method: .*mine\.py must have the function 'other', got: in_rounds, la"),
+        ("mine.py:", r"methods\[0\]\.method must end in a function, .* got 'mine\.py:'"),
         ("yours.py:f", r"methods\[0\]\.method must name a file that is there, got 'yours\.py:f'"),
         ("no.such:f", r"methods\[0\]\.method must name a file, .* got 'no\.such:f'"),
         ("mine.py:labelled", "must not have the parameter label, which is a key of every method"),

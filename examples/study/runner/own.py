@@ -72,6 +72,8 @@ def own_method(name: str, value: str, find: Find) -> Own:
     'safe'
     """
     source, _, function = value.rpartition(":")
+    if not function.isidentifier():
+        raise ValueError(f'{name} must end in a function, "my_methods.py:function", got {value!r}')
     if source.endswith(".py"):
         path = find(Path(source)).absolute()
         if not path.is_file():
