@@ -40,7 +40,7 @@ def section(name: str, folder: Path) -> str:
     """What came of one study, beside what the paper has of it."""
     recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
     planned = cells(recipe)
-    results = read_results(folder / RESULTS, recipe.digest, planned)
+    results = read_results(folder / RESULTS, recipe)
     minutes = sum(r["seconds"] for r in results.values()) / 60
     parts = [
         f"## {recipe.title}",

@@ -208,12 +208,12 @@ def test_a_method_may_be_a_function_of_ones_own(
     assert found.perturbation.rho(0) == 0.3
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     monkeypatch.chdir(tmp_path)
-    assert parse_recipe(BY_HAND).digest == recipe.digest
+    assert parse_recipe(BY_HAND).digest("in_rounds", 0.9) == recipe.digest("in_rounds", 0.9)
     monkeypatch.setattr(runner, "run_cell", lambda *_, **__: {"accuracy": 50.0, "losses": [1.0]})
     out = tmp_path / "out"
     run_study(BY_HAND, out, folder=tmp_path)
     (sub / "mine.py").write_text(METHODS + "# another line")
-    assert parse_recipe(BY_HAND).digest != recipe.digest
+    assert parse_recipe(BY_HAND).digest("in_rounds", 0.9) != recipe.digest("in_rounds", 0.9)
     with pytest.raises(ValueError, match="and its files of methods"):
         run_study(BY_HAND, out)
     (sub / "mine.py").unlink()
@@ -278,10 +278,12 @@ def test_a_method_may_have_settings_of_training_of_its_own(tmp_path: Path) -> No
     assert (safe.training.epochs, safe.steps_per_epoch, len(safe.rates())) == (3, 6, 18)
     assert safe.training.weight_decay == 1e-4
     assert safe.method.penalty == schedules.cosine(1e-2, steps=18)
-    assert recipe.digest != parse_recipe(OWN.replace("epochs = 3", "epochs = 4")).digest
+    other = parse_recipe(OWN.replace("epochs = 3", "epochs = 4"))
+    assert recipe.digest("SAFE", 0.8) != other.digest("SAFE", 0.8)
+    assert recipe.digest("dense", None) == other.digest("dense", None)
     by_hand = {"accuracy": 50.0, "losses": [1.0]}
     for cell in cells(recipe):
-        append_result(tmp_path / "results.jsonl", recipe.digest, cell, by_hand)
+        append_result(tmp_path / "results.jsonl", recipe, cell, by_hand)
     (tmp_path / "recipe.toml").write_text(OWN)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
@@ -343,9 +345,33 @@ def test_no_run_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [Cell(**line["cell"]) for line in lines] == planned
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"must hold results of this recipe, \w+, got some of"):
+    with pytest.raises(ValueError, match=r"results of this recipe, got those of dense, seed 0, to"):
         run_study(changed("epochs = 2", "epochs = 3"), tmp_path)
     assert file.read_bytes() == before
+
+
+def test_a_study_may_grow_and_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Cell] = []
+
+    def fake(recipe: Any, cell: Cell, **_: Any) -> dict[str, Any]:
+        ran.append(cell)
+        return {"accuracy": 50.0, "losses": [1.0]}
+
+    monkeypatch.setattr(runner, "run_cell", fake)
+    run_study(TINY, tmp_path)
+    planned, ran[:] = cells(parse_recipe(TINY)), []
+    penalty = '"0.8" = 1e-2'
+    grown = changed("[0, 1]", "[0, 2, 1]").replace("[0.8, 0.9]", "[0.8, 0.85, 0.9]")
+    grown = grown.replace(penalty, f'{penalty}, "0.7" = 1.0') + '[[methods]]\nmethod = "admm"\n'
+    found = run_study(grown, tmp_path)
+    assert list(found) == cells(parse_recipe(grown))
+    assert ran == [cell for cell in found if cell not in planned]
+    ran.clear()
+    assert list(run_study(TINY, tmp_path)) == planned
+    assert ran == []
+    with pytest.raises(ValueError, match=r"got those of SAFE at 0\.8, seed 0, torch with other"):
+        run_study(grown.replace(penalty, '"0.8" = 2e-2'), tmp_path)
+    assert list(run_study(grown.replace('"0.7" = 1.0', '"0.7" = 2.0'), tmp_path)) == list(found)
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +402,7 @@ def test_a_run_that_fails_beside_others_costs_no_results(
     with pytest.raises(ValueError, match="no such thing") as caught:
         run_study(TINY, tmp_path, jobs=2)
     assert caught.value.__notes__ == ["in dense, seed 0, torch; the runs before it are kept"]
-    found = read_results(tmp_path / "results.jsonl", parse_recipe(TINY).digest)
+    found = read_results(tmp_path / "results.jsonl", parse_recipe(TINY))
     assert planned[1] in found
     assert len(found) < 4
 
@@ -486,7 +512,7 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2/2 SAFE at 0.9, seed 0, torch" in result.stderr
     recipe = parse_recipe(path.read_text())
-    found = read_results(out / "results.jsonl", recipe.digest)
+    found = read_results(out / "results.jsonl", recipe)
     safe = found[Cell("torch", 0.0, "SAFE", 0.9, 0)]
     assert safe["zeros"] == int(0.9 * safe["weights"])
     assert [point["epoch"] for point in safe["history"]] == [1, 2]
@@ -515,7 +541,7 @@ def made_results(out: Path) -> None:
         result: dict[str, Any] = {"accuracy": means[cell.method] + cell.seed}
         if cell.method == "AD_MM" and cell.sparsity == 0.9 and cell.seed:
             result = {"diverged": True, "losses": []}
-        append_result(out / "results.jsonl", recipe.digest, cell, result)
+        append_result(out / "results.jsonl", recipe, cell, result)
 
 
 def test_report(tmp_path: Path) -> None:
@@ -565,7 +591,7 @@ def test_report_of_a_part(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(source)
     recipe = parse_recipe(source)
     for cell in cells(recipe)[:3]:
-        append_result(tmp_path / "results.jsonl", recipe.digest, cell, {"accuracy": 50.0})
+        append_result(tmp_path / "results.jsonl", recipe, cell, {"accuracy": 50.0})
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
     assert "| S\\|{_}^2\\ | 50.00 | - |" in markdown
@@ -581,7 +607,7 @@ def test_report_by_noise_and_metric(tmp_path: Path) -> None:
     recipe = parse_recipe(source)
     for cell in cells(recipe):
         result = {"accuracy": 50 + 10 * cell.noise + cell.seed, "distance": 0.0123}
-        append_result(tmp_path / "results.jsonl", recipe.digest, cell, result)
+        append_result(tmp_path / "results.jsonl", recipe, cell, result)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
     assert "**Tiny: accuracy, %**" in markdown
@@ -615,7 +641,7 @@ def test_report_tells_where_the_frameworks_differ(tmp_path: Path) -> None:
     again = {**lost, **{c: {} for c in lost if c._replace(seed=0) == key._replace(seed=0)}}
     assert agreement(recipe, again).apart == [f"SAFE at {100 * key.sparsity:g}%"]
     for cell, result in results.items():
-        append_result(tmp_path / "results.jsonl", recipe.digest, cell, result)
+        append_result(tmp_path / "results.jsonl", recipe, cell, result)
     (tmp_path / "recipe.toml").write_text(source)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()

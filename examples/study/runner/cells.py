@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,20 +68,24 @@ def cells(recipe: Recipe) -> list[Cell]:
     ]
 
 
-def append_result(file: Path, digest: str, cell: Cell, result: dict[str, Any]) -> None:
+def append_result(file: Path, recipe: Recipe, cell: Cell, result: dict[str, Any]) -> None:
     """Write a finished run as one line, on the disk when this returns.
 
     Examples
     --------
     >>> import tempfile
-    >>> cell = Cell("jax", 0.0, "SAFE", 0.95, 1)
+    >>> from importlib.resources import files
+    >>> from safe_core.study.runner import read_recipe
+    >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
+    >>> cell = Cell("jax", 0.5, "SAFE", 0.95, 1)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = Path(folder, "results.jsonl")
-    ...     append_result(file, "3f", cell, {"accuracy": 97.5})
-    ...     read_results(file, "3f")
-    {Cell(framework='jax', noise=0.0, method='SAFE', sparsity=0.95, seed=1): {'accuracy': 97.5}}
+    ...     append_result(file, recipe, cell, {"accuracy": 97.5})
+    ...     read_results(file, recipe)
+    {Cell(framework='jax', noise=0.5, method='SAFE', sparsity=0.95, seed=1): {'accuracy': 97.5}}
     """
-    line = json.dumps({"recipe": digest, "cell": cell._asdict(), "result": result})
+    digest = recipe.digest(cell.method, cell.sparsity)
+    line = json.dumps({"settings": digest, "cell": cell._asdict(), "result": result})
     with file.open("a", encoding="utf-8") as out:
         out.write(line + "\n")
         out.flush()
@@ -98,30 +101,36 @@ def mend_results(file: Path) -> None:
             os.truncate(file, len(whole))
 
 
-def read_results(file: Path, digest: str, known: Sequence[Cell] = ()) -> dict[Cell, Any]:
-    """Return the results by run, in the order of ``known`` first.
+def read_results(file: Path, recipe: Recipe) -> dict[Cell, Any]:
+    """Return the results of the runs of a recipe, in their order.
 
-    A last line without an end, which is being written or was cut off by a kill, is not read.
+    What the file holds of other runs, as of a seed that the recipe has no longer, is left
+    aside; and so is a last line without an end, which is being written or was cut off by a
+    kill.
 
     Raises
     ------
     ValueError
-        If a line is of another recipe, or not of this format.
+        If a run of the recipe was done with other settings, or a line is not of this format.
     """
     if not file.exists():
         return {}
+    planned = dict.fromkeys(cells(recipe))
     whole, _, _ = file.read_bytes().rpartition(b"\n")
     found = {}
     for number, line in enumerate(whole.decode().split("\n") if whole else (), 1):
         try:
             entry = json.loads(line)
-            of, cell, result = entry["recipe"], Cell(**entry["cell"]), entry["result"]
+            settings, cell, result = entry["settings"], Cell(**entry["cell"]), entry["result"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} must hold results, but line {number} is none") from None
-        if of != digest:
+        if cell not in planned:
+            continue
+        if settings != recipe.digest(cell.method, cell.sparsity):
             raise ValueError(
-                f"{file} must hold results of this recipe, {digest}, got some of {of}: choose "
-                "another folder, or the recipe of this one, and its files of methods"
+                f"{file} must hold results of this recipe, got those of {cell.title} with other "
+                "settings: choose another folder or another label, or the recipe of this folder "
+                "and its files of methods"
             )
         found[cell] = result
-    return {cell: found[cell] for cell in known if cell in found} | found
+    return {cell: found[cell] for cell in planned if cell in found}

@@ -261,19 +261,20 @@ class Recipe:
         """The settings of training of the method of a label."""
         return self.entry(label).trained(self.training)
 
-    @property
-    def digest(self) -> str:
-        """Of all that results depend on, so not of title, report, quotes and folders."""
-        content = asdict(self)
-        for name in ("title", "report", "quoted"):
-            del content[name]
-        del content["data"]["folder"], content["evaluation"]["corruption_folder"]
-        for entry in content["methods"]:
-            del entry["place"]
-            if isinstance(entry["method"], Own):
-                entry["method"] = entry["method"].identity()
-            if not entry["training"]:
-                del entry["training"]  # so that results from before there was this key stay
+    def digest(self, label: str, target: Sparsity | None) -> str:
+        """Of what runs of a method at a sparsity depend on: not of others, reports and folders."""
+        entry = self.entry(label)
+        method = entry.method.identity() if isinstance(entry.method, Own) else entry.method
+        content = {
+            "data": asdict(self.data),
+            "model": asdict(self.model),
+            "training": asdict(self.training_of(label)),
+            "evaluation": asdict(self.evaluation),
+            "method": [method, {} if target is None else entry.values(target)],
+        }
+        for name in ("folder", "label_noise"):
+            del content["data"][name]
+        del content["evaluation"]["corruption_folder"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -51,7 +51,7 @@ def write_report(out: Path) -> list[Path]:
         raise FileNotFoundError(f"{out} must be the folder of a study, with its {RECIPE}")
     recipe = kept_recipe(out)
     planned = cells(recipe)
-    results = read_results(out / RESULTS, recipe.digest, planned)
+    results = read_results(out / RESULTS, recipe)
     if not results:
         raise ValueError(f"{out} must hold at least one finished run, got none")
     made = tables(recipe, results)

@@ -93,7 +93,7 @@ def run_study(
     planned = cells(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with _held(out / ".lock"):
-        found = read_results(out / RESULTS, recipe.digest, planned)
+        found = read_results(out / RESULTS, recipe)
         mend_results(out / RESULTS)
         recipe = keep_recipe(recipe, source, out)
         left = [cell for cell in planned if cell not in found]
@@ -101,7 +101,7 @@ def run_study(
         with study_bar(len(planned), epochs) as bar:
             results = _results(recipe, left, jobs, data, device, bar.epoch)
             for cell, result in results:
-                append_result(out / RESULTS, recipe.digest, cell, result)
+                append_result(out / RESULTS, recipe, cell, result)
                 found[cell] = result
                 bar.finished(cell, result)
     return {cell: found[cell] for cell in planned}
