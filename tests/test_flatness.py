@@ -202,6 +202,17 @@ def test_ascent_finds_the_worst_point_of_the_ball(x):
     assert found[-1] == pytest.approx(best, rel=2e-3)
 
 
+def test_steps_are_those_of_projected_ascent():
+    matrix, x, rho = symmetric([5.0, 3.0, -2.0]), np.asarray([0.1, -0.3, 0.2]), 0.5
+    e, rises = np.zeros(3), []
+    for t in (1, 2, 3):
+        g = matrix @ (x + e)
+        e = e + rho / np.sqrt(t) * g / np.linalg.norm(g)
+        e = e * min(1, rho / np.linalg.norm(e))
+        rises.append(((x + e) @ matrix @ (x + e) - x @ matrix @ x) / 2)
+    assert sharpness(bowl(matrix), [x], rho, steps=3) == pytest.approx(max(rises), rel=1e-12)
+
+
 def test_sharpness_stays_on_the_support():
     kept = [np.asarray([False, True, True])]
     found = sharpness(bowl(np.diag([100.0, 2.0, 1.0])), [np.zeros(3)], 1.0, steps=60, support=kept)
@@ -213,6 +224,8 @@ def test_a_loss_that_is_not_a_number_is_not_hidden():
         return (0.0 if (arrays[0] == 1).all() else np.nan), [np.ones(2)]
 
     assert np.isnan(sharpness(broken, [np.ones(2)], 0.1, steps=3))
+    assert np.isnan(sharpness(lambda x: (0.0, [np.asarray([np.inf, 1])]), [np.ones(2)], 0.1))
+    assert np.isnan(sharpness(lambda x: (0.0, [x[0] * np.nan]), [np.ones(2)], 0.1, steps=2))
     assert np.isnan(Sharpness([1.0, math.nan]).mean)
     assert np.isnan(Sharpness([math.nan, 1.0]).worst)
 
@@ -372,6 +385,11 @@ def identity(vectors: Any) -> Any:
         ),
         (lambda: sharpness(bowl(np.eye(3)), ONE, 0), ValueError, "rho must be positive, got 0"),
         (lambda: sharpness(bowl(np.eye(3)), ONE, 1, steps=0), ValueError, "steps must be"),
+        (
+            lambda: sharpness(bowl(np.eye(3, dtype="f2")), [np.ones(3, "f2")], 4e-4),
+            ValueError,
+            "rho must be large enough to move parameters in .* float16, got 0.0004, which .* 0$",
+        ),
         (lambda: landscape(float, ONE, [ONE], radius=0), ValueError, "radius must be positive"),
         (lambda: landscape(float, ONE, [ONE], points=1), ValueError, "points must be at least 2"),
         (lambda: landscape(float, ONE, []), ValueError, "directions must be one or two, got 0"),

@@ -22,7 +22,7 @@ ValueAndGradient = Callable[[Sequence[Array]], tuple[Array, Sequence[Array]]]
 
 
 class Sharpness(NamedTuple):
-    """The sharpness on several batches.
+    """The sharpness on several batches, in the unit of the loss.
 
     Attributes
     ----------
@@ -78,6 +78,7 @@ def sharpness(
     rho : float
         Positive, in the unit of the parameters; norms are over all arrays.
     steps : int
+        Of the ascent, at least 1.
     seed : int
         Of the random start, in ``[0, 2**32)``.
     support : list of bool arrays or None, optional
@@ -86,12 +87,14 @@ def sharpness(
     Returns
     -------
     float
-        In the unit of the loss; NaN if the loss is at any point met.
+        In the unit of the loss; NaN if the loss is at any point met, or if a gradient that
+        is followed has no finite norm.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind.
+        If an argument is not of its kind, or ``rho`` is so small that rounding to the dtypes
+        of the parameters takes most of the first step away.
 
     References
     ----------
@@ -115,12 +118,17 @@ def sharpness(
     check_seed(seed)
     coordinates = Coordinates.of(arrays, support)
     start, gradient = value_and_gradient(arrays)
-    step = _ascent(coordinates, gradient, rho)
-    if steps > 1 and float(norm([step])) == 0:
-        step = _ascent(coordinates, coordinates.unpack(coordinates.normal(seed, 0)), rho)
-    e, found = step, []
+    e = _ascent(coordinates, gradient, rho)
+    if steps > 1 and float(norm([e])) == 0:
+        e = _ascent(coordinates, coordinates.unpack(coordinates.normal(seed, 0)), rho)
+    found = []
     for t in range(1, steps + 1):
-        value, gradient = value_and_gradient(moved(arrays, coordinates.unpack(e)))
+        if not math.isfinite(float(norm([e]))):
+            return math.nan
+        at = moved(arrays, coordinates.unpack(e))
+        if t == 1:
+            _check_distance(coordinates, arrays, at, e, rho)
+        value, gradient = value_and_gradient(at)
         found.append(float(value) - float(start))
         if t < steps:
             e = _into_ball(e + _ascent(coordinates, gradient, rho / math.sqrt(t + 1)), rho)
@@ -144,9 +152,27 @@ def moved(arrays: Sequence[Array], steps: Sequence[Array]) -> list[Array]:
 
 
 def _ascent(coordinates: Coordinates, gradient: Sequence[Array], length: float) -> Array:
-    """The vector of a length along the gradient; zero where that is zero or not finite."""
+    """The vector of a length along the gradient: zero where that is zero, NaN if not finite."""
     g = coordinates.pack(gradient, "gradient")
-    return SAM().perturbation([g], [g], rho=length)[0]
+    direction = SAM().direction([g], [g], rho=length)
+    (e,) = direction.perturbation()
+    # What is not finite gives SAM no step, but here a step of zero would pass for flatness.
+    xp = array_namespace(e)
+    return xp.where(xp.isfinite(direction.length), e, xp.full_like(e, math.nan))
+
+
+def _check_distance(
+    coordinates: Coordinates, arrays: Sequence[Array], at: Sequence[Array], e: Array, rho: float
+) -> None:
+    """Refuse a step that rounding to the dtypes of the parameters takes away."""
+    wanted = float(norm([e]))
+    reached = float(norm([coordinates.pack(at) - coordinates.pack(arrays)]))
+    if reached < wanted / 2:
+        raise ValueError(
+            "rho must be large enough to move parameters in their dtypes, "
+            f"{', '.join(sorted({str(x.dtype) for x in arrays}))}, got {rho!r}, which rounding "
+            f"makes {reached:g}"
+        )
 
 
 def _into_ball(e: Array, rho: float) -> Array:
