@@ -167,8 +167,11 @@ class _Loss:
         arrays = self.arrays()
 
         def product(vectors: Sequence[jax.Array]) -> list[jax.Array]:
-            found = [self._product(arrays, list(vectors), self._fixed, b) for b in self._held]
-            return [sum(parts) / len(found) for parts in zip(*found, strict=True)]
+            total = [jnp.zeros_like(v) for v in vectors]
+            for batch in self._held:
+                found = self._product(arrays, list(vectors), self._fixed, batch)
+                total = [a + b for a, b in zip(total, found, strict=True)]
+            return [a / len(self._held) for a in total]
 
         return product
 

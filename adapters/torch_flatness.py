@@ -208,8 +208,8 @@ class _Loss:
 
     def value(self, arrays: Sequence[Tensor]) -> float:
         with self._bound.at(arrays) as variables, torch.no_grad():
-            losses = [float(self._loss(variables, batch)) for batch in self._held]
-        return sum(losses) / len(losses)
+            losses = [self._loss(variables, batch) for batch in self._held]
+        return sum(map(float, losses)) / len(losses)
 
     def value_and_gradient(
         self, arrays: Sequence[Tensor], batch: int

@@ -152,9 +152,6 @@ def test_random_directions_have_the_norms_of_the_output_units():
         seen.append([p.detach().clone() for p in model.parameters()])
         return model(batch).sum()
 
-    def of_jax(params, batch):
-        return jnp.sum(params["0"]["kernel"][0] ** 2)  # of unit 0 alone, through its axis
-
     model = torch_model()
     torch_flatness.loss_surface(of_torch, model, [torch_batches()[0][0]]).landscape(points=2)
     for name, x, moved in zip(WEIGHTS, list(model.parameters())[::2], seen[1][::2], strict=True):
@@ -347,6 +344,22 @@ def test_jax_promotes_nothing_and_leaves_other_leaves_alone(strict_promotion, si
         trainable=lambda path, leaf: path == "a",
     )
     assert half.eigenvalues().values[0] == pytest.approx(2)
+
+
+def test_jax_holds_the_products_of_one_batch_at_a_time(monkeypatch):
+    surface = jax_flatness.loss_surface(
+        lambda p, b: jnp.sum((p["w"] * b) ** 2), {"w": jnp.ones(997)}, list(np.arange(1.0, 7.0))
+    )
+    product, alive = surface.loss._product, []
+
+    def counted(*args):
+        alive.append(sum(x.shape == (997,) for x in jax.live_arrays()))
+        return product(*args)
+
+    monkeypatch.setattr(surface.loss, "_product", counted)
+    (found,) = surface.loss.hessian_product()([jnp.ones(997)])
+    np.testing.assert_allclose(found, 2 * np.mean(np.arange(1, 7) ** 2))
+    assert alive[2:] == [alive[2]] * 4
 
 
 def surface_of(loss: Any = None, params: Any = None, batches: Any = (0,), **options: Any) -> Any:
