@@ -115,6 +115,14 @@ def test_iteration_stops_at_its_tolerance():
     assert fine.values[0] == pytest.approx(1, abs=1e-14)
 
 
+def test_no_more_products_than_entries():
+    found = eigenvalues(identity, [np.zeros(3)], iterations=10**7, tolerance=0)
+    assert (found.values, found.products) == ([pytest.approx(1)], 2)
+    diagonal = np.asarray([3.0, 2.0, 1.0])
+    found = eigenvalues(lambda v: [diagonal * v[0]], [diagonal], iterations=10**7, tolerance=0)
+    assert found.products == 4
+
+
 def test_a_support_gives_the_spectrum_of_a_submatrix(library):
     matrix = symmetric(INDEFINITE)
     kept = np.asarray([1, 0, 1, 1, 0, 1], bool).reshape(2, 3)

@@ -11,6 +11,7 @@ from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core.backends import Array
+from safe_core.sharpness import norm
 
 from .vectors import Coordinates, Operator, check_seed, dot, operator_on, orthogonalised
 
@@ -41,7 +42,7 @@ class Eigenvalues(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What `trace` found.
+    """What `trace` found, in the unit of `Eigenvalues`.
 
     Attributes
     ----------
@@ -50,6 +51,7 @@ class Trace(NamedTuple):
     standard_error : float
         Its standard deviation, estimated from the samples.
     samples : list of float
+        Estimates from one vector each, what a sketch takes exactly included.
     """
 
     value: float
@@ -89,7 +91,7 @@ def eigenvalues(
     which : {"largest", "smallest", "magnitude"}
         The largest, the smallest or the largest in magnitude first.
     iterations : int
-        At most so many products, and k more for the errors. The basis is kept: one vector in
+        At least k: at most so many products, and k more for the errors. The basis is kept: one vector in
         a wide dtype for each, of the entries on the support.
     tolerance : float
         Stop as soon as each error is at most this share of the largest magnitude found. Of
@@ -133,6 +135,7 @@ def eigenvalues(
     if k > coordinates.size:
         raise ValueError(f"k must be at most the number of entries {coordinates.size}, got {k}")
     hessian = operator_on(coordinates, product)
+    iterations = min(iterations, coordinates.size)
     rounding = _SPANNED * _spacing(coordinates)
     basis = _random_block(coordinates, k, seed)
     # Row i, column j: q_i . H q_j. Basis vectors have a row before they have a column.
@@ -152,10 +155,10 @@ def eigenvalues(
             if np.all(errors <= tolerance * peak):
                 break
     vectors = [_combined(basis, column) for column in mixing.T]
-    residuals = [hessian(y) - value * y for y, value in zip(vectors, values.tolist(), strict=True)]
+    pairs = zip(vectors, values.tolist(), strict=True)
     return Eigenvalues(
         values.tolist(),
-        [math.sqrt(float(dot(r, r))) for r in residuals],
+        [float(norm([hessian(y) - value * y])) for y, value in pairs],
         [coordinates.unpack(y) for y in vectors],
         done + k,
     )
