@@ -297,6 +297,17 @@ def test_a_mapping_is_not_written_to_and_holds_what_else_the_loss_needs():
     assert not named["w"].requires_grad
 
 
+def test_directions_of_ones_own_stay_on_the_support():
+    surface = torch_flatness.loss_surface(
+        lambda p, x: (p["w"] * x).square().sum(),
+        {"w": torch.zeros(2)},
+        [torch.tensor([1.0, 10.0])],
+        support={"w": torch.tensor([True, False])},
+    )
+    line = surface.landscape([{"w": torch.ones(2)}], points=3)
+    np.testing.assert_array_equal(line.values, [1, 0, 1])
+
+
 def test_parameters_are_read_when_something_is_measured():
     model = nn.Linear(1, 1, bias=False)
     surface = torch_flatness.loss_surface(lambda x: model(x).pow(4).sum(), model, [torch.ones(1)])

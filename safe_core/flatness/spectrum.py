@@ -91,8 +91,8 @@ def eigenvalues(
     which : {"largest", "smallest", "magnitude"}
         The largest, the smallest or the largest in magnitude first.
     iterations : int
-        At least k: at most so many products, and k more for the errors. The basis is kept: one vector in
-        a wide dtype for each, of the entries on the support.
+        At least k: at most so many products, and k more for the errors. The basis is kept:
+        one vector in a wide dtype for each, of the entries on the support.
     tolerance : float
         Stop as soon as each error is at most this share of the largest magnitude found. Of
         an eigenvalue apart from the others the true error goes with its square.

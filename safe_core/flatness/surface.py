@@ -12,7 +12,7 @@ from safe_core.layout import Layout
 from .ascent import Sharpness, sharpness
 from .landscape import Landscape, filter_direction, landscape
 from .spectrum import Eigenvalues, Trace, eigenvalues, trace
-from .vectors import Operator
+from .vectors import Coordinates, Operator
 
 __all__ = ["Loss", "LossSurface"]
 
@@ -147,18 +147,19 @@ class LossSurface:
         ----------
         directions : int or list
             1 or 2 random directions from `safe_core.flatness.filter_direction`, or the
-            directions themselves in the structure of the parameters, such as eigenvectors.
+            directions themselves in the structure of the parameters, such as eigenvectors. Of
+            these the part on the support counts.
         radius, points
             Of the grid.
         seed, vectors
             Of random directions. Networks of the same parameters and support meet the same
             normal draws under one seed.
         """
-        arrays = self.loss.arrays()
+        arrays, support = self.loss.arrays(), self.loss.support()
         if isinstance(directions, int):
             if directions not in (1, 2):
                 raise ValueError(f"directions must be 1 or 2, got {directions!r}")
-            layouts, support = self.loss.layouts(), self.loss.support()
+            layouts = self.loss.layouts()
             chosen = [
                 filter_direction(
                     arrays, layouts, seed=seed, index=i, vectors=vectors, support=support
@@ -166,5 +167,6 @@ class LossSurface:
                 for i in range(directions)
             ]
         else:
-            chosen = [self.loss.listed(d) for d in directions]
+            kept = Coordinates.of(arrays, support)
+            chosen = [kept.unpack(kept.pack(self.loss.listed(d), "direction")) for d in directions]
         return landscape(self.loss.value, arrays, chosen, radius=radius, points=points)
