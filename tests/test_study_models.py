@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from safe_core.adapters import jax_weights
 from safe_core.adapters.flax_export import to_torch_names
@@ -138,6 +139,33 @@ def test_conversion_is_undone(name):
         jax.tree.map(np.testing.assert_array_equal, to_torch_names(variables), state)
 
 
+def test_conversion_copies_where_a_transpose_moves_nothing():
+    network = LeNet((1,), classes=1, image=(1, 1, 3))
+    variables = jax.tree.map(jnp.asarray, initial_variables(network, seed=0))
+    state = to_state_dict(network, variables)
+    assert all(x.flags.writeable for x in state.values())
+    again = from_state_dict(network, state)
+    for i in (1, 2):
+        kernel = again["params"][f"dense{i}"]["kernel"]
+        assert not np.shares_memory(kernel, state[f"dense{i}.weight"])
+
+
+def test_shortcuts_take_every_second_pixel_and_zeros_for_new_channels():
+    network = ResNet(8, width=0.25, classes=3, image=(5, 6, 3))
+    variables, x = trained(network), images(network)
+    params, statistics = variables["params"], variables["batch_stats"]["norm"]
+    for name, _, outputs, _ in network.blocks():  # only the way around is left
+        params[name]["norm2"] = {"scale": np.zeros(outputs), "bias": np.zeros(outputs)}
+    windows = sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2))
+    first = np.einsum("nhwcij,ijco->nhwo", windows, params["conv"]["kernel"])
+    first = (first - statistics["mean"]) / np.sqrt(statistics["var"] + 1e-5)
+    first = np.maximum(first * params["norm"]["scale"] + params["norm"]["bias"], 0)
+    kept = first[:, ::4, ::4].mean((1, 2))
+    wanted = kept @ params["dense"]["kernel"][: kept.shape[1]] + params["dense"]["bias"]
+    found = build(network, variables).eval()(channels_first(x)).detach()
+    np.testing.assert_allclose(found, wanted, rtol=1e-10)
+
+
 def test_conversion_names_what_is_wrong():
     network = SMALL["resnet"]
     variables, state = trained(network), to_state_dict(network, trained(network))
@@ -182,7 +210,7 @@ def test_normalisation_is_a_part_of_the_model():
 def test_statistics_of_one_value_are_refused():
     network = SMALL["resnet-projection"]
     x = jnp.zeros((1, 1, 1, 1))
-    with pytest.raises(ValueError, match="at least 2 values in training, got 1"):
+    with pytest.raises(ValueError, match=r"x must have at least 2 values .* in training, got 1"):
         Network(network).apply(trained(network), x, train=True, mutable=["batch_stats"])
 
 

@@ -56,7 +56,9 @@ class BatchNorm(nn.Module):
         if train:
             axes, count = tuple(range(x.ndim - 1)), x.size // channels
             if count < 2:
-                raise ValueError(f"a channel must have at least 2 values in training, got {count}")
+                raise ValueError(
+                    f"x must have at least 2 values of each channel in training, got {count}"
+                )
             mean, var = wide.mean(axes), wide.var(axes)
             if not self.is_initializing():
                 unbiased = var * (count / (count - 1))

@@ -84,6 +84,7 @@ def to_state_dict(architecture: Architecture, variables: Mapping[str, Any]) -> d
     Returns
     -------
     dict of str to numpy.ndarray
+        Copies, laid out in rows.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def from_state_dict(architecture: Architecture, state: Mapping[str, Any]) -> Var
     Returns
     -------
     dict
-        Nested, of NumPy arrays.
+        Nested, of NumPy arrays, which are copies.
 
     Raises
     ------
@@ -167,22 +168,22 @@ def _to_torch(layer: Layer, key: str, x: Array) -> Array:
     if key != "kernel":
         return x.copy()
     if isinstance(layer, Conv):
-        return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
+        return np.array(x.transpose(3, 2, 0, 1), order="C")
     if isinstance(layer, Dense) and layer.image is not None:  # to channels, height, width
         x = x.reshape(*layer.image, -1).transpose(2, 0, 1, 3).reshape(x.shape)
-    return np.ascontiguousarray(x.T)
+    return np.array(x.T, order="C")
 
 
 def _to_flax(layer: Layer, key: str, x: Array) -> Array:
     if key != "kernel":
         return x.copy()
     if isinstance(layer, Conv):
-        return np.ascontiguousarray(x.transpose(2, 3, 1, 0))
+        return np.array(x.transpose(2, 3, 1, 0), order="C")
     x = x.T
     if isinstance(layer, Dense) and layer.image is not None:
         height, width, channels = layer.image
         x = x.reshape(channels, height, width, -1).transpose(1, 2, 0, 3).reshape(x.shape)
-    return np.ascontiguousarray(x)
+    return np.array(x, order="C")
 
 
 def _torch_name(name: str, key: str) -> str:
