@@ -106,7 +106,7 @@ def test_parameters_and_their_gradients_are_left_alone():
     model = torch.nn.Sequential(torch.nn.Linear(6, 2), torch.nn.BatchNorm1d(2))
     inputs, labels = torch.from_numpy(INPUTS).float(), torch.from_numpy(LABELS)
     fool = torch_attacks.attacker(model, PGD("linf", 0.1))
-    with pytest.raises(ValueError, match="model must be in evaluation mode"):
+    with pytest.raises(ValueError, match="logits_fn must be in evaluation mode"):
         fool(inputs, labels)
     model.eval()
     with torch.no_grad():

@@ -26,7 +26,8 @@ def attacker(
 ) -> Callable[..., jax.Array]:
     """Return ``(inputs, labels, seed=0, *args) -> adversarial inputs`` against a model.
 
-    Compiled once for each shape of the inputs: keep the attacker over batches.
+    Compiled once for each shape of the inputs: keep the attacker over batches. The seed draws
+    a start for each input of a call by itself: give every batch its own.
 
     Parameters
     ----------

@@ -27,7 +27,8 @@ def attacker(
 ) -> Callable[..., Tensor]:
     """Return ``(inputs, labels, seed=0, *args) -> adversarial inputs`` against a model.
 
-    Gradients are taken by the inputs alone: those of parameters stay as they are.
+    Gradients are taken by the inputs alone: those of parameters stay as they are. The seed
+    draws a start for each input of a call by itself: give every batch its own.
 
     Parameters
     ----------
@@ -61,7 +62,7 @@ def attacker(
 
     def attacked(inputs: Tensor, labels: Tensor, seed: int = 0, *args: Any) -> Tensor:
         if isinstance(logits_fn, nn.Module) and any(m.training for m in logits_fn.modules()):
-            raise ValueError("the model must be in evaluation mode, got one in training mode")
+            raise ValueError("logits_fn must be in evaluation mode, got a model in training mode")
         origin = inputs.detach()
         check_inputs(attack, float(origin.min()), float(origin.max()))
         x = origin + torch.as_tensor(start(attack, tuple(origin.shape), seed)).to(origin)
