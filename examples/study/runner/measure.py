@@ -131,8 +131,9 @@ def _corrupted(evaluation: Evaluation, plan: Plan, subject: Subject, severity: i
 def _attacked(attack: Attack, plan: Plan, subject: Subject) -> float:
     pgd = PGD(attack.norm, attack.radius, attack.steps)
     right = 0
-    for images, labels in _parts(*plan.data.test):
-        moved = subject.attacked(pgd, images, labels, plan.seed)
+    for part, (images, labels) in enumerate(_parts(*plan.data.test)):
+        # Starts of their own for each part, and for each seed of a study.
+        moved = subject.attacked(pgd, images, labels, plan.seed + part * 2**20)
         right += int(np.sum(subject.logits(moved).argmax(1) == labels))
     return 100 * right / len(plan.data.test.labels)
 
