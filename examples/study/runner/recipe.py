@@ -265,7 +265,7 @@ class Recipe:
         """Of what runs of a method at a sparsity depend on: not of others, reports and folders."""
         entry = self.entry(label)
         method = entry.method.identity() if isinstance(entry.method, Own) else entry.method
-        content = {
+        content: dict[str, Any] = {
             "data": asdict(self.data),
             "model": asdict(self.model),
             "training": asdict(self.training_of(label)),
