@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,9 +22,9 @@ SUFFIX = "-digits"
 # Figures that say what a table does not.
 FIGURES = {
     "figure-1-digits": ("landscape_pytorch", "weights_pytorch"),
-    "figure-3-digits": ("accuracy_pytorch",),
+    "figure-3-digits": ("accuracy_by_penalty_pytorch",),
     "figure-4-digits": ("history_accuracy_0.95_pytorch", "history_distance_0.95_pytorch"),
-    "figure-5-digits": ("accuracy_pytorch",),
+    "figure-5-digits": ("accuracy_by_dual_update_interval_pytorch",),
     "table-7-digits": ("accuracy_pytorch",),
 }
 
@@ -37,16 +38,18 @@ def recipes() -> list[str]:
 
 
 def section(name: str, folder: Path) -> str:
-    """What came of one study, beside what the paper has of it."""
+    """What came of one study in PyTorch, how near JAX is, and what the paper has of it."""
     recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
     planned = cells(recipe)
     results = read_results(folder / RESULTS, recipe)
     minutes = sum(r["seconds"] for r in results.values()) / 60
+    shown = replace(recipe, frameworks=("torch",))
+    in_torch = {cell: r for cell, r in results.items() if cell.framework == "torch"}
     parts = [
-        f"## {recipe.title}",
+        f"### {recipe.title}",
         f"`safe-core study {name}`: {len(results)} of {len(planned)} runs, {minutes:.0f} minutes "
-        "of training on one core.",
-        *map(as_markdown, tables(recipe, results)),
+        "of training in all.",
+        *map(as_markdown, tables(shown, in_torch)),
     ]
     agreed = agreement(recipe, results)
     parts += [agreed.sentence()] if agreed else []
