@@ -77,6 +77,8 @@ class Reconstruction:
                 f"method must be a safe_core.Method or None, got {_checks.shown(self.method)}"
             )
         _checks.real("learning_rate", self.learning_rate, low=0.0)
+        if not isinstance(self.betas, tuple | list):
+            raise TypeError(f"betas must be a pair of numbers, got {_checks.shown(self.betas)}")
         if len(self.betas) != 2 or not all(0 <= _checks.real("betas", b) < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
         _checks.integer("epochs", self.epochs, low=1)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from safe_core.reconstruction import batches_at_random, batches_in_order, block_pattern
+from safe_core.reconstruction import (
+    Reconstruction,
+    batches_at_random,
+    batches_in_order,
+    block_pattern,
+)
 from safe_core.sparsity import Unstructured
 
 GROUPS = [[0, 2, 4, 6, 8], [1, 3, 5]]
@@ -37,3 +44,11 @@ def test_a_pattern_over_several_blocks_is_refused() -> None:
     assert block_pattern(0.5) == Unstructured(0.5, scope="tensor")
     with pytest.raises(ValueError, match=r"sparsity must not compare .* got Unstructured"):
         block_pattern(Unstructured(0.5, scope="global"))
+
+
+@pytest.mark.parametrize(
+    ("betas", "error"), [(0.9, TypeError), ((0.9,), ValueError), ((0.9, 1.0), ValueError)]
+)
+def test_betas_are_a_pair_below_one(betas: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"betas must be .* got"):
+        Reconstruction(betas=betas)
