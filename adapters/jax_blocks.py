@@ -152,8 +152,8 @@ def reconstruct(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, inputs and targets differ in their samples, or a
-        loss is not finite.
+        If an argument is not of its kind, targets differ in shape from what ``apply_fn``
+        returns, or a loss is not finite.
 
     References
     ----------
@@ -185,10 +185,13 @@ def reconstruct(
     inputs = jax.tree.map(jnp.asarray, inputs)
     if targets is None:
         targets = _in_batches(jax.jit(apply_fn), params, inputs, recipe.batch_size)
-    elif _samples(targets) != samples:
-        raise ValueError(
-            f"targets must have {samples} samples, as inputs do, got shape {jnp.shape(targets)}"
-        )
+    else:
+        output = jax.eval_shape(apply_fn, params, inputs)
+        if jnp.shape(targets) != output.shape:
+            raise ValueError(
+                f"targets must have shape {output.shape}, as what apply_fn returns, got "
+                f"{jnp.shape(targets)}"
+            )
     pattern = as_pattern(sparsity, scope="tensor")
     training = _Training(apply_fn, recipe, pattern, samples, where, layout)
     return training(params, inputs, targets, importance, seed=seed, block=0)
@@ -272,8 +275,8 @@ def prune_blocks(
     [0.5, 0.5, 0.5]
     """
     pattern = block_pattern(sparsity)
-    if not callable(solver) and not isinstance(solver, Reconstruction):
-        raise TypeError(f"solver must be a Reconstruction or a function, got {solver!r}")
+    if not isinstance(solver, Reconstruction):
+        _check_solver(solver, "a Reconstruction or a function such as ALPS()")
     for name, value in (("targets", targets), ("propagate", propagate)):
         _checks.choice(name, value, ("pruned", "dense"))
     _checks.integer("batch_size", batch_size, low=1)
@@ -291,11 +294,11 @@ def prune_blocks(
     for i, block in enumerate(chain):
         started = time.monotonic()
         target = solve.outputs(block, block.params, given(hidden if beside is None else beside))
+        _check_finite(i, jnp.isfinite(target).all())
         found = solve(i, block, given(hidden), target)
         output = solve.outputs(block, found, given(hidden))
         loss, size = (float(x) for x in _error(output, target))
-        if not np.isfinite(loss):
-            raise ValueError(f"inputs must lead to finite activations, got others behind block {i}")
+        _check_finite(i, np.isfinite(loss))
         zeros = _sparsity(found, where, layout)
         seconds = time.monotonic() - started
         pruned.append(PrunedBlock(found, loss, loss / size if size else 0.0, zeros, seconds))
@@ -348,6 +351,7 @@ def prune_layers(
     >>> (pruned["kernel"] != 0).sum(0).tolist()
     [4, 4, 4, 4]
     """
+    _check_solver(solver, "a function such as ALPS()")
     tree = SparseTree.read(params, where, layout, False)
     pattern = as_pattern(sparsity, scope="tensor")
     pruned = []
@@ -499,6 +503,16 @@ class _BlockSolver:
     def _jitted(self, fn: Any) -> Any:
         """One compiled function for all that are equal."""
         return self._compiled.setdefault(fn, jax.jit(fn))
+
+
+def _check_solver(solver: Any, kinds: str) -> None:
+    if isinstance(solver, type) or not callable(solver):
+        raise TypeError(f"solver must be {kinds}, got {solver!r}")
+
+
+def _check_finite(i: int, finite: Any) -> None:
+    if not finite:
+        raise ValueError(f"inputs must lead to finite activations, got others behind block {i}")
 
 
 def _checked(i: int, block: Any, watched: bool) -> Block:

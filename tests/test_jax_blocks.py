@@ -176,6 +176,8 @@ def test_layers_are_pruned_by_a_solver() -> None:
     pruned = prune_layers(params, grams, Wanda(), "2:4")
     assert set(zeros(pruned).values()) == {0.5}
     assert error(pruned) < error(prune_layers(params, grams, Magnitude(), "2:4"))
+    with pytest.raises(TypeError, match=r"solver must be a function such as ALPS\(\), got <class"):
+        prune_layers(params, grams, Wanda, "2:4")
     missing = {name: gram for name, gram in grams.items() if "1" not in name}
     with pytest.raises(ValueError, match=r"grams must hold one for Dense_1/kernel, got Dense_0"):
         prune_layers(params, missing, Wanda(), "2:4")
@@ -312,14 +314,18 @@ def test_a_layer_that_was_never_active_is_pruned_by_magnitude() -> None:
         ({"blocks": [chain()[0][:2]]}, ValueError, "grams must be given .* None in block 0"),
         ({"blocks": [(lambda p, x: x.sum(), {}, gram)]}, ValueError, "apply_fn must return an"),
         ({"solver": 3}, TypeError, "solver must be a Reconstruction or a function"),
+        ({"solver": Wanda}, TypeError, "solver must be a Reconstruction .* got <class"),
         ({"targets": "sparse"}, ValueError, "targets must be one of"),
         ({"propagate": None}, ValueError, "propagate must be one of"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"seed": -1}, ValueError, "seed"),
         (
-            {"inputs": np.full((10, 5, 8), np.inf, np.float32)},
+            {
+                "inputs": np.full((10, 5, 8), np.nan, np.float32),
+                "solver": Reconstruction(epochs=1),
+            },
             ValueError,
-            "inputs must lead to finite activations",
+            "inputs must lead to finite activations, got others behind block 0",
         ),
         ({"sparsity": safe_core.Unstructured(0.5)}, ValueError, "sparsity must not compare"),
     ],
@@ -352,7 +358,11 @@ def test_targets_may_be_given() -> None:
     [
         ({"recipe": Reconstruction(importance="wanda")}, ValueError, "importance must be given"),
         ({"recipe": 3}, TypeError, "recipe must be a Reconstruction"),
-        ({"targets": jnp.ones((3, 5, 8))}, ValueError, "targets must have 10 samples"),
+        (
+            {"targets": jnp.ones((10, 1, 8))},  # which would be broadcast
+            ValueError,
+            r"targets must have shape \(10, 5, 8\), .* got \(10, 1, 8\)",
+        ),
         ({"inputs": jnp.ones(())}, ValueError, "inputs must be arrays with the same number"),
         ({"apply_fn": None}, TypeError, "apply_fn must be a function"),
         ({"seed": -1}, ValueError, "seed"),
