@@ -255,6 +255,8 @@ def main() -> None:
     if options.study == "table":
         TABLE.write_text(tables(lines(options.results), list(METHODS), machine()))
         return
+    if options.study in STUDIES and options.model is None:
+        parser.error(f"--model must name the folder of the model for {options.study}")
     if options.study == "growth":
         runs = _growth_runs(options)
     else:
@@ -269,10 +271,15 @@ def main() -> None:
 STUDIES: dict[str, Callable[[Path], Any]] = {"llama": Llama, "encoder": Encoder}
 
 
+def _done(options: argparse.Namespace, *beside: str) -> set[tuple[Any, ...]]:
+    """The runs that the results hold, by the fields of a cell and others beside them."""
+    keys = (*Cell.__dataclass_fields__, *beside)
+    return {tuple(line.get(key) for key in keys) for line in lines(options.results)}
+
+
 def _study_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     study = STUDIES[options.study](options.model)
-    keys = Cell.__dataclass_fields__
-    done = {tuple(line[key] for key in keys) for line in lines(options.results)}
+    done = _done(options)
     for cell in cells(options):
         if tuple(asdict(cell).values()) not in done:
             yield run(study, cell, options.device)
@@ -280,19 +287,23 @@ def _study_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _first_block_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     study, sizes = STUDIES[options.study](options.model), (options.samples, options.length)
+    done = _done(options, "penalty")
     for rate in RATES:
         cell = Cell(
             f"{options.study}, first block", f"rate {rate:g}", "0.5", 0, *sizes, options.epochs
         )
         for penalty in PENALTIES:
-            yield first_block(study, cell, rate, penalty, options.device)
+            if (*asdict(cell).values(), penalty) not in done:
+                yield first_block(study, cell, rate, penalty, options.device)
 
 
 def _growth_runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    sizes, done = (options.samples, options.length, options.epochs), _done(options, "hidden")
     for hidden in options.hidden:
         for method in options.methods:
-            sizes = (options.samples, options.length, options.epochs)
-            yield growth(Cell("growth", method, "0.5", 0, *sizes), hidden, options.device)
+            cell = Cell("growth", method, "0.5", 0, *sizes)
+            if (*asdict(cell).values(), hidden) not in done:
+                yield growth(cell, hidden, options.device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +96,30 @@ def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
     assert "| ours | **3 ± 1** | **1 ± 0** | **4 ± 1** |" in text  # blocks and their sum
     with pytest.raises(ValueError, match="one setting for llama"):
         pruning_tables.tables([dense | {"epochs": 3}, *found], ["ours"], {})
+
+
+@pytest.mark.parametrize("study", ["growth", "first block"])
+def test_a_run_of_pruning_that_has_results_is_left_out(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import transformers as pruning
+
+    def ran(cell: Any, *given: Any) -> dict[str, Any]:
+        return {**asdict(cell), "hidden": given[0]}
+
+    def ran_block(of: Any, cell: Any, rate: float, penalty: float, device: str) -> dict[str, Any]:
+        return {**asdict(cell), "penalty": penalty}
+
+    monkeypatch.setattr(pruning, "growth", ran)
+    monkeypatch.setattr(pruning, "first_block", ran_block)
+    options = Namespace(study="llama", samples=8, length=4, epochs=2, device="cpu", model=tmp_path)
+    options.hidden, options.methods = [64, 128], ["ALPS", "SAFE"]
+    options.results = tmp_path / "results.jsonl"
+    runs = pruning._growth_runs if study == "growth" else pruning._first_block_runs
+    found = list(runs(options))
+    assert len(found) == {"growth": 2 * 2, "first block": 2 * 3}[study]
+    options.results.write_text("".join(json.dumps(line) + "\n" for line in found[1:]))
+    assert list(runs(options)) == found[:1]
 
 
 @pytest.mark.long
