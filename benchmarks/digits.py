@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safe_core.study.runner import parse_recipe, read_recipe, run_study, write_report
 from safe_core.study.runner.cells import cells, read_results
-from safe_core.study.runner.recipe import Recipe
+from safe_core.study.runner.recipe import RECIPE, Recipe
 from safe_core.study.runner.report import as_markdown
-from safe_core.study.runner.run import RECIPE, RESULTS
+from safe_core.study.runner.run import RESULTS
 from safe_core.study.runner.statistics import agreement, tables
 
 from .report import machine, machine_table
@@ -47,7 +47,7 @@ def section(name: str, folder: Path) -> str:
     in_torch = {cell: r for cell, r in results.items() if cell.framework == "torch"}
     parts = [
         f"### {recipe.title}",
-        f"`safe-core study {name}`: {len(results)} of {len(planned)} runs, {minutes:.0f} minutes "
+        f"`safe-core study {name}`: {len(results)} of {len(planned)} runs, {minutes:.0f} min "
         "of training in all.",
         *map(as_markdown, tables(shown, in_torch)),
     ]
