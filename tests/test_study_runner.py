@@ -7,6 +7,7 @@ import pickle
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
@@ -34,7 +35,8 @@ from safe_core.study.runner.measure import measure
 from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import Plan, plan
 from safe_core.study.runner.progress import StudyBar
-from safe_core.study.runner.statistics import agreement
+from safe_core.study.runner.statistics import agreement, tables
+from safe_core.study.runner.train import run_cell
 from safe_core.study.runner.training import Training
 
 TINY = """
@@ -148,6 +150,31 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
     labels = {entry.label for entry in recipe.methods}
     measured_elsewhere = {"PBW", "MLPrune", "LTH"}
     assert {quote.method for quote in recipe.quoted} <= labels | measured_elsewhere
+
+
+@pytest.mark.parametrize("name", ["table-3", "table-7", "table-8", "figure-1", "figure-4"])
+def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
+    """As they are, but for a narrow network that sees one batch an epoch."""
+    whole = read_recipe(files("safe_core.study") / "recipes" / f"{name}-digits.toml")
+    recipe = replace(
+        whole,
+        data=replace(whole.data, train_images=64),
+        model=replace(whole.model, width=0.1),
+        evaluation=replace(whole.evaluation, flatness_images=64),
+        sparsities=whole.sparsities[-1:],
+        seeds=(0,),
+        frameworks=("torch",),
+    )
+    results = {cell: run_cell(recipe, cell) for cell in cells(recipe)}
+    assert len(results) == len(recipe.methods)
+    for cell, found in results.items():
+        assert set(recipe.evaluation.metrics()) <= found.keys()
+        wanted = int(Fraction(str(cell.sparsity or 0)) * found["weights"])
+        assert (cell.method, found["zeros"]) == (cell.method, wanted)
+    (caption,) = {table.caption.split(":")[0] for table in tables(recipe, results)}
+    assert caption == recipe.title
+    drawn = {path.stem.split("_")[0] for path in figures.draw(recipe, results, tmp_path)}
+    assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
 
 
 def test_methods_are_built_with_their_schedules() -> None:
