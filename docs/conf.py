@@ -18,6 +18,7 @@ exclude_patterns = [
     "_build",
     "benchmarks_table.md",
     "demo_table.md",
+    "digits_tables.md",
     "jax/setup.md",
     "pytorch/setup.md",
     "savings_table.md",
