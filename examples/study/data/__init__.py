@@ -13,6 +13,7 @@ Nothing is downloaded. Images are of shape (n, height, width, channels) and of t
 from .batches import augmented, batches, channels_first
 from .cifar_c import CORRUPTIONS, load_cifar_10_c
 from .datasets import Dataset, Normalisation, Split, load
+from .splits import pixels
 
 __all__ = [
     "CORRUPTIONS",
@@ -24,4 +25,5 @@ __all__ = [
     "channels_first",
     "load",
     "load_cifar_10_c",
+    "pixels",
 ]

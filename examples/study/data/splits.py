@@ -7,10 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Dataset", "Images", "Labels", "Normalisation", "Split", "checked"]
+__all__ = ["Dataset", "Images", "Labels", "Normalisation", "Split", "checked", "pixels"]
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+
+
+def pixels(images: Images) -> NDArray[np.float32]:
+    """Bytes as float32 from 0 to 1.
+
+    Examples
+    --------
+    >>> pixels(np.asarray([0, 255], np.uint8)).tolist()
+    [0.0, 1.0]
+    """
+    return images.astype(np.float32) / np.float32(255)
 
 
 class Split(NamedTuple):
@@ -46,9 +57,8 @@ class Normalisation(NamedTuple):
 
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """Return ``(images / 255 - mean) / std`` in float32."""
-        pixels = images.astype(np.float32) / np.float32(255)
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return np.divide(pixels - mean, std, dtype=np.float32)
+        return np.divide(pixels(images) - mean, std, dtype=np.float32)
 
 
 class Dataset(NamedTuple):

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_core.study.data import CORRUPTIONS as CIFAR_CORRUPTIONS
-from safe_core.study.data import Split, load_cifar_10_c
+from safe_core.study.data import Split, load_cifar_10_c, pixels
 from safe_core.study.models import Variables
 from safe_core.study.robustness import CORRUPTIONS, PGD, corrupt
 
-from .plan import Plan, Subject, pixels
+from .plan import Plan, Subject
 from .recipe import Attack, Evaluation
 
 __all__ = ["accuracy", "constraint_distance", "is_finite", "measure", "zeros"]

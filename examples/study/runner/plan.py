@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safe_core import Method
-from safe_core.study.data import Dataset, Normalisation, Split, batches, load
+from safe_core.study.data import Dataset, Normalisation, Split, batches, load, pixels
 from safe_core.study.models import Architecture, Variables, architecture, initial_variables
 from safe_core.study.noise import symmetric_label_noise
 
@@ -20,7 +20,7 @@ from .cells import Cell
 from .recipe import Recipe
 from .training import Training
 
-__all__ = ["Learner", "Plan", "Subject", "pixels", "plan"]
+__all__ = ["Learner", "Plan", "Subject", "plan"]
 
 # The streams of a seed; the order of the images is that of `safe_core.study.data.batches`.
 _WEIGHTS, _NOISE = 1, 2
@@ -109,17 +109,6 @@ class Subject(Protocol):
 
     def attacked(self, attack: Any, images: Any, labels: Any, seed: int) -> Any:
         """Adversarial images, in NumPy."""
-
-
-def pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Bytes as float32 from 0 to 1.
-
-    Examples
-    --------
-    >>> pixels(np.asarray([0, 255], np.uint8)).tolist()
-    [0.0, 1.0]
-    """
-    return images.astype(np.float32) / np.float32(255)
 
 
 def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
