@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from safe_core.study.runner import parse_recipe, read_recipe, run_study, write_report
-from safe_core.study.runner.cells import cells, read_results
-from safe_core.study.runner.recipe import RECIPE, Recipe
+from safe_core.study.runner import (
+    Cell,
+    Recipe,
+    parse_recipe,
+    read_recipe,
+    run_study,
+    write_report,
+)
 from safe_core.study.runner.report import as_markdown
-from safe_core.study.runner.run import RESULTS
 from safe_core.study.runner.statistics import agreement, tables
 
 from .report import machine, machine_table
@@ -37,18 +43,14 @@ def recipes() -> list[str]:
     return sorted(mine, key=lambda name: (name.split("-")[0], int(name.split("-")[1])))
 
 
-def section(name: str, folder: Path) -> str:
+def section(name: str, recipe: Recipe, results: Mapping[Cell, Any]) -> str:
     """What came of one study in PyTorch, how near JAX is, and what the paper has of it."""
-    recipe = parse_recipe((folder / RECIPE).read_text(encoding="utf-8"))
-    planned = cells(recipe)
-    results = read_results(folder / RESULTS, recipe)
     minutes = sum(r["seconds"] for r in results.values()) / 60
     shown = replace(recipe, frameworks=("torch",))
     in_torch = {cell: r for cell, r in results.items() if cell.framework == "torch"}
     parts = [
         f"### {recipe.title}",
-        f"`safe-core study {name}`: {len(results)} of {len(planned)} runs, {minutes:.0f} min "
-        "of training in all.",
+        f"`safe-core study {name}`: {len(results)} runs, {minutes:.0f} min of training in all.",
         *map(as_markdown, tables(shown, in_torch)),
     ]
     agreed = agreement(recipe, results)
@@ -78,13 +80,13 @@ def main() -> None:
     for name in recipes():
         folder = options.results / name
         source = (files("safe_core.study") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-        run_study(source, folder, jobs=options.jobs)
+        results = run_study(source, folder, jobs=options.jobs)
         write_report(folder)
         for figure in FIGURES.get(name, ()):
             target = ROOT / "docs" / "_static" / "digits" / f"{name}-{figure}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / f"{figure}.png", target)
-        sections.append(section(name, folder))
+        sections.append(section(name, parse_recipe(source), results))
     head = "\n".join(machine_table(machine()))
     (ROOT / "docs" / "digits_tables.md").write_text("\n\n".join([head, *sections]) + "\n")
 
