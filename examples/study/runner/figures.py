@@ -18,7 +18,7 @@ from safe_core.flatness.figures import plot_contours, save
 from .cells import Cell
 from .methods import Entry
 from .recipe import Recipe
-from .statistics import FRAMEWORKS, LOWER_IS_BETTER, NAMES, mean_and_error
+from .statistics import FRAMEWORKS, LOWER_IS_BETTER, NAMES, mean_and_error, percent
 from .tables import sparsity_key
 
 __all__ = ["draw"]
@@ -107,7 +107,7 @@ def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Fi
             color=f"C{i % 10}" if method in labels else "0.5", marker=_MARKERS[i % 8],
             markersize=4, markerfacecolor="none", linewidth=1.2,
         )  # fmt: skip
-    axes.set_xticks(list(places.values()), [_percent(s) for s in places])
+    axes.set_xticks(list(places.values()), [percent(s) for s in places])
     _scale(axes, metric)
     _legend(figure, axes)
     return figure
@@ -127,7 +127,7 @@ def _by_swept(
         own = [entry for entry in entries if entry.family == family]
         x = [places[values.index(str(entry.swept[1]))] for entry in own if entry.swept]
         found = [_statistics(results, entry.label, sparsity, metric) for entry in own]
-        name = f"{family}, {_percent(sparsity)}" if len(families) > 1 else _percent(sparsity)
+        name = f"{family}, {percent(sparsity)}" if len(families) > 1 else percent(sparsity)
         _errorbar(axes, x, found, i, name)
     if places != list(range(len(places))):
         axes.set_xscale("log")
@@ -266,10 +266,6 @@ def _quoted(
             points = {s: means[s] for s in recipe.sparsities if s in means}
             found.setdefault(quote.method, {}).update(points)
     return {method: points for method, points in found.items() if points}
-
-
-def _percent(sparsity: Any) -> str:
-    return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:g}%"
 
 
 def _tail(recipe: Recipe, framework: str, noise: float) -> str:

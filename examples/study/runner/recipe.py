@@ -253,6 +253,11 @@ class Recipe:
             for s in self.sparsities:
                 entry.build(s, epochs=epochs, steps_per_epoch=_STEPS, seed=0)
 
+    @property
+    def dense(self) -> frozenset[str]:
+        """The labels of methods that prune nothing."""
+        return frozenset(entry.label for entry in self.methods if entry.is_dense)
+
     def entry(self, label: str) -> Entry:
         """The method of a label."""
         return next(entry for entry in self.methods if entry.label == label)

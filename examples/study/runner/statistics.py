@@ -12,7 +12,7 @@ from .cells import Cell
 from .recipe import AXES, Recipe
 from .tables import sparsity_key
 
-__all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "tables"]
+__all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "percent", "tables"]
 
 Place = tuple[Any, ...]  # along AXES
 LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
@@ -170,11 +170,10 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
     ['admm at 90%']
     """
     means = _means(recipe, results, ("accuracy",))
-    dense = {entry.label for entry in recipe.methods if entry.is_dense}
     compared, largest, apart = 0, 0.0, []
     for (method, sparsity, noise, framework, _), ours in means.items():
         theirs = means.get((method, sparsity, noise, "jax", "accuracy"))
-        repeated = method in dense and sparsity != recipe.sparsities[0]
+        repeated = method in recipe.dense and sparsity != recipe.sparsities[0]
         if framework != "torch" or theirs is None or repeated:
             continue
         compared += 1
@@ -185,7 +184,7 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
         # Not a number where all seeds of one diverged; of both that is agreement.
         alike = math.isnan(ours.mean) and math.isnan(theirs.mean)
         if not (difference <= max(1.0, 3 * errors) or alike):
-            where = [method if method in dense else f"{method} at {_shown('sparsity', sparsity)}"]
+            where = [method if method in recipe.dense else f"{method} at {percent(sparsity)}"]
             where += [_shown("noise", noise)] if _tells(recipe, AXES.index("noise"), noise) else []
             apart.append(", ".join(where))
     return Agreement(compared, largest, apart) if compared else None
@@ -234,10 +233,9 @@ def _means(
     recipe: Recipe, results: Mapping[Cell, Any], metrics: Sequence[str]
 ) -> dict[Place, Entry]:
     """Entries over all seeds; a dense network stands under every sparsity."""
-    dense = {entry.label for entry in recipe.methods if entry.is_dense}
     values: dict[Place, list[float | None]] = {}
     for cell, result in results.items():
-        targets = recipe.sparsities if cell.method in dense else (cell.sparsity,)
+        targets = recipe.sparsities if cell.method in recipe.dense else (cell.sparsity,)
         for metric, sparsity in itertools.product(metrics, targets):
             place = (cell.method, sparsity, cell.noise, cell.framework, metric)
             values.setdefault(place, []).append(result.get(metric))
@@ -251,10 +249,9 @@ def _means(
 
 def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
     """Mark the best and the second best method of each comparison; equal means share a rank."""
-    dense = {entry.label for entry in recipe.methods if entry.is_dense}
     ranked = dict(found)
     for rest in dict.fromkeys(place[1:] for place in found):
-        group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in dense}
+        group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in recipe.dense}
         sign = 1 if rest[-1] in LOWER_IS_BETTER else -1
         means = sorted({sign * round(e.mean, 9) for e in group.values() if not math.isnan(e.mean)})
         if len(group) < 2:
@@ -359,9 +356,20 @@ def _tells(recipe: Recipe, axis: int, value: Any) -> bool:
     return not alone.get(AXES[axis], False)
 
 
+def percent(sparsity: Any) -> str:
+    """A sparsity as tables and figures show it.
+
+    Examples
+    --------
+    >>> percent(0.995), percent("2:4")
+    ('99.5%', '2:4')
+    """
+    return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:g}%"
+
+
 def _shown(axis: str, value: Any) -> str:
     if axis == "sparsity":
-        return value if isinstance(value, str) else f"{100 * value:g}%"
+        return percent(value)
     if axis == "noise":
         return f"{100 * value:g}% label noise"
     if axis == "framework":
