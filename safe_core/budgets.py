@@ -152,10 +152,8 @@ def _by_rule(
 def _sizes(shape: Shape, layout: Layout | None) -> tuple[Shape, int]:
     """The lengths of the axes, those of one role as one, and how many are stacked."""
     roles = layout or Layout()
-    merged = [math.prod(shape[a] for a in axes) for axes in (roles.output_axes, roles.input_axes)]
+    named = [axes for axes in (roles.output_axes, roles.input_axes) if axes]
     used = {*roles.output_axes, *roles.input_axes, *roles.batch_axes}
     window = [n for axis, n in enumerate(shape) if axis not in used]
-    named = [
-        n for n, axes in zip(merged, (roles.output_axes, roles.input_axes), strict=True) if axes
-    ]
-    return (*named, *window), math.prod(shape[axis] for axis in roles.batch_axes)
+    merged = [math.prod(shape[axis] for axis in axes) for axes in named]
+    return (*merged, *window), math.prod(shape[axis] for axis in roles.batch_axes)
