@@ -99,6 +99,11 @@ def test_axes_of_one_role_count_as_one_and_stacked_tensors_each() -> None:
         Unstructured(0.75, "tensor", ERK), [(6, 2, 4), (3, 6, 8)], [heads, stacked], ["a", "b"]
     )
     assert found == [(Fraction(3, 4),)] * 2
+    uneven = layer_fractions(
+        Unstructured(0.75, "tensor", ERK), [(6, 2, 4), (3, 10, 20)], [heads, stacked], ["a", "b"]
+    )
+    zeros = erdos_renyi_kernel([(8, 6), *[(20, 10)] * 3], 486)
+    assert uneven == [(Fraction(zeros[0], 48),), (Fraction(sum(zeros[1:]), 600),)]
 
 
 def test_every_row_has_the_fraction_of_its_tensor() -> None:
