@@ -39,9 +39,9 @@ class Unstructured:
         What each tensor has, where tensors do not compete. None: ``sparsity`` each.
         "erdos_renyi_kernel": densities in proportion to the sum of a tensor's axes by
         their product, such that all have ``sparsity`` together, exactly but for rounding
-        down in each row or stacked tensor, see `safe_core.budgets.erdos_renyi_kernel`. A mapping: the sparsity of tensors by their
-        names, as in reports, and ``sparsity`` for the rest; where ``sparsity`` changes over
-        time, these change in proportion.
+        down in each row or stacked tensor, see `safe_core.budgets.erdos_renyi_kernel`.
+        A mapping: the sparsity of tensors by their names, as in reports, and ``sparsity``
+        for the rest; where ``sparsity`` changes over time, these change in proportion.
 
     Raises
     ------
