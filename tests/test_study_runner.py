@@ -22,6 +22,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 import safe_core.study.runner.figures as figures
+import safe_core.study.runner.measure as measuring
 import safe_core.study.runner.run as runner
 from safe_core import NM, Unstructured, schedules
 from safe_core.adapters.command_line.app import app
@@ -35,6 +36,7 @@ from safe_core.study.runner.measure import measure
 from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import Plan, plan
 from safe_core.study.runner.progress import StudyBar
+from safe_core.study.runner.recipe import Attack
 from safe_core.study.runner.statistics import agreement, tables
 from safe_core.study.runner.train import run_cell
 from safe_core.study.runner.training import Training
@@ -175,6 +177,26 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     assert caption == recipe.title
     drawn = {path.stem.split("_")[0] for path in figures.draw(recipe, results, tmp_path)}
     assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
+
+
+def test_every_part_is_attacked_from_a_start_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    class Fooled:
+        def attacked(self, attack: Any, images: Any, labels: Any, seed: int) -> Any:
+            starts.append(seed)
+            return images
+
+        def logits(self, images: Any) -> Any:
+            return np.eye(10)[np.zeros(len(images), int)]
+
+    recipe = parse_recipe(TINY)
+    made = plan(recipe, cells(recipe)[0])
+    monkeypatch.setattr(measuring, "_BATCH", 200)
+    found = measuring._attacked(Attack("linf", 0.1), made, Fooled())
+    assert found == 100 * float(np.mean(made.data.test.labels == 0))
+    assert starts[0] == made.seed
+    assert len(set(starts)) == 3
 
 
 def test_methods_are_built_with_their_schedules() -> None:
