@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import safe_core
-from safe_core.adapters.block_reconstruction import SafeReconstruction
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
 from safe_core.layout import Layout
 from safe_core.sparsity import Pattern, Unstructured
 

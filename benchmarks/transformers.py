@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from safe_core import Unstructured, safe
-from safe_core.adapters.command_line.perplexity import perplexity
+from safe_core.adapters.torch.blocks.structure import find_blocks
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
-from safe_core.adapters.transformers_blocks import find_blocks
+from safe_core.command_line.perplexity import perplexity
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 
 from .corpus import sentences, source

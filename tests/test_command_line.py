@@ -24,15 +24,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from safe_core import Unstructured
-from safe_core.adapters.command_line.app import app
-from safe_core.adapters.command_line.checkpoint_files import read_tensors
-from safe_core.adapters.command_line.inspection import inspect_checkpoint
-from safe_core.adapters.command_line.model_folder import chosen_device
-from safe_core.adapters.command_line.perplexity import perplexity
-from safe_core.adapters.command_line.pruning import PruningJob
-from safe_core.adapters.command_line.tensor_analysis import analyse, magnitude_bits
+from safe_core.adapters.torch.blocks.methods import METHODS
 from safe_core.adapters.transformers import SafeReconstruction, calibration_batches
-from safe_core.adapters.transformers_methods import METHODS
+from safe_core.command_line.app import app
+from safe_core.command_line.checkpoint_files import read_tensors
+from safe_core.command_line.inspection import inspect_checkpoint
+from safe_core.command_line.model_folder import chosen_device
+from safe_core.command_line.perplexity import perplexity
+from safe_core.command_line.pruning import PruningJob
+from safe_core.command_line.tensor_analysis import analyse, magnitude_bits
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
@@ -266,7 +266,7 @@ def test_slabs_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [analyse(a) for a in arrays]
     assert whole[-1].pattern == "unstructured"
     assert [a.pattern for a in whole[:4]] == ["2:4"] * 4
-    monkeypatch.setattr("safe_core.adapters.command_line.tensor_analysis._SLAB", 1)
+    monkeypatch.setattr("safe_core.command_line.tensor_analysis._SLAB", 1)
     assert [analyse(a) for a in arrays] == whole
 
 
@@ -622,7 +622,7 @@ def test_settings_reach_the_pruning(
         seen.update(settings, batches=batches, solver=solver, sparsity=sparsity)
         raise ValueError("stop")
 
-    monkeypatch.setattr("safe_core.adapters.command_line.pruning.plan_pruning", stop)
+    monkeypatch.setattr("safe_core.command_line.pruning.plan_pruning", stop)
     message = refused(
         "prune", folder, "--calibration", text, "--calibration", other, "--out", tmp_path / "out",
         *SHORT, "--sparsity", "0.25", "--scope", "row", "--seed", 7, "--epochs", 9, "--batch-size",
@@ -766,7 +766,7 @@ def test_code_of_a_model_runs_only_if_asked(
 
 def test_help_is_quick_and_names_all_commands() -> None:
     program = (
-        "import sys; from safe_core.adapters.command_line.app import app\n"
+        "import sys; from safe_core.command_line.app import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'transformers', 'jax'} & set(sys.modules)))"
     )
@@ -798,7 +798,7 @@ def test_a_full_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def fail(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("safe_core.adapters.command_line.inspection.inspect_checkpoint", fail)
+    monkeypatch.setattr("safe_core.command_line.inspection.inspect_checkpoint", fail)
     error: RuntimeError = torch.OutOfMemoryError("no memory")
     assert "no memory\nTry a smaller --batch-size" in refused("inspect", tmp_path)
     error = RuntimeError("a fault of the program")

@@ -11,8 +11,12 @@ import pytest
 
 import safe_core
 import safe_core.adapters
-import safe_core.adapters.command_line
+import safe_core.adapters.jax
+import safe_core.adapters.jax.flax
+import safe_core.adapters.torch
+import safe_core.adapters.torch.blocks
 import safe_core.backends
+import safe_core.command_line
 import safe_core.flatness
 import safe_core.solvers
 import safe_core.splitting
@@ -35,7 +39,11 @@ PACKAGES = (
     safe_core,
     safe_core.backends,
     safe_core.adapters,
-    safe_core.adapters.command_line,
+    safe_core.adapters.jax,
+    safe_core.adapters.jax.flax,
+    safe_core.adapters.torch,
+    safe_core.adapters.torch.blocks,
+    safe_core.command_line,
     safe_core.flatness,
     safe_core.solvers,
     safe_core.study,
@@ -47,23 +55,31 @@ PACKAGES = (
 MODULES = [name for package in PACKAGES for name in (package.__name__, *modules(package))]
 WITHOUT_EXAMPLES = {  # the package itself, and what is not public
     "safe_core.adapters",
-    "safe_core.adapters.optax_tree",
+    "safe_core.adapters.jax",
+    "safe_core.adapters.jax.flax",
+    "safe_core.adapters.optax",
+    "safe_core.adapters.torch",
+    "safe_core.adapters.torch.blocks",
+    "safe_core.adapters.transformers",
+    "safe_core.constraints",
+    "safe_core.patterns",
+    "safe_core.adapters.jax.tree",
     "safe_core",
     "safe_core._checks",
     "safe_core._dtypes",
     "safe_core.arguments",
     "safe_core.scores",
     "safe_core.solvers.problem",
-    "safe_core.adapters.command_line",
-    "safe_core.adapters.command_line.app",
+    "safe_core.command_line",
+    "safe_core.command_line.app",
     "safe_core.study",
-    "safe_core.adapters.torch_compiled",
-    "safe_core.adapters.torch_lists",
-    "safe_core.adapters.torch_report",
-    "safe_core.adapters.torch_state",
-    "safe_core.adapters.transformers_calls",
-    "safe_core.adapters.transformers_run",
-    "safe_core.adapters.transformers_task",
+    "safe_core.adapters.torch.compiled",
+    "safe_core.adapters.torch.kernels",
+    "safe_core.adapters.torch.reporting",
+    "safe_core.adapters.torch.checkpoint",
+    "safe_core.adapters.torch.blocks.calls",
+    "safe_core.adapters.torch.blocks.run",
+    "safe_core.adapters.torch.blocks.task",
 }
 
 

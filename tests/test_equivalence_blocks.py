@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import safe_core
-from safe_core.adapters.flax_blocks import linen_block
-from safe_core.adapters.jax_blocks import prune_blocks as prune_jax
+from safe_core.adapters.jax.blocks import prune_blocks as prune_jax
+from safe_core.adapters.jax.flax.blocks import linen_block
 from safe_core.adapters.transformers import SafeReconstruction
 from safe_core.adapters.transformers import prune_blocks as prune_torch
 from safe_core.reconstruction import Reconstruction

@@ -16,8 +16,9 @@ from torch import nn
 from torch.func import functional_call
 
 from safe_core import Layout
-from safe_core.adapters import jax_flatness, torch_flatness
-from safe_core.adapters.torch_modules import RandomState
+from safe_core.adapters.jax import flatness as jax_flatness
+from safe_core.adapters.torch import flatness as torch_flatness
+from safe_core.adapters.torch.modules import RandomState
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {"0": RNG.normal(size=(4, 3)), "2": RNG.normal(size=(2, 4))}

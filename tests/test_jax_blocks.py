@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import safe_core
-from safe_core.adapters.flax_blocks import linen_block, linen_grams, nnx_block, nnx_grams
-from safe_core.adapters.jax_blocks import prune_blocks, prune_layers, reconstruct
+from safe_core.adapters.jax.blocks import prune_blocks, prune_layers, reconstruct
+from safe_core.adapters.jax.flax.blocks import linen_block, linen_grams, nnx_block, nnx_grams
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Gram, Magnitude, Wanda
 

@@ -14,9 +14,9 @@ import pytest
 
 import safe_core
 from safe_core import Layout
-from safe_core.adapters.jax_weights import is_prunable, layout_of, owner_of
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.weights import is_prunable, layout_of, owner_of
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 

@@ -15,7 +15,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import safe_core
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
+from safe_core.adapters.jax.gradients import value_and_gradients
 
 method = safe_core.safe(0.75, rho=0.05, penalty=0.1, dual_update_interval=2,
                         perturbation_interval=2, reuse=0.5)

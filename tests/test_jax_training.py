@@ -16,22 +16,22 @@ from flax import nnx
 from flax.linen import fp8_ops
 
 import safe_core
-from safe_core.adapters.flax_export import (
+from safe_core.adapters.jax.flax.export import (
     load_safetensors,
     save_safetensors,
     to_bcoo,
     to_torch_names,
 )
-from safe_core.adapters.flax_training import (
+from safe_core.adapters.jax.flax.training import (
     SparseTrainState,
     nnx_recalibrate,
     nnx_value_and_gradients,
     recalibrate,
 )
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.reporting import report
+from safe_core.adapters.jax.support import check_sparsity, fixed_support
 from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
-from safe_core.adapters.optax_report import report
-from safe_core.adapters.optax_support import check_sparsity, fixed_support
 from safe_core.adapters.torch import SparseOptimizer
 
 pytestmark = pytest.mark.usefixtures("single_precision", "strict_promotion")

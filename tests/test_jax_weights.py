@@ -13,7 +13,7 @@ from flax import nnx
 
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
-from safe_core.adapters.jax_weights import is_prunable, layout_of, name_of
+from safe_core.adapters.jax.weights import is_prunable, layout_of, name_of
 from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 
 INPUT_OUTPUT = Layout(input_axes=(-2,), output_axes=(-1,))

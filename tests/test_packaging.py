@@ -26,26 +26,21 @@ def test_wheel_holds_one_package_with_all_modules(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"safe_core"}
     sources = {
         "safe_core": "",
-        "safe_core/flatness": "flatness/",
-        "safe_core/solvers": "solvers/",
         "backends": "backends/",
-        "adapters": "adapters/",
-        "adapters/command_line": "adapters/command_line/",
-        "examples/demo": "demo/",
-        "examples/study": "study/",
-        "examples/study/data": "study/data/",
-        "examples/study/models": "study/models/",
-        "examples/study/robustness": "study/robustness/",
-        "examples/study/runner": "study/runner/",
+        "adapters/torch": "adapters/torch/",
+        "adapters/jax": "adapters/jax/",
+        "adapters/command_line": "command_line/",
+        "benchmarks/demo": "demo/",
+        "benchmarks/study": "study/",
     }
     expected = {
-        f"safe_core/{prefix}{file.name}"
+        f"safe_core/{prefix}{file.relative_to(ROOT / folder)}"
         for folder, prefix in sources.items()
-        for file in (ROOT / folder).glob("*.py")
+        for file in (ROOT / folder).rglob("*.py")
     }
     recipes = {
         f"safe_core/study/recipes/{file.name}"
-        for file in (ROOT / "examples/study/recipes").glob("*.toml")
+        for file in (ROOT / "benchmarks/study/recipes").glob("*.toml")
     }
     assert len(recipes) > 20
     assert expected | recipes | {"safe_core/py.typed"} <= names

@@ -12,9 +12,9 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from safe_core.adapters import jax_weights
-from safe_core.adapters.flax_export import to_torch_names
-from safe_core.adapters.torch_weights import prunable_weights
+from safe_core.adapters.jax import weights as jax_weights
+from safe_core.adapters.jax.flax.export import to_torch_names
+from safe_core.adapters.torch.weights import prunable_weights
 from safe_core.study.models import (
     VGG19,
     LeNet,

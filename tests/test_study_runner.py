@@ -25,7 +25,7 @@ import safe_core.study.runner.figures as figures
 import safe_core.study.runner.measure as measuring
 import safe_core.study.runner.run as runner
 from safe_core import NM, Unstructured, schedules
-from safe_core.adapters.command_line.app import app
+from safe_core.command_line.app import app
 from safe_core.study.data import Split
 from safe_core.study.models import ResNet
 from safe_core.study.runner import cells, parse_recipe, read_recipe, run_study, write_report

@@ -13,8 +13,7 @@ from torch import nn
 
 import safe_core
 from safe_core import ASAM, SAM, schedules
-from safe_core.adapters import torch_lists
-from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch import SparseOptimizer, kernels
 
 SHAPES = [(3,), (5, 7), (40, 11), (2, 3, 4), ()]
 
@@ -26,7 +25,7 @@ def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]
 
 @pytest.fixture(params=[1, 30, 2**17], ids=lambda size: f"group-{size}")
 def group(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(torch_lists, "_GROUP", request.param)
+    monkeypatch.setattr(kernels, "_GROUP", request.param)
     return request.param
 
 
@@ -40,7 +39,7 @@ def test_the_penalty_in_pieces_is_that_of_the_formula(group: int, transposed: bo
         (a.double() + 0.3 * (b.double() - c.double())).float()
         for a, b, c in zip(g, x, anchor, strict=True)
     ]
-    torch_lists.add_penalty_(g, x, anchor, 0.3)
+    kernels.add_penalty_(g, x, anchor, 0.3)
     for got, want in zip(g, wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
@@ -54,7 +53,7 @@ def test_moving_is_adding_the_perturbation(group: int, kind: SAM, dtype: torch.d
         (a.to(e.dtype) + e).to(dtype)
         for a, e in zip(x, kind.perturbation(x, g, rho=0.5), strict=True)
     ]
-    moved = torch_lists.Perturbed()
+    moved = kernels.Perturbed()
     moved.move(x, moved.prepare(x), kind.direction(x, g, rho=0.5))
     for got, want, old in zip(x, wanted, before, strict=True):
         torch.testing.assert_close(got, want)
@@ -71,11 +70,11 @@ def test_an_unusable_gradient_moves_nothing(bad: float, accelerated: bool) -> No
         t.fill_(bad)
     direction = SAM(0.5).direction(x, g, rho=0.5)
     if accelerated:
-        steps = torch_lists._written_out(g, direction)
+        steps = kernels._written_out(g, direction)
         assert all(torch.equal(e, torch.zeros_like(e)) for e in steps)
     else:
         before = [t.clone() for t in x]
-        moved = torch_lists.Perturbed()
+        moved = kernels.Perturbed()
         moved.move(x, moved.prepare(x), direction)
         assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
 
@@ -83,15 +82,13 @@ def test_an_unusable_gradient_moves_nothing(bad: float, accelerated: bool) -> No
 def test_an_accelerator_writes_out_the_same_perturbation() -> None:
     x, g = tensors(0), tensors(1)
     direction = SAM(0.5).direction(x, g, rho=0.5)
-    for got, want in zip(
-        torch_lists._written_out(g, direction), direction.perturbation(), strict=True
-    ):
+    for got, want in zip(kernels._written_out(g, direction), direction.perturbation(), strict=True):
         assert torch.equal(got, want)
 
 
 def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     # An interrupt between two groups must not bring back memory that was never written.
-    monkeypatch.setattr(torch_lists, "_GROUP", 1)
+    monkeypatch.setattr(kernels, "_GROUP", 1)
     x, g = tensors(0), tensors(1)
     before = [t.clone() for t in x]
     add, calls = torch._foreach_add_, iter(range(3))
@@ -102,7 +99,7 @@ def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> 
         add(*args, **kwargs)
 
     monkeypatch.setattr(torch, "_foreach_add_", interrupted)
-    moved = torch_lists.Perturbed()
+    moved = kernels.Perturbed()
     with pytest.raises(KeyboardInterrupt):
         moved.move(x, moved.prepare(x), SAM(0.5).direction(x, g, rho=0.5))
     moved.restore()
@@ -110,7 +107,7 @@ def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_copies_keep_their_memory_and_follow_the_parameters() -> None:
-    moved, x = torch_lists.Perturbed(), tensors(0)
+    moved, x = kernels.Perturbed(), tensors(0)
     first = [t.data_ptr() for t in moved.prepare(x)]
     assert [t.data_ptr() for t in moved.prepare(x)] == first
     x[1].data = torch.zeros(4, 4)
@@ -209,7 +206,7 @@ def test_a_step_that_fails_after_the_second_gradient_leaves_x(
     if broken == "base":
         run.optimizer.base.step = fail
     else:
-        monkeypatch.setattr(torch_lists, broken, fail)
+        monkeypatch.setattr(kernels, broken, fail)
     with pytest.raises(RuntimeError, match="lost"):
         run.optimizer.step(run.closure)
     for p, x in zip(run.model.parameters(), before, strict=True):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_trainers import SparseTrainerMixin, perturbed, unwrap
+from safe_core.adapters.torch.trainers import SparseTrainerMixin, perturbed, unwrap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 

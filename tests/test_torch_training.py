@@ -13,7 +13,7 @@ from torch import nn
 import safe_core
 from safe_core import NM, Unstructured, schedules
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_modules import RandomState, recalibrate
+from safe_core.adapters.torch.modules import RandomState, recalibrate
 from safe_core.report import Report, TensorReport
 
 METHOD = safe_core.safe(0.75, rho=0.1, penalty=0.2, dual_update_interval=2)

@@ -13,7 +13,7 @@ from torch import nn
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_weights import prunable_weights
+from safe_core.adapters.torch.weights import prunable_weights
 
 OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))
 INPUT_OUTPUT = Layout(input_axes=(0,), output_axes=(1,))

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 
 import safe_core
 from safe_core import Layout, Unstructured
-from safe_core.adapters import transformers_run
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch.blocks import run as block_run
+from safe_core.adapters.torch.blocks.activations import Activations
+from safe_core.adapters.torch.blocks.memory import forward_backward_bytes
+from safe_core.adapters.torch.blocks.methods import as_solver
+from safe_core.adapters.torch.blocks.resume import identity
 from safe_core.adapters.transformers import (
     Progress,
     SafeReconstruction,
@@ -30,10 +34,6 @@ from safe_core.adapters.transformers import (
     plan_pruning,
     prune_blocks,
 )
-from safe_core.adapters.transformers_activations import Activations
-from safe_core.adapters.transformers_memory import forward_backward_bytes
-from safe_core.adapters.transformers_methods import as_solver
-from safe_core.adapters.transformers_resume import identity
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import ALPS, SparseGPT, Wanda
 
@@ -742,7 +742,7 @@ import torch
 from torch import nn, Tensor
 import safe_core
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
-from safe_core.adapters import transformers_resume as resume
+from safe_core.adapters.torch.blocks import resume
 
 {chain}
 data = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
@@ -815,7 +815,7 @@ def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path
 def test_an_interrupt_while_a_block_is_written_leaves_it_dense(
     solver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, write, calls = Chain(), transformers_run._write_back, []
+    model, write, calls = Chain(), block_run._write_back, []
 
     def interrupted(block: nn.Module, values: Any) -> None:
         write(block, values)
@@ -823,7 +823,7 @@ def test_an_interrupt_while_a_block_is_written_leaves_it_dense(
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(transformers_run, "_write_back", interrupted)
+    monkeypatch.setattr(block_run, "_write_back", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_blocks(model, DATA, solver, 0.5)
     assert_equal(model.blocks[1], Chain().blocks[1])

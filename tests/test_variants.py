@@ -18,10 +18,12 @@ from torch import nn
 
 import safe_core
 from safe_core import GradientAscent, Layout, Method, Targets, schedules
-from safe_core.adapters import optax_importance, torch_importance, torch_trainers
+from safe_core.adapters.jax import importance as optax_importance
+from safe_core.adapters.jax.reporting import report
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_report import report
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch import importance as torch_importance
+from safe_core.adapters.torch import trainers as torch_trainers
 from safe_core.projection import apply_support
 from safe_core.reconstruction import Reconstruction
 from safe_core.splitting import penalty_gradient

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..readable import readable_bytes
+from safe_core.adapters.readable import readable_bytes
+
 from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
 from .tensor_analysis import TensorAnalysis, analyse
 

@@ -9,10 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
 from safe_core.schedules import Constant
 from safe_core.sparsity import NM, Pattern, Unstructured
-
-from ..block_reconstruction import SafeReconstruction
 
 if TYPE_CHECKING:
     from .perplexity import TextFile
@@ -32,7 +31,7 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
 
     Examples
     --------
-    See `safe_core.adapters.command_line.pruning.prune_folder`, which writes one.
+    See `safe_core.command_line.pruning.prune_folder`, which writes one.
 
     >>> model_card.__name__
     'model_card'

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..readable import readable_bytes
+from safe_core.adapters.readable import readable_bytes
+
 from .checkpoint_files import weight_files
 
 __all__ = [

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from safe_core import _checks
-
-from ..transformers_blocks import evaluated
-from ..transformers_calibration import check_tokens
+from safe_core.adapters.torch.blocks.calibration import check_tokens
+from safe_core.adapters.torch.blocks.structure import evaluated
 
 __all__ = [
     "Perplexity",

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..readable import readable_seconds
-from ..transformers_report import Progress as PruningProgress
+from safe_core.adapters.readable import readable_seconds
+from safe_core.adapters.torch.blocks.report import Progress as PruningProgress
 
 __all__ = ["counted", "pruning_bar"]
 

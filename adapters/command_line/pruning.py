@@ -13,12 +13,17 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from safe_core import _checks
+from safe_core.adapters.torch.blocks.methods import METHODS, default_scope
+from safe_core.adapters.torch.blocks.pruning import (
+    PruningReport,
+    SafeReconstruction,
+    calibration_batches,
+    plan_pruning,
+)
+from safe_core.adapters.torch.blocks.report import Progress
+from safe_core.adapters.torch.blocks.task import OFFLOADS, RaggedWeightError
 from safe_core.sparsity import NM, Pattern, Unstructured, as_pattern
 
-from ..transformers import PruningReport, SafeReconstruction, calibration_batches, plan_pruning
-from ..transformers_methods import METHODS, default_scope
-from ..transformers_report import Progress
-from ..transformers_task import OFFLOADS, RaggedWeightError
 from .model_card import model_card
 from .model_folder import (
     check_new_folder,

@@ -18,11 +18,11 @@ import optax
 from digits import batches, datasets
 
 import safe_core
-from safe_core.adapters.flax_export import save_safetensors, to_bcoo
+from safe_core.adapters.jax.flax.export import save_safetensors, to_bcoo
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.reporting import report
+from safe_core.adapters.jax.support import check_sparsity
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
-from safe_core.adapters.optax_report import report
-from safe_core.adapters.optax_support import check_sparsity
 
 METHOD = safe_core.safe(0.9, penalty=0.05)
 

@@ -16,9 +16,9 @@ import optax
 from digits import batches, datasets
 
 import safe_core
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.support import check_sparsity
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
-from safe_core.adapters.optax_support import check_sparsity
 
 
 def train(apply: Callable[..., jax.Array], params: Any, epochs: int) -> tuple[Any, float]:

@@ -17,10 +17,10 @@ import optax
 from digits import Network, accuracy, batches, datasets, loss_fn
 
 import safe_core
-from safe_core.adapters.flax_training import SparseTrainState, recalibrate
+from safe_core.adapters.jax.flax.training import SparseTrainState, recalibrate
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.support import check_sparsity, fixed_support
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
-from safe_core.adapters.optax_support import check_sparsity, fixed_support
 
 
 class TrainState(SparseTrainState):

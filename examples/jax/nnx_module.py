@@ -14,9 +14,9 @@ from digits import batches, datasets
 from flax import nnx
 
 import safe_core
-from safe_core.adapters.flax_training import nnx_recalibrate, nnx_value_and_gradients
+from safe_core.adapters.jax.flax.training import nnx_recalibrate, nnx_value_and_gradients
+from safe_core.adapters.jax.support import check_sparsity
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_support import check_sparsity
 
 
 class Network(nnx.Module):

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from digits import Network, accuracy, batches, datasets, loss_fn
 
 import safe_core
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.jax.support import check_sparsity
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
-from safe_core.adapters.optax_support import check_sparsity
 
 METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.SquaredGradient(0.9))
 TX = sparse_optimizer(optax.adam(2e-3), METHOD)

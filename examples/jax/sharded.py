@@ -24,8 +24,8 @@ from digits import batches, datasets
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import safe_core
+from safe_core.adapters.jax.gradients import value_and_gradients
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.adapters.optax_gradients import value_and_gradients
 
 METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05)
 TX = sparse_optimizer(optax.sgd(0.1, momentum=0.9), METHOD)

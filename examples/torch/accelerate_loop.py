@@ -13,7 +13,7 @@ from digits import accuracy, datasets, loader, network
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_trainers import perturbed, unwrap
+from safe_core.adapters.torch.trainers import perturbed, unwrap
 
 
 def main() -> None:

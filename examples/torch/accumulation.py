@@ -15,7 +15,7 @@ from digits import accuracy, datasets, loader, network
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_modules import RandomState
+from safe_core.adapters.torch.modules import RandomState
 
 MICRO = 4
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_trainers import SparseTrainerMixin
+from safe_core.adapters.torch.trainers import SparseTrainerMixin
 
 LENGTH = 64
 

@@ -18,7 +18,7 @@ from digits import accuracy, datasets, loader, network
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch_trainers import perturbed, unwrap
+from safe_core.adapters.torch.trainers import perturbed, unwrap
 
 
 class Digits(lightning.LightningModule):

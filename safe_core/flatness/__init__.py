@@ -4,8 +4,8 @@ A network that was found by a method that seeks flatness should show it: in the 
 eigenvalues and the trace of the Hessian, in the rise of the loss within a ball, and in its
 values along lines and planes. The functions here take lists of arrays of any library and
 products with the Hessian, the loss or its gradient as callables; arrays stay on their
-device, to which no vector is sent. ``loss_surface`` in `safe_core.adapters.torch_flatness` and
-`safe_core.adapters.jax_flatness` makes these callables of a loss, and a `LossSurface` of them.
+device, to which no vector is sent. ``loss_surface`` in `safe_core.adapters.torch.flatness` and
+`safe_core.adapters.jax.flatness` makes these callables of a loss, and a `LossSurface` of them.
 Figures are drawn by `safe_core.flatness.figures`, which needs matplotlib.
 
 Examples

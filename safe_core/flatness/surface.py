@@ -67,7 +67,7 @@ class LossSurface:
     Examples
     --------
     >>> import torch
-    >>> from safe_core.adapters.torch_flatness import loss_surface
+    >>> from safe_core.adapters.torch.flatness import loss_surface
     >>> model, batch = torch.nn.Linear(2, 1, bias=False), torch.eye(2)
     >>> surface = loss_surface(lambda batch: model(batch).square().sum(), model, [batch])
     >>> [round(value, 4) for value in surface.eigenvalues(k=2).values]

@@ -1,0 +1,30 @@
+"""JAX: any optax transformation, under a sparsity constraint.
+
+`sparse_optimizer` wraps the transformation of a training loop, and `finalize` makes its
+parameters sparse at the end. `safe_core.adapters.jax.flax` holds what needs Flax,
+`safe_core.adapters.jax.blocks` prunes a trained model block by block.
+"""
+
+from .flatness import loss_surface
+from .gradients import value_and_gradients
+from .importance import hessian_diagonal
+from .reporting import report
+from .support import FixedSupportState, check_sparsity, fixed_support
+from .transform import SparseOptimizerState, finalize, find_state, sparse_optimizer
+from .weights import is_prunable, layout_of
+
+__all__ = [
+    "FixedSupportState",
+    "SparseOptimizerState",
+    "check_sparsity",
+    "finalize",
+    "find_state",
+    "fixed_support",
+    "hessian_diagonal",
+    "is_prunable",
+    "layout_of",
+    "loss_surface",
+    "report",
+    "sparse_optimizer",
+    "value_and_gradients",
+]

@@ -1,0 +1,20 @@
+"""What needs Flax: training states, modules as blocks, and files for other libraries."""
+
+from .blocks import linen_block, linen_grams, nnx_block, nnx_grams
+from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names
+from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients, recalibrate
+
+__all__ = [
+    "SparseTrainState",
+    "linen_block",
+    "linen_grams",
+    "load_safetensors",
+    "nnx_block",
+    "nnx_grams",
+    "nnx_recalibrate",
+    "nnx_value_and_gradients",
+    "recalibrate",
+    "save_safetensors",
+    "to_bcoo",
+    "to_torch_names",
+]

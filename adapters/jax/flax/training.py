@@ -1,0 +1,317 @@
+"""Flax: train states and NNX optimizers that pass both gradients, and batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training.train_state import TrainState
+
+from safe_core import _checks
+from safe_core._dtypes import wide_dtype
+
+from ..gradients import carrying_gradients, check_loss
+from ..weights import name_of
+
+__all__ = ["SparseTrainState", "nnx_recalibrate", "nnx_value_and_gradients", "recalibrate"]
+
+PyTree = Any
+
+
+class SparseTrainState(TrainState):  # type: ignore[no-untyped-call]
+    """A `flax.training.train_state.TrainState` whose ``apply_gradients`` takes ``grad_fn``.
+
+    Examples
+    --------
+    >>> import optax, safe_core
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> from safe_core.adapters.jax.gradients import value_and_gradients
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> params = {"kernel": jnp.ones((2, 1))}
+    >>> state = SparseTrainState.create(apply_fn=jnp.matmul, params=params, tx=tx)
+    >>> def loss(params, x):
+    ...     return jnp.mean(state.apply_fn(x, params["kernel"]) ** 2)
+    >>> _, grads, grad_fn = value_and_gradients(loss)(state.params, jnp.eye(2))
+    >>> int(state.apply_gradients(grads=grads, grad_fn=grad_fn).step)
+    1
+    """
+
+    def apply_gradients(
+        self,
+        *,
+        grads: PyTree,
+        grad_fn: Callable[[PyTree], PyTree] | None = None,
+        update_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SparseTrainState:
+        """Take a step, and replace the attributes in ``kwargs``.
+
+        ``grads`` and ``grad_fn`` are as for ``update`` of `sparse_optimizer`, which raises
+        where the method perturbs and ``grad_fn`` is None; other arguments of the optimizer's
+        ``update``, such as ``value``, go into ``update_args``. The statistics of Flax's fp8
+        layers are those of the first pass.
+        """
+        passed = dict(update_args or {})
+        if grad_fn is not None:
+            passed["grad_fn"] = self._of_weights(grad_fn, grads)
+        bound = self.replace(tx=self.tx._replace(update=partial(self.tx.update, **passed)))
+        step = cast(Any, super(SparseTrainState, bound)).apply_gradients
+        return step(grads=grads, **kwargs).replace(tx=self.tx)
+
+    def _of_weights(self, grad_fn: Callable[[PyTree], PyTree], grads: PyTree) -> Any:
+        """``grad_fn`` of what the optimizer sees, which for fp8 layers is a part."""
+        if OVERWRITE_WITH_GRADIENT not in grads:
+            return grad_fn
+        return lambda moved: grad_fn({**self.params, "params": moved})["params"]
+
+
+def nnx_value_and_gradients(
+    loss_fn: Callable[..., Any],
+    *,
+    wrt: Any = nnx.Param,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    micro_batches: int = 1,
+) -> Callable[..., tuple[Any, PyTree, Callable[[PyTree], PyTree]]]:
+    """`value_and_gradients` for a loss of an NNX module, to be called under `nnx.jit`.
+
+    ``fn(model, *args, **kwargs)`` returns what ``optimizer.update(model, gradients,
+    grad_fn=grad_fn)`` of an `nnx.Optimizer` takes. Batch statistics and the counts of random
+    streams are those of the first pass; the second draws the same dropout masks. What a pass
+    sows into the module is not kept: capture it within ``loss_fn``, and return it.
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn(model, *args, **kwargs)`` returns a scalar.
+    wrt : filter
+        What to differentiate by, as of the optimizer.
+    has_aux : bool
+        ``loss_fn`` returns ``(loss, aux)``, and so does the value.
+    axis_name, micro_batches : optional
+        As of `value_and_gradients`. Batch statistics, too, are averaged over the axis, and
+        go from one part of the batch to the next.
+
+    Returns
+    -------
+    callable
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, or the parts do not divide the batch.
+
+    Examples
+    --------
+    >>> import optax, safe_core
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> @nnx.jit
+    ... def step(model, optimizer, x):
+    ...     loss = lambda model, x: jnp.mean(model(x) ** 2)
+    ...     value, gradients, grad_fn = nnx_value_and_gradients(loss)(model, x)
+    ...     optimizer.update(model, gradients, grad_fn=grad_fn)
+    ...     return value
+    >>> float(step(model, optimizer, jnp.zeros((3, 4))))
+    0.0
+    """
+    check_loss(loss_fn, has_aux)
+    _checks.integer("micro_batches", micro_batches, low=1)
+
+    def fn(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Callable[[PyTree], PyTree]]:
+        graph, params, rest = nnx.split(model, wrt, ...)  # type: ignore[misc]
+        known = {path for path, _ in nnx.to_flat_state(rest)}
+
+        def loss(params: PyTree, rest: PyTree, *args: Any, **kwargs: Any) -> Any:
+            module = nnx.merge(graph, params, rest)
+            found = loss_fn(module, *args, **kwargs)
+            value, aux = found if has_aux else (found, None)
+            held = nnx.to_flat_state(nnx.split(module, wrt, ...)[2])  # type: ignore[misc]
+            kept = [(path, leaf) for path, leaf in held if path in known]
+            return value, aux, nnx.as_pure(nnx.from_flat_state(kept))
+
+        compute = carrying_gradients(loss, axis_name=axis_name, micro_batches=micro_batches)
+        before = nnx.as_pure(rest)  # arrays, which no pass can write to
+        (value, aux, after), gradients = compute(params, before, *args, **kwargs)
+        nnx.update(model, after)
+
+        def grad_fn(moved: PyTree) -> PyTree:
+            return nnx.as_pure(compute(moved, before, *args, **kwargs)[1])
+
+        return (value, aux) if has_aux else value, gradients, grad_fn
+
+    return fn
+
+
+def recalibrate(
+    update_fn: Callable[[PyTree, Any], PyTree],
+    statistics: PyTree,
+    batches: Iterable[Any],
+    *,
+    samples: int | None = None,
+) -> PyTree:
+    """Estimate the running statistics of batch normalisation anew, after `finalize`.
+
+    Pruning shifts the activations, and the statistics gathered before do not fit them any
+    more. Returned are the averages over ``batches``, weighted by their sizes, for layers that
+    average exponentially, ``new = momentum * old + (1 - momentum) * batch`` with any
+    momentum below 1.
+
+    Parameters
+    ----------
+    update_fn : callable
+        ``update_fn(statistics, batch)`` returns the statistics after a forward pass in
+        training mode. In Flax Linen ``model.apply({"params": params, "batch_stats":
+        statistics}, batch, mutable=["batch_stats"])[1]["batch_stats"]``. It is compiled.
+    statistics : pytree of arrays
+        The present ones, for their shapes. Arrays of integers, such as counters, stay.
+    batches : iterable of pytrees
+        Each leaf with the examples along its first axis.
+    samples : int, optional
+        Stop after the batch with which this number of examples is reached; by default after
+        the last batch.
+
+    Returns
+    -------
+    pytree
+        As ``statistics``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``samples`` is not a positive integer, there is no batch, or the statistics do not
+        follow the batch.
+
+    References
+    ----------
+    Lee et al. 2025, section 5.1 and appendix F.2 (batch-norm tuning, with 10000 samples).
+
+    Examples
+    --------
+    >>> update = lambda old, x: {"mean": 0.9 * old["mean"] + 0.1 * x.mean(0)}
+    >>> found = recalibrate(update, {"mean": jnp.zeros(2)}, [jnp.ones((4, 2)), jnp.zeros((4, 2))])
+    >>> found["mean"].round(4).tolist()
+    [0.5, 0.5]
+    """
+    if samples is not None:
+        _checks.integer("samples", samples, low=1)
+
+    leaves, treedef = jax.tree.leaves(statistics), cast(Any, jax.tree.structure(statistics))
+    averaged = [jnp.issubdtype(s.dtype, jnp.floating) for s in leaves]
+
+    def filled(values: Iterable[Any]) -> PyTree:
+        """The statistics with ``values`` for those that are averages."""
+        found = zip(leaves, averaged, values, strict=True)
+        return treedef.unflatten([value if flag else s for s, flag, value in found])
+
+    def after(value: float, batch: Any) -> PyTree:
+        """The statistics after a batch, of ones that begin with one value."""
+        return update_fn(filled(jnp.full_like(s, value) for s in leaves), batch)
+
+    @jax.jit
+    def of_batch(batch: Any) -> PyTree:
+        """The statistics of a batch alone."""
+        low = jax.tree.leaves(after(0.0, batch))  # (1 - m) b
+        high = jax.tree.leaves(update_fn(filled(low), batch))  # (1 + m) (1 - m) b
+        found = zip(averaged, low, high, strict=True)
+        return treedef.unflatten([_unaveraged(a, b) if flag else a for flag, a, b in found])
+
+    @jax.jit
+    def follow(batch: Any) -> PyTree:
+        """Whether each array of the statistics follows a batch."""
+        ends = zip(averaged, *(jax.tree.leaves(after(v, batch)) for v in (0.0, 1.0)), strict=True)
+        return treedef.unflatten(
+            [~(jnp.all(a == 0) & jnp.all(b == 1)) if flag else True for flag, a, b in ends]
+        )
+
+    total: PyTree = jax.tree.map(
+        lambda s: jnp.zeros_like(s, dtype=wide_dtype(jnp, [s])), statistics
+    )
+    seen = 0
+    for batch in batches:
+        if seen == 0:
+            _check_follows(follow(batch))
+        rows = jnp.shape(jax.tree.leaves(batch)[0])[:1]
+        if not rows:
+            raise ValueError("batches must hold arrays with the examples along their first axis")
+        count = rows[0]
+        total = jax.tree.map(lambda a, b, n=count: a + n * b, total, of_batch(batch))
+        seen += count
+        if samples is not None and seen >= samples:
+            break
+    if seen == 0:
+        raise ValueError("batches must not be empty, got none")
+    mean = jax.tree.map(lambda a, s: (a / seen).astype(s.dtype), total, statistics)
+    return filled(jax.tree.leaves(mean))
+
+
+def nnx_recalibrate(
+    model: Any,
+    forward: Callable[[Any, Any], Any],
+    batches: Iterable[Any],
+    *,
+    samples: int | None = None,
+) -> None:
+    """`recalibrate` for an NNX module: its batch statistics are written anew, in place.
+
+    Parameters
+    ----------
+    model : nnx.Module
+        In training mode, as of ``model.train()``. Nothing else of it changes.
+    forward : callable
+        ``forward(model, batch)`` runs a forward pass; what it returns is not used.
+    batches : iterable of pytrees
+        Each leaf with the examples along its first axis.
+    samples : int, optional
+        As of `recalibrate`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `recalibrate`, and if ``model`` has no batch statistics.
+
+    Examples
+    --------
+    >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    >>> batches = [jnp.ones((4, 2), jnp.float32), jnp.zeros((4, 2), jnp.float32)]
+    >>> nnx_recalibrate(model, lambda model, x: model(x), batches)
+    >>> model.mean[...].round(4).tolist()
+    [0.5, 0.5]
+    """
+    graph, found, rest = nnx.split(model, nnx.BatchStat, ...)  # type: ignore[misc]
+    statistics, others = nnx.as_pure(found), nnx.as_pure(rest)
+    if not jax.tree.leaves(statistics):
+        raise ValueError(f"model must have batch statistics, got {type(model)!r} without")
+
+    def update(statistics: PyTree, batch: Any) -> PyTree:
+        module = nnx.merge(graph, statistics, others)
+        forward(module, batch)
+        return nnx.as_pure(nnx.state(module, nnx.BatchStat))
+
+    nnx.update(model, recalibrate(update, statistics, batches, samples=samples))
+
+
+def _unaveraged(low: jax.Array, high: jax.Array) -> jax.Array:
+    """b of ``low = (1 - m) b`` and ``high = (1 + m) low``, by the largest entry's m."""
+    low, high = (a.astype(wide_dtype(jnp, [a])) for a in (low, high))
+    place = jnp.argmax(jnp.abs(low))
+    a, b = low.ravel()[place], high.ravel()[place]
+    momentum = jnp.where(a == 0, 0.0, (b - a) / jnp.where(a == 0, 1.0, a))
+    return low / (1 - momentum)
+
+
+def _check_follows(follows: PyTree) -> None:
+    for path, flag in jax.tree_util.tree_leaves_with_path(follows):
+        if not flag:
+            name = name_of(path)
+            raise ValueError(
+                f"update_fn must average {name} with a batch, got what it was given: is the model "
+                "in training mode?"
+            )

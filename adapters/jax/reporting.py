@@ -1,0 +1,73 @@
+"""The report of the sparse leaves of a parameter tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safe_core import Method, SplitState
+from safe_core.report import Report, TensorReport, outlook, sums
+
+from .transform import at_step, check_anchor, check_layout, find_state, trained_tree
+
+__all__ = ["report"]
+
+PyTree = Any
+
+
+def report(
+    params: PyTree, state: PyTree, method: Method, *, penalty: Any = None, layout: Any = None
+) -> Report:
+    """Return what the constraint looks like from here, leaf by leaf.
+
+    Computes a projection and a dual update, and changes nothing. Under `jax.jit` return
+    its `Report.scalars`, a flat dictionary for a metric writer.
+
+    Parameters
+    ----------
+    params : pytree
+    state : pytree
+        An optimizer state that holds ours anywhere within.
+    method : Method
+        The method that is trained with.
+    penalty : float, array or schedule, optional
+        As passed to `sparse_optimizer`.
+    layout : optional
+        As passed to `sparse_optimizer`.
+
+    Returns
+    -------
+    safe_core.report.Report
+        Its figures are scalar arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `finalize`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, optax, safe_core
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> method = safe_core.admm(0.5)
+    >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
+    >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
+    >>> round(float(report(params, state, method).scalars()["distance"]), 4)
+    2.2361
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
+    ours = find_state(state)
+    tree = trained_tree(params, ours, layout)
+    values = tree.sparse(params)
+    check_anchor(ours, method)
+    anchor = tree.sparse(ours.anchor) if method.splits else []
+    split = SplitState(anchor, tree.sparse(ours.support))
+    check_layout(split.support, method, tree)
+    metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
+    compared = outlook(method, values, split, ours.step, tree.targets, metric)
+    weight = at_step(method.penalty if penalty is None else penalty, ours.step)
+    found = zip(tree.targets.names, values, sums(values, *compared), strict=True)
+    return Report(
+        ours.step,
+        [TensorReport.of(name, x.size, method.sparsity, part, weight) for name, x, part in found],
+    )

@@ -1,0 +1,140 @@
+"""Sparse parameters after training: keep their support, and check it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from safe_core.arguments import refuse_filled
+from safe_core.sparsity import as_pattern
+from safe_core.splitting import final_support
+
+from .tree import SparseTree
+
+__all__ = ["FixedSupportState", "check_sparsity", "fixed_support"]
+
+PyTree = Any
+
+
+class FixedSupportState(NamedTuple):
+    """State of `fixed_support`.
+
+    Attributes
+    ----------
+    base : pytree
+        State of the base transformation.
+    support : pytree of bool arrays
+        Where sparse leaves may be non-zero, with `optax.MaskedNode` for the others.
+    """
+
+    base: PyTree
+    support: PyTree
+
+
+def fixed_support(
+    base: optax.GradientTransformation, *, where: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Fine-tune sparse parameters: what is zero at the start stays exactly zero.
+
+    The gradients of zeros are set to zero before ``base``, and what ``base`` makes of them is
+    undone, so weight decay and momentum fill none.
+
+    Parameters
+    ----------
+    base : optax.GradientTransformation
+        Extra arguments of ``update`` are passed on to it.
+    where : callable or pytree of bool, optional
+        Which leaves are sparse, as for `sparse_optimizer`; the others train freely.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        ``init(params)`` takes the support from the zeros of ``params``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``base`` is no transformation, no leaf is sparse or ``params`` are missing.
+
+    Examples
+    --------
+    >>> tx = fixed_support(optax.adamw(0.1))
+    >>> params = {"kernel": jnp.asarray([[0.0, 2.0], [3.0, 0.0]])}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    >>> (optax.apply_updates(params, updates)["kernel"] == 0).tolist()
+    [[True, False], [False, True]]
+    """
+    if not isinstance(base, optax.GradientTransformation):
+        raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
+    inner = optax.with_extra_args_support(base)
+
+    def init(params: PyTree) -> FixedSupportState:
+        tree = SparseTree.read(params, where, None, False)
+        support = [x != 0 for x in tree.sparse(params)]
+        return FixedSupportState(inner.init(params), tree.masked(support))
+
+    def update(
+        updates: PyTree, state: FixedSupportState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, FixedSupportState]:
+        if params is None:
+            raise ValueError("params must be passed to update(grads, state, params), got None")
+        tree = SparseTree.read(params, where, None, False)
+        support = tree.sparse(state.support)
+        gradients = tree.gradients("updates", updates, params)
+        masked = tree.replaced(
+            gradients,
+            [
+                jnp.where(mask, gradients[i], jnp.zeros_like(gradients[i]))
+                for i, mask in zip(tree.indices, support, strict=True)
+            ],
+        )
+        out, base_state = inner.update(masked, state.base, params, **extra_args)
+        steps = tree.leaves(out)
+        # Parameters that were filled since are emptied: x + (-x) is +0.
+        kept = [
+            jnp.where(mask, steps[i].astype(x.dtype), -x)
+            for i, x, mask in zip(tree.indices, tree.sparse(params), support, strict=True)
+        ]
+        return tree.replaced(steps, kept), FixedSupportState(base_state, state.support)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: Any = None) -> None:
+    """Raise unless the parameters are as sparse as asked.
+
+    Call it before a model is saved or served: merging an adapter such as LoRA, or another
+    optimizer, fills zeros silently.
+
+    Parameters
+    ----------
+    params : pytree
+    sparsity : float, str or pattern
+        As for `safe_core.safe`.
+    where, layout : optional
+        As for `sparse_optimizer`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an entry that must be zero is not. The message names the leaves.
+
+    Examples
+    --------
+    >>> check_sparsity({"kernel": jnp.asarray([[0.0, 2.0], [3.0, 0.0]])}, 0.5)
+    >>> check_sparsity({"kernel": jnp.asarray([[1.0, 2.0], [3.0, 0.0]])}, 0.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: params must be sparse, got non-zeros in kernel (1 too many)
+    """
+    tree = SparseTree.read(params, where, layout, False)
+    values = tree.sparse(params)
+    # Which of the entries are zero decides, not how small the others are.
+    filled_in = [(x != 0).astype(jnp.float32) for x in values]
+    support = final_support(filled_in, as_pattern(sparsity), tree.targets, importance=None)
+    filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
+    refuse_filled("params", tree.targets.names, [int(count) for count in jax.device_get(filled)])

@@ -1,0 +1,148 @@
+"""How the leaves of a parameter tree map to the lists that a method takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from safe_core import Targets
+from safe_core.layout import chosen_layout
+
+from .weights import is_prunable, layout_of, name_of, owner_of
+
+__all__ = [
+    "SparseTree",
+    "check_layout_paths",
+    "is_function",
+    "is_masked",
+    "is_sparse_in",
+    "leaves_like",
+]
+
+PyTree = Any
+
+
+class SparseTree(NamedTuple):
+    """How the leaves of a parameter tree map to the lists that the method takes."""
+
+    treedef: Any
+    paths: list[str]  # of all leaves
+    indices: list[int]  # of the sparse leaves
+    targets: Targets
+
+    @classmethod
+    def read(cls, params: PyTree, where: Any, layout: Any, on_host: bool) -> SparseTree:
+        """Select the sparse leaves of ``params`` and the roles of their axes."""
+        if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+            raise ValueError(
+                "params must not be masked: wrap only base in masked or multi_transform; choose "
+                "the sparse leaves with where="
+            )
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        named = [(name_of(path), leaf) for path, leaf in paths]
+        owners = [owner_of(params, path) for path, _ in paths]
+        if where is None:
+            chosen = [is_prunable(*leaf, owner) for leaf, owner in zip(named, owners, strict=True)]
+        elif is_function(where):
+            chosen = [bool(where(name, leaf)) for name, leaf in named]
+        else:
+            chosen = [_read_flag(flag) for flag in leaves_like("where", where, treedef)]
+        indices = [i for i, flag in enumerate(chosen) if flag]
+        if named and not indices:  # `optax.tree.map_params` looks at a tree without leaves
+            raise ValueError(
+                "no parameter is sparse: pass where=, a function of path and leaf or a pytree of "
+                f"bool; the paths are {', '.join(name for name, _ in named)}"
+            )
+        for name, leaf in named:
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(f"{name} must be real, for the norm is over all, got {leaf.dtype}")
+        for i in indices:
+            if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
+                raise TypeError(
+                    f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
+                )
+        check_layout_paths(layout, [name for name, _ in named], "params")
+        layouts = tuple(
+            chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
+        )
+        names = tuple(named[i][0] for i in indices)
+        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts, on_host))
+
+    def leaves(self, tree: PyTree) -> list[Any]:
+        """All leaves of a tree of the structure of the parameters."""
+        return list(self.treedef.flatten_up_to(tree))
+
+    def gradients(self, argument: str, tree: PyTree, params: PyTree) -> list[Any]:
+        """All leaves of gradients, of the shapes of the parameters: none may broadcast."""
+        leaves = leaves_like(argument, tree, self.treedef)
+        for path, leaf, p in zip(self.paths, leaves, self.leaves(params), strict=True):
+            if jnp.shape(leaf) != jnp.shape(p):
+                raise ValueError(
+                    f"{argument} must have the shapes of params, which is {jnp.shape(p)} for "
+                    f"{path}, got {jnp.shape(leaf)}"
+                )
+        return leaves
+
+    def sparse(self, tree: PyTree) -> list[Any]:
+        """The sparse leaves of such a tree."""
+        leaves = self.leaves(tree)
+        return [leaves[i] for i in self.indices]
+
+    def replaced(self, leaves: Sequence[Any], sparse: Sequence[Any]) -> PyTree:
+        """A tree of ``leaves``, with the sparse ones replaced."""
+        found = list(leaves)
+        for i, leaf in zip(self.indices, sparse, strict=True):
+            found[i] = leaf
+        return self.treedef.unflatten(found)
+
+    def masked(self, sparse: Sequence[Any]) -> PyTree:
+        """A tree of the sparse leaves, masked elsewhere."""
+        return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None:
+    """Raise where a mapping of layouts names a path that there is not."""
+    strange = sorted(set(layout) - set(paths)) if isinstance(layout, Mapping) else []
+    if strange:
+        raise ValueError(
+            f"layout names {strange[0]!r}, which is no path of {argument}; they are "
+            f"{', '.join(paths)}"
+        )
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether this is a function, and not a pytree that can be called, as modules can."""
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
+
+
+def is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _read_flag(flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"where must be a function, or hold True or False, got {flag!r}")
+    return bool(flag)
+
+
+def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
+    """The leaves of a tree that must have the structure of the parameters."""
+    try:
+        return list(treedef.flatten_up_to(tree))
+    except (ValueError, TypeError):
+        # Not JAX's message, which prints every array.
+        given = jax.tree.structure(tree)
+        raise ValueError(
+            f"{argument} must have the structure of params, {treedef}, got {given}"
+        ) from None
+
+
+def is_sparse_in(held: PyTree) -> PyTree:
+    """A tree of bool that is true where a tree of our state holds an array."""
+    return jax.tree.map(lambda leaf: not is_masked(leaf), held, is_leaf=is_masked)

@@ -1,0 +1,25 @@
+"""PyTorch: any torch.optim optimizer, under a sparsity constraint.
+
+`SparseOptimizer` wraps the optimizer of a training loop. The other names serve the loop
+around it: trainers, batch normalization, replayed random numbers, importances, flatness.
+`safe_core.adapters.torch.blocks` prunes a trained model block by block.
+"""
+
+from .flatness import loss_surface
+from .importance import hessian_diagonal
+from .modules import RandomState, recalibrate
+from .optimizer import SparseOptimizer
+from .trainers import SparseTrainerMixin, perturbed, unwrap
+from .weights import prunable_weights
+
+__all__ = [
+    "RandomState",
+    "SparseOptimizer",
+    "SparseTrainerMixin",
+    "hessian_diagonal",
+    "loss_surface",
+    "perturbed",
+    "prunable_weights",
+    "recalibrate",
+    "unwrap",
+]

@@ -1,0 +1,189 @@
+"""SAFE and SAFE+ on the reconstruction error of one block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_core import _checks
+from safe_core._dtypes import wide_dtype
+from safe_core.layout import Layout
+from safe_core.reconstruction import Reconstruction
+from safe_core.sparsity import Pattern
+
+from ..optimizer import SparseOptimizer
+
+__all__ = ["SafeReconstruction", "wide_mse"]
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class SafeReconstruction(Reconstruction):
+    """SAFE and SAFE+ as a solver of `prune_blocks`: the recipe, and its loop in PyTorch.
+
+    Attributes
+    ----------
+    method, learning_rate, betas, epochs, warmup_epochs, batch_size, importance
+        As of `safe_core.reconstruction.Reconstruction`.
+    autocast : bool, optional
+        Whether to compute in bfloat16, with parameters in float32. By default on a GPU for
+        models in 16 bits.
+    compile : bool or str
+        Whether the passes through the block run compiled, by `torch.compile`, once for all
+        blocks alike; a string is its ``mode``: "reduce-overhead" replays CUDA graphs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is out of its range.
+
+    Examples
+    --------
+    >>> SafeReconstruction(importance="wanda").rate(0, 16)
+    6.25e-06
+    """
+
+    autocast: bool | None = None
+    compile: bool | str = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.compile, bool):
+            _checks.choice("compile", self.compile, _MODES)
+
+    def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
+        if self.autocast is not None:
+            return self.autocast
+        return device.type == "cuda" and dtype.itemsize == 2
+
+    def solve(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Layout],
+        importance: Mapping[str, Tensor] | None,
+        sparsity: Pattern,
+        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        steps_per_epoch: int,
+        report: Callable[[int, float], None],
+        *,
+        name: str = "block",
+        autocast: bool = False,
+    ) -> dict[str, Tensor]:
+        """Train a block in place and project it; the supports by name.
+
+        Parameters
+        ----------
+        block : torch.nn.Module
+            In float32 or wider, on its device.
+        weights : mapping of name to Layout
+        importance : mapping of name to tensor, optional
+        sparsity : pattern
+        epoch : callable
+            ``epoch(k)`` yields pairs of a function, which runs the block on a batch, and the
+            targets of that batch.
+        steps_per_epoch : int
+        report : callable
+            ``report(epoch, loss)`` after each epoch, with the mean loss at x.
+        name : str
+            For messages.
+        autocast : bool
+
+        Raises
+        ------
+        ValueError
+            If the loss is not finite after an epoch.
+        """
+        optimizer = self._optimizer(block, weights, importance, sparsity)
+        self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
+        optimizer.finalize(freeze=True)
+        named = optimizer.sparse_parameters()
+        return {name: optimizer.state[p]["support"] for name, p in named.items()}
+
+    def train(
+        self,
+        optimizer: SparseOptimizer,
+        block: nn.Module,
+        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        steps_per_epoch: int,
+        report: Callable[[int, float], None],
+        *,
+        name: str = "block",
+        autocast: bool = False,
+    ) -> None:
+        """Take the steps of all epochs with an optimizer over a block, as `solve` does.
+
+        The other arguments and errors are those of `solve`; ``epoch(k)`` is asked for the next
+        batch once the step of the one before is taken.
+        """
+        device = next(block.parameters()).device
+        if self.compile:
+            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
+        step = 0
+        for k in range(self.epochs):
+            total, count = torch.zeros((), device=device), 0
+            for run, target in epoch(k):
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate(step, steps_per_epoch)
+
+                def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                        output = run(block)
+                    return wide_mse(output, target)
+
+                total, count = total + _step(optimizer, loss_of), count + 1
+                step += 1
+            mean = float(total) / count  # the only value that is read from the device
+            if not math.isfinite(mean):
+                raise ValueError(
+                    "learning_rate must be low enough for a finite loss, got "
+                    f"{self.learning_rate!r} and a loss of {mean} in epoch {k} of {name}"
+                )
+            report(k, mean)
+
+    def _optimizer(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Layout],
+        importance: Mapping[str, Tensor] | None,
+        sparsity: Pattern,
+    ) -> SparseOptimizer:
+        trained = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
+        fused = trained[0][1].device.type == "cuda"
+        base = torch.optim.Adam(
+            trained, lr=self.learning_rate, betas=self.betas, fused=fused or None
+        )
+        return SparseOptimizer(
+            base,
+            self.bound(sparsity),
+            where=lambda name, p: name in weights,
+            layout=dict(weights),
+            importance=importance,
+        )
+
+
+def wide_mse(output: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error, in float32 or wider."""
+    dtype = wide_dtype(torch, [output, target])
+    return nn.functional.mse_loss(output.to(dtype), target.to(dtype))
+
+
+def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:
+    """One step of the method; the loss at x, which is not read."""
+    optimizer.zero_grad()
+    loss = loss_of()
+    loss.backward()  # type: ignore[no-untyped-call]
+    if optimizer.perturbs:
+        with optimizer.perturbed():
+            loss_of().backward()  # type: ignore[no-untyped-call]
+    if optimizer.projects:
+        with optimizer.projected():
+            loss_of().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,266 @@
+"""Which weights of a block are pruned, and what the inputs of each of them look like.
+
+A weight is pruned that a block multiplies hidden states with: of linear layers, of GPT-2's
+`Conv1D`, and stacked ones of experts, which are parameters of three axes. What the products
+take is seen by watching the operations of torch below its modules and functions, so that it
+makes no difference how a product is written. An expert of a stack, a slice of one parameter,
+is told by where its memory begins, and the roles of its axes by how it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from safe_core._dtypes import wide_dtype
+from safe_core.layout import Layout
+from safe_core.solvers.gram import positive_squares
+
+from ..weights import prunable_weights
+
+__all__ = ["InputStatistics", "block_weights", "inputs_of"]
+
+# Where the input and the weight stand among the arguments, and the axis of the weight that is
+# summed over. Linear layers and the others come down to the first four, but not in inference
+# mode.
+_PRODUCTS: dict[Any, tuple[int, int, int]] = {
+    torch.ops.aten.mm: (0, 1, -2),
+    torch.ops.aten.bmm: (0, 1, -2),
+    torch.ops.aten.addmm: (1, 2, -2),
+    torch.ops.aten.baddbmm: (1, 2, -2),
+    torch.ops.aten.matmul: (0, 1, -2),
+    torch.ops.aten.linear: (0, 1, -1),
+}
+
+
+def block_weights(block: nn.Module) -> dict[str, Layout | None]:
+    """Names and layouts of the weights of a block that a matrix product may take.
+
+    The layout of stacked experts is None until it is seen how they are used.
+
+    Examples
+    --------
+    >>> block_weights(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2)))
+    {'0.weight': Layout(input_axes=(1,), output_axes=(0,), batch_axes=())}
+    """
+    known = prunable_weights(block)
+    convolved = {id(p) for m in block.modules() if isinstance(m, _ConvNd) for p in m.parameters()}
+    found: dict[str, Layout | None] = {}
+    for name, p in block.named_parameters():
+        if id(p) in convolved or not p.is_floating_point():
+            continue
+        if p in known:
+            found[name] = known[p]
+        elif p.ndim == 3:
+            found[name] = None
+    return found
+
+
+class InputStatistics(NamedTuple):
+    """What the inputs of one weight look like.
+
+    Attributes
+    ----------
+    layout : Layout
+        As the weight was used.
+    tokens : int64 tensor, shape (experts,)
+        How many inputs were seen, on the CPU; one entry without a stack.
+    squares : tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
+        The sum of squares of each input feature, or the Gram matrix ``X^T X``, in float32 or
+        wider.
+    """
+
+    layout: Layout
+    tokens: Tensor
+    squares: Tensor | None
+
+    def importance(self, shape: tuple[int, ...]) -> Tensor:
+        """The mean square of each input feature, with the axes of the weight.
+
+        A feature that is never active counts for next to nothing, so that entries of such
+        features rank by magnitude, and so do all entries of an expert that saw no token.
+        """
+        assert self.squares is not None  # asked for together with the diagonal
+        tokens = self.tokens.clamp(min=1).to(self.squares.device)
+        filled: Tensor = positive_squares(self.squares / tokens[:, None])
+        axes = (*self.layout.batch_axes, *self.layout.input_axes)
+        return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
+
+
+class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (a context)
+    """Watch the inputs of a block's weights within: their sums of squares or Gram matrices.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        Without grouped kernels for its experts.
+    weights : mapping of name to Layout or None
+        From `block_weights`.
+    kind : {"roles", "diagonal", "gram"}
+        Whether to see only how weights are used, or to sum as well.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> with inputs_of(layer, block_weights(layer), "gram") as seen, torch.no_grad():
+    ...     _ = layer(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    >>> seen.statistics()["weight"].squares
+    tensor([[[1., 2.],
+             [2., 5.]]])
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Layout | None],
+        kind: Literal["roles", "diagonal", "gram"],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kind = kind
+        self._layouts = dict(weights)
+        self._params = {name: p for name, p in block.named_parameters() if name in weights}
+        self._by_memory = {p.untyped_storage().data_ptr(): n for n, p in self._params.items()}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+        self._fast: list[bool] = []
+
+    def __enter__(self) -> inputs_of:
+        """Watch from here on, without fused kernels of attention, whose products are not seen."""
+        self._fast.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Watch no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(self._fast.pop())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation, and look at it where it takes one of the weights."""
+        result = func(*args, **(kwargs or {}))
+        places = _PRODUCTS.get(func.overloadpacket)
+        if places is not None:
+            x, w = args[places[0]], args[places[1]]
+            right, left = self._name_of(w), self._name_of(x)
+            if right is not None:
+                self._see(right, x.detach(), w, places[2])
+            elif left is not None and places[2] == -2:  # a weight times a column
+                self._see(left, w.detach().transpose(-1, -2), x, -1)
+        taken = self._names_in((args, kwargs))
+        if taken:  # by more than a view
+            self._used |= taken - self._names_in(result)
+        return result
+
+    def _names_in(self, tree: Any) -> set[str]:
+        names = (self._name_of(leaf) for leaf in tree_leaves(tree))
+        return {name for name in names if name is not None}
+
+    def _name_of(self, leaf: Any) -> str | None:
+        if not torch.is_tensor(leaf) or leaf.layout != torch.strided:
+            return None
+        return self._by_memory.get(leaf.untyped_storage().data_ptr())
+
+    def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
+        """Take in the inputs of one product with a weight, or a slice or transpose of it."""
+        p = self._params[name]
+        stride = w.stride(summed)
+        axis = next(
+            (a for a in range(max(0, p.ndim - 2), p.ndim)
+             if p.stride(a) == stride and p.shape[a] == w.shape[summed]),
+            None,
+        )  # fmt: skip
+        if axis is None:
+            return
+        stacked = p.ndim == 3
+        if stacked and p.stride(0) < max(p.stride()):
+            return  # no expert is a piece of memory
+        if self._layouts[name] is None:
+            other = ({1, 2} - {axis}).pop()
+            self._layouts[name] = Layout((axis,), (other,), (0,))
+        n, experts = p.shape[axis], p.shape[0] if stacked else 1
+        if name not in self._tokens:
+            self._begin(name, experts, n)
+        if not stacked:
+            self._add(name, 0, x.reshape(-1, n))
+            return
+        first = (w.storage_offset() - p.storage_offset()) // p.stride(0)
+        if w.ndim == 3 and w.stride(0) == p.stride(0):  # each expert its own inputs
+            if x.ndim > 2 and x.shape[0] not in (1, len(w)):
+                raise ValueError(
+                    f"blocks must multiply {name} {tuple(p.shape)} with inputs for each of its "
+                    f"experts or for all of them, got inputs {tuple(x.shape)} for {len(w)} experts"
+                )
+            for e, part in enumerate(x.expand(len(w), -1, -1) if x.ndim <= 3 else x):
+                self._add(name, first + e, part.reshape(-1, n))
+        else:  # all the same ones
+            reach = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
+            for e in range(first, first + reach // p.stride(0) + 1):
+                self._add(name, e, x.reshape(-1, n))
+
+    def _begin(self, name: str, experts: int, n: int) -> None:
+        """Make room for the sums over n inputs of a weight."""
+        self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
+        if self._kind != "roles":
+            shape = (experts, n, n) if self._kind == "gram" else (experts, n)
+            p = self._params[name]
+            dtype = wide_dtype(torch, [p])
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _add(self, name: str, expert: int, x: Tensor) -> None:
+        self._tokens[name][expert] += len(x)
+        if self._kind == "roles":
+            return
+        wide = x.to(self._sums[name].dtype)
+        if self._kind == "gram":
+            self._sums[name][expert].addmm_(wide.T, wide)
+        else:
+            self._sums[name][expert] += wide.square().sum(dim=0)
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """What was seen, by name of the weight.
+
+        A linear layer that was not run counts as one that saw no token. Left out is a weight
+        that was used, but in no product that was seen: what its inputs are is not known. So is
+        a parameter of three axes that entered no product.
+        """
+        found = {}
+        for name, p in self._params.items():
+            layout = self._layouts[name]
+            seen = name in self._tokens
+            if layout is None or (not seen and name in self._used and self._kind != "roles"):
+                continue
+            if not seen:
+                self._begin(name, 1, p.shape[layout.input_axes[0]])
+            found[name] = InputStatistics(layout, self._tokens[name], self._sums.get(name))
+        return found
+
+
+def one_by_one(block: nn.Module) -> None:
+    """Let the experts of a block run one after the other, as plain products."""
+    for module in block.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation_internal", None) is not None:
+            config._experts_implementation_internal = "eager"
+
+
+def each_slice(
+    weight: Tensor, layout: Layout, fn: Callable[[Tensor, Layout, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Apply ``fn(slice, layout, expert)`` to each matrix of a stack; values and supports."""
+    if not layout.batch_axes:
+        return fn(weight, layout, 0)
+    inner = Layout(
+        tuple(a - 1 for a in layout.input_axes), tuple(a - 1 for a in layout.output_axes)
+    )
+    pairs = [fn(weight[e], inner, e) for e in range(weight.shape[0])]
+    return torch.stack([v for v, _ in pairs]), torch.stack([s for _, s in pairs])

@@ -1,0 +1,82 @@
+"""The two programs of a step under `torch.compile`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from safe_core._dtypes import wide_dtype
+
+from . import kernels
+
+__all__ = ["CompiledStep"]
+
+
+class CompiledStep:
+    """The perturbation, and the penalty together with the step of a base optimizer."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.ascend = torch.compile(kernels.move_traced_)
+        self._base = base
+        self._bare = torch.compile(partial(_descend, inspect.unwrap(type(base).step)))
+        self._hooked = torch.compile(partial(_descend, _hooked_step))
+
+    def descend(
+        self,
+        gradients: Sequence[Tensor],
+        params: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        penalties: Mapping[Tensor, float],
+        copies: Sequence[Tensor | None] | None,
+    ) -> None:
+        """Restore x, add the gradient of the penalty and take a step of the base."""
+        program = self._bare if _is_bare(self._base) else self._hooked
+        program(self._base, gradients, params, anchors, _scalars(penalties, params), copies)
+
+
+def _descend(
+    step: Callable[[Optimizer], Any],
+    base: Optimizer,
+    gradients: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    penalties: Sequence[Tensor],
+    copies: Sequence[Tensor | None] | None,
+) -> None:
+    kernels.add_penalty_traced_(gradients, params, anchors, penalties, copies)
+    step(base)
+
+
+def _hooked_step(base: Optimizer) -> None:
+    base.step()
+
+
+def _is_bare(base: Optimizer) -> bool:
+    """Whether nothing hangs on the step of the base but its arithmetic.
+
+    Hooks, and the counting that a scheduler patches in, lie in wrappers that would cut the
+    compiled program in two.
+    """
+    hooks = (
+        base._optimizer_step_pre_hooks,
+        base._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return not any(hooks) and "step" not in vars(base) and not base.defaults.get("differentiable")
+
+
+def _scalars(values: Mapping[Tensor, float], params: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers that a compiled program takes as arguments, not as constants."""
+    made: dict[Any, Tensor] = {}
+    keys = [(values[p], wide_dtype(torch, [p]), p.device) for p in params]
+    for value, dtype, device in dict.fromkeys(keys):
+        made[value, dtype, device] = torch.full((), value, dtype=dtype, device=device)
+    return [made[key] for key in keys]

@@ -1,0 +1,315 @@
+"""PyTorch: how flat the loss of a module is, or of a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from safe_core.backends.torch_shards import is_sharded
+from safe_core.flatness import LossSurface
+from safe_core.layout import Layout, chosen_layout
+
+from .modules import RandomState, forget_copies, statistics_kept
+from .weights import prunable_weights
+
+__all__ = ["loss_surface"]
+
+
+def loss_surface(
+    loss: Callable[..., Tensor],
+    params: nn.Module | Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    support: Mapping[str, Tensor] | str | None = None,
+    layout: Any = None,
+    model: nn.Module | None = None,
+) -> LossSurface:
+    """Bind a loss, its parameters and its batches, to measure how flat it is there.
+
+    Products with the Hessian are two backward passes. Nothing is left changed: parameters that
+    are moved are restored bit for bit, ``grad`` is not touched, random numbers go on as if
+    none had been drawn, and every evaluation draws the same ones, such as dropout masks. Batch
+    normalisation acts by the mode that the model is in: in training mode by the statistics
+    of the batch, which are then part of the loss, and running statistics do not move.
+    Attention runs by its math kernel, the one that can be differentiated twice.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(batch)``, a function over a module; or ``loss(params, batch)`` where ``params``
+        is a mapping, by `torch.func.functional_call` for example. It returns a scalar, the
+        mean over the batch.
+    params : torch.nn.Module, or mapping of str to tensor
+        Variables are the floating parameters of a module that require gradients, as they are
+        when something is measured; or the floating tensors of a mapping, which are not
+        written to.
+    batches : iterable
+        What ``loss`` takes, one after the other. They are held, and each has the same weight.
+    support : "nonzero" or mapping of str to bool tensor, optional
+        Entries that may vary: by the name of a parameter, or those that are not zero among
+        the weights of linear, convolution and attention layers. What is not named varies.
+    layout : Layout, mapping of name to Layout, or callable, optional
+        Roles of axes, as for `SparseOptimizer`; for landscapes.
+    model : torch.nn.Module, optional
+        The module behind a loss of a mapping, for its layers.
+
+    Returns
+    -------
+    safe_core.flatness.LossSurface
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not of its kind, parameters are complex or sharded, or there are
+        none.
+
+    Examples
+    --------
+    >>> model, batch = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    >>> surface = loss_surface(lambda x: model(x).square().sum(), model, [batch])
+    >>> round(surface.eigenvalues().values[0], 4)
+    18.0
+    >>> found = surface.landscape(directions=2, points=5)
+    >>> found.values.shape
+    (5, 5)
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, got {loss!r}")
+    if isinstance(params, nn.Module):
+        named: dict[str, Tensor] = {k: p for k, p in params.named_parameters() if p.requires_grad}
+        bound: _OfModule | _OfMapping = _OfModule(loss, params, named)
+        model = params
+    elif isinstance(params, Mapping):
+        named = {k: p for k, p in params.items() if isinstance(p, Tensor) and _is_variable(p)}
+        bound = _OfMapping(loss, params, named)
+    else:
+        raise TypeError(f"params must be a torch.nn.Module or a mapping, got {type(params)!r}")
+    _check_parameters(named)
+    held = list(batches)
+    if not held:
+        raise ValueError("batches must hold at least one, got none")
+    return LossSurface(_Loss(bound, model, held, support, layout))
+
+
+class _OfModule:
+    """A loss that reads the parameters of a module, which are moved in place."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], module: nn.Module, named: Mapping[str, Tensor]
+    ) -> None:
+        self.loss, self.module, self.named = loss, module, named
+
+    @contextmanager
+    def at(self, arrays: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Parameters at ``arrays`` within the block."""
+        params = list(self.named.values())
+        with torch.no_grad():
+            before = [p.clone() for p in params]
+        try:
+            self._move(params, arrays)
+            yield params
+        finally:
+            self._move(params, before)
+
+    def _move(self, params: Sequence[Tensor], arrays: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for p, x in zip(params, arrays, strict=True):
+                p.copy_(x)
+        forget_copies(self.module)
+
+    def variables(self) -> list[Tensor]:
+        """Tensors to differentiate by, at the parameters now."""
+        return list(self.named.values())
+
+    def __call__(self, variables: Sequence[Tensor], batch: Any) -> Tensor:
+        return self.loss(batch)
+
+
+class _OfMapping:
+    """A loss that is handed its parameters."""
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        params: Mapping[str, Any],
+        named: Mapping[str, Tensor],
+    ) -> None:
+        self.loss, self.params, self.named = loss, params, named
+
+    @contextmanager
+    def at(self, arrays: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        yield [x.detach().requires_grad_() for x in arrays]
+
+    def variables(self) -> list[Tensor]:
+        return [x.detach().requires_grad_() for x in self.named.values()]
+
+    def __call__(self, variables: Sequence[Tensor], batch: Any) -> Tensor:
+        changed = dict(zip(self.named, variables, strict=True))
+        return self.loss({**self.params, **changed}, batch)
+
+
+class _Loss:
+    """A `safe_core.flatness.Loss` of torch."""
+
+    def __init__(
+        self,
+        bound: _OfModule | _OfMapping,
+        model: nn.Module | None,
+        held: list[Any],
+        support: Any,
+        layout: Any,
+    ) -> None:
+        self._bound, self._model, self._held = bound, model, held
+        self._support, self._layout = support, layout
+        self._random = RandomState.record()
+        self.support()
+
+    @property
+    def batches(self) -> int:
+        return len(self._held)
+
+    def arrays(self) -> list[Tensor]:
+        return [p.detach() for p in self._bound.named.values()]
+
+    def support(self) -> list[Tensor | None] | None:
+        named, given = self._bound.named, self._support
+        if given is None:
+            return None
+        if given == "nonzero":
+            weights = self._weights()
+            if not weights:
+                raise ValueError(
+                    "support must be a mapping where no model tells which parameters are weights, "
+                    "got 'nonzero'"
+                )
+            return [p.detach() != 0 if name in weights else None for name, p in named.items()]
+        if not isinstance(given, Mapping):
+            raise TypeError(f"support must be 'nonzero', a mapping or None, got {given!r}")
+        strange = sorted(set(given) - set(named))
+        if strange:
+            raise ValueError(
+                f"support names {strange[0]!r}, which is no parameter; they are {', '.join(named)}"
+            )
+        return [given.get(name) for name in named]
+
+    def layouts(self) -> list[Layout | None]:
+        weights = self._weights()
+        found = []
+        for name, p in self._bound.named.items():
+            found.append(chosen_layout(name, p, self._layout, weights.get(name)))
+            if found[-1] is None and name in weights:
+                raise ValueError(f"layout of {name} is not known: pass layout=, got None")
+        return found
+
+    def value(self, arrays: Sequence[Tensor]) -> float:
+        with self._bound.at(arrays) as variables, torch.no_grad():
+            losses = [self._loss(variables, batch) for batch in self._held]
+        return sum(map(float, losses)) / len(losses)
+
+    def value_and_gradient(
+        self, arrays: Sequence[Tensor], batch: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        with self._bound.at(arrays) as variables:
+            return self._gradient(variables, self._held[batch])
+
+    def hessian_product(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        variables, count = self._bound.variables(), len(self._held)
+        # The graph of one batch is kept from product to product; of several each is made anew.
+        kept = self._gradient(variables, self._held[0], graph=True)[1] if count == 1 else None
+
+        def product(vectors: Sequence[Tensor]) -> list[Tensor]:
+            total = [torch.zeros_like(v) for v in vectors]
+            for batch in self._held:
+                first = kept or self._gradient(variables, batch, graph=True)[1]
+                second = _along(first, variables, vectors, keep=kept is not None)
+                total = [a + b for a, b in zip(total, second, strict=True)]
+            return [a / count for a in total]
+
+        return product
+
+    def listed(self, structure: Any) -> list[Tensor]:
+        named = self._bound.named
+        if not isinstance(structure, Mapping) or set(structure) != set(named):
+            raise ValueError(
+                f"direction must be a mapping with a tensor for each of {', '.join(named)}, got "
+                f"{', '.join(structure) if isinstance(structure, Mapping) else type(structure)!r}"
+            )
+        return [structure[name] for name in named]
+
+    def structured(self, arrays: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._bound.named, arrays, strict=True))
+
+    def _weights(self) -> dict[str, Layout | None]:
+        """Layouts of the weights that the layers of the model hold, by name."""
+        if self._model is None:
+            return {}
+        layouts = prunable_weights(self._model)
+        named = self._model.named_parameters(remove_duplicate=False)
+        return {k: layouts[p] for k, p in named if isinstance(p, nn.Parameter) and p in layouts}
+
+    def _loss(self, variables: Sequence[Tensor], batch: Any) -> Tensor:
+        with (
+            statistics_kept(self._model),
+            RandomState.replayed(self._random),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            value = self._bound(variables, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            raise ValueError(f"loss must return a tensor of one entry, got {found}")
+        return value
+
+    def _gradient(
+        self, variables: Sequence[Tensor], batch: Any, *, graph: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            value = self._loss(variables, batch)
+            if not value.requires_grad:
+                raise ValueError(
+                    "loss must depend on the parameters by differentiable operations, got a value "
+                    "without a graph"
+                )
+            gradient = torch.autograd.grad(
+                value, variables, create_graph=graph, materialize_grads=True
+            )
+        return value.detach(), gradient
+
+
+def _along(
+    gradient: Sequence[Tensor],
+    variables: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    keep: bool,
+) -> list[Tensor]:
+    """The derivative of a gradient that has a graph along vectors, in their dtypes."""
+    curved = [(g, v.to(g.dtype)) for g, v in zip(gradient, vectors, strict=True) if g.requires_grad]
+    if not curved:  # the loss is linear
+        return [torch.zeros_like(v) for v in vectors]
+    found = torch.autograd.grad(
+        [g for g, _ in curved],
+        variables,
+        [v for _, v in curved],
+        retain_graph=keep,
+        materialize_grads=True,
+    )
+    return [h.to(v.dtype) for h, v in zip(found, vectors, strict=True)]
+
+
+def _is_variable(p: Tensor) -> bool:
+    return p.is_floating_point() or p.is_complex()
+
+
+def _check_parameters(named: Mapping[str, Tensor]) -> None:
+    if not named:
+        raise ValueError("params must hold a floating tensor that is trained, got none")
+    for name, p in named.items():
+        if not p.is_floating_point():
+            raise TypeError(f"{name} must be real floating, got dtype {p.dtype}")
+        if is_sharded(p):
+            raise TypeError(f"{name} must be a whole tensor on one device, got a DTensor")

@@ -1,0 +1,259 @@
+"""Training and measuring in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+
+from safe_core import Method
+from safe_core.adapters.jax.flatness import loss_surface
+from safe_core.adapters.jax.flax.training import recalibrate
+from safe_core.adapters.jax.gradients import value_and_gradients
+from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.flatness import LossSurface
+from safe_core.study.data import Normalisation
+from safe_core.study.models import Architecture, Variables
+from safe_core.study.models.flax import Network, normalised
+from safe_core.study.robustness import PGD
+from safe_core.study.robustness.jax import attacker
+
+from .plan import Plan
+from .training import Training
+
+__all__ = ["JaxLearner", "JaxSubject"]
+
+
+class State(NamedTuple):
+    """What a step of training takes and returns."""
+
+    params: Any
+    statistics: Any
+    optimizer: Any
+
+
+class Program(NamedTuple):
+    """The parts of training, compiled once for all seeds."""
+
+    init: Callable[[Any], Any]
+    step: Callable[..., tuple[State, jax.Array]]
+    project: Callable[[State], Any]
+
+
+class JaxLearner:
+    """A network that `sparse_optimizer` trains.
+
+    Examples
+    --------
+    >>> from safe_core import safe
+    >>> from safe_core.study.data import load
+    >>> from safe_core.study.models import LeNet
+    >>> training = Training(epochs=1, batch_size=8, learning_rate=0.1)
+    >>> network = LeNet((4,), image=(8, 8, 1))
+    >>> plan = Plan(load("digits"), network, training, safe(0.75), seed=0, augment=False)
+    >>> learner = JaxLearner(plan)
+    >>> _ = learner.step(*next(plan.batches(0)))
+    >>> float((learner.projected()["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
+    True
+    """
+
+    def __init__(self, plan: Plan, device: str = "cpu") -> None:
+        self._device = _device(device)
+        self._program = _program(
+            plan.architecture,
+            plan.normalisation,
+            plan.training,
+            plan.method,
+            plan.steps_per_epoch,
+        )
+        with jax.default_device(self._device):
+            variables = jax.tree.map(jnp.asarray, plan.initial_variables())
+            params = variables["params"]
+            self._state = State(
+                params, variables.get("batch_stats", {}), self._program.init(params)
+            )
+
+    def step(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> jax.Array:
+        """Take one step on a batch; return its loss."""
+        with jax.default_device(self._device):
+            self._state, loss = self._program.step(self._state, images, labels.astype(np.int32))
+        return loss
+
+    def variables(self) -> Variables:
+        """The weights now, in NumPy."""
+        return _variables(self._state.params, self._state.statistics)
+
+    def projected(self) -> Variables:
+        """The weights after a last projection; training may go on."""
+        with jax.default_device(self._device):
+            params = self._program.project(self._state)
+        return _variables(params, self._state.statistics)
+
+
+@lru_cache(maxsize=4)
+def _program(
+    architecture: Architecture,
+    normalisation: Normalisation,
+    training: Training,
+    method: Method | None,
+    steps_per_epoch: int,
+) -> Program:
+    count = training.epochs * steps_per_epoch
+    table = np.asarray([training.rate(step, steps_per_epoch) for step in range(count)])
+
+    def rate(step: Any) -> jax.Array:
+        return jnp.asarray(table)[step]
+
+    tx: Any = _base(training, rate)
+    if method is not None:
+        tx = sparse_optimizer(tx, method, learning_rate=rate if method.decoupled else None)
+    tx = optax.with_extra_args_support(tx)
+
+    def loss_fn(params: Any, batch: Any, statistics: Any) -> tuple[jax.Array, Any]:
+        images, labels = batch
+        logits, after = _train_logits(architecture, normalisation, params, statistics, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), after
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, images: Any, labels: Any) -> tuple[State, jax.Array]:
+        (loss, statistics), gradients, grad_fn = value_and_gradients(loss_fn, has_aux=True)(
+            state.params, (images, labels), state.statistics
+        )
+        updates, optimizer = tx.update(gradients, state.optimizer, state.params, grad_fn=grad_fn)
+        return State(optax.apply_updates(state.params, updates), statistics, optimizer), loss
+
+    def project(state: State) -> Any:
+        return state.params if method is None else finalize(state.params, state.optimizer, method)
+
+    return Program(jax.jit(tx.init), step, jax.jit(project))
+
+
+def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+    if training.optimizer == "adam":
+        rule = optax.adam(rate, b1=training.momentum, b2=training.second_moment)
+    else:
+        rule = optax.sgd(rate, momentum=training.momentum or None)
+    return optax.chain(optax.add_decayed_weights(training.weight_decay), rule)
+
+
+class JaxSubject:
+    """A network in evaluation mode.
+
+    Examples
+    --------
+    >>> from safe_core.study.data import load
+    >>> from safe_core.study.models import LeNet, initial_variables
+    >>> network = LeNet((4,), image=(8, 8, 1))
+    >>> variables = initial_variables(network, seed=0)
+    >>> subject = JaxSubject(network, load("digits").normalisation, variables)
+    >>> subject.logits(np.zeros((3, 8, 8, 1), np.float32)).shape
+    (3, 10)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        normalisation: Normalisation,
+        variables: Mapping[str, Any],
+        device: str = "cpu",
+    ) -> None:
+        self._architecture, self._normalisation = architecture, normalisation
+        self._device = _device(device)
+        with jax.default_device(self._device):
+            self._variables = jax.tree.map(jnp.asarray, dict(variables))
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of pixels in [0, 1]."""
+        with jax.default_device(self._device):
+            program = _evaluation(self._architecture, self._normalisation)
+            return np.asarray(program(images, self._variables))
+
+    def recalibrated(self, batches: Sequence[NDArray[np.float32]]) -> Variables:
+        """The variables with statistics of batch normalisation over these images."""
+        params = self._variables["params"]
+        statistics = self._variables.get("batch_stats", {})
+        if not statistics:
+            return _variables(params, statistics)
+
+        def update(statistics: Any, images: Any) -> Any:
+            return _train_logits(
+                self._architecture, self._normalisation, params, statistics, images
+            )[1]
+
+        with jax.default_device(self._device):
+            return _variables(params, recalibrate(update, statistics, batches))
+
+    def surface(self, batches: Sequence[tuple[Any, Any]]) -> LossSurface:
+        """The loss around the network."""
+        forward = _evaluation(self._architecture, self._normalisation)
+        fixed = {name: x for name, x in self._variables.items() if name != "params"}
+
+        def loss(params: Any, batch: Any) -> jax.Array:
+            logits = forward(batch[0], {"params": params, **fixed})
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+        with jax.default_device(self._device):
+            held = [(images, labels.astype(np.int32)) for images, labels in batches]
+            return loss_surface(loss, self._variables["params"], held)
+
+    def attacked(
+        self, attack: PGD, images: NDArray[np.float32], labels: NDArray[np.int64], seed: int
+    ) -> NDArray[np.float32]:
+        """Adversarial images."""
+        with jax.default_device(self._device):
+            fool = _attacker(self._architecture, self._normalisation, attack)
+            return np.asarray(fool(images, labels.astype(np.int32), seed, self._variables))
+
+
+@lru_cache(maxsize=4)
+def _evaluation(architecture: Architecture, normalisation: Normalisation) -> Callable[..., Any]:
+    """``(images, variables) -> logits``, compiled."""
+
+    def logits(images: Any, variables: Any) -> Any:
+        return Network(architecture).apply(variables, images)
+
+    return jax.jit(normalised(logits, *normalisation))
+
+
+@lru_cache(maxsize=8)
+def _attacker(
+    architecture: Architecture, normalisation: Normalisation, attack: PGD
+) -> Callable[..., Any]:
+    return attacker(_evaluation(architecture, normalisation), attack)
+
+
+def _train_logits(
+    architecture: Architecture,
+    normalisation: Normalisation,
+    params: Any,
+    statistics: Any,
+    images: Any,
+) -> tuple[jax.Array, Any]:
+    """Logits in training mode, and the new statistics of batch normalisation."""
+
+    def forward(images: Any) -> Any:
+        variables = {"params": params, "batch_stats": statistics}
+        return Network(architecture).apply(variables, images, train=True, mutable=["batch_stats"])
+
+    logits, after = normalised(forward, *normalisation)(images)
+    return logits, after.get("batch_stats", {})
+
+
+def _device(name: str) -> Any:
+    """A device of JAX, such as of ``"cpu"`` or ``"cuda"``."""
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError as error:
+        raise ValueError(f"device must be one that JAX has, got {name!r}: {error}") from None
+
+
+def _variables(params: Any, statistics: Any) -> Variables:
+    found = {"params": params, **({"batch_stats": statistics} if statistics else {})}
+    # Copies: the buffers of training are donated to the next step.
+    return jax.tree.map(lambda x: np.array(x), found)

@@ -1,0 +1,177 @@
+"""Training and measuring in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch.flatness import loss_surface
+from safe_core.adapters.torch.modules import recalibrate
+from safe_core.flatness import LossSurface
+from safe_core.study.data import Normalisation, channels_first
+from safe_core.study.models import Architecture, Variables, from_state_dict
+from safe_core.study.models.torch import Normalised, build
+from safe_core.study.robustness import PGD
+from safe_core.study.robustness.torch import attacker
+
+from .plan import Plan
+
+__all__ = ["TorchLearner", "TorchSubject"]
+
+
+class TorchLearner:
+    """A network that `SparseOptimizer` trains, with a closure that serves every method.
+
+    Examples
+    --------
+    >>> from safe_core import safe
+    >>> from safe_core.study.data import load
+    >>> from safe_core.study.models import LeNet
+    >>> from safe_core.study.runner.training import Training
+    >>> training = Training(epochs=1, batch_size=8, learning_rate=0.1)
+    >>> network = LeNet((4,), image=(8, 8, 1))
+    >>> plan = Plan(load("digits"), network, training, safe(0.75), seed=0, augment=False)
+    >>> learner = TorchLearner(plan)
+    >>> _ = learner.step(*next(plan.batches(0)))
+    >>> float((learner.projected()["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
+    True
+    """
+
+    def __init__(self, plan: Plan, device: str = "cpu") -> None:
+        self._architecture, self._device = plan.architecture, _checked(device)
+        network = build(plan.architecture, plan.initial_variables())
+        self._model = Normalised(network, *plan.normalisation).to(device).train()
+        self._rates = plan.rates()
+        self._step = 0
+        self._optimizer = _base(plan, self._model)
+        if plan.method is not None:
+            self._optimizer = SparseOptimizer(self._optimizer, plan.method, model=self._model)
+
+    def step(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> Tensor:
+        """Take one step on a batch; return its loss."""
+        inputs, targets = _tensors(self._device, images, labels)
+
+        def closure() -> Tensor:
+            self._optimizer.zero_grad()
+            loss = functional.cross_entropy(self._model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = float(self._rates[self._step])
+        self._step += 1
+        return self._optimizer.step(closure)  # type: ignore[arg-type, return-value]
+
+    def variables(self) -> Variables:
+        """The weights now, in NumPy."""
+        return _variables(self._architecture, self._model.model)
+
+    def projected(self) -> Variables:
+        """The weights after a last projection; training may go on."""
+        if not isinstance(self._optimizer, SparseOptimizer):
+            return self.variables()
+        sparse = self._optimizer.sparse_parameters()
+        before = {name: p.detach().clone() for name, p in sparse.items()}
+        self._optimizer.finalize()
+        found = self.variables()
+        with torch.no_grad():
+            for name, p in sparse.items():
+                p.copy_(before[name])
+        return found
+
+
+class TorchSubject:
+    """A network in evaluation mode.
+
+    Examples
+    --------
+    >>> from safe_core.study.data import load
+    >>> from safe_core.study.models import LeNet, initial_variables
+    >>> network = LeNet((4,), image=(8, 8, 1))
+    >>> variables = initial_variables(network, seed=0)
+    >>> subject = TorchSubject(network, load("digits").normalisation, variables)
+    >>> subject.logits(np.zeros((3, 8, 8, 1), np.float32)).shape
+    (3, 10)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        normalisation: Normalisation,
+        variables: Mapping[str, Any],
+        device: str = "cpu",
+    ) -> None:
+        self._architecture, self._device = architecture, device
+        network = build(architecture, variables)
+        self._model = Normalised(network, *normalisation).to(device).eval()
+
+    @torch.no_grad()
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of pixels in [0, 1]."""
+        (inputs,) = _tensors(self._device, images)
+        found: NDArray[np.float32] = self._model(inputs).cpu().numpy()
+        return found
+
+    def recalibrated(self, batches: Sequence[NDArray[np.float32]]) -> Variables:
+        """The variables with statistics of batch normalisation over these images."""
+        recalibrate(self._model, (_tensors(self._device, images)[0] for images in batches))
+        return _variables(self._architecture, self._model.model)
+
+    def surface(self, batches: Sequence[tuple[Any, Any]]) -> LossSurface:
+        """The loss around the network."""
+
+        def loss(batch: list[Tensor]) -> Tensor:
+            return functional.cross_entropy(self._model(batch[0]), batch[1])
+
+        return loss_surface(loss, self._model, [_tensors(self._device, *b) for b in batches])
+
+    def attacked(
+        self, attack: PGD, images: NDArray[np.float32], labels: NDArray[np.int64], seed: int
+    ) -> NDArray[np.float32]:
+        """Adversarial images."""
+        moved = attacker(self._model, attack)(*_tensors(self._device, images, labels), seed)
+        return moved.cpu().numpy().transpose(0, 2, 3, 1)
+
+
+def _checked(device: str) -> str:
+    """The device, if PyTorch can put something there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device must be one that PyTorch has, got {device!r}: {reason}") from None
+    return device
+
+
+def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    training = plan.training
+    if training.optimizer == "adam":
+        return torch.optim.Adam(
+            model.parameters(),
+            betas=(training.momentum, training.second_moment),
+            weight_decay=training.weight_decay,
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
+
+
+def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:
+    """Images channels first, and labels, on a device."""
+    arrays = (channels_first(images), *labels)
+    return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+
+
+def _variables(architecture: Architecture, network: nn.Module) -> Variables:
+    state = {name: x.cpu().numpy().copy() for name, x in network.state_dict().items()}
+    return from_state_dict(architecture, state)
