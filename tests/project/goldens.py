@@ -1,7 +1,7 @@
 """Golden trajectories: hashes of what every method does, to the last bit.
 
-``python tests/goldens.py --write tests/goldens.json`` records them, and
-``python tests/goldens.py --check tests/goldens.json`` compares; ``--only TEXT`` takes the cases
+``python tests/project/goldens.py --write tests/project/goldens.json`` records them, and
+``python tests/project/goldens.py --check tests/project/goldens.json`` compares; ``--only TEXT`` takes the cases
 whose name holds a text. A case is a name and a function that returns arrays by name; what is
 kept of an array is a short hash of its dtype, shape and bytes.
 
