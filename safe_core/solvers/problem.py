@@ -13,8 +13,8 @@ from .. import _checks
 from .._dtypes import check_real_floating, wide_dtype, widened
 from ..arguments import refuse
 from ..layout import Layout, default_layout, merge, place_importance, resolve
+from ..patterns import NM, Block, Channel, Pattern, Unstructured, as_pattern
 from ..projection import select
-from ..sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern
 from .gram import Gram
 
 __all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern"]
@@ -138,10 +138,10 @@ def read_pattern(
     if not isinstance(pattern, accepted):
         names = " or ".join(kind.__name__ for kind in accepted)
         raise TypeError(f"sparsity must be {names} for {type(solver).__name__}, got {pattern!r}")
-    if getattr(pattern, "budget", None) is not None:
+    if pattern.couples_arrays and not pattern.joint:
         raise ValueError(
-            f"sparsity must have no budget for {type(solver).__name__}, which sees one layer, got "
-            f"{pattern!r}"
+            f"sparsity must have no distribution for {type(solver).__name__}, which sees one "
+            f"layer, got {pattern!r}"
         )
     return pattern
 

@@ -11,8 +11,9 @@ from safe_core.backends import Array, backend_of
 
 from .. import _checks
 from ..layout import Layout
-from ..projection import Projection, whole_units
-from ..sparsity import NM, Pattern, Unstructured, fractions, kept_counts
+from ..patterns import NM, Pattern, Unstructured
+from ..patterns.counts import kept_counts, whole_units
+from ..projection import Projection
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
@@ -192,11 +193,11 @@ class _Sweep(NamedTuple):
             return read_form(scores, None).select(scores, self.pattern)
         rows = 1 if self.pattern.scope == "row" else self.form.outputs
         before, after = (
-            kept_counts(fractions(self.pattern), rows * columns)[-1]
+            kept_counts(self.pattern.fractions(), rows * columns)[-1]
             for columns in (start, start + width)
         )
         kept, backend = (after - before,), backend_of(scores)
         if rows == 1:
-            return backend.keep_largest_per_row(scores, kept, 0, on_host=False)
+            return backend.keep_largest_per_row(scores, kept, 0)
         stored = self.form.stored(scores)
-        return self.form.columns(backend.keep_largest([stored], kept, 0, on_host=False)[0])
+        return self.form.columns(backend.keep_largest([stored], kept, 0)[0])

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
+from safe_core.patterns import NM, Pattern
 from safe_core.solvers import ALPS
-from safe_core.sparsity import NM, Pattern
 
 from .calls import BlockCalls, record
 from .memory import BlockSize, MemoryEstimate, forward_backward_bytes
