@@ -95,9 +95,7 @@ def blockwise(
     return list(out)
 
 
-def keep_largest(
-    scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> list[Array]:
+def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
     k, n = counts[stage], sum(x.size for x in scores)
     masks = allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
     if k in (0, n):
@@ -108,9 +106,7 @@ def keep_largest(
     return masks
 
 
-def keep_largest_per_row(
-    scores: Array, counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> Array:
+def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int) -> Array:
     keys = ordering_key(scores)
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest_per_row, xp=xp)
 
