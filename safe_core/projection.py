@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from safe_core.backends import Array, backend_of
+from safe_core.backends import Array, backend_of, selecting_on_host
 
 from .arguments import read_arguments, read_sparsity
 from .budgets import layer_fractions
@@ -123,14 +123,14 @@ def project(
     """
     pattern = read_sparsity(sparsity, arrays)
     point = read_arguments(arrays, importance, layout)
-    support = select(
-        point.arrays,
-        pattern,
-        importance=point.importance,
-        layouts=point.layouts,
-        names=point.names,
-        on_host=select_on_host,
-    )
+    with selecting_on_host(select_on_host):
+        support = select(
+            point.arrays,
+            pattern,
+            importance=point.importance,
+            layouts=point.layouts,
+            names=point.names,
+        )
     return Projection(point.rebuild(apply_support(point.arrays, support)), point.rebuild(support))
 
 
@@ -147,13 +147,11 @@ def select(
     layouts: Sequence[Layout | None],
     names: Sequence[str],
     step: int | Array | None = None,
-    on_host: bool = False,
 ) -> list[Array]:
     """Masks of the support that maximises the sum of ``P_ii v_i**2``.
 
     The kernel of `project`, without its checks of values: it traces. ``step`` picks the
-    stage of a sparsity that changes over time; None is its end. ``on_host`` moves the
-    scores to the host to be selected among, see `Targets`.
+    stage of a sparsity that changes over time; None is its end.
     """
     if not arrays:
         return []
@@ -166,7 +164,7 @@ def select(
     if isinstance(pattern, NM):
         scores = entry_scores(xp, arrays, importance, names, joint=False)
         return [
-            _select_groups(xp, score, pattern, layout, name, on_host)
+            _select_groups(xp, score, pattern, layout, name)
             for score, layout, name in zip(scores, resolved, names, strict=True)
         ]
     joint = pattern.scope == "global"
@@ -187,12 +185,12 @@ def select(
         expand = lambda i, mask: units[i].expand(mask)  # noqa: E731
     if joint:
         counts = kept_counts(fractions(pattern), sum(math.prod(s.shape) for s in scores))
-        masks = backend_of(scores[0]).keep_largest(scores, counts, at, on_host=on_host)
+        masks = backend_of(scores[0]).keep_largest(scores, counts, at)
     else:
         by_output = pattern.scope == "row"
         spread = layer_fractions(pattern, [tuple(s.shape) for s in scores], plans, names)
         masks = [
-            _select_rows(xp, score, stages, by_output, plan, name, at, on_host)
+            _select_rows(xp, score, stages, by_output, plan, name, at)
             for score, stages, plan, name in zip(scores, spread, plans, names, strict=True)
         ]
     return [expand(i, mask) for i, mask in enumerate(masks)]
@@ -209,7 +207,6 @@ def _select_rows(
     layout: Layout | None,
     name: str,
     at: int | Array,
-    on_host: bool,
 ) -> Array:
     """Select within one array, or each of its rows, by fractions of zeros."""
     if by_output:
@@ -219,12 +216,12 @@ def _select_rows(
     n = math.prod(score.shape[axis] for axis in order[pools:])
     counts = kept_counts(stages, n)
     if math.prod(score.shape[axis] for axis in order[:pools]) == 1:
-        return backend_of(score).keep_largest([score], counts, at, on_host=on_host)[0]
+        return backend_of(score).keep_largest([score], counts, at)[0]
 
     def within(score: Array) -> Array:
         shape = tuple(score.shape[axis] for axis in order)
         table = xp.reshape(xp.permute_dims(score, order), (math.prod(shape[:pools]), n))
-        mask = backend_of(score).keep_largest_per_row(table, counts, at, on_host=on_host)
+        mask = backend_of(score).keep_largest_per_row(table, counts, at)
         return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
 
     return _by_unit(within, score, dict.fromkeys(order[pools:], 0))
@@ -237,9 +234,7 @@ def _by_unit(fn: Callable[[Array], Array], score: Array, units: dict[int, int]) 
     return backend.resharded_as(score, backend.shardwise(fn, whole))
 
 
-def _select_groups(
-    xp: Any, score: Array, pattern: NM, layout: Layout | None, name: str, on_host: bool
-) -> Array:
+def _select_groups(xp: Any, score: Array, pattern: NM, layout: Layout | None, name: str) -> Array:
     """Keep ``n`` of every ``m`` along the input axis."""
     layout = _roles(layout, name, "an N:M pattern", inputs=True)
     axes = layout.input_axes
@@ -252,19 +247,19 @@ def _select_groups(
         full = xp.reshape(score, shape)
         head = _slice(full, axis, whole)
         grouped = (*shape[:axis], whole // pattern.m, pattern.m, *shape[axis + 1 :])
-        mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n, on_host)
+        mask = _keep_in_groups(xp, xp.reshape(head, grouped), axis + 1, pattern.n)
         return xp.reshape(_pad(xp, xp.reshape(mask, head.shape), axis, full), score.shape)
 
     return _by_unit(within, score, dict.fromkeys(axes, pattern.m if len(axes) == 1 else 0))
 
 
-def _keep_in_groups(xp: Any, scores: Array, axis: int, n: int, on_host: bool) -> Array:
+def _keep_in_groups(xp: Any, scores: Array, axis: int, n: int) -> Array:
     m = scores.shape[axis]
     if m > _RANKED_GROUP:
         order = (*(a for a in range(scores.ndim) if a != axis), axis)
         moved = xp.permute_dims(scores, order)
         table = xp.reshape(moved, (math.prod(moved.shape[:-1]), m))
-        mask = backend_of(scores).keep_largest_per_row(table, (n,), 0, on_host=on_host)
+        mask = backend_of(scores).keep_largest_per_row(table, (n,), 0)
         return xp.permute_dims(xp.reshape(mask, moved.shape), inverse(order))
     keys = backend_of(scores).ordering_key(scores)
     entries = [_slice(keys, axis, j + 1, start=j) for j in range(m)]

@@ -74,10 +74,6 @@ class Targets(NamedTuple):
         Names for messages, one per array.
     layouts : tuple of Layout or None
         Roles of the axes, one per array; None where they are unknown.
-    on_host : bool
-        Whether scores are copied to the host to be selected among. In JAX on the CPU
-        this is faster than counting in the compiled program; elsewhere it costs the
-        transfer. Refused where arrays are sharded.
 
     Examples
     --------
@@ -87,7 +83,6 @@ class Targets(NamedTuple):
 
     names: tuple[str, ...]
     layouts: tuple[Layout | None, ...]
-    on_host: bool = False
 
 
 def init(
@@ -521,5 +516,4 @@ def _select(
         layouts=targets.layouts,
         names=targets.names,
         step=step,
-        on_host=targets.on_host,
     )

@@ -352,7 +352,7 @@ def prune_layers(
     [4, 4, 4, 4]
     """
     _check_solver(solver, "a function such as ALPS()")
-    tree = SparseTree.read(params, where, layout, False)
+    tree = SparseTree.read(params, where, layout)
     pattern = as_pattern(sparsity, scope="tensor")
     pruned = []
     for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
@@ -425,7 +425,7 @@ class _Training:
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
         """P of the mean squares of inputs; Gram matrices of dense leaves are left out."""
-        names = SparseTree.read(params, self.where, self.layout, False).targets.names
+        names = SparseTree.read(params, self.where, self.layout).targets.names
         return {
             name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
             for name, p in importance.items()
@@ -551,7 +551,7 @@ def _error(output: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _sparsity(params: PyTree, where: Any, layout: Any) -> float:
-    sparse = SparseTree.read(params, where, layout, False).sparse(params)
+    sparse = SparseTree.read(params, where, layout).sparse(params)
     return sum(int((x == 0).sum()) for x in sparse) / max(1, sum(x.size for x in sparse))
 
 

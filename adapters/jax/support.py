@@ -73,7 +73,7 @@ def fixed_support(
     inner = optax.with_extra_args_support(base)
 
     def init(params: PyTree) -> FixedSupportState:
-        tree = SparseTree.read(params, where, None, False)
+        tree = SparseTree.read(params, where, None)
         support = [x != 0 for x in tree.sparse(params)]
         return FixedSupportState(inner.init(params), tree.masked(support))
 
@@ -82,7 +82,7 @@ def fixed_support(
     ) -> tuple[PyTree, FixedSupportState]:
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
-        tree = SparseTree.read(params, where, None, False)
+        tree = SparseTree.read(params, where, None)
         support = tree.sparse(state.support)
         gradients = tree.gradients("updates", updates, params)
         masked = tree.replaced(
@@ -131,7 +131,7 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
         ...
     ValueError: params must be sparse, got non-zeros in kernel (1 too many)
     """
-    tree = SparseTree.read(params, where, layout, False)
+    tree = SparseTree.read(params, where, layout)
     values = tree.sparse(params)
     # Which of the entries are zero decides, not how small the others are.
     filled_in = [(x != 0).astype(jnp.float32) for x in values]

@@ -17,7 +17,7 @@ import optax
 from safe_core import Method, SplitState, _checks
 from safe_core._dtypes import scalar_like, wide_dtype
 from safe_core.arguments import check_importance
-from safe_core.backends import backend_of
+from safe_core.backends import backend_of, selecting_on_host
 from safe_core.layout import Layout, place_importance
 from safe_core.projection import apply_support
 from safe_core.schedules import SparsityTable
@@ -155,8 +155,9 @@ def sparse_optimizer(
     perturbs = method.perturbs if rho is None or method.compressed else not _is_static_zero(rho)
     reuses = perturbs and method.reuses
 
+    @selecting_on_host(select_on_host)
     def init(params: PyTree) -> SparseOptimizerState:
-        tree = SparseTree.read(params, where, layout, select_on_host)
+        tree = SparseTree.read(params, where, layout)
         sparse = tree.sparse(params)
         held = _initial_importance(importance, params, sparse, tree, method)
         known = None if held is None or is_function(importance) else method.metric(held)
@@ -170,6 +171,7 @@ def sparse_optimizer(
             flat_direction=_no_direction(params) if reuses else None,
         )
 
+    @selecting_on_host(select_on_host)
     def update(
         updates: PyTree,
         state: SparseOptimizerState,
@@ -182,7 +184,7 @@ def sparse_optimizer(
             raise ValueError("params must be passed to update(grads, state, params), got None")
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
-        tree = SparseTree.read(params, where, layout, select_on_host)
+        tree = SparseTree.read(params, where, layout)
         _check_state(state, method, tree, reuses)
         check_shapes(params, state, tree)
         gradients = tree.gradients("updates", updates, params)
@@ -294,19 +296,20 @@ def finalize(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    tree = trained_tree(params, ours, layout, select_on_host)
+    tree = trained_tree(params, ours, layout)
     sparse = tree.sparse(params)
-    check_layout(tree.sparse(ours.support), method, tree)
+    with selecting_on_host(select_on_host):
+        check_layout(tree.sparse(ours.support), method, tree)
     if isinstance(importance, str) and importance == _LAST:
         metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
     else:
         metric = None if importance is None else _placed(importance, sparse, tree)
-    return tree.replaced(tree.leaves(params), method.finalize(sparse, tree.targets, metric))
+    with selecting_on_host(select_on_host):
+        kept = method.finalize(sparse, tree.targets, metric)
+    return tree.replaced(tree.leaves(params), kept)
 
 
-def trained_tree(
-    params: PyTree, state: SparseOptimizerState, layout: _Layouts, on_host: bool = False
-) -> SparseTree:
+def trained_tree(params: PyTree, state: SparseOptimizerState, layout: _Layouts) -> SparseTree:
     """The sparse leaves of ``params`` as ``state`` knows them."""
     sparse = is_sparse_in(state.support)
     known: Any = jax.tree.structure(sparse)
@@ -315,7 +318,7 @@ def trained_tree(
             "params must have the structure of those that state was made of (of NNX pass "
             f"nnx.as_pure of both), {known}, got {jax.tree.structure(params)}"
         )
-    tree = SparseTree.read(params, sparse, layout, on_host)
+    tree = SparseTree.read(params, sparse, layout)
     check_shapes(params, state, tree)
     return tree
 

@@ -36,7 +36,7 @@ class SparseTree(NamedTuple):
     targets: Targets
 
     @classmethod
-    def read(cls, params: PyTree, where: Any, layout: Any, on_host: bool) -> SparseTree:
+    def read(cls, params: PyTree, where: Any, layout: Any) -> SparseTree:
         """Select the sparse leaves of ``params`` and the roles of their axes."""
         if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
             raise ValueError(
@@ -71,7 +71,7 @@ class SparseTree(NamedTuple):
             chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
         )
         names = tuple(named[i][0] for i in indices)
-        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts, on_host))
+        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts))
 
     def leaves(self, tree: PyTree) -> list[Any]:
         """All leaves of a tree of the structure of the parameters."""
