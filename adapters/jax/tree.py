@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safe_core import Targets
+from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
 
 from .weights import is_prunable, layout_of, name_of, owner_of
@@ -33,7 +33,7 @@ class SparseTree(NamedTuple):
     treedef: Any
     paths: list[str]  # of all leaves
     indices: list[int]  # of the sparse leaves
-    targets: Targets
+    info: ArrayInfo
 
     @classmethod
     def read(cls, params: PyTree, where: Any, layout: Any) -> SparseTree:
@@ -71,7 +71,15 @@ class SparseTree(NamedTuple):
             chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
         )
         names = tuple(named[i][0] for i in indices)
-        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts))
+        return cls(treedef, [name for name, _ in named], indices, ArrayInfo(names, layouts))
+
+    @property
+    def layouts(self) -> list[Layout | None]:
+        """Roles of the axes of all leaves; None where a leaf is not sparse."""
+        found: list[Layout | None] = [None] * self.treedef.num_leaves
+        for i, layout in zip(self.indices, self.info.layouts, strict=True):
+            found[i] = layout
+        return found
 
     def leaves(self, tree: PyTree) -> list[Any]:
         """All leaves of a tree of the structure of the parameters."""

@@ -1,0 +1,65 @@
+"""``safe-core demo``."""
+
+from __future__ import annotations
+
+import enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safe_core.command_line.errors import needs
+
+__all__ = ["demo"]
+
+_PACKAGES = {
+    "torch": ("torch",),
+    "jax": ("jax", "optax", "flax"),
+    "demo": ("sklearn", "matplotlib", "rich"),
+}
+
+
+class Framework(enum.StrEnum):
+    """What the demo trains with."""
+
+    torch = "torch"
+    jax = "jax"
+    both = "both"
+
+
+@needs("torch", "jax", "demo")
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, fewer sparsities: under a minute.")
+    ] = False,
+    framework: Annotated[Framework, typer.Option(help="What to train with.")] = Framework.both,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the table and the figures.", file_okay=False)
+    ] = Path("demo-results"),
+    device: Annotated[
+        str, typer.Option(help="Device to train on, as the framework calls it.")
+    ] = "cpu",
+) -> None:
+    """Train LeNet-300-100 on handwritten digits: dense, pruned at once, by ADMM, by SAFE.
+
+    Compares test accuracy, sharpness and sparsity at 90, 95, 98 and 99% zero weights,
+    with clean labels and with half of them random, and draws the figures.
+    """
+    chosen = ("torch", "jax") if framework is Framework.both else (framework.value,)
+    _require(*(package for name in chosen for package in _PACKAGES[name]), *_PACKAGES["demo"])
+    from safe_core.demo.recipe import Recipe
+    from safe_core.demo.run import demo as run_demo
+
+    try:
+        run_demo(Recipe.quick() if quick else Recipe(), chosen, output, device=device)
+    except RuntimeError as error:
+        typer.echo(f"safe-core: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _require(*packages: str) -> None:
+    """Raise for a missing package now rather than in a worker process."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
