@@ -128,7 +128,6 @@ def sparse_optimizer(
     inner = optax.with_extra_args_support(base)
     plan = method.plan(has_radius=None if rho is None else not _is_static_zero(rho))
 
-    @selecting_on_host(select_on_host)
     def init(params: PyTree) -> SparseOptimizerState:
         tree = SparseTree.read(params, where, layout)
         values = tree.sparse(params)
@@ -144,7 +143,6 @@ def sparse_optimizer(
         step = jnp.zeros((), jnp.int32)
         return _packed(step, base_state, StepState(split, held, flat), tree, method)
 
-    @selecting_on_host(select_on_host)
     def update(
         updates: PyTree,
         state: SparseOptimizerState,
