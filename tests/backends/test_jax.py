@@ -118,7 +118,7 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
 
 
 def in_eight_devices(program: str) -> str:
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
