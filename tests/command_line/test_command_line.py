@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from safe_core import Unstructured
-from safe_core.adapters.torch.blocks.methods import METHODS
+from safe_core.adapters.torch.blocks.methods import SOLVERS
 from safe_core.adapters.transformers import SafeReconstruction, calibration_batches
 from safe_core.command_line.app import app
 from safe_core.command_line.checkpoint_files import read_tensors
@@ -657,7 +657,7 @@ def test_prune_refuses_before_it_begins(
     for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400"):
         assert "fraction in [0, 1) such as 0.5, or N:M" in message("--sparsity", wrong)
     unknown = message("--method", "obd")
-    assert all(name in unknown for name in METHODS)
+    assert all(name in unknown for name in SOLVERS)
     assert "epochs must be left out" in message("--method", "wanda", "--epochs", 3)
     assert "scope must be left out" in message("--sparsity", "2:4", "--scope", "row")
     assert "epochs must be at least 1" in message("--epochs", 0)
