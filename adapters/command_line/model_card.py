@@ -98,6 +98,7 @@ def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]
     method, (first, second) = solver.bound(pattern), solver.betas
     radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
     plus = "magnitude times norm of input" if solver.importance else "magnitude"
+    plus = plus if method.importance is None else f"`{method.importance!r}`"
     return [
         ("method", f"{name}: trained on the reconstruction error of each block"),
         ("weights ranked by", plus),
