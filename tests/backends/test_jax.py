@@ -157,7 +157,7 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
 
 
 def in_eight_devices(program: str) -> str:
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
@@ -212,15 +212,12 @@ def moved_bytes(program: str) -> int:
 
 
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_what_a_sharded_projection_moves_does_not_grow(axis_type: str) -> None:
-    printed = in_eight_devices(SHARDS.format(axis_type=axis_type) + PROGRAM)
-    programs = printed.split("program ")[1:]
+def test_what_a_sharded_projection_moves_does_not_grow_and_the_host_refuses_shards(
+    axis_type: str,
+) -> None:
+    printed = in_eight_devices(SHARDS.format(axis_type=axis_type) + REFUSED + PROGRAM)
+    refused, *programs = printed.split("program ")
+    assert refused.split() == ["refused", "refused"]
     moved = [moved_bytes(program) for program in programs]
     assert len(moved) == 2
     assert 0 < moved[0] == moved[1] < 16_384, moved
-
-
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_the_host_refuses_shards(axis_type: str) -> None:
-    printed = in_eight_devices(SHARDS.format(axis_type=axis_type) + REFUSED)
-    assert printed.split() == ["refused", "refused"]
