@@ -8,11 +8,10 @@ not imported already.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 
@@ -23,7 +22,9 @@ Array = Any
 
 
 class Backend(Protocol):
-    """The functions that every file in this folder provides."""
+    """The functions that the backend of every library provides."""
+
+    __name__: str
 
     def is_concrete(self, x: Array) -> bool:
         """Whether the values of ``x`` can be read now (not traced, not meta)."""
@@ -182,6 +183,19 @@ def selects_on_host() -> bool:
 def backend_of(x: Array) -> Backend:
     """Return the backend of an array.
 
+    Importing this package imports no framework. A backend is imported when the first
+    array of its library arrives, which means that the caller has imported the library.
+
+    Parameters
+    ----------
+    x : array
+        An array of any library that follows the array API standard.
+
+    Returns
+    -------
+    Backend
+        The module that implements the protocol for the library of ``x``.
+
     Examples
     --------
     >>> import numpy
@@ -189,11 +203,37 @@ def backend_of(x: Array) -> Backend:
     'safe_core.backends.numpy'
     """
     if is_numpy_array(x):
-        name = "numpy"
-    elif is_torch_array(x):
-        name = "torch"
-    elif is_jax_array(x):
-        name = "jax"
-    else:
-        name = "standard"
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+        return _numpy()
+    if is_torch_array(x):
+        return _torch()
+    if is_jax_array(x):
+        return _jax()
+    return _standard()
+
+
+# Each function imports one backend, and only when it is called. The declared result makes
+# a type checker compare every function of the module with the protocol.
+
+
+def _numpy() -> Backend:
+    from . import numpy as found
+
+    return found
+
+
+def _torch() -> Backend:
+    from . import torch as found
+
+    return found
+
+
+def _jax() -> Backend:
+    from . import jax as found
+
+    return found
+
+
+def _standard() -> Backend:
+    from . import standard as found
+
+    return found

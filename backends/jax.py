@@ -175,10 +175,16 @@ def frexp(x: Array) -> tuple[Array, Array]:
     return jnp.frexp(x)
 
 
-@jax.jit
 def stochastic_bfloat16(
     arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
 ) -> list[Array]:
+    return _stochastic_bfloat16(list(arrays), step)
+
+
+# Compiled as one program, in which the bit operations become one pass over each array.
+# The public function stays outside, for a type checker sees no signature behind `jax.jit`.
+@jax.jit
+def _stochastic_bfloat16(arrays: list[Array], step: int | Array) -> list[Array]:
     salt = _mixed(jnp.asarray(step).astype(jnp.uint32))
 
     def rounded(x: Array) -> Array:
