@@ -124,6 +124,9 @@ class Backend(Protocol):
         TypeError where the library has no bfloat16.
         """
 
+    def linalg_errors(self) -> tuple[type[Exception], ...]:
+        """Return the errors that a factorisation of a singular matrix raises."""
+
     def cond(
         self,
         predicate: bool | Array,

@@ -39,6 +39,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -214,3 +215,7 @@ def _pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 def _kth_largest_per_row(keys: Array, k: int) -> Array:
     n = keys.shape[1]
     return np.partition(keys, n - k, axis=1)[:, n - k : n - k + 1]
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    return (np.linalg.LinAlgError,)

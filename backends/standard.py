@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from . import Array, threshold
@@ -25,6 +26,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -138,3 +140,8 @@ def cond(
     *operands: Any,
 ) -> Any:
     return true_fun(*operands) if predicate else false_fun(*operands)
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    # Libraries that wrap NumPy, such as array_api_strict, raise its error.
+    return (np.linalg.LinAlgError,)

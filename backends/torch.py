@@ -32,6 +32,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -235,3 +236,7 @@ def _is_plain(x: Tensor) -> bool:
 def _numpy(x: Tensor) -> Any:
     x = x.cpu()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    return (torch.linalg.LinAlgError,)

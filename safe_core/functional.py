@@ -49,7 +49,11 @@ class StepState:
 
 
 def start(
-    method: Method, params: Sequence[Array], sparse: Sequence[int], info: ArrayInfo
+    method: Method,
+    params: Sequence[Array],
+    sparse: Sequence[int],
+    info: ArrayInfo,
+    importance: Importance | None = None,
 ) -> StepState:
     """Return the state of a method before step 0.
 
@@ -62,6 +66,8 @@ def start(
         Positions of the sparse ones among them.
     info : ArrayInfo
         Names and layouts of the sparse parameters.
+    importance : Importance, optional
+        By default that of the method.
 
     Returns
     -------
@@ -77,7 +83,12 @@ def start(
     """
     values = [params[i] for i in sparse]
     flat = no_direction(params) if method.plan().reuses else []
-    return StepState(method.init(values, info), method.init_importance(values), flat)
+    source = method.importance if importance is None else importance
+    held = None if source is None else source.init(values)
+    # P is known before step 0 only where it never changes.
+    known = None if source is None or source.reads is not None else held
+    metric = method.metric(known, source=source)
+    return StepState(method.init(values, info, metric), held, flat)
 
 
 def no_direction(params: Sequence[Array]) -> list[Array]:

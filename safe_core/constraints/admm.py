@@ -165,6 +165,8 @@ class ADMM(Constraint):
 
     def rescale(self, split: SplitState, step: int | Array) -> SplitState:
         """Return the split with u scaled for the penalty of ``step``."""
+        if not self.rescale_dual:
+            return split
         if isinstance(step, int):
             return split if step == 0 else splitting.rescale_dual(split, self._ratio(step))
         xp = array_namespace(step)

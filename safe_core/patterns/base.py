@@ -59,6 +59,11 @@ class Pattern:
         return False
 
     @property
+    def by_output(self) -> bool:
+        """Whether the units of each output compete among themselves."""
+        return False
+
+    @property
     def couples_arrays(self) -> bool:
         """Whether the mask of one array depends on the other arrays."""
         return self.joint
@@ -128,6 +133,11 @@ class FractionPattern(Pattern):
         return bool(self._scope == "global")
 
     @property
+    def by_output(self) -> bool:
+        """Whether the units of each output compete among themselves."""
+        return bool(self._scope == "row")
+
+    @property
     def _scope(self) -> str:
         return str(getattr(self, "scope", "tensor"))
 
@@ -169,10 +179,9 @@ class FractionPattern(Pattern):
             return backend_of(scores[0]).keep_largest(scores, counts, stage)
         layouts = [unit.layout for unit in units]
         shapes = [tuple(s.shape) for s in scores]
-        by_output = self._scope == "row"
         spread = self.distributed(shapes, layouts, names)
         return [
-            keep_within(score, stages, stage, layout, name, by_output=by_output, xp=xp)
+            keep_within(score, stages, stage, layout, name, by_output=self.by_output, xp=xp)
             for score, stages, layout, name in zip(scores, spread, layouts, names, strict=True)
         ]
 

@@ -97,7 +97,7 @@ class Unstructured(FractionPattern):
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError for the scope "row" of an array whose layout is unknown."""
-        if self.scope == "row":
+        if self.by_output:
             require_roles(layout, name, "scope 'row'")
 
     def distributed(

@@ -1,8 +1,8 @@
 """Golden trajectories: hashes of what every method does, to the last bit.
 
 ``python tests/project/goldens.py --write tests/project/goldens.json`` records them, and
-``python tests/project/goldens.py --check tests/project/goldens.json`` compares; ``--only TEXT`` takes the cases
-whose name holds a text. A case is a name and a function that returns arrays by name; what is
+``--check`` in place of ``--write`` compares; ``--only TEXT`` takes the cases whose name holds
+a text. A case is a name and a function that returns arrays by name; what is
 kept of an array is a short hash of its dtype, shape and bytes.
 
 With ``JAX_COMPILATION_CACHE_DIR`` a second run takes a fraction of the time; without
@@ -41,8 +41,8 @@ from safe_core import NM, Block, Channel, Layout, Method, SquaredGradient, Unstr
 from safe_core.adapters.jax.blocks import Block as JaxBlock
 from safe_core.adapters.jax.blocks import prune_blocks as jax_prune_blocks
 from safe_core.adapters.jax.blocks import prune_layers, reconstruct
-from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 from safe_core.adapters.jax.reporting import report as jax_report
+from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.reconstruction import Reconstruction
