@@ -15,7 +15,7 @@ import pytest
 import reference
 from array_backends import Backend, assert_same, projector
 
-import safe_core.backends.jax as jax_backend
+import safe_core.backends.jax_counting as jax_counting
 from safe_core import NM, Unstructured, project, schedules
 from safe_core.projection import select
 
@@ -85,7 +85,7 @@ def test_the_host_selects_under_scan_and_vmap() -> None:
 def test_one_program_serves_every_stage() -> None:
     pattern = Unstructured(schedules.cubic(0.9, steps=4, initial=0.25))
     x = jnp.asarray(np.random.default_rng(0).normal(size=100))
-    before = jax_backend._keep_largest._cache_size()
+    before = jax_counting.keep_largest._cache_size()
     traces = []
 
     @jax.jit
@@ -97,7 +97,7 @@ def test_one_program_serves_every_stage() -> None:
     found = [int(zeros(jnp.asarray(step))) for step in range(5)]
     assert found == sorted(set(found))
     assert len(traces) == 1
-    assert jax_backend._keep_largest._cache_size() <= before + 1
+    assert jax_counting.keep_largest._cache_size() <= before + 1
 
 
 def test_the_search_ends_where_a_count_is_exact() -> None:
@@ -108,7 +108,7 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
         jax.debug.callback(lambda: passes.append(1))
         return [jnp.sum(keys >= t, dtype=jnp.uint32) for t in thresholds]
 
-    threshold, exact = jax_backend._search(
+    threshold, exact = jax_counting._search(
         at_least, jnp.uint32(0), jnp.uint32(3), lambda c: c >= 2, lambda c: c == 2
     )
     jax.effects_barrier()
