@@ -202,6 +202,6 @@ class _Sweep(NamedTuple):
         )
         kept, backend = (after - before,), backend_of(scores)
         if rows == 1:
-            return backend.keep_largest_per_row(scores, kept, 0)
+            return backend.keep_largest_per_row(scores, counts=kept, stage=0)
         stored = self.form.stored(scores)
-        return self.form.columns(backend.keep_largest([stored], kept, 0)[0])
+        return self.form.columns(backend.keep_largest([stored], counts=kept, stage=0)[0])

@@ -17,7 +17,7 @@ import reference
 from array_backends import Backend, assert_same, projector
 
 import safe_core
-import safe_core.backends.jax as jax_backend
+import safe_core.backends.jax_counting as jax_counting
 from safe_core import NM, Unstructured, project, schedules
 from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.backends import selecting_on_host, selects_on_host
@@ -124,7 +124,7 @@ def test_the_choice_of_the_host_ends_with_its_context() -> None:
 def test_one_program_serves_every_stage() -> None:
     pattern = Unstructured(schedules.cubic(0.9, steps=4, initial=0.25))
     x = jnp.asarray(np.random.default_rng(0).normal(size=100))
-    before = jax_backend._keep_largest._cache_size()
+    before = jax_counting.keep_largest._cache_size()
     traces = []
 
     @jax.jit
@@ -136,7 +136,7 @@ def test_one_program_serves_every_stage() -> None:
     found = [int(zeros(jnp.asarray(step))) for step in range(5)]
     assert found == sorted(set(found))
     assert len(traces) == 1
-    assert jax_backend._keep_largest._cache_size() <= before + 1
+    assert jax_counting.keep_largest._cache_size() <= before + 1
 
 
 def test_the_search_ends_where_a_count_is_exact() -> None:
@@ -147,7 +147,7 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
         jax.debug.callback(lambda: passes.append(1))
         return [jnp.sum(keys >= t, dtype=jnp.uint32) for t in thresholds]
 
-    threshold, exact = jax_backend._search(
+    threshold, exact = jax_counting._search(
         at_least, jnp.uint32(0), jnp.uint32(3), lambda c: c >= 2, lambda c: c == 2
     )
     jax.effects_barrier()
