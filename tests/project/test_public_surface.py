@@ -18,13 +18,17 @@ API = Path(__file__).parents[2] / "docs" / "api.md"
 PACKAGES = (
     "safe_core",
     "safe_core.constraints",
+    "safe_core.constraints.splitting",
     "safe_core.patterns",
     "safe_core.functional",
     "safe_core.step",
     "safe_core.importance",
     "safe_core.schedules",
     "safe_core.solvers",
+    "safe_core.reconstruction",
+    "safe_core.report",
     "safe_core.flatness",
+    "safe_core.flatness.figures",
     "safe_core.adapters.torch",
     "safe_core.adapters.torch.blocks",
     "safe_core.adapters.jax",
@@ -32,6 +36,9 @@ PACKAGES = (
     "safe_core.adapters.jax.blocks",
     "safe_core.adapters.optax",
     "safe_core.adapters.transformers",
+    "safe_core.command_line.inspection",
+    "safe_core.command_line.perplexity",
+    "safe_core.command_line.pruning",
     "safe_core.study.runner",
 )
 
