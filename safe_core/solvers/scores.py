@@ -1,4 +1,4 @@
-"""Solvers that choose a support by one score for each entry, and leave what they keep."""
+"""Solvers that rank entries by one score and leave the kept ones unchanged."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from ..arguments import refuse
 from ..layout import Layout
 from ..projection import Projection, apply_support
 from ..sparsity import Pattern
-from .problem import Form, read_form, read_matrices, read_pattern
+from .base import LayerSolver, register
+from .problem import Form, read_form, read_pattern, read_squares
 
 __all__ = ["Magnitude", "Wanda"]
 
 
+@register
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(LayerSolver):
     """Keep the entries of largest magnitude: ``|W_ij|``.
 
-    The baseline: `safe_core.project` with P = 1.
+    The baseline, `safe_core.project` with P = 1.
 
     References
     ----------
@@ -36,6 +38,8 @@ class Magnitude:
     array([[3., 2., 0.]])
     """
 
+    name, needs = "magnitude", "nothing"
+
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
     ) -> Projection:
@@ -44,11 +48,11 @@ class Magnitude:
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
-        gram : Gram or array
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
+        gram : None, Gram or array
             Not read.
         sparsity : float, str or pattern
-            Any pattern; in the scope "global" the layer is the pool.
+            Any pattern; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -68,11 +72,12 @@ class Magnitude:
         return _pruned(weight, read_pattern(sparsity, self), form, None)
 
 
+@register
 @dataclass(frozen=True)
-class Wanda:
-    """Keep the entries of largest magnitude times norm of input: ``|W_ij| sqrt(H_jj)``.
+class Wanda(LayerSolver):
+    """Keep the entries of largest magnitude times norm of the input: ``|W_ij| sqrt(H_jj)``.
 
-    `safe_core.project` with ``P = diag(H)``: the best support if no two inputs were
+    This is `safe_core.project` with ``P = diag(H)``, the best support if inputs are not
     correlated.
 
     References
@@ -88,6 +93,8 @@ class Wanda:
     array([[3., 0., 1.]])
     """
 
+    name, needs, default_scope = "wanda", "squares", "row"
+
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
     ) -> Projection:
@@ -96,11 +103,11 @@ class Wanda:
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
         gram : Gram or array
-            ``H``, shape (inputs, inputs), of which the diagonal is used.
+            ``H``, shape (inputs, inputs), or its diagonal alone, shape (inputs,).
         sparsity : float, str or pattern
-            Any pattern; in the scope "global" the layer is the pool.
+            Any pattern; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -112,13 +119,11 @@ class Wanda:
         Raises
         ------
         TypeError, ValueError
-            As `Magnitude`, or if ``gram`` is not a Gram matrix of the layer's inputs: of
-            another shape, not finite, not symmetric, zero or with a negative diagonal.
+            As `Magnitude`, or if ``gram`` does not belong to the layer's inputs: its shape
+            differs, it is not finite, not symmetric, zero, or has a negative diagonal entry.
         """
-        _, h, form = read_matrices(weight, gram, layout)
-        return _pruned(
-            weight, read_pattern(sparsity, self), form, array_namespace(h).linalg.diagonal(h)
-        )
+        squares, form = read_squares(weight, gram, layout)
+        return _pruned(weight, read_pattern(sparsity, self), form, squares)
 
 
 def _pruned(weight: Array, pattern: Pattern, form: Form, importance: Array | None) -> Projection:

@@ -1,52 +1,55 @@
-"""SparseGPT: weights pruned column by column, each error spread over the columns to come."""
+"""SparseGPT: prune column by column; later columns compensate each error."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
 from .. import _checks
 from ..layout import Layout
-from ..projection import Projection, whole_units
-from ..sparsity import NM, Pattern, Unstructured, fractions, kept_counts
+from ..projection import Projection
+from ..sparsity import Pattern, fractions, kept_counts
+from .base import LayerSolver, register
+from .patterns_shim import check_shape, group
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
 
 
+@register
 @dataclass(frozen=True)
-class SparseGPT:
-    """Optimal brain surgery along the columns, all rows at once.
+class SparseGPT(LayerSolver):
+    """Optimal brain surgery along the columns, in all rows at once.
 
-    With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular: column j, once it is
-    reached, loses its pruned entries, and what they did goes to the columns after it,
+    With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular, the columns are pruned in
+    order, and the columns after column j compensate its error,
 
     ``e_j = (w_j - v_j) / U_jj``,  ``w_k <- w_k - e_j U_jk`` for ``k > j``,
 
-    which leaves those at their best given all columns before them. Which entries go is
-    chosen a block of columns ahead, by the smallest ``|w_ij| / U_jj``.
+    which is optimal given all columns before them. The entries with the smallest
+    ``|w_ij| / U_jj`` are pruned, chosen one block of columns at a time.
 
     Attributes
     ----------
     damping : float
-        Added to the diagonal of H, in units of the mean of its non-zero entries.
+        Added to the diagonal of H, relative to the mean of its non-zero entries.
     block_size : int
-        Columns whose support is chosen at once. N:M groups are chosen as they come.
+        Columns whose support is chosen at once. Under N:M it is one group.
 
     Notes
     -----
-    Pools are cut by the blocks as published, yet the counts are exact in the whole: after
-    column n of a row, or of all rows in the scopes "tensor" and "global",
-    ``floor(sparsity * n)`` entries of the row, or the rows, are gone. A last N:M group that
-    is left dense takes its part of the updates. Inputs that are always zero, ``H_jj = 0``,
-    get the value 0.
+    As published, entries compete within a block of columns, yet the total counts are exact:
+    after n columns, ``floor(sparsity * n)`` entries of each row are pruned, or that fraction of
+    all rows in the scopes "tensor" and "global". A last N:M group that stays dense is updated
+    like the rest. Inputs that are always zero, ``H_jj = 0``, get the value 0.
 
-    It traces under jit, but each column is a part of the program: compile it for narrow
-    layers only. Eagerly JAX compiles once for each of a few shapes of block.
+    It can be traced by jit, but the program grows with the number of columns: compile it for
+    narrow layers only. In eager mode JAX compiles once for each of a few block shapes.
 
     Raises
     ------
@@ -66,6 +69,8 @@ class SparseGPT:
     array([[0. , 2.5]])
     """
 
+    name = "sparsegpt"
+
     damping: float = 0.01
     block_size: int = 128
 
@@ -81,11 +86,11 @@ class SparseGPT:
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
         gram : Gram or array
             ``H``, shape (inputs, inputs).
         sparsity : float, str, Unstructured or NM
-            What to reach; in the scope "global" the layer is the pool.
+            Target sparsity; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -103,10 +108,9 @@ class SparseGPT:
             to factor it, or the pattern does not fit. Values are checked where they can be
             read, which a traced program cannot.
         """
-        pattern = read_pattern(sparsity, self, (Unstructured, NM))
+        pattern = read_pattern(sparsity, self, entries_only=True)
         w, h, form = read_matrices(weight, gram, layout)
-        if isinstance(pattern, NM):
-            whole_units(form.inputs, pattern.m, pattern.ragged, "weight", "input")
+        check_shape(pattern, form.shape, form.layout, "weight")
         xp = array_namespace(w)
         live, _ = live_diagonal(xp, h)
         w = xp.where(live, w, xp.zeros_like(w))
@@ -119,7 +123,7 @@ class SparseGPT:
         return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
 
     def _factor(self, xp: Any, h: Array) -> Array:
-        """The upper triangular U of ``H^-1 = U^T U``, for H damped and of mean diagonal 1."""
+        """Return the upper triangular U of ``H^-1 = U^T U``, for damped H of mean diagonal 1."""
         live, diagonal = live_diagonal(xp, h)
         alive = xp.sum(xp.astype(live, h.dtype))
         mean = xp.sum(xp.where(live, diagonal, xp.zeros_like(diagonal))) / alive
@@ -129,10 +133,7 @@ class SparseGPT:
             # H = R R^T with R upper triangular, by Cholesky from the last row up; U = R^-1.
             upper = xp.flip(xp.linalg.cholesky(xp.flip(h)))
             factor = xp.triu(xp.linalg.inv(upper))
-        except Exception as error:
-            # Each library has a class of its own for it, with this name.
-            if "LinAlgError" not in type(error).__name__:
-                raise
+        except getattr(xp.linalg, "LinAlgError", np.linalg.LinAlgError) as error:
             raise self._too_small() from error
         if backend_of(factor).is_concrete(factor) and not bool(xp.all(xp.isfinite(factor))):
             raise self._too_small()
@@ -146,7 +147,7 @@ class SparseGPT:
 
 
 class _Columns(NamedTuple):
-    """Pruned columns; ``errors`` is what they owe to the columns after them."""
+    """Pruned columns; ``errors`` are those that later columns compensate."""
 
     values: Array
     support: Array
@@ -156,9 +157,9 @@ class _Columns(NamedTuple):
 class _Sweep(NamedTuple):
     """One pass over the columns of a layer.
 
-    Columns are halved down to single ones, and the updates from the left half to the right
-    are one product: the lazy batches of the paper at every scale. All shapes are static
-    and few, and nothing but the selection may wait for a device.
+    Columns are halved recursively down to single ones, and the update from the left half to the
+    right is one product: the paper's lazy batches at every scale. There are few shapes, all
+    static, and only the selection may wait for a device.
     """
 
     pattern: Pattern
@@ -167,9 +168,9 @@ class _Sweep(NamedTuple):
     xp: Any
 
     def run(self, w: Array, u: Array, start: int, keep: Array | None = None) -> _Columns:
-        """Prune the columns from ``start`` on that ``w`` holds, u being their part of U."""
+        """Prune the columns ``w``, the first of which is ``start``; u is their part of U."""
         xp, width = self.xp, w.shape[1]
-        unit = self.pattern.m if isinstance(self.pattern, NM) else self.block_size
+        unit = group(self.pattern) or self.block_size
         if keep is None and width <= unit:
             keep = self.choose(w / xp.linalg.diagonal(u), start)
         if keep is not None and width == 1:
@@ -184,10 +185,11 @@ class _Sweep(NamedTuple):
         return _Columns(*(xp.concat(pair, axis=1) for pair in zip(left, right, strict=True)))
 
     def choose(self, scores: Array, start: int) -> Array:
-        """The support of a block of columns, where the entries of largest score are kept."""
+        """Return the support of a block of columns, which keeps the largest scores."""
         xp, width = self.xp, scores.shape[1]
-        if isinstance(self.pattern, NM):
-            if width < self.pattern.m:
+        size = group(self.pattern)
+        if size is not None:
+            if width < size:
                 return xp.ones_like(scores, dtype=xp.bool)
             return read_form(scores, None).select(scores, self.pattern)
         rows = 1 if self.pattern.scope == "row" else self.form.outputs
