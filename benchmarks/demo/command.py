@@ -1,4 +1,4 @@
-"""The command line, ``safe-core``."""
+"""``safe-core demo``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-_INSTALL = 'pip install "safe-core[torch,jax,demo]"'
+import typer
+
+from safe_core.command_line.errors import needs
+
+__all__ = ["demo"]
+
 _PACKAGES = {
     "torch": ("torch",),
     "jax": ("jax", "optax", "flax"),
     "demo": ("sklearn", "matplotlib", "rich"),
 }
-
-try:
-    import typer
-except ImportError:
-    raise SystemExit(f"safe-core: the command line needs typer: {_INSTALL}") from None
-
-__all__ = ["app"]
-
-app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 class Framework(enum.StrEnum):
@@ -32,12 +28,7 @@ class Framework(enum.StrEnum):
     both = "both"
 
 
-@app.callback()
-def main() -> None:
-    """Sparse and flat neural networks, for JAX and PyTorch."""
-
-
-@app.command()
+@needs("torch", "jax", "demo")
 def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed, fewer sparsities: under a minute.")
@@ -68,11 +59,7 @@ def demo(
 
 
 def _require(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        typer.echo(f"safe-core: the demo needs {', '.join(missing)}: {_INSTALL}", err=True)
-        raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()
+    """Raise for a missing package now rather than in a worker process."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)

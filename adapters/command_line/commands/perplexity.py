@@ -1,0 +1,55 @@
+"""``safe-core perplexity``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import needs
+from ..options import Device, Json, Trust
+from ..output import quiet_transformers
+
+__all__ = ["perplexity"]
+
+
+@needs("transformers")
+def perplexity(
+    model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be given again.")],
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from window to window; by default the length.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a model on a text.
+
+    The text is cut into windows without overlap, as papers on pruning do it; with a smaller
+    stride each window scores only its new tokens.
+    """
+    from ..model_folder import chosen_device, load_model, load_tokenizer
+    from ..perplexity import check_length, text_tokens
+    from ..perplexity import perplexity as measured
+    from ..progress_bar import counted
+
+    quiet_transformers()
+    where = chosen_device(device)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokens = text_tokens(tokenizer, text)
+    loaded = load_model(model, trust_remote_code=trust_remote_code).to(where)
+    check_length(loaded, length)
+    with counted("windows") as progress:
+        found = measured(loaded, tokens, length, stride, batch_size, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(found._asdict()))
+    else:
+        typer.echo(
+            f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f}), {found.predictions:,} "
+            f"predictions in {found.windows:,} windows, {found.unused:,} tokens unused"
+        )

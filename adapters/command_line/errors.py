@@ -1,0 +1,123 @@
+"""Errors of a command as messages: wrong input, a missing package, too little memory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any, TypeVar
+
+import typer
+
+__all__ = ["clear_errors", "needs", "with_clear_errors"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Packages that are imported by another name than they are installed by.
+_INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+
+
+def needs(*extras: str) -> Callable[[Command], Command]:
+    """Say which extras of its distribution a command needs, for the message if one is missing.
+
+    Examples
+    --------
+    >>> @needs("torch", "study")
+    ... def train() -> None:
+    ...     "Train."
+    >>> train.extras
+    ('torch', 'study')
+    """
+
+    def mark(command: Command) -> Command:
+        command.extras = extras  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
+def with_clear_errors(command: Callable[..., Any], distribution: str) -> Callable[..., None]:
+    """Return the command, with `clear_errors` around it and the same signature.
+
+    Parameters
+    ----------
+    command : callable
+    distribution : str
+        The distribution that provides it, and whose extras `needs` names.
+    """
+    extras = getattr(command, "extras", ())
+    in_batches = "batch_size" in inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        with clear_errors(distribution, extras, in_batches=in_batches):
+            command(*arguments, **options)
+
+    return run
+
+
+@contextmanager
+def clear_errors(
+    distribution: str, extras: tuple[str, ...] = (), *, in_batches: bool = False
+) -> Iterator[None]:
+    """Show errors that the user can mend as one message, and all others with their traceback.
+
+    Parameters
+    ----------
+    distribution : str
+        The distribution that provides the command.
+    extras : tuple of str
+        Its extras that the command needs.
+    in_batches : bool
+        Whether the command has an option ``--batch-size``, which lowers its memory.
+
+    Examples
+    --------
+    >>> try:
+    ...     with clear_errors("safe-core"):
+    ...         raise ValueError("length must be positive, got 0")
+    ... except typer.Exit as stop:
+    ...     stop.exit_code
+    1
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not _is_requirement(error.name, distribution):
+            raise  # a fault of the code, such as a misspelled import
+        install = f': pip install "{distribution}[{",".join(extras)}]"' if extras else ""
+        _fail(f"this command needs {error.name}{install}")
+    except (ValueError, TypeError, OSError) as error:
+        _fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported
+            raise
+        _fail(f"{error}\nTry a smaller --batch-size." if in_batches else str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"safe-core: {message}", err=True)
+    raise typer.Exit(1) from None
+
+
+def _is_requirement(module: str | None, distribution: str) -> bool:
+    """Return whether a module is a package that the distribution requires, with any extra.
+
+    A submodule is none: where ``torch._C`` is missing, torch is broken rather than absent.
+    """
+    if module is None:
+        return False
+    try:
+        lines = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return False
+    names = {_normalised(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines}
+    return _normalised(_INSTALLED_AS.get(module, module)) in names
+
+
+def _normalised(name: str) -> str:
+    """Return the name of a distribution as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
