@@ -14,7 +14,7 @@ import optax
 import pytest
 import reference
 import torch
-from conftest import BFLOAT16, Backend, assert_same
+from array_backends import BFLOAT16, Backend, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits

@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import typer
-from conftest import bits
+from array_backends import bits
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
@@ -34,7 +34,7 @@ from safe_core.command_line.perplexity import perplexity
 from safe_core.command_line.pruning import PruningJob
 from safe_core.command_line.tensor_analysis import analyse, magnitude_bits
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
 SHORT = ["--samples", "4", "--length", "32"]
 

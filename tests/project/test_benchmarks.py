@@ -18,7 +18,7 @@ import torch
 
 from safe_core import project
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import peers, pruning_tables, steps  # noqa: E402

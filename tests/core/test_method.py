@@ -18,7 +18,7 @@ import pytest
 import reference
 import torch
 from array_api_compat import array_namespace
-from conftest import Backend
+from array_backends import Backend
 
 import safe_core
 from safe_core import (

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import bits
+from array_backends import bits
 from jax.flatten_util import ravel_pytree
 from torch import nn
 from torch.func import functional_call

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import Backend, assert_same, projector
+from array_backends import Backend, assert_same, projector
 
 import safe_core.backends.jax as jax_backend
 from safe_core import NM, Unstructured, project, schedules

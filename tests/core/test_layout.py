@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import Backend, assert_same, projector
+from array_backends import Backend, assert_same, projector
 
 from safe_core import NM, Block, Channel, Layout, Unstructured, project
 

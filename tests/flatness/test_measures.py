@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from array_api_compat import array_namespace
-from conftest import Backend
+from array_backends import Backend
 
 from safe_core import Layout
 from safe_core.flatness import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BFLOAT16, Backend, assert_same, projector
+from array_backends import BFLOAT16, Backend, assert_same, projector
 
 from safe_core import NM, Block, Channel, SquaredGradient, Unstructured, project
 from safe_core.importance import wanda

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import BFLOAT16, Backend, assert_same
+from array_backends import BFLOAT16, Backend, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 from array_api_compat import array_namespace
-from conftest import BFLOAT16, Backend, assert_same, projector
+from array_backends import BFLOAT16, Backend, assert_same, projector
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "torch"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
 COMMANDS = {
     "mixed precision, bf16": ("mixed_precision.py", "--epochs", "3"),
     "mixed precision, fp16": ("mixed_precision.py", "--half", "--epochs", "3"),

@@ -10,7 +10,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import reference
-from conftest import BFLOAT16, Backend, assert_same, bits, projector
+from array_backends import BFLOAT16, Backend, assert_same, bits, projector
 from hypothesis import given
 from hypothesis import strategies as st
 

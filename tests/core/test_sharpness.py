@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BFLOAT16, Backend, assert_same
+from array_backends import BFLOAT16, Backend, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Backend
+from array_backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import Backend
+from array_backends import Backend
 from scipy import ndimage
 
 from safe_core.study.robustness import CORRUPTIONS, PGD, corrupt, masking_report, pgd

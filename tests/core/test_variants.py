@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import Backend
+from array_backends import Backend
 from torch import nn
 
 import safe_core

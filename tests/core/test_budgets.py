@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import Backend, projector
+from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
