@@ -51,6 +51,11 @@ class Solver:
     needs: Needs = "gram"
     default_scope: Literal["tensor", "row"] = "tensor"
 
+    @property
+    def origin(self) -> Any:
+        """The solver as it was given: itself, or the function that it wraps."""
+        return self
+
     def configured(self, *, batch_size: int, **training: Any) -> Solver:
         """Return this solver with other settings of its training.
 
@@ -135,6 +140,11 @@ class _Function(LayerSolver):
     def __init__(self, function: Any) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+
+    @property
+    def origin(self) -> Any:
+        """The function."""
+        return self.function
 
     def __call__(
         self, weight: Array, statistics: Any, sparsity: Any, /, *, layout: Layout | None = None
