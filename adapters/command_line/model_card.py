@@ -1,16 +1,17 @@
-"""The model card of a pruned model: what was done to it, so that it can be done again."""
+"""The model card of a pruned model, with all settings that are needed to repeat the run."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
+from safe_core.reconstruction import Reconstruction
 from safe_core.schedules import Constant
+from safe_core.solvers import Solver
 from safe_core.sparsity import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["markdown_table", "model_card"]
 
-_TARGETS = {
-    "pruned": "what a block returns, when dense, for what the pruned blocks before it return",
-    "dense": "what a block returned in the dense model",
+_INPUTS = {
+    "pruned": "outputs of the pruned blocks before it",
+    "dense": "outputs of the dense blocks before it",
 }
 _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
 def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]) -> str:
-    """Return the text of a README.md, for calibration files as they were when they were read.
+    """Return the text of a README.md, with the calibration files as they were read.
 
     Examples
     --------
@@ -37,15 +38,17 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     'model_card'
     """
     source = Path(job.model).resolve().name
-    report = result.report
+    report, s = result.report, job.settings
+    targets = s.target_inputs if s.propagate == "pruned" else "dense"
     settings = [
-        ("sparsity asked", _asked(job.pattern)),
-        ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        *_of_method(job.method, job.solver, job.pattern),
-        ("batch", f"{job.batch_size} samples"),
-        ("inputs of a block", "what the pruned blocks before it return"),
-        ("targets of a block", _TARGETS[job.targets]),
-        ("seed", str(job.seed)),
+        ("requested sparsity", _requested(job.pattern)),
+        ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
+        *_method_settings(job.method, job.solver, job.pattern),
+        ("batch", f"{s.batch_size} samples"),
+        ("inputs of a block", _INPUTS[s.propagate]),
+        ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
+        *([("pruned weights", f"those whose name matches `{job.only}`")] if job.only else []),
+        ("seed", str(s.seed)),
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
@@ -55,7 +58,11 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
         (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
-    left = [f"Left dense: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
+    unused = ", ".join(f"`{name}`" for name in report.dense)
+    left = [f"Not pruned, because no matrix product used them: {unused}.", ""]
+        f"Not pruned, because no matrix product used them: {', '.join(f'`{name}`' for name in report.dense)}.",
+        "",
+    ]
     return "\n".join(
         [
             "---",
@@ -65,8 +72,8 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
             f"# {source}, pruned",
             "",
-            f"The weights of the blocks of `{source}`, made sparse by safe_core; embeddings, "
-            "norms, biases and the head are dense.",
+            f"The weights of the blocks of `{source}`, pruned by safe_core; embeddings, norms, "
+            "biases and the head are dense.",
             "",
             markdown_table(("setting", "value"), settings),
             "",
@@ -78,7 +85,8 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
             "## Weights",
             "",
-            "The error is that of what the whole block returns, over its mean square.",
+            "The error is the mean squared error of the outputs of the whole block, divided by "
+            "their mean square.",
             "",
             markdown_table(("weight", "shape", "zeros", "error of block"), weights),
             "",
@@ -91,33 +99,36 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     )
 
 
-def _asked(pattern: Pattern) -> str:
+def _requested(pattern: Pattern) -> str:
     if isinstance(pattern, NM):
-        return f"{pattern.n}:{pattern.m}, of every {pattern.m} inputs in a row {pattern.n} kept"
-    assert isinstance(pattern, Unstructured)  # nothing else can be asked for as a text
+        return f"{pattern.n}:{pattern.m}, {pattern.n} of every {pattern.m} inputs in a row are kept"
+    assert isinstance(pattern, Unstructured)  # text stands for nothing else
     assert isinstance(pattern.sparsity, float)
     each = "each output of each weight" if pattern.scope == "row" else "each weight"
     return f"{100 * pattern.sparsity:g}% of {each}"
 
 
-def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]]:
-    """The settings of a solver, named as people read them."""
-    if not isinstance(solver, SafeReconstruction):
-        found = [(f.name.replace("_", " "), str(getattr(solver, f.name))) for f in fields(solver)]
-        return [("method", f"{name}: {type(solver).__name__}, layer by layer"), *found]
+def _method_settings(name: str, solver: Solver, pattern: Pattern) -> list[tuple[str, str]]:
+    """Return the settings of a solver with readable names."""
+    if not isinstance(solver, Reconstruction):
+        origin = solver.origin
+        title = getattr(origin, "__name__", type(origin).__name__)
+        named = fields(origin) if is_dataclass(origin) else ()
+        found = [(f.name.replace("_", " "), str(getattr(origin, f.name))) for f in named]
+        return [("method", f"{name}: {title}, layer by layer"), *found]
     method, (first, second) = solver.bound(pattern), solver.betas
     radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
     plus = "magnitude times norm of input" if solver.importance else "magnitude"
     return [
         ("method", f"{name}: SAFE on the reconstruction error of each block"),
-        ("entries chosen by", plus),
+        ("entries ranked by", plus),
         ("perturbation radius (rho)", radius),
         ("penalty (lambda)", _value(method.penalty)),
-        ("steps from one dual update to the next (K)", str(method.dual_update_interval)),
+        ("steps between dual updates (K)", str(method.dual_update_interval)),
         ("optimizer", f"Adam, betas {first:g} and {second:g}"),
-        ("highest learning rate", f"{solver.learning_rate:g}"),
+        ("peak learning rate", f"{solver.learning_rate:g}"),
         ("epochs", str(solver.epochs)),
-        ("epochs in which the rate rises", str(solver.warmup)),
+        ("warm-up epochs", str(solver.warmup)),
     ]
 
 

@@ -1,27 +1,29 @@
-"""``safe-core prune``: from a folder of a model to the folder of a sparse one."""
+"""Prune the model of a folder, and save it in a new folder: the work of ``safe-core prune``."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from safe_core import _checks
-from safe_core.adapters.torch.blocks.methods import METHODS, default_scope
 from safe_core.adapters.torch.blocks.pruning import (
     PruningReport,
-    SafeReconstruction,
+    PruningSettings,
     calibration_batches,
     plan_pruning,
 )
 from safe_core.adapters.torch.blocks.report import Progress
-from safe_core.adapters.torch.blocks.task import OFFLOADS, RaggedWeightError
+from safe_core.adapters.torch.blocks.task import PatternError
+from safe_core.solvers import Solver
 from safe_core.sparsity import NM, Pattern, Unstructured, as_pattern
 
 from .model_card import model_card
@@ -32,9 +34,12 @@ from .model_folder import (
     load_tokenizer,
     written_at_once,
 )
+from .own_solver import find_solver
 from .perplexity import check_length, read_text_file
 
 __all__ = ["PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
+
+_DEFAULTS = PruningSettings(device="auto")
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
@@ -62,7 +67,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     try:
         if ":" in text:
             return as_pattern(text)
-        # By way of Decimal, so that "nan", "50%" and the like are refused alike.
+        # Decimal refuses "nan", "50%" and the like in the same way.
         return Unstructured(float(_checks.sparsity("sparsity", Decimal(text))), scope=scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
@@ -81,32 +86,32 @@ class PruningJob:
     calibration : sequence of path
         UTF-8 text files, each named once.
     sparsity : str
-        A fraction of the zeros of each weight, or "N:M".
+        A fraction of zeros in each weight, or "N:M".
     method : str
-        "safe+", "safe", "alps", "sparsegpt", "wanda" or "magnitude".
+        The name of a solver, see `safe_core.solvers.solver_names`, or your own as
+        "file.py:Name" or "package.module:Name".
     scope : {None, "tensor", "row"}
-        Where entries compete under a fraction; by default within outputs for "wanda", as it
-        was published, and within weights for the others.
-    samples, length, seed : int
-        How many windows of the text, tokens in each, at least two, and what they are drawn by.
-    epochs : int, optional
-        Of "safe" and "safe+"; 30 by default.
-    learning_rate : float, optional
-        Of the same; 2e-4 by default.
-    batch_size : int
-        Samples in a step and in a forward pass.
-    targets : {"pruned", "dense"}
-    offload : {"cpu", "disk", "none"}
-    work_dir : path, optional
-        As for `safe_core.adapters.transformers.prune_blocks`.
-    device : str
-        Where blocks are pruned; "auto" for a GPU where there is one.
+        Where entries compete under a fraction: within each weight, or each of its outputs. None
+        is the default of the method: outputs for "wanda", as published, weights for the others.
+    samples, length : int
+        Number of calibration windows, and tokens in each, at least two. ``settings.seed`` draws
+        them.
+    only : str, optional
+        Regular expression; only weights whose full name it matches somewhere are pruned.
+    epochs, learning_rate, rho, penalty, dual_update_interval : optional
+        Settings of methods that train, "safe" and "safe+", see
+        `safe_core.reconstruction.Reconstruction` for their defaults.
+    settings : PruningSettings
+        The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is
+        also that of training steps. ``device`` may be "auto", and is by default, for a GPU if
+        there is one; ``where`` must be None, see ``only``.
     trust_remote_code : bool
+        Whether to run code that comes with the model.
 
     Raises
     ------
     TypeError, ValueError
-        If a field is not of its kind or out of its range.
+        If a field is of another kind or out of its range.
 
     Examples
     --------
@@ -121,37 +126,36 @@ class PruningJob:
     scope: Literal["tensor", "row"] | None = None
     samples: int = 128
     length: int = 2048
-    seed: int = 0
+    only: str | None = None
     epochs: int | None = None
     learning_rate: float | None = None
-    batch_size: int = 8
-    targets: Literal["pruned", "dense"] = "pruned"
-    offload: Literal["cpu", "disk", "none"] = "cpu"
-    work_dir: str | os.PathLike[str] | None = None
-    device: str = "auto"
+    rho: float | None = None
+    penalty: float | None = None
+    dual_update_interval: int | None = None
+    settings: PruningSettings = _DEFAULTS
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _checks.choice("method", self.method, tuple(METHODS))
-        _checks.choice("offload", self.offload, OFFLOADS)
-        _checks.choice("targets", self.targets, ("pruned", "dense"))
         _checks.choice("scope", self.scope, ("tensor", "row", None))
-        if isinstance(self.pattern, NM) and self.scope is not None:
+        if not isinstance(self.settings, PruningSettings):
+            raise TypeError(f"settings must be PruningSettings, got {self.settings!r}")
+        if self.settings.where is not None:
+            raise ValueError("where must be None in a job, which selects weights by `only`")
+        if self.scope is not None and ":" in self.sparsity:
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
-        trained = isinstance(METHODS[self.method], SafeReconstruction)
-        for name, value in (("epochs", self.epochs), ("learning_rate", self.learning_rate)):
-            if value is not None and not trained:
-                raise ValueError(
-                    f"{name} must be left out for method={self.method!r}, which does not train, "
-                    f"got {value!r}"
-                )
         if self.length == 1:
             raise ValueError(
-                "length must be at least 2 tokens, for attention to have something to attend to, "
+                "length must be at least 2 tokens, so that attention has more than one position, "
                 "such as the default of 2048, got 1"
             )
+        try:
+            re.compile(self.only or "")
+        except re.error as error:
+            raise ValueError(
+                f"only must be a regular expression, got {self.only!r}: {error}"
+            ) from None
         self._check_files()
-        self.solver  # noqa: B018 (checks its fields)
+        self.pattern, self.solver  # noqa: B018 (checks them)
 
     def _check_files(self) -> None:
         if isinstance(self.calibration, (str, os.PathLike)):
@@ -163,27 +167,35 @@ class PruningJob:
         if twice is not None:
             raise ValueError(
                 f"calibration must name each file once, got {twice} {whole.count(twice)} times: "
-                "more windows of it are drawn by a larger samples"
+                "increase samples to draw more windows from it"
             )
 
     @property
     def pattern(self) -> Pattern:
-        """What is asked of each weight."""
-        return parse_sparsity(self.sparsity, self.scope or default_scope(self.method))
+        """The sparsity of each weight."""
+        return parse_sparsity(self.sparsity, self.scope or find_solver(self.method).default_scope)
 
     @property
-    def solver(self) -> Any:
-        """The solver of the method, with the settings asked for."""
-        solver = METHODS[self.method]
-        if not isinstance(solver, SafeReconstruction):
-            return solver
-        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
-        changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        return replace(solver, batch_size=self.batch_size, **changed)
+    def solver(self) -> Solver:
+        """The solver of the method, with the settings of this job."""
+        return find_solver(self.method).configured(
+            batch_size=self.settings.batch_size,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            rho=self.rho,
+            penalty=self.penalty,
+            dual_update_interval=self.dual_update_interval,
+        )
+
+    def settings_on(self, device: torch.device) -> PruningSettings:
+        """Return the settings for a device, with the selection of weights."""
+        only = self.only
+        where = None if only is None else lambda name, p: re.search(only, name) is not None
+        return replace(self.settings, device=device, where=where)
 
 
 class WeightRow(NamedTuple):
-    """One pruned weight: entries, those that are zero now, and the relative error of its block."""
+    """One pruned weight: its entries, zeros, and the relative error of its block."""
 
     name: str
     shape: tuple[int, ...]
@@ -193,7 +205,7 @@ class WeightRow(NamedTuple):
 
 
 class PruningResult(NamedTuple):
-    """What `prune_folder` has done.
+    """The result of `prune_folder`.
 
     Attributes
     ----------
@@ -201,7 +213,7 @@ class PruningResult(NamedTuple):
     device : str
     report : PruningReport
     weights : list of WeightRow
-        Zeros are counted in the weights that were saved.
+        Zeros are counted in the saved weights.
     """
 
     out: Path
@@ -211,7 +223,7 @@ class PruningResult(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in all pruned weights."""
+        """The fraction of zeros in all pruned weights."""
         return sum(w.zeros for w in self.weights) / max(1, sum(w.entries for w in self.weights))
 
     def table(self) -> Any:
@@ -249,11 +261,11 @@ def prune_folder(
     ----------
     job : PruningJob
     out : path
-        A folder that is new or empty; it is there once all of it is written.
+        A new or empty folder, which appears only when complete.
     progress : callable, optional
         Called with a `Progress` after every epoch and every block.
     say : callable
-        Called with a line of text about what comes next.
+        Called with a line of text before pruning.
 
     Returns
     -------
@@ -262,10 +274,9 @@ def prune_folder(
     Raises
     ------
     TypeError, ValueError, OSError
-        If files are missing, empty or too short, ``out`` has something in it or lies in the
-        model's folder, there is no room on the disk, or a setting does not fit the model. If
-        something fails once the weights are saved, they are kept, and a note of the error names
-        the folder.
+        If files are missing, empty or too short, ``out`` is not empty or lies in the model's
+        folder, the disk is full, or a setting does not fit the model. If something fails after
+        the weights are saved, they are kept, and a note on the error names their folder.
 
     Examples
     --------
@@ -274,7 +285,7 @@ def prune_folder(
     ValueError: model folder must hold a config.json, got .
     """
     source, target = Path(job.model), Path(out)
-    device = chosen_device(job.device)
+    device = chosen_device(str(job.settings.device or "auto"))
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     check_new_folder(target, source)
     files = [read_text_file(Path(file)) for file in job.calibration]
@@ -283,30 +294,21 @@ def prune_folder(
         [file.text for file in files],
         samples=job.samples,
         length=job.length,
-        seed=job.seed,
+        seed=job.settings.seed,
     )
     model = load_model(source, trust_remote_code=job.trust_remote_code)
     check_length(model, job.length)
     try:
         plan = plan_pruning(
-            model,
-            batches,
-            job.solver,
-            job.pattern,
-            targets=job.targets,
-            batch_size=job.batch_size,
-            device=device,
-            offload=job.offload,
-            work_dir=job.work_dir,
-            seed=job.seed,
+            model, batches, job.solver, job.pattern, settings=job.settings_on(device)
         )
-    except RaggedWeightError as error:
-        raise ValueError(_ragged(job, error)) from None
+    except PatternError as error:
+        raise ValueError(_other_groups(job, error)) from None
     say(
         f"{job.method} to {job.sparsity}: {len(plan.weights)} weights of {plan.name} on {device}, "
         f"memory beside the model: {plan.memory}"
     )
-    # The draft comes first: that no folder can be made there is not found after hours of work.
+    # Create the draft first, so that a wrong path fails now and not after hours of work.
     with written_at_once(target) as draft:
         report = plan.apply(progress)
         model.save_pretrained(draft.path)  # type: ignore[operator]
@@ -318,11 +320,11 @@ def prune_folder(
     return result
 
 
-def _ragged(job: PruningJob, error: RaggedWeightError) -> str:
-    """What to ask for in the place of groups that do not divide the inputs of a weight."""
+def _other_groups(job: PruningJob, error: PatternError) -> str:
+    """Return a message that suggests groups that divide the inputs of every weight."""
     pattern = job.pattern
-    assert isinstance(pattern, NM)  # by which the error came
-    least = pattern.m // math.gcd(pattern.n, pattern.m)  # the smallest groups of the same share
+    assert isinstance(pattern, NM)  # fractions fit every weight
+    least = pattern.m // math.gcd(pattern.n, pattern.m)  # the smallest groups of this sparsity
     sizes = [m for m in range(least, pattern.m, least) if error.common % m == 0]
     groups = f"{pattern.n * sizes[-1] // pattern.m}:{sizes[-1]} or " if sizes else ""
     return (
