@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from . import _checks
+from .patterns import Pattern, as_pattern
 from .solvers.reconstruction import Reconstruction
-from .sparsity import Pattern, as_pattern
 
 __all__ = [
     "BlockSettings",
@@ -108,8 +108,8 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     Raises
     ------
     TypeError, ValueError
-        If it is not a pattern, compares entries of different weights, or distributes a sparsity
-        over them by a budget.
+        If it is not a pattern, compares entries of different weights, or distributes zeros over
+        them.
 
     Examples
     --------
@@ -117,10 +117,10 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     'tensor'
     """
     pattern = as_pattern(sparsity, scope)
-    if getattr(pattern, "scope", None) == "global" or getattr(pattern, "budget", None) is not None:
+    if pattern.couples_arrays:
         raise ValueError(
-            "sparsity must not compare entries of different weights, nor spread a budget over "
-            f"them, for blocks are pruned one after the other, got {pattern!r}"
+            "sparsity must not compare entries of different weights, nor distribute zeros over "
+            f"them, because blocks are pruned one after the other, got {pattern!r}"
         )
     return pattern
 

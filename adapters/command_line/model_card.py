@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safe_core.patterns import NM, Pattern, Unstructured
 from safe_core.reconstruction import Reconstruction
 from safe_core.schedules import Constant
 from safe_core.solvers import Solver
-from safe_core.sparsity import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from .perplexity import TextFile
@@ -60,9 +60,6 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     ]
     unused = ", ".join(f"`{name}`" for name in report.dense)
     left = [f"Not pruned, because no matrix product used them: {unused}.", ""]
-        f"Not pruned, because no matrix product used them: {', '.join(f'`{name}`' for name in report.dense)}.",
-        "",
-    ]
     return "\n".join(
         [
             "---",
@@ -102,10 +99,10 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
 def _requested(pattern: Pattern) -> str:
     if isinstance(pattern, NM):
         return f"{pattern.n}:{pattern.m}, {pattern.n} of every {pattern.m} inputs in a row are kept"
-    assert isinstance(pattern, Unstructured)  # text stands for nothing else
-    assert isinstance(pattern.sparsity, float)
-    each = "each output of each weight" if pattern.scope == "row" else "each weight"
-    return f"{100 * pattern.sparsity:g}% of {each}"
+    if not isinstance(pattern, Unstructured) or pattern.schedule is not None:
+        return pattern.describe()
+    each = "each output of each weight" if pattern.by_output else "each weight"
+    return f"{100 * float(pattern.fractions()[-1]):g}% of {each}"
 
 
 def _method_settings(name: str, solver: Solver, pattern: Pattern) -> list[tuple[str, str]]:

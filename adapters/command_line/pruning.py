@@ -23,8 +23,8 @@ from safe_core.adapters.torch.blocks.pruning import (
 )
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.task import PatternError
+from safe_core.patterns import NM, Pattern, Unstructured, as_pattern
 from safe_core.solvers import Solver
-from safe_core.sparsity import NM, Pattern, Unstructured, as_pattern
 
 from .model_card import model_card
 from .model_folder import (

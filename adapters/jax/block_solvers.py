@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from safe_core.patterns import Pattern, as_pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Gram, LayerSolver, as_solver
 from safe_core.solvers.gram import solver_statistics
-from safe_core.sparsity import Pattern, as_pattern
 
 from .block_training import BlockTraining, sample_count
 from .tree import SparseTree
@@ -90,10 +90,10 @@ def prune_layers(
     found = as_solver(solver)
     if not isinstance(found, LayerSolver):
         raise TypeError(f"solver must prune layers, such as ALPS(), got {found!r}")
-    tree = SparseTree.read(params, where, layout, False)
+    tree = SparseTree.read(params, where, layout)
     pattern = as_pattern(sparsity, scope="tensor")
     pruned = []
-    for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
+    for name, roles, x in zip(*tree.info[:2], tree.sparse(params), strict=True):
         statistics = None
         if found.needs != "nothing":
             statistics = solver_statistics(found.needs, jnp.asarray(_matrix(grams or {}, name)))

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from safe_core._dtypes import wide_dtype
+from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction, batches_at_random, batches_in_order
 from safe_core.solvers import Gram
 from safe_core.solvers.gram import positive_squares
-from safe_core.sparsity import Pattern
 
 from .gradients import value_and_gradients
 from .transform import finalize, sparse_optimizer
@@ -98,7 +98,7 @@ class BlockTraining:
         return sparse_optimizer(
             self._base,
             self.method,
-            learning_rate=self._rate if self.method.decoupled else None,
+            learning_rate=self._rate if self.method.plan().needs_learning_rate else None,
             where=self.where,
             layout=self.layout,
             importance=importance,
@@ -106,7 +106,7 @@ class BlockTraining:
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
         """Return P from the mean squares of inputs, without the Gram matrices of dense leaves."""
-        names = SparseTree.read(params, self.where, self.layout, False).targets.names
+        names = SparseTree.read(params, self.where, self.layout).info.names
         return {
             name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
             for name, p in importance.items()

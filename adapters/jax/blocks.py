@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safe_core import _checks
+from safe_core.patterns import as_pattern
 from safe_core.reconstruction import (
     BlockSettings,
     Reconstruction,
@@ -23,7 +24,6 @@ from safe_core.reconstruction import (
     changed,
 )
 from safe_core.solvers import Gram, named_solver
-from safe_core.sparsity import as_pattern
 
 from .block_solvers import Block, BlockSolver, block_solver, prune_layers
 from .block_training import BlockTraining, Reconstructed, sample_count, take_rows, widened
@@ -333,5 +333,5 @@ def _error(output: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _sparsity(params: PyTree, where: Any, layout: Any) -> float:
-    sparse = SparseTree.read(params, where, layout, False).sparse(params)
+    sparse = SparseTree.read(params, where, layout).sparse(params)
     return sum(int((x == 0).sum()) for x in sparse) / max(1, sum(x.size for x in sparse))

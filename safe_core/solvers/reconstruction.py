@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from .. import _checks
-from ..method import Method, safe
-from ..schedules import SparsityTable
-from ..sparsity import Pattern
+from ..method import Method
+from ..methods import safe
+from ..patterns import Pattern
 from .base import Needs, Solver, register
 
 __all__ = ["Reconstruction"]
@@ -151,7 +151,7 @@ class Reconstruction(Solver):
         """Return the method with a sparsity."""
         if self.method is None:
             return safe(sparsity, **self._options())
-        if self.method.masks and not isinstance(getattr(sparsity, "sparsity", None), SparsityTable):
+        if self.method.constraint.masks_gradients and sparsity.schedule is None:
             raise ValueError(
                 "sparsity must change over time for a method of masks, such as "
                 f"schedules.cubic(0.5, steps=1000), got {sparsity!r}"

@@ -11,8 +11,8 @@ from safe_core.backends import Array, backend_of
 
 from ..arguments import refuse
 from ..layout import Layout
+from ..patterns import Pattern
 from ..projection import Projection, apply_support
-from ..sparsity import Pattern
 from .base import LayerSolver, register
 from .problem import Form, read_form, read_pattern, read_squares
 

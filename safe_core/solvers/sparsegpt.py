@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
 from .. import _checks
-from ..layout import Layout
+from ..layout import OUTPUT_INPUT, Layout
+from ..patterns import Pattern
+from ..patterns.counts import kept_counts
 from ..projection import Projection
-from ..sparsity import Pattern, fractions, kept_counts
 from .base import LayerSolver, register
-from .patterns_shim import check_shape, group
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
@@ -108,9 +107,14 @@ class SparseGPT(LayerSolver):
             to factor it, or the pattern does not fit. Values are checked where they can be
             read, which a traced program cannot.
         """
-        pattern = read_pattern(sparsity, self, entries_only=True)
+        pattern = read_pattern(sparsity, self)
+        if pattern.ranks != "entries":
+            raise TypeError(
+                "sparsity must be Unstructured, NM or another pattern of single entries for "
+                f"SparseGPT, which decides column by column, got {pattern!r}"
+            )
         w, h, form = read_matrices(weight, gram, layout)
-        check_shape(pattern, form.shape, form.layout, "weight")
+        pattern.check((form.outputs, form.inputs), OUTPUT_INPUT, "weight")
         xp = array_namespace(w)
         live, _ = live_diagonal(xp, h)
         w = xp.where(live, w, xp.zeros_like(w))
@@ -133,7 +137,7 @@ class SparseGPT(LayerSolver):
             # H = R R^T with R upper triangular, by Cholesky from the last row up; U = R^-1.
             upper = xp.flip(xp.linalg.cholesky(xp.flip(h)))
             factor = xp.triu(xp.linalg.inv(upper))
-        except getattr(xp.linalg, "LinAlgError", np.linalg.LinAlgError) as error:
+        except backend_of(h).linalg_errors() as error:
             raise self._too_small() from error
         if backend_of(factor).is_concrete(factor) and not bool(xp.all(xp.isfinite(factor))):
             raise self._too_small()
@@ -170,7 +174,7 @@ class _Sweep(NamedTuple):
     def run(self, w: Array, u: Array, start: int, keep: Array | None = None) -> _Columns:
         """Prune the columns ``w``, the first of which is ``start``; u is their part of U."""
         xp, width = self.xp, w.shape[1]
-        unit = group(self.pattern) or self.block_size
+        unit = self.pattern.group or self.block_size
         if keep is None and width <= unit:
             keep = self.choose(w / xp.linalg.diagonal(u), start)
         if keep is not None and width == 1:
@@ -187,18 +191,18 @@ class _Sweep(NamedTuple):
     def choose(self, scores: Array, start: int) -> Array:
         """Return the support of a block of columns, which keeps the largest scores."""
         xp, width = self.xp, scores.shape[1]
-        size = group(self.pattern)
+        size = self.pattern.group
         if size is not None:
             if width < size:
                 return xp.ones_like(scores, dtype=xp.bool)
             return read_form(scores, None).select(scores, self.pattern)
-        rows = 1 if self.pattern.scope == "row" else self.form.outputs
+        rows = 1 if self.pattern.by_output else self.form.outputs
         before, after = (
-            kept_counts(fractions(self.pattern), rows * columns)[-1]
+            kept_counts(self.pattern.fractions(), rows * columns)[-1]
             for columns in (start, start + width)
         )
         kept, backend = (after - before,), backend_of(scores)
         if rows == 1:
-            return backend.keep_largest_per_row(scores, kept, 0, on_host=False)
+            return backend.keep_largest_per_row(scores, kept, 0)
         stored = self.form.stored(scores)
-        return self.form.columns(backend.keep_largest([stored], kept, 0, on_host=False)[0])
+        return self.form.columns(backend.keep_largest([stored], kept, 0)[0])

@@ -22,15 +22,22 @@ from array_backends import Backend
 
 import safe_core
 from safe_core import (
+    ADMM,
     ASAM,
     NM,
     SAM,
+    ArrayInfo,
+    AtEnd,
     Block,
     Channel,
+    Evaluation,
+    HardThreshold,
+    Importance,
     Layout,
+    Mask,
     Method,
+    Point,
     SquaredGradient,
-    Targets,
     Unstructured,
     admm,
     project,
@@ -38,7 +45,7 @@ from safe_core import (
     schedules,
     stationarity_gap,
 )
-from safe_core.splitting import penalty_gradient
+from safe_core.constraints.splitting import penalty_gradient
 
 # A value
 
@@ -57,14 +64,14 @@ def test_methods_are_values(make: Callable[[], Method]) -> None:
     for other in (make(), copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
         assert other == method
         assert hash(other) == hash(method)
-    assert replace(method, dual_update_interval=99) != method
+    assert replace(method, constraint=replace(method.constraint, dual_update_interval=99)) != method
     assert len({make() for make in METHODS.values()}) == len(METHODS)
 
 
 @every_method
 def test_methods_are_frozen(make: Callable[[], Method]) -> None:
     with pytest.raises(FrozenInstanceError):
-        make().relaxation = 1.5
+        make().sparsity = 0.5
 
 
 @every_method
@@ -75,7 +82,7 @@ def test_a_method_is_a_static_argument_of_jit(make: Callable[[], Method]) -> Non
     def finalize(x: Any, method: Method) -> Any:
         traces.append(method)
         layout = Layout((1,), (0,))
-        return method.finalize([x], Targets(("x",), (layout,)))[0]
+        return method.finalize([x], ArrayInfo(("x",), (layout,)))[0]
 
     x = np.random.default_rng(0).normal(size=(4, 4))
     for method in (make(), make()):
@@ -87,14 +94,14 @@ def test_a_method_is_a_static_argument_of_jit(make: Callable[[], Method]) -> Non
 def test_constructors_take_shorthands() -> None:
     assert safe(0.9) == Method(Unstructured(0.9), perturbation=SAM(0.1))
     assert safe("2:4", rho=0.2, adaptive=True) == Method(NM(2, 4), perturbation=ASAM(0.2))
-    assert admm(0.9, penalty=0.5) == Method(0.9, penalty=schedules.constant(0.5))
+    assert admm(0.9, penalty=0.5) == Method(0.9, ADMM(schedules.constant(0.5)))
     assert Block([2, 4], 0.5) == Block((2, 4), 0.5)
     assert Layout([1], [0]) == Layout((1,), (0,))
 
 
 def test_a_method_knows_whether_it_perturbs() -> None:
     methods = [safe(0.9), safe(0.9, rho=0), admm(0.9), safe(0.9, rho=schedules.linear(0.1, 5))]
-    assert [method.perturbs for method in methods] == [True, False, False, True]
+    assert [method.plan().perturbs for method in methods] == [True, False, False, True]
     with pytest.raises(ValueError, match="perturbation must not be None to perturb"):
         admm(0.9).perturb([np.ones(2)], [np.ones(2)], 0)
 
@@ -103,14 +110,14 @@ def test_a_method_knows_whether_it_perturbs() -> None:
 def test_dual_updates_close_every_interval(xp: Backend, interval: int) -> None:
     method = admm(0.9, dual_update_interval=interval)
     wanted = [step % interval == interval - 1 for step in range(70)]
-    assert [bool(method.is_dual_update(step)) for step in range(70)] == wanted
-    traced = [xp.call(method.is_dual_update, xp.asarray(np.asarray(t))) for t in range(0, 70, 5)]
+    assert [bool(method.is_due(step)) for step in range(70)] == wanted
+    traced = [xp.call(method.is_due, xp.asarray(np.asarray(t))) for t in range(0, 70, 5)]
     assert [bool(update) for update in traced] == wanted[::5]
 
 
 @functools.cache
 def rescale(method: Method) -> Any:
-    return lambda split, step: method.rescale(split, step)
+    return lambda split, step: method.constraint.rescale(split, step)
 
 
 def test_the_dual_is_rescaled_as_the_penalty_changes(xp: Backend) -> None:
@@ -121,7 +128,11 @@ def test_the_dual_is_rescaled_as_the_penalty_changes(xp: Backend) -> None:
         at = np.asarray(step) if xp.traces else step
         got = xp.run(rescale(method), split, at)
         np.testing.assert_allclose(got.anchor[0], [2.0, -6.0 * ratio], rtol=1e-15)
-    untouched = xp.run(rescale(replace(method, rescale_dual=False)), split, 2)
+    untouched = xp.run(
+        rescale(replace(method, constraint=replace(method.constraint, rescale_dual=False))),
+        split,
+        2,
+    )
     np.testing.assert_array_equal(untouched.anchor[0], [2.0, -6.0])
 
 
@@ -136,7 +147,7 @@ def test_the_radius_follows_its_schedule_unless_it_is_given(xp: Backend) -> None
 def test_the_result_is_exactly_sparse_in_the_dtype_of_the_parameters(xp: Backend) -> None:
     dtype = np.float16 if np.dtype(np.float16) in xp.dtypes else np.float32
     x = np.asarray([[1, 2, 3, 4]], dtype)
-    targets = Targets(("x",), (Layout((1,), (0,)),))
+    targets = ArrayInfo(("x",), (Layout((1,), (0,)),))
 
     def finalize(x: Any, importance: Any = None) -> Any:
         return safe(schedules.cubic(0.5, steps=9)).finalize([x], targets, importance)[0]
@@ -152,17 +163,16 @@ def test_importance_is_one_pool_where_the_scope_is_global() -> None:
     gradients = [np.ones(2), np.zeros(2)]
     for sparsity, second in ((Unstructured(0.5), 0), (Unstructured(0.5, "tensor"), 1)):
         method = safe(sparsity, importance=source)
-        state = method.refresh_importance(method.init_importance(gradients), gradients)
+        state = source.refresh(method.init_importance(gradients), gradients)
         assert method.metric(state)[1].tolist() == [second, second]
     assert safe(0.5).init_importance(gradients) is None
-    assert safe(0.5).refresh_importance(None, gradients) is None
     assert safe(0.5).metric(None) is None
 
 
 # An iteration
 
 STEPS, INTERVAL, RATE = 160, 4, 0.02
-TARGETS = Targets(("w",), (Layout(input_axes=(0,), output_axes=(1,)),))
+TARGETS = ArrayInfo(("w",), (Layout(input_axes=(0,), output_axes=(1,)),))
 
 
 def problem() -> tuple[np.ndarray, ...]:
@@ -183,17 +193,19 @@ def programs(method: Method) -> tuple[Any, Any]:
     """A base step and a dual update, as a training loop of one's own would call them."""
 
     def base_step(w: Any, c: Any, split: Any, t: Any, inputs: Any, targets: Any) -> Any:
-        split = method.rescale(split, t)
+        split = method.constraint.rescale(split, t)
         g = loss_gradients(w, c, inputs, targets)
-        if method.perturbs:
+        if method.plan().perturbs:
             e = method.perturb([w, c], g, t)
             g = loss_gradients(w + e[0], c + e[1], inputs, targets)
-        total = g[0] + penalty_gradient(w, split.anchor[0], method.penalty(t))
+        total = g[0] + penalty_gradient(w, split.anchor[0], method.constraint.penalty(t))
         return w - RATE * total, c - RATE * g[1], split, g[0]
 
     def dual_update(w: Any, split: Any, state: Any, g: Any, t: Any) -> Any:
-        state = method.refresh_importance(state, [g])
-        return method.dual_update([w], split, t, TARGETS, method.metric(state)), state
+        if method.importance is None:
+            return method.update([w], split, t, TARGETS, state), state
+        state = method.importance.refresh(state, [g])
+        return method.update([w], split, t, TARGETS, method.metric(state)), state
 
     return base_step, dual_update
 
@@ -207,9 +219,11 @@ def train(xp: Backend, method: Method, importance: Any) -> dict[str, np.ndarray]
     for step in range(STEPS):
         t = jnp.asarray(step) if xp.traces else step
         w, c, split, g = xp.call(base_step, w, c, split, t, inputs, targets)
-        if method.is_dual_update(step):
+        if method.is_due(step):
             split, state = xp.call(dual_update, w, split, state, g, t)
-    sparse = method.finalize([w], TARGETS, method.metric(state))[0]
+    sparse = method.finalize(
+        [w], TARGETS, state if method.importance is None else method.metric(state)
+    )[0]
     trained = {"w": w, "c": c, "anchor": split.anchor[0], "sparse": sparse}
     return {name: xp.to_numpy(x) for name, x in trained.items()}
 
@@ -296,7 +310,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_the_textbook_iteration_on_every_backend(xp: Backend, name: str) -> None:
     method, textbook = RUNS[name]
-    method = replace(method, dual_update_interval=INTERVAL)
+    method = replace(method, constraint=replace(method.constraint, dual_update_interval=INTERVAL))
     got, wanted = train(xp, method, textbook.importance), textbook.train()
     np.testing.assert_array_equal(got["sparse"] != 0, wanted["sparse"] != 0)
     assert np.count_nonzero(got["sparse"] == 0) == 9
@@ -310,16 +324,10 @@ W = np.ones((2, 4))
 X = np.ones(4)
 
 
-class Unhashable:
-    """A source of importance that cannot be part of a hashable method."""
+class Unhashable(Importance):
+    """An importance that cannot be part of a hashable method."""
 
     __hash__ = None
-
-    def init(self, params: Any) -> Any: ...
-
-    def refresh(self, state: Any, gradients: Any) -> Any: ...
-
-    def metric(self, state: Any, *, joint: bool) -> Any: ...
 
 
 class BadSchedule:
@@ -331,6 +339,10 @@ class BadSchedule:
 
 
 V, T = ValueError, TypeError
+AT_X, PERTURBED = Evaluation(Point.X), Evaluation(Point.PERTURBED)
+C_OF_X = Evaluation(Point.PROJECTED, "add")
+RANDOM = schedules.random_sparsity((0.5, 0.7))
+REUSING = SAM(0.1, interval=2, reuse=0.5)
 BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: Unstructured(1.0), V, "1.0"),
     ("sparsity", lambda: Unstructured(1), V, "1"),
@@ -397,21 +409,46 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: Method([0.5]), T, "[0.5]"),
     ("perturbation", lambda: Method(0.5, perturbation=0.1), T, "0.1"),
     ("perturbation", lambda: Method(0.5, perturbation=SAM), T, "SAM"),
-    ("penalty", lambda: Method(0.5, penalty=-1e-3), V, "-0.001"),
-    ("penalty", lambda: Method(0.5, penalty=np.ones(2)), T, "numpy.ndarray of shape (2,)"),
-    ("penalty", lambda: Method(0.5, penalty=schedules.cosine(-1.0, 5)), V, "value=-1.0"),
-    ("dual_update_interval", lambda: Method(0.5, dual_update_interval=0), V, "0"),
-    ("dual_update_interval", lambda: Method(0.5, dual_update_interval=2.0), T, "2.0"),
+    ("constraint", lambda: Method(0.5, 0.1), T, "0.1"),
+    ("constraint", lambda: Method(0.5, ADMM), T, "ADMM"),
+    ("evaluations", lambda: Method(0.5, evaluations=("x",)), T, "'x'"),
+    ("evaluations", lambda: Method(0.5, evaluations=(C_OF_X,)), V, "C(x)"),
+    ("evaluations", lambda: Method(0.5, evaluations=(AT_X, C_OF_X, C_OF_X)), V, "C(x)"),
+    (
+        "perturbation",
+        lambda: Method(0.5, evaluations=(AT_X, Evaluation(Point.PERTURBED))),
+        V,
+        "None",
+    ),
+    (
+        "reuse",
+        lambda: Method(0.5, perturbation=REUSING, evaluations=(AT_X, PERTURBED, C_OF_X)),
+        V,
+        "reuse=0.5",
+    ),
+    ("interval", lambda: HardThreshold(0), V, "0"),
+    ("importance_interval", lambda: AtEnd(1.5), T, "1.5"),
+    (
+        "sparsity",
+        lambda: Method(schedules.random_sparsity((0.5, 0.7)), Mask()),
+        V,
+        "RandomSparsity",
+    ),
+    ("penalty", lambda: ADMM(penalty=-1e-3), V, "-0.001"),
+    ("penalty", lambda: ADMM(penalty=np.ones(2)), T, "numpy.ndarray of shape (2,)"),
+    ("penalty", lambda: ADMM(schedules.cosine(-1.0, 5)), V, "value=-1.0"),
+    ("dual_update_interval", lambda: ADMM(dual_update_interval=0), V, "0"),
+    ("dual_update_interval", lambda: ADMM(dual_update_interval=2.0), T, "2.0"),
     ("importance", lambda: Method(0.5, importance=W), T, "numpy.ndarray of shape"),
     ("importance", lambda: Method(0.5, importance="wanda"), T, "'wanda'"),
     ("importance", lambda: Method(0.5, importance=SquaredGradient), T, "SquaredGradient"),
     ("importance", lambda: Method(0.5, importance=Unhashable()), T, "Unhashable"),
-    ("relaxation", lambda: Method(0.5, relaxation=0), V, "0"),
-    ("relaxation", lambda: Method(0.5, relaxation=2.0), V, "2.0"),
-    ("relaxation", lambda: Method(0.5, relaxation=None), T, "None"),
-    ("rescale_dual", lambda: Method(0.5, rescale_dual=1), T, "1"),
-    ("rescale_dual", lambda: Method(0.5, penalty=0, rescale_dual=True), V, "Constant(value=0.0)"),
-    ("rescale_dual", lambda: Method(0.5, penalty=lambda t: t, rescale_dual=True), V, "lambda"),
+    ("relaxation", lambda: ADMM(relaxation=0), V, "0"),
+    ("relaxation", lambda: ADMM(relaxation=2.0), V, "2.0"),
+    ("relaxation", lambda: ADMM(relaxation=None), T, "None"),
+    ("rescale_dual", lambda: ADMM(rescale_dual=1), T, "1"),
+    ("rescale_dual", lambda: ADMM(0, rescale_dual=True), V, "Constant(value=0.0)"),
+    ("rescale_dual", lambda: ADMM(lambda t: t, rescale_dual=True), V, "lambda"),
     ("rho", lambda: safe(0.5, rho=-1), V, "-1"),
     ("penalty", lambda: safe(0.5, penalty="cosine"), T, "'cosine'"),
     ("adaptive", lambda: safe(0.5, adaptive="no"), T, "'no'"),

@@ -193,7 +193,7 @@ def test_a_block_that_raised_leaves_no_direction_behind() -> None:
     run.closure()
     with pytest.raises(RuntimeError, match="lost"), run.optimizer.perturbed():
         raise RuntimeError("lost")
-    assert not run.optimizer._first
+    assert not run.optimizer._phases.first
 
 
 def test_the_ascent_may_take_half_of_the_batch() -> None:

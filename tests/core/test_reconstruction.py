@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from safe_core.patterns import Unstructured
 from safe_core.reconstruction import (
     Reconstruction,
     batches_at_random,
     batches_in_order,
     block_pattern,
 )
-from safe_core.sparsity import Unstructured
 
 GROUPS = [[0, 2, 4, 6, 8], [1, 3, 5]]
 

@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 
 from safe_core import (
     NM,
+    ArrayInfo,
     SplitState,
-    Targets,
     Unstructured,
     admm,
     project,
     schedules,
     stationarity_gap,
 )
-from safe_core.splitting import (
+from safe_core.constraints.base import select_support
+from safe_core.constraints.splitting import (
     dual_residual,
     dual_update,
-    final_support,
     init,
     penalty_gradient,
     primal_residual,
@@ -37,7 +37,7 @@ from safe_core.splitting import (
 )
 
 SHAPES = ((4, 8), (8,))
-TARGETS = Targets(("a", "b"), tuple(reference.default_layout(len(shape)) for shape in SHAPES))
+TARGETS = ArrayInfo(("a", "b"), tuple(reference.default_layout(len(shape)) for shape in SHAPES))
 
 
 def walk(dtype: Any) -> Iterator[list[np.ndarray]]:
@@ -144,7 +144,7 @@ def test_a_sparsity_that_rises_starts_at_its_start_and_ends_at_its_end(xp: Backe
         return sum(np.count_nonzero(~mask) for mask in support)
 
     def final(x: Any) -> Any:
-        return final_support(x, pattern, TARGETS)
+        return select_support(x, pattern, TARGETS, None, step=None)
 
     state = xp.run(initial(pattern), x)
     assert zeros(state.support) == 4
@@ -215,14 +215,14 @@ def least_squares(seed: int) -> LeastSquares:
 def train(problem: LeastSquares, penalty: float, importance: Any) -> tuple[np.ndarray, int]:
     """z after some thousand steps of gradient descent, and the last change of its support."""
     method = admm(0.5, penalty=penalty, dual_update_interval=10)
-    targets = Targets(("x",), (None,))
+    targets = ArrayInfo(("x",), (None,))
     x = np.linspace(-1, 1, 12)
     split, changed = method.init([x], targets, importance), 0
     for step in range(4000):
         total = problem.gradient(x) + penalty_gradient(x, split.anchor[0], penalty)
         x = x - total / (problem.smoothness + penalty)
-        if method.is_dual_update(step):
-            before, split = split, method.dual_update([x], split, step, targets, importance)
+        if method.is_due(step):
+            before, split = split, method.update([x], split, step, targets, importance)
             if not np.array_equal(before.support[0], split.support[0]):
                 changed = step
     return recover(split)[0][0], changed
@@ -321,7 +321,7 @@ def test_the_certificate_of_16_bit_weights_is_computed_in_32(xp: Backend) -> Non
 
 def test_no_nan_reaches_the_split(xp: Backend) -> None:
     start = np.asarray([3.0, 1.0, 2.0, 4.0])
-    targets = Targets(("x",), (None,))
+    targets = ArrayInfo(("x",), (None,))
 
     def run(x: Any, broken: Any) -> Any:
         state = init([x], Unstructured(0.5), targets)

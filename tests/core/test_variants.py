@@ -17,16 +17,15 @@ from array_backends import Backend
 from torch import nn
 
 import safe_core
-from safe_core import GradientAscent, Layout, Method, Targets, schedules
+from safe_core import ArrayInfo, GradientAscent, Layout, Method, schedules
 from safe_core.adapters.jax import importance as optax_importance
 from safe_core.adapters.jax.reporting import report
 from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch import importance as torch_importance
 from safe_core.adapters.torch import trainers as torch_trainers
-from safe_core.projection import apply_support
+from safe_core.functional import FunctionalStep, start
 from safe_core.reconstruction import Reconstruction
-from safe_core.splitting import penalty_gradient
 
 NAMES = ["sg multi", "decoupled", "iht", "gmp", "imp", "magnitude", "cram", "cram plus multi"]
 CUBIC = schedules.cubic(0.6, steps=4)
@@ -36,55 +35,35 @@ every_case = pytest.mark.parametrize("name", NAMES)
 
 
 class Loop(NamedTuple):
-    """A training loop of one's own: the parts of a method on a list of one weight and one bias."""
+    """A training loop of one's own: the steps of a method on a list of one weight and one bias."""
 
     method: Method
     xp: Backend
 
-    TARGETS = Targets(("w",), (Layout((1,), (0,)),))
+    INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 
     def run(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The weight and its support after every step of `linear_problem`."""
-        method, problem = self.method, linear_problem.Problem.make()
-        w, b = self.xp.asarray(problem.weight), self.xp.asarray(problem.bias)
-        split, held = method.init([w], self.TARGETS), method.init_importance([w])
-        buffers = [0 * w, 0 * b]
+        problem = linear_problem.Problem.make()
+        params = [self.xp.asarray(problem.weight), self.xp.asarray(problem.bias)]
+        state = start(self.method, params, [0], self.INFO)
+        buffers = [0 * x for x in params]
+
+        def gradients(params: list[Any]) -> list[Any]:
+            found = problem.gradient(*map(self.xp.to_numpy, params))
+            return [self.xp.asarray(g) for g in found]
+
+        def momentum(gradients: list[Any]) -> list[Any]:
+            buffers[:] = [
+                linear_problem.MOMENTUM * m + g for m, g in zip(buffers, gradients, strict=True)
+            ]
+            return [-linear_problem.RATE * m for m in buffers]
+
         for t in range(linear_problem.STEPS):
-
-            def gradient(w: Any, b: Any, split: Any = split) -> list[Any]:
-                found = problem.gradient(self.xp.to_numpy(w), self.xp.to_numpy(b))
-                found = [self.xp.asarray(g) for g in found]
-                return (
-                    [*apply_support(found[:1], split.support), found[1]] if method.masks else found
-                )
-
-            def compressed(w: Any, t: int = t, held: Any = held) -> Any:
-                kept = method.compression([w], self.TARGETS, t, method.metric(held))
-                return apply_support([w], kept)[0]
-
-            first = g = gradient(w, b)
-            if method.perturbs:
-                e = method.perturb([w, b], g, t)
-                moved = w + e[0]
-                g = gradient(compressed(moved) if method.compressed else moved, b + e[1])
-            if method.adds_unperturbed:
-                g = [x + y for x, y in zip(g, first, strict=True)]
-            if method.adds_projected:
-                g = [x + y for x, y in zip(g, gradient(compressed(w), b), strict=True)]
-            pull = penalty_gradient(w, split.anchor[0], method.penalty(t)) if method.splits else 0.0
-            total = g if method.decoupled else [g[0] + pull, g[1]]
-            buffers = [linear_problem.MOMENTUM * m + x for m, x in zip(buffers, total, strict=True)]
-            w, b = (x - linear_problem.RATE * m for x, m in zip((w, b), buffers, strict=True))
-            if method.decoupled:
-                w = w - linear_problem.RATE * pull
-            if method.masks:
-                w = apply_support([w], split.support)[0]
-            if method.is_dual_update(t):
-                held = method.refresh_importance(held, g[:1])
-                split = method.dual_update([w], split, t, self.TARGETS, method.metric(held))
-                if method.prunes:
-                    w = apply_support([w], split.support)[0]
-            yield self.xp.to_numpy(w), self.xp.to_numpy(split.support[0])
+            step = FunctionalStep(self.method, params, [0], self.INFO, t, gradients, momentum)
+            step.learning_rate = linear_problem.RATE
+            params, state = step.run(gradients(params), state)
+            yield self.xp.to_numpy(params[0]), self.xp.to_numpy(state.split.support[0])
 
 
 @every_case
@@ -116,19 +95,17 @@ def test_draws_are_uniform_and_independent_from_one_to_the_next(stride: int) -> 
 
 
 def test_a_random_sparsity_ends_at_its_largest() -> None:
-    x, targets = [np.arange(1.0, 11.0)], Targets(("x",), (None,))
+    x, targets = [np.arange(1.0, 11.0)], ArrayInfo(("x",), (None,))
     method = safe_core.cram(schedules.random_sparsity((0.9, 0.2)))
     assert method.finalize(x, targets)[0].tolist() == [0.0] * 9 + [10.0]
-    zeros = [int(np.sum(~method.compression(x, targets, t)[0])) for t in range(40)]
+    zeros = [int(np.sum(~method.support_at(x, targets, t)[0])) for t in range(40)]
     assert set(zeros) == {2, 9}
 
 
 def test_nothing_comes_back_under_a_mask() -> None:
     method = safe_core.gmp(schedules.linear_sparsity(0.5, steps=2))
     split = safe_core.SplitState([], [np.asarray([True, False, True, True])])
-    after = method.dual_update(
-        [np.asarray([1.0, 9.0, 2.0, 3.0])], split, 1, Targets(("x",), (None,))
-    )
+    after = method.update([np.asarray([1.0, 9.0, 2.0, 3.0])], split, 1, ArrayInfo(("x",), (None,)))
     assert after.support[0].tolist() == [False, False, True, True]
 
 
@@ -144,8 +121,8 @@ def test_nothing_comes_back_where_what_is_left_has_no_importance(
     xp: Backend, pattern: Any, importance: list[float], wanted: list[bool]
 ) -> None:
     def update(w: Any, mask: Any, importance: Any) -> Any:
-        split, targets = safe_core.SplitState([], [mask]), Targets(("w",), (Layout((1,), (0,)),))
-        return safe_core.gmp(pattern).dual_update([w], split, 0, targets, [importance]).support[0]
+        split, targets = safe_core.SplitState([], [mask]), ArrayInfo(("w",), (Layout((1,), (0,)),))
+        return safe_core.gmp(pattern).update([w], split, 0, targets, [importance]).support[0]
 
     w = np.asarray([[9.0, 9.0, 9.0, 9.0], [1.0, 2.0, 3.0, 4.0]])
     mask = np.asarray([[False] * 4, [True] * 4])
@@ -293,7 +270,7 @@ def test_a_run_resumes_and_ends_exactly_sparse(name: str) -> None:
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
     held = {key for entry in state["state"].values() for key in entry if key.startswith("safe_")}
-    assert ("safe_anchor" in held) == method.splits
+    assert ("safe_anchor" in held) == method.constraint.has_anchor
     second = Run(method)
     second.model.load_state_dict(weights)
     second.optimizer.load_state_dict(state)
@@ -493,15 +470,7 @@ def unprojected() -> Any:
 
 
 BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
-    ("projection", lambda: Method(0.5, projection="soft"), V, "'soft'"),
-    ("penalty", lambda: Method(0.5, projection="hard"), V, "Constant(value=0.001)"),
-    ("relaxation", lambda: Method(0.5, penalty=0, relaxation=1.5, projection="final"), V, "1.5"),
-    ("decoupled", lambda: Method(0.5, penalty=0, decoupled=True, projection="hard"), V, "True"),
-    ("decoupled", lambda: Method(0.5, decoupled=1), T, "1"),
-    ("compressed", lambda: Method(0.5, compressed=None), T, "None"),
-    ("perturbation", lambda: Method(0.5, compressed=True), V, "None"),
-    ("perturbation", lambda: Method(0.5, added_gradient="unperturbed"), V, "None"),
-    ("added_gradient", lambda: Method(0.5, added_gradient="sparse"), V, "'sparse'"),
+    ("decoupled", lambda: safe_core.admm(0.5, decoupled=1), T, "1"),
     (
         "reuse",
         lambda: safe_core.safe(0.5, perturbation_interval=2, reuse=0.1, projected_gradient=True),
@@ -514,8 +483,8 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: RECIPE.bound(safe_core.Unstructured(0.5)), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
-    ("interval", lambda: safe_core.cram(0.5, interval=1.5), T, "1.5"),
-    ("interval", lambda: safe_core.magnitude(0.5, interval=0), V, "0"),
+    ("interval", lambda: safe_core.cram(0.5, importance_interval=1.5), T, "1.5"),
+    ("interval", lambda: safe_core.magnitude(0.5, importance_interval=0), V, "0"),
     ("plus", lambda: safe_core.cram(0.5, plus="yes"), T, "'yes'"),
     ("rho", lambda: safe_core.cram(0.5, rho=-1.0), V, "-1.0"),
     ("adaptive", lambda: safe_core.imp_sam(CUBIC, adaptive=2), T, "2"),

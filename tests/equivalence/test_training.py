@@ -6,7 +6,6 @@ hand; the others go through their adapters. Where a GPU is present the framework
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -19,13 +18,12 @@ import pytest
 import torch
 
 import safe_core
-from safe_core import SquaredGradient, Targets
+from safe_core import ArrayInfo, SquaredGradient
 from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.importance import wanda
+from safe_core.functional import FunctionalStep, start
+from safe_core.importance import Given, wanda
 from safe_core.layout import OUTPUT_INPUT
-from safe_core.projection import apply_support
-from safe_core.splitting import penalty_gradient
 
 pytestmark = pytest.mark.equivalence
 
@@ -99,9 +97,9 @@ class Momentum:
     def __init__(self, params: list[np.ndarray]) -> None:
         self.buffers = [np.zeros_like(p) for p in params]
 
-    def __call__(self, params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, grads: list[np.ndarray]) -> list[np.ndarray]:
         self.buffers = [0.9 * m + g for m, g in zip(self.buffers, grads, strict=True)]
-        return [p - RATES["momentum"] * m for p, m in zip(params, self.buffers, strict=True)]
+        return [-RATES["momentum"] * m for m in self.buffers]
 
 
 class Adam:
@@ -111,69 +109,34 @@ class Adam:
         self.m, self.v = [[np.zeros_like(p) for p in params] for _ in range(2)]
         self.t = 0
 
-    def __call__(self, params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, grads: list[np.ndarray]) -> list[np.ndarray]:
         self.t += 1
         self.m = [0.9 * m + 0.1 * g for m, g in zip(self.m, grads, strict=True)]
         self.v = [0.999 * v + 0.001 * g * g for v, g in zip(self.v, grads, strict=True)]
         first, second = 1 - 0.9**self.t, 1 - 0.999**self.t
         return [
-            p - RATES["adam"] * (m / first) / (np.sqrt(v / second) + 1e-8)
-            for p, m, v in zip(params, self.m, self.v, strict=True)
+            -RATES["adam"] * (m / first) / (np.sqrt(v / second) + 1e-8)
+            for m, v in zip(self.m, self.v, strict=True)
         ]
-
-
-def plus(a, b):
-    return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def run_numpy(problem, method, base, importance):
     params = [*problem.weights, *problem.biases]
-    targets = Targets(tuple(f"weight {i}" for i in range(LAYERS)), (OUTPUT_INPUT,) * LAYERS)
-    held = method.init_importance(params[:LAYERS])
+    info = ArrayInfo(tuple(f"weight {i}" for i in range(LAYERS)), (OUTPUT_INPUT,) * LAYERS)
+    source = None
     if importance is not None:
-        held = [p[None, :] for p in importance]
-    split = method.init(params[:LAYERS], targets, None if importance is None else held)
+        source = Given(lambda _: [p[None, :] for p in importance])
+    sparse = range(LAYERS)
+    state = start(method, params, sparse, info, source)
     optimizer = {"momentum": Momentum, "adam": Adam}[base](params)
-
-    def kept(arrays, support):
-        return [*apply_support(arrays[:LAYERS], support), *arrays[LAYERS:]]
-
-    for step, batch in enumerate(zip(problem.inputs, problem.labels, strict=True)):
-
-        def at(params, batch=batch, split=split):
-            found = gradients(params, *batch)
-            return kept(found, split.support) if method.masks else found
-
-        def compressed(params, step=step, held=held):
-            metric = method.metric(held)
-            return kept(params, method.compression(params[:LAYERS], targets, step, metric))
-
-        first = grads = at(params)
-        if method.perturbs:
-            e = method.perturb(params, grads, step)
-            moved = plus(params, e)
-            grads = at(compressed(moved) if method.compressed else moved)
-        if method.adds_unperturbed:
-            grads = plus(grads, first)
-        if method.adds_projected:
-            grads = plus(grads, at(compressed(params)))
-        pulls = [
-            penalty_gradient(x, a, method.penalty(step))
-            for x, a in zip(params, split.anchor, strict=False)
-        ]
-        pulls += [np.zeros_like(p) for p in params[len(pulls) :]]
-        params = optimizer(params, grads if method.decoupled else plus(grads, pulls))
-        if method.decoupled:
-            params = plus(params, [-RATES[base] * pull for pull in pulls])
-        if method.masks:
-            params = kept(params, split.support)
-        if method.is_dual_update(step):
-            held = method.refresh_importance(held, grads[:LAYERS])
-            split = method.dual_update(params[:LAYERS], split, step, targets, method.metric(held))
-            if method.prunes:
-                params = kept(params, split.support)
-    projected = method.finalize(params[:LAYERS], targets, method.metric(held))
-    return Result(params[:LAYERS], params[LAYERS:], split.support, projected)
+    for t, batch in enumerate(zip(problem.inputs, problem.labels, strict=True)):
+        at = lambda params, batch=batch: gradients(params, *batch)  # noqa: E731
+        step = FunctionalStep(method, params, sparse, info, t, at, optimizer, importance=source)
+        step.learning_rate = RATES[base]
+        params, state = step.run(at(params), state)
+    metric = method.metric(state.importance, source=source)
+    projected = method.finalize(params[:LAYERS], info, metric)
+    return Result(params[:LAYERS], params[LAYERS:], state.split.support, projected)
 
 
 # PyTorch
@@ -244,7 +207,10 @@ def run_jax(problem, method, base, importance):
     rate = RATES[base]
     inner = optax.sgd(rate, momentum=0.9) if base == "momentum" else optax.adam(rate)
     tx = sparse_optimizer(
-        inner, method, importance=importance, learning_rate=rate if method.decoupled else None
+        inner,
+        method,
+        importance=importance,
+        learning_rate=rate if method.plan().needs_learning_rate else None,
     )
 
     def loss(params, x, labels):
@@ -342,6 +308,6 @@ def test_frameworks_agree_on_variants(name):
 def test_the_comparison_sees_a_small_difference():
     problem = Problem.make()
     method = safe_core.safe(0.8, penalty=0.1, dual_update_interval=8)
-    other = dataclasses.replace(method, penalty=0.1 * (1 + 1e-6))
+    other = safe_core.safe(0.8, penalty=0.1 * (1 + 1e-6), dual_update_interval=8)
     a, b = (run_numpy(problem, m, "momentum", None) for m in (method, other))
     assert relative_distance(a.weights[0], b.weights[0]) > 1e-10

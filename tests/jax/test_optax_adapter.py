@@ -110,7 +110,7 @@ def test_every_step_is_the_one_written_out_in_numpy(name, double_precision):
     problem = linear_problem.Problem.make()
     params = {"kernel": jnp.asarray(problem.weight.T), "bias": jnp.asarray(problem.bias)}
     base = optax.sgd(linear_problem.RATE, momentum=linear_problem.MOMENTUM)
-    rate = linear_problem.RATE if method.decoupled else None
+    rate = linear_problem.RATE if method.plan().needs_learning_rate else None
     tx = sparse_optimizer(base, method, learning_rate=rate)
 
     def linear_loss(params):
@@ -125,12 +125,12 @@ def test_every_step_is_the_one_written_out_in_numpy(name, double_precision):
         np.testing.assert_allclose(params["kernel"].T, point.weight, rtol=1e-10)
         np.testing.assert_allclose(params["bias"], point.bias, rtol=1e-10)
         np.testing.assert_array_equal(state.support["kernel"].T, point.z != 0)
-        if method.splits:
+        if method.constraint.has_anchor:
             anchor = point.z - point.u
             np.testing.assert_allclose(state.anchor["kernel"].T, anchor, rtol=1e-9, atol=1e-13)
-    assert (state.anchor is not None) == method.splits
+    assert (state.anchor is not None) == method.constraint.has_anchor
     assert (first != state.support["kernel"]).any(), "the support must move to be tested"
-    if method.splits:
+    if method.constraint.has_anchor:
         assert (state.anchor["kernel"][~state.support["kernel"]] != 0).any(), "so must u"
 
 
@@ -230,7 +230,7 @@ def test_a_method_without_perturbation_needs_no_grad_fn(method, options):
 
     assert_equal(tx.update(gradients, state, params, grad_fn=refuse)[0], alone)
     anchor = state.anchor["first"]["kernel"]
-    penalty = method.penalty(0) * (params["first"]["kernel"] - anchor)
+    penalty = method.constraint.penalty(0) * (params["first"]["kernel"] - anchor)
     assert_close(alone["first"]["kernel"], -0.1 * (gradients["first"]["kernel"] + penalty))
     assert_close(alone["first"]["bias"], -0.1 * gradients["first"]["bias"])
 

@@ -90,8 +90,8 @@ def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
     ]
     dense = {**sizes, "method": "Dense", "sparsity": "0", "perplexity": 1.25}
     text = pruning_tables.tables([dense, *found], ["ours", "theirs"], {"CPU": "a processor"})
-    assert "8 samples of 4 tokens, 2 epochs where a method trains; the dense model" in text
-    assert "a perplexity of 1.25." in text
+    assert "8 samples of 4 tokens; methods that train use 2 epochs; the perplexity" in text
+    assert "of the dense model is 1.25." in text
     assert "| perplexity | 0.5 |\n| --- | ---: |\n| ours | **3 ± 1** |\n| theirs | 3.5 |" in text
     assert "| ours | **3 ± 1** | **1 ± 0** | **4 ± 1** |" in text  # blocks and their sum
     with pytest.raises(ValueError, match="one setting for llama"):

@@ -195,15 +195,15 @@ CASES = {
         Recipe(sparsity=gradual(1), after="mask"),
     ),
     "magnitude": (
-        safe_core.magnitude(0.6, interval=3),
+        safe_core.magnitude(0.6, importance_interval=3),
         Recipe(rho=lambda t: 0.0, after="nothing"),
     ),
     "cram": (
-        safe_core.cram(0.6, rho=0.2, interval=3, importance=SquaredGradient(0.7)),
+        safe_core.cram(0.6, rho=0.2, importance_interval=3, importance=SquaredGradient(0.7)),
         Recipe(normalised=False, compressed=True, decay=0.7, after="nothing"),
     ),
     "cram plus multi": (
-        safe_core.cram(MULTI, rho=0.2, plus=True, interval=3),
+        safe_core.cram(MULTI, rho=0.2, plus=True, importance_interval=3),
         Recipe(normalised=False, compressed=True, added="x", sparsity=drawn, after="nothing"),
     ),
 }

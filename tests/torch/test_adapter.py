@@ -123,9 +123,9 @@ def test_every_step_is_the_one_written_out_in_numpy(name):
         np.testing.assert_array_equal(split.support[0], point.z != 0)
         for anchor in split.anchor:
             np.testing.assert_allclose(anchor, point.z - point.u, rtol=1e-10, atol=1e-14)
-    assert len(split.anchor) == method.splits
+    assert len(split.anchor) == method.constraint.has_anchor
     assert not torch.equal(first, split.support[0]), "the support must move to be tested"
-    if method.splits:
+    if method.constraint.has_anchor:
         assert (split.anchor[0][~split.support[0]] != 0).any(), "so must u"
 
 

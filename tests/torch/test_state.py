@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import state_dict as distributed
 import safe_core
 from safe_core import SquaredGradient
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.groups import described
+from safe_core.adapters.torch.checkpoint import described
 
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),

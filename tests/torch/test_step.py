@@ -53,7 +53,7 @@ def test_moving_is_adding_the_perturbation(group: int, kind: SAM, dtype: torch.d
         (a.to(e.dtype) + e).to(dtype)
         for a, e in zip(x, kind.perturbation(x, g, rho=0.5), strict=True)
     ]
-    moved = kernels.Perturbed()
+    moved = kernels.MovedParameters()
     moved.move(x, moved.prepare(x), kind.direction(x, g, rho=0.5))
     for got, want, old in zip(x, wanted, before, strict=True):
         torch.testing.assert_close(got, want)
@@ -74,7 +74,7 @@ def test_an_unusable_gradient_moves_nothing(bad: float, accelerated: bool) -> No
         assert all(torch.equal(e, torch.zeros_like(e)) for e in steps)
     else:
         before = [t.clone() for t in x]
-        moved = kernels.Perturbed()
+        moved = kernels.MovedParameters()
         moved.move(x, moved.prepare(x), direction)
         assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
 
@@ -99,7 +99,7 @@ def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> 
         add(*args, **kwargs)
 
     monkeypatch.setattr(torch, "_foreach_add_", interrupted)
-    moved = kernels.Perturbed()
+    moved = kernels.MovedParameters()
     with pytest.raises(KeyboardInterrupt):
         moved.move(x, moved.prepare(x), SAM(0.5).direction(x, g, rho=0.5))
     moved.restore()
@@ -107,7 +107,7 @@ def test_what_was_not_saved_is_not_restored(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_copies_keep_their_memory_and_follow_the_parameters() -> None:
-    moved, x = kernels.Perturbed(), tensors(0)
+    moved, x = kernels.MovedParameters(), tensors(0)
     first = [t.data_ptr() for t in moved.prepare(x)]
     assert [t.data_ptr() for t in moved.prepare(x)] == first
     x[1].data = torch.zeros(4, 4)

@@ -310,7 +310,7 @@ def test_a_frozen_run_drops_the_direction_that_it_reused() -> None:
     step(model, optimizer)
     step(model, optimizer)
     assert [set(s) for s in optimizer.state.values()] == [{"support"}] * 2
-    assert not optimizer._first
+    assert not optimizer._phases.first
     optimizer.check_sparsity()
 
 
@@ -615,14 +615,14 @@ def test_a_report_is_what_its_formulas_say_and_changes_nothing() -> None:
         off = ~final.support[i]
         assert row.achieved == pytest.approx(float(off.float().mean()))
         assert row.distance == pytest.approx(float(weights[i][off].norm()), rel=1e-5)
-        churn = (now.support[i] != split.support[i]).float().mean()
-        assert row.churn == pytest.approx(float(churn))
+        mask_change = (now.support[i] != split.support[i]).float().mean()
+        assert row.mask_change == pytest.approx(float(mask_change))
         assert row.primal_residual == pytest.approx(float((weights[i] - z[i]).norm()), rel=1e-5)
         moved = 0.2 * float((now.values[i] - z[i]).norm())
         assert row.dual_residual == pytest.approx(moved, rel=1e-4)
     scalars = report.scalars()
     assert scalars["achieved"] == pytest.approx(0.75)
-    assert scalars["churn/0.weight"] == report.tensors[0].churn
+    assert scalars["mask_change/0.weight"] == report.tensors[0].mask_change
     total = sum(row.distance**2 for row in report.tensors) ** 0.5
     assert scalars["distance"] == pytest.approx(total)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
+from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
-from safe_core.sparsity import Pattern
 
 from ..optimizer import SparseOptimizer
 from .fingerprints import identity

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
+from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import LayerSolver, Solver, as_solver
 from safe_core.solvers.gram import solver_statistics
-from safe_core.sparsity import Pattern
 
 from .fingerprints import identity
 from .memory import BlockSize

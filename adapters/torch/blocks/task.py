@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from safe_core._dtypes import wide_dtype
-from safe_core.layout import Layout
-from safe_core.solvers.patterns_shim import check_shape, group
-from safe_core.sparsity import Pattern
+from safe_core.layout import Layout, resolve
+from safe_core.patterns import Pattern
 
 from .calls import BlockCalls, record
 from .fingerprints import fingerprint
@@ -74,20 +73,24 @@ class Task(NamedTuple):
 
 
 class PatternError(ValueError):
-    """The pattern does not divide the axes of a weight.
+    """The groups of a pattern do not divide the inputs of a weight.
 
     Attributes
     ----------
     name : str
-        The weight.
+        The first weight that does not fit.
     inputs : int
-        Its number of inputs.
+        The number of inputs of that weight.
     common : int
         The greatest common divisor of the numbers of inputs of all weights.
     """
 
-    def __init__(self, message: str, name: str, inputs: int, common: int) -> None:
-        super().__init__(message)
+    def __init__(self, pattern: Pattern, name: str, inputs: int, common: int) -> None:
+        super().__init__(
+            f"sparsity must divide the inputs of every weight into groups of {pattern.group}, got "
+            f"{inputs} of {name}: {pattern!r} with ragged='dense' leaves the last group dense, and "
+            "where= leaves out the weight"
+        )
         self.name, self.inputs, self.common = name, inputs, common
 
 
@@ -98,7 +101,7 @@ def check_pattern(
     weights: Sequence[Mapping[str, Layout | None]],
 ) -> None:
     """Raise where the pattern does not fit a weight, if the roles of its axes are known."""
-    shapes = {
+    known = {
         f"{block_name(name, i)}.{key}": (tuple(block.get_parameter(key).shape), layout)
         for i, (block, chosen) in enumerate(zip(blocks, weights, strict=True))
         for key, layout in chosen.items()
@@ -106,19 +109,16 @@ def check_pattern(
     }
     inputs = {
         key: math.prod(shape[axis] for axis in layout.input_axes)
-        for key, (shape, layout) in shapes.items()
+        for key, (shape, layout) in known.items()
     }
-    for key, (shape, layout) in shapes.items():
+    for key, (shape, layout) in known.items():
         try:
-            check_shape(pattern, shape, layout, key)
-        except ValueError as error:
-            size = group(pattern)
-            what = "" if size is None else f" into groups of {size}"
-            message = (
-                f"sparsity must divide the axes of every weight{what}, got {inputs[key]} inputs of "
-                f"{key}: {error}; where= leaves a weight out"
-            )
-            raise PatternError(message, key, inputs[key], math.gcd(*inputs.values())) from None
+            pattern.check(shape, resolve(layout, len(shape), key), key)
+        except ValueError:
+            if pattern.group is None or inputs[key] % pattern.group == 0:
+                raise
+            common = math.gcd(*inputs.values())
+            raise PatternError(pattern, key, inputs[key], common) from None
 
 
 def trainable_names(task: Task, i: int, pruned: Collection[str]) -> set[str]:

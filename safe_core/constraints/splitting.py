@@ -11,89 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 from array_api_compat import array_namespace
 
+from safe_core import _checks
+from safe_core._dtypes import scalar_like, wide_dtype
 from safe_core.backends import Array, backend_of
+from safe_core.patterns import Pattern
+from safe_core.perturbations import norm
+from safe_core.projection import apply_support
 
-from . import _checks
-from ._dtypes import scalar_like, wide_dtype
-from .layout import Layout
-from .projection import apply_support, select
-from .sharpness import norm
-from .sparsity import Pattern
+from .base import ArrayInfo, SplitState, select_support
 
 __all__ = [
-    "SplitState",
-    "Targets",
     "dual_residual",
     "dual_update",
-    "final_support",
     "init",
     "is_projected",
     "penalty_gradient",
     "primal_residual",
     "recover",
     "rescale_dual",
-    "support_at",
 ]
-
-
-class SplitState(NamedTuple):
-    """Both ADMM variables of a list of arrays.
-
-    Attributes
-    ----------
-    anchor : list of arrays
-        ``z - u``, shaped as the parameter, in its dtype or float32 if that is wider:
-        rounded to the nearest of 16 bits, small increments of u would be lost. Bfloat16
-        where that was asked for, rounded stochastically. Empty for a method without z and u.
-    support : list of bool arrays
-        Where z may be non-zero; u is zero there. Of a method without z and u the support
-        of its last projection.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> state = SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])])
-    >>> recover(state)  # z = (2, 0) and u = (0, -3)
-    ([array([2., 0.])], [array([ 0., -3.])])
-    """
-
-    anchor: list[Array]
-    support: list[Array]
-
-
-class Targets(NamedTuple):
-    """What a projection must know of the arrays besides their values.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Names for messages, one per array.
-    layouts : tuple of Layout or None
-        Roles of the axes, one per array; None where they are unknown.
-    on_host : bool
-        Whether scores are copied to the host to be selected among. In JAX on the CPU
-        this is faster than counting in the compiled program; elsewhere it costs the
-        transfer. Refused where arrays are sharded.
-
-    Examples
-    --------
-    >>> Targets(names=("dense.weight",), layouts=(Layout((1,), (0,)),)).names
-    ('dense.weight',)
-    """
-
-    names: tuple[str, ...]
-    layouts: tuple[Layout | None, ...]
-    on_host: bool = False
 
 
 def init(
     params: Sequence[Array],
     pattern: Pattern,
-    targets: Targets,
+    info: ArrayInfo,
     *,
     importance: Sequence[Array | None] | None = None,
     state_dtype: str | None = None,
@@ -106,7 +51,7 @@ def init(
         The parameters ``x_0`` to be made sparse.
     pattern : pattern
         The constraint; the initial sparsity of one that changes over time.
-    targets : Targets
+    info : ArrayInfo
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
         P, broadcastable to the parameters; 1 where None.
@@ -126,13 +71,13 @@ def init(
     --------
     >>> import numpy
     >>> from safe_core import Unstructured
-    >>> state = init([numpy.asarray([1.0, 3.0])], Unstructured(0.5), Targets(("x",), (None,)))
+    >>> state = init([numpy.asarray([1.0, 3.0])], Unstructured(0.5), ArrayInfo(("x",), (None,)))
     >>> state.anchor, state.support
     ([array([0., 3.])], [array([False,  True])])
     """
     _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
     wide = _widened(params)
-    support = _select(wide, pattern, targets, importance, step=0)
+    support = select_support(wide, pattern, info, importance, step=0)
     anchor = apply_support(wide, support)
     return SplitState(_rounded(anchor, 0) if state_dtype else anchor, support)
 
@@ -198,7 +143,7 @@ def dual_update(
     params: Sequence[Array],
     state: SplitState,
     pattern: Pattern,
-    targets: Targets,
+    info: ArrayInfo,
     *,
     importance: Sequence[Array | None] | None = None,
     relaxation: float = 1.0,
@@ -224,7 +169,7 @@ def dual_update(
         The split before the update.
     pattern : pattern
         The constraint.
-    targets : Targets
+    info : ArrayInfo
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
         P, broadcastable to the parameters; 1 where None.
@@ -257,9 +202,9 @@ def dual_update(
     --------
     >>> import numpy
     >>> from safe_core import Unstructured
-    >>> pattern, targets = Unstructured(0.5), Targets(("x",), (None,))
-    >>> state = init([numpy.asarray([1.0, 3.0])], pattern, targets)
-    >>> dual_update([numpy.asarray([1.0, 3.0])], state, pattern, targets).anchor
+    >>> pattern, info = Unstructured(0.5), ArrayInfo(("x",), (None,))
+    >>> state = init([numpy.asarray([1.0, 3.0])], pattern, info)
+    >>> dual_update([numpy.asarray([1.0, 3.0])], state, pattern, info).anchor
     [array([-1.,  3.])]
     """
     if not params:
@@ -270,7 +215,7 @@ def dual_update(
     backend = backend_of(params[0])
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
     v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
-    support = _select(v, pattern, targets, importance, step)
+    support = select_support(v, pattern, info, importance, step=step)
     in_place = None if workspace is None else state.anchor
     if state_dtype is None:
         return SplitState(backend.blockwise(_anchor, v, support, out=in_place), support)
@@ -307,78 +252,7 @@ def _rounded(
     return backend_of(anchor[0]).stochastic_bfloat16(single, step, out)
 
 
-def final_support(
-    params: Sequence[Array],
-    pattern: Pattern,
-    targets: Targets,
-    *,
-    importance: Sequence[Array | None] | None = None,
-) -> list[Array]:
-    """The support of ``proj(x_T)``, the sparse result of training.
-
-    Parameters
-    ----------
-    params : sequence of arrays
-        The parameters after the last step.
-    pattern : pattern
-        The constraint; the final sparsity of one that changes over time.
-    targets : Targets
-        Names and layouts of ``params``.
-    importance : sequence of arrays or None, optional
-        P, broadcastable to the parameters; 1 where None.
-
-    Returns
-    -------
-    list of bool arrays
-
-    Examples
-    --------
-    >>> import numpy
-    >>> from safe_core import Unstructured
-    >>> final_support([numpy.asarray([1.0, 3.0])], Unstructured(0.5), Targets(("x",), (None,)))
-    [array([False,  True])]
-    """
-    return _select(params, pattern, targets, importance, step=None)
-
-
-def support_at(
-    params: Sequence[Array],
-    pattern: Pattern,
-    targets: Targets,
-    step: int | Array,
-    *,
-    importance: Sequence[Array | None] | None = None,
-) -> list[Array]:
-    """The support of ``proj(x)`` at a step of a sparsity that changes over time.
-
-    Parameters
-    ----------
-    params : sequence of arrays
-    pattern : pattern
-        The constraint.
-    targets : Targets
-        Names and layouts of ``params``.
-    step : int or integer array
-        The step that the sparsity is taken at.
-    importance : sequence of arrays or None, optional
-        P, broadcastable to the parameters; 1 where None.
-
-    Returns
-    -------
-    list of bool arrays
-
-    Examples
-    --------
-    >>> import numpy
-    >>> from safe_core import Unstructured, schedules
-    >>> pattern = Unstructured(schedules.cubic(0.5, steps=9))
-    >>> support_at([numpy.asarray([1.0, 3.0])], pattern, Targets(("x",), (None,)), 0)
-    [array([ True,  True])]
-    """
-    return _select(params, pattern, targets, importance, step)
-
-
-def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -> bool:
+def is_projected(support: Sequence[Array], pattern: Pattern, info: ArrayInfo) -> bool:
     """Whether supports are exactly what the pattern allows, with these layouts.
 
     The support of its own indicator is itself then, and another one otherwise.
@@ -386,10 +260,10 @@ def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -
     Parameters
     ----------
     support : sequence of bool arrays
-        Concrete, of the parameters that ``targets`` describes.
+        Concrete, of the parameters that ``info`` describes.
     pattern : pattern
         The constraint, at its final sparsity.
-    targets : Targets
+    info : ArrayInfo
         Names and layouts of the parameters.
 
     Returns
@@ -399,15 +273,15 @@ def is_projected(support: Sequence[Array], pattern: Pattern, targets: Targets) -
     Examples
     --------
     >>> import numpy
-    >>> from safe_core import NM
+    >>> from safe_core import NM, Layout
     >>> mask, layout = numpy.asarray([[True, True], [False, False]]), Layout((0,), (1,))
-    >>> is_projected([mask], NM(1, 2), Targets(("w",), (layout,)))
+    >>> is_projected([mask], NM(1, 2), ArrayInfo(("w",), (layout,)))
     True
-    >>> is_projected([mask], NM(1, 2), Targets(("w",), (Layout((1,), (0,)),)))
+    >>> is_projected([mask], NM(1, 2), ArrayInfo(("w",), (Layout((1,), (0,)),)))
     False
     """
     indicator = [array_namespace(s).astype(s, array_namespace(s).float32) for s in support]
-    again = _select(indicator, pattern, targets, None, step=None)
+    again = select_support(indicator, pattern, info, None, step=None)
     return all(bool(array_namespace(a).all(a == b)) for a, b in zip(again, support, strict=True))
 
 
@@ -505,21 +379,3 @@ def _widened(params: Sequence[Array]) -> list[Array]:
         array_namespace(x).astype(x, wide_dtype(array_namespace(x), [x]), copy=False)
         for x in params
     ]
-
-
-def _select(
-    v: Sequence[Array],
-    pattern: Pattern,
-    targets: Targets,
-    importance: Sequence[Array | None] | None,
-    step: int | Array | None,
-) -> list[Array]:
-    return select(
-        v,
-        pattern,
-        importance=[None] * len(v) if importance is None else importance,
-        layouts=targets.layouts,
-        names=targets.names,
-        step=step,
-        on_host=targets.on_host,
-    )

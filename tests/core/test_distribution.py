@@ -22,7 +22,7 @@ import safe_core
 from safe_core import Layout, Unstructured, project, schedules, stationarity_gap
 from safe_core.adapters import optax as jax_adapter
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.budgets import erdos_renyi_kernel, layer_fractions
+from safe_core.patterns import erdos_renyi_kernel
 from safe_core.reconstruction import block_pattern
 from safe_core.solvers import SparseGPT, Wanda
 
@@ -66,7 +66,7 @@ def test_the_rule_on_a_network_worked_by_hand() -> None:
     assert erdos_renyi_kernel(sizes, 210 - 60) == [75, 75, 0]
 
 
-def test_every_backend_keeps_the_largest_of_each_budget(xp: Backend) -> None:
+def test_every_backend_keeps_the_largest_of_each_distribution(xp: Backend) -> None:
     random = np.random.default_rng(0)
     arrays = [
         random.standard_normal(shape).astype(np.float32) for shape in ((6, 8), (4, 6, 3, 3), (5,))
@@ -79,7 +79,7 @@ def test_every_backend_keeps_the_largest_of_each_budget(xp: Backend) -> None:
         assert (~mask).sum() == 0 or np.abs(x[mask]).min() >= np.abs(x[~mask]).max()
 
 
-def test_both_layouts_of_a_weight_have_one_budget() -> None:
+def test_both_layouts_of_a_weight_have_one_distribution() -> None:
     random = np.random.default_rng(0)
     conv, dense = random.standard_normal((8, 4, 3, 3)), random.standard_normal((10, 32))
     pattern = Unstructured(0.9, "tensor", ERK)
@@ -95,12 +95,12 @@ def test_both_layouts_of_a_weight_have_one_budget() -> None:
 def test_axes_of_one_role_count_as_one_and_stacked_tensors_each() -> None:
     heads = Layout(input_axes=(0,), output_axes=(1, 2))
     stacked = Layout(input_axes=(1,), output_axes=(2,), batch_axes=(0,))
-    found = layer_fractions(
-        Unstructured(0.75, "tensor", ERK), [(6, 2, 4), (3, 6, 8)], [heads, stacked], ["a", "b"]
+    found = Unstructured(0.75, "tensor", ERK).distributed(
+        [(6, 2, 4), (3, 6, 8)], [heads, stacked], ["a", "b"]
     )
     assert found == [(Fraction(3, 4),)] * 2
-    uneven = layer_fractions(
-        Unstructured(0.75, "tensor", ERK), [(6, 2, 4), (3, 10, 20)], [heads, stacked], ["a", "b"]
+    uneven = Unstructured(0.75, "tensor", ERK).distributed(
+        [(6, 2, 4), (3, 10, 20)], [heads, stacked], ["a", "b"]
     )
     zeros = erdos_renyi_kernel([(8, 6), *[(20, 10)] * 3], 486)
     assert uneven == [(Fraction(zeros[0], 48),), (Fraction(sum(zeros[1:]), 600),)]
@@ -114,21 +114,21 @@ def test_every_row_has_the_fraction_of_its_tensor() -> None:
     assert support["b"].sum(1).tolist() == [2] * 4
 
 
-@pytest.mark.parametrize("budget", [ERK, {"a": 0.6}], ids=str)
-def test_a_budget_rises_with_the_sparsity(budget: Any) -> None:
-    rising = Unstructured(schedules.linear_sparsity(0.9, steps=3, every=1), "tensor", budget)
+@pytest.mark.parametrize("distribution", [ERK, {"a": 0.6}], ids=str)
+def test_a_distribution_rises_with_the_sparsity(distribution: Any) -> None:
+    rising = Unstructured(schedules.linear_sparsity(0.9, steps=3, every=1), "tensor", distribution)
     shapes = [(10, 10), (20, 10)]
-    found = layer_fractions(rising, shapes, [None, None], ["a", "b"])
-    final = layer_fractions(Unstructured(0.9, "tensor", budget), shapes, [None, None], ["a", "b"])
+    found = rising.distributed(shapes, [None, None], ["a", "b"])
+    final = Unstructured(0.9, "tensor", distribution).distributed(shapes, [None, None], ["a", "b"])
     for stages, (last,) in zip(found, final, strict=True):
         assert stages[0] == 0
         assert list(stages) == sorted(stages)
         assert stages[-1] == last
-    if budget != ERK:
+    if distribution != ERK:
         assert found[0] == (0, Fraction(1, 5), Fraction(2, 5), Fraction(3, 5))
 
 
-def test_a_certificate_knows_the_budget() -> None:
+def test_a_certificate_knows_the_distribution() -> None:
     x = {"a": np.asarray([2.0, 1.0, 0.0, 0.0]), "b": np.asarray([0.0, 0.0, 0.0, 3.0])}
     gradient = {name: np.zeros(4) for name in x}
     pattern = Unstructured(0.5, "tensor", {"b": 0.75})
@@ -137,7 +137,7 @@ def test_a_certificate_knows_the_budget() -> None:
 
 
 class Network:
-    """The same weights in both frameworks, and the budget by the names there."""
+    """The same weights in both frameworks, and the distribution by the names there."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -189,7 +189,7 @@ class Network:
         return jax.jit(partial(jax_adapter.finalize, method=method))(params, state)
 
 
-def test_both_frameworks_end_on_the_same_budget() -> None:
+def test_both_frameworks_end_on_the_same_distribution() -> None:
     network = Network()
     method = safe_core.safe(
         Unstructured(0.8, "tensor", ERK), rho=0.05, penalty=0.1, dual_update_interval=2
@@ -209,7 +209,7 @@ def test_both_frameworks_end_on_the_same_budget() -> None:
     optimizer.check_sparsity()
 
 
-def test_a_budget_by_name_goes_through_reports_and_checkpoints() -> None:
+def test_a_distribution_by_name_goes_through_reports_and_checkpoints() -> None:
     method = safe_core.admm(
         Unstructured(0.5, "tensor", {"2.weight": 0.75}), penalty=0.1, dual_update_interval=2
     )
@@ -226,7 +226,7 @@ def test_a_budget_by_name_goes_through_reports_and_checkpoints() -> None:
         safe_core.admm(Unstructured(0.5, "tensor"), penalty=0.1, dual_update_interval=2),
         model=network.model,
     )
-    with pytest.raises(ValueError, match="budget"):
+    with pytest.raises(ValueError, match="distribution"):
         other.load_state_dict(optimizer.state_dict())
     again.finalize()
     counts = [int((layer.weight == 0).sum()) for layer in (network.model[0], network.model[2])]
@@ -242,22 +242,22 @@ X = np.ones((4, 4))
         (
             lambda: Unstructured(0.5, "global", ERK),
             ValueError,
-            "budget must be None in scope 'global', where tensors compete, got 'erdos_renyi",
+            "distribution must be None in scope 'global', where tensors compete, got 'erdos_renyi",
         ),
         (
             lambda: Unstructured(0.5, "tensor", "erk"),
             ValueError,
-            "budget must be one of None, 'erdos_renyi_kernel', got 'erk'",
+            "distribution must be one of None, 'erdos_renyi_kernel', got 'erk'",
         ),
         (
             lambda: Unstructured(0.5, "tensor", 0.3),
             TypeError,
-            "budget must be None, 'erdos_renyi_kernel' or a mapping of names to sparsities, got 0",
+            "distribution must be None, 'erdos_renyi_kernel' or a mapping of names to sparsities",
         ),
         (
             lambda: Unstructured(0.5, "tensor", {"a": 1.5}),
             ValueError,
-            r"budget of a must be a fraction in \[0, 1\)",
+            r"distribution of a must be a fraction in \[0, 1\)",
         ),
         (
             lambda: erdos_renyi_kernel([(3, 3)], 10),
@@ -268,30 +268,30 @@ X = np.ones((4, 4))
         (
             lambda: project({"a": X}, Unstructured(0.5, "tensor", {"b": 0.1})),
             ValueError,
-            r"budget must name sparse tensors, arrays\['a'\], got arrays\['b'\]",
+            r"distribution must name sparse tensors, arrays\['a'\], got arrays\['b'\]",
         ),
         (
             lambda: project([X], Unstructured(0.5, "tensor", {"b": 0.1})),
             TypeError,
-            "arrays must be a mapping for a budget by name, got <class 'list'>",
+            "arrays must be a mapping for a distribution by name, got <class 'list'>",
         ),
         (
             lambda: Wanda()(X, X, Unstructured(0.5, "tensor", ERK)),
             ValueError,
-            "sparsity must have no budget for Wanda, which sees one layer",
+            "sparsity must have no distribution for Wanda, which sees one layer",
         ),
         (
             lambda: SparseGPT()(X, X, Unstructured(0.5, "tensor", ERK)),
             ValueError,
-            "sparsity must have no budget for SparseGPT",
+            "sparsity must have no distribution for SparseGPT",
         ),
         (
             lambda: block_pattern(Unstructured(0.5, "tensor", ERK)),
             ValueError,
-            "sparsity must not compare entries of different weights, nor spread a budget",
+            "sparsity must not compare entries of different weights, nor distribute zeros",
         ),
     ],
 )
-def test_a_wrong_budget_is_refused(call: Any, error: type[Exception], message: str) -> None:
+def test_a_wrong_distribution_is_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -1,4 +1,4 @@
-"""How a sparsity is spread over tensors that do not compete with one another.
+"""The distribution of a sparsity over tensors that do not compete with one another.
 
 Everything here is exact arithmetic on shapes, done before any array is touched.
 """
@@ -6,15 +6,15 @@ Everything here is exact arithmetic on shapes, done before any array is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-from . import _checks
-from .layout import Layout
-from .sparsity import Pattern, Unstructured, fractions
+from safe_core import _checks
+from safe_core.layout import Layout
 
-__all__ = ["erdos_renyi_kernel", "layer_fractions"]
+__all__ = ["by_names", "by_rule", "erdos_renyi_kernel"]
 
 Shape = tuple[int, ...]
 
@@ -82,47 +82,27 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     return found
 
 
-def layer_fractions(
-    pattern: Pattern,
-    shapes: Sequence[Shape],
-    layouts: Sequence[Layout | None],
-    names: Sequence[str],
+def by_names(
+    stages: tuple[Fraction, ...], named: Mapping[str, Any], names: Sequence[str]
 ) -> list[tuple[Fraction, ...]]:
-    """The fraction of zeros of every tensor, at every stage of the sparsity.
+    """Return the fractions of every array, of some by name and of the others ``stages``.
 
-    Parameters
-    ----------
-    pattern : pattern
-        Other than N:M; its scope is not "global".
-    shapes, layouts, names : sequences
-        Of the tensors, layouts with non-negative axes.
-
-    Returns
-    -------
-    list of tuples of Fraction
+    Where the sparsity changes over time, those by name change in proportion.
 
     Raises
     ------
     ValueError
-        If a budget names what is not among ``names``.
+        If ``named`` has a name that is not among ``names``.
 
     Examples
     --------
-    >>> pattern = Unstructured(0.5, scope="tensor", budget={"b": 0.9})
-    >>> layer_fractions(pattern, [(4, 4), (4, 4)], [None, None], ["a", "b"])
+    >>> by_names((Fraction(1, 2),), {"b": 0.9}, ["a", "b"])
     [(Fraction(1, 2),), (Fraction(9, 10),)]
     """
-    budget = pattern.budget if isinstance(pattern, Unstructured) else None
-    stages = fractions(pattern)
-    if budget is None:
-        return [stages] * len(names)
-    if isinstance(budget, str):
-        return list(_by_rule(stages, tuple(map(_sizes, shapes, layouts))))
-    named = dict(budget)
     unknown = [name for name in named if name not in names]
     if unknown:
         raise ValueError(
-            f"budget must name sparse tensors, {', '.join(names)}, got {', '.join(unknown)}"
+            f"distribution must name sparse tensors, {', '.join(names)}, got {', '.join(unknown)}"
         )
     final = {name: _checks.decimal_fraction(value) for name, value in named.items()}
     rise = [stage / stages[-1] if stages[-1] else Fraction(1) for stage in stages]
@@ -131,11 +111,24 @@ def layer_fractions(
     ]
 
 
+def by_rule(
+    stages: tuple[Fraction, ...], shapes: Sequence[Shape], layouts: Sequence[Layout | None]
+) -> list[tuple[Fraction, ...]]:
+    """Return the fractions of every array by `erdos_renyi_kernel`; layouts are resolved.
+
+    Examples
+    --------
+    >>> by_rule((Fraction(1, 2),), [(2, 2), (6, 6)], [None, None])
+    [(Fraction(0, 1),), (Fraction(5, 9),)]
+    """
+    return list(_by_rule(stages, tuple(map(_sizes, shapes, layouts))))
+
+
 @lru_cache(maxsize=64)
 def _by_rule(
     stages: tuple[Fraction, ...], sizes: tuple[tuple[Shape, int], ...]
 ) -> tuple[tuple[Fraction, ...], ...]:
-    """Fractions by Erdos-Renyi-Kernel; of stacked tensors each counts."""
+    """Return fractions by Erdos-Renyi-Kernel; each of stacked tensors counts."""
     apart = [size for size, count in sizes for _ in range(count)]
     entries = [math.prod(size) for size in apart]
     zeros = [erdos_renyi_kernel(apart, int(stage * sum(entries))) for stage in stages]
@@ -150,7 +143,7 @@ def _by_rule(
 
 
 def _sizes(shape: Shape, layout: Layout | None) -> tuple[Shape, int]:
-    """The lengths of the axes, those of one role as one, and how many are stacked."""
+    """Return the lengths of the axes, one per role, and how many tensors are stacked."""
     roles = layout or Layout()
     named = [axes for axes in (roles.output_axes, roles.input_axes) if axes]
     used = {*roles.output_axes, *roles.input_axes, *roles.batch_axes}

@@ -13,9 +13,19 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import scalar_like, wide_dtype
-from .schedules import Constant, Schedule, as_schedule
+from .layout import Layout
+from .schedules import Schedule, as_schedule, is_zero
 
-__all__ = ["ASAM", "SAM", "Direction", "GradientAscent", "flat_direction", "norm", "reused"]
+__all__ = [
+    "ASAM",
+    "SAM",
+    "Direction",
+    "GradientAscent",
+    "Perturbation",
+    "flat_direction",
+    "norm",
+    "reused",
+]
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -184,12 +194,12 @@ def _as(x: Array, dtype: Any) -> Array:
 
 
 @dataclass(frozen=True)
-class SAM:
-    """The ball of radius ``rho``: ``e = rho * g / |g|_2``, the norm over all parameters.
+class Perturbation:
+    """Base class of perturbations: how e follows from the gradient at x.
 
-    With an ``interval`` n only the steps ``t`` with ``t % n == 0`` perturb and pay for a
-    second gradient. The others take the gradient ``g_0`` at x or, with ``reuse``, that of
-    LookSAM::
+    A subclass overrides `direction`. With an ``interval`` n only the steps ``t`` with
+    ``t % n == 0`` perturb and pay for a second gradient. The others take the gradient
+    ``g_0`` at x or, with ``reuse``, that of LookSAM::
 
         h = g_s - (g_s . g_0) / |g_0|^2 * g_0    at the last step that perturbed
         g = g_0 + reuse * |g_0| / |h| * h        at the others
@@ -214,15 +224,8 @@ class SAM:
 
     References
     ----------
-    Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
-    Generalization"; Lee et al. 2025, equation 4; Liu et al. 2022, "Towards Efficient and
-    Scalable Sharpness-Aware Minimization" (LookSAM), Algorithm 1.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> SAM(0.1).perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.1)
-    [array([0.06, 0.08])]
+    Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware Minimization"
+    (LookSAM), Algorithm 1.
     """
 
     rho: Schedule | float = 0.1
@@ -230,7 +233,7 @@ class SAM:
     reuse: float = field(default=0.0, kw_only=True)
 
     is_scale_free: ClassVar[bool] = True
-    """Whether e stays as it is when the loss is multiplied by a positive number."""
+    """Whether e stays the same when the loss is multiplied by a positive number."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", as_schedule("rho", self.rho))
@@ -244,10 +247,10 @@ class SAM:
     @property
     def is_zero(self) -> bool:
         """Whether the radius is known to be 0 at every step."""
-        return isinstance(self.rho, Constant) and self.rho.value == 0
+        return is_zero(self.rho)
 
     def is_due(self, step: int | Array) -> bool | Array:
-        """Whether the base step number ``step`` perturbs, as far as ``interval`` tells."""
+        """Return whether ``step`` perturbs, as far as ``interval`` tells."""
         return self.interval == 1 or step % self.interval == 0
 
     def perturbation(
@@ -256,13 +259,14 @@ class SAM:
         gradients: Sequence[Array],
         *,
         rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
     ) -> list[Array]:
         """Return ``e`` for every parameter, in float32 or wider.
 
-        A gradient whose norm is zero or not finite gives zero. ``params`` is read by
-        adaptive perturbations only.
+        A gradient whose norm is zero or not finite gives zero. ``params`` and ``layouts``
+        are read by adaptive perturbations only.
         """
-        return self.direction(params, gradients, rho=rho).perturbation()
+        return self.direction(params, gradients, rho=rho, layouts=layouts).perturbation()
 
     def direction(
         self,
@@ -270,13 +274,58 @@ class SAM:
         gradients: Sequence[Array],
         *,
         rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
     ) -> Direction:
-        """Return `perturbation` before it is written out."""
+        """Return `perturbation` as a factor and vectors, for an adapter that adds in place.
+
+        ``layouts`` holds the roles of the axes of each parameter where they are known.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SAM(Perturbation):
+    """The ball of radius ``rho``: ``e = rho * g / |g|_2``, the norm over all parameters.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Perturbation radius, in the unit of the parameters.
+    interval, reuse : int, float
+        Perturb at every n-th step only, and reuse part of the perturbed gradient at the
+        others, see `Perturbation`; by keyword.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Perturbation`.
+
+    References
+    ----------
+    Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
+    Generalization"; Lee et al. 2025, equation 4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> SAM(0.1).perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.1)
+    [array([0.06, 0.08])]
+    """
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return e as ``rho / |g|`` and the gradients."""
         return Direction(gradients, norm(gradients), rho)
 
 
 @dataclass(frozen=True)
-class ASAM(SAM):
+class ASAM(Perturbation):
     """An ellipsoid that follows the scale of each weight: ``e = rho * T^2 g / |T g|_2``.
 
     ``T = |x| + eta`` on weights (arrays of two or more axes) and 1 elsewhere, so that
@@ -289,12 +338,12 @@ class ASAM(SAM):
     eta : float
         Keeps T positive where a weight is zero.
     interval, reuse : int, float
-        As for `SAM`.
+        As for `Perturbation`.
 
     Raises
     ------
     TypeError, ValueError
-        As `SAM`, or if ``eta`` is negative.
+        As `Perturbation`, or if ``eta`` is negative.
 
     References
     ----------
@@ -322,8 +371,9 @@ class ASAM(SAM):
         gradients: Sequence[Array],
         *,
         rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
     ) -> Direction:
-        """Return `perturbation` before it is written out."""
+        """Return e as a factor and vectors."""
         xp = array_namespace(*gradients)
         scaled, twice = [], []
         for x, g in zip(params, gradients, strict=True):
@@ -335,7 +385,7 @@ class ASAM(SAM):
 
 
 @dataclass(frozen=True)
-class GradientAscent(SAM):
+class GradientAscent(Perturbation):
     """A step along the gradient as it is: ``e = rho * g``.
 
     Its length is that of the gradient times rho, so a loss that was scaled gives another e:
@@ -346,12 +396,12 @@ class GradientAscent(SAM):
     rho : float or schedule
         Step size, in the unit of a learning rate.
     interval, reuse : int, float
-        As for `SAM`.
+        As for `Perturbation`.
 
     Raises
     ------
     TypeError, ValueError
-        As `SAM`.
+        As `Perturbation`.
 
     References
     ----------
@@ -373,8 +423,9 @@ class GradientAscent(SAM):
         gradients: Sequence[Array],
         *,
         rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
     ) -> Direction:
-        """Return `perturbation` before it is written out."""
+        """Return e as a factor and vectors."""
         length = norm(gradients)
         xp = array_namespace(length)
         one = xp.ones_like(length)
