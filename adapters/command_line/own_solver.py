@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from safe_core.solvers import Solver, as_solver, named_solver, solver_names
+from safe_core.solvers import Solver, as_solver, named_solver, named_solvers
 
 __all__ = ["find_solver"]
 
@@ -36,9 +36,9 @@ def find_solver(method: str) -> Solver:
     """
     source, colon, name = method.rpartition(":")
     if not colon:
-        if method not in solver_names():
+        if method not in named_solvers():
             raise ValueError(
-                f"method must be one of {', '.join(solver_names())}, or your own solver as "
+                f"method must be one of {', '.join(named_solvers())}, or your own solver as "
                 f"file.py:Name or package.module:Name, got {method!r}"
             )
         return named_solver(method)

@@ -88,7 +88,7 @@ class PruningJob:
     sparsity : str
         A fraction of zeros in each weight, or "N:M".
     method : str
-        The name of a solver, see `safe_core.solvers.solver_names`, or your own as
+        The name of a solver, see `safe_core.solvers.named_solvers`, or your own as
         "file.py:Name" or "package.module:Name".
     scope : {None, "tensor", "row"}
         Where entries compete under a fraction: within each weight, or each of its outputs. None

@@ -189,7 +189,7 @@ def prune_blocks(
         Inputs of the first block, with samples along the first axis. The first item of a tuple
         goes from block to block; the others, such as masks, go to every block unchanged.
     solver : str, Reconstruction, layer-wise solver or callable
-        The name of a solver, see `safe_core.solvers.solver_names`; SAFE or SAFE+ on the whole
+        The name of a solver, see `safe_core.solvers.named_solvers`; SAFE or SAFE+ on the whole
         block; a layer-wise solver, an instance or a class, such as those of `safe_core.solvers`;
         or a function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``.
     sparsity : float, str or pattern

@@ -14,8 +14,8 @@ selections. Each usually leaves a smaller error than the one before. They run on
 the weights, in float32 or wider. In JAX on an accelerator, ask for products in full precision:
 ``jax.default_matmul_precision("highest")``.
 
-A new solver is one file with a subclass of `LayerSolver` and one line here that exports and
-registers it; then its name works in `prune_blocks` and on the command line.
+A new solver is one file with a subclass of `LayerSolver` and one line that exports it here;
+then its name works in `prune_blocks` and on the command line.
 
 Examples
 --------
@@ -35,15 +35,17 @@ ALPS      loses 2%
 """
 
 from .alps import ALPS
-from .base import LayerSolver, Solver, as_solver, named_solver, register, solver_names
+from .base import FunctionSolver, LayerSolver, Solver
 from .error import reconstruction_error
 from .gram import Gram
 from .reconstruction import Reconstruction
+from .registry import as_solver, named_solver, named_solvers
 from .scores import Magnitude, Wanda
 from .sparsegpt import SparseGPT
 
 __all__ = [
     "ALPS",
+    "FunctionSolver",
     "Gram",
     "LayerSolver",
     "Magnitude",
@@ -53,7 +55,6 @@ __all__ = [
     "Wanda",
     "as_solver",
     "named_solver",
+    "named_solvers",
     "reconstruction_error",
-    "register",
-    "solver_names",
 ]

@@ -13,7 +13,7 @@ from safe_core.backends import Array, backend_of
 from .. import _checks
 from ..layout import Layout
 from ..projection import Projection
-from .base import LayerSolver, register
+from .base import LayerSolver
 from .problem import live_diagonal, read_matrices, read_pattern
 
 __all__ = ["ALPS"]
@@ -22,7 +22,6 @@ Select = Callable[[Array], Array]
 """``v (outputs, inputs) -> support``."""
 
 
-@register
 @dataclass(frozen=True)
 class ALPS(LayerSolver):
     """ADMM for the support, with a growing penalty; least squares on it for the values.

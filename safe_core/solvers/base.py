@@ -1,28 +1,20 @@
-"""What every solver says of itself, and the registry of those that have a name."""
+"""What every solver says of itself: its name, what it needs, its memory."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from safe_core.backends import Array
 
 from ..layout import Layout
 
-__all__ = [
-    "LayerSolver",
-    "Needs",
-    "Solver",
-    "as_solver",
-    "named_solver",
-    "register",
-    "solver_names",
-]
+__all__ = ["FunctionSolver", "LayerSolver", "Needs", "Solver"]
 
 Needs = Literal["nothing", "squares", "gram"]
 """Statistics of a layer's inputs: none, each input's sum of squares, or the Gram matrix."""
-
-_REGISTRY: dict[str, Any] = {}
 
 
 class Solver:
@@ -50,6 +42,11 @@ class Solver:
     name: str = ""
     needs: Needs = "gram"
     default_scope: Literal["tensor", "row"] = "tensor"
+
+    @classmethod
+    def named(cls) -> tuple[Solver, ...]:
+        """Return the solvers of this class that have a name, with their default settings."""
+        return (cls(),) if cls.name else ()
 
     @property
     def origin(self) -> Any:
@@ -82,8 +79,8 @@ class Solver:
 class LayerSolver(Solver, ABC):
     """A solver that prunes one layer at a time, from its weights and statistics of its inputs.
 
-    Subclass it as a frozen dataclass in one file and export it: `register` makes its ``name``
-    known to `prune_blocks` in PyTorch and in JAX and to ``safe-core prune --method``.
+    Subclass it as a frozen dataclass. Exported by `safe_core.solvers`, it is known by its
+    ``name`` to `prune_blocks` in PyTorch and in JAX and to ``safe-core prune --method``.
 
     Examples
     --------
@@ -134,134 +131,38 @@ class LayerSolver(Solver, ABC):
         return itemsize * (matrices * inputs**2 + 5 * entries) + entries
 
 
-class _Function(LayerSolver):
-    """A plain function of a weight and its Gram matrix as a solver."""
+@dataclass(frozen=True)
+class FunctionSolver(LayerSolver):
+    """A function ``fn(weight, gram, sparsity, *, layout)`` as a layer-wise solver.
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import project
+    >>> solver = FunctionSolver(lambda weight, gram, sparsity, *, layout: project(weight, sparsity))
+    >>> solver(numpy.asarray([[3.0, 1.0]]), numpy.eye(2), 0.5).values
+    array([[3., 0.]])
+    """
+
+    fn: Callable[..., Any]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the function, or of its class."""
+        return str(getattr(self.fn, "__name__", type(self.fn).__name__))
 
     @property
     def origin(self) -> Any:
         """The function."""
-        return self.function
+        return self.fn
+
+    @classmethod
+    def named(cls) -> tuple[Solver, ...]:
+        """Return no solver: the name is that of the function."""
+        return ()
 
     def __call__(
         self, weight: Array, statistics: Any, sparsity: Any, /, *, layout: Layout | None = None
     ) -> Any:
-        return self.function(weight, statistics, sparsity, layout=layout)
-
-
-S = TypeVar("S")
-
-
-def register(solver: S) -> S:
-    """Make a solver known by its name, and return it; usable as a decorator.
-
-    Parameters
-    ----------
-    solver : Solver, or subclass that can be made without arguments
-
-    Raises
-    ------
-    ValueError
-        If it has no name, or another solver has the same one.
-
-    Examples
-    --------
-    >>> from safe_core.solvers import ALPS
-    >>> register(ALPS) is ALPS
-    True
-    """
-    name = getattr(solver, "name", "")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name must be a string that is not empty, got {name!r} of {solver!r}")
-    known = _REGISTRY.setdefault(name, solver)
-    if _path(known) != _path(solver):
-        raise ValueError(
-            f"name must be that of one solver, got {name!r} of {solver!r} and {known!r}"
-        )
-    _REGISTRY[name] = solver
-    return solver
-
-
-def _path(solver: Any) -> tuple[str, str]:
-    kind = solver if isinstance(solver, type) else type(solver)
-    return kind.__module__, kind.__qualname__
-
-
-def solver_names() -> tuple[str, ...]:
-    """Return the names of all registered solvers, sorted.
-
-    Examples
-    --------
-    >>> "alps" in solver_names()
-    True
-    """
-    return tuple(sorted(_REGISTRY))
-
-
-def named_solver(name: str) -> Solver:
-    """Return the registered solver of a name, with its default settings.
-
-    Raises
-    ------
-    ValueError
-        If no solver has this name.
-
-    Examples
-    --------
-    >>> named_solver("alps").iterations
-    300
-    """
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"solver must be one of {', '.join(map(repr, solver_names()))} if a name, got {name!r}"
-        )
-    return as_solver(_REGISTRY[name])
-
-
-def as_solver(solver: Any) -> Solver:
-    """Return the solver that an argument stands for.
-
-    Parameters
-    ----------
-    solver : str, Solver, subclass of it, or callable
-        A registered name, a solver, a class that can be made without arguments, or a function
-        ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If no solver has this name, or the argument is of another kind.
-
-    Examples
-    --------
-    >>> from safe_core.solvers import ALPS
-    >>> as_solver("alps") == as_solver(ALPS) == as_solver(ALPS()) == ALPS()
-    True
-    >>> as_solver(lambda weight, gram, sparsity, *, layout: None).needs
-    'gram'
-    """
-    if isinstance(solver, str):
-        return named_solver(solver)
-    if isinstance(solver, type):
-        solver = _made(solver)
-    if isinstance(solver, Solver):
-        return solver
-    if not callable(solver):
-        raise TypeError(
-            "solver must be a name, a solver such as ALPS(), or a function of a weight and its "
-            f"Gram matrix, got {solver!r}"
-        )
-    return _Function(solver)
-
-
-def _made(kind: type) -> Any:
-    try:
-        return kind()
-    except TypeError as error:
-        raise TypeError(
-            f"solver must be an instance of {kind.__name__}, which cannot be made without "
-            f"arguments, got the class: {error}"
-        ) from None
+        """Return what the function returns."""
+        return self.fn(weight, statistics, sparsity, layout=layout)

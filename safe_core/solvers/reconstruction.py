@@ -9,7 +9,7 @@ from .. import _checks
 from ..method import Method
 from ..methods import safe
 from ..patterns import Pattern
-from .base import Needs, Solver, register
+from .base import Needs, Solver
 
 __all__ = ["Reconstruction"]
 
@@ -125,6 +125,11 @@ class Reconstruction(Solver):
         """Which statistics of inputs are needed: none, or their squares for SAFE+."""
         return "squares" if self.importance else "nothing"
 
+    @classmethod
+    def named(cls) -> tuple[Solver, ...]:
+        """Return SAFE and SAFE+ with their default settings."""
+        return cls(), cls(importance="wanda")
+
     @property
     def warmup(self) -> int:
         """The number of warm-up epochs."""
@@ -157,7 +162,3 @@ class Reconstruction(Solver):
                 f"schedules.cubic(0.5, steps=1000), got {sparsity!r}"
             )
         return replace(self.method, sparsity=sparsity)
-
-
-register(Reconstruction())
-register(Reconstruction(importance="wanda"))

@@ -13,13 +13,12 @@ from ..arguments import refuse
 from ..layout import Layout
 from ..patterns import Pattern
 from ..projection import Projection, apply_support
-from .base import LayerSolver, register
+from .base import LayerSolver
 from .problem import Form, read_form, read_pattern, read_squares
 
 __all__ = ["Magnitude", "Wanda"]
 
 
-@register
 @dataclass(frozen=True)
 class Magnitude(LayerSolver):
     """Keep the entries of largest magnitude: ``|W_ij|``.
@@ -72,7 +71,6 @@ class Magnitude(LayerSolver):
         return _pruned(weight, read_pattern(sparsity, self), form, None)
 
 
-@register
 @dataclass(frozen=True)
 class Wanda(LayerSolver):
     """Keep the entries of largest magnitude times norm of the input: ``|W_ij| sqrt(H_jj)``.

@@ -14,13 +14,12 @@ from ..layout import OUTPUT_INPUT, Layout
 from ..patterns import Pattern
 from ..patterns.counts import kept_counts
 from ..projection import Projection
-from .base import LayerSolver, register
+from .base import LayerSolver
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
 
 
-@register
 @dataclass(frozen=True)
 class SparseGPT(LayerSolver):
     """Optimal brain surgery along the columns, in all rows at once.

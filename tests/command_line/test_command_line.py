@@ -33,7 +33,7 @@ from safe_core.command_line.perplexity import perplexity
 from safe_core.command_line.pruning import PruningJob
 from safe_core.command_line.tensor_analysis import analyse, magnitude_bits
 from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import solver_names
+from safe_core.solvers import named_solvers
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
@@ -719,7 +719,7 @@ def test_prune_refuses_before_it_begins(
     for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400"):
         assert "fraction in [0, 1) such as 0.5, or N:M" in message("--sparsity", wrong)
     unknown = message("--method", "obd")
-    assert all(name in unknown for name in solver_names())
+    assert all(name in unknown for name in named_solvers())
     assert "file.py:Name" in unknown
     assert "epochs must be left out" in message("--method", "wanda", "--epochs", 3)
     assert "scope must be left out" in message("--sparsity", "2:4", "--scope", "row")

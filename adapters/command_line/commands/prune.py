@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safe_core.solvers import solver_names
+from safe_core.solvers import named_solvers
 
 from ..errors import needs
 from ..options import Device, Trust
@@ -50,7 +50,7 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(solver_names())}, or your own solver: file.py:Name or "
+            help=f"{', '.join(named_solvers())}, or your own solver: file.py:Name or "
             "package.module:Name."
         ),
     ] = "safe+",

@@ -73,7 +73,7 @@ def prune_blocks(
         Inputs of the model: a tensor of samples, such as `calibration_batches` returns, or
         keyword arguments. Leave padding out, since it counts as input.
     solver : str, solver, class or callable
-        The name of a solver, see `safe_core.solvers.solver_names`; or `SafeReconstruction`,
+        The name of a solver, see `safe_core.solvers.named_solvers`; or `SafeReconstruction`,
         which `safe_core.reconstruction.Reconstruction` can replace, to set its parameters; or a
         layer-wise solver, an instance or a class, such as those of `safe_core.solvers`; or a
         function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which
