@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safe_core.patterns import NM, Pattern, Unstructured
-from safe_core.reconstruction import Reconstruction
-from safe_core.schedules import Constant
-from safe_core.solvers import Solver
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .perplexity import TextFile
@@ -41,9 +35,10 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     report, s = result.report, job.settings
     targets = s.target_inputs if s.propagate == "pruned" else "dense"
     settings = [
-        ("requested sparsity", _requested(job.pattern)),
+        ("requested sparsity", job.pattern.describe()),
         ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        *_method_settings(job.method, job.solver, job.pattern),
+        ("method", job.method),
+        *job.solver.describe(job.pattern),
         ("batch", f"{s.batch_size} samples"),
         ("inputs of a block", _INPUTS[s.propagate]),
         ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
@@ -94,43 +89,6 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
         ]
     )
-
-
-def _requested(pattern: Pattern) -> str:
-    if isinstance(pattern, NM):
-        return f"{pattern.n}:{pattern.m}, {pattern.n} of every {pattern.m} inputs in a row are kept"
-    if not isinstance(pattern, Unstructured) or pattern.schedule is not None:
-        return pattern.describe()
-    each = "each output of each weight" if pattern.by_output else "each weight"
-    return f"{100 * float(pattern.fractions()[-1]):g}% of {each}"
-
-
-def _method_settings(name: str, solver: Solver, pattern: Pattern) -> list[tuple[str, str]]:
-    """Return the settings of a solver with readable names."""
-    if not isinstance(solver, Reconstruction):
-        origin = solver.origin
-        title = getattr(origin, "__name__", type(origin).__name__)
-        named = fields(origin) if is_dataclass(origin) else ()
-        found = [(f.name.replace("_", " "), str(getattr(origin, f.name))) for f in named]
-        return [("method", f"{name}: {title}, layer by layer"), *found]
-    method, (first, second) = solver.bound(pattern), solver.betas
-    radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
-    plus = "magnitude times norm of input" if solver.importance else "magnitude"
-    return [
-        ("method", f"{name}: SAFE on the reconstruction error of each block"),
-        ("entries ranked by", plus),
-        ("perturbation radius (rho)", radius),
-        ("penalty (lambda)", _value(method.penalty)),
-        ("steps between dual updates (K)", str(method.dual_update_interval)),
-        ("optimizer", f"Adam, betas {first:g} and {second:g}"),
-        ("peak learning rate", f"{solver.learning_rate:g}"),
-        ("epochs", str(solver.epochs)),
-        ("warm-up epochs", str(solver.warmup)),
-    ]
-
-
-def _value(schedule: Any) -> str:
-    return f"{schedule.value:g}" if isinstance(schedule, Constant) else f"`{schedule!r}`"
 
 
 def _entries(result: PruningResult) -> int:

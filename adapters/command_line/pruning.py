@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from safe_core import _checks
+from safe_core import Method, _checks
+from safe_core.adapters.loading import load_named, names_object
 from safe_core.adapters.torch.blocks.pruning import (
     PruningReport,
     PruningSettings,
@@ -23,8 +23,9 @@ from safe_core.adapters.torch.blocks.pruning import (
 )
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.task import PatternError
-from safe_core.patterns import NM, Pattern, Unstructured, as_pattern
-from safe_core.solvers import Solver
+from safe_core.patterns import Pattern, as_pattern
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import Solver, as_solver, named_solvers
 
 from .model_card import model_card
 from .model_folder import (
@@ -34,16 +35,25 @@ from .model_folder import (
     load_tokenizer,
     written_at_once,
 )
-from .own_solver import find_solver
 from .perplexity import check_length, read_text_file
 
-__all__ = ["PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
+__all__ = [
+    "PruningJob",
+    "PruningResult",
+    "WeightRow",
+    "find_solver",
+    "parse_sparsity",
+    "prune_folder",
+]
 
 _DEFAULTS = PruningSettings(device="auto")
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
-    """Return the pattern of a text: a fraction of zeros such as "0.5", or "N:M".
+    """Return the pattern for a text: a fraction of zeros, "N:M", or the name of a pattern.
+
+    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of your own, whose code is
+    run.
 
     Parameters
     ----------
@@ -54,7 +64,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     Raises
     ------
     ValueError
-        If the text is neither.
+        If the text is none of these.
 
     Examples
     --------
@@ -64,15 +74,48 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     Traceback (most recent call last):
     ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
     """
+    if names_object(text):
+        return as_pattern(load_named("sparsity", text), scope)
     try:
         if ":" in text:
             return as_pattern(text)
         # Decimal refuses "nan", "50%" and the like in the same way.
-        return Unstructured(float(_checks.sparsity("sparsity", Decimal(text))), scope=scope)
+        return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
             f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
         ) from None
+
+
+def find_solver(method: str) -> Solver:
+    """Return the solver that ``--method`` names.
+
+    Parameters
+    ----------
+    method : str
+        The name of a solver, or "my_parts.py:SOLVER" or "package.module:SOLVER" for a solver,
+        its class, a function or a `safe_core.Method` of your own, whose code is run.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such solver, or its code fails.
+
+    Examples
+    --------
+    >>> find_solver("safe+").name, find_solver("safe_core.solvers:Wanda").name
+    ('safe+', 'wanda')
+    """
+    if names_object(str(method)):
+        found = load_named("method", method)
+        return Reconstruction(method=found) if isinstance(found, Method) else as_solver(found)
+    known = named_solvers()
+    if method not in known:
+        raise ValueError(
+            f"method must be one of {', '.join(known)}, or your own as file.py:SOLVER or "
+            f"package.module:SOLVER, got {method!r}"
+        )
+    return known[method]
 
 
 @dataclass(frozen=True)
@@ -86,10 +129,9 @@ class PruningJob:
     calibration : sequence of path
         UTF-8 text files, each named once.
     sparsity : str
-        A fraction of zeros in each weight, or "N:M".
+        A fraction of zeros in each weight, "N:M", or "my_parts.py:PATTERN".
     method : str
-        The name of a solver, see `safe_core.solvers.named_solvers`, or your own as
-        "file.py:Name" or "package.module:Name".
+        A solver as in `find_solver`.
     scope : {None, "tensor", "row"}
         Where entries compete under a fraction: within each weight, or each of its outputs. None
         is the default of the method: outputs for "wanda", as published, weights for the others.
@@ -322,14 +364,13 @@ def prune_folder(
 
 def _other_groups(job: PruningJob, error: PatternError) -> str:
     """Return a message that suggests groups that divide the inputs of every weight."""
-    pattern = job.pattern
-    assert isinstance(pattern, NM)  # fractions fit every weight
-    least = pattern.m // math.gcd(pattern.n, pattern.m)  # the smallest groups of this sparsity
-    sizes = [m for m in range(least, pattern.m, least) if error.common % m == 0]
-    groups = f"{pattern.n * sizes[-1] // pattern.m}:{sizes[-1]} or " if sizes else ""
+    zeros = job.pattern.fractions()[-1]
+    least = zeros.denominator  # the smallest group with this fraction of zeros
+    sizes = [m for m in range(least, job.pattern.group or 0, least) if error.common % m == 0]
+    groups = f"{int((1 - zeros) * sizes[-1])}:{sizes[-1]} or " if sizes else ""
     return (
         f"--sparsity {job.sparsity} must divide the inputs of every weight, got {error.inputs} of "
-        f"{error.name}: --sparsity {groups}{1 - pattern.n / pattern.m:g} would do"
+        f"{error.name}: --sparsity {groups}{float(zeros):g} would do"
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from safe_core.backends import Array
 
 from ..layout import Layout
+from ..patterns import Pattern
 
 __all__ = ["FunctionSolver", "LayerSolver", "Needs", "Solver"]
 
@@ -52,6 +53,14 @@ class Solver:
     def origin(self) -> Any:
         """The solver as it was given: itself, or the function that it wraps."""
         return self
+
+    def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
+        """Return names and values of the settings under a pattern, for reports."""
+        origin = self.origin
+        title = getattr(origin, "__name__", type(origin).__name__)
+        named = fields(origin) if is_dataclass(origin) else ()
+        rows = [(f.name.replace("_", " "), str(getattr(origin, f.name))) for f in named]
+        return [("solver", title), *rows]
 
     def configured(self, *, batch_size: int, **training: Any) -> Solver:
         """Return this solver with other settings of its training.

@@ -9,6 +9,7 @@ from .. import _checks
 from ..method import Method
 from ..methods import safe
 from ..patterns import Pattern
+from ..schedules import Constant
 from .base import Needs, Solver
 
 __all__ = ["Reconstruction"]
@@ -144,6 +145,25 @@ class Reconstruction(Solver):
                 raise ValueError(f"{name} must be left out for {self.name}, got {given[name]!r}")
         return replace(self, batch_size=batch_size, **given)
 
+    def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
+        """Return names and values of the settings under a pattern, for reports."""
+        method, (first, second) = self.bound(pattern), self.betas
+        radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
+        ranked = "magnitude times norm of input" if self.importance else "magnitude"
+        return [
+            ("solver", f"{type(self).__name__}, trained on the reconstruction error of each block"),
+            (
+                "weights ranked by",
+                ranked if method.importance is None else f"`{method.importance!r}`",
+            ),
+            ("perturbation radius (rho)", radius),
+            *_constraint_settings(method.constraint),
+            ("optimizer", f"Adam, betas {first:g} and {second:g}"),
+            ("peak learning rate", f"{self.learning_rate:g}"),
+            ("epochs", str(self.epochs)),
+            ("warm-up epochs", str(self.warmup)),
+        ]
+
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate at a step: up to the peak, then down to 0 after the last."""
         rising, steps = (n * steps_per_epoch for n in (self.warmup, self.epochs))
@@ -162,3 +182,22 @@ class Reconstruction(Solver):
                 f"schedules.cubic(0.5, steps=1000), got {sparsity!r}"
             )
         return replace(self.method, sparsity=sparsity)
+
+
+_SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
+
+
+def _constraint_settings(constraint: Any) -> list[tuple[str, str]]:
+    """Return the settings of a constraint that are not the default."""
+    rows = [("constraint", type(constraint).__name__)]
+    for f in fields(constraint):
+        value = getattr(constraint, f.name)
+        if f.name in _SYMBOLS or value != f.default:
+            rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
+    return rows
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (int, str)):
+        return str(value)
+    return f"{value.value:g}" if isinstance(value, Constant) else f"`{value!r}`"

@@ -536,7 +536,8 @@ def test_prune_saves_a_sparse_model(
 
 
 SAFE = [
-    "(rho) | 0.0002 |", "(lambda) | 0.001 |", "(K) | 32 |", "| epochs | 1 |", "up epochs | 0 |",
+    "(rho) | 0.0002 |", "| constraint | ADMM |", "(lambda) | 0.001 |", "(K) | 32 |",
+    "| epochs | 1 |", "up epochs | 0 |",
     "| peak learning rate | 0.0002 |", "| optimizer | Adam, betas 0.9 and 0.95 |",
     "| batch | 8 samples |", "| inputs of a block | outputs of the pruned blocks before it |",
     "| targets of a block | its dense outputs for the outputs of the pruned blocks before it |",
@@ -544,15 +545,15 @@ SAFE = [
 CARDS = {
     "safe+": [
         *SAFE,
-        "| safe+: SAFE",
-        "| 2:4, of every 4 inputs",
+        "| method | safe+ |",
+        "| requested sparsity | 2:4 |",
         "| magnitude times norm of input |",
     ],
-    "safe": [*SAFE, "| safe: SAFE", "| 29% of each weight |", "| magnitude |"],
-    "wanda": ["| wanda: Wanda, layer by layer |", "| 50% of each output of each weight |"],
-    "magnitude": ["| magnitude: Magnitude, layer by layer |", "| 4:8, of every 8 inputs"],
-    "sparsegpt": ["| sparsegpt: SparseGPT, layer", "| block size | 128 |", "| damping | 0.01 |"],
-    "alps": ["| alps: ALPS, layer by layer |", "| iterations | 300 |", "| seed | 0 |"],
+    "safe": [*SAFE, "| method | safe |", "| 0.29, scope tensor |", "| magnitude |"],
+    "wanda": ["| method | wanda |", "| solver | Wanda |", "| 0.5, scope row |"],
+    "magnitude": ["| solver | Magnitude |", "| requested sparsity | 4:8 |"],
+    "sparsegpt": ["| solver | SparseGPT |", "| block size | 128 |", "| damping | 0.01 |"],
+    "alps": ["| solver | ALPS |", "| iterations | 300 |", "| seed | 0 |"],
 }
 
 
@@ -696,15 +697,17 @@ def test_a_solver_of_ones_own_prunes(folder: Path, text: Path, tmp_path: Path) -
                 assert int((p == 0).sum()) == p.numel() // 2
                 assert name != "Own" or set((p == 0).sum(dim=1).tolist()) == {p.shape[1] // 2}
         card = (out / "README.md").read_text()
-        for part in (f"own.py:{name}: {name}, layer by layer |", "matches `mlp` |", *settings):
+        for part in (f"own.py:{name} |", f"| solver | {name} |", "matches `mlp` |", *settings):
             assert part in card
     prune += ["--out", tmp_path / "out", "--method"]
-    assert "method must name something that" in refused(*prune, f"{file}:Missing")
+    assert "method must name an object of" in refused(*prune, f"{file}:Missing")
     assert "solver must be a name, a solver such as" in refused(*prune, f"{file}:constant")
-    assert "method must name a file that exists" in refused(*prune, tmp_path / "no.py:Own")
+    assert "method must name a file or a module that can be run" in refused(
+        *prune, tmp_path / "no.py:Own"
+    )
     file.write_text("import nothing_of_this_name")
     assert "ModuleNotFoundError" in refused(*prune, f"{file}:Own")
-    assert "method must name code that can be imported" in refused(*prune, "no_module:Own")
+    assert "method must name a file or a module that can be run" in refused(*prune, "no_module:Own")
     assert "only must be a regular expression" in refused(*prune, "wanda", "--only", "(")
 
 
@@ -720,7 +723,7 @@ def test_prune_refuses_before_it_begins(
         assert "fraction in [0, 1) such as 0.5, or N:M" in message("--sparsity", wrong)
     unknown = message("--method", "obd")
     assert all(name in unknown for name in named_solvers())
-    assert "file.py:Name" in unknown
+    assert "file.py:SOLVER" in unknown
     assert "epochs must be left out" in message("--method", "wanda", "--epochs", 3)
     assert "scope must be left out" in message("--sparsity", "2:4", "--scope", "row")
     assert "epochs must be at least 1" in message("--epochs", 0)
@@ -734,7 +737,7 @@ def test_prune_refuses_before_it_begins(
     assert f"{named} 'cuda:99': " in message("--device", "cuda:99")
     again = text.parent / ".." / text.parent.name / text.name
     assert f"name each file once, got {text} 2 times" in message("--calibration", again)
-    assert "length must be at least 2 tokens, for" in message("--length", 1)
+    assert "length must be at least 2 tokens, so that" in message("--length", 1)
     for inside in (folder, folder / "sparse", folder / ".." / folder.name):
         found = refused("prune", folder, "--calibration", text, "--out", inside, *SHORT)
         assert f"outside of the model's folder, such as {folder}-sparse, got {inside}" in found

@@ -45,14 +45,12 @@ def prune(
     calibration: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be repeated.")],
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
     sparsity: Annotated[
-        str, typer.Option(help="Fraction of zeros in each weight, 0.5, or N:M, 2:4.")
+        str,
+        typer.Option(help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN."),
     ] = "0.5",
     method: Annotated[
         str,
-        typer.Option(
-            help=f"{', '.join(named_solvers())}, or your own solver: file.py:Name or "
-            "package.module:Name."
-        ),
+        typer.Option(help=f"{', '.join(named_solvers())}, or file.py:SOLVER."),
     ] = "safe+",
     scope: Annotated[
         Scope | None,
