@@ -43,7 +43,7 @@ def tests(session: nox.Session) -> None:
 def equivalence(session: nox.Session) -> None:
     """The same runs through NumPy, PyTorch and JAX; on a GPU where there is one."""
     install(session)
-    session.run("pytest", "-n", "2", "-m", "equivalence", *session.posargs)
+    session.run("pytest", "-n", "2", "tests/equivalence", *session.posargs)
 
 
 @nox.session

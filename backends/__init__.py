@@ -9,12 +9,14 @@ not imported already.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 
-__all__ = ["Array", "Backend", "backend_of"]
+__all__ = ["Array", "Backend", "backend_of", "selecting_on_host", "selects_on_host"]
 
 Array = Any
 """An array of any library that follows the array API standard."""
@@ -75,18 +77,15 @@ class Backend(Protocol):
         scores: Sequence[Array],
         counts: tuple[int, ...],
         stage: int | Array,
-        *,
-        on_host: bool,
     ) -> list[Array]:
         """Masks of the ``counts[stage]`` scores of largest magnitude, of all arrays together.
 
         Of equal magnitudes the lowest (position of the array, row-major index) is kept.
-        Scores share one real floating dtype. ``on_host`` lets the host select, where that
-        is faster than the device of the scores.
+        Scores share one real floating dtype. See `selecting_on_host` for where it happens.
         """
 
     def keep_largest_per_row(
-        self, scores: Array, counts: tuple[int, ...], stage: int | Array, *, on_host: bool
+        self, scores: Array, counts: tuple[int, ...], stage: int | Array
     ) -> Array:
         """Mask of the ``counts[stage]`` largest magnitudes of each row of ``scores`` (rows, n).
 
@@ -124,6 +123,9 @@ class Backend(Protocol):
         TypeError where the library has no bfloat16.
         """
 
+    def linalg_errors(self) -> tuple[type[Exception], ...]:
+        """Return the errors that a factorisation of a singular matrix raises."""
+
     def cond(
         self,
         predicate: bool | Array,
@@ -132,6 +134,52 @@ class Backend(Protocol):
         *operands: Any,
     ) -> Any:
         """``true_fun(*operands)`` if ``predicate`` else ``false_fun(*operands)``."""
+
+
+_ON_HOST = ContextVar("safe_core_selecting_on_host", default=False)
+
+
+@contextmanager
+def selecting_on_host(flag: bool) -> Iterator[None]:
+    """Choose whether backends copy scores to the host and select there.
+
+    In JAX on the CPU a host callback is faster than counting in the compiled program. On
+    an accelerator it costs one transfer. NumPy and other libraries on the host ignore it.
+
+    The flag is read when `Backend.keep_largest` is called, which under ``jax.jit`` is
+    when the function is traced. A program that is already compiled keeps the choice it
+    was traced with, so enter the context inside the traced function, not around it.
+
+    Parameters
+    ----------
+    flag : bool
+        True to select on the host, False to select where the scores are. The innermost
+        context decides; without one it is False.
+
+    Examples
+    --------
+    >>> with selecting_on_host(True):
+    ...     selects_on_host()
+    True
+    >>> selects_on_host()
+    False
+    """
+    token = _ON_HOST.set(flag)
+    try:
+        yield
+    finally:
+        _ON_HOST.reset(token)
+
+
+def selects_on_host() -> bool:
+    """Return the flag of the innermost `selecting_on_host`, False outside of one.
+
+    Examples
+    --------
+    >>> selects_on_host()
+    False
+    """
+    return _ON_HOST.get()
 
 
 def backend_of(x: Array) -> Backend:

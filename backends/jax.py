@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import Array
+from . import Array, selects_on_host
 from . import numpy as numpy_backend
 from .standard import detached, peaks
 
@@ -35,6 +35,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -211,17 +212,15 @@ def cond(
 
 
 def keep_largest(
-    scores: Sequence[Array], counts: tuple[int, ...], stage: int | Array, *, on_host: bool
+    scores: Sequence[Array], counts: tuple[int, ...], stage: int | Array
 ) -> list[Array]:
-    if on_host:
+    if selects_on_host():
         return _select_on_host(numpy_backend.keep_largest, list(scores), counts, stage)
     return _keep_largest(list(scores), counts, stage)
 
 
-def keep_largest_per_row(
-    scores: Array, counts: tuple[int, ...], stage: int | Array, *, on_host: bool
-) -> Array:
-    if on_host:
+def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
+    if selects_on_host():
         return _select_on_host(_rows_on_host, [scores], counts, stage)[0]
     return _keep_largest_per_row(scores, counts, stage)
 
@@ -242,7 +241,7 @@ def _select_on_host(
 
     def run(stage: Any, *bits: Any) -> list[Any]:
         arrays = [np.asarray(x) for x in bits]
-        return select(arrays, counts, int(stage), on_host=True)
+        return select(arrays, counts, int(stage))
 
     found: list[Array] = jax.pure_callback(
         run, masks, jnp.asarray(stage), *bits, vmap_method="sequential"
@@ -250,19 +249,17 @@ def _select_on_host(
     return found
 
 
-def _rows_on_host(
-    scores: Sequence[Any], counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> list[Any]:
-    return [numpy_backend.keep_largest_per_row(x, counts, stage, on_host=on_host) for x in scores]
+def _rows_on_host(scores: Sequence[Any], counts: tuple[int, ...], stage: int) -> list[Any]:
+    return [numpy_backend.keep_largest_per_row(x, counts, stage) for x in scores]
 
 
 def _refuse_shards(x: Array) -> None:
-    """Selecting on the host would gather a sharded array, and can wait for itself."""
+    """Raise for an array on several devices: the host would gather it, and can deadlock."""
     sharding = x.sharding if is_concrete(x) else jax.typeof(x).sharding
     devices = len(sharding.device_set) if is_concrete(x) else sharding.mesh.size
     if devices > 1:
         raise ValueError(
-            f"select_on_host must be False for arrays on several devices, got {sharding}"
+            f"arrays on several devices cannot be selected from on the host, got {sharding}"
         )
 
 
@@ -494,3 +491,8 @@ def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
 
 def _same(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
     return (a[0] == b[0]) & (a[1] == b[1])
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    # JAX returns NaN instead.
+    return ()

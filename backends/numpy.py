@@ -39,6 +39,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -95,9 +96,7 @@ def blockwise(
     return list(out)
 
 
-def keep_largest(
-    scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> list[Array]:
+def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
     k, n = counts[stage], sum(x.size for x in scores)
     masks = allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
     if k in (0, n):
@@ -108,9 +107,7 @@ def keep_largest(
     return masks
 
 
-def keep_largest_per_row(
-    scores: Array, counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> Array:
+def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int) -> Array:
     keys = ordering_key(scores)
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest_per_row, xp=xp)
 
@@ -218,3 +215,7 @@ def _pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 def _kth_largest_per_row(keys: Array, k: int) -> Array:
     n = keys.shape[1]
     return np.partition(keys, n - k, axis=1)[:, n - k : n - k + 1]
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    return (np.linalg.LinAlgError,)

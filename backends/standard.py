@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from . import Array, threshold
@@ -25,6 +26,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -100,12 +102,10 @@ def _kth_largest(keys: Array, k: int) -> Array:
     return array_namespace(keys).sort(keys, axis=1, descending=True)[:, k - 1 : k]
 
 
-def keep_largest(
-    scores: Sequence[Array], counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> list[Array]:
+def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
     xp = array_namespace(*scores)
     row = xp.concat([xp.reshape(score, (1, -1)) for score in scores], axis=1)
-    mask = keep_largest_per_row(row, counts, stage, on_host=on_host)[0, :]
+    mask = keep_largest_per_row(row, counts, stage)[0, :]
     ends = list(itertools.accumulate(math.prod(score.shape) for score in scores))
     return [
         xp.reshape(mask[end - math.prod(score.shape) : end], score.shape)
@@ -113,9 +113,7 @@ def keep_largest(
     ]
 
 
-def keep_largest_per_row(
-    scores: Array, counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> Array:
+def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int) -> Array:
     keys = ordering_key(scores)
     xp = array_namespace(keys)
     return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest, xp=xp)
@@ -142,3 +140,8 @@ def cond(
     *operands: Any,
 ) -> Any:
     return true_fun(*operands) if predicate else false_fun(*operands)
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    # Libraries that wrap NumPy, such as array_api_strict, raise its error.
+    return (np.linalg.LinAlgError,)

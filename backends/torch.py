@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numpy as numpy_backend
-from . import threshold, torch_counting, torch_shards
+from . import selects_on_host, threshold, torch_counting, torch_shards
 from .standard import cond
 from .torch_counting import ordering_key
 from .torch_shards import peaks, regrouped, resharded_as, shardwise
@@ -32,6 +32,7 @@ __all__ = [
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
+    "linalg_errors",
     "norms",
     "ordering_key",
     "peaks",
@@ -139,17 +140,15 @@ def _mixed(h: Tensor) -> Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def keep_largest(
-    scores: Sequence[Tensor], counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> list[Tensor]:
+def keep_largest(scores: Sequence[Tensor], counts: tuple[int, ...], stage: int) -> list[Tensor]:
     k = counts[stage]
     scores = [x.detach() for x in scores]
     if any(torch_shards.is_sharded(x) for x in scores):
-        if on_host:
-            raise ValueError("select_on_host must be False for sharded arrays, got True")
+        if selects_on_host():
+            raise ValueError("sharded arrays cannot be selected from on the host")
         return torch_counting.keep_largest(scores, k)
-    if on_host or _is_plain(scores[0]):
-        masks = numpy_backend.keep_largest([_numpy(x) for x in scores], (k,), 0, on_host=True)
+    if selects_on_host() or _is_plain(scores[0]):
+        masks = numpy_backend.keep_largest([_numpy(x) for x in scores], (k,), 0)
         return [torch.from_numpy(mask).to(x.device) for mask, x in zip(masks, scores, strict=True)]
     if k in (0, sum(x.numel() for x in scores)) or not is_concrete(scores[0]):
         return [torch.full_like(x, k > 0, dtype=torch.bool) for x in scores]
@@ -186,12 +185,10 @@ def keep_largest_by_sample(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return masks
 
 
-def keep_largest_per_row(
-    scores: Tensor, counts: tuple[int, ...], stage: int, *, on_host: bool
-) -> Tensor:
+def keep_largest_per_row(scores: Tensor, counts: tuple[int, ...], stage: int) -> Tensor:
     k, scores = counts[stage], scores.detach()
-    if on_host or _is_plain(scores):
-        mask = numpy_backend.keep_largest_per_row(_numpy(scores), (k,), 0, on_host=True)
+    if selects_on_host() or _is_plain(scores):
+        mask = numpy_backend.keep_largest_per_row(_numpy(scores), (k,), 0)
         return torch.from_numpy(mask).to(scores.device)
     keys = ordering_key(scores)
     return threshold.keep_largest_per_row(keys, k, _kth_largest_per_row, xp=xp, can_branch=False)
@@ -239,3 +236,7 @@ def _is_plain(x: Tensor) -> bool:
 def _numpy(x: Tensor) -> Any:
     x = x.cpu()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    return (torch.linalg.LinAlgError,)

@@ -50,7 +50,7 @@ def section(name: str, recipe: Recipe, results: Mapping[Cell, Any]) -> str:
     in_torch = {cell: r for cell, r in results.items() if cell.framework == "torch"}
     parts = [
         f"### {recipe.title}",
-        f"`safe-core study {name}`: {len(results)} runs, {minutes:.0f} min of training in all.",
+        f"`safe-core study {name}`: {len(results)} runs, {minutes:.0f} min of training in total.",
         *map(as_markdown, tables(shown, in_torch)),
     ]
     agreed = agreement(recipe, results)

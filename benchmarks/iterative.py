@@ -11,7 +11,7 @@ import safe_core
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
 from safe_core.layout import Layout
-from safe_core.sparsity import Pattern, Unstructured
+from safe_core.patterns import Pattern, Unstructured
 
 __all__ = ["IterativeSAM"]
 

@@ -49,14 +49,14 @@ def _by_block(line: Line) -> dict[str, float]:
 
 _ERRORS = (
     Figure(
-        "squared error of the last hidden state on held-out text, over its square",
+        "relative squared error of the last hidden state on held-out text",
         _by_sparsity(lambda line: line["drift"][-1]),
     ),
-    Figure("squared error of each block's output over its square, at 50%", _by_block),
+    Figure("relative squared error of each block's output, at 50%", _by_block),
 )
 _FIRST_BLOCK = (
     Figure(
-        "squared error of the first block over its square, by penalty",
+        "relative squared error of the first block's output, by penalty",
         lambda line: {f"{line['penalty']:g}": line["block_errors"][0]},
     ),
 )
@@ -64,12 +64,12 @@ FIGURES = {
     "llama": (Figure("perplexity", _by_sparsity(lambda line: line["perplexity"])), *_ERRORS),
     "encoder": (
         Figure(
-            "cosine with the dense model's embedding",
+            "cosine similarity to the dense model's embedding",
             _by_sparsity(lambda line: line["cosine"]),
             max,
         ),
         Figure(
-            "rank correlation of similarities with the dense model's",
+            "rank correlation of pairwise similarities with the dense model's",
             _by_sparsity(lambda line: line["spearman"]),
             max,
         ),
@@ -79,7 +79,7 @@ FIGURES = {
     "encoder, first block": _FIRST_BLOCK,
     "growth": (
         Figure(
-            "seconds for one block, by its width",
+            "seconds per block, by width",
             lambda line: {str(line["hidden"]): line["block_seconds"][0]},
         ),
     ),
@@ -93,8 +93,8 @@ def _settings(study: str, lines: list[Line]) -> str:
         raise ValueError(f"results must be of one setting for {study}, got {sorted(found)}")
     samples, length, epochs = found.pop()
     dense = {line.get("perplexity") for line in lines if line["method"] == "Dense"} - {None}
-    known = f"; the dense model has a perplexity of {dense.pop():.4g}" if dense else ""
-    return f"{samples} samples of {length} tokens, {epochs} epochs where a method trains{known}"
+    known = f"; the perplexity of the dense model is {dense.pop():.4g}" if dense else ""
+    return f"{samples} samples of {length} tokens; methods that train use {epochs} epochs{known}"
 
 
 def _grid(lines: list[Line], methods: list[str], figure: Figure) -> str:

@@ -18,7 +18,7 @@ from rich.progress import track
 import safe_core
 from safe_core.demo import data, train_jax
 from safe_core.demo.recipe import Recipe, Run
-from safe_core.sharpness import SAM
+from safe_core.perturbations import SAM
 
 from .report import machine
 

@@ -6,27 +6,45 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 
 from . import importance, schedules
 from .certificate import stationarity_gap
-from .importance import SquaredGradient
+from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
+from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
-from .method import Method, admm, cram, gmp, iht, imp_sam, magnitude, safe
+from .method import Method
+from .methods import admm, cram, gmp, iht, imp_sam, magnitude, safe
+from .patterns import NM, Block, Channel, FractionPattern, Pattern, Units, Unstructured
+from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
 from .projection import Projection, project
-from .sharpness import ASAM, SAM, GradientAscent
-from .sparsity import NM, Block, Channel, Unstructured
-from .splitting import SplitState, Targets
+from .step import Evaluation, Operation, Point, StepPlan
 
 __all__ = [
+    "ADMM",
     "ASAM",
     "NM",
     "SAM",
+    "ArrayInfo",
+    "AtEnd",
     "Block",
     "Channel",
+    "Constraint",
+    "Direction",
+    "Evaluation",
+    "FractionPattern",
     "GradientAscent",
+    "HardThreshold",
+    "Importance",
     "Layout",
+    "Mask",
     "Method",
+    "Operation",
+    "Pattern",
+    "Perturbation",
+    "Point",
     "Projection",
+    "SecondMoment",
     "SplitState",
     "SquaredGradient",
-    "Targets",
+    "StepPlan",
+    "Units",
     "Unstructured",
     "admm",
     "cram",

@@ -46,6 +46,13 @@ def integer(name: str, value: Any, *, low: int) -> int:
     return int(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """Return ``value``, True or False, or raise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
 def choice(name: str, value: Any, options: tuple[str | None, ...]) -> None:
     """Raise unless ``value`` is one of ``options``."""
     if not (value is None or isinstance(value, str)) or value not in options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, is_array_api_obj
@@ -13,7 +12,7 @@ from safe_core.backends import Array, backend_of
 from . import _checks
 from ._dtypes import check_real_floating
 from .layout import Layout, default_layout, place_importance
-from .sparsity import Pattern, Unstructured, as_pattern
+from .patterns import Pattern, as_pattern
 
 __all__ = [
     "Arguments",
@@ -62,13 +61,13 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
 
 
 def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
-    """The pattern that ``sparsity`` stands for; a budget's keys are those of ``arrays``."""
+    """Return the pattern for ``sparsity``; names in it are keys of ``arrays``."""
     pattern = as_pattern(sparsity)
-    if not isinstance(pattern, Unstructured) or not isinstance(pattern.budget, tuple):
-        return pattern
-    if not isinstance(arrays, Mapping):
-        raise TypeError(f"arrays must be a mapping for a budget by name, got {type(arrays)!r}")
-    return replace(pattern, budget={f"arrays[{name!r}]": value for name, value in pattern.budget})
+    if pattern.named_arrays and not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"arrays must be a mapping for a distribution by name, got {type(arrays)!r}"
+        )
+    return pattern.renamed(lambda name: f"arrays[{name!r}]")
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:

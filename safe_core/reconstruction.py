@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from . import _checks
-from .method import Method, safe
-from .schedules import SparsityTable
-from .sparsity import Pattern, as_pattern
+from .method import Method
+from .methods import safe
+from .patterns import Pattern, as_pattern
 
 __all__ = ["Reconstruction", "batches_at_random", "batches_in_order", "block_pattern"]
 
@@ -111,7 +111,7 @@ class Reconstruction:
         """The method under a sparsity."""
         if self.method is None:
             return safe(sparsity, rho=2e-4)
-        if self.method.masks and not isinstance(getattr(sparsity, "sparsity", None), SparsityTable):
+        if self.method.constraint.masks_gradients and sparsity.schedule is None:
             raise ValueError(
                 "sparsity must change over time for a method of masks, such as "
                 f"schedules.cubic(0.5, steps=1000), got {sparsity!r}"
@@ -133,7 +133,7 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     ------
     TypeError, ValueError
         If it is no pattern, or one that compares entries of different weights or spreads a
-        budget over them.
+        sparsity over them.
 
     Examples
     --------
@@ -141,10 +141,10 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
     'tensor'
     """
     pattern = as_pattern(sparsity, scope)
-    if getattr(pattern, "scope", None) == "global" or getattr(pattern, "budget", None) is not None:
+    if pattern.couples_arrays:
         raise ValueError(
-            "sparsity must not compare entries of different weights, nor spread a budget over "
-            f"them, for blocks are pruned one after the other, got {pattern!r}"
+            "sparsity must not compare entries of different weights, nor distribute zeros over "
+            f"them, because blocks are pruned one after the other, got {pattern!r}"
         )
     return pattern
 

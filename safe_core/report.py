@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
 from ._dtypes import wide_dtype
 from .backends import Array
+from .constraints import ArrayInfo, SplitState
+from .constraints.base import select_support
+from .constraints.splitting import recover
 from .method import Method
+from .patterns import Pattern
+from .perturbations import norm
 from .projection import apply_support
-from .sharpness import norm
-from .sparsity import Pattern, fractions
-from .splitting import SplitState, Targets, recover
 
 __all__ = ["Report", "TensorReport", "outlook", "sums"]
 
@@ -35,7 +36,7 @@ class TensorReport(NamedTuple):
         The share of entries that are zero already.
     distance : float
         ``|x - proj(x)|_2``, what finalizing now would remove.
-    churn : float
+    mask_change : float
         The share of entries whose place on the support a dual update now would change,
         since the last one.
     primal_residual : float
@@ -50,7 +51,7 @@ class TensorReport(NamedTuple):
     achieved: float
     zeros: float
     distance: float
-    churn: float
+    mask_change: float
     primal_residual: float
     dual_residual: float
 
@@ -59,16 +60,16 @@ class TensorReport(NamedTuple):
         cls, name: str, entries: int, pattern: Pattern, found: Sequence[Any], penalty: Any
     ) -> TensorReport:
         """Make the figures of one parameter from its `sums`."""
-        removed, zeros, distance, churned, primal, dual = found
+        removed, zeros, distance, changed, primal, dual = found
         n = max(entries, 1)
         return cls(
             name=name,
             entries=entries,
-            asked=_asked(pattern, name),
+            asked=pattern.sparsity_of(name),
             achieved=removed / n,
             zeros=zeros / n,
             distance=distance**0.5,
-            churn=churned / n,
+            mask_change=changed / n,
             primal_residual=primal**0.5,
             dual_residual=penalty * dual**0.5,
         )
@@ -98,7 +99,7 @@ class Report(NamedTuple):
         entries = sum(row.entries for row in self.tensors)
         found = {
             key: sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
-            for key in ("achieved", "zeros", "churn")
+            for key in ("achieved", "zeros", "mask_change")
         }
         for key in ("distance", "primal_residual", "dual_residual"):
             found[key] = sum(getattr(row, key) ** 2 for row in self.tensors) ** 0.5
@@ -130,8 +131,9 @@ def outlook(
     params: Sequence[Array],
     split: SplitState,
     step: int | Array,
-    targets: Targets,
+    info: ArrayInfo,
     importance: Sequence[Array | None] | None,
+    pattern: Pattern | None = None,
 ) -> tuple[SplitState, SplitState, list[Array]]:
     """What `sums` compares: the split, a dual update now, and the final support.
 
@@ -141,20 +143,21 @@ def outlook(
     --------
     >>> import numpy
     >>> from safe_core import admm
-    >>> x, targets = [numpy.asarray([3.0, 1.0])], Targets(("x",), (None,))
+    >>> x, info = [numpy.asarray([3.0, 1.0])], ArrayInfo(("x",), (None,))
     >>> method = admm(0.5)
-    >>> outlook(method, x, method.init(x, targets), 0, targets, None)[2]
+    >>> outlook(method, x, method.init(x, info), 0, info, None)[2]
     [array([ True, False])]
     """
-    final = method.final_support(params, targets, importance)
-    if not method.splits:  # then z is x on its support, and u zero
+    constraint, pattern = method.constraint, pattern or method.sparsity
+    final = select_support(params, pattern, info, importance, step=None)
+    if not constraint.has_anchor:  # then z is x on its support, and u zero
         wide = [array_namespace(x).astype(x, _wide(x), copy=False) for x in params]
-        now = method.dual_update(params, split, step, targets, importance).support
+        now = constraint.update(params, split, pattern, info, step, importance).support
         found = [SplitState(apply_support(wide, s), s) for s in (split.support, now)]
         return found[0], found[1], final
     held = [array_namespace(a).astype(a, _wide(a), copy=False) for a in split.anchor]
-    before, exact = SplitState(held, split.support), replace(method, state_dtype=None)
-    return before, exact.dual_update(params, before, step, targets, importance), final
+    before, exact = SplitState(held, split.support), constraint.exact()
+    return before, exact.update(params, before, pattern, info, step, importance), final
 
 
 def _wide(a: Array) -> Any:
@@ -195,10 +198,3 @@ def sums(
         dtype = parts[2].dtype
         found.append(xp.stack([xp.astype(part, dtype) for part in parts]))
     return found
-
-
-def _asked(pattern: Pattern, name: str) -> float:
-    budget = getattr(pattern, "budget", None)
-    if isinstance(budget, tuple) and name in dict(budget):
-        return float(dict(budget)[name])
-    return float(fractions(pattern)[-1])

@@ -122,6 +122,9 @@ class Cubic:
     start: int = 0
     every: int = 1
 
+    is_random: ClassVar[bool] = False
+    """Whether the stage is drawn at every step."""
+
     _power: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
@@ -170,6 +173,9 @@ class RandomSparsity:
 
     values: tuple[float, ...]
     seed: int = 0
+
+    is_random: ClassVar[bool] = True
+    """Whether the stage is drawn at every step."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (tuple, list)):
@@ -448,3 +454,8 @@ def as_schedule(name: str, value: Any) -> Schedule:
     if isinstance(value, (Constant, Linear)) and value.bounds[0] < 0:
         raise ValueError(f"{name} must never be negative, got {value!r}")
     return value
+
+
+def is_zero(schedule: Schedule) -> bool:
+    """Return whether a schedule is known to be 0 at every step."""
+    return isinstance(schedule, Constant) and schedule.value == 0

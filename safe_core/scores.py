@@ -12,7 +12,7 @@ from ._dtypes import flushed, wide_dtype, widened
 __all__ = ["common", "entry_scores", "positive", "unit_squares"]
 
 
-def common(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
+def common(scores: Sequence[Array], *, joint: bool, xp: Any) -> list[Array]:
     """The scores, in one dtype where they compete jointly."""
     if joint and len({score.dtype for score in scores}) > 1:
         dtype = wide_dtype(xp, scores)
@@ -21,12 +21,12 @@ def common(xp: Any, scores: Sequence[Array], *, joint: bool) -> list[Array]:
 
 
 def entry_scores(
-    xp: Any,
     arrays: Sequence[Array],
     importance: Sequence[Array | None],
     names: Sequence[str],
     *,
     joint: bool,
+    xp: Any,
 ) -> list[Array]:
     """Scores that rank entries by ``sqrt(P) |v|``: squares would underflow."""
     given = [p is not None for p in importance]
@@ -43,11 +43,11 @@ def entry_scores(
         weights = _scaled(xp, [importance[i] for i in members], dtype)
         for i, v, p in zip(members, values, weights, strict=True):
             scores[i] = flushed(xp, xp.sqrt(p) * _bounded(xp, v))
-    return common(xp, scores, joint=joint)
+    return common(scores, joint=joint, xp=xp)
 
 
 def unit_squares(
-    xp: Any, arrays: Sequence[Array], importance: Sequence[Array | None], *, joint: bool
+    arrays: Sequence[Array], importance: Sequence[Array | None], *, joint: bool, xp: Any
 ) -> list[Array]:
     """``P v^2`` of every entry, up to one factor for all that compete."""
     squares: list[Array] = []
@@ -66,7 +66,7 @@ def unit_squares(
     return squares
 
 
-def positive(xp: Any, importance: Sequence[Array]) -> list[Array]:
+def positive(importance: Sequence[Array], *, xp: Any) -> list[Array]:
     """P up to one factor, and where it is zero or nearly a number that is not zero.
 
     An entry of P = 0 that a mask has kept then still ranks above those that are gone.

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
+from safe_core.patterns import NM, Pattern, Unstructured
 from safe_core.schedules import Constant
-from safe_core.sparsity import NM, Pattern, Unstructured
 
 if TYPE_CHECKING:
     from .perplexity import TextFile

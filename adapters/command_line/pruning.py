@@ -22,7 +22,7 @@ from safe_core.adapters.torch.blocks.pruning import (
 )
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.task import OFFLOADS, RaggedWeightError
-from safe_core.sparsity import NM, Pattern, Unstructured, as_pattern
+from safe_core.patterns import NM, Pattern, Unstructured, as_pattern
 
 from .model_card import model_card
 from .model_folder import (

@@ -9,8 +9,9 @@ from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
 from .reporting import report
+from .state import SparseOptimizerState, find_state
 from .support import FixedSupportState, check_sparsity, fixed_support
-from .transform import SparseOptimizerState, finalize, find_state, sparse_optimizer
+from .transform import finalize, sparse_optimizer
 from .weights import is_prunable, layout_of
 
 __all__ = [

@@ -18,6 +18,7 @@ import optax
 
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
+from safe_core.patterns import Pattern, as_pattern
 from safe_core.reconstruction import (
     Reconstruction,
     batches_at_random,
@@ -26,7 +27,6 @@ from safe_core.reconstruction import (
 )
 from safe_core.solvers import Gram
 from safe_core.solvers.gram import gram_or_identity, positive_squares
-from safe_core.sparsity import Pattern, as_pattern
 
 from .gradients import value_and_gradients
 from .transform import finalize, sparse_optimizer
@@ -352,10 +352,10 @@ def prune_layers(
     [4, 4, 4, 4]
     """
     _check_solver(solver, "a function such as ALPS()")
-    tree = SparseTree.read(params, where, layout, False)
+    tree = SparseTree.read(params, where, layout)
     pattern = as_pattern(sparsity, scope="tensor")
     pruned = []
-    for name, roles, x in zip(*tree.targets[:2], tree.sparse(params), strict=True):
+    for name, roles, x in zip(*tree.info[:2], tree.sparse(params), strict=True):
         if name not in grams:
             raise ValueError(f"grams must hold one for {name}, got {', '.join(grams) or 'none'}")
         gram = grams[name].matrix if isinstance(grams[name], Gram) else grams[name]
@@ -417,7 +417,7 @@ class _Training:
         return sparse_optimizer(
             self._base,
             self.method,
-            learning_rate=self._rate if self.method.decoupled else None,
+            learning_rate=self._rate if self.method.plan().needs_learning_rate else None,
             where=self.where,
             layout=self.layout,
             importance=importance,
@@ -425,7 +425,7 @@ class _Training:
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
         """P of the mean squares of inputs; Gram matrices of dense leaves are left out."""
-        names = SparseTree.read(params, self.where, self.layout, False).targets.names
+        names = SparseTree.read(params, self.where, self.layout).info.names
         return {
             name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
             for name, p in importance.items()
@@ -551,7 +551,7 @@ def _error(output: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _sparsity(params: PyTree, where: Any, layout: Any) -> float:
-    sparse = SparseTree.read(params, where, layout, False).sparse(params)
+    sparse = SparseTree.read(params, where, layout).sparse(params)
     return sum(int((x == 0).sum()) for x in sparse) / max(1, sum(x.size for x in sparse))
 
 

@@ -1,16 +1,28 @@
-"""Importances that take derivatives of the loss."""
+"""Importances: what a user hands in, the base optimizer's second moments, and the Hessian."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from safe_core import _checks
-from safe_core.importance import hutchinson
+from safe_core import Method, _checks
+from safe_core.arguments import check_importance
+from safe_core.importance import Computed, Given, Importance, hutchinson
+from safe_core.layout import place_importance
 
-__all__ = ["hessian_diagonal"]
+from .tree import SparseTree, is_function
+
+__all__ = [
+    "hessian_diagonal",
+    "importance_in_use",
+    "initial_importance",
+    "placed",
+    "second_moments",
+]
 
 PyTree = Any
 
@@ -18,7 +30,7 @@ PyTree = Any
 def hessian_diagonal(
     loss_fn: Callable[..., Any], params: PyTree, *args: Any, key: jax.Array, samples: int = 1
 ) -> PyTree:
-    """The diagonal of the Hessian of a loss, negative entries as 0: the importance of OBD.
+    """Estimate the diagonal of the Hessian of a loss, negative entries as 0: OBD's importance.
 
     Hutchinson's estimate, see `safe_core.importance.hutchinson`, with products by forward
     over reverse differentiation. For ``importance=`` of `sparse_optimizer`, which calls its
@@ -75,3 +87,93 @@ def hessian_diagonal(
         products.append(jax.tree.leaves(product))
     by_leaf = zip(zip(*probes, strict=True), zip(*products, strict=True), strict=True)
     return treedef.unflatten([hutchinson(r, product) for r, product in by_leaf])
+
+
+def importance_in_use(
+    handed: Any, method: Method, tree: SparseTree, *, known: bool = False
+) -> Importance | None:
+    """Return the importance of a run: what the user handed in, or that of the method.
+
+    ``known`` says that a state holds P already, which may have been handed in before.
+    """
+    if handed is None and method.importance is None and known:
+        return Given(lambda values: [])
+    if handed is None:
+        return method.importance
+    if is_function(handed):
+
+        def compute(leaves: Any) -> list[Any]:
+            params = tree.treedef.unflatten(leaves)
+            return placed(handed(params), tree.sparse(params), tree)
+
+        return Computed(compute, reads="model")
+    # Copies: the caller's arrays must outlive a state that is donated.
+    return Given(lambda values: [jnp.array(p, copy=True) for p in placed(handed, values, tree)])
+
+
+def initial_importance(
+    handed: Any, source: Importance | None, params: PyTree, base_state: PyTree, tree: SparseTree
+) -> list[Any] | None:
+    """Return the state of an importance before step 0; its structure never changes after."""
+    values = tree.sparse(params)
+    if source is None:
+        return None
+    if source.reads == "second_moments":
+        second_moments(base_state, tree)  # raises now where the base has none
+    if not is_function(handed):
+        return source.init(values)
+    # Only shapes are known before the first call, and P is 1 until then.
+    shapes = jax.eval_shape(lambda p: placed(handed(p), tree.sparse(p), tree), params)
+    return [
+        jnp.ones_like(x, dtype=shape.dtype)
+        if shape.shape == x.shape
+        else jnp.ones(shape.shape, shape.dtype)
+        for x, shape in zip(values, shapes, strict=True)
+    ]
+
+
+def second_moments(base_state: PyTree, tree: SparseTree) -> list[Any]:
+    """Return the base's running averages of squared gradients, for the sparse leaves.
+
+    optax keeps them in a field ``nu``, a tree like the parameters.
+    """
+
+    def has_moments(node: Any) -> bool:
+        return hasattr(node, "nu") and isinstance(node, tuple)
+
+    nodes = jax.tree.leaves(base_state, is_leaf=has_moments)
+    found = [node.nu for node in nodes if has_moments(node)]
+    if len(found) != 1:
+        raise ValueError(
+            "base must keep one tree of second moments, as optax.adam does, for an importance "
+            f"that reads them, got {len(found)} in {type(base_state).__name__}"
+        )
+    return tree.sparse(found[0])
+
+
+def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
+    """Return P of each sparse leaf, checked and with its axes."""
+    names = tree.info.names
+    try:
+        given = tree.sparse(importance)
+    except (ValueError, TypeError):
+        if not (isinstance(importance, Mapping) and set(importance) & set(names)):
+            raise ValueError(
+                "importance must have the structure of params or map the paths "
+                f"{', '.join(names)} to arrays, got {jax.tree.structure(importance)}"
+            ) from None
+        unknown = sorted(set(importance) - set(names))
+        if unknown:
+            raise ValueError(
+                f"importance names {unknown[0]!r}, which is no sparse parameter"
+            ) from None
+        given = [importance.get(name) for name in names]
+    found = []
+    for p, x, name, layout in zip(given, sparse, names, tree.info.layouts, strict=True):
+        if p is None:
+            raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
+        if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
+            raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
+        found.append(place_importance(jnp.asarray(p), x, layout, name))
+    check_importance(found, names)
+    return found

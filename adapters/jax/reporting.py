@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from safe_core import Method, SplitState
+from safe_core import Method
 from safe_core.report import Report, TensorReport, outlook, sums
 
-from .transform import at_step, check_anchor, check_layout, find_state, trained_tree
+from .state import check_anchor, check_layout, find_state, split_of, trained_tree
+from .transform import at_step, last_metric
 
 __all__ = ["report"]
 
@@ -60,13 +61,13 @@ def report(
     tree = trained_tree(params, ours, layout)
     values = tree.sparse(params)
     check_anchor(ours, method)
-    anchor = tree.sparse(ours.anchor) if method.splits else []
-    split = SplitState(anchor, tree.sparse(ours.support))
+    split = split_of(ours, tree)
     check_layout(split.support, method, tree)
-    metric = None if ours.importance is None else method.metric(tree.sparse(ours.importance))
-    compared = outlook(method, values, split, ours.step, tree.targets, metric)
-    weight = at_step(method.penalty if penalty is None else penalty, ours.step)
-    found = zip(tree.targets.names, values, sums(values, *compared), strict=True)
+    metric = last_metric(method, ours, tree)
+    compared = outlook(method, values, split, ours.step, tree.info, metric)
+    schedule = method.constraint.penalty if penalty is None else penalty
+    weight = 0.0 if schedule is None else at_step(schedule, ours.step)
+    found = zip(tree.info.names, values, sums(values, *compared), strict=True)
     return Report(
         ours.step,
         [TensorReport.of(name, x.size, method.sparsity, part, weight) for name, x, part in found],

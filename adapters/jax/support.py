@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from safe_core.arguments import refuse_filled
-from safe_core.sparsity import as_pattern
-from safe_core.splitting import final_support
+from safe_core.constraints.base import select_support
+from safe_core.patterns import as_pattern
 
 from .tree import SparseTree
 
@@ -73,7 +73,7 @@ def fixed_support(
     inner = optax.with_extra_args_support(base)
 
     def init(params: PyTree) -> FixedSupportState:
-        tree = SparseTree.read(params, where, None, False)
+        tree = SparseTree.read(params, where, None)
         support = [x != 0 for x in tree.sparse(params)]
         return FixedSupportState(inner.init(params), tree.masked(support))
 
@@ -82,7 +82,7 @@ def fixed_support(
     ) -> tuple[PyTree, FixedSupportState]:
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
-        tree = SparseTree.read(params, where, None, False)
+        tree = SparseTree.read(params, where, None)
         support = tree.sparse(state.support)
         gradients = tree.gradients("updates", updates, params)
         masked = tree.replaced(
@@ -131,10 +131,10 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
         ...
     ValueError: params must be sparse, got non-zeros in kernel (1 too many)
     """
-    tree = SparseTree.read(params, where, layout, False)
+    tree = SparseTree.read(params, where, layout)
     values = tree.sparse(params)
     # Which of the entries are zero decides, not how small the others are.
     filled_in = [(x != 0).astype(jnp.float32) for x in values]
-    support = final_support(filled_in, as_pattern(sparsity), tree.targets, importance=None)
+    support = select_support(filled_in, as_pattern(sparsity), tree.info, None, step=None)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
-    refuse_filled("params", tree.targets.names, [int(count) for count in jax.device_get(filled)])
+    refuse_filled("params", tree.info.names, [int(count) for count in jax.device_get(filled)])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safe_core import Targets
+from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
 
 from .weights import is_prunable, layout_of, name_of, owner_of
@@ -33,10 +33,10 @@ class SparseTree(NamedTuple):
     treedef: Any
     paths: list[str]  # of all leaves
     indices: list[int]  # of the sparse leaves
-    targets: Targets
+    info: ArrayInfo
 
     @classmethod
-    def read(cls, params: PyTree, where: Any, layout: Any, on_host: bool) -> SparseTree:
+    def read(cls, params: PyTree, where: Any, layout: Any) -> SparseTree:
         """Select the sparse leaves of ``params`` and the roles of their axes."""
         if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
             raise ValueError(
@@ -71,7 +71,15 @@ class SparseTree(NamedTuple):
             chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
         )
         names = tuple(named[i][0] for i in indices)
-        return cls(treedef, [name for name, _ in named], indices, Targets(names, layouts, on_host))
+        return cls(treedef, [name for name, _ in named], indices, ArrayInfo(names, layouts))
+
+    @property
+    def layouts(self) -> list[Layout | None]:
+        """Roles of the axes of all leaves; None where a leaf is not sparse."""
+        found: list[Layout | None] = [None] * self.treedef.num_leaves
+        for i, layout in zip(self.indices, self.info.layouts, strict=True):
+            found[i] = layout
+        return found
 
     def leaves(self, tree: PyTree) -> list[Any]:
         """All leaves of a tree of the structure of the parameters."""

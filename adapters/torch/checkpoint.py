@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Method
+from safe_core import Importance, Method
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import broadcasts
 
-from .groups import Target, described, numbered, pattern_of, settings_of
+from .groups import numbered, pattern_of, settings_of
+from .selection import Selected
 
-__all__ = ["Unpacked", "pack", "unpack"]
+__all__ = ["Unpacked", "described", "pack", "unpack"]
 
 _PREFIX = "safe_"
 _STEPS = _PREFIX + "steps"
@@ -84,13 +86,13 @@ def _method_of(group: Mapping[str, Any], base: Optimizer, method: Method) -> str
 def unpack(
     loaded: dict[str, Any],
     base: Optimizer,
-    targets: Mapping[Tensor, Target],
+    selected: Mapping[Tensor, Selected],
     method: Method,
-    importance: Any,
+    importance: Importance | None,
 ) -> Unpacked:
     """Take a state dict of `pack` apart, or raise a ValueError that says what does not fit.
 
-    ``importance`` is what the optimizer was given as such: a mapping, a function or None.
+    ``importance`` is the one in use: the method's own, or what the user handed in.
     """
     groups, steps, frozen, started = _read_groups(loaded, base, method)
     theirs: dict[Any, Any] = {}
@@ -106,15 +108,15 @@ def unpack(
             break
         entries = ours.get(index, {})
         flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
-        if parameter in targets and (parameter.requires_grad or index in ours):
-            name = targets[parameter].name
+        if parameter in selected and (parameter.requires_grad or index in ours):
+            name = selected[parameter].name
             own[parameter] = _read_entries(name, parameter, entries, method, importance, frozen)
         elif entries:
             raise ValueError(
                 f"state_dict makes parameter {index}, of shape {tuple(parameter.shape)}, sparse, "
-                f"which is not here; sparse are {', '.join(t.name for t in targets.values())}"
+                f"which is not here; sparse are {', '.join(t.name for t in selected.values())}"
             )
-        if flat is not None and method.reuses and not frozen:
+        if flat is not None and method.plan(has_radius=True).reuses and not frozen:
             own.setdefault(parameter, {})["flat_direction"] = flat
     return Unpacked({**loaded, "state": theirs, "param_groups": groups}, own, steps, frozen)
 
@@ -163,12 +165,13 @@ def _read_entries(
     parameter: Tensor,
     entries: dict[str, Tensor],
     method: Method,
-    importance: Any,
+    importance: Importance | None,
     frozen: bool,
 ) -> dict[str, Tensor]:
     """The entries of one sparse parameter, checked and cast."""
     full = tuple(parameter.shape)
-    for key in ("anchor", "support") if method.splits and not frozen else ("support",):
+    has_anchor = method.constraint.has_anchor and not frozen
+    for key in ("anchor", "support") if has_anchor else ("support",):
         shape = tuple(entries[key].shape) if key in entries else None
         if shape != full:
             raise ValueError(
@@ -179,15 +182,16 @@ def _read_entries(
             f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
             f"got shape {tuple(entries['importance'].shape)}"
         )
-    # A function gives P from the first dual update on: there both are right.
-    needed = (method.importance is not None or importance is not None) and not frozen
-    if needed != ("importance" in entries) and not callable(importance):
+    # A user's function gives P from the first dual update on: there both are right.
+    needed = importance is not None and not frozen
+    starts_later = importance is not None and not importance.has_state_from_start
+    if needed != ("importance" in entries) and not starts_later:
         raise ValueError(
             f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
             f"this optimizer has {'an' if needed else 'no'} importance"
         )
     wide = wide_dtype(torch, [parameter])
-    narrow = method.state_dtype is not None
+    narrow = method.constraint.anchor_dtype is not None
     dtypes = {"anchor": torch.bfloat16 if narrow else wide, "support": torch.bool}
     return {
         key: value.detach().to(parameter.device, dtypes.get(key, value.dtype), copy=True)
@@ -215,3 +219,29 @@ def _plain_options(group: dict[str, Any], base: Optimizer) -> dict[str, Any]:
         for key, value in group.items()
         if key not in ours or (key != "sparsity" and isinstance(value, (int, float)))
     }
+
+
+def described(value: Any) -> str:
+    """Return a text of a method that is the same in every process.
+
+    Functions go by their names, for their addresses change.
+
+    Examples
+    --------
+    >>> described(functools.partial(round, ndigits=2))
+    'partial(round, ndigits=2)'
+    """
+    if isinstance(value, functools.partial):
+        given = [described(x) for x in (value.func, *value.args)]
+        named = [f"{key}={described(x)}" for key, x in sorted(value.keywords.items())]
+        return f"partial({', '.join([*given, *named])})"
+    if is_dataclass(value) and not isinstance(value, type):
+        # Omit default fields, so that fields of a later release do not change the text.
+        changed = [f for f in fields(value) if getattr(value, f.name) != f.default]
+        parts = [f"{f.name}={described(getattr(value, f.name))}" for f in changed]
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    if type(value).__repr__ == object.__repr__:  # type: ignore[comparison-overlap]
+        return type(value).__qualname__
+    return repr(value)

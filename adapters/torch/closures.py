@@ -9,10 +9,10 @@ from torch import Tensor
 
 from safe_core.backends.torch_shards import local
 
-__all__ = ["GradientWatch"]
+__all__ = ["ClosureProbe"]
 
 
-class GradientWatch:
+class ClosureProbe:
     """Tell a closure that clears the gradients from one that adds to them or ignores them.
 
     In the place of the smallest gradient it finds a number so large that sums with it are
@@ -23,11 +23,11 @@ class GradientWatch:
     --------
     >>> p = torch.nn.Parameter(torch.ones(2))
     >>> p.grad = torch.ones(2)
-    >>> watch = GradientWatch([p])
+    >>> probe = ClosureProbe([p])
     >>> _ = p.grad.add_(5.0)
-    >>> watch.added, watch.ignored
+    >>> probe.added, probe.ignored
     (True, False)
-    >>> watch.put_back()
+    >>> probe.put_back()
     >>> p.grad
     tensor([1., 1.])
     """

@@ -59,7 +59,7 @@ def _hooked_step(base: Optimizer) -> None:
 
 
 def _is_bare(base: Optimizer) -> bool:
-    """Whether nothing hangs on the step of the base but its arithmetic.
+    """Return whether `base.step` has no hooks or wrappers.
 
     Hooks, and the counting that a scheduler patches in, lie in wrappers that would cut the
     compiled program in two.

@@ -1,4 +1,4 @@
-"""Importances that take derivatives of the loss."""
+"""Importances: what a user hands in, the base optimizer's second moments, and the Hessian."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from safe_core import _checks
-from safe_core.importance import hutchinson
+from safe_core import Method, _checks
+from safe_core.importance import Computed, Given, Importance, hutchinson
 
-__all__ = ["hessian_diagonal"]
+from .state import ParameterState
+
+__all__ = ["hessian_diagonal", "importance_in_use", "second_moments"]
+
+# Names under which torch.optim keeps running averages of squared gradients.
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 
 
 def hessian_diagonal(
@@ -21,7 +27,7 @@ def hessian_diagonal(
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """The diagonal of the Hessian of a loss, negative entries as 0: the importance of OBD.
+    """Estimate the diagonal of the Hessian of a loss, negative entries as 0: OBD's importance.
 
     Hutchinson's estimate, see `safe_core.importance.hutchinson`, with products by a second
     backward pass. For ``importance=`` of `SparseOptimizer`, which calls its function at dual
@@ -89,3 +95,44 @@ def _products(
         return [torch.zeros_like(p) for p in params]
     outputs, weights = zip(*depends, strict=True)
     return torch.autograd.grad(outputs, params, weights, retain_graph=True, materialize_grads=True)
+
+
+def importance_in_use(
+    handed: Any, method: Method, parameters: Callable[[], ParameterState]
+) -> Importance | None:
+    """Return the importance of a run: what the user handed in, or that of the method.
+
+    ``parameters`` returns the present selection, which may change between steps.
+    """
+    if handed is None:
+        return method.importance
+    if isinstance(handed, Mapping):
+        return Given(lambda params: parameters().placed(handed, params))
+
+    def compute(params: Sequence[Tensor]) -> list[Tensor]:
+        state = parameters()
+        named = {state.selected[p].name: p for p in params}
+        return state.placed(handed(named), params)
+
+    return Computed(compute)
+
+
+def second_moments(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the base's running averages of squared gradients.
+
+    Raises
+    ------
+    ValueError
+        If the base keeps none for a parameter.
+    """
+    found = []
+    for p in params:
+        held = base.state.get(p, {})
+        key = next((key for key in _SECOND_MOMENTS if key in held), None)
+        if key is None:
+            raise ValueError(
+                "base must keep second moments, as torch.optim.Adam does, for an importance that "
+                f"reads them, got {type(base).__qualname__} with {', '.join(held) or 'no state'}"
+            )
+        found.append(held[key])
+    return found

@@ -1,7 +1,7 @@
 """The arithmetic of a step over lists of tensors, in place, by foreach kernels.
 
-The formulas are those of `safe_core.sharpness` and `safe_core.splitting`, without an
-array for what is only added.
+The formulas are those of `safe_core.perturbations` and `safe_core.constraints.splitting`.
+They allocate no array for values that are only added.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from safe_core.backends.torch_shards import is_sharded, local, summed
-from safe_core.sharpness import Direction
+from safe_core.perturbations import Direction
 
 __all__ = [
-    "Perturbed",
+    "MovedParameters",
     "add_",
     "add_penalty_",
     "add_penalty_traced_",
-    "at_hand",
     "copy_",
     "count_filled",
+    "local_shards",
     "mask_",
     "move_traced_",
     "pulls",
@@ -33,7 +33,7 @@ _LARGE_GROUP = 2**26  # entries for which an accelerator may keep what is only a
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Perturbed:
+class MovedParameters:
     """Parameters at ``x + e``, and what is needed to restore x bit for bit.
 
     On the CPU the copies are kept from step to step, for page faults would cost more than
@@ -64,27 +64,27 @@ class Perturbed:
         params = list(params)
         copies = self.prepare(params)
         copy_(copies, params)
-        self.saved(params, copies)
+        self.mark_saved(params, copies)
 
     def move(
         self, params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction
     ) -> None:
         """Copy ``params`` into ``copies``, from `prepare`, and add e to them."""
         params, copies = list(params), list(copies)
-        values, vectors = at_hand(params), at_hand(direction.vectors)
+        values, vectors = local_shards(params), local_shards(direction.vectors)
         on_host = direction.length.device.type == "cpu"
         # Not read from an accelerator, which would wait for it.
         scale = float(direction.factor) if on_host else 0.0
         for i in _groups(values):
             torch._foreach_copy_(copies[i], values[i])
-            self.saved(params[i], copies[i])
+            self.mark_saved(params[i], copies[i])
             if not on_host:
                 torch._foreach_add_(values[i], _written_out(vectors[i], direction))
             elif scale:  # else the gradient may hold NaN
                 torch._foreach_add_(values[i], vectors[i], alpha=scale)
 
-    def saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        """Take note that ``copies`` hold x."""
+    def mark_saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        """Mark ``copies`` as holding x."""
         self._saved.update(zip(params, copies, strict=True))
 
     def workspace(self, params: Sequence[Tensor]) -> list[Tensor] | None:
@@ -105,8 +105,8 @@ class Perturbed:
         """The copies of those of ``params`` that are to be restored; None if none is."""
         return [self._saved.get(p) for p in params] if self._saved else None
 
-    def forget(self, params: Sequence[Tensor]) -> None:
-        """Take note that ``params`` were restored by another hand."""
+    def mark_restored(self, params: Sequence[Tensor]) -> None:
+        """Mark ``params`` as restored."""
         for p in params:
             self._saved.pop(p, None)
 
@@ -123,7 +123,7 @@ def add_penalty_(
     Both in one pass over x, computed in float32 or wider.
     """
     found = [None] * len(params) if copies is None else copies
-    gradients, params, anchors = (at_hand(tensors) for tensors in (gradients, params, anchors))
+    gradients, params, anchors = (local_shards(tensors) for tensors in (gradients, params, anchors))
     sources = [x if copy is None else copy for x, copy in zip(params, found, strict=True)]
     gradients, params, anchors, sources = _cut(gradients, params, anchors, sources)
     for i in _groups(params):
@@ -137,7 +137,7 @@ def pulls(
     params: Sequence[Tensor], anchors: Sequence[Tensor], factor: float | Tensor
 ) -> list[Tensor]:
     """``factor * (x - anchor)`` of the shards at hand, in float32 or wider."""
-    params, anchors = at_hand(params), at_hand(anchors)
+    params, anchors = local_shards(params), local_shards(anchors)
     differences = torch._foreach_sub([_widened(x) for x in params], anchors)
     torch._foreach_mul_(differences, factor)
     return list(differences)
@@ -145,14 +145,14 @@ def pulls(
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """``x <- x - pull``, computed in the dtype of the pull."""
-    for x, pull in zip(at_hand(params), pulled, strict=True):
+    for x, pull in zip(local_shards(params), pulled, strict=True):
         x.copy_(_widened(x) - pull)
 
 
 def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:
     """``tensor <- tensor + added``, of tensors that are sharded alike."""
     if tensors:
-        torch._foreach_add_(at_hand(tensors), at_hand(added))
+        torch._foreach_add_(local_shards(tensors), local_shards(added))
 
 
 def add_penalty_traced_(
@@ -178,7 +178,7 @@ def move_traced_(
     factors: Sequence[Tensor],
     usable: Tensor,
 ) -> None:
-    """`Perturbed.move` in the form that a compiler fuses."""
+    """`MovedParameters.move` in the form that a compiler fuses."""
     for x, copy, vector, factor in zip(params, copies, vectors, factors, strict=True):
         copy.copy_(x)
         x.add_(torch.where(usable, factor * vector, 0.0))
@@ -197,12 +197,12 @@ def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """``target <- source``, of tensors that are sharded alike, or shards at hand."""
     if targets:
-        torch._foreach_copy_(at_hand(targets), at_hand(sources))
+        torch._foreach_copy_(local_shards(targets), local_shards(sources))
 
 
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set tensors to +0 where their masks are false."""
-    for tensor, mask in zip(at_hand(tensors), at_hand(masks), strict=True):
+    for tensor, mask in zip(local_shards(tensors), local_shards(masks), strict=True):
         tensor.masked_fill_(~mask, 0)
 
 
@@ -210,13 +210,13 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     """How many entries off its mask each tensor holds that are not zero; reads once."""
     if not tensors:
         return []
-    pairs = zip(at_hand(tensors), at_hand(masks), strict=True)
+    pairs = zip(local_shards(tensors), local_shards(masks), strict=True)
     counts = [((x != 0) & ~mask).sum() for x, mask in pairs]
     found = torch.stack([count.to(counts[0].device) for count in counts])
     return [int(count) for count in summed(found, tensors).tolist()]
 
 
-def at_hand(tensors: Sequence[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The entries at hand of each tensor."""
     return [local(x.detach()) for x in tensors]
 

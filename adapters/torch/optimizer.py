@@ -1,13 +1,12 @@
-"""PyTorch: any torch.optim optimizer, under a sparsity constraint.
+"""Any torch.optim optimizer, under a sparsity constraint.
 
-`SparseOptimizer` holds no mathematics: it moves tensors between the parameters, the
-base optimizer and `safe_core.Method`.
+`SparseOptimizer` honours the contract of torch.optim. What it holds is in `run`, the points
+at which gradients are taken are in `phases`, and the operations of a step in `step`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -15,33 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import Method, SplitState, _checks
+from safe_core import Layout, Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
 from safe_core.backends import backend_of
-from safe_core.backends.torch_shards import is_sharded
-from safe_core.layout import Layout
 from safe_core.report import Report, TensorReport
-from safe_core.sharpness import norm
 
 from . import kernels
 from .checkpoint import pack, unpack
-from .closures import GradientWatch
-from .compiled import CompiledStep
-from .groups import (
-    GroupRules,
-    Target,
-    refuse_flat_parameters,
-    select_parameters,
-    settings_of,
-)
-from .modules import RandomState, forget_copies, statistics_kept
+from .modules import RandomState
+from .phases import Phase, Phases
 from .reporting import tensor_reports
-from .state import HeldSplit
+from .run import LAST, Run
+from .selection import refuse_flat_parameters
+from .step import take_step
 
 __all__ = ["SparseOptimizer"]
-
-_LAST = "last"
 
 
 class SparseOptimizer(Optimizer):
@@ -154,41 +142,68 @@ class SparseOptimizer(Optimizer):
         replay_rng: bool = False,
     ) -> None:
         _check_arguments(base, method, model, where, layout, importance)
-        _check_flags(allow_unperturbed=allow_unperturbed, compile=compile, replay_rng=replay_rng)
+        for name, flag in (
+            ("allow_unperturbed", allow_unperturbed),
+            ("compile", compile),
+            ("replay_rng", replay_rng),
+        ):
+            _checks.flag(name, flag)
         super().__init__(base.param_groups, base.defaults)
-        self.base = base
         self.param_groups = base.param_groups
-        self.method = method
-        self.steps = 0
-        self.allow_unperturbed = allow_unperturbed
-        self.compile = compile
-        self.replay_rng = replay_rng
-        self.frozen = False
-        self._rules = (model, where, layout)
-        self._importance = importance
-        self._targets: dict[Tensor, Target]
-        self._select()
-        self._make_kernels()
-        # "", "perturbed" within the block, "ready" after it, "projected" within that one,
-        # "complete" after it
-        self._phase = ""
-        self._first: dict[Tensor, Tensor] = {}  # gradients at x, where they are reused
-        self._checked_rounding = False
+        self._run = Run(
+            base,
+            method,
+            self.state,
+            model=model,
+            where=where,
+            layout=layout,
+            importance=importance,
+            compile=compile,
+        )
+        self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
+
+    # What the run holds
+
+    @property
+    def base(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._run.base
+
+    @property
+    def method(self) -> Method:
+        """The method of the run."""
+        return self._run.method
+
+    @property
+    def steps(self) -> int:
+        """Base steps taken."""
+        return self._run.steps
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the support is final, see `finalize`."""
+        return self._run.frozen
+
+    @property
+    def allow_unperturbed(self) -> bool:
+        """Whether `step` may run without the gradients of its phases."""
+        return self._phases.allow_unperturbed
+
+    @allow_unperturbed.setter
+    def allow_unperturbed(self, flag: bool) -> None:
+        self._phases.allow_unperturbed = _checks.flag("allow_unperturbed", flag)
 
     # The step
 
     @property
     def perturbs(self) -> bool:
         """Whether the step to come takes a second gradient, within `perturbed`."""
-        perturbation = self.method.perturbation
-        return (
-            perturbation is not None and bool(perturbation.is_due(self.steps)) and self._has_radius
-        )
+        return self._run.perturbed is not None
 
     @property
     def projects(self) -> bool:
         """Whether the step to come takes a gradient within `projected`."""
-        return self.method.adds_projected and not self.frozen
+        return self._run.plan.projected is not None
 
     @contextmanager
     def perturbed(
@@ -216,17 +231,13 @@ class SparseOptimizer(Optimizer):
         ValueError
             If no parameter has a gradient, one is sparse, or a block is open.
         """
-        self._check_block("perturbed()", replay)
+        phases = self._phases
+        phases.check_block("perturbed()", replay)
         if not _checks.real("loss_scale", loss_scale) > 0:
             raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
-        self._phase, self._first = "", {}
-        try:
-            with self._at_perturbed_point(replay, loss_scale):
-                yield
-        finally:
-            with torch.no_grad():
-                self._moved.restore()
-            self._forget_copies()
+        phases.reset()
+        with phases.restoring(), phases.at_perturbed_point(replay, loss_scale):
+            yield
 
     @contextmanager
     def projected(self, replay: RandomState | None = None) -> Iterator[None]:
@@ -247,119 +258,22 @@ class SparseOptimizer(Optimizer):
             If the method adds no such gradient, those before it are missing, or a block is
             open.
         """
-        self._check_block("projected()", replay)
+        phases = self._phases
+        phases.check_block("projected()", replay)
         if not self.projects:
             raise ValueError(
                 "projected() must be for a method that adds the gradient there, see `projects`, "
                 f"got {self.method!r}"
             )
-        if self._phase != "ready":
-            self._check_perturbed("projected()")
-        if not self._has_gradient():
+        if phases.phase is not Phase.READY:
+            phases.check_perturbed("projected()")
+        if not self._run.has_gradient():
             raise ValueError(
                 "projected() needs the gradients of a backward pass before it, to which it adds "
                 "its own, got None for every parameter"
             )
-        try:
-            with self._at_projected_point(replay):
-                yield
-        finally:
-            with torch.no_grad():
-                self._moved.restore()
-            self._forget_copies()
-
-    @contextmanager
-    def _at_projected_point(self, replay: RandomState | None) -> Iterator[None]:
-        """`projected` without the way back."""
-        before = self._phase
-        try:
-            held = self._set_aside()
-            with torch.no_grad():
-                sparse = self._sparse_parameters()
-                self._moved.hold(sparse)
-                self._compress(sparse)
-            self._phase = "projected"
-            self._forget_copies()
-            with statistics_kept(self._rules[0]), RandomState.replayed(replay):
-                yield
-        except BaseException:
-            self._phase = ""
-            raise
-        else:
-            self._phase = "complete" if self._has_gradient() else before
-            self._add_back(held)
-
-    def _set_aside(self) -> dict[Tensor, Tensor]:
-        """Clear the gradients, and return copies.
-
-        Copies, for a reducer may write the next gradients to the same memory.
-        """
-        held = {p: p.grad.clone() for p in self._trainable() if p.grad is not None}
-        super().zero_grad()
-        return held
-
-    @torch.no_grad()
-    def _add_back(self, held: dict[Tensor, Tensor]) -> None:
-        """Add gradients that were set aside to those that are there."""
-        met = {p: g for p, g in held.items() if p.grad is not None}
-        kernels.add_(_gradients(met), list(met.values()))
-        for p in held.keys() - met.keys():
-            p.grad = held[p]
-
-    def _compress(self, sparse: list[Tensor]) -> None:
-        """Set parameters to ``C(x)``."""
-        for method, members in self._held.by_pattern(self.method, sparse):
-            values = [p.detach() for p in members]
-            metric = method.metric(self._held.importance(members))
-            kept = method.compression(values, self._held.targets(members), self.steps, metric)
-            kernels.mask_(values, kept)
-
-    @contextmanager
-    def _at_perturbed_point(
-        self, replay: RandomState | None, loss_scale: float = 1.0
-    ) -> Iterator[None]:
-        """`perturbed` without the way back."""
-        params = [p for p in self._trainable() if p.grad is not None]
-        if not params:
-            raise ValueError(
-                "perturbed() needs the gradients of a first loss.backward(), got None for "
-                "every parameter; an optimizer must be made after its model is wrapped or sharded"
-            )
-        sparse = self._sparse_parameters()  # z and u start from x, not from x + e
-        added: dict[Tensor, Tensor] = {}
-        try:
-            if self.perturbs:
-                compresses = self.method.compressed and not self.frozen
-                with torch.no_grad():
-                    if compresses:  # which moves parameters without a gradient too
-                        _fill_gradients(sparse)
-                        params = [p for p in self._trainable() if p.grad is not None]
-                    self._mask_gradients(sparse)
-                    self._ascend(params, loss_scale)
-                    if compresses:
-                        self._compress(sparse)
-                if self._reuses:
-                    held = self._set_aside()
-                    self._first = {
-                        p: held[p] if p in held else torch.zeros_like(p) for p in self._trainable()
-                    }
-                elif self.method.adds_unperturbed:
-                    added = self._set_aside()
-            self.zero_grad()
-            self._phase = "perturbed"
-            self._forget_copies()
-            with statistics_kept(self._rules[0]), RandomState.replayed(replay):
-                yield
-        except BaseException:
-            self._phase, self._first = "", {}
-            raise
-        else:
-            # A block that only looked leaves the step without its gradient.
-            looked = all(p.grad is None for p in params)
-            self._phase = "" if looked else "ready"
-            self._first = {} if looked else self._first
-            if not looked:
-                self._add_back(added)
+        with phases.restoring(), phases.at_projected_point(replay):
+            yield
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -387,137 +301,25 @@ class SparseOptimizer(Optimizer):
             If there is neither a closure nor the phases that the step needs before it, or if
             it is called within one.
         """
-        self._refuse_within_block("step()")
+        phases = self._phases
+        phases.refuse_within_block("step()")
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be a function or None, got {type(closure)!r}")
-        if closure is None and not self._phase and self._only_initialises():
-            self.base.step()
-            self.state.update({p: {} for p in self._trainable() if p not in self.state})
-            return None
         if closure is None:
-            self._check_phases()
-            self._take_step()
+            if phases.only_initialises():
+                self.base.step()
+                self.state.update({p: {} for p in self._run.trainable() if p not in self.state})
+                return None
+            phases.check_step()
+            take_step(self._run, phases.take_first())
             return None
-        try:
-            loss = self._call(closure)
-            self._take_step()
-        finally:
-            self._moved.restore()
-            self._forget_copies()
+        with phases.restoring():
+            loss = phases.call(closure)
+            take_step(self._run, phases.take_first())
         return loss
-
-    def _call(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure at x and at the other points of the step; it stays at the last."""
-        if not self.perturbs and not self.projects:
-            with torch.enable_grad():
-                return closure()
-        replay = RandomState.record() if self.replay_rng else None
-        watch = GradientWatch(self._trainable())
-        try:
-            with torch.enable_grad():
-                loss = closure()
-            ignored, added = watch.ignored, watch.added
-        finally:
-            watch.put_back()
-        if ignored:  # as by that of a trainer that has called backward() by itself
-            self._check_phases()
-            return loss
-        if added:
-            raise ValueError(
-                "closure must clear the gradients before backward(), got one that adds to "
-                "those before it. The second gradient of an accumulated batch needs all its "
-                "parts again: take the phases, with `with optimizer.perturbed():`, which in "
-                "Lightning means manual optimization"
-            )
-        if self.perturbs and self._has_gradient():
-            with torch.enable_grad(), self._at_perturbed_point(replay):
-                closure()
-        if self.projects and self._has_gradient():
-            self._moved.restore()
-            with torch.enable_grad(), self._at_projected_point(replay):
-                closure()
-        return loss
-
-    def _forget_copies(self) -> None:
-        forget_copies(self._rules[0] if self._sharded else None)
-
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for p in self._trainable())
-
-    def _check_phases(self) -> None:
-        """Refuse a step without its closure and phases."""
-        if self._phase == "complete" or self._may_go_unperturbed():
-            return
-        if self._phase != "ready":
-            self._check_perturbed("step()")
-        if self.projects:
-            raise ValueError(
-                "step() needs a gradient at the projected point, for the method adds it: pass "
-                "step(closure=...), or call loss.backward() within `with optimizer.projected():` "
-                "last; allow_unperturbed=True lifts this. Got closure=None"
-            )
-
-    def _check_perturbed(self, call: str) -> None:
-        if self.perturbs and not self._may_go_unperturbed():
-            raise ValueError(
-                f"{call} needs a gradient at the perturbed point, for the method has rho > 0: "
-                "pass step(closure=...), or call loss.backward() within "
-                "`with optimizer.perturbed():` first, of an optimizer that a trainer has wrapped "
-                "`with perturbed(optimizer):` from safe_core.adapters.torch.trainers, with Hugging "
-                "Face its SparseTrainerMixin; allow_unperturbed=True lifts this. Got closure=None"
-            )
-
-    def _take_step(self) -> None:
-        """Everything after the gradients; brings x back if that is still to do."""
-        self._phase = ""
-        if not self._has_gradient():
-            return  # as optimizers of torch do
-        sparse = self._sparse_parameters()
-        self._mask_gradients(sparse)
-        if self._reuses:
-            self._reuse_direction()
-        due = self._due(sparse)
-        if due:
-            self._take_in_gradients(due)
-        if self.method.splits and not self.frozen:
-            self._held.store(sparse, self.method.rescale(self._held.split(sparse), self.steps))
-            self._descend(sparse)
-        else:
-            self._moved.restore()
-            self._base_step()
-        if self._masks:
-            self._mask(sparse, sparse)
-        if due:
-            self._update_support(due)
-        self.steps += 1
-
-    def _due(self, sparse: list[Tensor]) -> list[Tensor]:
-        """The parameters whose support is updated after this step."""
-        if self.frozen:
-            return []
-        if not self.method.masks:
-            return sparse if self.method.is_dual_update(self.steps) else []
-        pools = self._held.by_pattern(self.method, sparse)  # each with stages of its own
-        return [p for own, members in pools if own.is_dual_update(self.steps) for p in members]
-
-    def _update_support(self, params: list[Tensor]) -> None:
-        """Project what is due: z and u, or x itself."""
-        self._call_importance(params)
-        for method, members in self._held.by_pattern(self.method, params):
-            split = method.dual_update(
-                [p.detach() for p in members],
-                self._held.split(members),
-                self.steps,
-                self._held.targets(members),
-                method.metric(self._held.importance(members)),
-                workspace=self._moved.workspace(members) if method.splits else None,
-            )
-            self._held.store(members, split)
-            if method.prunes:
-                self._mask(members, members)
 
     @torch.no_grad()
-    def finalize(self, importance: Any = _LAST, *, freeze: bool = False) -> None:
+    def finalize(self, importance: Any = LAST, *, freeze: bool = False) -> None:
         """Project the parameters, ``x <- proj(x)``, after the last step.
 
         Kept entries are unchanged, bit for bit; the others become +0, exactly as many
@@ -538,16 +340,17 @@ class SparseOptimizer(Optimizer):
         TypeError, ValueError
             If ``importance`` does not fit the parameters, or within a perturbed block.
         """
-        self._refuse_within_block("finalize()")
-        _check_flags(freeze=freeze)
-        with self._as_started() as sparse:
+        self._phases.refuse_within_block("finalize()")
+        _checks.flag("freeze", freeze)
+        run = self._run
+        with run.as_started() as sparse:
             values = [p.detach() for p in sparse]
             if values and backend_of(values[0]).has_nan(values):
-                bad = [self._targets[p].name for p in sparse if bool(p.isnan().any())]
+                bad = [run.selected[p].name for p in sparse if bool(p.isnan().any())]
                 raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
-            support = self._final_support(sparse, importance)
+            support = run.final_support(sparse, importance)
         kernels.mask_(values, support)
-        if freeze and not self.frozen:
+        if freeze and not run.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
                 self.state[p] = {"support": mask}
@@ -555,21 +358,7 @@ class SparseOptimizer(Optimizer):
                 held = self.base.state.get(p, {}).values()
                 likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
                 kernels.mask_(likes, [mask] * len(likes))
-            self.frozen = True
-
-    def _final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
-        if self.frozen:
-            return [self.state[p]["support"] for p in sparse]
-        found: dict[Tensor, Tensor] = {}
-        for method, members in self._held.by_pattern(self.method, sparse):
-            if isinstance(importance, str) and importance == _LAST:
-                metric: Any = method.metric(self._held.importance(members))
-            else:
-                metric = None if importance is None else self._held.placed(importance, members)
-            values = [p.detach() for p in members]
-            support = method.final_support(values, self._held.targets(members), metric)
-            found.update(zip(members, support, strict=True))
-        return [found[p] for p in sparse]
+            run.frozen = True
 
     @torch.no_grad()
     def check_sparsity(self) -> None:
@@ -584,10 +373,11 @@ class SparseOptimizer(Optimizer):
         ValueError
             If an entry that must be zero is not. The message names the parameters.
         """
-        with self._as_started() as sparse:
-            support = self._final_support(sparse, None)
+        run = self._run
+        with run.as_started() as sparse:
+            support = run.final_support(sparse, None)
         filled = kernels.count_filled(sparse, support)
-        refuse_filled("parameters", [self._targets[p].name for p in sparse], filled)
+        refuse_filled("parameters", [run.selected[p].name for p in sparse], filled)
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -596,28 +386,31 @@ class SparseOptimizer(Optimizer):
         Computes a projection and a dual update on copies, and changes nothing. See
         `TensorReport` for the figures.
         """
-        self._refuse_within_block("report()")
-        if self.frozen:
+        self._phases.refuse_within_block("report()")
+        run = self._run
+        if run.frozen:
             raise ValueError("report() must come before the support is frozen, got frozen=True")
         found: dict[Tensor, TensorReport] = {}
-        with self._as_started() as sparse:
-            penalties = self._signed("penalty")
-            for method, members in self._held.by_pattern(self.method, sparse):
+        with run.as_started() as sparse:
+            penalties, state = run.signed("penalty"), run.parameters
+            for pattern, members in state.pools(sparse):
                 weights = [abs(penalties[p]) for p in members]
-                rows = tensor_reports(self._held, method, members, self.steps, weights)
+                rows = tensor_reports(
+                    state, run.method, run.source, pattern, members, run.steps, weights
+                )
                 found.update(zip(members, rows, strict=True))
-        return Report(self.steps, [found[p] for p in sparse])
+        return Report(run.steps, [found[p] for p in sparse])
 
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
-        return {self._targets[p].name: p for p in self._active()}
+        return {self._run.selected[p].name: p for p in self._run.active()}
 
     def split(self) -> SplitState:
         """Return copies of anchors and supports, in the order of `sparse_parameters`."""
         if self.frozen:
             raise ValueError("split() must come before the support is frozen, got frozen=True")
-        with self._as_started() as sparse:
-            anchor, support = self._held.split(sparse)
+        with self._run.as_started() as sparse:
+            anchor, support = self._run.parameters.split(sparse)
             return SplitState([a.clone() for a in anchor], [s.clone() for s in support])
 
     # The optimizer contract
@@ -628,29 +421,29 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as `torch.optim.Optimizer.zero_grad` does.
 
-        After a phase that gives up the step it was for.
+        After a phase this gives up the step that the phase was for.
         """
         super().zero_grad(set_to_none)
-        if self._phase in ("ready", "complete"):
-            self._phase, self._first = "", {}
+        if self._phases.phase in (Phase.READY, Phase.COMPLETE):
+            self._phases.reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base optimizer, and select among them as at the start."""
-        if "base" not in self.__dict__:  # called by Optimizer.__init__
+        if "_run" not in self.__dict__:  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
-        before = self._targets
+        run, before = self._run, self._run.selected
         self.base.add_param_group(param_group)
         try:
-            self._select()
-            if self.frozen and len(self._targets) > len(before):
+            run.select()
+            if run.frozen and len(run.selected) > len(before):
                 raise ValueError(
                     "param_group must not be sparse once the support is frozen: give it "
                     '"sparsify": False'
                 )
         except BaseException:
             self.param_groups.pop()
-            self._targets, self._seen = before, self._groups_now()
+            run.undo_selection(before)
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -663,14 +456,15 @@ class SparseOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._refuse_within_block("state_dict()")
+        self._phases.refuse_within_block("state_dict()")
+        run = self._run
         started = any("support" in entries for entries in self.state.values())
-        with self._as_started():
+        with run.as_started():
             # Every parameter has an entry, for torch.distributed.checkpoint wants one.
-            own: dict[Tensor, dict[str, Any]] = {p: {} for p in self._trainable()}
+            own: dict[Tensor, dict[str, Any]] = {p: {} for p in run.trainable()}
             own |= {p: dict(entries) for p, entries in self.state.items()}
-        if self._reuses:
-            for p in self._trainable():
+        if run.plan.reuses:
+            for p in run.trainable():
                 # Zero until it is known, so that a checkpoint has a place for it.
                 wide = wide_dtype(torch, [p])
                 empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
@@ -679,8 +473,8 @@ class SparseOptimizer(Optimizer):
             self.base,
             own,
             self.method,
-            steps=self.steps,
-            frozen=self.frozen,
+            steps=run.steps,
+            frozen=run.frozen,
             started=started,
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -702,362 +496,29 @@ class SparseOptimizer(Optimizer):
             If the state lacks our entries, or they are those of other parameters or of an
             optimizer with another importance, method or base.
         """
-        self._refuse_within_block("load_state_dict()")
+        self._phases.refuse_within_block("load_state_dict()")
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict)!r}")
         loaded = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = hook(self, loaded) or loaded
-        self._follow_groups()
-        found = unpack(loaded, self.base, self._targets, self.method, self._importance)
+        run = self._run
+        run.follow_groups()
+        found = unpack(loaded, self.base, run.selected, self.method, run.source)
         self.base.load_state_dict(found.base)
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(found.own)
-        self.steps, self.frozen = found.steps, found.frozen
-        self._phase, self._first = "", {}
-        if self.frozen:
-            self._mask(self._active(), self._active())
+        run.steps, run.frozen = found.steps, found.frozen
+        self._phases.reset()
+        if run.frozen:
+            run.mask(run.active(), run.active())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_within_block("a copy")
-        own = (
-            "base",
-            "method",
-            "steps",
-            "allow_unperturbed",
-            "compile",
-            "replay_rng",
-            "frozen",
-            "_targets",
-            "_rules",
-            "_importance",
-            "_checked_rounding",
-            "_sharded",
-        )
-        kept = {name: self.__dict__[name] for name in own}
-        return {**super().__getstate__(), **kept, "_phase": "", "_first": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._seen = self._groups_now()
-        self._make_kernels()
-
-    # Parts of the step
-
-    def _make_kernels(self) -> None:
-        """Make what holds no state of the training and cannot be pickled."""
-        self._moved = kernels.Perturbed()
-        self._compiled = CompiledStep(self.base) if self.compile else None
-
-    @property
-    def _has_radius(self) -> bool:
-        return self.method.compressed or any(
-            self._rules_of(group).perturbs for group in self.param_groups
-        )
-
-    def _rules_of(self, group: dict[str, Any]) -> GroupRules:
-        return GroupRules.read(settings_of(group, self.base), self.method)
-
-    @property
-    def _reuses(self) -> bool:
-        """Whether a direction of the perturbed gradient is kept for other steps."""
-        return self.method.reuses and not self.frozen and self._has_radius
-
-    def _trainable(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _signed(self, setting: str) -> dict[Tensor, float]:
-        """rho or penalty of every parameter, negative where the loss is maximised."""
-        found: dict[Tensor, float] = {}
-        for group in self.param_groups:
-            value = self._rules_of(group).at(setting, self.steps)
-            signed = -value if group.get("maximize") else value
-            found.update(dict.fromkeys(group["params"], signed))
-        return found
-
-    @property
-    def _held(self) -> HeldSplit:
-        return HeldSplit(self.state, self._targets)
-
-    def _mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
-        """Set tensors to zero off the support of their parameters."""
-        kernels.mask_([t.detach() for t in tensors], [self.state[p]["support"] for p in params])
-
-    @property
-    def _masks(self) -> bool:
-        """Whether parameters and gradients are held to the support at every step."""
-        return self.frozen or self.method.masks
-
-    def _mask_gradients(self, sparse: list[Tensor]) -> None:
-        if self._masks:
-            known = [p for p in sparse if p.grad is not None]
-            self._mask([p.grad for p in known if p.grad is not None], known)
-
-    def _active(self) -> list[Tensor]:
-        """Selected parameters that are not frozen."""
-        return [p for p in self._targets if p.requires_grad]
-
-    def _sparse_parameters(self) -> list[Tensor]:
-        """The active parameters; starts the split of new ones."""
-        self._follow_groups()
-        sparse = self._active()
-        new = [p for p in sparse if not self._held.has(p)]
-        if new:
-            self._start(new)
-        return sparse
-
-    @contextmanager
-    def _as_started(self) -> Iterator[list[Tensor]]:
-        """The active parameters with a split, which is dropped again where it is new.
-
-        To look at an optimizer must not fix where z and u start: weights may still be
-        loaded into the model.
-        """
-        self._follow_groups()
-        new = [p for p in self._active() if not self._held.has(p)]
-        before = {p: dict(self.state[p]) for p in new if p in self.state}
-        try:
-            yield self._sparse_parameters()
-        finally:
-            for p in new:
-                self.state.pop(p, None)
-            self.state.update(before)
-
-    @torch.no_grad()
-    def _start(self, params: list[Tensor]) -> None:
-        if self.frozen:
-            raise ValueError(
-                "parameters must not become trainable once the support is frozen, got "
-                f"{', '.join(self._targets[p].name for p in params)}"
-            )
-        for method, members in self._held.by_pattern(self.method, params):
-            values = [p.detach() for p in members]
-            placed = None
-            if isinstance(self._importance, Mapping):
-                placed = self._held.placed(self._importance, members)
-            split = method.init(values, self._held.targets(members), placed)
-            source = method.init_importance(values)
-            self._held.store(members, split)
-            self._held.store_importance(members, source if placed is None else placed)
-
-    def _select(self) -> None:
-        """Choose the sparse parameters among the groups as they are."""
-        self._targets = select_parameters(self.base, self.method, *self._rules)
-        self._check_fit()
-        self._seen = self._groups_now()
-        self._sharded = any(is_sharded(p) for group in self.param_groups for p in group["params"])
-        if self.compile and self._sharded:
-            raise ValueError("compile must be False for sharded parameters, got True")
-
-    def _groups_now(self) -> list[Any]:
-        return [
-            ([id(p) for p in group["params"]], group.get("sparsity"), group.get("sparsify"))
-            for group in self.param_groups
-        ]
-
-    def _follow_groups(self) -> None:
-        """Select anew where settings were changed, or a trainer has exchanged parameters."""
-        if self._seen == self._groups_now():
-            return
-        here = {p for group in self.param_groups for p in group["params"]}
-        gone = [p for p in self.state if p not in here]
-        if any(self.state[p] for p in gone):
-            raise ValueError(
-                "param_groups must keep the parameters that training has begun with, got others "
-                f"in the place of {len(gone)}: make the optimizer after its model is wrapped or "
-                "sharded"
-            )
-        self._moved.release()
-        for p in gone:
-            del self.state[p]
-        self._select()
-        for p in [p for p in self.state if p not in self._targets]:
-            for key in ("anchor", "support", "importance"):
-                self.state[p].pop(key, None)
-
-    def _check_fit(self) -> None:
-        """Raise now what would be raised at the first step, at no cost in memory."""
-        params = self._active()
-        if isinstance(self._importance, Mapping):
-            known = {target.name for target in self._targets.values()}
-            unknown = sorted(set(self._importance) - known)
-            if unknown:
-                raise ValueError(
-                    f"importance names {unknown[0]!r}, which is no sparse parameter; they are "
-                    f"{', '.join(sorted(known))}"
-                )
-            self._held.placed(self._importance, params)
-        for method, members in self._held.by_pattern(self.method, params):
-            shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
-            method.init(shapes, self._held.targets(members))
-
-    @property
-    def _block(self) -> str:
-        """The block that is open, if any."""
-        return self._phase if self._phase in ("perturbed", "projected") else ""
-
-    def _refuse_within_block(self, call: str) -> None:
-        if self._block:
-            raise ValueError(f"{call} must come after the {self._block}() block, not within it")
-
-    def _check_block(self, call: str, replay: Any) -> None:
-        """Refuse to open a block within another, or to replay what is no state."""
-        if self._block:
-            raise ValueError(f"{call} must not be entered within {self._block}()")
-        if replay is not None and not isinstance(replay, RandomState):
-            raise TypeError(f"replay must be a RandomState or None, got {replay!r}")
-
-    def _ascend(self, params: list[Tensor], loss_scale: float) -> None:
-        """Move the parameters to x + e, uphill in the loss."""
-        radii = self._radii(loss_scale)
-        gradients = [p.grad for p in params if p.grad is not None]
-        if any(g.is_sparse for g in gradients):
-            raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
-        self._warn_of_rounding(params, gradients, radii)
-        direction = self.method.direction(params, gradients, self.steps)
-        by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
-        copies = self._moved.prepare(params)
-        if self._compiled is not None:
-            by_factor = {rho: found.factor for rho, found in by_radius.items()}
-            factors = [by_factor[radii[p]] for p in params]
-            self._compiled.ascend(params, copies, direction.vectors, factors, direction.usable)
-            self._moved.saved(params, copies)
-            return
-        for rho, found in by_radius.items():
-            mine = [i for i, p in enumerate(params) if radii[p] == rho]
-            self._moved.move(
-                [params[i] for i in mine],
-                [copies[i] for i in mine],
-                found._replace(vectors=[direction.vectors[i] for i in mine]),
-            )
-
-    def _radii(self, loss_scale: float) -> dict[Tensor, float]:
-        """What e is a multiple of, for gradients of a scaled loss."""
-        radii = self._signed("rho")
-        if self.method.perturbation is None or self.method.perturbation.is_scale_free:
-            return radii
-        return {p: rho / loss_scale for p, rho in radii.items()}
-
-    def _only_initialises(self) -> bool:
-        """Whether a step would only make the base optimizer create its state.
-
-        torch.distributed.checkpoint takes one with zero learning rates and gradients
-        before it saves or loads, unless `state` holds something. It is no step of the
-        method.
-        """
-        return (
-            self.steps == 0
-            and self._has_zero_rates()
-            and not any(bool(p.grad.any()) for p in self._trainable() if p.grad is not None)
-        )
-
-    def _may_go_unperturbed(self) -> bool:
-        return self.allow_unperturbed or self._has_zero_rates()
-
-    def _has_zero_rates(self) -> bool:
-        return all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
-
-    def _descend(self, sparse: list[Tensor]) -> None:
-        """Add the gradient of the penalty and take a step of the base optimizer."""
-        penalties = self._signed("penalty")
-        _fill_gradients(sparse)  # the penalty still acts there, else u would wind up
-        if self.method.decoupled:
-            self._descend_beside(sparse, penalties)
-            return
-        if self._compiled is not None:
-            anchors, copies = self._held.split(sparse).anchor, self._moved.copies(sparse)
-            self._moved.restore(but=sparse)
-            self._compiled.descend(_gradients(sparse), sparse, anchors, penalties, copies)
-            self._moved.forget(sparse)
-            return
-        for penalty in {penalties[p] for p in sparse}:
-            mine = [p for p in sparse if penalties[p] == penalty]
-            gradients, anchors = _gradients(mine), self._held.split(mine).anchor
-            copies = self._moved.copies(mine)
-            kernels.add_penalty_(gradients, mine, anchors, penalty, copies)
-            self._moved.forget(mine)
-        self._moved.restore()
-        self.base.step()
-
-    def _descend_beside(self, sparse: list[Tensor], penalties: dict[Tensor, float]) -> None:
-        """Take a step of the base optimizer, and the pull of the penalty beside it."""
-        self._moved.restore()
-        pulled: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            mine = [p for p in group["params"] if p in self._targets and p.requires_grad]
-            if mine:
-                rate = group["lr"]  # torch takes a tensor of one entry, of any number of axes
-                rate = rate.reshape(()) if torch.is_tensor(rate) else rate
-                factor = rate * abs(penalties[mine[0]])
-                found = kernels.pulls(mine, self._held.split(mine).anchor, factor)
-                pulled.update(zip(mine, found, strict=True))
-        self._base_step()
-        kernels.subtract_(sparse, [pulled[p] for p in sparse])
-
-    def _base_step(self) -> None:
-        """A step of the base optimizer alone."""
-        if self._compiled is None or self.frozen:
-            self.base.step()
-        else:
-            self._compiled.descend([], [], [], {}, None)
-
-    def _reuse_direction(self) -> None:
-        """Keep the direction of a perturbed gradient, or add it to a plain one."""
-        first, self._first = self._first, {}
-        if first:
-            flat = self.method.flat_direction(list(first.values()), _gradients(first))
-            for p, direction in zip(first, flat, strict=True):
-                self.state[p]["flat_direction"] = direction
-            return
-        held = {p: self.state.get(p, {}).get("flat_direction") for p in self._trainable()}
-        for p, flat in held.items():
-            if p.grad is None and flat is not None:
-                p.grad = torch.zeros_like(p)
-        known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
-        gradients = [gradient for gradient, _ in known]
-        directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
-        if gradients:
-            kernels.copy_(gradients, self.method.reuse(gradients, directions))
-
-    def _take_in_gradients(self, sparse: list[Tensor]) -> None:
-        """Refresh the method's own importance from the loss gradient, before the penalty."""
-        if self.method.importance is not None:
-            found = self._held.importance(sparse)
-            state = self.method.refresh_importance(found, _gradients(sparse))
-            self._held.store_importance(sparse, state)
-
-    def _call_importance(self, sparse: list[Tensor]) -> None:
-        """Ask the user's function for P at the parameters that are to be projected."""
-        if callable(self._importance):
-            named = {self._targets[p].name: p for p in sparse}
-            placed = self._held.placed(self._importance(named), sparse)
-            self._held.store_importance(sparse, placed)
-
-    def _warn_of_rounding(
-        self, params: list[Tensor], gradients: list[Tensor], radii: dict[Tensor, float]
-    ) -> None:
-        """Say once, at the first perturbation, that 16-bit parameters swallow it."""
-        if self._checked_rounding or all(p.element_size() > 2 for p in params):
-            return
-        widest = max(abs(radii[p]) for p in params)
-        if widest == 0:
-            return
-        steps = self.method.perturb(params, gradients, self.steps, rho=widest)
-        length = float(norm(steps))
-        if length == 0:  # as of a gradient that is zero or not finite
-            return
-        self._checked_rounding = True
-        moves = [(p + e).to(p.dtype).float() - p for p, e in zip(params, steps, strict=True)]
-        moved = float(norm(moves))
-        if moved < length / 2:
-            warnings.warn(
-                f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
-                f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=7,
-            )
+        self._phases.refuse_within_block("a copy")
+        return {**super().__getstate__(), "_run": self._run, "_phases": self._phases}
 
 
 def _check_arguments(
@@ -1089,21 +550,3 @@ def _check_arguments(
         )
     if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
         raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
-
-
-def _fill_gradients(params: Iterable[Tensor]) -> None:
-    """Give a zero gradient where there is none."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-
-
-def _gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients, zero where there is none."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]

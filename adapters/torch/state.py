@@ -1,44 +1,43 @@
-"""Anchors, supports and importance of the sparse parameters, held in an optimizer's state."""
+"""Anchors, supports and importance of the sparse parameters, in an optimizer's state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from safe_core import Method, SplitState, Targets, _checks
+from safe_core import ArrayInfo, Pattern, SplitState, _checks
 from safe_core.arguments import check_importance
 from safe_core.backends.torch_shards import sharded_like
 from safe_core.layout import place_importance
 
-from .groups import Target
+from .selection import Selected
 
-__all__ = ["HeldSplit"]
+__all__ = ["ParameterState"]
 
 
-class HeldSplit(NamedTuple):
-    """A view of what an optimizer holds of its sparse parameters.
+class ParameterState(NamedTuple):
+    """A view of the state that an optimizer holds for its sparse parameters.
 
     Attributes
     ----------
     state : dict of parameter to entries
         ``anchor``, ``support`` and ``importance``, changed in place.
-    selected : mapping of parameter to Target
+    selected : mapping of parameter to Selected
 
     Examples
     --------
     >>> p = torch.ones(2)
-    >>> held = HeldSplit({p: {}}, {p: Target("weight", None, None)})
+    >>> held = ParameterState({p: {}}, {p: Selected("weight", None, None)})
     >>> held.store([p], SplitState([torch.zeros(2)], [torch.tensor([True, False])]))
     >>> held.has(p), held.split([p]).anchor
     (True, [tensor([0., 0.])])
     """
 
     state: dict[Tensor, dict[str, Any]]
-    selected: Mapping[Tensor, Target]
+    selected: Mapping[Tensor, Selected]
 
     def has(self, p: Tensor) -> bool:
         """Whether z and u of a parameter are there."""
@@ -58,7 +57,7 @@ class HeldSplit(NamedTuple):
             self.state[p]["anchor"] = anchor
 
     def importance(self, params: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return P of ``params``, or what it is derived from; None where P = 1."""
+        """Return the state of the importance for ``params``; None where P = 1."""
         found = [self.state[p]["importance"] for p in params if "importance" in self.state[p]]
         return found if len(found) == len(params) else None
 
@@ -68,21 +67,17 @@ class HeldSplit(NamedTuple):
             for p, importance in zip(params, found, strict=True):
                 self.state[p]["importance"] = importance
 
-    def targets(self, params: Sequence[Tensor]) -> Targets:
-        """Return what the projection must know of ``params``."""
-        targets = [self.selected[p] for p in params]
-        return Targets(tuple(t.name for t in targets), tuple(t.layout for t in targets))
+    def info(self, params: Sequence[Tensor]) -> ArrayInfo:
+        """Return names and layouts of ``params``."""
+        chosen = [self.selected[p] for p in params]
+        return ArrayInfo(tuple(s.name for s in chosen), tuple(s.layout for s in chosen))
 
-    def by_pattern(
-        self, method: Method, params: Sequence[Tensor]
-    ) -> Iterator[tuple[Method, list[Tensor]]]:
-        """Yield the parameters that are projected together, and ``method`` with their sparsity."""
-        pools: dict[Any, list[Tensor]] = {}
+    def pools(self, params: Sequence[Tensor]) -> Iterator[tuple[Pattern, list[Tensor]]]:
+        """Yield the parameters that are projected together, with their pattern."""
+        pools: dict[Pattern, list[Tensor]] = {}
         for p in params:
-            pools.setdefault(self.selected[p].sparsity, []).append(p)
-        for pattern, members in pools.items():
-            own = pattern == method.sparsity
-            yield method if own else replace(method, sparsity=pattern), members
+            pools.setdefault(self.selected[p].pattern, []).append(p)
+        yield from pools.items()
 
     def placed(self, importance: Any, params: Sequence[Tensor]) -> list[Tensor]:
         """Return P of each parameter, checked, given its axes and sharded like it."""

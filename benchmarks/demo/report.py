@@ -32,11 +32,11 @@ COLUMNS = (
     "s",
 )
 LEGEND = (
-    "LeNet-300-100 on scikit-learn's handwritten digits. Target and zeros: sparsity asked for, and "
-    "zero weights counted. Accuracy: of the network after the last projection, on the test set, "
-    "mean and standard error over seeds. Eigenvalue: the largest of the Hessian of the training "
-    "loss there. Distance: Euclidean, from the constraint before that projection. s: seconds of "
-    "one training run."
+    "LeNet-300-100 on scikit-learn's handwritten digits. Target: the sparsity asked for. "
+    "Zeros: zero weights out of all weights. Accuracy: test accuracy after the final "
+    "projection, mean and standard error over seeds. Eigenvalue: the largest eigenvalue of "
+    "the Hessian of the training loss after the final projection. Distance: Euclidean "
+    "distance from the constraint before it. s: seconds of one training run."
 )
 
 

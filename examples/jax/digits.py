@@ -1,4 +1,4 @@
-"""What the examples train on: scikit-learn's bundled digits, and a small network."""
+"""Data and network of the examples: scikit-learn's digits and a small convolutional network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = tuple[jax.Array, jax.Array]
 
 
 def datasets() -> tuple[Batch, Batch]:
-    """Training and test set: images of 8 by 8 in one channel, and labels."""
+    """Return the training and the test set: images of 8 by 8 in one channel, and labels."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     x = (images[order] / 16).reshape(-1, 8, 8, 1).astype(np.float32)
@@ -27,7 +27,7 @@ def datasets() -> tuple[Batch, Batch]:
 
 
 def batches(data: Batch, epoch: int, size: int = 64) -> Iterator[Batch]:
-    """Shuffled batches of one size, the same for an epoch of the same number."""
+    """Yield shuffled batches of equal size; the epoch number is the random seed."""
     order = np.random.default_rng(epoch).permutation(len(data[1]))
     for start in range(0, len(order) - size + 1, size):
         rows = order[start : start + size]
@@ -35,7 +35,7 @@ def batches(data: Batch, epoch: int, size: int = 64) -> Iterator[Batch]:
 
 
 class Network(nn.Module):
-    """Two convolutions with batch normalisation, and two dense layers."""
+    """Two convolutions with batch normalisation, followed by two dense layers."""
 
     dropout: float = 0.1
 
@@ -49,7 +49,7 @@ class Network(nn.Module):
 
 
 def loss_fn(params: Any, batch: Batch, batch_stats: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-    """Mean cross entropy, and the batch statistics after the pass."""
+    """Return the mean cross entropy and the updated batch statistics."""
     scores, new = Network().apply(
         {"params": params, "batch_stats": batch_stats},
         batch[0],
@@ -61,6 +61,6 @@ def loss_fn(params: Any, batch: Batch, batch_stats: Any, key: jax.Array) -> tupl
 
 
 def accuracy(params: Any, batch_stats: Any, data: Batch) -> float:
-    """Percent of labels that the network gets right."""
+    """Return the accuracy in percent."""
     scores = Network().apply({"params": params, "batch_stats": batch_stats}, data[0], train=False)
     return 100 * float((scores.argmax(-1) == data[1]).mean())

@@ -1,9 +1,9 @@
-"""An ensemble over radii in one program, with a report from within, and what to do with it.
+"""Train an ensemble over radii in one program, report from inside it, and export the best network.
 
     python examples/jax/ensemble.py
 
-`jax.vmap` trains a network for each radius; `jax.lax.scan` runs over the steps. The best one is
-written as a file that PyTorch loads, and as sparse matrices.
+`jax.vmap` trains one network for each radius, and `jax.lax.scan` runs over the steps. The best
+network is saved as a file that PyTorch can load, and converted to sparse matrices.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import optax
 from digits import batches, datasets
 
 import safe_core
-from safe_core.adapters.jax.flax.export import save_safetensors, to_bcoo
-from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.reporting import report
-from safe_core.adapters.jax.support import check_sparsity
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.jax.flax import save_safetensors, to_bcoo
+from safe_core.adapters.optax import (
+    check_sparsity,
+    finalize,
+    report,
+    sparse_optimizer,
+    value_and_gradients,
+)
 
 METHOD = safe_core.safe(0.9, penalty=0.05)
 
@@ -46,7 +49,7 @@ def initial(key: jax.Array) -> Any:
 
 
 def run(rho: jax.Array, data: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """One network: its sparse parameters, and the figures of every step."""
+    """Train one network; return its sparse parameters and the figures of every step."""
     tx = sparse_optimizer(optax.adam(2e-3), METHOD, rho=rho)
     params = initial(jax.random.key(0))
 

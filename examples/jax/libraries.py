@@ -1,4 +1,4 @@
-"""Equinox and Haiku: the same loop on a module's arrays, and on a function's parameters.
+"""Equinox and Haiku: one training loop for the arrays of a module and the parameters of a function.
 
 python examples/jax/libraries.py
 """
@@ -16,13 +16,16 @@ import optax
 from digits import batches, datasets
 
 import safe_core
-from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.support import check_sparsity
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax import (
+    check_sparsity,
+    finalize,
+    sparse_optimizer,
+    value_and_gradients,
+)
 
 
 def train(apply: Callable[..., jax.Array], params: Any, epochs: int) -> tuple[Any, float]:
-    """Train to half of the weights in groups of four; parameters and test accuracy."""
+    """Train to 2:4 sparsity; return the parameters and the test accuracy."""
     train_set, test_set = datasets()
     method = safe_core.safe("2:4", rho=0.05, penalty=0.05)
     tx = sparse_optimizer(optax.adam(2e-3), method)

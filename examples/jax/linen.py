@@ -1,9 +1,9 @@
-"""Flax Linen: a train state, batch statistics, dropout, and fine-tuning in the end.
+"""Flax Linen: a train state with batch statistics and dropout, then fine-tuning.
 
     python examples/jax/linen.py
 
-Both gradients come from `value_and_gradients`: batch statistics are those of the first
-pass, and both passes draw the same dropout masks.
+`value_and_gradients` computes both gradients. Batch statistics come from the first pass, and
+both passes use the same dropout masks.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import optax
 from digits import Network, accuracy, batches, datasets, loss_fn
 
 import safe_core
-from safe_core.adapters.jax.flax.training import SparseTrainState, recalibrate
-from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.support import check_sparsity, fixed_support
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.jax.flax import SparseTrainState, recalibrate
+from safe_core.adapters.optax import (
+    check_sparsity,
+    finalize,
+    fixed_support,
+    sparse_optimizer,
+    value_and_gradients,
+)
 
 
 class TrainState(SparseTrainState):
@@ -51,7 +55,7 @@ def main() -> None:
             key, used = jax.random.split(key)
             state = step(state, batch, used)
 
-    # The support stays while the weights that are left train on.
+    # Fine-tune: the mask is fixed and the kept weights continue to train.
     params = finalize(state.params, state.opt_state, method)
     fine = TrainState.create(
         apply_fn=state.apply_fn,

@@ -1,4 +1,4 @@
-"""Flax NNX: an `nnx.Optimizer` around `sparse_optimizer`.
+"""Flax NNX: `sparse_optimizer` inside an `nnx.Optimizer`.
 
 python examples/jax/nnx_module.py
 """
@@ -14,9 +14,8 @@ from digits import batches, datasets
 from flax import nnx
 
 import safe_core
-from safe_core.adapters.jax.flax.training import nnx_recalibrate, nnx_value_and_gradients
-from safe_core.adapters.jax.support import check_sparsity
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.jax.flax import nnx_recalibrate, nnx_value_and_gradients
+from safe_core.adapters.optax import check_sparsity, finalize, sparse_optimizer
 
 
 class Network(nnx.Module):

@@ -1,8 +1,8 @@
-"""Resume with orbax: stop whenever you like, and go on to the same bits.
+"""Resume with orbax: an interrupted run continues bit for bit.
 
     python examples/jax/resume.py FOLDER
 
-Writes a checkpoint after every epoch and starts from the last one where there is one.
+Saves a checkpoint after every epoch. Starts from the last checkpoint if there is one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import orbax.checkpoint as ocp
 from digits import Network, accuracy, batches, datasets, loss_fn
 
 import safe_core
-from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.support import check_sparsity
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax import (
+    check_sparsity,
+    finalize,
+    sparse_optimizer,
+    value_and_gradients,
+)
 
 METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.SquaredGradient(0.9))
 TX = sparse_optimizer(optax.adam(2e-3), METHOD)

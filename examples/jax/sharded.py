@@ -1,12 +1,12 @@
-"""Sharded parameters: an FSDP-like layout over all devices, or over processes.
+"""Sharded parameters: an FSDP-like layout over several devices or processes.
 
     python examples/jax/sharded.py --devices 8
     python examples/jax/sharded.py --process 0 --processes 2 &
     python examples/jax/sharded.py --process 1 --processes 2
 
-Weights are cut along their largest axis and the batch along its rows; anchors and supports
-are cut like the weights. ``--devices`` simulates so many on one CPU. With ``--processes``
-each runs this script, and `jax.distributed` makes one mesh of all.
+Weights are sharded along their largest axis and the batch along its rows. Anchors and masks are
+sharded like the weights. ``--devices N`` simulates N devices on one CPU. With ``--processes``,
+each process runs this script, and `jax.distributed` joins their devices in one mesh.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from digits import batches, datasets
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import safe_core
-from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax import finalize, sparse_optimizer, value_and_gradients
 
 METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05)
 TX = sparse_optimizer(optax.sgd(0.1, momentum=0.9), METHOD)
@@ -46,7 +45,7 @@ def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
 
 
 def cut(x: Any, mesh: jax.sharding.Mesh) -> jax.Array:
-    """``x``, which every process has whole, over the devices along its largest axis."""
+    """Shard ``x``, which every process holds in full, over the devices along its largest axis."""
     axis = int(np.argmax(x.shape))
     names = [None] * x.ndim
     if x.shape[axis] % mesh.size == 0:
@@ -58,10 +57,10 @@ def cut(x: Any, mesh: jax.sharding.Mesh) -> jax.Array:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--devices", type=int, default=1, help="to simulate on one CPU")
+    parser.add_argument("--devices", type=int, default=1, help="number to simulate on one CPU")
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--address", default="localhost:23456", help="of process 0")
+    parser.add_argument("--address", default="localhost:23456", help="address of process 0")
     options = parser.parse_args()
     if options.devices > 1:
         jax.config.update("jax_num_cpu_devices", options.devices)
@@ -69,7 +68,7 @@ def main() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(options.address, options.processes, options.process)
 
-    auto = (AxisType.Auto,)  # the compiler says how each operation is divided
+    auto = (AxisType.Auto,)  # the compiler partitions each operation
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=auto)
     rng, sizes = np.random.default_rng(0), (64, 128, 64, 10)
     params = [
@@ -89,7 +88,7 @@ def main() -> None:
                 for x in batch
             ]
             params, state, loss = step(params, state, placed)
-    # Under jit, for a process can read none of the others' shards.
+    # Under jit, because a process cannot read the shards of the others.
     projected = jax.jit(lambda params, state: finalize(params, state, METHOD))(params, state)
     zeros = jax.jit(lambda tree: sum(jnp.sum(layer["kernel"] == 0) for layer in tree))(projected)
     total = sum(a * b for a, b in itertools.pairwise(sizes))

@@ -1,4 +1,4 @@
-"""Accelerate: `prepare` wraps the optimizer, and `perturbed` reaches through.
+"""Accelerate: `prepare` wraps the optimizer; `perturbed` and `unwrap` find it again.
 
 accelerate launch examples/torch/accelerate_loop.py
 """
@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from digits import accuracy, datasets, loader, network
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.trainers import perturbed, unwrap
+from safe_core.adapters.torch import SparseOptimizer, perturbed, unwrap
 
 
 def main() -> None:

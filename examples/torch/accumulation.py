@@ -2,8 +2,8 @@
 
     python examples/torch/accumulation.py
 
-Both gradients are those of the whole batch. `RandomState` gives the second pass the
-random numbers of the first, so that every micro-batch meets the same dropout mask.
+Both gradients are those of the whole batch. `RandomState` replays the random numbers of the
+first pass in the second, so each micro-batch gets the same dropout mask in both.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from digits import accuracy, datasets, loader, network
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.modules import RandomState
+from safe_core.adapters.torch import RandomState, SparseOptimizer
 
 MICRO = 4
 

@@ -1,9 +1,9 @@
-"""torch.compile: the model and the step.
+"""torch.compile: compile the model and the optimizer step.
 
     python examples/torch/compiled.py
 
-The learning rate lives in a tensor: as a number it would be a constant of the program,
-which a scheduler would have compiled anew at every step.
+The learning rate is a tensor. A Python number would be a constant of the program, so every
+change by the scheduler would compile the step again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the examples train on: scikit-learn's bundled digits, and a small network."""
+"""Data and network of the examples: scikit-learn's digits and a small convolutional network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SPLIT = 1257
 
 
 def datasets() -> tuple[TensorDataset, TensorDataset]:
-    """Training and test set: images of 8 by 8 in one channel, and labels."""
+    """Return the training and the test set: images of 8 by 8 in one channel, and labels."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(images, dtype=torch.float32)[order].reshape(-1, 1, 8, 8) / 16
@@ -20,12 +20,12 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
 
 
 def loader(dataset: TensorDataset, batch_size: int = 64) -> DataLoader[tuple[Tensor, ...]]:
-    """Shuffled batches of one size."""
+    """Return a loader of shuffled batches of equal size."""
     return DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
 
 
 def network(dropout: float = 0.0) -> nn.Sequential:
-    """Two convolutions with batch normalisation, and two linear layers."""
+    """Return two convolutions with batch normalisation, followed by two linear layers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
@@ -35,7 +35,7 @@ def network(dropout: float = 0.0) -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
-    """Percent of labels that the model gets right."""
+    """Return the accuracy in percent."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc-per-node 2 examples/torch/distributed.py [--shard]
 
-DDP averages both gradients over the processes, so all perturb alike. With
-``--local-ascent`` each process perturbs along the gradient of its own batch
-(m-sharpness), and the first backward pass sends nothing. Under FSDP2 parameters, anchors
-and supports stay sharded; selection sums counts over the processes.
+DDP averages both gradients over the processes, so every process computes the same
+perturbation. With ``--local-ascent``, each process perturbs along the gradient of its own
+batch (m-sharpness), and the first backward pass needs no communication. Under FSDP2,
+parameters, anchors and masks stay sharded; selection adds up counts over the processes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from safe_core.adapters.torch import SparseOptimizer
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--shard", action="store_true", help="FSDP2 in place of DDP")
+    parser.add_argument("--shard", action="store_true", help="use FSDP2 instead of DDP")
     parser.add_argument("--local-ascent", action="store_true", help="m-sharpness; DDP only")
     options = parser.parse_args()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    loss = train(options)  # the model is gone before its process group
+    loss = train(options)  # frees the model before its process group
     if dist.get_rank() == 0:
         print(f"loss {loss:.3f}, exactly sparse")
     dist.barrier()
@@ -62,7 +62,7 @@ def train(options: argparse.Namespace) -> float:
     batches = DataLoader(dataset, 32, sampler=sampler, drop_last=True)
     method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = SparseOptimizer(base, method, model=model)  # after wrapping the model
+    optimizer = SparseOptimizer(base, method, model=model)  # create it after wrapping the model
 
     for epoch in range(options.epochs):
         sampler.set_epoch(epoch)

@@ -1,8 +1,9 @@
-"""After training: finalize, recalibrate batch normalisation, fine-tune on a fixed support.
+"""After training: finalize, recalibrate batch normalisation, fine-tune with a fixed mask.
 
     python examples/torch/fine_tune.py [--logs DIRECTORY]
 
-Prints a report on the constraint during training; with ``--logs`` it goes to TensorBoard.
+Prints a report on the constraint after training. ``--logs`` also writes one per epoch to
+TensorBoard.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import torch
 from digits import accuracy, datasets, loader, network
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.modules import recalibrate
+from safe_core.adapters.torch import SparseOptimizer, recalibrate
 
 
 def main() -> None:

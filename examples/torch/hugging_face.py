@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a mixin of two methods, and the optimizer handed over.
+"""Hugging Face Trainer: add a mixin and pass the optimizer.
 
     python examples/torch/hugging_face.py
 
@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.trainers import SparseTrainerMixin
+from safe_core.adapters.torch import SparseOptimizer, SparseTrainerMixin
 
 LENGTH = 64
 
 
 class Source(Dataset[dict[str, torch.Tensor]]):
-    """Pieces of Python's standard library, byte by byte."""
+    """Byte sequences from the source of Python's standard library."""
 
     def __init__(self, pieces: int) -> None:
         text = Path(argparse.__file__).read_bytes() + Path(tempfile.__file__).read_bytes()
@@ -40,7 +39,7 @@ class Source(Dataset[dict[str, torch.Tensor]]):
 
 
 class SparseTrainer(SparseTrainerMixin, Trainer):
-    """`Trainer` with a second gradient per step."""
+    """A `Trainer` that computes two gradients per step."""
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Lightning: automatic optimization in float32 and bf16, manual optimization elsewhere.
+"""Lightning: automatic optimization for float32 and bf16, manual optimization otherwise.
 
     python examples/torch/lightning_module.py [--manual] [--precision bf16-mixed]
 
-Automatic optimization hands the optimizer a closure, and `SparseOptimizer` calls it
-twice. With fp16 or accumulated batches Lightning runs the closure by itself, once: there
-`SparseOptimizer` raises, and manual optimization takes the phases.
+Automatic optimization passes a closure to the optimizer, and `SparseOptimizer` calls it
+twice. With fp16 or accumulated batches, Lightning runs the closure itself, once, and
+`SparseOptimizer` raises an error. Use manual optimization there and write the two passes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from digits import accuracy, datasets, loader, network
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer
-from safe_core.adapters.torch.trainers import perturbed, unwrap
+from safe_core.adapters.torch import SparseOptimizer, perturbed, unwrap
 
 
 class Digits(lightning.LightningModule):
-    """A network with SAFE, trained automatically."""
+    """Train a network with SAFE by automatic optimization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +46,7 @@ class Digits(lightning.LightningModule):
 
 
 class ManualDigits(Digits):
-    """The same by manual optimization, two batches accumulated."""
+    """Train by manual optimization, with two accumulated batches per step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,10 +2,10 @@
 
     python examples/torch/mixed_precision.py [--half]
 
-A scaler takes no closures, so the step is taken phase by phase. The ascent needs no
-unscaling, for e does not change when the loss is multiplied by a constant; the scaler
-unscales once, before clipping. Where a gradient overflows the scaler skips the step, and
-nothing of the optimizer changes.
+A gradient scaler does not support closures, so the two passes are written out. The first
+gradient needs no unscaling, because scaling the loss does not change e. The scaler unscales
+once, before clipping. If the second gradient overflows, the scaler skips the step and the state
+of the optimizer does not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safe_core.adapters.torch import SparseOptimizer
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--half", action="store_true", help="fp16 with a scaler, not bf16")
+    parser.add_argument("--half", action="store_true", help="use fp16 with a scaler, not bf16")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +49,7 @@ def main() -> None:
                     loss = loss_fn(model(x), y)
                 scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the loss gradient alone
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # clips only the loss gradient
             scaler.step(optimizer)
             scaler.update()
     optimizer.finalize()

@@ -1,11 +1,11 @@
-"""Resume: stop whenever you like, and go on to the same bits.
+"""Resume: an interrupted run continues bit for bit.
 
     python examples/torch/resume.py checkpoint.pt
 
-Writes a checkpoint after every epoch and starts from it where there is one. The file holds
-everything that the next step depends on: the model, the optimizer with its base, anchors,
-supports and step count, and the state of the random numbers (on a GPU, save
-`torch.cuda.get_rng_state_all` as well).
+Saves a checkpoint after every epoch, and starts from it if it exists. The file holds
+everything that the next step depends on: the model, the state of the random number generator,
+and the optimizer with its base, anchors, masks and step count. On a GPU, also save
+`torch.cuda.get_rng_state_all()`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         }
         partial = options.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, options.checkpoint)  # never half a file
+        os.replace(partial, options.checkpoint)  # replaces the file in one step, never half of it
         print(f"saved epoch {epoch + 1}", flush=True)
     optimizer.finalize()
     optimizer.check_sparsity()

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core.backends import Array
-from safe_core.sharpness import SAM, norm
+from safe_core.perturbations import SAM, norm
 
 from .vectors import Coordinates, check_seed
 

@@ -1,0 +1,26 @@
+"""Patterns: which sets of weights may be zero.
+
+A pattern says which units (entries, groups, blocks, channels) are zeroed whole and which
+of them compete. It is a frozen dataclass that holds no arrays and knows no framework. To
+add one, derive from `Pattern` or `FractionPattern` and export it here.
+"""
+
+from .base import FractionPattern, Pattern, Units
+from .block import Block
+from .channel import Channel
+from .distribution import erdos_renyi_kernel
+from .nm import NM
+from .parsing import as_pattern
+from .unstructured import Unstructured
+
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "FractionPattern",
+    "Pattern",
+    "Units",
+    "Unstructured",
+    "as_pattern",
+    "erdos_renyi_kernel",
+]

@@ -31,9 +31,33 @@ ALPS      loses 2%
 """
 
 from .alps import ALPS
+from .base import FunctionSolver, LayerSolver
 from .error import reconstruction_error
 from .gram import Gram
 from .scores import Magnitude, Wanda
 from .sparsegpt import SparseGPT
 
-__all__ = ["ALPS", "Gram", "Magnitude", "SparseGPT", "Wanda", "reconstruction_error"]
+__all__ = [
+    "ALPS",
+    "FunctionSolver",
+    "Gram",
+    "LayerSolver",
+    "Magnitude",
+    "SparseGPT",
+    "Wanda",
+    "named_solvers",
+    "reconstruction_error",
+]
+
+
+def named_solvers() -> dict[str, LayerSolver]:
+    """Return one solver with its default settings for every name that is exported here.
+
+    Examples
+    --------
+    >>> list(named_solvers())
+    ['alps', 'magnitude', 'sparsegpt', 'wanda']
+    """
+    exported = [globals()[name] for name in __all__]
+    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, LayerSolver) and x.name]
+    return {kind.name: kind() for kind in kinds}

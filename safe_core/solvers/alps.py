@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
 
@@ -13,6 +13,7 @@ from safe_core.backends import Array, backend_of
 from .. import _checks
 from ..layout import Layout
 from ..projection import Projection
+from .base import LayerSolver
 from .problem import live_diagonal, read_matrices, read_pattern
 
 __all__ = ["ALPS"]
@@ -22,7 +23,7 @@ Select = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
-class ALPS:
+class ALPS(LayerSolver):
     """ADMM for the support, with a growing penalty; least squares on it for the values.
 
     In units that give every input norm 1 (``W_ij sqrt(H_jj)``, so that the first support
@@ -86,6 +87,9 @@ class ALPS:
     >>> int(support.sum()), int(numpy.count_nonzero(values))
     (32, 32)
     """
+
+    name: ClassVar[str] = "alps"
+    matrices: ClassVar[int] = 7  # the eigendecomposition is made in several copies
 
     damping: float = 0.01
     rho: float = 0.1

@@ -13,8 +13,8 @@ from .. import _checks
 from .._dtypes import check_real_floating, wide_dtype, widened
 from ..arguments import refuse
 from ..layout import Layout, default_layout, merge, place_importance, resolve
+from ..patterns import Pattern, as_pattern
 from ..projection import select
-from ..sparsity import NM, Block, Channel, Pattern, Unstructured, as_pattern
 from .gram import Gram
 
 __all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern"]
@@ -130,18 +130,13 @@ def _check_values(xp: Any, w: Array, h: Array, name: str) -> None:
     refuse(list(rules.values()), list(rules))
 
 
-def read_pattern(
-    sparsity: Any, solver: Any, accepted: tuple[type, ...] = (Unstructured, NM, Block, Channel)
-) -> Pattern:
-    """The pattern that ``sparsity`` stands for, of a kind that the solver is defined for."""
+def read_pattern(sparsity: Any, solver: Any) -> Pattern:
+    """Return the pattern for ``sparsity``, or raise for one that needs several layers."""
     pattern = as_pattern(sparsity)
-    if not isinstance(pattern, accepted):
-        names = " or ".join(kind.__name__ for kind in accepted)
-        raise TypeError(f"sparsity must be {names} for {type(solver).__name__}, got {pattern!r}")
-    if getattr(pattern, "budget", None) is not None:
+    if pattern.couples_arrays and not pattern.joint:
         raise ValueError(
-            f"sparsity must have no budget for {type(solver).__name__}, which sees one layer, got "
-            f"{pattern!r}"
+            f"sparsity must have no distribution for {type(solver).__name__}, which sees one "
+            f"layer, got {pattern!r}"
         )
     return pattern
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from array_api_compat import array_namespace
 
@@ -11,15 +11,16 @@ from safe_core.backends import Array, backend_of
 
 from ..arguments import refuse
 from ..layout import Layout
+from ..patterns import Pattern
 from ..projection import Projection, apply_support
-from ..sparsity import Pattern
+from .base import LayerSolver
 from .problem import Form, read_form, read_matrices, read_pattern
 
 __all__ = ["Magnitude", "Wanda"]
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(LayerSolver):
     """Keep the entries of largest magnitude: ``|W_ij|``.
 
     The baseline: `safe_core.project` with P = 1.
@@ -35,6 +36,8 @@ class Magnitude:
     >>> Magnitude()(weight, gram, 0.5).values
     array([[3., 2., 0.]])
     """
+
+    name: ClassVar[str] = "magnitude"
 
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
@@ -69,7 +72,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(LayerSolver):
     """Keep the entries of largest magnitude times norm of input: ``|W_ij| sqrt(H_jj)``.
 
     `safe_core.project` with ``P = diag(H)``: the best support if no two inputs were
@@ -87,6 +90,9 @@ class Wanda:
     >>> Wanda()(weight, gram, 0.5).values
     array([[3., 0., 1.]])
     """
+
+    name: ClassVar[str] = "wanda"
+    default_scope: ClassVar[Literal["tensor", "row"]] = "row"  # as published
 
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None

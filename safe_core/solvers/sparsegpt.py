@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
 from .. import _checks
-from ..layout import Layout
-from ..projection import Projection, whole_units
-from ..sparsity import NM, Pattern, Unstructured, fractions, kept_counts
+from ..layout import OUTPUT_INPUT, Layout
+from ..patterns import Pattern
+from ..patterns.counts import kept_counts
+from ..projection import Projection
+from .base import LayerSolver
 from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
 
 __all__ = ["SparseGPT"]
 
 
 @dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(LayerSolver):
     """Optimal brain surgery along the columns, all rows at once.
 
     With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular: column j, once it is
@@ -66,6 +68,8 @@ class SparseGPT:
     array([[0. , 2.5]])
     """
 
+    name: ClassVar[str] = "sparsegpt"
+
     damping: float = 0.01
     block_size: int = 128
 
@@ -103,10 +107,14 @@ class SparseGPT:
             to factor it, or the pattern does not fit. Values are checked where they can be
             read, which a traced program cannot.
         """
-        pattern = read_pattern(sparsity, self, (Unstructured, NM))
+        pattern = read_pattern(sparsity, self)
+        if pattern.ranks != "entries":
+            raise TypeError(
+                "sparsity must be Unstructured, NM or another pattern of single entries for "
+                f"SparseGPT, which decides column by column, got {pattern!r}"
+            )
         w, h, form = read_matrices(weight, gram, layout)
-        if isinstance(pattern, NM):
-            whole_units(form.inputs, pattern.m, pattern.ragged, "weight", "input")
+        pattern.check((form.outputs, form.inputs), OUTPUT_INPUT, "weight")
         xp = array_namespace(w)
         live, _ = live_diagonal(xp, h)
         w = xp.where(live, w, xp.zeros_like(w))
@@ -129,10 +137,7 @@ class SparseGPT:
             # H = R R^T with R upper triangular, by Cholesky from the last row up; U = R^-1.
             upper = xp.flip(xp.linalg.cholesky(xp.flip(h)))
             factor = xp.triu(xp.linalg.inv(upper))
-        except Exception as error:
-            # Each library has a class of its own for it, with this name.
-            if "LinAlgError" not in type(error).__name__:
-                raise
+        except backend_of(h).linalg_errors() as error:
             raise self._too_small() from error
         if backend_of(factor).is_concrete(factor) and not bool(xp.all(xp.isfinite(factor))):
             raise self._too_small()
@@ -169,7 +174,7 @@ class _Sweep(NamedTuple):
     def run(self, w: Array, u: Array, start: int, keep: Array | None = None) -> _Columns:
         """Prune the columns from ``start`` on that ``w`` holds, u being their part of U."""
         xp, width = self.xp, w.shape[1]
-        unit = self.pattern.m if isinstance(self.pattern, NM) else self.block_size
+        unit = self.pattern.group or self.block_size
         if keep is None and width <= unit:
             keep = self.choose(w / xp.linalg.diagonal(u), start)
         if keep is not None and width == 1:
@@ -186,17 +191,17 @@ class _Sweep(NamedTuple):
     def choose(self, scores: Array, start: int) -> Array:
         """The support of a block of columns, where the entries of largest score are kept."""
         xp, width = self.xp, scores.shape[1]
-        if isinstance(self.pattern, NM):
-            if width < self.pattern.m:
+        if self.pattern.group is not None:
+            if width < self.pattern.group:
                 return xp.ones_like(scores, dtype=xp.bool)
             return read_form(scores, None).select(scores, self.pattern)
-        rows = 1 if self.pattern.scope == "row" else self.form.outputs
+        rows = 1 if self.pattern.by_output else self.form.outputs
         before, after = (
-            kept_counts(fractions(self.pattern), rows * columns)[-1]
+            kept_counts(self.pattern.fractions(), rows * columns)[-1]
             for columns in (start, start + width)
         )
         kept, backend = (after - before,), backend_of(scores)
         if rows == 1:
-            return backend.keep_largest_per_row(scores, kept, 0, on_host=False)
+            return backend.keep_largest_per_row(scores, kept, 0)
         stored = self.form.stored(scores)
-        return self.form.columns(backend.keep_largest([stored], kept, 0, on_host=False)[0])
+        return self.form.columns(backend.keep_largest([stored], kept, 0)[0])

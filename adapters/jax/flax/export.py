@@ -54,7 +54,7 @@ def to_bcoo(params: PyTree, *, where: Any = None) -> PyTree:
     >>> sparse["kernel"].nse, (jnp.ones(2) @ sparse["kernel"]).tolist()
     (2, [3.0, 2.0])
     """
-    tree = SparseTree.read(params, where, None, False)
+    tree = SparseTree.read(params, where, None)
     return tree.replaced(tree.leaves(params), [BCOO.fromdense(x) for x in tree.sparse(params)])
 
 

@@ -28,7 +28,7 @@ from .resume import identity
 from .run import Run
 from .statistics import block_weights
 from .structure import evaluated, find_blocks, inside, learn_structure
-from .task import OFFLOADS, Settings, Task, check_groups, predict_memory
+from .task import OFFLOADS, Settings, Task, check_patterns, predict_memory
 
 __all__ = [
     "BlockReport",
@@ -274,7 +274,7 @@ offload, work_dir, seed
     weights = [_chosen(inside(name, i), block, outside, where) for i, block in enumerate(modules)]
     if not any(weights):
         raise ValueError(f"blocks must hold weights to prune, got none in {name or 'the model'}")
-    check_groups(pattern, name, modules, weights)
+    check_patterns(pattern, name, modules, weights)
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
     with evaluated(model):
         structure = learn_structure(model, name, modules, placed[0])

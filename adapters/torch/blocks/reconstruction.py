@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout
+from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
-from safe_core.sparsity import Pattern
 
 from ..optimizer import SparseOptimizer
 
@@ -51,6 +51,14 @@ class SafeReconstruction(Reconstruction):
 
     autocast: bool | None = None
     compile: bool | str = False
+
+    trains: ClassVar[bool] = True
+    default_scope: ClassVar[Literal["tensor", "row"]] = "tensor"
+
+    @property
+    def needs(self) -> Literal["roles", "diagonal"]:
+        """What must be known of the inputs of weights: mean squares for SAFE+."""
+        return "roles" if self.importance is None else "diagonal"
 
     def __post_init__(self) -> None:
         super().__post_init__()

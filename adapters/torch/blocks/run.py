@@ -210,7 +210,7 @@ class Run:
         if self.progress is None:
             return
         solver = self.settings.solver
-        epochs = solver.epochs if isinstance(solver, SafeReconstruction) else 0
+        epochs = solver.epochs if solver.trains else 0
         at = Progress(i, len(self.task.blocks), epoch, epochs, loss, 0.0)
         rate = (time.monotonic() - self._started) / (at.done - self._resumed)
         self.progress(replace(at, seconds_left=rate * (at.blocks - at.done)))
@@ -268,7 +268,7 @@ class Run:
         self.unseen += [
             f"{inside(self.task.name, i)}.{key}" for key in weights if key not in statistics
         ]
-        return statistics, None if isinstance(s.solver, SafeReconstruction) else dense
+        return statistics, None if s.solver.trains else dense
 
     def _pruned_pass(self, i: int) -> tuple[float, float]:
         """Compute the error of the pruned block and, for the next, what it returns."""

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from safe_core._dtypes import wide_dtype
-from safe_core.layout import Layout
-from safe_core.solvers import ALPS
-from safe_core.sparsity import NM, Pattern
+from safe_core.layout import Layout, resolve
+from safe_core.patterns import Pattern
 
 from .calls import BlockCalls, record
 from .memory import BlockSize, MemoryEstimate, forward_backward_bytes
-from .reconstruction import SafeReconstruction, wide_mse
+from .reconstruction import wide_mse
 from .resume import fingerprint, identity
 from .structure import Structure, evaluated, inside
 
@@ -28,7 +27,7 @@ __all__ = [
     "RaggedWeightError",
     "Settings",
     "Task",
-    "check_groups",
+    "check_patterns",
     "own_dtype",
     "predict_memory",
     "trained_by_safe",
@@ -54,9 +53,7 @@ class Settings(NamedTuple):
     @property
     def watched(self) -> Literal["roles", "diagonal", "gram"]:
         """What must be known of the inputs of weights."""
-        if not isinstance(self.solver, SafeReconstruction):
-            return "gram"
-        return "roles" if self.solver.importance is None else "diagonal"
+        return self.solver.needs  # type: ignore[no-any-return]
 
     @property
     def two_streams(self) -> bool:
@@ -81,7 +78,7 @@ class Task(NamedTuple):
         s = self.settings
         tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
         settled: dict[str, Any] = {}  # by default, so that it is no part of what the solver says
-        if isinstance(s.solver, SafeReconstruction):
+        if s.solver.trains:
             settled = {"method": identity(s.solver.bound(s.pattern)), "warmup": s.solver.warmup}
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
@@ -98,46 +95,49 @@ class Task(NamedTuple):
 
 
 class RaggedWeightError(ValueError):
-    """Groups of N:M do not divide the inputs of a weight.
+    """The groups of a pattern do not divide the inputs of a weight.
 
     Attributes
     ----------
     name : str
+        The first weight that does not fit.
     inputs : int
-        Of that weight.
+        The inputs of that weight.
     common : int
         The greatest common divisor of the inputs of all weights.
     """
 
-    def __init__(self, pattern: NM, name: str, inputs: int, common: int) -> None:
+    def __init__(self, pattern: Pattern, name: str, inputs: int, common: int) -> None:
         super().__init__(
-            f"sparsity must divide the inputs of every weight into groups of {pattern.m}, got "
-            f"{inputs} of {name}: NM({pattern.n}, {pattern.m}, ragged='dense') leaves the rest of "
-            "them dense, and where= the weight"
+            f"sparsity must divide the inputs of every weight into groups of {pattern.group}, got "
+            f"{inputs} of {name}: {pattern!r} with ragged='dense' leaves the rest of them dense, "
+            "and where= the weight"
         )
         self.name, self.inputs, self.common = name, inputs, common
 
 
-def check_groups(
+def check_patterns(
     pattern: Pattern,
     name: str,
     blocks: Sequence[nn.Module],
     weights: Sequence[Mapping[str, Layout | None]],
 ) -> None:
-    """Raise where N:M does not divide the inputs of a weight, as far as their axis is known."""
-    if not isinstance(pattern, NM) or pattern.ragged == "dense":
-        return
-    inputs = {
-        f"{inside(name, i)}.{key}": math.prod(
-            block.get_parameter(key).shape[axis] for axis in layout.input_axes
-        )
+    """Raise where the pattern does not fit a weight, as far as its layout is known."""
+    known = {
+        f"{inside(name, i)}.{key}": (tuple(block.get_parameter(key).shape), layout)
         for i, (block, chosen) in enumerate(zip(blocks, weights, strict=True))
         for key, layout in chosen.items()
         if layout is not None
     }
-    for key, size in inputs.items():
-        if size % pattern.m:
-            raise RaggedWeightError(pattern, key, size, math.gcd(*inputs.values()))
+    for key, (shape, layout) in known.items():
+        try:
+            pattern.check(shape, resolve(layout, len(shape), key), key)
+        except ValueError:
+            inputs = [math.prod(s[axis] for axis in lay.input_axes) for s, lay in known.values()]
+            mine = math.prod(shape[axis] for axis in layout.input_axes)
+            if pattern.group is None or mine % pattern.group == 0:
+                raise
+            raise RaggedWeightError(pattern, key, mine, math.gcd(*inputs)) from None
 
 
 def trained_by_safe(task: Task, i: int, pruned: Collection[str]) -> set[str]:
@@ -168,13 +168,12 @@ def predict_memory(task: Task) -> MemoryEstimate:
     ]
     largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
     size = sizes[largest]
-    if isinstance(s.solver, SafeReconstruction):
+    if s.solver.trains:
         work = _work_bytes(task, calls, largest, hidden[0], s.solver.batch_size, backward=True)
         needed = size.reconstruction(work)
     else:
         work = _work_bytes(task, calls, largest, hidden[0], s.batch_size, backward=False)
-        # Beside H stands its eigendecomposition, in several copies as it is made.
-        needed = size.layerwise(work, 7 if isinstance(s.solver, ALPS) else 3)
+        needed = size.layerwise(work, s.solver.matrices)
     first = _numbers(task.samples[0])
     stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
     # A pruned block stands beside a copy of the dense one and, for a folder, its file.

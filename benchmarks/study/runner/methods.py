@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import safe_core
 from safe_core import Method, Unstructured, _checks, importance, schedules
-from safe_core.sparsity import as_pattern
+from safe_core.patterns import as_pattern
 
 from .own import Own, load
 from .tables import read_some, sparsity_key, text

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, TypeVar
 
 from safe_core import _checks
-from safe_core.sparsity import as_pattern
+from safe_core.patterns import as_pattern
 
 __all__ = [
     "choice", "flag", "integer", "key", "number", "read", "read_some", "several", "sparsity",

@@ -1,0 +1,173 @@
+"""The state of `sparse_optimizer`, and the checks that it belongs to a method and a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from safe_core import Layout, Method, SplitState
+from safe_core.backends import backend_of
+from safe_core.constraints.splitting import is_projected
+
+from .tree import SparseTree, is_sparse_in
+
+__all__ = [
+    "Layouts",
+    "SparseOptimizerState",
+    "check_anchor",
+    "check_layout",
+    "check_shapes",
+    "check_state",
+    "find_state",
+    "split_of",
+    "trained_tree",
+]
+
+PyTree = Any
+Layouts = Layout | Mapping[str, Layout | None] | Callable[[str, Any], Layout | None] | None
+
+
+class SparseOptimizerState(NamedTuple):
+    """State of `sparse_optimizer`.
+
+    The trees have the structure of the parameters, with `optax.MaskedNode` in place of
+    every leaf that is not sparse.
+
+    Attributes
+    ----------
+    step : int32 scalar
+        Base steps taken.
+    base : pytree
+        State of the base transformation.
+    anchor : pytree of arrays, or None
+        ``z - u``, see `safe_core.SplitState`; None for a constraint without anchors.
+    support : pytree of bool arrays
+        Where z may be non-zero, or x after its last projection.
+    importance : pytree of arrays, or None
+        State of the importance; None if P = 1.
+    flat_direction : pytree of arrays, or None
+        ``h / |h|`` of `safe_core.SAM` for every parameter, in float32 or wider; None if
+        the method does not reuse it.
+    """
+
+    step: jax.Array
+    base: PyTree
+    anchor: PyTree
+    support: PyTree
+    importance: PyTree
+    flat_direction: PyTree = None
+
+
+def find_state(state: PyTree) -> SparseOptimizerState:
+    """Return the one `SparseOptimizerState` within an optimizer state.
+
+    Parameters
+    ----------
+    state : pytree
+        Such as the state of `optax.chain` or `optax.inject_hyperparams`.
+
+    Returns
+    -------
+    SparseOptimizerState
+
+    Raises
+    ------
+    ValueError
+        If there is none or more than one.
+
+    Examples
+    --------
+    >>> import optax
+    >>> import safe_core
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> tx = optax.chain(optax.clip(1.0), sparse_optimizer(optax.sgd(0.1), safe_core.admm(0.5)))
+    >>> int(find_state(tx.init({"kernel": jnp.ones((2, 2))})).step)
+    0
+    """
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, SparseOptimizerState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold one state of sparse_optimizer, found {len(found)} in {type(state)!r}"
+        )
+    return found[0]
+
+
+def split_of(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
+    """Return the state of the constraint as lists over the sparse leaves."""
+    anchor = [] if state.anchor is None else tree.sparse(state.anchor)
+    return SplitState(anchor, tree.sparse(state.support))
+
+
+def trained_tree(params: PyTree, state: SparseOptimizerState, layout: Layouts) -> SparseTree:
+    """Return the sparse leaves of ``params`` as ``state`` knows them."""
+    sparse = is_sparse_in(state.support)
+    known: Any = jax.tree.structure(sparse)
+    if known != jax.tree.structure(params):
+        raise ValueError(
+            "params must have the structure of those that state was made of (of NNX pass "
+            f"nnx.as_pure of both), {known}, got {jax.tree.structure(params)}"
+        )
+    tree = SparseTree.read(params, sparse, layout)
+    check_shapes(params, state, tree)
+    return tree
+
+
+def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
+    """Refuse parameters that a state was not made of."""
+    pairs = zip(tree.info.names, tree.sparse(params), tree.sparse(state.support), strict=True)
+    for name, x, support in pairs:
+        if x.shape != support.shape:
+            raise ValueError(
+                f"params must have the shapes of those that state was made of, which is "
+                f"{support.shape} for {name}, got {x.shape}"
+            )
+
+
+def check_state(
+    state: SparseOptimizerState, method: Method, tree: SparseTree, *, reuses: bool
+) -> None:
+    """Refuse the state of a method with another state, before a branch of a condition does."""
+    if reuses != (state.flat_direction is not None):
+        raise ValueError(
+            f"state.flat_direction must {'' if reuses else 'not '}be there for a method with "
+            f"reuse={getattr(method.perturbation, 'reuse', 0)!r}; is the state of another method?"
+        )
+    check_anchor(state, method)
+    if state.anchor is None:
+        return
+    narrow = method.constraint.anchor_dtype is not None
+    for name, anchor in zip(tree.info.names, tree.sparse(state.anchor), strict=True):
+        if narrow != (anchor.dtype == jnp.bfloat16):
+            raise TypeError(
+                f"state.anchor of {name} must be that of a method with state_dtype="
+                f"{method.constraint.anchor_dtype!r}, got {anchor.dtype}"
+            )
+
+
+def check_anchor(state: SparseOptimizerState, method: Method) -> None:
+    """Refuse a state that lacks the anchors of a method, or has too many."""
+    wanted = method.constraint.has_anchor
+    if wanted != (state.anchor is not None):
+        raise ValueError(
+            f"state.anchor must {'' if wanted else 'not '}be there for a method with the "
+            f"constraint {type(method.constraint).__name__}; is the state of another method?"
+        )
+
+
+def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
+    """Refuse a layout other than the one that was trained with, where values can be read."""
+    concrete = all(backend_of(mask).is_concrete(mask) for mask in support)
+    if method.sparsity.schedule is not None or not concrete:
+        return
+    if not is_projected(support, method.sparsity, tree.info):
+        raise ValueError(
+            "method and layout must be those that state was trained with: its support is none of "
+            f"{method.sparsity!r} with layouts {tree.info.layouts}"
+        )

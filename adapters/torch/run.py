@@ -1,0 +1,318 @@
+"""A training run: what `SparseOptimizer` holds besides the contract of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safe_core import Evaluation, Method, StepPlan
+from safe_core.backends.torch_shards import is_sharded
+from safe_core.constraints.base import select_support
+
+from . import kernels
+from .compiled import CompiledStep
+from .groups import GroupRules, settings_of
+from .importance import importance_in_use
+from .modules import forget_copies
+from .selection import Selected, select_parameters
+from .state import ParameterState
+
+__all__ = ["Run", "fill_gradients", "gradients_of"]
+
+LAST = "last"
+
+
+class Run:
+    """The parts of a run: base, method, selection, state and kernels.
+
+    Attributes
+    ----------
+    base : torch.optim.Optimizer
+    method : Method
+    model, where, layout
+        What chooses the sparse parameters, as for `SparseOptimizer`.
+    handed : mapping, callable or None
+        The importance that the user handed in.
+    state : dict of parameter to entries
+        That of the `SparseOptimizer`, changed in place.
+    steps : int
+        Base steps taken.
+    frozen : bool
+        Whether the support is final.
+    selected : dict of parameter to Selected
+    moved : kernels.MovedParameters
+        The parameters that are away from x, and their copies.
+    compiled : CompiledStep or None
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        method: Method,
+        state: dict[Tensor, dict[str, Any]],
+        *,
+        model: torch.nn.Module | None,
+        where: Callable[[str, Tensor], bool] | None,
+        layout: Any,
+        importance: Any,
+        compile: bool,
+    ) -> None:
+        self.base = base
+        self.method = method
+        self.state = state
+        self.model = model
+        self.where = where
+        self.layout = layout
+        self.handed = importance
+        self.compile = compile
+        self.steps = 0
+        self.frozen = False
+        self.checked_rounding = False
+        self.selected: dict[Tensor, Selected]
+        self._prepare()
+        self.select()
+
+    def _prepare(self) -> None:
+        """Make the parts that hold no state of the training and cannot be pickled."""
+        self.source = importance_in_use(self.handed, self.method, lambda: self.parameters)
+        self.moved = kernels.MovedParameters()
+        self.compiled = CompiledStep(self.base) if self.compile else None
+        self._plans: dict[tuple[bool, bool], StepPlan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("source", "moved", "compiled", "_plans", "_seen")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+        self._seen = self._groups_now()
+
+    # The plan
+
+    @property
+    def plan(self) -> StepPlan:
+        """The order of the step to come."""
+        key = (any(rules.perturbs for rules in map(self.rules_of, self.groups)), self.frozen)
+        if key not in self._plans:
+            plan = self.method.plan(has_radius=key[0])
+            self._plans[key] = plan.frozen() if self.frozen else plan
+        return self._plans[key]
+
+    @property
+    def perturbed(self) -> Evaluation | None:
+        """The gradient at a perturbed point that the step to come takes, if any."""
+        perturbation, evaluation = self.method.perturbation, self.plan.perturbed
+        if perturbation is None or not perturbation.is_due(self.steps):
+            return None
+        return evaluation
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups, which the base owns."""
+        return self.base.param_groups
+
+    def rules_of(self, group: dict[str, Any]) -> GroupRules:
+        """Return radius and penalty of a param group."""
+        return GroupRules.read(settings_of(group, self.base), self.method)
+
+    def signed(self, setting: str) -> dict[Tensor, float]:
+        """Return rho or penalty of every parameter, negative where the loss is maximised."""
+        found: dict[Tensor, float] = {}
+        for group in self.groups:
+            value = self.rules_of(group).at(setting, self.steps)
+            signed = -value if group.get("maximize") else value
+            found.update(dict.fromkeys(group["params"], signed))
+        return found
+
+    # Parameters
+
+    @property
+    def parameters(self) -> ParameterState:
+        """The state of the sparse parameters."""
+        return ParameterState(self.state, self.selected)
+
+    def trainable(self) -> list[Tensor]:
+        """Return all parameters that take gradients."""
+        return [p for group in self.groups for p in group["params"] if p.requires_grad]
+
+    def has_gradient(self) -> bool:
+        """Return whether any trainable parameter has a gradient."""
+        return any(p.grad is not None for p in self.trainable())
+
+    def active(self) -> list[Tensor]:
+        """Return the selected parameters that take gradients."""
+        return [p for p in self.selected if p.requires_grad]
+
+    def sparse(self) -> list[Tensor]:
+        """Return the active parameters, and start the state of new ones."""
+        self.follow_groups()
+        sparse = self.active()
+        new = [p for p in sparse if not self.parameters.has(p)]
+        if new:
+            self._start(new)
+        return sparse
+
+    @contextmanager
+    def as_started(self) -> Iterator[list[Tensor]]:
+        """Yield the active parameters with a state, which is dropped again where it is new.
+
+        Looking at an optimizer must not fix where z and u start: weights may still be
+        loaded into the model.
+        """
+        self.follow_groups()
+        new = [p for p in self.active() if not self.parameters.has(p)]
+        before = {p: dict(self.state[p]) for p in new if p in self.state}
+        try:
+            yield self.sparse()
+        finally:
+            for p in new:
+                self.state.pop(p, None)
+            self.state.update(before)
+
+    @torch.no_grad()
+    def _start(self, params: list[Tensor]) -> None:
+        if self.frozen:
+            raise ValueError(
+                "parameters must not become trainable once the support is frozen, got "
+                f"{', '.join(self.selected[p].name for p in params)}"
+            )
+        parameters = self.parameters
+        for pattern, members in parameters.pools(params):
+            values = [p.detach() for p in members]
+            held = None if self.source is None else self.source.init(members)
+            known = None
+            if self.source is not None and self.source.reads is None and held is not None:
+                known = self.source.metric(held, joint=pattern.joint)
+            info = parameters.info(members)
+            split = self.method.constraint.init(values, pattern, info, known)
+            parameters.store(members, split)
+            parameters.store_importance(members, held)
+
+    def metric(self, pattern: Any, params: Sequence[Tensor]) -> Any:
+        """Return P of parameters that are projected together; None where it is 1."""
+        held = self.parameters.importance(params)
+        if self.source is None or held is None:
+            return None
+        return self.source.metric(held, joint=pattern.joint)
+
+    # The selection
+
+    def select(self) -> None:
+        """Choose the sparse parameters among the groups as they are."""
+        self.selected = select_parameters(
+            self.base, self.method, self.model, self.where, self.layout
+        )
+        self._check_fit()
+        self._seen = self._groups_now()
+        self.sharded = any(is_sharded(p) for group in self.groups for p in group["params"])
+        if self.compile and self.sharded:
+            raise ValueError("compile must be False for sharded parameters, got True")
+
+    def undo_selection(self, selected: dict[Tensor, Selected]) -> None:
+        """Return to a selection of before, after a group was taken back."""
+        self.selected, self._seen = selected, self._groups_now()
+
+    def _groups_now(self) -> list[Any]:
+        return [
+            ([id(p) for p in group["params"]], group.get("sparsity"), group.get("sparsify"))
+            for group in self.groups
+        ]
+
+    def follow_groups(self) -> None:
+        """Select anew where settings were changed, or a trainer has exchanged parameters."""
+        if self._seen == self._groups_now():
+            return
+        here = {p for group in self.groups for p in group["params"]}
+        gone = [p for p in self.state if p not in here]
+        if any(self.state[p] for p in gone):
+            raise ValueError(
+                "param_groups must keep the parameters that training has begun with, got others "
+                f"in the place of {len(gone)}: make the optimizer after its model is wrapped or "
+                "sharded"
+            )
+        self.moved.release()
+        for p in gone:
+            del self.state[p]
+        self.select()
+        for p in [p for p in self.state if p not in self.selected]:
+            for key in ("anchor", "support", "importance"):
+                self.state[p].pop(key, None)
+
+    def _check_fit(self) -> None:
+        """Raise now what would be raised at the first step, at no cost in memory."""
+        params, parameters = self.active(), self.parameters
+        if isinstance(self.handed, Mapping):
+            known = {chosen.name for chosen in self.selected.values()}
+            unknown = sorted(set(self.handed) - known)
+            if unknown:
+                raise ValueError(
+                    f"importance names {unknown[0]!r}, which is no sparse parameter; they are "
+                    f"{', '.join(sorted(known))}"
+                )
+            parameters.placed(self.handed, params)
+        for pattern, members in parameters.pools(params):
+            shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
+            self.method.constraint.init(shapes, pattern, parameters.info(members))
+
+    # What every part of a step needs
+
+    def zero_grad(self) -> None:
+        """Clear the gradients, and leave the phase as it is."""
+        Optimizer.zero_grad(self.base)
+
+    def forget_copies(self) -> None:
+        """Drop cached casts and gathered shards, which hold values of another point."""
+        forget_copies(self.model if self.sharded else None)
+
+    def mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
+        """Set tensors to zero off the support of their parameters."""
+        supports = [self.state[p]["support"] for p in params]
+        kernels.mask_([t.detach() for t in tensors], supports)
+
+    def mask_gradients(self, sparse: list[Tensor]) -> None:
+        """Set gradients to zero off the support where the plan says so."""
+        if self.plan.masks_gradients:
+            known = [p for p in sparse if p.grad is not None]
+            self.mask([p.grad for p in known if p.grad is not None], known)
+
+    def has_zero_rates(self) -> bool:
+        """Return whether every group has a learning rate of 0."""
+        return all("lr" in group and float(group["lr"]) == 0 for group in self.groups)
+
+    def final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
+        """Return the support of the final projection."""
+        if self.frozen:
+            return [self.state[p]["support"] for p in sparse]
+        found: dict[Tensor, Tensor] = {}
+        for pattern, members in self.parameters.pools(sparse):
+            if isinstance(importance, str) and importance == LAST:
+                metric = self.metric(pattern, members)
+            else:
+                metric = None if importance is None else self.parameters.placed(importance, members)
+            found.update(zip(members, self.support_at(pattern, members, None, metric), strict=True))
+        return [found[p] for p in sparse]
+
+    def support_at(
+        self, pattern: Any, members: list[Tensor], step: int | None, metric: Any
+    ) -> list[Tensor]:
+        """Return the support of ``C(x)`` at a step, for parameters of one pool."""
+        values = [p.detach() for p in members]
+        return select_support(values, pattern, self.parameters.info(members), metric, step=step)
+
+
+def fill_gradients(params: Iterable[Tensor]) -> None:
+    """Give a zero gradient to each parameter without one."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return gradients, zero where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]

@@ -1,0 +1,170 @@
+"""The operations of a step, in place, in the order of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .importance import second_moments
+from .run import Run, fill_gradients, gradients_of
+
+__all__ = ["take_step"]
+
+
+@torch.no_grad()
+def take_step(run: Run, first: dict[Tensor, Tensor]) -> None:
+    """Take everything of a step that follows its gradients; brings x back where it is away.
+
+    ``first`` holds the gradients at x where a direction is to be reused.
+    """
+    if not run.has_gradient():
+        return  # as optimizers of torch do
+    _Step(run).take(first)
+    run.steps += 1
+
+
+class _Step:
+    """One step. Its methods have the names of `safe_core.Operation`."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.plan = run.plan
+        self.sparse = run.sparse()
+        self.due = self._due()
+        self.penalties: dict[Tensor, float] = {}
+        self.pulls: dict[Tensor, Tensor] = {}
+
+    def take(self, first: dict[Tensor, Tensor]) -> None:
+        self.run.mask_gradients(self.sparse)
+        if self.plan.reuses:
+            self._reuse_direction(first)
+        for operation in self.plan.operations:
+            getattr(self, operation.name.lower())()
+
+    def _due(self) -> list[Tensor]:
+        """Return the parameters whose state is updated after this step."""
+        run = self.run
+        constraint, parameters = run.method.constraint, run.parameters
+        found = {
+            p
+            for pattern, members in parameters.pools(self.sparse)
+            if constraint.is_due(pattern, run.steps)
+            for p in members
+        }
+        return [p for p in self.sparse if p in found]
+
+    def _reuse_direction(self, first: dict[Tensor, Tensor]) -> None:
+        """Keep the direction of a perturbed gradient, or add it to a plain one."""
+        run, method = self.run, self.run.method
+        if first:
+            flat = method.flat_direction(list(first.values()), gradients_of(first))
+            for p, direction in zip(first, flat, strict=True):
+                run.state[p]["flat_direction"] = direction
+            return
+        held = {p: run.state.get(p, {}).get("flat_direction") for p in run.trainable()}
+        for p, flat in held.items():
+            if p.grad is None and flat is not None:
+                p.grad = torch.zeros_like(p)
+        known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
+        gradients = [gradient for gradient, _ in known]
+        directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
+        if gradients:
+            kernels.copy_(gradients, method.reuse(gradients, directions))
+
+    # Operations
+
+    def observe_gradients(self) -> None:
+        self._refresh_importance("gradients")
+
+    def rescale_dual(self) -> None:
+        run, parameters = self.run, self.run.parameters
+        split = run.method.constraint.rescale(parameters.split(self.sparse), run.steps)
+        parameters.store(self.sparse, split)
+
+    def add_penalty(self) -> None:
+        run = self.run
+        self.penalties = run.signed("penalty")
+        fill_gradients(self.sparse)  # the penalty acts without a gradient too, else u winds up
+        if run.compiled is not None:
+            return  # one program with the base step
+        for penalty in {self.penalties[p] for p in self.sparse}:
+            mine = [p for p in self.sparse if self.penalties[p] == penalty]
+            gradients, anchors = gradients_of(mine), run.parameters.split(mine).anchor
+            # One pass restores x and adds the penalty there.
+            copies = run.moved.copies(mine)
+            kernels.add_penalty_(gradients, mine, anchors, penalty, copies)
+            run.moved.mark_restored(mine)
+
+    def measure_pull(self) -> None:
+        run, selected = self.run, self.run.selected
+        self.penalties = run.signed("penalty")
+        fill_gradients(self.sparse)
+        run.moved.restore()
+        for group in run.groups:
+            mine = [p for p in group["params"] if p in selected and p.requires_grad]
+            if mine:
+                rate = group["lr"]  # torch takes a tensor of one entry, of any number of axes
+                rate = rate.reshape(()) if torch.is_tensor(rate) else rate
+                factor = rate * abs(self.penalties[mine[0]])
+                found = kernels.pulls(mine, run.parameters.split(mine).anchor, factor)
+                self.pulls.update(zip(mine, found, strict=True))
+        self.penalties = {}
+
+    def base_step(self) -> None:
+        run = self.run
+        if run.compiled is None or run.frozen:
+            run.moved.restore()
+            run.base.step()
+            return
+        penalised: Sequence[Tensor] = self.sparse if self.penalties else []
+        anchors = run.parameters.split(penalised).anchor
+        copies = run.moved.copies(penalised) if penalised else None
+        run.moved.restore(but=penalised)
+        gradients = gradients_of(penalised)
+        run.compiled.descend(gradients, penalised, anchors, self.penalties, copies)
+        run.moved.mark_restored(penalised)
+
+    def apply_pull(self) -> None:
+        kernels.subtract_(self.sparse, [self.pulls[p] for p in self.sparse])
+
+    def mask_parameters(self) -> None:
+        self.run.mask(self.sparse, self.sparse)
+
+    def update_state(self) -> None:
+        if not self.due:
+            return
+        run, parameters = self.run, self.run.parameters
+        self._refresh_importance("params", "model", "second_moments")
+        constraint = run.method.constraint
+        for pattern, members in parameters.pools(self.due):
+            split = constraint.update(
+                [p.detach() for p in members],
+                parameters.split(members),
+                pattern,
+                parameters.info(members),
+                run.steps,
+                run.metric(pattern, members),
+                workspace=run.moved.workspace(members) if constraint.has_anchor else None,
+            )
+            parameters.store(members, split)
+
+    def project_parameters(self) -> None:
+        self.run.mask(self.due, self.due)
+
+    def _refresh_importance(self, *kinds: str) -> None:
+        """Refresh the importance of what is due, if it reads values of these kinds."""
+        run, source = self.run, self.run.source
+        if source is None or source.reads not in kinds or not self.due:
+            return
+        values = {
+            "gradients": lambda: gradients_of(self.due),
+            "params": lambda: self.due,
+            "model": run.trainable,
+            "second_moments": lambda: second_moments(run.base, self.due),
+        }
+        held = run.parameters.importance(self.due) or []
+        found = source.refresh(held, values[source.reads]())
+        run.parameters.store_importance(self.due, found)

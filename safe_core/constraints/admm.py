@@ -1,0 +1,182 @@
+"""ADMM: a penalty pulls x to a sparse copy, which follows x at dual updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from array_api_compat import array_namespace
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.patterns import Pattern
+from safe_core.schedules import Schedule, as_schedule
+from safe_core.step import Operation
+
+from . import splitting
+from .base import ArrayInfo, Constraint, SplitState
+
+__all__ = ["ADMM"]
+
+
+@dataclass(frozen=True)
+class ADMM(Constraint):
+    """Split x from a sparse copy z, and couple the two by a penalty and a dual variable u.
+
+    Every step adds ``penalty(t) * (x - z + u)`` to the gradient. A dual update every
+    ``dual_update_interval`` steps computes::
+
+        v = relaxation * x + (1 - relaxation) * z + u
+        z = proj_C^P(v);  u = v - z
+
+    from ``z = proj(x_0)`` and ``u = 0`` at the start.
+
+    Attributes
+    ----------
+    penalty : schedule
+        The penalty parameter lambda by step. A non-negative number is accepted.
+    dual_update_interval : int
+        K, steps between two dual updates.
+    relaxation : float
+        Over-relaxation alpha in (0, 2); 1 is plain ADMM.
+    rescale_dual : bool
+        Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` when the penalty changes,
+        which keeps the unscaled dual variable.
+    state_dtype : {None, "bfloat16"}
+        The dtype of ``z - u``. None is float32, or the parameter's dtype if that is wider:
+        5 bytes per sparse float32 parameter, with the support. "bfloat16" takes 3 and rounds
+        stochastically at dual updates. NumPy has no bfloat16, and ``rescale_dual`` excludes it.
+    decoupled : bool
+        Whether the penalty is a step of its own, ``x -= learning rate * penalty(t) *
+        (x_t - z + u)``, beside the base step: Algorithm 1, line 13.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an attribute is not of its kind or out of its range.
+
+    References
+    ----------
+    Boyd et al. 2011, "Distributed Optimization and Statistical Learning via the Alternating
+    Direction Method of Multipliers"; Lee et al. 2025, Algorithm 1.
+
+    Examples
+    --------
+    >>> from safe_core import Unstructured
+    >>> constraint = ADMM(penalty=0.1, dual_update_interval=8)
+    >>> [t for t in range(20) if constraint.is_due(Unstructured(0.5), t)]
+    [7, 15]
+    """
+
+    penalty: Schedule = 1e-3  # type: ignore[assignment,misc]
+    dual_update_interval: int = 32
+    relaxation: float = 1.0
+    rescale_dual: bool = False
+    state_dtype: str | None = None
+    decoupled: bool = False
+
+    has_anchor: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
+        _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
+        if not 0 < _checks.real("relaxation", self.relaxation) < 2:
+            raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
+        for name in ("rescale_dual", "decoupled"):
+            _checks.flag(name, getattr(self, name))
+        if self.rescale_dual and getattr(self.penalty, "has_zero_after_start", True):
+            raise ValueError(
+                "rescale_dual divides by the penalty, which must be known to stay positive after "
+                f"step 0, got penalty={self.penalty!r}"
+            )
+        _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
+        if self.rescale_dual and self.state_dtype is not None:
+            raise ValueError(
+                "state_dtype must be None under rescale_dual, which changes the stored u at "
+                f"every step, got {self.state_dtype!r}"
+            )
+
+    @property
+    def anchor_dtype(self) -> str | None:  # type: ignore[override]
+        """The dtype of anchors."""
+        return self.state_dtype
+
+    @property
+    def allows_other_penalty(self) -> bool:  # type: ignore[override]
+        """Rescaling needs the next value of the penalty, which only its own schedule tells."""
+        return not self.rescale_dual
+
+    @property
+    def before_base(self) -> tuple[Operation, ...]:
+        """Rescale the dual variable if asked, then take the penalty in."""
+        rescale = (Operation.RESCALE_DUAL,) if self.rescale_dual else ()
+        penalty = Operation.MEASURE_PULL if self.decoupled else Operation.ADD_PENALTY
+        return (*rescale, penalty)
+
+    @property
+    def after_base(self) -> tuple[Operation, ...]:
+        """With a decoupled penalty, apply its pull."""
+        return (Operation.APPLY_PULL,) if self.decoupled else ()
+
+    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
+        """Return whether a dual update follows ``step``."""
+        return every(self.dual_update_interval, step)
+
+    def init(
+        self,
+        params: Sequence[Array],
+        pattern: Pattern,
+        info: ArrayInfo,
+        importance: Sequence[Array | None] | None = None,
+    ) -> SplitState:
+        """Return ``z = proj(x_0)`` and ``u = 0``."""
+        return splitting.init(
+            params, pattern, info, importance=importance, state_dtype=self.state_dtype
+        )
+
+    def update(
+        self,
+        params: Sequence[Array],
+        split: SplitState,
+        pattern: Pattern,
+        info: ArrayInfo,
+        step: int | Array,
+        importance: Sequence[Array | None] | None = None,
+        *,
+        workspace: Sequence[Array] | None = None,
+    ) -> SplitState:
+        """Return z and u after the dual update that follows ``step``."""
+        return splitting.dual_update(
+            params,
+            split,
+            pattern,
+            info,
+            importance=importance,
+            relaxation=self.relaxation,
+            step=step + 1,
+            state_dtype=self.state_dtype,
+            workspace=workspace,
+        )
+
+    def exact(self) -> ADMM:
+        """Return the constraint with anchors that are not rounded, for reports."""
+        return replace(self, state_dtype=None)
+
+    def rescale(self, split: SplitState, step: int | Array) -> SplitState:
+        """Return the split with u scaled for the penalty of ``step``."""
+        if not self.rescale_dual:
+            return split
+        if isinstance(step, int):
+            return split if step == 0 else splitting.rescale_dual(split, self._ratio(step))
+        xp = array_namespace(step)
+        ratio = self._ratio(step)
+        return splitting.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
+
+    def _ratio(self, step: int | Array) -> float | Array:
+        return self.penalty(step - 1) / self.penalty(step)  # type: ignore[no-any-return]
+
+
+def every(interval: int, step: int | Array) -> bool | Array:
+    """Return whether ``step`` ends a round of ``interval`` steps."""
+    return interval == 1 or (step + 1) % interval == 0

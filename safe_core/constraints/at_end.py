@@ -1,0 +1,50 @@
+"""No constraint during training: the projection comes at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.patterns import Pattern
+
+from .admm import every
+from .base import Constraint
+
+__all__ = ["AtEnd"]
+
+
+@dataclass(frozen=True)
+class AtEnd(Constraint):
+    """Train freely, and project x once, at the end.
+
+    Attributes
+    ----------
+    importance_interval : int
+        Base steps from one refresh of the importance, and of the support that reports show,
+        to the next.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``importance_interval`` is not a positive integer.
+
+    References
+    ----------
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+
+    Examples
+    --------
+    >>> from safe_core import Unstructured
+    >>> AtEnd().is_due(Unstructured(0.5), 31)
+    True
+    """
+
+    importance_interval: int = 32
+
+    def __post_init__(self) -> None:
+        _checks.integer("importance_interval", self.importance_interval, low=1)
+
+    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
+        """Return whether the importance is refreshed after ``step``."""
+        return every(self.importance_interval, step)

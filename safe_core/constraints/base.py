@@ -1,0 +1,166 @@
+"""What every constraint says of itself, and the state that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from safe_core.backends import Array
+from safe_core.layout import Layout
+from safe_core.patterns import Pattern
+from safe_core.projection import select
+from safe_core.schedules import Schedule
+from safe_core.step import Operation
+
+__all__ = ["ArrayInfo", "Constraint", "SplitState", "select_support"]
+
+
+class SplitState(NamedTuple):
+    """State of a constraint for a list of arrays: with ADMM, both of its variables.
+
+    Attributes
+    ----------
+    anchor : list of arrays
+        What the penalty pulls x towards: ``z - u`` of ADMM, shaped as the parameter, in its
+        dtype or float32 if that is wider. Rounding to the nearest of 16 bits would lose
+        small increments of u, so bfloat16 anchors are rounded stochastically. Empty for a
+        constraint without a penalty.
+    support : list of bool arrays
+        Where z may be non-zero; u is zero there. Without z and u, the support of the last
+        projection.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core.constraints.splitting import recover
+    >>> state = SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])])
+    >>> recover(state)  # z = (2, 0) and u = (0, -3)
+    ([array([2., 0.])], [array([ 0., -3.])])
+    """
+
+    anchor: list[Array]
+    support: list[Array]
+
+
+class ArrayInfo(NamedTuple):
+    """What a projection must know of arrays besides their values.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Names for messages, one per array.
+    layouts : tuple of Layout or None
+        Roles of the axes, one per array; None where they are unknown.
+
+    Examples
+    --------
+    >>> ArrayInfo(names=("dense.weight",), layouts=(Layout((1,), (0,)),)).names
+    ('dense.weight',)
+    """
+
+    names: tuple[str, ...]
+    layouts: tuple[Layout | None, ...]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Base class of constraints.
+
+    Defaults are those of a constraint that leaves x alone during training. A subclass
+    overrides what it does otherwise, and adapters need to know nothing more of it.
+    """
+
+    penalty: ClassVar[Schedule | None] = None
+    """The penalty parameter by step, where ``x - anchor`` is penalised; a field there."""
+
+    has_anchor: ClassVar[bool] = False
+    """Whether the state holds anchors."""
+
+    anchor_dtype: ClassVar[str | None] = None
+    """The dtype of anchors; None is float32, or the parameter's dtype if that is wider."""
+
+    allows_other_penalty: ClassVar[bool] = True
+    """Whether an adapter may replace the penalty, for a param group for example."""
+
+    @property
+    def before_base(self) -> tuple[Operation, ...]:
+        """Operations between the gradients and the step of the base optimizer."""
+        return ()
+
+    @property
+    def after_base(self) -> tuple[Operation, ...]:
+        """Operations between the base step and the update of the state."""
+        return ()
+
+    @property
+    def after_update(self) -> tuple[Operation, ...]:
+        """Operations after the update of the state."""
+        return ()
+
+    @property
+    def masks_gradients(self) -> bool:
+        """Whether every gradient is zeroed off the support."""
+        return False
+
+    def check(self, pattern: Pattern) -> None:
+        """Raise ValueError where the constraint does not work with a pattern."""
+
+    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
+        """Return whether the state, and the importance, are updated after ``step``."""
+        return False
+
+    def init(
+        self,
+        params: Sequence[Array],
+        pattern: Pattern,
+        info: ArrayInfo,
+        importance: Sequence[Array | None] | None = None,
+    ) -> SplitState:
+        """Return the state before step 0; by default the support of ``proj(x_0)``."""
+        return SplitState([], select_support(params, pattern, info, importance, step=0))
+
+    def update(
+        self,
+        params: Sequence[Array],
+        split: SplitState,
+        pattern: Pattern,
+        info: ArrayInfo,
+        step: int | Array,
+        importance: Sequence[Array | None] | None = None,
+        *,
+        workspace: Sequence[Array] | None = None,
+    ) -> SplitState:
+        """Return the state after ``step``; by default the support of ``proj(x)``.
+
+        ``importance`` is P; None is P = 1. ``workspace`` holds arrays of the shapes and
+        dtypes of the parameters that may be overwritten to save memory.
+        """
+        return SplitState([], select_support(params, pattern, info, importance, step=step + 1))
+
+    def exact(self) -> Constraint:
+        """Return the constraint with anchors that are not rounded, for reports."""
+        return self
+
+    def rescale(self, split: SplitState, step: int | Array) -> SplitState:
+        """Return the state for the penalty of ``step``; see `Operation.RESCALE_DUAL`."""
+        return split
+
+
+def select_support(
+    params: Sequence[Array],
+    pattern: Pattern,
+    info: ArrayInfo,
+    importance: Sequence[Array | None] | None,
+    *,
+    step: int | Array | None,
+) -> list[Array]:
+    """Return the support of ``proj(params)`` at ``step``; None is the final sparsity."""
+    return select(
+        params,
+        pattern,
+        importance=[None] * len(params) if importance is None else importance,
+        layouts=info.layouts,
+        names=info.names,
+        step=step,
+    )

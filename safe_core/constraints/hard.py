@@ -1,0 +1,55 @@
+"""Iterative hard thresholding: x itself is projected as training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.patterns import Pattern
+from safe_core.step import Operation
+
+from .admm import every
+from .base import Constraint
+
+__all__ = ["HardThreshold"]
+
+
+@dataclass(frozen=True)
+class HardThreshold(Constraint):
+    """Project x itself, ``x <- proj(x)``, after every ``interval`` base steps.
+
+    Attributes
+    ----------
+    interval : int
+        Base steps from one projection to the next.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``interval`` is not a positive integer.
+
+    References
+    ----------
+    Blumensath and Davies 2009, "Iterative Hard Thresholding for Compressed Sensing".
+
+    Examples
+    --------
+    >>> from safe_core import Unstructured
+    >>> HardThreshold(interval=8).is_due(Unstructured(0.5), 7)
+    True
+    """
+
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        _checks.integer("interval", self.interval, low=1)
+
+    @property
+    def after_update(self) -> tuple[Operation, ...]:
+        """Zero x off the new support."""
+        return (Operation.PROJECT_PARAMETERS,)
+
+    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
+        """Return whether x is projected after ``step``."""
+        return every(self.interval, step)

@@ -1,0 +1,377 @@
+"""A step of a method on immutable arrays: NumPy, JAX and any array API library.
+
+`FunctionalStep` walks the plan of a method over lists of arrays. The JAX adapter runs it on
+the leaves of a pytree, and a loop of one's own runs it on lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from ._dtypes import scalar_like, wide_dtype
+from .constraints import ArrayInfo, SplitState
+from .constraints.splitting import penalty_gradient
+from .importance import Importance
+from .layout import Layout
+from .method import Method
+from .projection import apply_support
+from .step import Evaluation, StepPlan
+
+__all__ = ["FunctionalStep", "StepState", "start"]
+
+Gradients = Callable[[list[Array]], list[Array]]
+
+
+@dataclass
+class StepState:
+    """What a method keeps from step to step, for lists of arrays.
+
+    Attributes
+    ----------
+    split : SplitState
+        State of the constraint, for the sparse parameters.
+    importance : list of arrays or None
+        State of the importance; None if P = 1.
+    flat : list of arrays
+        The direction that steps between perturbations reuse, for all parameters; empty if
+        the method reuses none.
+    """
+
+    split: SplitState
+    importance: list[Array] | None = None
+    flat: list[Array] = field(default_factory=list)
+
+
+def start(
+    method: Method,
+    params: Sequence[Array],
+    sparse: Sequence[int],
+    info: ArrayInfo,
+    importance: Importance | None = None,
+) -> StepState:
+    """Return the state of a method before step 0.
+
+    Parameters
+    ----------
+    method : Method
+    params : sequence of arrays
+        All trainable parameters.
+    sparse : sequence of int
+        Positions of the sparse ones among them.
+    info : ArrayInfo
+        Names and layouts of the sparse parameters.
+    importance : Importance, optional
+        By default that of the method.
+
+    Returns
+    -------
+    StepState
+
+    Examples
+    --------
+    >>> import numpy
+    >>> import safe_core
+    >>> info = ArrayInfo(("x",), (None,))
+    >>> start(safe_core.admm(0.5), [numpy.asarray([1.0, 3.0])], [0], info).split.support
+    [array([False,  True])]
+    """
+    values = [params[i] for i in sparse]
+    flat = no_direction(params) if method.plan().reuses else []
+    source = method.importance if importance is None else importance
+    held = None if source is None else source.init(values)
+    # P is known before step 0 only where it never changes.
+    known = None if source is None or source.reads is not None else held
+    metric = method.metric(known, source=source)
+    return StepState(method.init(values, info, metric), held, flat)
+
+
+def no_direction(params: Sequence[Array]) -> list[Array]:
+    """Return a zero direction for all parameters, until the first perturbation."""
+    return [
+        array_namespace(p).zeros_like(p, dtype=wide_dtype(array_namespace(p), [p])) for p in params
+    ]
+
+
+@dataclass
+class FunctionalStep:
+    """One step of a method, see `run`.
+
+    Attributes
+    ----------
+    method : Method
+    params : list of arrays
+        All trainable parameters x.
+    sparse : sequence of int
+        Positions of the sparse ones among them.
+    info : ArrayInfo
+        Names and layouts of the sparse parameters.
+    step : int or integer array
+        t, counted from 0.
+    gradients_at : callable
+        ``gradients_at(params) -> gradients`` of the loss, for points other than x.
+    base : callable
+        ``base(gradients) -> updates``: the base optimizer, whose updates are added to x.
+    plan : StepPlan, optional
+        By default that of the method.
+    importance : Importance, optional
+        By default that of the method.
+    rho, penalty, learning_rate : float or scalar array, optional
+        Values at this step; rho and penalty are those of the method by default.
+    second_moments : callable, optional
+        Returns the base optimizer's second moments of the sparse parameters after its step.
+    layouts : sequence of Layout or None, optional
+        Roles of the axes of all parameters, for perturbations that read them.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> import safe_core
+    >>> method = safe_core.safe(0.5, rho=0.1, penalty=1.0, dual_update_interval=1)
+    >>> x, info = [numpy.asarray([2.0, -1.0])], ArrayInfo(("x",), (None,))
+    >>> state = start(method, x, [0], info)
+    >>> gradient = lambda params: [x - numpy.asarray([3.0, 1.0]) for x in params]
+    >>> base = lambda gradients: [-0.1 * g for g in gradients]
+    >>> for t in range(50):
+    ...     step = FunctionalStep(method, x, [0], info, t, gradient, base)
+    ...     x, state = step.run(gradient(x), state)
+    >>> method.finalize(x, info)[0].round(2)
+    array([2.95, 0.  ])
+    """
+
+    method: Method
+    params: list[Array]
+    sparse: Sequence[int]
+    info: ArrayInfo
+    step: int | Array
+    gradients_at: Gradients
+    base: Callable[[list[Array]], list[Array]]
+    plan: StepPlan | None = None
+    importance: Importance | None = None
+    rho: float | Array | None = None
+    penalty: float | Array | None = None
+    learning_rate: float | Array | None = None
+    second_moments: Callable[[], list[Array]] | None = None
+    layouts: Sequence[Layout | None] | None = None
+
+    # What the operations work on.
+    _g: list[Array] = field(init=False, repr=False)
+    _observed: list[Array] = field(init=False, repr=False)
+    _pulls: list[Array] = field(init=False, repr=False)
+    _updates: list[Array] = field(init=False, repr=False)
+    _split: SplitState = field(init=False, repr=False)
+    _held: list[Array] | None = field(init=False, repr=False)
+    _flat: list[Array] = field(init=False, repr=False)
+    _plan: StepPlan = field(init=False, repr=False)
+    _source: Importance | None = field(init=False, repr=False)
+
+    def run(self, gradients: list[Array], state: StepState) -> tuple[list[Array], StepState]:
+        """Return x and the state after the step, from the gradients at x."""
+        updates, state = self.updates(gradients, state)
+        return self._applied(updates), state
+
+    def updates(self, gradients: list[Array], state: StepState) -> tuple[list[Array], StepState]:
+        """Return what is to be added to x, and the state after the step."""
+        self._plan = self.method.plan() if self.plan is None else self.plan
+        self._source = self.method.importance if self.importance is None else self.importance
+        self._split, self._held = state.split, state.importance
+        self._flat = list(state.flat)
+        self._g = self._masked(gradients)
+        for evaluation in self._plan.evaluations[1:]:
+            self._evaluate(evaluation)
+        for operation in self._plan.operations:
+            getattr(self, f"_{operation.name.lower()}")()
+        return self._updates, StepState(self._split, self._held, self._flat)
+
+    # Gradients
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        if not evaluation.point.is_perturbed:
+            self._g = _combined(self._at(self._projected(self.params)), self._g, evaluation)
+            return
+        perturbation = self.method.perturbation
+        due = perturbation.is_due(self.step)  # type: ignore[union-attr]
+
+        def ascend(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
+            rho = self.rho
+            e = self.method.perturb(self.params, first, self.step, rho=rho, layouts=self.layouts)
+            moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
+            second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
+            second = _combined(second, first, evaluation)
+            if not self._plan.reuses:
+                return second, flat
+            return second, _cast(self.method.flat_direction(first, second), flat)
+
+        def stay(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
+            return self.method.reuse(first, flat) if self._plan.reuses else first, flat
+
+        cond = backend_of(self.step).cond
+        self._g, self._flat = cond(due, ascend, stay, self._g, self._flat)
+
+    def _at(self, params: list[Array]) -> list[Array]:
+        return self._masked(_cast(self.gradients_at(params), self._g))
+
+    def _projected(self, params: list[Array]) -> list[Array]:
+        """Return C(params), at the sparsity of this step."""
+        values = self._of(params)
+        metric = self.method.metric(self._held, source=self._source)
+        kept = self.method.support_at(values, self.info, self.step, metric)
+        return self._replaced(params, apply_support(values, kept))
+
+    def _masked(self, gradients: list[Array]) -> list[Array]:
+        if not self._plan.masks_gradients:
+            return gradients
+        return self._replaced(gradients, apply_support(self._of(gradients), self._split.support))
+
+    # Operations, by the names of `Operation`
+
+    def _observe_gradients(self) -> None:
+        self._observed = self._of(self._g)
+
+    def _rescale_dual(self) -> None:
+        self._split = self.method.constraint.rescale(self._split, self.step)
+
+    def _add_penalty(self) -> None:
+        pulled = []
+        for i, pull in zip(self.sparse, self._penalty_gradients(), strict=True):
+            xp, g = array_namespace(pull), self._g[i]
+            total = xp.astype(g, pull.dtype, copy=False) + pull
+            pulled.append(xp.astype(total, g.dtype, copy=False))
+        self._g = self._replaced(self._g, pulled)
+
+    def _measure_pull(self) -> None:
+        self._pulls = [
+            scalar_like(self.learning_rate, pull) * pull for pull in self._penalty_gradients()
+        ]
+
+    def _penalty_gradients(self) -> list[Array]:
+        weight = self.penalty
+        if weight is None:
+            weight = self.method.constraint.penalty(self.step)  # type: ignore[misc]
+        pairs = zip(self._of(self.params), self._split.anchor, strict=True)
+        return [penalty_gradient(x, anchor, weight) for x, anchor in pairs]
+
+    def _base_step(self) -> None:
+        self._updates = self.base(self._g)
+
+    def _apply_pull(self) -> None:
+        moved = []
+        for i, pull in zip(self.sparse, self._pulls, strict=True):
+            xp, update = array_namespace(pull), self._updates[i]
+            total = xp.astype(update, pull.dtype, copy=False) - pull
+            moved.append(xp.astype(total, update.dtype, copy=False))
+        self._updates = self._replaced(self._updates, moved)
+
+    def _mask_parameters(self) -> None:
+        self._zero_off(self._split.support)
+
+    def _update_state(self) -> None:
+        constraint, pattern = self.method.constraint, self.method.sparsity
+        params = self._applied(self._updates)
+        due = self._is_due
+
+        def update(
+            split: SplitState, held: list[Array] | None
+        ) -> tuple[SplitState, list[Array] | None]:
+            values = self._of(params)
+            held = self._refreshed(held, params)
+            metric = self.method.metric(held, source=self._source)
+            return constraint.update(values, split, pattern, self.info, self.step, metric), held
+
+        def keep(
+            split: SplitState, held: list[Array] | None
+        ) -> tuple[SplitState, list[Array] | None]:
+            return split, held
+
+        cond = backend_of(self.step).cond
+        self._split, self._held = cond(due, update, keep, self._split, self._held)
+
+    def _refreshed(self, held: list[Array] | None, params: list[Array]) -> list[Array] | None:
+        source = self._source
+        if source is None or source.reads is None:
+            return held
+        if source.reads == "gradients":
+            return source.refresh(held or [], self._observed)
+        if source.reads == "params":
+            return source.refresh(held or [], self._of(params))
+        if source.reads == "model":
+            return source.refresh(held or [], params)
+        if self.second_moments is None:
+            raise ValueError(
+                f"second_moments must be given for an importance that reads them, {source!r}, got "
+                "None"
+            )
+        return source.refresh(held or [], self.second_moments())
+
+    def _project_parameters(self) -> None:
+        due = self._is_due
+        support = self._split.support
+        if not isinstance(due, bool):
+            support = [mask | ~array_namespace(mask).asarray(due) for mask in support]
+        elif not due:
+            return
+        self._zero_off(support)
+
+    @property
+    def _is_due(self) -> bool | Array:
+        return self.method.constraint.is_due(self.method.sparsity, self.step)
+
+    # Lists
+
+    def _zero_off(self, support: Sequence[Array]) -> None:
+        """Make the updates such that x is zero off a support: x + (-x) is +0."""
+        emptied = []
+        for i, mask in zip(self.sparse, support, strict=True):
+            x, update = self.params[i], self._updates[i]
+            xp = array_namespace(x)
+            dtype = _wider(x, update)  # in which -x is exact
+            kept, back = (xp.astype(a, dtype, copy=False) for a in (update, x))
+            emptied.append(xp.where(mask, kept, -back))
+        self._updates = self._replaced(self._updates, emptied)
+
+    def _applied(self, updates: list[Array]) -> list[Array]:
+        return [_added(x, update) for x, update in zip(self.params, updates, strict=True)]
+
+    def _of(self, arrays: Sequence[Array]) -> list[Array]:
+        return [arrays[i] for i in self.sparse]
+
+    def _replaced(self, arrays: Sequence[Array], sparse: Sequence[Array]) -> list[Array]:
+        found = list(arrays)
+        for i, array in zip(self.sparse, sparse, strict=True):
+            found[i] = array
+        return found
+
+
+def _combined(new: list[Array], before: list[Array], evaluation: Evaluation) -> list[Array]:
+    if evaluation.combine == "replace":
+        return new
+    return [a + b for a, b in zip(before, new, strict=True)]
+
+
+def _added(x: Array, step: Array) -> Array:
+    """Return ``x + step`` in the dtype of x, computed in the wider of the two."""
+    xp, wide = array_namespace(x), _wider(x, step)
+    total = xp.astype(x, wide, copy=False) + xp.astype(step, wide, copy=False)
+    return xp.astype(total, x.dtype, copy=False)
+
+
+def _wider(a: Array, b: Array) -> Any:
+    """Return the dtype that holds both, without a library's own rules of promotion."""
+    if a.dtype == b.dtype:
+        return a.dtype
+    xp = array_namespace(a)
+    sizes = [xp.finfo(x.dtype).bits for x in (a, b)]
+    if sizes[0] == sizes[1]:  # float16 and bfloat16: neither holds the other
+        return xp.float32
+    return a.dtype if sizes[0] > sizes[1] else b.dtype
+
+
+def _cast(arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
+    return [
+        array_namespace(a).astype(a, b.dtype, copy=False) for a, b in zip(arrays, like, strict=True)
+    ]

@@ -1,0 +1,192 @@
+"""What every pattern says of itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from safe_core import _checks
+from safe_core.backends import Array, backend_of
+from safe_core.layout import Layout
+from safe_core.schedules import SparsityTable
+
+from .counts import kept_counts
+from .pools import keep_within
+
+__all__ = ["FractionPattern", "Pattern", "Units"]
+
+
+class Units(NamedTuple):
+    """The units of one array, ready to be selected among.
+
+    Attributes
+    ----------
+    scores : array
+        One score per unit. The units of largest magnitude are kept.
+    layout : Layout or None
+        Roles of the axes of ``scores``, with non-negative axes.
+    expand : callable
+        Turns a mask of units into a mask of entries.
+    """
+
+    scores: Array
+    layout: Layout | None
+    expand: Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Base class of patterns: which supports are allowed.
+
+    Projecting onto a pattern takes four steps: score the entries, combine the scores of
+    each unit (`units`), keep the best units of each pool (`keep`), and expand the mask of
+    units to entries. A subclass says how, and everything else follows from it: both
+    adapters, block-wise pruning, recipes and reports.
+    """
+
+    ranks: ClassVar[Literal["entries", "units"]] = "entries"
+    """Whether scores are ``sqrt(P) |v|`` of single entries, or ``P v^2`` to be summed."""
+
+    group: ClassVar[int | None] = None
+    """How many consecutive inputs are decided together, such as m of N:M; None for any."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether the units of all arrays compete in one pool."""
+        return False
+
+    @property
+    def by_output(self) -> bool:
+        """Whether the units of each output compete among themselves."""
+        return False
+
+    @property
+    def couples_arrays(self) -> bool:
+        """Whether the mask of one array depends on the other arrays."""
+        return self.joint
+
+    @property
+    def schedule(self) -> SparsityTable | None:
+        """The table of a sparsity that changes over time, or None."""
+        return None
+
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Return the fraction of zeros at every stage, as exact fractions."""
+        raise NotImplementedError
+
+    def stage(self, step: int | Array | None) -> int | Array:
+        """Return the index into `fractions` at ``step``; None asks for the last stage."""
+        if self.schedule is None:
+            return 0
+        return len(self.schedule.table) - 1 if step is None else self.schedule.stage(step)
+
+    def sparsity_of(self, name: str) -> float:
+        """Return the final fraction of zeros that is asked of the array ``name``."""
+        return float(self.fractions()[-1])
+
+    def describe(self) -> str:
+        """Return a short text for tables, such as ``"2:4"``."""
+        return repr(self)
+
+    def renamed(self, rename: Callable[[str], str]) -> Pattern:
+        """Return the pattern with the array names that it holds passed through ``rename``."""
+        return self
+
+    @property
+    def named_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that the pattern treats apart."""
+        return ()
+
+    def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
+        """Raise ValueError where the pattern does not fit an array of this shape and layout.
+
+        ``layout`` has non-negative axes. A check needs no values, so it runs when an
+        optimizer is made and not in the middle of a run.
+        """
+
+    def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
+        """Return the units of one array from the scores of its entries."""
+        return Units(scores, layout, lambda mask: mask)
+
+    def keep(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
+    ) -> list[Array]:
+        """Return masks of the units to keep, one per array."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FractionPattern(Pattern):
+    """Base class of patterns that zero a fraction of the units of each pool.
+
+    A subclass has the fields ``sparsity``, a fraction of zeros or a table of
+    `safe_core.schedules`, and ``scope``: "global" (all arrays together), "tensor", or,
+    where units are entries, "row".
+    """
+
+    @property
+    def joint(self) -> bool:
+        """Whether the units of all arrays compete in one pool."""
+        return bool(self._scope == "global")
+
+    @property
+    def by_output(self) -> bool:
+        """Whether the units of each output compete among themselves."""
+        return bool(self._scope == "row")
+
+    @property
+    def _scope(self) -> str:
+        return str(getattr(self, "scope", "tensor"))
+
+    @property
+    def _sparsity(self) -> Any:
+        return self.sparsity  # type: ignore[attr-defined]
+
+    @property
+    def schedule(self) -> SparsityTable | None:
+        """The table of a sparsity that changes over time, or None."""
+        return self._sparsity if isinstance(self._sparsity, SparsityTable) else None
+
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Return the fraction of zeros at every stage, as exact fractions."""
+        if self.schedule is not None:
+            return tuple(self.schedule.table)
+        return (_checks.decimal_fraction(self._sparsity),)
+
+    def describe(self) -> str:
+        """Return a short text for tables, such as ``"0.9 of Channel, scope tensor"``."""
+        return f"{float(self.fractions()[-1]):g} of {type(self).__name__}, scope {self._scope}"
+
+    def distributed(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        layouts: Sequence[Layout | None],
+        names: Sequence[str],
+    ) -> Sequence[tuple[Fraction, ...]]:
+        """Return the fraction of zeros of every array at every stage; by default alike."""
+        return [self.fractions()] * len(names)
+
+    def keep(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
+    ) -> list[Array]:
+        """Return masks of the units to keep, one per array."""
+        scores = [unit.scores for unit in units]
+        if self.joint:
+            counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
+            return backend_of(scores[0]).keep_largest(scores, counts, stage)
+        layouts = [unit.layout for unit in units]
+        shapes = [tuple(s.shape) for s in scores]
+        spread = self.distributed(shapes, layouts, names)
+        return [
+            keep_within(score, stages, stage, layout, name, by_output=self.by_output, xp=xp)
+            for score, stages, layout, name in zip(scores, spread, layouts, names, strict=True)
+        ]
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Refuse what is neither a fraction of zeros nor a table of them."""
+    if not isinstance(value, SparsityTable):
+        _checks.sparsity(name, value)

@@ -1,0 +1,148 @@
+"""Blocks of outputs by inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from safe_core import _checks
+from safe_core.backends import Array, backend_of
+from safe_core.layout import Layout, merge
+from safe_core.schedules import SparsityTable
+
+from .base import FractionPattern, Units, check_fraction
+from .counts import require_roles, whole_units
+from .pools import expansion, pad_kept, take
+
+__all__ = ["Block"]
+
+
+@dataclass(frozen=True)
+class Block(FractionPattern):
+    """Blocks of ``shape`` (outputs, inputs), kept or zeroed whole.
+
+    Blocks rank by the sum of ``P_ii * v_i**2`` over their entries.
+
+    Attributes
+    ----------
+    shape : tuple of two int
+        Size of a block along the output and the input axis.
+    sparsity : float or table of `safe_core.schedules`
+        Fraction of blocks that are zero, in [0, 1).
+    scope : {"tensor", "global"}
+        Whether blocks compete within each tensor or all together.
+    ragged : {"error", "dense"}
+        What to do where blocks do not divide an axis: raise, or leave the tail dense
+        and count whole blocks only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``shape`` is not two positive integers or ``sparsity`` is not in [0, 1).
+
+    Examples
+    --------
+    >>> Block((16, 16), 0.75)
+    Block(shape=(16, 16), sparsity=0.75, scope='tensor', ragged='error')
+    """
+
+    shape: tuple[int, int]
+    sparsity: float | SparsityTable
+    scope: Literal["tensor", "global"] = "tensor"
+    ragged: Literal["error", "dense"] = "error"
+
+    ranks: ClassVar[Literal["entries", "units"]] = "units"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, (tuple, list)) or len(self.shape) != 2:
+            raise TypeError(f"shape must be two integers (outputs, inputs), got {self.shape!r}")
+        for size in self.shape:
+            _checks.integer("shape", size, low=1)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        check_fraction("sparsity", self.sparsity)
+        _checks.choice("scope", self.scope, ("tensor", "global"))
+        _checks.choice("ragged", self.ragged, ("error", "dense"))
+
+    def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
+        """Raise ValueError where blocks do not divide an axis, or the axes are unknown."""
+        layout = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
+        for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
+            whole_units(size, unit, self.ragged, name, role)
+
+    def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
+        """Sum ``P v^2`` over every block; the units keep their storage order."""
+        self.check(scores.shape, layout, name)
+        roles = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
+        plan = _BlockPlan.of(scores.shape, self, roles, name)
+        backend = backend_of(scores)
+        whole = backend.regrouped(scores, plan.units(scores.ndim))
+
+        def add(part: Array) -> Array:
+            own = _BlockPlan.of(part.shape, self, roles, name)
+            head = xp.reshape(part, own.merged)
+            for axis, size in enumerate(own.wholes):
+                head = take(head, axis, size)
+            return xp.sum(xp.reshape(head, own.split), axis=own.inner, keepdims=True)
+
+        def cover(part: Array, mask: Array) -> Array:
+            own = _BlockPlan.of(part.shape, self, roles, name)
+            mask = xp.reshape(xp.broadcast_to(mask, own.split), own.wholes)
+            like = xp.reshape(part, own.merged)
+            for axis in range(mask.ndim):
+                mask = pad_kept(mask, axis, like, xp=xp)
+            return xp.reshape(mask, part.shape)
+
+        sums = backend.shardwise(add, whole, axes=plan.places)
+        return Units(sums, Layout(batch_axes=plan.batch), expansion(scores, whole, cover))
+
+
+class _BlockPlan(NamedTuple):
+    """How an array of one shape is cut into blocks."""
+
+    merged: tuple[int, ...]  # shape with each role on one axis
+    wholes: tuple[int, ...]  # the same, less the ragged tails
+    split: tuple[int, ...]  # wholes, with each role cut into (blocks, block)
+    inner: tuple[int, ...]  # axes of split that run within a block
+    batch: tuple[int, ...]  # axes of split along which tensors are stacked
+    places: dict[int, int]  # axis to axis of split, where it may be cut by shards
+    blocks: dict[int, tuple[int, int, str]]  # first axis of a role: its size, a block's, its name
+
+    @classmethod
+    def of(cls, shape: Sequence[int], pattern: Block, layout: Layout, name: str) -> _BlockPlan:
+        shape = tuple(shape)
+        units = dict(zip(("output", "input"), pattern.shape, strict=True))
+        axes_of = {"output": layout.output_axes, "input": layout.input_axes}
+        roles = {axes[0]: role for role, axes in axes_of.items()}
+        merged: list[int] = []
+        wholes: list[int] = []
+        split: list[int] = []
+        inner: list[int] = []
+        batch: list[int] = []
+        places, blocks = {}, {}
+        for axis, size in enumerate(shape):
+            if axis in roles:
+                role = roles[axis]
+                unit = units[role]
+                size = merge(shape, axes_of[role], name)[0][axis]
+                blocks[axis] = (size, unit, role)
+                if len(axes_of[role]) == 1:
+                    places[axis] = len(split)
+                merged.append(size)
+                wholes.append(size - size % unit)
+                inner.append(len(split) + 1)
+                split += [size // unit, unit]
+            elif axis not in layout.output_axes + layout.input_axes:
+                if axis in layout.batch_axes:
+                    batch.append(len(split))
+                places[axis] = len(split)
+                merged.append(size)
+                wholes.append(size)
+                split.append(size)
+        axes = tuple(inner), tuple(batch)
+        return cls(tuple(merged), tuple(wholes), tuple(split), *axes, places, blocks)
+
+    def units(self, ndim: int) -> dict[int, int]:
+        """Lengths along the axes that shards must not cut, 0 for the whole axis."""
+        alone = {axis: self.blocks[axis][1] if axis in self.blocks else 1 for axis in self.places}
+        return {axis: alone.get(axis, 0) for axis in range(ndim)}

@@ -1,0 +1,72 @@
+"""Whole output channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from safe_core import _checks
+from safe_core.backends import Array, backend_of
+from safe_core.layout import Layout
+from safe_core.schedules import SparsityTable
+
+from .base import FractionPattern, Units, check_fraction
+from .counts import require_roles
+from .pools import expansion
+
+__all__ = ["Channel"]
+
+
+@dataclass(frozen=True)
+class Channel(FractionPattern):
+    """Whole output channels, kept or zeroed together.
+
+    Channels rank by the sum of ``P_ii * v_i**2`` over their entries.
+
+    Attributes
+    ----------
+    sparsity : float or table of `safe_core.schedules`
+        Fraction of output channels that are zero, in [0, 1).
+    scope : {"tensor", "global"}
+        Whether channels compete within each tensor or all together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``sparsity`` is not in [0, 1) or ``scope`` is unknown.
+
+    Examples
+    --------
+    >>> Channel(0.5)
+    Channel(sparsity=0.5, scope='tensor')
+    """
+
+    sparsity: float | SparsityTable
+    scope: Literal["tensor", "global"] = "tensor"
+
+    ranks: ClassVar[Literal["entries", "units"]] = "units"
+
+    def __post_init__(self) -> None:
+        check_fraction("sparsity", self.sparsity)
+        _checks.choice("scope", self.scope, ("tensor", "global"))
+
+    def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
+        """Raise ValueError where the output axes are unknown."""
+        require_roles(layout, name, "a Channel pattern", outputs=True)
+
+    def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
+        """Sum ``P v^2`` over every output channel."""
+        layout = require_roles(layout, name, "a Channel pattern", outputs=True)
+        kept = layout.output_axes + layout.batch_axes
+        axes = tuple(axis for axis in range(scores.ndim) if axis not in kept)
+        backend = backend_of(scores)
+        whole = backend.regrouped(scores, dict.fromkeys(axes, 0))
+        sums = whole
+        if axes:
+            sums = backend.shardwise(lambda part: xp.sum(part, axis=axes, keepdims=True), whole)
+
+        def cover(part: Array, mask: Array) -> Array:
+            return mask & xp.ones_like(part, dtype=xp.bool)
+
+        return Units(sums, layout, expansion(scores, whole, cover))

@@ -1,0 +1,40 @@
+"""How many units are kept, in exact arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from safe_core.layout import Layout
+
+__all__ = ["kept_counts", "require_roles", "whole_units"]
+
+
+def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
+    """Return how many of ``units`` are kept at every stage: ``units - floor(fraction * units)``."""
+    return tuple(units - int(Fraction(units) * fraction) for fraction in stages)
+
+
+def whole_units(size: int, unit: int, ragged: str, name: str, role: str) -> int:
+    """Return the length of the whole units along an axis, or raise for a ragged tail."""
+    if size % unit and ragged == "error":
+        raise ValueError(
+            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; "
+            "pass ragged='dense' to the pattern to leave its tail dense"
+        )
+    return size - size % unit
+
+
+def require_roles(
+    layout: Layout | None, name: str, what: str, *, inputs: bool = False, outputs: bool = False
+) -> Layout:
+    """Return the layout, or raise where it does not say what a pattern needs."""
+    if layout is None:
+        raise ValueError(
+            f"layout of {name} is unknown, and {what} needs the roles of its axes; "
+            "pass layout=Layout(input_axes=..., output_axes=...) for it"
+        )
+    if (inputs and not layout.input_axes) or (outputs and not layout.output_axes):
+        role = "input_axes" if inputs and not layout.input_axes else "output_axes"
+        raise ValueError(f"layout of {name} must name {role} for {what}, got {layout!r}")
+    return layout

@@ -1,0 +1,97 @@
+"""N of every M consecutive inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Any, Literal
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.layout import Layout, merge
+
+from .base import Pattern, Units
+from .counts import require_roles, whole_units
+from .pools import keep_in_groups, on_whole_units, pad_kept, take
+
+__all__ = ["NM"]
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Keep ``n`` of every ``m`` consecutive entries along the input axis.
+
+    Attributes
+    ----------
+    n, m : int
+        Entries kept, and entries in a group; ``1 <= n <= m``. 2:4 is what NVIDIA's
+        sparse tensor cores run.
+    ragged : {"error", "dense"}
+        What to do where ``m`` does not divide the input axis: raise, or leave the last,
+        shorter group dense.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``n`` and ``m`` are not integers with ``1 <= n <= m``.
+
+    Examples
+    --------
+    >>> NM(2, 4)
+    NM(n=2, m=4, ragged='error')
+    """
+
+    n: int
+    m: int
+    ragged: Literal["error", "dense"] = "error"
+
+    def __post_init__(self) -> None:
+        _checks.integer("m", self.m, low=1)
+        _checks.integer("n", self.n, low=1)
+        if self.n > self.m:
+            raise ValueError(f"n must be at most m={self.m!r}, got {self.n!r}")
+        _checks.choice("ragged", self.ragged, ("error", "dense"))
+
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        """How many consecutive inputs are decided together: m."""
+        return self.m
+
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Return the one fraction of zeros, ``1 - n/m``."""
+        return (1 - Fraction(self.n, self.m),)
+
+    def describe(self) -> str:
+        """Return ``"n:m"``."""
+        return f"{self.n}:{self.m}"
+
+    def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
+        """Raise ValueError where ``m`` does not divide the input axis, or no axis is known."""
+        layout = require_roles(layout, name, "an N:M pattern", inputs=True)
+        merged, axis = merge(tuple(shape), layout.input_axes, name)
+        whole_units(merged[axis], self.m, self.ragged, name, "input")
+
+    def keep(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
+    ) -> list[Array]:
+        """Return masks that keep ``n`` of every ``m`` along the input axis."""
+        masks = []
+        for unit, name in zip(units, names, strict=True):
+            self.check(unit.scores.shape, unit.layout, name)
+            axes = unit.layout.input_axes  # type: ignore[union-attr]
+            within = partial(self._keep_in_groups, axes, name, xp)
+            size = self.m if len(axes) == 1 else 0
+            masks.append(on_whole_units(within, unit.scores, dict.fromkeys(axes, size)))
+        return masks
+
+    def _keep_in_groups(self, axes: tuple[int, ...], name: str, xp: Any, scores: Array) -> Array:
+        shape, axis = merge(tuple(scores.shape), axes, name)
+        whole = shape[axis] - shape[axis] % self.m
+        full = xp.reshape(scores, shape)
+        head = take(full, axis, whole)
+        grouped = (*shape[:axis], whole // self.m, self.m, *shape[axis + 1 :])
+        mask = keep_in_groups(xp.reshape(head, grouped), axis + 1, self.n, xp=xp)
+        mask = pad_kept(xp.reshape(mask, head.shape), axis, full, xp=xp)
+        return xp.reshape(mask, scores.shape)

@@ -1,0 +1,45 @@
+"""A pattern from what a user writes."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from numbers import Real
+from typing import Any, Literal
+
+from safe_core import _checks
+from safe_core.schedules import SparsityTable
+
+from .base import Pattern
+from .nm import NM
+from .unstructured import Unstructured
+
+__all__ = ["as_pattern"]
+
+
+def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global") -> Pattern:
+    """Return a pattern from a pattern, a fraction of zeros, a table of them, or ``"N:M"``.
+
+    ``scope`` is that of a fraction or a table.
+
+    Examples
+    --------
+    >>> as_pattern("2:4")
+    NM(n=2, m=4, ragged='error')
+    """
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, str):
+        n, colon, m = value.partition(":")
+        if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
+            raise ValueError(
+                'sparsity must be a number such as 0.95, or of the form "N:M" if a string, got '
+                f"{value!r}"
+            )
+        return NM(int(n), int(m))
+    if isinstance(value, Real | Decimal | SparsityTable) and not isinstance(value, bool):
+        return Unstructured(value, scope=scope)  # type: ignore[arg-type]
+    raise TypeError(
+        "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "
+        f"(Unstructured, NM, Block, Channel), got {_checks.shown(value)}; an array or a traced "
+        "value is refused because float32 arithmetic gets the number of zeros wrong"
+    )

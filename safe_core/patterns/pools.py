@@ -1,0 +1,105 @@
+"""Selection within one array: all of it, each of its rows, or small groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from safe_core.backends import Array, backend_of
+from safe_core.layout import Layout, inverse, rows_first
+
+from .counts import kept_counts, require_roles
+
+__all__ = ["expansion", "keep_in_groups", "keep_within", "on_whole_units", "pad_kept", "take"]
+
+_RANKED_GROUP = 16  # up to this size comparing all pairs is faster than selecting
+
+
+def keep_within(
+    scores: Array,
+    stages: Sequence[Fraction],
+    stage: int | Array,
+    layout: Layout | None,
+    name: str,
+    *,
+    by_output: bool,
+    xp: Any,
+) -> Array:
+    """Return the mask of one array by fractions of zeros, of all of it or of each row."""
+    if by_output:
+        layout = require_roles(layout, name, "scope 'row'")
+    order = rows_first(layout or Layout(), scores.ndim, by_output=by_output)
+    pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
+    n = math.prod(scores.shape[axis] for axis in order[pools:])
+    counts = kept_counts(stages, n)
+    if math.prod(scores.shape[axis] for axis in order[:pools]) == 1:
+        return backend_of(scores).keep_largest([scores], counts, stage)[0]
+
+    def within(scores: Array) -> Array:
+        shape = tuple(scores.shape[axis] for axis in order)
+        table = xp.reshape(xp.permute_dims(scores, order), (math.prod(shape[:pools]), n))
+        mask = backend_of(scores).keep_largest_per_row(table, counts, stage)
+        return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
+
+    return on_whole_units(within, scores, dict.fromkeys(order[pools:], 0))
+
+
+def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[int, int]) -> Array:
+    """Apply ``fn`` such that each shard it sees holds whole units only.
+
+    ``units`` maps an axis to the length of a unit along it, 0 for the whole axis.
+    """
+    backend = backend_of(scores)
+    whole = backend.regrouped(scores, units)
+    return backend.resharded_as(scores, backend.shardwise(fn, whole))
+
+
+def expansion(
+    scores: Array, whole: Array, cover: Callable[[Array, Array], Array]
+) -> Callable[[Array], Array]:
+    """Return the function from a mask of units to one of entries.
+
+    ``cover(part, mask)`` expands the mask of one shard; ``whole`` is ``scores`` with shards
+    that cut no unit.
+    """
+    backend = backend_of(scores)
+    return lambda mask: backend.resharded_as(scores, backend.shardwise(cover, whole, mask))
+
+
+def keep_in_groups(scores: Array, axis: int, n: int, *, xp: Any) -> Array:
+    """Return the mask of the ``n`` largest entries along ``axis``, which holds one group."""
+    m = scores.shape[axis]
+    if m > _RANKED_GROUP:
+        order = (*(a for a in range(scores.ndim) if a != axis), axis)
+        moved = xp.permute_dims(scores, order)
+        table = xp.reshape(moved, (math.prod(moved.shape[:-1]), m))
+        mask = backend_of(scores).keep_largest_per_row(table, (n,), 0)
+        return xp.permute_dims(xp.reshape(mask, moved.shape), inverse(order))
+    keys = backend_of(scores).ordering_key(scores)
+    entries = [take(keys, axis, j + 1, start=j) for j in range(m)]
+    masks = []
+    for i, key in enumerate(entries):
+        rank = xp.zeros_like(key, dtype=xp.int32)
+        for j, other in enumerate(entries):
+            # Entry j goes before entry i if it is larger, or equal and lower in index.
+            if j != i:
+                rank = rank + xp.astype(other >= key if j < i else other > key, xp.int32)
+        masks.append(rank < n)
+    return xp.concat(masks, axis=axis)
+
+
+def take(x: Array, axis: int, stop: int, start: int = 0) -> Array:
+    """Return ``x[..., start:stop, ...]`` along one axis."""
+    return x[(slice(None),) * axis + (slice(start, stop), Ellipsis)]
+
+
+def pad_kept(mask: Array, axis: int, like: Array, *, xp: Any) -> Array:
+    """Append kept entries along an axis, up to the size that ``like`` has there."""
+    if mask.shape[axis] == like.shape[axis]:
+        return mask
+    tail = tuple(
+        slice(size, None) if a == axis else slice(0, size) for a, size in enumerate(mask.shape)
+    )
+    return xp.concat([mask, xp.ones_like(like[tail], dtype=xp.bool)], axis=axis)

@@ -1,0 +1,131 @@
+"""Single entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from safe_core import _checks
+from safe_core.layout import Layout
+from safe_core.schedules import SparsityTable
+
+from .base import FractionPattern, check_fraction
+from .counts import require_roles
+from .distribution import by_names, by_rule
+
+__all__ = ["Unstructured"]
+
+
+@dataclass(frozen=True)
+class Unstructured(FractionPattern):
+    """Single entries: the ``floor(sparsity * n)`` lowest of each pool are zero.
+
+    Attributes
+    ----------
+    sparsity : float or table of `safe_core.schedules`
+        Fraction of zeros in [0, 1), taken as the decimal it prints as.
+    scope : {"global", "tensor", "row"}
+        The pool in which entries compete: all tensors together, each tensor, or the
+        entries of each output of each tensor.
+    distribution : None, "erdos_renyi_kernel", or mapping of str to float
+        What each tensor has, where tensors do not compete. None: ``sparsity`` each.
+        "erdos_renyi_kernel": densities in proportion to the sum of a tensor's axes by
+        their product, such that all have ``sparsity`` together, exactly but for rounding
+        down in each row or stacked tensor, see `safe_core.distributions.erdos_renyi_kernel`.
+        A mapping: the sparsity of tensors by their names, as in reports, and ``sparsity``
+        for the rest; where ``sparsity`` changes over time, these change in proportion.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``sparsity`` is not a number in [0, 1), ``scope`` or ``distribution`` is unknown, or a
+        distribution is given in the scope "global".
+
+    Examples
+    --------
+    >>> Unstructured(0.9, scope="row")
+    Unstructured(sparsity=0.9, scope='row', distribution=None)
+    """
+
+    sparsity: float | SparsityTable
+    scope: Literal["global", "tensor", "row"] = "global"
+    distribution: str | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction("sparsity", self.sparsity)
+        _checks.choice("scope", self.scope, ("global", "tensor", "row"))
+        if self.distribution is None:
+            return
+        if self.scope == "global":
+            raise ValueError(
+                "distribution must be None in scope 'global', where tensors compete, got "
+                f"{_checks.shown(self.distribution)}"
+            )
+        object.__setattr__(self, "distribution", _frozen(self.distribution))
+
+    @property
+    def couples_arrays(self) -> bool:
+        """Whether the mask of one array depends on the other arrays."""
+        return self.joint or self.distribution is not None
+
+    @property
+    def named_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays with a sparsity of their own."""
+        return tuple(self._by_name)
+
+    @property
+    def _by_name(self) -> dict[str, float]:
+        return dict(self.distribution) if isinstance(self.distribution, tuple) else {}
+
+    def renamed(self, rename: Callable[[str], str]) -> Unstructured:
+        """Return the pattern with the names of its distribution passed through ``rename``."""
+        if not self._by_name:
+            return self
+        named = {rename(name): value for name, value in self._by_name.items()}
+        return replace(self, distribution=named)
+
+    def sparsity_of(self, name: str) -> float:
+        """Return the final fraction of zeros that is asked of the array ``name``."""
+        return float(self._by_name.get(name, self.fractions()[-1]))
+
+    def describe(self) -> str:
+        """Return a short text for tables, such as ``"0.9, scope row"``."""
+        rule = "" if self.distribution is None else f", distribution {self.distribution}"
+        return f"{float(self.fractions()[-1]):g}, scope {self.scope}{rule}"
+
+    def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
+        """Raise ValueError for the scope "row" of an array whose layout is unknown."""
+        if self.by_output:
+            require_roles(layout, name, "scope 'row'")
+
+    def distributed(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        layouts: Sequence[Layout | None],
+        names: Sequence[str],
+    ) -> Sequence[tuple[Fraction, ...]]:
+        """Return the fraction of zeros of every array at every stage."""
+        if isinstance(self.distribution, str):
+            return by_rule(self.fractions(), shapes, layouts)
+        return by_names(self.fractions(), self._by_name, names)
+
+
+def _frozen(given: Any) -> str | tuple[tuple[str, Any], ...]:
+    """Return a distribution as a hashable value."""
+    if isinstance(given, str):
+        _checks.choice("distribution", given, (None, "erdos_renyi_kernel"))
+        return given
+    try:
+        pairs = dict(given)
+    except (TypeError, ValueError):
+        pairs = {}
+    if not pairs or not all(isinstance(name, str) for name in pairs):
+        raise TypeError(
+            "distribution must be None, 'erdos_renyi_kernel' or a mapping of names to "
+            f"sparsities, got {_checks.shown(given)}"
+        )
+    return tuple(
+        (name, _checks.sparsity(f"distribution of {name}", x)) for name, x in pairs.items()
+    )

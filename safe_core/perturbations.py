@@ -1,0 +1,432 @@
+"""Perturbations: the step from x to the worst nearby point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from . import _checks
+from ._dtypes import scalar_like, wide_dtype
+from .layout import Layout
+from .schedules import Schedule, as_schedule, is_zero
+
+__all__ = [
+    "ASAM",
+    "SAM",
+    "Direction",
+    "GradientAscent",
+    "Perturbation",
+    "flat_direction",
+    "norm",
+    "reused",
+]
+
+
+def norm(arrays: Sequence[Array]) -> Array:
+    """Euclidean norm of all entries of all arrays together.
+
+    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider. Squares are not scaled, so in
+    float32 a norm below about 1e-19 counts as zero and one above 1e19 as infinite.
+
+    Parameters
+    ----------
+    arrays : sequence of arrays
+        At least one real floating array, of any shapes.
+
+    Returns
+    -------
+    array
+        A scalar, float64 if an array is, else float32.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> float(norm([numpy.asarray([3.0]), numpy.asarray([[4.0]])]))
+    5.0
+    """
+    xp = array_namespace(*arrays)
+    norms = backend_of(arrays[0]).norms(arrays, wide_dtype(xp, arrays))
+    return xp.linalg.vector_norm(norms)
+
+
+class Direction(NamedTuple):
+    """A perturbation, ``e = factor * vectors``, before it is written out.
+
+    Attributes
+    ----------
+    vectors : list of arrays
+        Shaped as the parameters.
+    length : array
+        A scalar: the norm that the radius is divided by.
+    rho : float or scalar array
+        Perturbation radius.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> float(Direction([numpy.asarray([3.0])], numpy.asarray(3.0), 0.5).factor) * 3
+    0.5
+    """
+
+    vectors: Sequence[Array]
+    length: Array
+    rho: float | Array
+
+    @property
+    def usable(self) -> Array:
+        """Whether the length is positive and finite; e is zero otherwise."""
+        return (self.length > 0) & array_namespace(self.length).isfinite(self.length)
+
+    @property
+    def factor(self) -> Array:
+        """``rho / length``, and 0 where that is not usable.
+
+        The guard is a `where`, not an added epsilon: e must not change when the loss is
+        multiplied by a constant, as a loss scaler does.
+        """
+        xp = array_namespace(self.length)
+        return xp.where(self.usable, self._quotient, xp.zeros_like(self.length))
+
+    @property
+    def _quotient(self) -> Array:
+        xp = array_namespace(self.length)
+        length = xp.where(self.usable, self.length, xp.ones_like(self.length))
+        return scalar_like(self.rho, length) / length
+
+    def perturbation(self) -> list[Array]:
+        """Return ``e``. NaN times zero would be NaN, so the guard is a `where` here too."""
+        xp = array_namespace(self.length)
+        usable, quotient = self.usable, self._quotient
+        wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
+        return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
+
+
+def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
+    """The direction in which the perturbed gradient differs: the part that seeks flatness.
+
+    ``h / |h|`` of ``h = g_s - (g_s . g_0) / |g_0|^2 * g_0``, the component of
+    ``g_s = grad f(x + e)`` orthogonal to ``g_0 = grad f(x)``; products and norms run over
+    all arrays together. Zero where a norm is zero or not finite, and where the gradients
+    differ in direction by no more than rounding.
+
+    Parameters
+    ----------
+    first, second : sequences of arrays
+        ``g_0`` and ``g_s``, of the same shapes.
+
+    Returns
+    -------
+    list of arrays
+        In float32 or wider.
+
+    References
+    ----------
+    Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR
+    (LookSAM), Algorithm 1, where h is ``g_v``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> (h,) = flat_direction([numpy.asarray([2.0, 0.0])], [numpy.asarray([3.0, 4.0])])
+    >>> h.round(6)
+    array([0., 1.])
+    """
+    lines = [Direction(arrays, norm(arrays), 1.0) for arrays in (first, second)]
+    a, b = (line.perturbation() for line in lines)
+    # Of unit vectors a and b, a . b = 1 - |b - a|^2 / 2: so h = (b - a) + |b - a|^2 / 2 a.
+    between = [b_i - a_i for a_i, b_i in zip(a, b, strict=True)]
+    gap = norm(between)
+    xp = array_namespace(gap)
+    h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
+    # Entries are half a spacing off at most, in either; the arithmetic adds a little.
+    spacing = max(float(xp.finfo(g.dtype).eps) for g in (*first, *second))
+    rounding = max(spacing, 4 * float(xp.finfo(gap.dtype).eps))
+    differ = lines[0].usable & lines[1].usable & (gap > rounding)
+    return Direction(h, xp.where(differ, norm(h), xp.zeros_like(gap)), 1.0).perturbation()
+
+
+def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> list[Array]:
+    """The gradient of a step that does not perturb: ``g_0 + weight * |g_0| * h / |h|``.
+
+    The norm runs over all arrays together; where it is not finite, g_0 stays as it is.
+
+    Parameters
+    ----------
+    gradients : sequence of arrays
+        ``g_0``, at x.
+    flat : sequence of arrays
+        ``h / |h|`` of the last step that perturbed, from `flat_direction`.
+    weight : float
+        alpha in the paper.
+
+    Returns
+    -------
+    list of arrays
+        In the dtypes of ``gradients``.
+
+    References
+    ----------
+    Liu et al. 2022, Algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> reused([numpy.asarray([3.0, 4.0])], [numpy.asarray([0.0, 1.0])], 0.5)
+    [array([3. , 6.5])]
+    """
+    length = norm(gradients)
+    xp = array_namespace(length)
+    scale = xp.where(xp.isfinite(length), weight * length, xp.zeros_like(length))
+    return [
+        xp.astype(_as(g, h.dtype) + _as(scale, h.dtype) * h, g.dtype, copy=False)
+        for g, h in zip(gradients, flat, strict=True)
+    ]
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    return array_namespace(x).astype(x, dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Base class of perturbations: how e follows from the gradient at x.
+
+    A subclass overrides `direction`. With an ``interval`` n only the steps ``t`` with
+    ``t % n == 0`` perturb and pay for a second gradient. The others take the gradient
+    ``g_0`` at x or, with ``reuse``, that of LookSAM::
+
+        h = g_s - (g_s . g_0) / |g_0|^2 * g_0    at the last step that perturbed
+        g = g_0 + reuse * |g_0| / |h| * h        at the others
+
+    where ``g_s`` is the gradient at x + e.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Perturbation radius, in the unit of the parameters.
+    interval : int
+        Steps from one perturbation to the next; by keyword.
+    reuse : float
+        Weight of the last flat direction at steps between; by keyword. If positive,
+        ``h / |h|`` is kept for every trainable parameter, in float32 or wider.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``rho`` is not a non-negative number or a schedule, ``interval`` not a positive
+        integer or ``reuse`` negative, or positive where every step perturbs.
+
+    References
+    ----------
+    Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware Minimization"
+    (LookSAM), Algorithm 1.
+    """
+
+    rho: Schedule | float = 0.1
+    interval: int = field(default=1, kw_only=True)
+    reuse: float = field(default=0.0, kw_only=True)
+
+    is_scale_free: ClassVar[bool] = True
+    """Whether e stays the same when the loss is multiplied by a positive number."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rho", as_schedule("rho", self.rho))
+        _checks.integer("interval", self.interval, low=1)
+        if _checks.real("reuse", self.reuse, low=0.0) > 0 and self.interval == 1:
+            raise ValueError(
+                "reuse must be 0 unless perturbations are more than one step apart, got "
+                f"{self.reuse!r} and an interval of 1"
+            )
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the radius is known to be 0 at every step."""
+        return is_zero(self.rho)
+
+    def is_due(self, step: int | Array) -> bool | Array:
+        """Return whether ``step`` perturbs, as far as ``interval`` tells."""
+        return self.interval == 1 or step % self.interval == 0
+
+    def perturbation(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> list[Array]:
+        """Return ``e`` for every parameter, in float32 or wider.
+
+        A gradient whose norm is zero or not finite gives zero. ``params`` and ``layouts``
+        are read by adaptive perturbations only.
+        """
+        return self.direction(params, gradients, rho=rho, layouts=layouts).perturbation()
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return `perturbation` as a factor and vectors, for an adapter that adds in place.
+
+        ``layouts`` holds the roles of the axes of each parameter where they are known.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SAM(Perturbation):
+    """The ball of radius ``rho``: ``e = rho * g / |g|_2``, the norm over all parameters.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Perturbation radius, in the unit of the parameters.
+    interval, reuse : int, float
+        Perturb at every n-th step only, and reuse part of the perturbed gradient at the
+        others, see `Perturbation`; by keyword.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Perturbation`.
+
+    References
+    ----------
+    Foret et al. 2021, "Sharpness-Aware Minimization for Efficiently Improving
+    Generalization"; Lee et al. 2025, equation 4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> SAM(0.1).perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.1)
+    [array([0.06, 0.08])]
+    """
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return e as ``rho / |g|`` and the gradients."""
+        return Direction(gradients, norm(gradients), rho)
+
+
+@dataclass(frozen=True)
+class ASAM(Perturbation):
+    """An ellipsoid that follows the scale of each weight: ``e = rho * T^2 g / |T g|_2``.
+
+    ``T = |x| + eta`` on weights (arrays of two or more axes) and 1 elsewhere, so that
+    ``|T^-1 e|_2 = rho``.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Perturbation radius in the metric of T, without unit on weights.
+    eta : float
+        Keeps T positive where a weight is zero.
+    interval, reuse : int, float
+        As for `Perturbation`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Perturbation`, or if ``eta`` is negative.
+
+    References
+    ----------
+    Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for
+    Scale-Invariant Learning of Deep Neural Networks".
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x, g = numpy.asarray([[0.99]]), numpy.asarray([[2.0]])
+    >>> ASAM(0.5).perturbation([x], [g], rho=0.5)
+    [array([[0.5]])]
+    """
+
+    rho: Schedule | float = 0.5
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.real("eta", self.eta, low=0.0)
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return e as a factor and vectors."""
+        xp = array_namespace(*gradients)
+        scaled, twice = [], []
+        for x, g in zip(params, gradients, strict=True):
+            wide = xp.astype(g, wide_dtype(xp, [g]))
+            t: Any = xp.abs(xp.astype(x, wide.dtype)) + self.eta if x.ndim >= 2 else 1.0
+            scaled.append(t * wide)
+            twice.append(t * (t * wide))
+        return Direction(twice, norm(scaled), rho)
+
+
+@dataclass(frozen=True)
+class GradientAscent(Perturbation):
+    """A step along the gradient as it is: ``e = rho * g``.
+
+    Its length is that of the gradient times rho, so a loss that was scaled gives another e:
+    gradients are to be unscaled first.
+
+    Attributes
+    ----------
+    rho : float or schedule
+        Step size, in the unit of a learning rate.
+    interval, reuse : int, float
+        As for `Perturbation`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Perturbation`.
+
+    References
+    ----------
+    Peste et al. 2023, "CrAM: A Compression-Aware Minimizer", ICLR, equation 4.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> ascent = GradientAscent(0.5)
+    >>> ascent.perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.5)
+    [array([1.5, 2. ])]
+    """
+
+    is_scale_free: ClassVar[bool] = False
+
+    def direction(
+        self,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return e as a factor and vectors."""
+        length = norm(gradients)
+        xp = array_namespace(length)
+        one = xp.ones_like(length)
+        return Direction(gradients, xp.where(xp.isfinite(length), one, math.inf * one), rho)

@@ -1,0 +1,301 @@
+"""What one library can do beyond the others: devices, tracing, mapping, sharding, counting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+from array_api_compat import array_namespace
+from array_backends import BFLOAT16, Backend, assert_same, projector
+from hypothesis import given
+from hypothesis import strategies as st
+
+import safe_core.backends.jax as jax_backend
+import safe_core.backends.torch as torch_backend
+import safe_core.backends.torch_counting as torch_counting
+from safe_core import NM, Block, Channel, Unstructured, project, schedules
+from safe_core.backends import backend_of, threshold
+from safe_core.projection import select
+
+PATTERNS = [
+    Unstructured(0.4),
+    Unstructured(0.4, "tensor"),
+    Unstructured(0.4, "row"),
+    NM(2, 4),
+    NM(8, 32, ragged="dense"),
+    Block((2, 4), 0.4),
+    Channel(0.4),
+]
+
+
+def rounded(*shapes: tuple[int, ...], dtype: Any = np.float32) -> list[np.ndarray]:
+    """Arrays with a tie at every threshold."""
+    rng = np.random.default_rng(0)
+    return [np.round(2 * rng.normal(size=shape)).astype(dtype) for shape in shapes]
+
+
+def test_cond_takes_the_branch_of_its_predicate(xp: Backend) -> None:
+    def branch(predicate: Any, x: Any) -> Any:
+        return backend_of(x).cond(predicate, lambda a, b: a - b, lambda a, b: a + b, x, x)
+
+    for predicate, wanted in ((True, 0.0), (False, 4.0)):
+        given = xp.asarray(np.asarray(predicate)) if xp.traces else predicate
+        assert float(xp.call(branch, given, xp.asarray(np.asarray(2.0)))) == wanted
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_results_live_on_the_device_of_the_arrays(pattern: Any, weighted: bool) -> None:
+    # The meta device has shapes and no values: nothing may be read, nothing made elsewhere.
+    arrays = [torch.ones(4, 32, dtype=d, device="meta") for d in (torch.float32, torch.bfloat16)]
+    importance = [torch.ones(32, device="meta")] * 2 if weighted else None
+    values, support = project(arrays, pattern, importance)
+    assert [(v.shape, v.dtype, v.device.type) for v in values] == [
+        (x.shape, x.dtype, "meta") for x in arrays
+    ]
+    assert [(m.shape, m.dtype, m.device.type) for m in support] == [
+        (x.shape, torch.bool, "meta") for x in arrays
+    ]
+
+
+def _by_sample(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    return torch_backend.keep_largest_by_sample([x.detach() for x in scores], counts[stage])
+
+
+def _by_counting(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    return torch_counting.keep_largest([x.detach() for x in scores], counts[stage])
+
+
+def _rows_on_an_accelerator(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+    keys = torch_backend.ordering_key(scores)
+    kth = torch_backend._kth_largest_per_row
+    return threshold.keep_largest_per_row(
+        keys, counts[stage], kth, xp=array_namespace(keys), can_branch=False
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("select", [_by_sample, _by_counting])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_accelerators_select_what_partition_selects(
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, select: Any, dtype: Any
+) -> None:
+    monkeypatch.setattr(torch_backend, "keep_largest", select)
+    monkeypatch.setattr(torch_backend, "keep_largest_per_row", _rows_on_an_accelerator)
+    arrays = rounded((8, 32), (4, 64), dtype=dtype)
+    got = Backend.TORCH.run(projector(pattern), arrays)
+    assert_same(got.support, reference.select(arrays, pattern))
+
+
+def test_a_parameter_projects_without_a_graph_on_its_support() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 3.0, 2.0]))
+    values, support = project(weight, 0.5, importance=torch.ones(3))
+    assert support.tolist() == [False, True, True]
+    assert not support.requires_grad
+    values.sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([0.0, 1.0, 1.0]))
+
+
+# JAX
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.4), Unstructured(0.4, "row"), NM(2, 4), Channel(0.4)], ids=str
+)
+def test_selects_the_same_without_64_bit_numbers(pattern: Any) -> None:
+    # The default of JAX, which the other tests lift for the sake of float64.
+    arrays, importance = rounded((8, 32), (4, 64)), [np.float32([[2.0]]), np.float32([[3.0]])]
+    with jax.enable_x64(False):
+        plain = Backend.JAX.run(projector(pattern), arrays)
+        weighted = Backend.JAX_JIT.run(projector(pattern), arrays, importance)
+    assert_same(plain.support, reference.select(arrays, pattern))
+    assert_same(weighted.support, Backend.NUMPY.run(projector(pattern), arrays, importance).support)
+
+
+@pytest.mark.parametrize(
+    ("piece", "sparsity"), [(1, 0.4), (2, 0.4), (3, 0), (5, 0.4), (5, 0.9), (12, 0.4)]
+)
+def test_arrays_too_large_for_one_count_are_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch, piece: int, sparsity: float
+) -> None:
+    monkeypatch.setattr(jax_backend, "_PIECE", piece)
+    # Without jit, whose cache knows nothing of the smaller piece.
+    unjitted = jax_backend._keep_largest.__wrapped__
+    monkeypatch.setattr(jax_backend, "_keep_largest", unjitted)
+    arrays = rounded((3, 2, 2), (5,), ())
+    got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
+    assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_counts_past_16_bits(xp: Backend, dtype: str, sparsity: float) -> None:
+    if np.dtype(dtype) not in xp.dtypes:
+        dtype = "float64"
+    arrays = rounded((300, 400), (70_000,), dtype=dtype)
+    support = xp.run(projector(Unstructured(sparsity)), arrays).support
+    scores = np.concatenate([np.abs(v).ravel() for v in arrays])
+    wanted = np.zeros(scores.size, bool)
+    wanted[np.argsort(-scores, kind="stable")[: scores.size - int(sparsity * scores.size)]] = True
+    assert_same([np.concatenate([mask.ravel() for mask in support])], [wanted])
+
+
+COUNTS = st.integers(0, 2**48 - 1)
+
+
+@given(a=COUNTS, b=COUNTS)
+def test_counts_of_two_digits_are_exact(a: int, b: int) -> None:
+    a, b = max(a, b), min(a, b)
+
+    def digits(count: int) -> Any:
+        return jax_backend._pick((count,), 0)
+
+    def value(pair: Any) -> int:
+        return (int(pair[0]) << 16) + int(pair[1])
+
+    assert value(jax_backend._subtract(digits(a), digits(b))) == a - b
+    assert bool(jax_backend._at_least(digits(a), digits(b)))
+    assert bool(jax_backend._at_least(digits(b), digits(a))) == (a == b)
+
+
+@given(
+    available=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4),
+    share=st.fractions(0, 1),
+)
+def test_missing_ties_come_from_the_first_pieces(available: list[int], share: Fraction) -> None:
+    missing = int(share * sum(available))
+    counts = [jnp.asarray(count, jnp.uint32) for count in available]
+    quotas = [int(quota) for quota in jax_backend._fill(counts, jax_backend._pick((missing,), 0))]
+    wanted = []
+    for count in available:
+        wanted.append(min(count, missing))
+        missing -= wanted[-1]
+    assert quotas == wanted
+
+
+@pytest.mark.parametrize("kind", ["global", "row", "channel"])
+def test_a_traced_step_picks_the_stage(kind: str) -> None:
+    sparsity = schedules.cubic(0.9, steps=4, initial=0.25, start=2)
+    pattern: Any = Channel(sparsity) if kind == "channel" else Unstructured(sparsity, kind)
+
+    @jax.jit
+    def zeros(x: Any, step: Any) -> Any:
+        (mask,) = select(
+            [x],
+            pattern,
+            importance=[None],
+            layouts=[reference.default_layout(x.ndim)],
+            names=["x"],
+            step=step,
+        )
+        return jnp.sum(~mask)
+
+    shape, pools = {"global": ((100,), 1), "row": ((2, 100), 2), "channel": ((100, 1), 1)}[kind]
+    x = jnp.asarray(rounded(shape)[0])
+    for step in range(9):
+        stage = Fraction(min(max(step - 2, 0), 4), 4)
+        exact = Fraction(9, 10) + (Fraction(1, 4) - Fraction(9, 10)) * (1 - stage) ** 3
+        assert int(zeros(x, jnp.asarray(step))) == pools * int(100 * exact)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.4), Unstructured(0.4, "row"), NM(2, 4), NM(5, 17, "dense")], ids=str
+)
+def test_vmap_projects_every_vector(pattern: Any) -> None:
+    batch, importance = rounded((3, 24))[0], np.arange(1.0, 25.0, dtype=np.float32) % 7
+
+    def one(x: Any, p: Any) -> Any:
+        return project(x, pattern, p)
+
+    mapped = jax.vmap(one, in_axes=(0, None))(jnp.asarray(batch), jnp.asarray(importance))
+    for i, x in enumerate(batch):
+        wanted = Backend.NUMPY.run(one, x, importance)
+        assert_same([np.asarray(mapped.support[i])], [wanted.support])
+        assert_same([np.asarray(mapped.values[i])], [wanted.values])
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from safe_core import NM, Block, Channel, Unstructured, project
+
+mesh = jax.make_mesh((8,), ("d",), axis_types=({axis_type},))
+rng = np.random.default_rng(0)
+matrix = np.round(2 * rng.normal(size=(16, 32))).astype(np.float32)
+vector = np.round(2 * rng.normal(size=(32,))).astype(np.float32)
+importance = np.exp2(rng.integers(-2, 3, size=32)).astype(np.float32)
+
+
+def shard(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+for pattern, spec, p in {cases}:
+    whole, parts = [matrix], [shard(matrix, *spec)]
+    if isinstance(pattern, Unstructured):
+        whole, parts = [matrix, vector], [parts[0], shard(vector, "d")]
+    p = [importance] * len(whole) if p else None
+    q = None if p is None else [shard(w) for w in p]
+    wanted = project(whole, pattern, p)
+    eager = [project] if isinstance(pattern, (Unstructured, NM)) else []
+    for run in (*eager, jax.jit(project, static_argnums=1)):
+        got = run(parts, pattern, q)
+        for a, b in zip(wanted.support + wanted.values, got.support + got.values):
+            np.testing.assert_array_equal(a, b, err_msg=str((pattern, spec)))
+        for value, x in zip(got.values, parts):
+            assert value.sharding.is_equivalent_to(x.sharding, x.ndim), value.sharding
+    print("agrees")
+"""
+ENTRIES = """[
+    (Unstructured(0.4), ("d",), False),
+    (Unstructured(0.4), (None, "d"), True),
+    (Unstructured(0.4, "row"), (None, "d"), False),
+    (NM(2, 4), ("d",), False),
+    (Channel(0.4), ("d",), False),
+]"""
+ACROSS_SHARDS = """[
+    (NM(2, 4), (None, "d"), True),
+    (NM(8, 32), (None, "d"), False),
+    (Block((4, 4), 0.4), ("d",), False),
+    (Block((4, 4), 0.4), (None, "d"), True),
+]"""
+REGROUPED = """[
+    (NM(2, 4), (None, "d"), True),
+    (NM(8, 32), (None, "d"), False),
+    (NM(2, 5, "dense"), (None, "d"), False),
+    (Block((2, 4), 0.4), ("d",), False),
+    (Block((4, 4), 0.4), (None, "d"), True),
+    (Channel(0.4), (None, "d"), True),
+]"""
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "cases"),
+    [
+        ("AxisType.Auto", ENTRIES + " + " + ACROSS_SHARDS),
+        ("AxisType.Explicit", ENTRIES + " + " + REGROUPED),
+    ],
+    ids=["auto", "explicit"],
+)
+def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> None:
+    flags = "--xla_force_host_platform_device_count=8"
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SHARDED.format(axis_type=axis_type, cases=cases)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split() == ["agrees"] * cases.count("),\n")

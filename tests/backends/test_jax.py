@@ -1,0 +1,187 @@
+"""Selection in JAX: few passes, on the host by choice, and what the compiled program moves."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from array_backends import Backend, assert_same, projector
+
+import safe_core.backends.jax as jax_backend
+from safe_core import NM, Unstructured, project, schedules
+from safe_core.projection import select
+
+HARD = {
+    "sorted": np.arange(4800.0),
+    "one value": np.full(4800, 3.0),
+    "zeros": np.zeros(4800),
+    "two values": np.repeat([1.0, 2.0], 2400),
+    "one large": np.concatenate([np.zeros(4799), [1e30]]),
+    "tiny": np.arange(4800.0) * 1e-7,
+}
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.5])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("scope", ["global", "row"])
+def test_hard_scores_select_as_the_reference(
+    scope: str, kind: str, dtype: Any, sparsity: float
+) -> None:
+    with np.errstate(over="ignore"):
+        arrays = [
+            HARD[kind].reshape(40, 120).astype(dtype),
+            HARD[kind][::-1].reshape(80, 60).astype(dtype),
+        ]
+    pattern = Unstructured(sparsity, scope)
+    got = Backend.JAX_JIT.run(projector(pattern), arrays)
+    assert_same(got.support, reference.select(arrays, pattern))
+
+
+def on_host(pattern: Any) -> Any:
+    return lambda arrays: project(arrays, pattern, select_on_host=True)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.4), Unstructured(0.4, "row"), NM(8, 32)], ids=str
+)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in (Backend.JAX, Backend.JAX_JIT, Backend.TORCH, Backend.NUMPY)
+        for dtype in backend.dtypes
+    ],
+    ids=str,
+)
+def test_the_host_selects_the_same(backend: Backend, pattern: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [np.round(2 * rng.normal(size=(4, 64))).astype(dtype) for _ in range(2)]
+    got = backend.run(on_host(pattern), arrays)
+    assert_same(got.support, reference.select(arrays, pattern))
+
+
+def test_the_host_selects_under_scan_and_vmap() -> None:
+    batch = jnp.asarray(np.round(2 * np.random.default_rng(0).normal(size=(3, 40))))
+
+    def one(x: Any) -> Any:
+        return project(x, 0.4, select_on_host=True).support
+
+    wanted = jnp.stack([project(x, 0.4).support for x in batch])
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, one(x)), None, batch)
+    assert bool((jax.vmap(one)(batch) == wanted).all())
+    assert bool((jax.jit(jax.vmap(one))(batch) == wanted).all())
+    assert bool((scanned == wanted).all())
+
+
+def test_one_program_serves_every_stage() -> None:
+    pattern = Unstructured(schedules.cubic(0.9, steps=4, initial=0.25))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=100))
+    before = jax_backend._keep_largest._cache_size()
+    traces = []
+
+    @jax.jit
+    def zeros(step: Any) -> Any:
+        traces.append(step)
+        (mask,) = select([x], pattern, importance=[None], layouts=[None], names=["x"], step=step)
+        return jnp.sum(~mask)
+
+    found = [int(zeros(jnp.asarray(step))) for step in range(5)]
+    assert found == sorted(set(found))
+    assert len(traces) == 1
+    assert jax_backend._keep_largest._cache_size() <= before + 1
+
+
+def test_the_search_ends_where_a_count_is_exact() -> None:
+    passes = []
+    keys = jnp.asarray([1, 2**28, 2**29], jnp.uint32)
+
+    def at_least(thresholds: list[Any]) -> list[Any]:
+        jax.debug.callback(lambda: passes.append(1))
+        return [jnp.sum(keys >= t, dtype=jnp.uint32) for t in thresholds]
+
+    threshold, exact = jax_backend._search(
+        at_least, jnp.uint32(0), jnp.uint32(3), lambda c: c >= 2, lambda c: c == 2
+    )
+    jax.effects_barrier()
+    assert bool(exact)
+    assert 1 < int(threshold) <= 2**28
+    assert len(passes) == 1
+
+
+def in_eight_devices(program: str) -> str:
+    flags = "--xla_force_host_platform_device_count=8"
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+SHARDS = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from safe_core import project
+
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.{axis_type},))
+
+def shard(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+"""
+PROGRAM = """
+for n in (2**14, 2**18):
+    xs = [shard(jnp.ones((n // 64, 64)), "d"), shard(jnp.ones((64, n // 64)), None, "d")]
+    compiled = jax.jit(lambda xs: project(xs, 0.95)).lower(xs).compile()
+    print("program", compiled.as_text())
+"""
+REFUSED = """
+x = shard(jnp.ones((64, 64)), "d")
+for run in (project, jax.jit(project, static_argnums=1, static_argnames="select_on_host")):
+    try:
+        run(x, 0.5, select_on_host=True)
+    except ValueError as error:
+        print("refused" if "select_on_host must be False" in str(error) else error)
+"""
+MOVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def moved_bytes(program: str) -> int:
+    """The size of what collectives and host transfers of an HLO program return."""
+    assert "infeed" not in program
+    assert "outfeed" not in program
+    assert 'custom-call-target="xla_ffi_python' not in program
+    total = 0
+    for line in program.splitlines():
+        if any(f"{name}(" in line or f"{name}-start(" in line for name in MOVES):
+            result = line.partition(" = ")[2]
+            result = result[: min(result.index(f"{name}") for name in MOVES if name in result)]
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
+                total += WIDTHS[kind] * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    return total
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_what_a_sharded_projection_moves_does_not_grow(axis_type: str) -> None:
+    printed = in_eight_devices(SHARDS.format(axis_type=axis_type) + PROGRAM)
+    programs = printed.split("program ")[1:]
+    moved = [moved_bytes(program) for program in programs]
+    assert len(moved) == 2
+    assert 0 < moved[0] == moved[1] < 16_384, moved
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_the_host_refuses_shards(axis_type: str) -> None:
+    printed = in_eight_devices(SHARDS.format(axis_type=axis_type) + REFUSED)
+    assert printed.split() == ["refused", "refused"]

@@ -1,0 +1,225 @@
+"""Where P comes from, and how `project` takes it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from array_backends import BFLOAT16, Backend, assert_same, projector
+
+from safe_core import NM, Block, Channel, SquaredGradient, Unstructured, project
+from safe_core.importance import wanda
+
+# Sources
+
+
+def averaged(source: SquaredGradient, xp: Backend, gradients: list[list[np.ndarray]]) -> Any:
+    state = xp.run(source.init, gradients[0])
+    for g in gradients:
+        state = xp.run(source.refresh, state, g)
+    return state
+
+
+@functools.cache
+def metric(source: SquaredGradient, joint: bool) -> Any:
+    return lambda state: source.metric(state, joint=joint)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+def test_squared_gradients_are_averaged(xp: Backend, decay: float) -> None:
+    rng = np.random.default_rng(0)
+    gradients = [[rng.normal(size=(2, 3)), rng.normal(size=3)] for _ in range(4)]
+    got = averaged(SquaredGradient(decay), xp, gradients)
+    for i, m in enumerate(got):
+        wanted = sum((1 - decay) * decay ** (3 - t) * g[i] ** 2 for t, g in enumerate(gradients))
+        np.testing.assert_allclose(m, wanted, rtol=1e-13)
+
+
+def test_importance_is_one_until_a_gradient_was_seen(xp: Backend) -> None:
+    source = SquaredGradient(0.5)
+    state = xp.run(source.init, [np.ones(2), np.ones(2)])
+    assert_same(xp.run(metric(source, True), state), [np.ones(2)] * 2)
+    state = xp.run(source.refresh, state, [np.asarray([2.0, 0.0]), np.zeros(2)])
+    seen = np.asarray([2.0, 0.0])
+    # In one pool the second array has lost to the first; by itself it knows nothing yet.
+    assert_same(xp.run(metric(source, True), state), [seen, np.zeros(2)])
+    assert_same(xp.run(metric(source, False), state), [seen, np.ones(2)])
+    assert source.metric([], joint=True) == []
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_entry_that_is_not_finite_changes_nothing(xp: Backend, bad: float) -> None:
+    source = SquaredGradient(0.5)
+    got = averaged(source, xp, [[np.asarray([2.0, 4.0])], [np.asarray([bad, 4.0])]])
+    assert_same(got, [np.asarray([2.0, 12.0])])
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float16"), BFLOAT16], ids=str)
+def test_squares_of_16_bit_gradients_are_kept_in_float32(xp: Backend, dtype: np.dtype) -> None:
+    dtype = dtype if dtype in xp.dtypes else np.dtype(np.float32)
+    got = averaged(SquaredGradient(0.0), xp, [[np.asarray([512.0, 2.0**-14], dtype)]])
+    assert_same(got, [np.asarray([2.0**18, 2.0**-28], np.float32)])
+
+
+def test_wanda_is_the_diagonal_of_the_gram_matrix(xp: Backend) -> None:
+    activations = np.random.default_rng(0).normal(size=(5, 7, 3))
+    flat = activations.reshape(-1, 3)
+    np.testing.assert_allclose(xp.run(wanda, activations), np.diag(flat.T @ flat), rtol=1e-13)
+    parts = xp.run(wanda, activations[:2]) + xp.run(wanda, activations[2:])
+    np.testing.assert_allclose(parts, np.diag(flat.T @ flat), rtol=1e-13)
+    assert xp.run(wanda, np.asarray([1.0, -3.0])).tolist() == [1.0, 9.0]
+    assert xp.run(wanda, np.full((4, 1), 2.0, np.float32)).dtype == np.float32
+
+
+def test_wanda_sums_16_bit_activations_in_float32(xp: Backend) -> None:
+    dtype = np.float16 if np.dtype(np.float16) in xp.dtypes else np.float32
+    assert_same([xp.run(wanda, np.full((4, 2), 300, dtype))], [np.full(2, 360_000, np.float32)])
+
+
+def test_wanda_refuses_complex_activations(xp: Backend) -> None:
+    with pytest.raises(TypeError, match="activations must be real"):
+        xp.run(wanda, np.ones((2, 2), np.complex64))
+
+
+# In a projection
+
+
+def test_wanda_ranks_by_magnitude_times_the_norm_of_the_input(xp: Backend) -> None:
+    rng = np.random.default_rng(0)
+    w, activations = rng.normal(size=(4, 6)), rng.normal(size=(50, 6)) * np.arange(1, 7)
+    ranked = np.abs(w) * np.linalg.norm(activations, axis=0)
+    importance = xp.run(wanda, activations)
+    got = xp.run(projector(Unstructured(0.5, "row")), w, importance).support
+    assert_same([got], [np.argsort(np.argsort(ranked, axis=1), axis=1) >= 3])
+    grouped = np.argsort(np.argsort(ranked.reshape(4, 2, 3), axis=2), axis=2) >= 2
+    assert_same([xp.run(projector(NM(1, 3)), w, importance).support], [grouped.reshape(4, 6)])
+
+
+@pytest.mark.parametrize(
+    ("importance", "full"),
+    [
+        (np.asarray([[1.0, 9.0, 4.0]]), np.asarray([[1.0, 9.0, 4.0]] * 2)),
+        (np.asarray([[1.0], [9.0]]), np.asarray([[1.0] * 3, [9.0] * 3])),
+        (np.asarray([1.0, 9.0, 4.0]), np.asarray([[1.0, 9.0, 4.0]] * 2)),
+        (np.asarray(2.0), np.full((2, 3), 2.0)),
+        (2.0, np.full((2, 3), 2.0)),
+        (3, np.full((2, 3), 3.0)),
+    ],
+    ids=["row", "column", "per-input", "scalar-array", "scalar", "integer"],
+)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(1, 3), Channel(0.5), Block((1, 3), 0.5)])
+def test_importance_broadcasts(
+    xp: Backend, pattern: Any, importance: Any, full: np.ndarray
+) -> None:
+    v = np.asarray([[3.0, 1.0, 2.0], [1.0, 2.0, 0.5]])
+    wanted = Backend.NUMPY.run(projector(pattern), v, full).support
+    assert_same([xp.run(projector(pattern), v, importance).support], [wanted])
+
+
+# Pairs of neighbouring floats, whose scores tie or not by rounding.
+START = np.float32(1.2)
+PAIRS = (START + np.arange(64, dtype=np.float32) * np.spacing(START)).reshape(32, 2)
+
+
+def test_a_scalar_importance_ranks_the_same_on_every_backend(xp: Backend) -> None:
+    def run(x: Any) -> Any:
+        return project(x, Unstructured(0.5, "row"), importance=3.0)
+
+    assert_same([xp.run(run, PAIRS).support], [Backend.NUMPY.run(run, PAIRS).support])
+
+
+@pytest.mark.parametrize("first", [1.5, 3.0])
+def test_doubling_importance_moves_no_tie(xp: Backend, first: float) -> None:
+    fn = projector(Unstructured(0.5, "row"))
+    p = np.full((1, 2), first, np.float32)
+    supports = [xp.run(fn, PAIRS, np.ldexp(p, k)).support for k in (-125, -2, -1, 0, 1, 2, 126)]
+    assert_same(supports, [supports[0]] * len(supports))
+
+
+def test_importance_lies_beside_its_array_in_any_structure(xp: Backend) -> None:
+    a, b = np.asarray([1.0, 2.0]), np.asarray([[3.0, 1.0]])
+    pa, pb = np.asarray([100.0, 0.0]), np.asarray([[1.0, 1.0]])
+    fn = projector(Unstructured(0.5))
+    wanted = [np.asarray([True, False]), np.asarray([[True, False]])]
+    assert_same(xp.run(fn, [a, b], [pa, pb]).support, wanted)
+    assert_same(xp.run(fn, (a, b), (pa, pb)).support, wanted)
+    assert_same([xp.run(fn, a, pa).support], wanted[:1])
+    by_name = xp.run(fn, {"b": b, "a": a}, {"a": pa, "b": pb}).support
+    assert_same([by_name["a"], by_name["b"]], wanted)
+
+
+def test_an_array_without_importance_ranks_by_magnitude(xp: Backend) -> None:
+    v, fn = np.asarray([1.0, 2.0]), projector(Unstructured(0.5, "tensor"))
+    got = xp.run(fn, [v, v], [np.asarray([9.0, 1.0]), None]).support
+    assert_same(got, [np.asarray([True, False]), np.asarray([False, True])])
+    named = xp.run(fn, {"a": v, "b": v}, {"b": np.asarray([9.0, 1.0])}).support
+    assert_same([named["b"], named["a"]], got)
+
+
+def test_a_global_pool_wants_importance_for_all_or_none(xp: Backend) -> None:
+    v = np.ones(2)
+    with pytest.raises(ValueError, match=r"importance must be given for all.*lacks arrays\[1\]"):
+        xp.run(projector(Unstructured(0.5)), [v, v], [v, None])
+
+
+def test_zero_importance_ranks_lowest(xp: Backend) -> None:
+    v, p = np.asarray([[100.0, 0.5, 0.25]]), np.asarray([[0.0, 1.0, 1.0]])
+    for pattern in (Unstructured(0.34), NM(2, 3), Block((1, 1), 0.34)):
+        support = xp.run(projector(pattern), v, p).support
+        assert support.tolist() == [[False, True, True]]
+
+
+def test_an_infinite_entry_of_zero_importance_ranks_lowest(xp: Backend) -> None:
+    v, p = np.asarray([[np.inf, 1.0, 2.0, -np.inf]]), np.asarray([[0.0, 1.0, 1.0, 1.0]])
+    for pattern in (Unstructured(0.5), NM(2, 4), Block((1, 1), 0.5)):
+        support = xp.run(projector(pattern), v, p).support
+        assert support.tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("value", "importance"), [(1e-40, 1.0), (1e-40, 1e30), (1.0, 1e-40), (1e-30, 1e-30)], ids=str
+)
+def test_subnormal_scores_rank_as_zero(xp: Backend, value: float, importance: float) -> None:
+    # XLA flushes them, so that no backend may tell them from the zero before them.
+    v, p = np.asarray([0.0, value, 1.0], np.float32), np.asarray([1.0, importance, 1.0], np.float32)
+    assert xp.run(projector(0.34), v, p).support.tolist() == [True, False, True]
+
+
+def test_importance_at_the_smallest_normal_number_ranks_the_same_on_every_backend(
+    xp: Backend,
+) -> None:
+    # Making the exponent of the largest P even must not make the smallest subnormal.
+    v = np.ones(3, np.float32)
+    p = np.asarray([1.0, 0.0, np.finfo(np.float32).smallest_normal], np.float32)
+    wanted = Backend.NUMPY.run(projector(0.34), v, p).support
+    assert_same([xp.run(projector(0.34), v, p).support], [wanted])
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+def test_bad_importance_is_refused_where_it_can_be_read(xp: Backend, bad: float) -> None:
+    arrays, importance = [np.ones(2), np.ones(2)], [np.ones(2), np.asarray([1.0, bad])]
+    if xp.traces:
+        # A traced program cannot raise, but the count still holds.
+        support = xp.run(projector(0.5), arrays, importance).support
+        assert sum(map(np.count_nonzero, support)) == 2
+    else:
+        with pytest.raises(ValueError, match=r"importance of arrays\[1\] must be finite and non-"):
+            xp.run(projector(0.5), arrays, importance)
+
+
+def test_complex_importance_is_refused(xp: Backend) -> None:
+    with pytest.raises(TypeError, match=r"importance of arrays"):
+        xp.run(projector(0.5), np.ones(2), np.ones(2, np.complex64))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4,), (4, 1, 2), (4, 3), (2, 2), (1, 4)], ids=str)
+def test_importance_of_another_shape_is_refused(xp: Backend, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"importance of arrays\[0\] must.*got shape"):
+        xp.run(projector(0.5), [np.ones((4, 2))], [np.ones(shape)])
+
+
+def test_importance_of_another_library_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"importance of arrays must be .*numpy"):
+        project(np.ones(2), 0.5, importance=Backend.STRICT.asarray(np.ones(2)))

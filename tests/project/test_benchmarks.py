@@ -1,0 +1,142 @@
+"""The benchmarks: that the peers do what they stand for, and that every case runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from safe_core import project
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import peers, pruning_tables, steps  # noqa: E402
+from benchmarks.report import plot, tables  # noqa: E402
+from benchmarks.timing import Result, interleaved  # noqa: E402
+
+
+@pytest.mark.parametrize("peer", [peers.by_sort, peers.by_kthvalue, peers.by_topk])
+def test_thresholds_of_peers_keep_what_the_projection_keeps(peer) -> None:
+    arrays = [torch.randn(40, 5), torch.randn(100)]
+    for got, want in zip(peer(arrays, 60), project(arrays, 0.8).values, strict=True):
+        assert torch.equal(got, want)
+    in_jax = [jnp.asarray(x.numpy()) for x in arrays]
+    for got, want in zip(peers.by_sort_jax(in_jax, 60), project(in_jax, 0.8).values, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_minimal_sam_goes_up_and_back() -> None:
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = peers.MinimalSAM([p], torch.optim.SGD, rho=0.5, lr=1.0)
+    p.grad = torch.tensor([3.0, 4.0])
+    optimizer.first_step()
+    torch.testing.assert_close(p.detach(), torch.tensor([3.3, 4.4]))
+    p.grad = torch.tensor([1.0, 0.0])
+    optimizer.second_step()
+    torch.testing.assert_close(p.detach(), torch.tensor([2.0, 4.0]))
+
+
+def test_two_array_admm_takes_the_steps_of_the_method() -> None:
+    p = torch.nn.Parameter(torch.tensor([[1.0, 3.0]]))
+    base = torch.optim.SGD([p], lr=0.5)
+    peer = peers.TwoArrayADMM([p], base, sparsity=0.5, penalty=1.0, interval=1)
+    p.grad = torch.zeros(1, 2)
+    peer.step()  # x - z + u = (1, 0); x = (0.5, 3), z = (0, 3), u = (0.5, 0)
+    assert torch.equal(p.detach(), torch.tensor([[0.5, 3.0]]))
+    assert torch.equal(peer.z[0], torch.tensor([[0.0, 3.0]]))
+    assert torch.equal(peer.u[0], torch.tensor([[0.5, 0.0]]))
+
+
+def test_the_shapes_are_those_of_resnet50() -> None:
+    shapes = steps.resnet50_shapes()
+    assert (len(shapes), sum(math.prod(s) for s in shapes)) == (161, 25_557_032)
+
+
+def test_ratios_are_against_the_first_in_the_same_repeat() -> None:
+    calls: list[str] = []
+    results = interleaved(
+        "c", {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2, calls=2
+    )
+    assert calls == list("abaabbaabb")
+    assert [r.name for r in results] == ["a", "b"]
+    assert results[0].ratio == 1
+
+
+def test_tables_name_the_machine_and_the_plot_is_drawn(tmp_path: Path) -> None:
+    results = [Result(f"size {n}", "ours", n / 10, "ms", 1.5, 2.0) for n in (10, 100)]
+    text = tables(results, {"CPU": "a processor"})
+    assert "| CPU | a processor |" in text
+    assert "| ours | 10 | 1.50 | 2 |" in text
+    plot(results, tmp_path / "plot.png", {"CPU": "a processor"})
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
+    sizes = {"study": "llama", "sparsity": "0.5", "samples": 8, "length": 4, "epochs": 2}
+    found = [
+        {**sizes, "method": m, "perplexity": p, "drift": [0.0, p], "block_errors": [p, 1.0]}
+        for m, p in (("ours", 2.0), ("ours", 4.0), ("theirs", 3.5))
+    ]
+    dense = {**sizes, "method": "Dense", "sparsity": "0", "perplexity": 1.25}
+    text = pruning_tables.tables([dense, *found], ["ours", "theirs"], {"CPU": "a processor"})
+    assert "8 samples of 4 tokens; methods that train use 2 epochs; the perplexity" in text
+    assert "of the dense model is 1.25." in text
+    assert "| perplexity | 0.5 |\n| --- | ---: |\n| ours | **3 ± 1** |\n| theirs | 3.5 |" in text
+    assert "| ours | **3 ± 1** | **1 ± 0** | **4 ± 1** |" in text  # blocks and their sum
+    with pytest.raises(ValueError, match="one setting for llama"):
+        pruning_tables.tables([dense | {"epochs": 3}, *found], ["ours"], {})
+
+
+@pytest.mark.parametrize("study", ["growth", "first block"])
+def test_a_run_of_pruning_that_has_results_is_left_out(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import transformers as pruning
+
+    def ran(cell: Any, *given: Any) -> dict[str, Any]:
+        return {**asdict(cell), "hidden": given[0]}
+
+    def ran_block(of: Any, cell: Any, rate: float, penalty: float, device: str) -> dict[str, Any]:
+        return {**asdict(cell), "penalty": penalty}
+
+    monkeypatch.setattr(pruning, "growth", ran)
+    monkeypatch.setattr(pruning, "first_block", ran_block)
+    options = Namespace(study="llama", samples=8, length=4, epochs=2, device="cpu", model=tmp_path)
+    options.hidden, options.methods = [64, 128], ["ALPS", "SAFE"]
+    options.results = tmp_path / "results.jsonl"
+    runs = pruning._growth_runs if study == "growth" else pruning._first_block_runs
+    found = list(runs(options))
+    assert len(found) == {"growth": 2 * 2, "first block": 2 * 3}[study]
+    options.results.write_text("".join(json.dumps(line) + "\n" for line in found[1:]))
+    assert list(runs(options)) == found[:1]
+
+
+@pytest.mark.long
+def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
+    named = ["--case", "selection", "--case", "memory", "--case", "reading"]
+    command = [sys.executable, "-m", "benchmarks", "--quick", *named, "--json", tmp_path / "r.json"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert "| CPU |" in finished.stdout
+    assert len(found["results"]) > 15
+    for result in found["results"]:
+        assert 0 < result["ratio"] < math.inf, result
+        assert result["name"] in finished.stdout
+    state = {r["name"]: r["value"] for r in found["results"] if r["name"].startswith("state")}
+    assert state == {
+        "state, two-array ADMM in PyTorch": 8,
+        "state, safe_core in PyTorch": 5,
+        "state, safe_core in JAX": 5,
+    }

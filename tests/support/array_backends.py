@@ -1,0 +1,145 @@
+"""The array libraries that every test of the method runs over, and the settings of Hypothesis."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import array_api_strict
+import hypothesis
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from safe_core import project
+
+hypothesis.settings.register_profile(
+    "safe_core",
+    deadline=None,  # the first example of a shape compiles
+    derandomize=True,
+    max_examples=8,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("safe_core")
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Backend(enum.Enum):
+    """An array library in one of the states in which its users meet the method.
+
+    All are required: where one is not installed, importing this file fails.
+    """
+
+    NUMPY = "numpy"
+    READ_ONLY = "numpy-read-only"
+    STRICT = "array-api-strict"
+    TORCH = "torch"
+    JAX = "jax"
+    JAX_JIT = "jax-jit"
+
+    @property
+    def traces(self) -> bool:
+        """Whether values are unknown while the method runs."""
+        return self is Backend.JAX_JIT
+
+    @property
+    def dtypes(self) -> list[np.dtype]:
+        """The real floating dtypes of the library."""
+        names = {
+            Backend.NUMPY: ["float16", "float32", "float64"],
+            Backend.READ_ONLY: ["float16", "float32", "float64"],
+            Backend.STRICT: ["float32", "float64"],
+        }.get(self, ["float16", BFLOAT16, "float32", "float64"])
+        return [np.dtype(name) for name in names]
+
+    def asarray(self, array: np.ndarray) -> Any:
+        """A copy of a NumPy array in this library, bit for bit."""
+        array = np.array(array)
+        if self is Backend.NUMPY:
+            return array
+        if self is Backend.READ_ONLY:
+            array.flags.writeable = False
+            return array
+        if self is Backend.STRICT:
+            return array_api_strict.asarray(array)
+        if self is Backend.TORCH:
+            if array.dtype == BFLOAT16:
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+        return jnp.asarray(array)
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        """The NumPy array of the same bits."""
+        if isinstance(x, torch.Tensor):
+            x = x.detach()
+            if x.dtype == torch.bfloat16:
+                return x.view(torch.int16).numpy().view(BFLOAT16)
+            return x.numpy()
+        return np.asarray(x)
+
+    def call(self, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """``fn(*arguments)``, as one compiled program where this is JAX under jit.
+
+        Programs are kept by ``fn``: hand in the same function to compile once per shape.
+        """
+        return _compiled(fn)(*arguments) if self is Backend.JAX_JIT else fn(*arguments)
+
+    def run(self, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """`call` on nested NumPy arrays, which come back as nested NumPy arrays."""
+
+        def convert(x: Any) -> Any:
+            return self.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+
+        given = [_mapped(convert, tree) for tree in arguments]
+        return _mapped(self.to_numpy, self.call(fn, *given))
+
+
+def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply ``fn`` to the leaves, in the order of a mapping (`jax.tree.map` would sort it)."""
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {key: _mapped(fn, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        items = [_mapped(fn, item) for item in tree]
+        return tree._make(items) if hasattr(tree, "_make") else type(tree)(items)
+    return fn(tree)
+
+
+@functools.cache
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(fn)
+
+
+@pytest.fixture(scope="session", params=list(Backend), ids=lambda backend: backend.value)
+def xp(request: pytest.FixtureRequest) -> Backend:
+    """Every backend in turn."""
+    return request.param
+
+
+@functools.cache
+def projector(pattern: Any, layouts: Any = None) -> Callable[..., Any]:
+    """`project` to a fixed pattern: the same function for the same pattern."""
+
+    def run(arrays: Any, importance: Any = None) -> Any:
+        return project(arrays, pattern, importance, layouts)
+
+    return run
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bit patterns of an array, as integers."""
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").reshape(x.shape)
+
+
+def assert_same(got: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> None:
+    """Lists of arrays agree in dtype, shape and every bit."""
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_array_equal(bits(a), bits(b))

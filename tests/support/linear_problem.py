@@ -1,0 +1,210 @@
+"""A linear regression, and the whole method on it written out in plain NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import safe_core
+from safe_core import SquaredGradient, schedules
+
+STEPS, RATE, MOMENTUM = 12, 0.1, 0.9
+
+
+class Point(NamedTuple):
+    """Parameters and both ADMM variables after a step; z is the last projection without them."""
+
+    weight: np.ndarray  # (output, input)
+    bias: np.ndarray
+    z: np.ndarray
+    u: np.ndarray
+
+
+class Problem(NamedTuple):
+    """``f(W, b) = |X W^T + b - Y|^2 / (2 n)`` with a starting point, in float64."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def make(cls) -> Problem:
+        rng = np.random.default_rng(0)
+        inputs, truth = rng.normal(size=(20, 6)), rng.normal(size=(4, 6))
+        targets = inputs @ truth.T + 0.1 * rng.normal(size=(20, 4))
+        return cls(inputs, targets, 0.5 * rng.normal(size=(4, 6)), rng.normal(size=4))
+
+    def gradient(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        residual = self.inputs @ weight.T + bias - self.targets
+        return residual.T @ self.inputs / len(self.inputs), residual.mean(axis=0)
+
+
+class Recipe(NamedTuple):
+    """The numbers of a method, as functions of the step where they may change."""
+
+    rho: Callable[[int], float] = lambda t: 0.2
+    penalty: Callable[[int], float] = lambda t: 0.3
+    interval: int = 3
+    sparsity: Callable[[int], Any] = lambda t: Fraction(6, 10)
+    relaxation: float = 1.0
+    rescales: bool = False
+    adaptive: bool = False
+    decay: float | None = None
+    perturbed_every: int = 1
+    reuse: float = 0.0
+    normalised: bool = True
+    compressed: bool = False
+    added: str = ""  # "x" or "C(x)"
+    decoupled: bool = False
+    after: str = "dual"  # or "hard", "mask", "nothing"
+
+
+def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
+    """The points after every step with SGD under momentum, z and u in two arrays."""
+
+    def keep(v: np.ndarray, t: int) -> np.ndarray:
+        zeros = math.floor(recipe.sparsity(t) * v.size)
+        importance = np.ones_like(v) if m is None or not m.any() else m
+        order = np.argsort(np.sqrt(importance).ravel() * np.abs(v).ravel(), kind="stable")
+        kept = v.ravel().copy()
+        kept[order[:zeros]] = 0
+        return kept.reshape(v.shape)
+
+    w, b = problem.weight, problem.bias
+    m = None if recipe.decay is None else np.zeros_like(w)
+    z, u = keep(w, 0), np.zeros_like(w)
+    w_buffer, b_buffer = np.zeros_like(w), np.zeros_like(b)
+    flat = np.zeros(w.size + b.size)
+
+    def gradient(w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        gw, gb = problem.gradient(w, b)
+        return np.where(z != 0, gw, 0) if recipe.after == "mask" else gw, gb
+
+    for t in range(STEPS):
+        gw, gb = g0w, g0b = gradient(w, b)
+        scale = np.abs(w) + 0.01 if recipe.adaptive else np.ones_like(w)
+        length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2)) if recipe.normalised else 1
+        first = np.concatenate([gw.ravel(), gb])
+        if t % recipe.perturbed_every == 0:
+            moved = w + recipe.rho(t) * scale**2 * gw / length
+            gw, gb = gradient(
+                keep(moved, t) if recipe.compressed else moved, b + recipe.rho(t) * gb / length
+            )
+            second = np.concatenate([gw.ravel(), gb])
+            flat = second - (second @ first) / (first @ first) * first
+        elif recipe.reuse:
+            added = recipe.reuse * np.linalg.norm(first) / np.linalg.norm(flat) * flat
+            gw, gb = gw + added[: w.size].reshape(w.shape), gb + added[w.size :]
+        if recipe.rescales and t > 0:
+            u = u * (recipe.penalty(t - 1) / recipe.penalty(t))
+        if recipe.added:
+            added = (g0w, g0b) if recipe.added == "x" else gradient(keep(w, t), b)
+            gw, gb = gw + added[0], gb + added[1]
+        pull = recipe.penalty(t) * (w - z + u) if recipe.after == "dual" else np.zeros_like(w)
+        w_buffer = MOMENTUM * w_buffer + (gw if recipe.decoupled else gw + pull)
+        b_buffer = MOMENTUM * b_buffer + gb
+        w, b = w - RATE * w_buffer, b - RATE * b_buffer
+        if recipe.decoupled:
+            w = w - RATE * pull
+        if recipe.after == "mask":
+            w = np.where(z != 0, w, 0)
+            if recipe.sparsity(t + 1) != recipe.sparsity(t):
+                w = z = keep(w, t + 1)
+        elif (t + 1) % recipe.interval == 0:
+            if m is not None:
+                m = recipe.decay * m + (1 - recipe.decay) * gw**2
+            if recipe.after != "dual":
+                z = keep(w, t + 1)
+                w = z if recipe.after == "hard" else w
+                yield Point(w, b, z, u)
+                continue
+            v = recipe.relaxation * w + (1 - recipe.relaxation) * z + u
+            z = keep(v, t + 1)
+            u = v - z
+        yield Point(w, b, z, u)
+
+
+def _method(**changes: Any) -> safe_core.Method:
+    defaults = {"sparsity": 0.6, "rho": 0.2, "penalty": 0.3, "dual_update_interval": 3}
+    return safe_core.safe(**{**defaults, **changes})
+
+
+# Of three equally likely, by seed 0.
+DRAWN = [0.5, 0.7, 0.5, 0.7, 0.3, 0.5, 0.7, 0.5, 0.5, 0.7, 0.5, 0.7, 0.5]
+MULTI = schedules.random_sparsity((0.3, 0.5, 0.7))
+
+
+def drawn(t: int) -> Fraction:
+    return Fraction(str(DRAWN[t]))
+
+
+def gradual(power: int) -> Callable[[int], Fraction]:
+    """From 0 to 0.6 in 3 stages, of 3 steps from step 1 on."""
+    stage = lambda t: Fraction(min(max(t - 1, 0) // 3, 3), 3)  # noqa: E731
+    return lambda t: Fraction(6, 10) * (1 - (1 - stage(t)) ** power)
+
+
+CASES = {
+    "safe": (_method(), Recipe()),
+    "admm": (
+        safe_core.admm(0.6, penalty=0.3, dual_update_interval=3),
+        Recipe(rho=lambda t: 0.0),
+    ),
+    "every step": (_method(dual_update_interval=1), Recipe(interval=1)),
+    "asam": (_method(adaptive=True, rho=0.5), Recipe(rho=lambda t: 0.5, adaptive=True)),
+    "rho rises": (
+        _method(rho=schedules.linear(0.3, steps=8)),
+        Recipe(rho=lambda t: 0.3 * min(t / 8, 1.0)),
+    ),
+    "penalty rises": (
+        _method(penalty=schedules.cosine(0.6, steps=10)),
+        Recipe(penalty=lambda t: 0.3 * (1 - math.cos(math.pi * min(t / 10, 1.0)))),
+    ),
+    "relaxed": (_method(relaxation=1.6), Recipe(relaxation=1.6)),
+    "rescaled": (
+        _method(penalty=schedules.linear(0.9, steps=10, initial=0.1), rescale_dual=True),
+        Recipe(penalty=lambda t: 0.1 + 0.08 * min(t, 10), rescales=True),
+    ),
+    "squared gradient": (_method(importance=SquaredGradient(0.7)), Recipe(decay=0.7)),
+    "at times": (_method(perturbation_interval=2), Recipe(perturbed_every=2)),
+    "reused": (
+        _method(perturbation_interval=3, reuse=0.4),
+        Recipe(perturbed_every=3, reuse=0.4),
+    ),
+    "sg": (_method(projected_gradient=True), Recipe(added="C(x)")),
+    "sg multi": (
+        _method(sparsity=MULTI, projected_gradient=True),
+        Recipe(added="C(x)", sparsity=drawn),
+    ),
+    "decoupled": (_method(decoupled=True), Recipe(decoupled=True)),
+    "iht": (
+        safe_core.iht(0.6, interval=3, importance=SquaredGradient(0.7)),
+        Recipe(rho=lambda t: 0.0, decay=0.7, after="hard"),
+    ),
+    "gmp": (
+        safe_core.gmp(schedules.cubic(0.6, steps=9, start=1, every=3)),
+        Recipe(rho=lambda t: 0.0, sparsity=gradual(3), after="mask"),
+    ),
+    "imp": (
+        safe_core.imp_sam(schedules.linear_sparsity(0.6, steps=9, start=1, every=3), rho=0.2),
+        Recipe(sparsity=gradual(1), after="mask"),
+    ),
+    "magnitude": (
+        safe_core.magnitude(0.6, importance_interval=3),
+        Recipe(rho=lambda t: 0.0, after="nothing"),
+    ),
+    "cram": (
+        safe_core.cram(0.6, rho=0.2, importance_interval=3, importance=SquaredGradient(0.7)),
+        Recipe(normalised=False, compressed=True, decay=0.7, after="nothing"),
+    ),
+    "cram plus multi": (
+        safe_core.cram(MULTI, rho=0.2, plus=True, importance_interval=3),
+        Recipe(normalised=False, compressed=True, added="x", sparsity=drawn, after="nothing"),
+    ),
+}
+"""Methods of the library, each with what it comes down to."""

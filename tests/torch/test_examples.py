@@ -1,0 +1,79 @@
+"""The examples run as their first lines say, and a killed run resumes to the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "torch"
+COMMANDS = {
+    "mixed precision, bf16": ("mixed_precision.py", "--epochs", "3"),
+    "mixed precision, fp16": ("mixed_precision.py", "--half", "--epochs", "3"),
+    "compiled": ("compiled.py", "--epochs", "3"),
+    "accumulation": ("accumulation.py", "--epochs", "3"),
+    "fine-tuning": ("fine_tune.py", "--epochs", "3"),
+    "accelerate": ("accelerate_loop.py", "--epochs", "2"),
+    "lightning": ("lightning_module.py", "--epochs", "2", "--precision", "bf16-mixed"),
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+
+
+def run(*command: str) -> str:
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=EXAMPLES
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+LONG = set(COMMANDS) - {"fine-tuning"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in COMMANDS]
+)
+def test_an_example_learns(name: str) -> None:
+    printed = run(sys.executable, *COMMANDS[name])
+    accuracies = re.findall(r"accuracy ([\d.]+)%", printed)
+    assert accuracies
+    assert float(accuracies[-1]) > 70, printed
+
+
+@pytest.mark.long
+def test_the_hugging_face_example_ends_sparse() -> None:
+    printed = run(sys.executable, "hugging_face.py", "--steps", "4")
+    assert "4 steps, loss" in printed
+    assert "exactly sparse" in printed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["--local-ascent"], ["--shard"]], ids=["ddp", "fsdp"])
+def test_the_distributed_example_ends_sparse(options: list[str]) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    printed = run(*launcher, "--nproc-per-node", "2", "distributed.py", "--epochs", "1", *options)
+    assert "exactly sparse" in printed
+
+
+@pytest.mark.long
+def test_a_killed_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        return [sys.executable, "resume.py", str(tmp_path / name), "--epochs", "3"]
+
+    whole = run(*command("whole.pt"))
+    child = subprocess.Popen(
+        command("killed.pt"), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=EXAMPLES
+    )
+    assert child.stdout is not None
+    with child.stdout as printed:
+        assert printed.readline() == "saved epoch 1\n"
+        child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    resumed = run(*command("killed.pt"))
+    assert resumed.startswith("resumed after epoch ")
+    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
