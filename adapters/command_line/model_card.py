@@ -9,8 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
-from safe_core.patterns import NM, Pattern, Unstructured
+from safe_core.patterns import Pattern
 from safe_core.schedules import Constant
 
 if TYPE_CHECKING:
@@ -39,12 +38,12 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     source = Path(job.model).resolve().name
     report = result.report
     settings = [
-        ("sparsity asked", _asked(job.pattern)),
+        ("sparsity asked for", job.pattern.describe()),
         ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
         *_of_method(job.method, job.solver, job.pattern),
         ("batch", f"{job.batch_size} samples"),
         ("inputs of a block", "what the pruned blocks before it return"),
-        ("targets of a block", _TARGETS[job.targets]),
+        ("reference for a block", _TARGETS[job.targets]),
         ("seed", str(job.seed)),
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
@@ -55,7 +54,7 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
         (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
-    left = [f"Left dense: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
+    left = [f"Not pruned: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
     return "\n".join(
         [
             "---",
@@ -91,29 +90,20 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     )
 
 
-def _asked(pattern: Pattern) -> str:
-    if isinstance(pattern, NM):
-        return f"{pattern.n}:{pattern.m}, of every {pattern.m} inputs in a row {pattern.n} kept"
-    assert isinstance(pattern, Unstructured)  # nothing else can be asked for as a text
-    assert isinstance(pattern.sparsity, float)
-    each = "each output of each weight" if pattern.scope == "row" else "each weight"
-    return f"{100 * pattern.sparsity:g}% of {each}"
-
-
 def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]]:
-    """The settings of a solver, named as people read them."""
-    if not isinstance(solver, SafeReconstruction):
+    """Return the settings of a solver, named as people read them."""
+    if not solver.trains:
         found = [(f.name.replace("_", " "), str(getattr(solver, f.name))) for f in fields(solver)]
         return [("method", f"{name}: {type(solver).__name__}, layer by layer"), *found]
     method, (first, second) = solver.bound(pattern), solver.betas
     radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
     plus = "magnitude times norm of input" if solver.importance else "magnitude"
+    plus = plus if method.importance is None else f"`{method.importance!r}`"
     return [
-        ("method", f"{name}: SAFE on the reconstruction error of each block"),
-        ("entries chosen by", plus),
+        ("method", f"{name}: trained on the reconstruction error of each block"),
+        ("weights ranked by", plus),
         ("perturbation radius (rho)", radius),
-        ("penalty (lambda)", _value(method.penalty)),
-        ("steps from one dual update to the next (K)", str(method.dual_update_interval)),
+        *_of_constraint(method.constraint),
         ("optimizer", f"Adam, betas {first:g} and {second:g}"),
         ("highest learning rate", f"{solver.learning_rate:g}"),
         ("epochs", str(solver.epochs)),
@@ -121,8 +111,23 @@ def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]
     ]
 
 
-def _value(schedule: Any) -> str:
-    return f"{schedule.value:g}" if isinstance(schedule, Constant) else f"`{schedule!r}`"
+_SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
+
+
+def _of_constraint(constraint: Any) -> list[tuple[str, str]]:
+    """Return the settings of a constraint that are not the default."""
+    rows = [("constraint", type(constraint).__name__)]
+    for f in fields(constraint):
+        value = getattr(constraint, f.name)
+        if f.name in _SYMBOLS or value != f.default:
+            rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
+    return rows
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (int, str)):
+        return str(value)
+    return f"{value.value:g}" if isinstance(value, Constant) else f"`{value!r}`"
 
 
 def _entries(result: PruningResult) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
@@ -12,17 +12,19 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from safe_core import _checks
-from safe_core.adapters.torch.blocks.methods import METHODS, default_scope
+from safe_core import Method, _checks
+from safe_core.adapters.loading import load_named, names_object
+from safe_core.adapters.torch.blocks.methods import SOLVERS, as_solver, default_scope
 from safe_core.adapters.torch.blocks.pruning import (
     PruningReport,
-    SafeReconstruction,
     calibration_batches,
     plan_pruning,
 )
+from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.task import OFFLOADS, RaggedWeightError
-from safe_core.patterns import NM, Pattern, Unstructured, as_pattern
+from safe_core.methods import safe
+from safe_core.patterns import Pattern, as_pattern
 
 from .model_card import model_card
 from .model_folder import (
@@ -34,11 +36,18 @@ from .model_folder import (
 )
 from .perplexity import check_length, read_text_file
 
+# Settings of a method that trains, and those of SAFE itself.
+_OF_TRAINING = ("epochs", "learning_rate")
+_OF_METHOD = ("rho", "penalty", "dual_update_interval")
+
 __all__ = ["PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
-    """Return the pattern of a text: a fraction of zeros such as "0.5", or "N:M".
+    """Return the pattern for a text: a fraction of zeros, "N:M", or the name of a pattern.
+
+    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of one's own, whose code
+    is run.
 
     Parameters
     ----------
@@ -49,21 +58,23 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     Raises
     ------
     ValueError
-        If the text is neither.
+        If the text is none of these.
 
     Examples
     --------
     >>> parse_sparsity("0.29", "row"), parse_sparsity("2:4")
-    (Unstructured(sparsity=0.29, scope='row', budget=None), NM(n=2, m=4, ragged='error'))
+    (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
     >>> parse_sparsity("half")
     Traceback (most recent call last):
     ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
     """
+    if names_object(text):
+        return as_pattern(load_named("sparsity", text), scope)
     try:
         if ":" in text:
             return as_pattern(text)
-        # By way of Decimal, so that "nan", "50%" and the like are refused alike.
-        return Unstructured(float(_checks.sparsity("sparsity", Decimal(text))), scope=scope)
+        # Decimal refuses "nan", "50%" and the like alike.
+        return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
             f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
@@ -81,21 +92,31 @@ class PruningJob:
     calibration : sequence of path
         UTF-8 text files, each named once.
     sparsity : str
-        A fraction of the zeros of each weight, or "N:M".
+        The fraction of zeros of each weight, "N:M", or "my_parts.py:PATTERN".
     method : str
-        "safe+", "safe", "alps", "sparsegpt", "wanda" or "magnitude".
+        The name of a solver, such as "safe+", "safe", "alps", "sparsegpt", "wanda" or
+        "magnitude", or "my_parts.py:SOLVER" for a solver, a `Method` or a function of yours.
     scope : {None, "tensor", "row"}
         Where entries compete under a fraction; by default within outputs for "wanda", as it
         was published, and within weights for the others.
     samples, length, seed : int
-        How many windows of the text, tokens in each, at least two, and what they are drawn by.
+        The number of windows of the text, the tokens in each, at least two, and the seed that
+        draws them.
     epochs : int, optional
-        Of "safe" and "safe+"; 30 by default.
+        Passes over the samples, of a method that trains; 30 by default.
     learning_rate : float, optional
-        Of the same; 2e-4 by default.
+        The highest learning rate of a method that trains; 2e-4 by default.
+    rho, penalty : float, optional
+        Perturbation radius and penalty parameter of "safe" and "safe+".
+    dual_update_interval : int, optional
+        Steps between two dual updates of "safe" and "safe+".
     batch_size : int
         Samples in a step and in a forward pass.
-    targets : {"pruned", "dense"}
+    blocks : str, optional
+        The name of the list of blocks; by default the one with the most parameters.
+    only : str, optional
+        A regular expression: only weights whose name it matches somewhere are pruned.
+    targets, propagate : {"pruned", "dense"}
     offload : {"cpu", "disk", "none"}
     work_dir : path, optional
         As for `safe_core.adapters.transformers.prune_blocks`.
@@ -124,27 +145,46 @@ class PruningJob:
     seed: int = 0
     epochs: int | None = None
     learning_rate: float | None = None
+    rho: float | None = None
+    penalty: float | None = None
+    dual_update_interval: int | None = None
     batch_size: int = 8
+    blocks: str | None = None
+    only: str | None = None
     targets: Literal["pruned", "dense"] = "pruned"
+    propagate: Literal["pruned", "dense"] = "pruned"
     offload: Literal["cpu", "disk", "none"] = "cpu"
     work_dir: str | os.PathLike[str] | None = None
     device: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _checks.choice("method", self.method, tuple(METHODS))
+        if not names_object(str(self.method)):
+            _checks.choice("method", self.method, tuple(SOLVERS))
         _checks.choice("offload", self.offload, OFFLOADS)
-        _checks.choice("targets", self.targets, ("pruned", "dense"))
+        for name in ("targets", "propagate"):
+            _checks.choice(name, getattr(self, name), ("pruned", "dense"))
         _checks.choice("scope", self.scope, ("tensor", "row", None))
-        if isinstance(self.pattern, NM) and self.scope is not None:
+        if self.scope is not None and ":" in self.sparsity:
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
-        trained = isinstance(METHODS[self.method], SafeReconstruction)
-        for name, value in (("epochs", self.epochs), ("learning_rate", self.learning_rate)):
-            if value is not None and not trained:
+        for name in (*_OF_TRAINING, *_OF_METHOD):
+            if getattr(self, name) is not None and not self._named.trains:
                 raise ValueError(
                     f"{name} must be left out for method={self.method!r}, which does not train, "
-                    f"got {value!r}"
+                    f"got {getattr(self, name)!r}"
                 )
+        for name in _OF_METHOD:
+            if getattr(self, name) is not None and self._named.method is not None:
+                raise ValueError(
+                    f"{name} must be left out for a method of your own, got "
+                    f"{getattr(self, name)!r} and method={self.method!r}"
+                )
+        try:
+            re.compile(self.only or "")
+        except re.error as error:
+            raise ValueError(
+                f"only must be a regular expression, got {self.only!r}: {error}"
+            ) from None
         if self.length == 1:
             raise ValueError(
                 "length must be at least 2 tokens, for attention to have something to attend to, "
@@ -168,18 +208,37 @@ class PruningJob:
 
     @property
     def pattern(self) -> Pattern:
-        """What is asked of each weight."""
+        """The pattern that each weight is pruned to."""
         return parse_sparsity(self.sparsity, self.scope or default_scope(self.method))
 
     @property
     def solver(self) -> Any:
         """The solver of the method, with the settings asked for."""
-        solver = METHODS[self.method]
-        if not isinstance(solver, SafeReconstruction):
+        solver = self._named
+        if not solver.trains:
             return solver
-        given = {"epochs": self.epochs, "learning_rate": self.learning_rate}
-        changed: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        changed = self._given(_OF_TRAINING)
+        of_method = self._given(_OF_METHOD)
+        if of_method:
+            changed["method"] = safe(self.pattern, **{"rho": 2e-4, **of_method})
         return replace(solver, batch_size=self.batch_size, **changed)
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def _named(self) -> Any:
+        """The solver with its own settings."""
+        if not names_object(self.method):
+            return SOLVERS[self.method]
+        found = load_named("method", self.method)
+        if isinstance(found, Method):
+            return SafeReconstruction(method=found)
+        return as_solver(found() if isinstance(found, type) else found)
+
+    def chooses(self, name: str, parameter: object) -> bool:
+        """Return whether the weight of this name is to be pruned."""
+        return self.only is None or re.search(self.only, name) is not None
 
 
 class WeightRow(NamedTuple):
@@ -293,7 +352,10 @@ def prune_folder(
             batches,
             job.solver,
             job.pattern,
+            blocks=job.blocks,
+            where=job.chooses,
             targets=job.targets,
+            propagate=job.propagate,
             batch_size=job.batch_size,
             device=device,
             offload=job.offload,
@@ -319,15 +381,14 @@ def prune_folder(
 
 
 def _ragged(job: PruningJob, error: RaggedWeightError) -> str:
-    """What to ask for in the place of groups that do not divide the inputs of a weight."""
-    pattern = job.pattern
-    assert isinstance(pattern, NM)  # by which the error came
-    least = pattern.m // math.gcd(pattern.n, pattern.m)  # the smallest groups of the same share
-    sizes = [m for m in range(least, pattern.m, least) if error.common % m == 0]
-    groups = f"{pattern.n * sizes[-1] // pattern.m}:{sizes[-1]} or " if sizes else ""
+    """Return what to ask for in place of groups that do not divide the inputs of a weight."""
+    zeros = job.pattern.fractions()[-1]
+    least = zeros.denominator  # the smallest group with this fraction of zeros
+    sizes = [m for m in range(least, job.pattern.group or 0, least) if error.common % m == 0]
+    groups = f"{int((1 - zeros) * sizes[-1])}:{sizes[-1]} or " if sizes else ""
     return (
         f"--sparsity {job.sparsity} must divide the inputs of every weight, got {error.inputs} of "
-        f"{error.name}: --sparsity {groups}{1 - pattern.n / pattern.m:g} would do"
+        f"{error.name}: --sparsity {groups}{float(zeros):g} would do"
     )
 
 

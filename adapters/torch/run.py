@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Evaluation, Method, StepPlan
+from safe_core import Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_shards import is_sharded
 from safe_core.constraints.base import select_support
 
@@ -79,19 +79,27 @@ class Run:
 
     def _prepare(self) -> None:
         """Make the parts that hold no state of the training and cannot be pickled."""
-        self.source = importance_in_use(self.handed, self.method, lambda: self.parameters)
         self.moved = kernels.MovedParameters()
         self.compiled = CompiledStep(self.base) if self.compile else None
         self._plans: dict[tuple[bool, bool], StepPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("source", "moved", "compiled", "_plans", "_seen")
+        left_out = ("moved", "compiled", "_plans", "_seen")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare()
         self._seen = self._groups_now()
+
+    @property
+    def source(self) -> Importance | None:
+        """The importance in use.
+
+        Made anew at each call: stored here it would refer back to the run, and the tensors of
+        a run that is over would wait for the garbage collector.
+        """
+        return importance_in_use(self.handed, self.method, lambda: self.parameters)
 
     # The plan
 
@@ -185,10 +193,11 @@ class Run:
         parameters = self.parameters
         for pattern, members in parameters.pools(params):
             values = [p.detach() for p in members]
-            held = None if self.source is None else self.source.init(members)
+            source = self.source
+            held = None if source is None else source.init(members)
             known = None
-            if self.source is not None and self.source.reads is None and held is not None:
-                known = self.source.metric(held, joint=pattern.joint)
+            if source is not None and source.reads is None and held is not None:
+                known = source.metric(held, joint=pattern.joint)
             info = parameters.info(members)
             split = self.method.constraint.init(values, pattern, info, known)
             parameters.store(members, split)
@@ -196,10 +205,10 @@ class Run:
 
     def metric(self, pattern: Any, params: Sequence[Tensor]) -> Any:
         """Return P of parameters that are projected together; None where it is 1."""
-        held = self.parameters.importance(params)
-        if self.source is None or held is None:
+        source, held = self.source, self.parameters.importance(params)
+        if source is None or held is None:
             return None
-        return self.source.metric(held, joint=pattern.joint)
+        return source.metric(held, joint=pattern.joint)
 
     # The selection
 

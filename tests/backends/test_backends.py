@@ -70,15 +70,15 @@ def test_results_live_on_the_device_of_the_arrays(pattern: Any, weighted: bool) 
     ]
 
 
-def _by_sample(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+def _by_sample(scores: Any, counts: Any, stage: int) -> Any:
     return torch_backend.keep_largest_by_sample([x.detach() for x in scores], counts[stage])
 
 
-def _by_counting(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+def _by_counting(scores: Any, counts: Any, stage: int) -> Any:
     return torch_counting.keep_largest([x.detach() for x in scores], counts[stage])
 
 
-def _rows_on_an_accelerator(scores: Any, counts: Any, stage: int, *, on_host: bool) -> Any:
+def _rows_on_an_accelerator(scores: Any, counts: Any, stage: int) -> Any:
     keys = torch_backend.ordering_key(scores)
     kth = torch_backend._kth_largest_per_row
     return threshold.keep_largest_per_row(

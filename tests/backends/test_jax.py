@@ -11,12 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from array_backends import Backend, assert_same, projector
 
+import safe_core
 import safe_core.backends.jax as jax_backend
 from safe_core import NM, Unstructured, project, schedules
+from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.backends import selecting_on_host, selects_on_host
 from safe_core.projection import select
 
 HARD = {
@@ -80,6 +84,41 @@ def test_the_host_selects_under_scan_and_vmap() -> None:
     assert bool((jax.vmap(one)(batch) == wanted).all())
     assert bool((jax.jit(jax.vmap(one))(batch) == wanted).all())
     assert bool((scanned == wanted).all())
+
+
+@pytest.mark.parametrize("select_on_host", [False, True])
+def test_a_training_run_selects_where_it_is_told(select_on_host: bool) -> None:
+    method = safe_core.safe(0.5, rho=0.1, penalty=0.1, dual_update_interval=2)
+    tx = sparse_optimizer(optax.sgd(0.1), method, select_on_host=select_on_host)
+    params = {"kernel": jnp.arange(8.0).reshape(4, 2)}
+
+    def update(params: Any, state: Any) -> Any:
+        return tx.update(params, state, params, grad_fn=lambda params: params)
+
+    def end(params: Any, state: Any) -> Any:
+        return finalize(params, state, method, select_on_host=select_on_host)
+
+    state = tx.init(params)
+    programs = {
+        "init": jax.make_jaxpr(tx.init)(params),
+        "update": jax.make_jaxpr(update)(params, state),
+        "finalize": jax.make_jaxpr(end)(params, state),
+    }
+    calls = {name: "pure_callback" in str(program) for name, program in programs.items()}
+    assert calls == dict.fromkeys(programs, select_on_host)
+
+
+def test_the_choice_of_the_host_ends_with_its_context() -> None:
+    @selecting_on_host(True)
+    def fail() -> None:
+        with selecting_on_host(False):
+            assert not selects_on_host()
+        assert selects_on_host()
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
+    assert not selects_on_host()
 
 
 def test_one_program_serves_every_stage() -> None:
@@ -151,7 +190,7 @@ for run in (project, jax.jit(project, static_argnums=1, static_argnames="select_
     try:
         run(x, 0.5, select_on_host=True)
     except ValueError as error:
-        print("refused" if "select_on_host must be False" in str(error) else error)
+        print("refused" if "selected from on the host" in str(error) else error)
 """
 MOVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}

@@ -43,10 +43,11 @@ def prune(
     calibration: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be repeated.")],
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
     sparsity: Annotated[
-        str, typer.Option(help="The share of zeros in each weight, 0.5, or N:M, 2:4.")
+        str,
+        typer.Option(help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN."),
     ] = "0.5",
     method: Annotated[
-        str, typer.Option(help="safe+, safe, alps, sparsegpt, wanda or magnitude.")
+        str, typer.Option(help="safe+, safe, alps, sparsegpt, wanda, magnitude, or file.py:SOLVER.")
     ] = "safe+",
     scope: Annotated[
         Scope | None,
@@ -56,14 +57,33 @@ def prune(
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the windows and of the order of samples.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the samples, by safe and safe+; else 30.")
+        int | None, typer.Option(help="Passes over the samples, for safe and safe+; 30.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of safe and safe+; else 0.0002.")
+        float | None, typer.Option(help="Highest learning rate of safe and safe+; 0.0002.")
+    ] = None,
+    rho: Annotated[
+        float | None, typer.Option(help="Perturbation radius of safe and safe+; 0.0002.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="Penalty parameter of safe and safe+; 0.001.")
+    ] = None,
+    dual_update_interval: Annotated[
+        int | None, typer.Option(help="Steps between dual updates of safe and safe+; 32.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
+    blocks: Annotated[
+        str | None, typer.Option(help="Name of the list of blocks, such as model.layers.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Prune only weights whose name matches this expression.")
+    ] = None,
     targets: Annotated[
-        Targets, typer.Option(help="Reconstruct what a block gives for pruned or dense inputs.")
+        Targets,
+        typer.Option(help="Reproduce the dense block's output for pruned or for dense inputs."),
+    ] = Targets.pruned,
+    propagate: Annotated[
+        Targets, typer.Option(help="Feed blocks what the pruned or the dense ones before return.")
     ] = Targets.pruned,
     offload: Annotated[
         Offload, typer.Option(help="Where activations lie; none: on the device.")
@@ -95,8 +115,14 @@ def prune(
         seed=seed,
         epochs=epochs,
         learning_rate=learning_rate,
+        rho=rho,
+        penalty=penalty,
+        dual_update_interval=dual_update_interval,
         batch_size=batch_size,
+        blocks=blocks,
+        only=only,
         targets=targets.value,
+        propagate=propagate.value,
         offload=offload.value,
         work_dir=work_dir,
         device=device,
@@ -106,7 +132,7 @@ def prune(
         result = prune_folder(job, out, progress=progress, say=say)
     show(result.table())
     for name in result.report.dense:
-        typer.echo(f"left dense, for no product was seen to take it: {name}")
+        typer.echo(f"not pruned: no matrix product used it: {name}")
     lost = [block.name for block in result.report.blocks if block.relative_error > 1]
     if lost:
         say(
