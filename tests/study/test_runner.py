@@ -304,7 +304,7 @@ def test_fractions_and_patterns_take_each_their_own_options() -> None:
         Unstructured(0.9, "row"),
         NM(2, 4, ragged="dense"),
     ]
-    assert [method.penalty(0) for method in built] == [1, 2]
+    assert [method.constraint.penalty(0) for method in built] == [1, 2]
     with pytest.raises(ValueError, match=r"admm\) at sparsity 0\.9: ragged must be one of 'error'"):
         read_entries([table | {"ragged": "no"}])[0].build(0.9, **size)
 
