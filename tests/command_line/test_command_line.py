@@ -6,8 +6,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 import tracemalloc
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import typer
 from array_backends import bits
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -827,47 +824,3 @@ def test_code_of_a_model_runs_only_if_asked(
     assert (out / "own_code.py").is_file()
     again = run("perplexity", out, "--text", text, "--length", 32, "--trust-remote-code")
     assert again.exit_code == 0, again.output
-
-
-# The program
-
-
-def test_help_is_quick_and_names_all_commands() -> None:
-    program = (
-        "import sys; from safe_core.command_line.app import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'transformers', 'jax'} & set(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.rstrip().endswith("[]")
-    assert all(name in result.stdout for name in ("inspect", "perplexity", "prune", "demo"))
-
-
-def test_documented_commands_are_understood() -> None:
-    pages = [ROOT / "docs" / "transformers.md", ROOT / "README.md"]
-    lines = [line for page in pages for line in page.read_text().splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith("safe-core ")]
-    assert {command[0] for command in commands} == {"prune", "perplexity", "inspect"}
-    known = typer.main.get_command(app).commands
-    for name, *arguments in commands:
-        known[name].make_context(name, arguments)  # fails for what it does not know
-
-
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    torch.save({}, tmp_path / "model.pt")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    message = "this command needs torch: pip install"
-    assert message in refused("inspect", tmp_path / "model.pt")
-
-
-def test_a_full_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        raise error
-
-    monkeypatch.setattr("safe_core.command_line.inspection.inspect_checkpoint", fail)
-    error: RuntimeError = torch.OutOfMemoryError("no memory")
-    assert "no memory\nTry a smaller --batch-size" in refused("inspect", tmp_path)
-    error = RuntimeError("a fault of the program")
-    assert run("inspect", tmp_path).exception is error
