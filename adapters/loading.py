@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -61,11 +62,15 @@ def load_named(argument: str, text: str) -> Any:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """Run a file as a module, without files of bytecode beside it."""
-    module = ModuleType(path.stem)
+    """Run a file as a module, without files of bytecode beside it.
+
+    The name of the module depends on the content, so that code that was changed is told apart.
+    """
+    content = path.read_bytes()
+    module = ModuleType(f"{path.stem}_{hashlib.sha256(content).hexdigest()[:16]}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for their types
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    exec(compile(content, str(path), "exec"), module.__dict__)
     return module
 
 

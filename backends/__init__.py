@@ -1,18 +1,16 @@
-"""What the array API standard lacks, one small file per library.
+"""Backends: what the array API standard lacks, in one module per library.
 
-A backend knows arrays and nothing of the method: it selects the largest entries
-exactly, views floats as integers, branches on a traced predicate. `backend_of`
-finds the backend of an array without importing any framework that the caller has
-not imported already.
+A backend knows arrays and nothing of the method. It selects the largest entries
+exactly, views floats as integers and branches on traced predicates. `backend_of` finds
+the backend of an array.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 
@@ -23,37 +21,49 @@ Array = Any
 
 
 class Backend(Protocol):
-    """The functions that every file in this folder provides."""
+    """The functions that the backend of every library provides.
+
+    Arrays are passed by position and options by keyword.
+    """
+
+    __name__: str
+
+    # What is known of values
 
     def is_concrete(self, x: Array) -> bool:
-        """Whether the values of ``x`` can be read now (not traced, not meta)."""
+        """Return whether the values of ``x`` can be read now: it is not traced and not meta."""
 
     def detached(self, x: Array) -> Array:
-        """``x``, outside any graph of derivatives that work on it would add to."""
-
-    def ordering_key(self, x: Array) -> Array:
-        """Keys that order as ``|x|`` does, subnormal numbers included.
-
-        NaN, where a traced program cannot refuse it, orders above infinity.
-        """
+        """Return ``x`` without its graph of derivatives."""
 
     def has_nan(self, arrays: Sequence[Array]) -> bool:
-        """Whether an entry is NaN; for concrete arrays, with one read of a value from a device."""
-
-    def where_kept(self, arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
-        """Each array where its mask is true, bit for bit, and +0 elsewhere.
-
-        What is returned may share one allocation.
-        """
-
-    def norms(self, arrays: Sequence[Array], dtype: Any) -> Array:
-        """The Euclidean norm of each array, summed in ``dtype``, as one array."""
-
-    def peaks(self, arrays: Sequence[Array]) -> Array:
-        """The largest magnitude of each array, 0 where it has no entries, as one array."""
+        """Return whether an entry of concrete arrays is NaN."""
 
     def known_finite(self, arrays: Sequence[Array]) -> bool:
-        """Whether all entries are seen to be finite, where one may look without waiting."""
+        """Return True only if all entries are finite and seeing so needs no wait for a device."""
+
+    # Numbers
+
+    def ordering_key(self, x: Array) -> Array:
+        """Return keys that order as ``|x|`` does, subnormal numbers included.
+
+        A traced program cannot refuse NaN. There it orders above infinity.
+        """
+
+    def frexp(self, x: Array) -> tuple[Array, Array]:
+        """Return m and the integer k with ``x = m * 2**k`` and ``1/2 <= m < 1``, for a scalar."""
+
+    def norms(self, arrays: Sequence[Array], *, dtype: Any) -> Array:
+        """Return the Euclidean norm of each array, summed in ``dtype``, as one array."""
+
+    def peaks(self, arrays: Sequence[Array]) -> Array:
+        """Return the largest magnitude of each array as one array, 0 where there are no entries."""
+
+    def where_kept(self, arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+        """Return each array where its mask is true, bit for bit, and +0 elsewhere.
+
+        The results can share one allocation.
+        """
 
     def blockwise(
         self,
@@ -61,67 +71,78 @@ class Backend(Protocol):
         *lists: Sequence[Array],
         out: Sequence[Array] | None = None,
     ) -> list[Array]:
-        """``[fn(*arrays) for arrays in zip(*lists)]`` for an elementwise ``fn``.
+        """Return ``[fn(*arrays) for arrays in zip(*lists)]`` for an elementwise ``fn``.
 
-        Arrays that match are of one shape. Where that is faster ``fn`` is handed flat
-        pieces of them. The result has the dtype of the first of them and may share one
-        allocation. It is written to ``out``, where given and arrays can be written to;
-        what is read may be written over.
+        Arrays at the same position of the lists have the same shape. The backend can call
+        ``fn`` with flat pieces of them that fit in the cache. Each result has the dtype of the
+        first array, and the results can share one allocation.
+
+        Where arrays can be written to, results are written to ``out`` if it is given. It may
+        be one of the lists.
         """
 
-    def frexp(self, x: Array) -> tuple[Array, Array]:
-        """``m`` and the integer ``k`` of ``x = m * 2**k`` with ``1/2 <= m < 1``, for a scalar."""
+    def has_bfloat16(self) -> bool:
+        """Return whether the library has bfloat16, which `stochastic_bfloat16` needs."""
+
+    def stochastic_bfloat16(
+        self, arrays: Sequence[Array], *, step: int | Array, out: Sequence[Array] | None = None
+    ) -> list[Array]:
+        """Round float32 stochastically to one of the two nearest bfloat16.
+
+        The magnitude rounds up with the probability that makes the mean exact. Its bits
+        become ``(bits(|x|) + dither) >> 16``, and the sign stays. The dither is the upper
+        half of ``mix(bits(|x|) ^ mix(step))`` with `hashing.mix`: it depends on x and step
+        alone and is the same in every library. Values that bfloat16 can hold are unchanged,
+        ``-x`` rounds to the negative of x, and no finite x rounds to infinity.
+
+        x must not be NaN, and step must be in ``[0, 2**31)``. Where arrays can be written
+        to, results are written to ``out`` if it is given. Raises TypeError where the library
+        has no bfloat16.
+        """
+
+    # Selection
 
     def keep_largest(
-        self,
-        scores: Sequence[Array],
-        counts: tuple[int, ...],
-        stage: int | Array,
+        self, scores: Sequence[Array], *, counts: tuple[int, ...], stage: int | Array
     ) -> list[Array]:
-        """Masks of the ``counts[stage]`` scores of largest magnitude, of all arrays together.
+        """Return masks of the ``counts[stage]`` scores of largest magnitude over all arrays.
 
-        Of equal magnitudes the lowest (position of the array, row-major index) is kept.
-        Scores share one real floating dtype. See `selecting_on_host` for where it happens.
+        Ties go to the first array and within it to the lowest row-major index. Scores share
+        one real floating dtype. See `selecting_on_host` for where the selection runs.
         """
 
     def keep_largest_per_row(
-        self, scores: Array, counts: tuple[int, ...], stage: int | Array
+        self, scores: Array, *, counts: tuple[int, ...], stage: int | Array
     ) -> Array:
-        """Mask of the ``counts[stage]`` largest magnitudes of each row of ``scores`` (rows, n).
+        """Return the mask of the ``counts[stage]`` largest magnitudes of each row of a matrix.
 
-        Of equal magnitudes the lowest index is kept.
+        Ties go to the lowest index.
         """
 
-    def regrouped(self, x: Array, units: Mapping[int, int]) -> Array:
-        """``x``, where it is sharded moved such that no shard begins within a unit.
+    # Sharded arrays
 
-        ``units`` maps an axis to the length of a unit along it, 0 for all of it; other axes
-        may be cut anywhere.
+    def on_several_devices(self, x: Array) -> bool:
+        """Return whether ``x`` lies on several devices, so that the host cannot select from it."""
+
+    def regrouped(self, x: Array, *, units: Mapping[int, int]) -> Array:
+        """Return ``x``, resharded if necessary so that no shard begins within a unit.
+
+        ``units`` maps an axis to the length of a unit along it, or to 0 if the whole axis is
+        a unit. Other axes may be cut anywhere.
         """
 
     def resharded_as(self, x: Array, result: Array) -> Array:
-        """``result``, of the shape of ``x``, sharded as ``x``."""
+        """Return ``result``, which has the shape of ``x``, sharded as ``x``."""
 
     def shardwise(
         self, fn: Callable[..., Array], *arrays: Array, axes: Mapping[int, int] | None = None
     ) -> Array:
-        """``fn(*arrays)``, of each shard alone.
+        """Return ``fn(*arrays)``, computed for each shard alone.
 
-        The result is sharded as the first array, whose axes ``axes`` maps to its own.
+        The result is sharded as the first array. ``axes`` maps its axes to those of the result.
         """
 
-    def stochastic_bfloat16(
-        self, arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
-    ) -> list[Array]:
-        """Round float32 to one of the two nearest bfloat16, up with the probability of the rest.
-
-        ``(bits(|x|) + dither) >> 16`` with the sign of x, where the dither is the upper half
-        of ``mix(bits(|x|) ^ mix(step))`` and mix is the finalizer of MurmurHash3: a function
-        of x and step alone, the same in every library. What bfloat16 holds is unchanged,
-        ``-x`` rounds to the negative, and no finite x to infinity. x must not be NaN; step
-        is in ``[0, 2**31)``. Written to ``out``, where given and arrays can be written to.
-        TypeError where the library has no bfloat16.
-        """
+    # Control
 
     def linalg_errors(self) -> tuple[type[Exception], ...]:
         """Return the errors that a factorisation of a singular matrix raises."""
@@ -133,7 +154,7 @@ class Backend(Protocol):
         false_fun: Callable[..., Any],
         *operands: Any,
     ) -> Any:
-        """``true_fun(*operands)`` if ``predicate`` else ``false_fun(*operands)``."""
+        """Return ``true_fun(*operands)`` if ``predicate`` else ``false_fun(*operands)``."""
 
 
 _ON_HOST = ContextVar("safe_core_selecting_on_host", default=False)
@@ -185,6 +206,19 @@ def selects_on_host() -> bool:
 def backend_of(x: Array) -> Backend:
     """Return the backend of an array.
 
+    Importing this package imports no framework. A backend is imported when the first
+    array of its library arrives, which means that the caller has imported the library.
+
+    Parameters
+    ----------
+    x : array
+        An array of any library that follows the array API standard.
+
+    Returns
+    -------
+    Backend
+        The module that implements the protocol for the library of ``x``.
+
     Examples
     --------
     >>> import numpy
@@ -192,11 +226,37 @@ def backend_of(x: Array) -> Backend:
     'safe_core.backends.numpy'
     """
     if is_numpy_array(x):
-        name = "numpy"
-    elif is_torch_array(x):
-        name = "torch"
-    elif is_jax_array(x):
-        name = "jax"
-    else:
-        name = "standard"
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+        return _numpy()
+    if is_torch_array(x):
+        return _torch()
+    if is_jax_array(x):
+        return _jax()
+    return _standard()
+
+
+# Each function imports one backend, and only when it is called. The declared result makes
+# a type checker compare every function of the module with the protocol.
+
+
+def _numpy() -> Backend:
+    from . import numpy as found
+
+    return found
+
+
+def _torch() -> Backend:
+    from . import torch as found
+
+    return found
+
+
+def _jax() -> Backend:
+    from . import jax as found
+
+    return found
+
+
+def _standard() -> Backend:
+    from . import standard as found
+
+    return found

@@ -1,19 +1,12 @@
-"""JAX: selection by counting, which traces, maps and shards.
+"""The backend of JAX, whose functions trace, map and shard.
 
-The k-th largest of non-negative floats is found digit by digit on their bit patterns:
-one pass over memory counts the keys at or above fifteen candidates, and the counts of
-shards simply add. Ties are cut by counting on the index. No sort, no gather, no
-concatenation, no host transfer.
-
-Counts are pairs (high, low) of 16-bit digits in uint32, exact up to 2**48 whether or
-not 64-bit integers are enabled.
+Selection is in `jax_counting`, or on the host if `selecting_on_host` asks for it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import Array, selects_on_host
+from . import Array, hashing, jax_counting, selects_on_host
 from . import numpy as numpy_backend
 from .standard import detached, peaks
 
@@ -30,6 +23,7 @@ __all__ = [
     "cond",
     "detached",
     "frexp",
+    "has_bfloat16",
     "has_nan",
     "is_concrete",
     "keep_largest",
@@ -37,6 +31,7 @@ __all__ = [
     "known_finite",
     "linalg_errors",
     "norms",
+    "on_several_devices",
     "ordering_key",
     "peaks",
     "regrouped",
@@ -47,12 +42,6 @@ __all__ = [
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
-_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-_DIGIT_BITS = 4  # settled in one pass, by 2**4 - 1 counts
-_FEW = 2**12  # entries among which passes cost less than compiling many counts
-_PIECE = 2**31 - 1  # entries that one uint32 count and one uint32 index can cover
-_SUMMAND = 2**32 - 1  # the largest sum of counts that is taken in uint32
-_DIGIT = 0xFFFF
 _SIGN = 0x80000000
 _LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
@@ -69,12 +58,19 @@ def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
     return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
 
 
-def norms(arrays: Sequence[Array], dtype: Any) -> Array:
-    # Not of raveled arrays: shards of explicit type may lie along any axis.
+def norms(arrays: Sequence[Array], *, dtype: Any) -> Array:
+    # Do not flatten the arrays: an array can be sharded over explicit mesh axes along any of
+    # its axes, and JAX refuses reshapes that would mix such an axis with others.
     return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(a.astype(dtype)))) for a in arrays])
 
 
-def regrouped(x: Array, units: Mapping[int, int]) -> Array:
+def on_several_devices(x: Array) -> bool:
+    if is_concrete(x):
+        return len(x.sharding.device_set) > 1
+    return bool(jax.typeof(x).sharding.mesh.size > 1)
+
+
+def regrouped(x: Array, *, units: Mapping[int, int]) -> Array:
     spec = _explicit_spec(x)
     cut = {axis for axis, names in enumerate(spec) if names and _cuts(x, axis, names, units)}
     if not cut:
@@ -91,6 +87,7 @@ def regrouped(x: Array, units: Mapping[int, int]) -> Array:
             f"axes {sorted(cut)} of an array of shape {x.shape} must be sharded at multiples of "
             f"the pattern's units, or not at all, got {jax.typeof(x).sharding}"
         )
+    # Prefer an axis that is not sharded yet, and then the longest.
     target = max(free, key=lambda axis: (not spec[axis], x.shape[axis]))
     moved = [() if axis in cut else held for axis, held in enumerate(spec)]
     moved[target] += names
@@ -112,6 +109,7 @@ def shardwise(
         return fn(*arrays)
     cut = {(axes or {}).get(axis, axis): names for axis, names in enumerate(specs[0]) if names}
     out = [cut.get(axis, ()) for axis in range(max(cut) + 1)]
+    # Only axes of explicit type are mapped by hand. The compiler shards over the others.
     mapped = jax.shard_map(
         fn,
         mesh=_mesh(arrays[0]),
@@ -129,6 +127,7 @@ def _resharded(x: Array, spec: Sequence[tuple[str, ...]]) -> Array:
 
 
 def _mesh(x: Array) -> Any:
+    # A concrete array knows its devices. The type of a traced one knows the abstract mesh.
     return x.sharding.mesh if is_concrete(x) else jax.typeof(x).sharding.mesh
 
 
@@ -138,7 +137,10 @@ def _named(spec: Sequence[tuple[str, ...]]) -> jax.sharding.PartitionSpec:
 
 
 def _explicit_spec(x: Array) -> list[tuple[str, ...]]:
-    """Names of mesh axes of explicit type that each axis is sharded over, by its type."""
+    """Return, for each axis of ``x``, the explicit mesh axes that its type is sharded over.
+
+    The compiler decides over which automatic axes to shard, and they are no part of the type.
+    """
     sharding = jax.typeof(x).sharding
     explicit = set(sharding.mesh.explicit_axes)
     spec: list[tuple[str, ...]] = []
@@ -149,13 +151,14 @@ def _explicit_spec(x: Array) -> list[tuple[str, ...]]:
 
 
 def _cuts(x: Array, axis: int, names: Sequence[str], units: Mapping[int, int]) -> bool:
-    """Whether a shard may begin within a unit."""
+    """Return whether a shard can begin within a unit."""
     unit, mesh = units.get(axis, 1), jax.typeof(x).sharding.mesh
     count = math.prod(mesh.shape[name] for name in names)
     return unit == 0 or (unit > 1 and x.shape[axis] % (unit * count) != 0)
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:
+    # Neither a traced program nor an asynchronous device can tell without a wait.
     return False
 
 
@@ -166,7 +169,8 @@ def blockwise(
 
 
 def ordering_key(x: Array) -> Array:
-    # Bits, for XLA flushes subnormal floats to zero in arithmetic and comparison.
+    # XLA flushes subnormal floats to zero in arithmetic and comparisons, so compare bits.
+    # Non-negative floats order as their bits do.
     integer = _INTEGER[x.dtype.itemsize]
     bits: Array = lax.bitcast_convert_type(x, integer)
     return bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)
@@ -176,27 +180,37 @@ def frexp(x: Array) -> tuple[Array, Array]:
     return jnp.frexp(x)
 
 
-@jax.jit
+def has_bfloat16() -> bool:
+    return True
+
+
 def stochastic_bfloat16(
-    arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
+    arrays: Sequence[Array], *, step: int | Array, out: Sequence[Array] | None = None
 ) -> list[Array]:
-    salt = _mixed(jnp.asarray(step).astype(jnp.uint32))
+    return _stochastic_bfloat16(list(arrays), step)
+
+
+# Compiled as one program, in which the bit operations become one pass over each array.
+# The public function stays outside, for a type checker sees no signature behind `jax.jit`.
+@jax.jit
+def _stochastic_bfloat16(arrays: list[Array], step: int | Array) -> list[Array]:
+    salt = hashing.mix(jnp.asarray(step).astype(jnp.int32))
 
     def rounded(x: Array) -> Array:
+        # bfloat16 is the upper half of float32. Adding a uniform 16-bit number to the bits
+        # carries into that half with the probability of the lower half, which is what
+        # stochastic rounding asks for. The minimum keeps what is finite from being rounded
+        # up to infinity.
         bits = lax.bitcast_convert_type(x, jnp.uint32)
         magnitude = bits & 0x7FFFFFFF
-        dithered = magnitude + (_mixed(magnitude ^ salt) >> 16)
+        # The hash is one of signed words. To view them as unsigned costs nothing.
+        word = lax.bitcast_convert_type(magnitude, jnp.int32)
+        hashed = lax.bitcast_convert_type(hashing.mix(word ^ salt), jnp.uint32)
+        dithered = magnitude + (hashed >> 16)
         signed = jnp.minimum(dithered, jnp.uint32(_LARGEST)) | (bits & jnp.uint32(_SIGN))
         return lax.bitcast_convert_type((signed >> 16).astype(jnp.uint16), jnp.bfloat16)
 
     return [rounded(x) for x in arrays]
-
-
-def _mixed(h: Array) -> Array:
-    """The finalizer of MurmurHash3; products of uint32 wrap."""
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
 
 
 def cond(
@@ -206,26 +220,23 @@ def cond(
     *operands: Any,
 ) -> Any:
     if isinstance(predicate, bool) or is_concrete(predicate):
-        # Run eagerly, `lax.cond` would compile both branches at every call.
+        # Outside of a traced program, `lax.cond` would compile both branches at every call.
         return true_fun(*operands) if predicate else false_fun(*operands)
     return lax.cond(predicate, true_fun, false_fun, *operands)
 
 
 def keep_largest(
-    scores: Sequence[Array], counts: tuple[int, ...], stage: int | Array
+    scores: Sequence[Array], *, counts: tuple[int, ...], stage: int | Array
 ) -> list[Array]:
     if selects_on_host():
-        return _select_on_host(numpy_backend.keep_largest, list(scores), counts, stage)
-    return _keep_largest(list(scores), counts, stage)
+        return _select_on_host(_arrays_on_host, list(scores), counts, stage)
+    return jax_counting.keep_largest(list(scores), counts=counts, stage=stage)
 
 
-def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
+def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int | Array) -> Array:
     if selects_on_host():
         return _select_on_host(_rows_on_host, [scores], counts, stage)[0]
-    return _keep_largest_per_row(scores, counts, stage)
-
-
-# On the host
+    return jax_counting.keep_largest_per_row(scores, counts=counts, stage=stage)
 
 
 def _select_on_host(
@@ -235,7 +246,14 @@ def _select_on_host(
     stage: int | Array,
 ) -> list[Array]:
     for score in scores:
-        _refuse_shards(score)
+        if on_several_devices(score):
+            # The host would gather the array, and processes that wait for each other deadlock.
+            raise ValueError(
+                "the host cannot select from arrays on several devices, got "
+                f"{jax.typeof(score).sharding}"
+            )
+    # Send bits, for NumPy has no bfloat16. Its backend handles scores as integers of their
+    # bits, and clears the sign of both alike.
     bits = [lax.bitcast_convert_type(x, _INTEGER[x.dtype.itemsize]) for x in scores]
     masks = [jax.ShapeDtypeStruct(x.shape, jnp.bool) for x in scores]  # type: ignore[no-untyped-call]
 
@@ -249,248 +267,12 @@ def _select_on_host(
     return found
 
 
+def _arrays_on_host(scores: Sequence[Any], counts: tuple[int, ...], stage: int) -> list[Any]:
+    return numpy_backend.keep_largest(scores, counts=counts, stage=stage)
+
+
 def _rows_on_host(scores: Sequence[Any], counts: tuple[int, ...], stage: int) -> list[Any]:
-    return [numpy_backend.keep_largest_per_row(x, counts, stage) for x in scores]
-
-
-def _refuse_shards(x: Array) -> None:
-    """Raise for an array on several devices: the host would gather it, and can deadlock."""
-    sharding = x.sharding if is_concrete(x) else jax.typeof(x).sharding
-    devices = len(sharding.device_set) if is_concrete(x) else sharding.mesh.size
-    if devices > 1:
-        raise ValueError(
-            f"arrays on several devices cannot be selected from on the host, got {sharding}"
-        )
-
-
-# By counting
-
-
-@partial(jax.jit, static_argnames="counts")
-def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
-    keys = [_unsigned_key(score) for score in scores]
-    pieces = [piece for key in keys for piece in _split(key)]
-    sizes = [piece.size for piece in pieces]
-    k = _pick(counts, stage)
-
-    def at_least(thresholds: list[Array]) -> list[tuple[Array, Array]]:
-        found = [jnp.stack(_reduced([piece >= t for t in thresholds])) for piece in pieces]
-        high, low = _sum_of(found, sizes)
-        return [(high[i], low[i]) for i in range(len(thresholds))]
-
-    whole = _pick((sum(sizes),), 0)
-    zero = jnp.zeros((), keys[0].dtype)
-    reaches, same = partial(_at_least, b=k), partial(_same, k)
-    bits = _DIGIT_BITS if sum(sizes) > _FEW else 1
-    threshold, exact = _search(at_least, zero, whole, reaches, same, bits)
-
-    def plain(pieces: list[Array]) -> list[Array]:
-        return [piece >= threshold for piece in pieces]
-
-    def with_ties(pieces: list[Array]) -> list[Array]:
-        above = [piece > threshold for piece in pieces]
-        tied = [piece == threshold for piece in pieces]
-        found = [_reduced(list(pair)) for pair in zip(above, tied, strict=True)]
-        missing = _subtract(k, _sum_of([a for a, _ in found], sizes))
-        available = [t for _, t in found]
-        masks = _cut(tied, available, _fill(available, missing))
-        return [a | t for a, t in zip(above, masks, strict=True)]
-
-    kept = iter(lax.cond(exact, plain, with_ties, pieces))
-    return [_join(key, kept) for key in keys]
-
-
-@partial(jax.jit, static_argnames="counts")
-def _keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int | Array) -> Array:
-    keys = _unsigned_key(scores)
-    k = jnp.asarray(counts, jnp.uint32)[stage]
-
-    def at_least(thresholds: list[Array]) -> list[Array]:
-        return [x[:, None] for x in _reduced([keys >= t for t in thresholds], axes=(1,))]
-
-    zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
-    whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
-    bits = _DIGIT_BITS if keys.size > _FEW else 1
-    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
-
-    def with_ties(keys: Array) -> Array:
-        above, tied = keys > threshold, keys == threshold
-        quota = k - _row_count(above)
-        index = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
-        width = keys.shape[1].bit_length()
-
-        # The largest end with at most `quota` ties before it has exactly `quota`.
-        def advance(i: Array, end: Array) -> Array:
-            candidate = end | jnp.left_shift(jnp.uint32(1), jnp.asarray(width - 1 - i, jnp.uint32))
-            return jnp.where(_row_count(tied & (index < candidate)) <= quota, candidate, end)
-
-        return above | (tied & (index < lax.fori_loop(0, width, advance, jnp.zeros_like(quota))))
-
-    return lax.cond(jnp.all(exact), lambda keys: keys >= threshold, with_ties, keys)
-
-
-def _search(
-    at_least: Callable[[list[Array]], list[Any]],
-    zero: Array,
-    whole: Any,
-    reaches: Callable[[Any], Array],
-    same: Callable[[Any], Array],
-    bits: int = _DIGIT_BITS,
-) -> tuple[Array, Array]:
-    """The largest t that enough keys reach, or a t that exactly enough reach.
-
-    ``at_least`` counts the keys at or above each of several thresholds, ``reaches`` and
-    ``same`` compare a count with the one wanted. ``bits`` are settled in a pass, and the
-    search ends where a count is exact. Returns t and whether its count is exact.
-    """
-
-    def unsettled(carry: Any) -> Array:
-        shift, _, count = carry
-        return (shift >= 0) & ~jnp.all(same(count))
-
-    def settle(carry: Any) -> Any:
-        shift, found, count = carry
-        digits = [jnp.asarray(digit, zero.dtype) for digit in range(1, 2**bits)]
-        thresholds = [found | jnp.left_shift(digit, shift.astype(zero.dtype)) for digit in digits]
-        for threshold, more in zip(thresholds, at_least(thresholds), strict=True):
-            enough = reaches(more)
-            found = jnp.where(enough, threshold, found)
-            count = jax.tree.map(lambda new, old, e=enough: jnp.where(e, new, old), more, count)
-        return shift - bits, found, count
-
-    start = jnp.asarray(8 * zero.dtype.itemsize - bits, jnp.int32)
-    _, found, count = lax.while_loop(unsettled, settle, (start, zero, whole))
-    return found, same(count)
-
-
-def _reduced(masks: list[Array], axes: tuple[int, ...] | None = None) -> tuple[Array, ...]:
-    """Counts of several masks of one shape, in one pass that XLA turns into vector code."""
-    if axes is None:
-        masks = [mask if mask.ndim else mask[None] for mask in masks]
-        axes = tuple(range(masks[0].ndim))
-    flags = tuple(mask.astype(jnp.uint32) for mask in masks)
-    zeros = (jnp.uint32(0),) * len(flags)
-    found: tuple[Array, ...] = tuple(
-        lax.reduce(flags, zeros, lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), axes)
-    )
-    return found
-
-
-def _unsigned_key(x: Array) -> Array:
-    """`ordering_key`, unsigned: every digit of a candidate is then a larger number."""
-    unsigned = _UNSIGNED[x.dtype.itemsize]
-    bits: Array = lax.bitcast_convert_type(x, unsigned)
-    return bits & jnp.asarray(2 ** (8 * x.dtype.itemsize - 1) - 1, unsigned)
-
-
-def _row_count(mask: Array) -> Array:
-    return jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.uint32)
-
-
-def _split(key: Array) -> list[Array]:
-    """Pieces of at most `_PIECE` entries, in row-major order."""
-    if key.size <= _PIECE:
-        return [key]
-    row = key.size // key.shape[0]
-    if row > _PIECE:
-        return [piece for i in range(key.shape[0]) for piece in _split(key[i])]
-    step = _PIECE // row
-    return [key[i : i + step] for i in range(0, key.shape[0], step)]
-
-
-def _join(key: Array, pieces: Any) -> Array:
-    """Undo `_split`, taking as many of `pieces` as `key` was cut into."""
-    if key.size <= _PIECE:
-        return next(pieces)
-    row = key.size // key.shape[0]
-    if row > _PIECE:
-        return jnp.stack([_join(key[i], pieces) for i in range(key.shape[0])])
-    step = _PIECE // row
-    return jnp.concatenate([next(pieces) for _ in range(0, key.shape[0], step)])
-
-
-def _cut(tied: list[Array], available: list[Array], quotas: list[Array]) -> list[Array]:
-    """Keep of each tied mask the first ``quota`` entries in row-major order."""
-
-    def advance(i: Array, ends: list[Array]) -> list[Array]:
-        # The largest end with at most `quota` ties before it has exactly `quota`.
-        bit = jnp.left_shift(jnp.uint32(1), jnp.asarray(width - 1 - i, jnp.uint32))
-        return [
-            jnp.where(_count(mask & (_index(mask.shape) < (end | bit))) <= quota, end | bit, end)
-            for mask, end, quota in zip(tied, ends, quotas, strict=True)
-        ]
-
-    def cut(tied: list[Array]) -> list[Array]:
-        ends = lax.fori_loop(0, width, advance, [jnp.zeros_like(quota) for quota in quotas])
-        return [mask & (_index(mask.shape) < end) for mask, end in zip(tied, ends, strict=True)]
-
-    def whole(tied: list[Array]) -> list[Array]:
-        return [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
-
-    width = max(mask.size for mask in tied).bit_length()
-    parted = [(quota > 0) & (quota < n) for n, quota in zip(available, quotas, strict=True)]
-    return lax.cond(jnp.any(jnp.stack(parted)), cut, whole, tied)
-
-
-def _index(shape: tuple[int, ...]) -> Array:
-    """Row-major index of every entry, without an array of indices in memory."""
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :])
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-    return index
-
-
-def _fill(available: list[Array], missing: tuple[Array, Array]) -> list[Array]:
-    """Share ``missing`` out over the pieces, the first first."""
-    quotas = []
-    for count in available:
-        high, low = missing
-        small = jnp.left_shift(high & _DIGIT, 16) | low
-        quota = jnp.where(high > _DIGIT, count, jnp.minimum(count, small))
-        missing = _subtract(missing, _digits(quota))
-        quotas.append(quota)
-    return quotas
-
-
-def _pick(counts: tuple[int, ...], stage: int | Array) -> tuple[Array, Array]:
-    high = jnp.asarray([count >> 16 for count in counts], jnp.uint32)
-    low = jnp.asarray([count & _DIGIT for count in counts], jnp.uint32)
-    return high[stage], low[stage]
-
-
-def _count(mask: Array) -> Array:
-    return jnp.sum(mask, dtype=jnp.uint32)
-
-
-def _digits(count: Array) -> tuple[Array, Array]:
-    return count >> 16, count & _DIGIT
-
-
-def _sum_of(counts: list[Array], sizes: list[int]) -> tuple[Array, Array]:
-    """The sum of counts, none of which exceeds its size."""
-    high = low = jnp.uint32(0)
-    together, size = jnp.uint32(0), 0
-    for count, limit in zip(counts, sizes, strict=True):
-        if size + limit > _SUMMAND:
-            high, low = high + (together >> 16), low + (together & _DIGIT)
-            together, size = jnp.uint32(0), 0
-        together, size = together + count, size + limit
-    high, low = high + (together >> 16), low + (together & _DIGIT)
-    return high + (low >> 16), low & _DIGIT
-
-
-def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    borrow = (a[1] < b[1]).astype(jnp.uint32)
-    return a[0] - b[0] - borrow, a[1] + jnp.left_shift(borrow, 16) - b[1]
-
-
-def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
-
-
-def _same(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    return (a[0] == b[0]) & (a[1] == b[1])
+    return [numpy_backend.keep_largest_per_row(x, counts=counts, stage=stage) for x in scores]
 
 
 def linalg_errors() -> tuple[type[Exception], ...]:

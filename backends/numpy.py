@@ -1,8 +1,12 @@
-"""NumPy: selection by one partition of the bit patterns, whose cost is linear.
+"""The backend of NumPy, which selects by partition in linear time.
 
-Large arrays are worked on in pieces that stay in a core's cache between the passes
-over them. What is returned for a list of arrays lies in one allocation: the kernel
-backs large ones with large pages, and page faults would cost more than the arithmetic.
+Magnitudes are compared by their bit patterns. A sample of them brackets the threshold,
+so that only the few entries inside the bracket are partitioned.
+
+Two measures save memory traffic, which limits the speed here. Large arrays are
+processed in pieces that stay in a core's cache from one pass to the next. The results
+for a list of arrays share one allocation, for the kernel backs a large allocation with
+large pages, and page faults would cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from . import Array, threshold
 from .standard import (
     cond,
     detached,
+    has_bfloat16,
     is_concrete,
     norms,
+    on_several_devices,
     peaks,
     regrouped,
     resharded_as,
@@ -34,6 +40,7 @@ __all__ = [
     "cond",
     "detached",
     "frexp",
+    "has_bfloat16",
     "has_nan",
     "is_concrete",
     "keep_largest",
@@ -41,6 +48,7 @@ __all__ = [
     "known_finite",
     "linalg_errors",
     "norms",
+    "on_several_devices",
     "ordering_key",
     "peaks",
     "regrouped",
@@ -50,12 +58,16 @@ __all__ = [
     "where_kept",
 ]
 
-_PIECE = 2**17  # entries whose keys stay in a core's cache
-_SAMPLE = 2**16  # entries that bracket the threshold
+# Entries of a piece. Its keys take half a megabyte in float32 and stay in a core's cache.
+_PIECE = 2**17
+# Entries of the sample that brackets the threshold. Sorting it takes little of the time,
+# and the bracket holds a few percent of all entries.
+_SAMPLE = 2**16
 
 
 def ordering_key(x: Array, *, out: Array | None = None) -> Array:
-    # Non-negative floats order as their bits do.
+    # IEEE 754 places the exponent above the mantissa, so non-negative floats order as their
+    # bits do. Clearing the sign bit takes the magnitude.
     integer = _integer(x)
     return np.bitwise_and(x.view(integer), np.iinfo(integer).max, out=out)
 
@@ -66,7 +78,8 @@ def frexp(x: Array) -> tuple[Array, Array]:
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:
-    # A sum is NaN if an entry is, or if infinities cancel. It is one pass and no array.
+    # A sum is NaN if an entry is. It needs one pass and no array. It is also NaN where
+    # infinities cancel, so only then are the entries themselves looked at.
     with np.errstate(all="ignore"):
         return any(np.isnan(np.sum(x)) and bool(np.isnan(x).any()) for x in arrays)
 
@@ -74,13 +87,15 @@ def has_nan(arrays: Sequence[Array]) -> bool:
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
     kept = allocate([x.shape for x in arrays], [x.dtype for x in arrays])
     for x, mask, out in zip(arrays, masks, kept, strict=True):
-        # Bits times 0 or 1: no NaN and no -0 comes of it, and it is faster than `where`.
+        # Multiply the bits by 0 or 1. As integers, they leave no NaN and no -0 behind where
+        # the mask is false, and the product is faster than `where`.
         np.multiply(x.view(_integer(x)), mask.view(np.int8), out=out.view(_integer(x)))
     return kept
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:
-    # A sum is finite only if every entry is.
+    # A sum is finite only if every entry is. The reverse fails where finite entries
+    # overflow, and then the caller takes the slower path that is always right.
     with np.errstate(all="ignore"):
         return all(np.isfinite(np.sum(x)) for x in arrays)
 
@@ -96,7 +111,7 @@ def blockwise(
     return list(out)
 
 
-def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
+def keep_largest(scores: Sequence[Array], *, counts: tuple[int, ...], stage: int) -> list[Array]:
     k, n = counts[stage], sum(x.size for x in scores)
     masks = allocate([x.shape for x in scores], [np.dtype(bool)] * len(scores))
     if k in (0, n):
@@ -107,13 +122,18 @@ def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -
     return masks
 
 
-def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int) -> Array:
-    keys = ordering_key(scores)
-    return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest_per_row, xp=xp)
+def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int) -> Array:
+    return threshold.keep_largest_per_row(
+        ordering_key(scores), k=counts[stage], kth_largest=_kth_largest_per_row, xp=xp
+    )
 
 
 def allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[Array]:
-    """Uninitialised arrays in one allocation, each aligned as vector instructions like it."""
+    """Return uninitialised arrays that share one allocation.
+
+    Each begins at a multiple of 64 bytes, a cache line and the widest vector register.
+    """
+    # Negating twice rounds the division up, so that the next array is aligned too.
     sizes = [
         -(-math.prod(shape) * dtype.itemsize // 64) * 64
         for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -131,10 +151,11 @@ def _integer(x: Array) -> Any:
 
 
 def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> bool:
-    """Classify by a bracket of the threshold, and select within the bracket.
+    """Fill the masks by a bracket of the threshold, and select within the bracket.
 
-    One pass over the scores, and no array of their size. Return whether it succeeded:
-    a sample may mislead, and many ties would leave too much within the bracket.
+    This takes one pass over the scores and allocates no array of their size, where a
+    partition of all keys would copy them. Return whether it succeeded. It fails where the
+    sample misses the threshold, or where ties leave too many entries in the bracket.
     """
     n = sum(x.size for x in scores)
     low, high = _bracket(scores, k, n)
@@ -146,13 +167,13 @@ def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> 
         keys = ordering_key(a, out=some_keys[: a.size].reshape(a.shape))
         np.greater_equal(keys, high, out=above)
         flags = np.greater_equal(keys, low, out=some_flags[: a.size].reshape(a.shape))
-        flags ^= above
+        flags ^= above  # in the bracket: at least `low`, and not at least `high`
         place = np.flatnonzero(flags)
         places.append((above.reshape(-1), place))
         candidates.append(keys.reshape(-1)[place])
         kept += int(np.count_nonzero(above))
         left -= place.size
-        if left < 0:
+        if left < 0:  # a partition of all keys would now be faster
             return False
     inside = np.concatenate(candidates)
     missing = k - kept
@@ -162,6 +183,7 @@ def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> 
     if missing:
         kth = np.partition(inside, inside.size - missing)[inside.size - missing]
         flags = inside > kth
+        # Candidates are in the order of the arrays, so the first ties have the lowest index.
         flags[np.flatnonzero(inside == kth)[: missing - int(np.count_nonzero(flags))]] = True
     start = 0
     for above, place in places:
@@ -171,11 +193,15 @@ def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> 
 
 
 def _bracket(scores: Sequence[Array], k: int, n: int) -> tuple[int, int]:
-    """Keys that the k-th largest lies between with near certainty: ``low <= kth < high``."""
-    stride = n // _SAMPLE | 1  # odd, so as not to meet the same column of every row
+    """Return keys with ``low <= kth < high``, almost certainly, for the k-th largest key."""
+    # Row lengths are mostly powers of two. An odd stride shares no factor with them, and so
+    # visits every column, not the same few in each row.
+    stride = n // _SAMPLE | 1
     sample = np.concatenate([ordering_key(x.reshape(-1)[::stride]) for x in scores])
     sample.sort()
     rank = sample.size - k * sample.size // n
+    # The rank of the threshold in a random sample is binomial. Four standard deviations
+    # contain it almost always. The 16 more cover small samples and rounding.
     deviation = math.sqrt(sample.size * (k / n) * (1 - k / n))
     spread = 16 + int(4 * deviation)
     low = int(sample[rank - spread]) if rank >= spread else 0
@@ -184,17 +210,18 @@ def _bracket(scores: Sequence[Array], k: int, n: int) -> tuple[int, int]:
 
 
 def _keep_by_partition(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> None:
-    """Keep what reaches the k-th largest, whatever the scores are."""
+    """Fill the masks by a partition of all keys, which works for any scores."""
     keys = np.concatenate([ordering_key(x).reshape(-1) for x in scores])
     keys.partition(keys.size - k)
     kth, kept = keys[keys.size - k], 0
-    del keys
+    del keys  # free a copy of all scores before the passes below
     for x, mask in zip(scores, masks, strict=True):
         for a, at_least in _pieces(x, mask):
             np.greater_equal(ordering_key(a), kth, out=at_least)
         kept += int(np.count_nonzero(mask))
     for x, mask in zip(reversed(scores), reversed(masks), strict=True):
-        # Of equal keys the last are lost.
+        # Too many entries are kept if some are tied with the k-th. Walk backwards and drop
+        # the last of them, so that ties are cut by index as in every other backend.
         tied = np.flatnonzero(ordering_key(x) == kth)
         lost = tied[max(0, tied.size - (kept - k)) :] if kept > k else tied[:0]
         mask.reshape(-1)[lost] = False
@@ -202,7 +229,11 @@ def _keep_by_partition(scores: Sequence[Array], k: int, masks: Sequence[Array]) 
 
 
 def _pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Arrays of one shape cut alike; whole where they are small or not contiguous."""
+    """Yield matching pieces of arrays of one shape.
+
+    Small arrays come whole, and so do arrays that are not contiguous: to flatten one would
+    copy it, and results written to the copy would be lost.
+    """
     size = arrays[0].size
     if size <= _PIECE or not all(x.flags.c_contiguous for x in arrays):
         yield arrays

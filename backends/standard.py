@@ -1,7 +1,8 @@
-"""Any library of the array API standard, by the standard alone.
+"""The backend of any other library, written in the array API standard alone.
 
 The standard's only order primitive is a sort, which is exact and slow. The backends
-of the libraries that people train with do better.
+of NumPy, PyTorch and JAX replace it. Functions that they can share are imported from
+here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "cond",
     "detached",
     "frexp",
+    "has_bfloat16",
     "has_nan",
     "is_concrete",
     "keep_largest",
@@ -28,6 +30,7 @@ __all__ = [
     "known_finite",
     "linalg_errors",
     "norms",
+    "on_several_devices",
     "ordering_key",
     "peaks",
     "regrouped",
@@ -50,45 +53,33 @@ def has_nan(arrays: Sequence[Array]) -> bool:
     return any(bool(array_namespace(x).any(array_namespace(x).isnan(x))) for x in arrays)
 
 
+def known_finite(arrays: Sequence[Array]) -> bool:
+    # A library on an accelerator would have to wait for the answer, so claim nothing.
+    return False
+
+
 def ordering_key(x: Array) -> Array:
-    # The standard has no bit views; plain comparison orders subnormals right here.
+    # The standard cannot view floats as integers. Libraries on the CPU compare subnormal
+    # numbers correctly, so the magnitudes themselves serve as keys.
     return array_namespace(x).abs(x)
 
 
 def frexp(x: Array) -> tuple[Array, Array]:
+    # The standard has no frexp, so Python computes it for the scalar.
     xp = array_namespace(x)
     mantissa, exponent = math.frexp(float(x))
     return xp.asarray(mantissa, dtype=x.dtype), xp.asarray(exponent)
 
 
-def norms(arrays: Sequence[Array], dtype: Any) -> Array:
+def norms(arrays: Sequence[Array], *, dtype: Any) -> Array:
     xp = array_namespace(*arrays)
     return xp.stack([xp.linalg.vector_norm(xp.astype(a, dtype)) for a in arrays])
 
 
 def peaks(arrays: Sequence[Array]) -> Array:
     xp = array_namespace(*arrays)
-    zero = xp.zeros((), dtype=arrays[0].dtype)
+    zero = xp.zeros((), dtype=arrays[0].dtype)  # `max` refuses an array without entries
     return xp.stack([xp.max(xp.abs(a)) if math.prod(a.shape) else zero for a in arrays])
-
-
-def known_finite(arrays: Sequence[Array]) -> bool:
-    return False
-
-
-def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
-) -> list[Array]:
-    return [fn(*arrays) for arrays in zip(*lists, strict=True)]
-
-
-def stochastic_bfloat16(
-    arrays: Sequence[Array], step: int | Array, out: Sequence[Array] | None = None
-) -> list[Array]:
-    raise TypeError(
-        "state_dtype must be None where the library has no bfloat16, got 'bfloat16' and an array "
-        f"of type {type(arrays[0])!r}"
-    )
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
@@ -98,14 +89,28 @@ def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
     ]
 
 
-def _kth_largest(keys: Array, k: int) -> Array:
-    return array_namespace(keys).sort(keys, axis=1, descending=True)[:, k - 1 : k]
+def blockwise(
+    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
+) -> list[Array]:
+    # The standard does not say which arrays can be written to, so `out` is not used.
+    return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 
 
-def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -> list[Array]:
+def has_bfloat16() -> bool:
+    return False
+
+
+def stochastic_bfloat16(
+    arrays: Sequence[Array], *, step: int | Array, out: Sequence[Array] | None = None
+) -> list[Array]:
+    raise TypeError(f"the library must have bfloat16, got an array of type {type(arrays[0])!r}")
+
+
+def keep_largest(scores: Sequence[Array], *, counts: tuple[int, ...], stage: int) -> list[Array]:
+    # One row of all scores, in their order, makes ties of different arrays ties of a row.
     xp = array_namespace(*scores)
     row = xp.concat([xp.reshape(score, (1, -1)) for score in scores], axis=1)
-    mask = keep_largest_per_row(row, counts, stage)[0, :]
+    mask = keep_largest_per_row(row, counts=counts, stage=stage)[0, :]
     ends = list(itertools.accumulate(math.prod(score.shape) for score in scores))
     return [
         xp.reshape(mask[end - math.prod(score.shape) : end], score.shape)
@@ -113,13 +118,22 @@ def keep_largest(scores: Sequence[Array], counts: tuple[int, ...], stage: int) -
     ]
 
 
-def keep_largest_per_row(scores: Array, counts: tuple[int, ...], stage: int) -> Array:
+def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int) -> Array:
     keys = ordering_key(scores)
-    xp = array_namespace(keys)
-    return threshold.keep_largest_per_row(keys, counts[stage], _kth_largest, xp=xp)
+    return threshold.keep_largest_per_row(
+        keys, k=counts[stage], kth_largest=_kth_largest, xp=array_namespace(keys)
+    )
 
 
-def regrouped(x: Array, units: Mapping[int, int]) -> Array:
+def _kth_largest(keys: Array, k: int) -> Array:
+    return array_namespace(keys).sort(keys, axis=1, descending=True)[:, k - 1 : k]
+
+
+def on_several_devices(x: Array) -> bool:
+    return False
+
+
+def regrouped(x: Array, *, units: Mapping[int, int]) -> Array:
     return x
 
 
@@ -130,7 +144,13 @@ def resharded_as(x: Array, result: Array) -> Array:
 def shardwise(
     fn: Callable[..., Array], *arrays: Array, axes: Mapping[int, int] | None = None
 ) -> Array:
+    # An array on one device is a single shard.
     return fn(*arrays)
+
+
+def linalg_errors() -> tuple[type[Exception], ...]:
+    # Libraries that wrap NumPy, such as array_api_strict, raise its error.
+    return (np.linalg.LinAlgError,)
 
 
 def cond(
@@ -140,8 +160,3 @@ def cond(
     *operands: Any,
 ) -> Any:
     return true_fun(*operands) if predicate else false_fun(*operands)
-
-
-def linalg_errors() -> tuple[type[Exception], ...]:
-    # Libraries that wrap NumPy, such as array_api_strict, raise its error.
-    return (np.linalg.LinAlgError,)

@@ -1,4 +1,4 @@
-"""Selection within rows by threshold, for libraries that run eagerly."""
+"""Select the largest entries of each row by a threshold, in libraries that run eagerly."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ KthLargest = Callable[[Array, int], Array]
 
 
 def keep_largest_per_row(
-    keys: Array, k: int, kth_largest: KthLargest, *, xp: Any, can_branch: bool = True
+    keys: Array, *, k: int, kth_largest: KthLargest, xp: Any, can_branch: bool = True
 ) -> Array:
-    """Mask of the ``k`` largest of each row; ``can_branch`` where reading a value is free.
+    """Return the mask of the ``k`` largest keys of each row.
 
-    Keys above the k-th largest are kept; of those equal to it, as many as are still
-    missing, the lowest index first.
+    Keys above the k-th largest are kept. Ties with it fill the places that remain, the
+    lowest index first.
+
+    Parameters
+    ----------
+    keys : array of shape (rows, n)
+        Keys that order as the scores do.
+    k : int
+        Number of entries to keep in each row.
+    kth_largest : callable
+        Finds the k-th largest key of each row.
+    xp : namespace
+        The array API namespace of ``keys``.
+    can_branch : bool
+        Whether a value may be read from the device to skip the work on ties.
     """
     rows, n = keys.shape
     if k == 0 or n == 0 or rows == 0:
@@ -28,10 +41,15 @@ def keep_largest_per_row(
         return xp.ones_like(keys, dtype=xp.bool)
     threshold = kth_largest(keys, k)
     at_least = keys >= threshold
+    # Each row has at least k keys that reach its threshold, so a total of k per row means
+    # that no row has a tie to cut. This is the common case for real weights. On an
+    # accelerator the read would wait for all queued work, which costs more than the ties.
     if can_branch and int(xp.count_nonzero(at_least)) == k * rows:
         return at_least
     tied = keys == threshold
     above = at_least & ~tied
     missing = k - xp.count_nonzero(above, axis=1, keepdims=True)
+    # A running count numbers the ties of a row from the left. It cuts them by index, which
+    # makes the mask the same in every library, whatever order a sort leaves ties in.
     order = xp.cumulative_sum(xp.astype(tied, xp.int64), axis=1)
     return above | (tied & (order <= missing))

@@ -1,9 +1,13 @@
-"""PyTorch: partition through a zero-copy view on the CPU, counting on accelerators.
+"""The backend of PyTorch, which selects by NumPy on the CPU and by a sample on GPUs.
 
-On an accelerator a sample brackets the threshold; what lies in the bracket, a few
-percent, is sorted and the rest is classified by one comparison. Where that fails, or
-arrays are sharded, the threshold is found by counting (`torch_counting`). Arrays are
-never concatenated, and at most one value is read from the device.
+On the CPU, NumPy reads the memory of the tensors without a copy, and one thread of it
+is faster than PyTorch for these passes.
+
+On a GPU a sample brackets the threshold. The few percent of all entries inside the
+bracket are sorted, and one comparison classifies the others, so the scores are never
+copied or concatenated. The host waits for the device once, to learn how many entries
+are in the bracket. Where the bracket fails, and for sharded tensors, `torch_counting`
+finds the threshold by counting.
 """
 
 from __future__ import annotations
@@ -16,17 +20,19 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+from . import hashing, selects_on_host, threshold, torch_counting, torch_sharding
 from . import numpy as numpy_backend
-from . import selects_on_host, threshold, torch_counting, torch_shards
 from .standard import cond
 from .torch_counting import ordering_key
-from .torch_shards import peaks, regrouped, resharded_as, shardwise
+from .torch_sharding import is_sharded as on_several_devices
+from .torch_sharding import peaks, regrouped, resharded_as, shardwise
 
 __all__ = [
     "blockwise",
     "cond",
     "detached",
     "frexp",
+    "has_bfloat16",
     "has_nan",
     "is_concrete",
     "keep_largest",
@@ -34,6 +40,7 @@ __all__ = [
     "known_finite",
     "linalg_errors",
     "norms",
+    "on_several_devices",
     "ordering_key",
     "peaks",
     "regrouped",
@@ -43,10 +50,16 @@ __all__ = [
     "where_kept",
 ]
 
-_PIECE = 2**19  # entries that the cache holds between the passes over them
-_SAMPLE = 2**17  # entries that bracket the threshold
-_LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
-_CANDIDATES = 2**14  # this many, and an eighth of all entries, are sorted without regret
+# Entries of a piece, 2 MB in float32. It stays in the cache between the passes over it.
+# Smaller pieces would cost more in calls, which are slower here than in NumPy.
+_PIECE = 2**19
+# Entries of the sample that brackets the threshold.
+_SAMPLE = 2**17
+# Bits of the largest finite float32.
+_LARGEST = 0x7F7FFFFF
+# Sort at most this many candidates, or an eighth of all entries if that is more. Counting
+# is faster than sorting a larger share.
+_CANDIDATES = 2**14
 
 
 def is_concrete(x: Tensor) -> bool:
@@ -60,10 +73,12 @@ def detached(x: Tensor) -> Tensor:
 def has_nan(arrays: Sequence[Tensor]) -> bool:
     if all(_is_plain(x) and x.dtype != torch.bfloat16 for x in arrays):
         return numpy_backend.has_nan([_numpy(x.detach()) for x in arrays])
-    # A sum is NaN if an entry is, or if infinities cancel. It is one pass and no array.
+    # A sum is NaN if an entry is. It needs one pass and no array. It is also NaN where
+    # infinities cancel, so only then are the entries themselves looked at. Half precision is
+    # summed in float32, in which sums overflow to infinities less often.
     wide = [torch.promote_types(x.dtype, torch.float32) for x in arrays]
     sums = [x.detach().sum(dtype=dtype) for x, dtype in zip(arrays, wide, strict=True)]
-    sums = [torch_shards.whole(x) for x in sums]
+    sums = [torch_sharding.whole(x) for x in sums]
     return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
 
 
@@ -76,21 +91,22 @@ def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor
     in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
     if in_graph or not all(_is_plain(x) for x in arrays):
         return [torch.where(mask, x, 0) for x, mask in zip(arrays, masks, strict=True)]
-    # One thread of NumPy's outruns the waking of several.
+    # One thread of NumPy finishes before PyTorch has woken its several.
     values = [x.detach() for x in arrays]
     kept = numpy_backend.where_kept([_numpy(x) for x in values], [m.numpy() for m in masks])
     return [torch.from_numpy(v).view(x.dtype) for v, x in zip(kept, values, strict=True)]
 
 
-def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def norms(arrays: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
     if all(_is_plain(x) and x.dtype == dtype and x.is_contiguous() for x in arrays):
-        # On the CPU a dot product outruns the kernel of a norm.
+        # On the CPU a dot product is faster than the kernel of a norm.
         flat = [x.detach().view(-1) for x in arrays]
         return torch.stack([torch.dot(x, x) for x in flat]).sqrt()
-    return torch_shards.norms(arrays, dtype)
+    return torch_sharding.norms(arrays, dtype=dtype)
 
 
 def known_finite(arrays: Sequence[Tensor]) -> bool:
+    # Only where NumPy can look: an answer from an accelerator would have to be waited for.
     readable = all(_is_plain(x) and x.dtype != torch.bfloat16 for x in arrays)
     return readable and numpy_backend.known_finite([_numpy(x.detach()) for x in arrays])
 
@@ -111,71 +127,77 @@ def blockwise(
     return list(out)
 
 
+def has_bfloat16() -> bool:
+    return True
+
+
 def stochastic_bfloat16(
-    arrays: Sequence[Tensor], step: int, out: Sequence[Tensor] | None = None
+    arrays: Sequence[Tensor], *, step: int, out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     if out is None:
         out = [torch.empty_like(x, dtype=torch.bfloat16) for x in arrays]
-    salt = int(_mixed(torch.tensor(step, dtype=torch.int32, device="cpu")))
+    # On the CPU, whatever the default device: the salt is read, and must not be waited for.
+    salt = int(hashing.mix(torch.tensor(step, dtype=torch.int32, device="cpu")))
     for x, result in zip(arrays, out, strict=True):
-        for piece, target in _pieces([torch_shards.local(t.detach()) for t in (x, result)]):
+        for piece, target in _pieces([torch_sharding.local(t.detach()) for t in (x, result)]):
             target.copy_(_dithered(piece, salt))
     return list(out)
 
 
 def _dithered(x: Tensor, salt: int) -> Tensor:
+    # bfloat16 is the upper half of float32. Adding a uniform 16-bit number to the bits
+    # carries into that half with the probability of the lower half, which is what
+    # stochastic rounding asks for.
     bits = x.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
-    # A shift of a signed integer drags its sign along.
-    dither = (_mixed(magnitude ^ salt) >> 16) & 0xFFFF
+    # A shift copies the sign of a signed integer into the upper bits, so clear them.
+    dither = (hashing.mix(magnitude ^ salt) >> 16) & 0xFFFF
+    # The sum fits int32: the bits of infinity and 16 bits more stay below 2**31. The clamp
+    # keeps what is finite from being rounded up to infinity.
     rounded = (magnitude + dither).clamp_(max=_LARGEST) >> 16
+    # Shifted as signed, the sign fills all bits above the magnitude of 15 bits.
     rounded |= (bits >> 16) & ~0x7FFF
     return rounded.to(torch.int16).view(torch.bfloat16)
 
 
-def _mixed(h: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3; products of int32 wrap."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * (0x85EBCA6B - 2**32)
-    h = (h ^ ((h >> 13) & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
-    return h ^ ((h >> 16) & 0xFFFF)
-
-
-def keep_largest(scores: Sequence[Tensor], counts: tuple[int, ...], stage: int) -> list[Tensor]:
+def keep_largest(scores: Sequence[Tensor], *, counts: tuple[int, ...], stage: int) -> list[Tensor]:
     k = counts[stage]
     scores = [x.detach() for x in scores]
-    if any(torch_shards.is_sharded(x) for x in scores):
+    if any(torch_sharding.is_sharded(x) for x in scores):
         if selects_on_host():
-            raise ValueError("sharded arrays cannot be selected from on the host")
-        return torch_counting.keep_largest(scores, k)
+            raise ValueError("the host cannot select from sharded tensors, got a DTensor")
+        return torch_counting.keep_largest(scores, k=k)
     if selects_on_host() or _is_plain(scores[0]):
-        masks = numpy_backend.keep_largest([_numpy(x) for x in scores], (k,), 0)
+        masks = numpy_backend.keep_largest([_numpy(x) for x in scores], counts=(k,), stage=0)
         return [torch.from_numpy(mask).to(x.device) for mask, x in zip(masks, scores, strict=True)]
     if k in (0, sum(x.numel() for x in scores)) or not is_concrete(scores[0]):
         return [torch.full_like(x, k > 0, dtype=torch.bool) for x in scores]
     if scores[0].device.type == "cuda":
-        return keep_largest_by_sample(scores, k)
-    return torch_counting.keep_largest(scores, k)
+        return keep_largest_by_sample(scores, k=k)
+    return torch_counting.keep_largest(scores, k=k)
 
 
-def keep_largest_by_sample(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Masks of the ``k`` largest; reads one vector of counts from the device."""
+def keep_largest_by_sample(scores: Sequence[Tensor], *, k: int) -> list[Tensor]:
+    """Return masks of the ``k`` largest, and wait for the device once."""
     keys = [ordering_key(x) for x in scores]
     low, high = _bracket(keys, k)
     above = [key >= high for key in keys]
     inside = [(key >= low) & ~mask for key, mask in zip(keys, above, strict=True)]
     sums = [mask.sum() for mask in above + inside]
-    found = torch.stack(sums).tolist()  # the one synchronisation
+    found = torch.stack(sums).tolist()  # wait for the device here, and nowhere else
     sizes = found[len(keys) :]
     missing = k - sum(found[: len(keys)])
     few = sum(sizes) <= max(_CANDIDATES, sum(key.numel() for key in keys) // 8)
     if not (0 <= missing <= sum(sizes) and few):
-        return torch_counting.keep_largest(scores, k)
+        return torch_counting.keep_largest(scores, k=k)
+    # With its size given, `nonzero_static` need not ask the device for it.
     places = [
         torch.nonzero_static(mask.reshape(-1), size=size)[:, 0]
         for mask, size in zip(inside, sizes, strict=True)
     ]
     candidates = [key.reshape(-1)[place] for key, place in zip(keys, places, strict=True)]
-    # A stable sort keeps the order of equal keys, which is that of the arrays.
+    # A stable sort leaves equal keys in the order of the arrays, so the ties that are kept
+    # are those of the lowest index.
     order = torch.cat(candidates).argsort(descending=True, stable=True)
     kept = torch.zeros_like(order, dtype=torch.bool)
     kept[order[:missing]] = True
@@ -185,13 +207,15 @@ def keep_largest_by_sample(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return masks
 
 
-def keep_largest_per_row(scores: Tensor, counts: tuple[int, ...], stage: int) -> Tensor:
+def keep_largest_per_row(scores: Tensor, *, counts: tuple[int, ...], stage: int) -> Tensor:
     k, scores = counts[stage], scores.detach()
     if selects_on_host() or _is_plain(scores):
-        mask = numpy_backend.keep_largest_per_row(_numpy(scores), (k,), 0)
+        mask = numpy_backend.keep_largest_per_row(_numpy(scores), counts=(k,), stage=0)
         return torch.from_numpy(mask).to(scores.device)
     keys = ordering_key(scores)
-    return threshold.keep_largest_per_row(keys, k, _kth_largest_per_row, xp=xp, can_branch=False)
+    return threshold.keep_largest_per_row(
+        keys, k=k, kth_largest=_kth_largest_per_row, xp=xp, can_branch=False
+    )
 
 
 def _kth_largest_per_row(keys: Tensor, k: int) -> Tensor:
@@ -199,12 +223,19 @@ def _kth_largest_per_row(keys: Tensor, k: int) -> Tensor:
 
 
 def _bracket(keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Keys that the k-th largest lies between with near certainty: ``low <= kth < high``."""
+    """Return keys with ``low <= kth < high``, almost certainly, for the k-th largest key.
+
+    Both stay on the device as scalar tensors.
+    """
     n = sum(key.numel() for key in keys)
-    stride = n // _SAMPLE | 1  # odd, so as not to meet the same column of every row
+    # An odd stride shares no factor with rows whose length is a power of two, and so visits
+    # every column.
+    stride = n // _SAMPLE | 1
     sample = torch.cat([key.reshape(-1)[::stride] for key in keys]).sort(descending=True).values
     size = sample.numel()
     rank = k * size // n
+    # The rank of the threshold in a random sample is binomial. Four standard deviations
+    # contain it almost always. The 16 more cover small samples and rounding.
     slack = 16 + int(4 * math.sqrt(size * (k / n) * (1 - k / n)))
     top, bottom = rank - slack, rank + slack
     zero = torch.zeros_like(sample[0])
@@ -215,13 +246,18 @@ def _bracket(keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
 
 
 def _allocate(like: Sequence[Tensor]) -> list[Tensor]:
+    """Return uninitialised tensors of these shapes and dtypes in one allocation."""
     arrays = [_numpy(x.detach()) for x in like]
     memory = numpy_backend.allocate([x.shape for x in arrays], [x.dtype for x in arrays])
     return [torch.from_numpy(m).view(x.dtype) for m, x in zip(memory, like, strict=True)]
 
 
 def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Tensors of one shape cut alike; whole on accelerators, where small or not contiguous."""
+    """Return matching pieces of tensors of one shape.
+
+    Tensors come whole if they are small, not contiguous or on an accelerator, which has no
+    cache to fit pieces into and prefers few large kernels.
+    """
     small = arrays[0].numel() <= _PIECE or arrays[0].device.type != "cpu"
     if small or not all(x.is_contiguous() for x in arrays):
         return iter([arrays])
@@ -229,14 +265,16 @@ def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether NumPy can read ``x`` in place."""
-    return x.device.type == "cpu" and not torch_shards.is_sharded(x)
+    """Return whether NumPy can read ``x`` in place."""
+    return x.device.type == "cpu" and not torch_sharding.is_sharded(x)
 
 
 def _numpy(x: Tensor) -> Any:
+    # NumPy has no bfloat16. Seen as int16 its magnitudes order alike, and NumPy's backend
+    # handles all scores as integers of their bits.
     x = x.cpu()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def linalg_errors() -> tuple[type[Exception], ...]:
-    return (torch.linalg.LinAlgError,)
+    return (torch.linalg.LinAlgError,)  # type: ignore[attr-defined]

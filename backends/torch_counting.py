@@ -1,8 +1,9 @@
-"""PyTorch: selection by counting over a list of tensors, each whole or sharded.
+"""Select the largest entries of PyTorch tensors by counting, whole or sharded.
 
-The largest t with at least k keys at or above it is found bit by bit. A pass counts
-the keys of each tensor; the counts of its shards are summed, so parameters are never
-gathered. Ties are cut by the same counting on the row-major index.
+The threshold is the largest t that at least k keys reach. It is found bit by bit, from
+the highest: a pass over the keys counts those that reach a candidate. Counts of shards
+simply add up, where a sort would have to gather the parameters, so only a few numbers
+travel between processes. The same search on the row-major index cuts the ties.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_shards import index_along, local, sharded_as, summed
+from .torch_sharding import index_along, local, sharded_as, summed
 
 __all__ = ["keep_largest", "ordering_key"]
 
@@ -22,20 +23,22 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def ordering_key(x: Tensor) -> Tensor:
-    # Non-negative floats order as their bits do.
+    # IEEE 754 places the exponent above the mantissa, so non-negative floats order as their
+    # bits do, subnormal numbers included.
     return x.detach().abs().view(_INTEGER[x.element_size()])
 
 
-def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Masks of the ``k`` largest magnitudes, as sharded as the scores.
+def keep_largest(scores: Sequence[Tensor], *, k: int) -> list[Tensor]:
+    """Return masks of the ``k`` largest magnitudes, sharded as the scores are.
 
-    Reads one flag from the device: whether ties must be cut within a tensor.
+    The host waits for the device once, to learn whether ties must be cut within a tensor.
     """
     keys = [ordering_key(local(x)) for x in scores]
     kth = _kth_largest(keys, scores, k)
     above, tied = [key > kth for key in keys], [key == kth for key in keys]
     available = _counts(tied, scores)
     missing = k - _counts(above, scores).sum()
+    # Earlier tensors give their ties first. Each gives all, none, or in one tensor some.
     earlier = available.cumsum(0) - available
     quotas = (missing - earlier).clamp(min=0).minimum(available)
     if bool(((quotas > 0) & (quotas < available)).any()):
@@ -47,6 +50,9 @@ def keep_largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
 
 
 def _kth_largest(keys: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> Tensor:
+    """Return the largest key that at least ``k`` keys reach."""
+    # The sign bit of a key is 0. A bit of the result is 1 if enough keys reach the candidate
+    # with that bit set.
     found = torch.zeros((), dtype=keys[0].dtype, device=keys[0].device)
     for bit in reversed(range(8 * found.element_size() - 1)):
         candidate = found | (1 << bit)
@@ -56,7 +62,7 @@ def _kth_largest(keys: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> Te
 
 
 def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> list[Tensor]:
-    """Of each mask the first ``quota`` entries in row-major order."""
+    """Keep the first ``quota`` entries of each mask in row-major order."""
     indices = [_index(x) for x in scores]
     # The largest end with at most `quota` ties before it has exactly `quota`.
     ends = torch.zeros_like(quotas)
@@ -68,7 +74,7 @@ def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> li
 
 
 def _index(x: Any) -> Tensor:
-    """Row-major index, in the whole tensor, of the entries at hand."""
+    """Return the row-major index, within the whole tensor, of each local entry."""
     at_hand = local(x)
     index = torch.zeros(at_hand.shape, dtype=torch.int64, device=at_hand.device)
     for axis in range(x.ndim):
@@ -78,5 +84,5 @@ def _index(x: Any) -> Tensor:
 
 
 def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
-    """How many entries of each tensor are in its mask."""
+    """Return the number of entries in the mask of each tensor, over all shards."""
     return summed(torch.stack([mask.sum() for mask in masks]), scores)

@@ -51,7 +51,7 @@ def norm(arrays: Sequence[Array]) -> Array:
     5.0
     """
     xp = array_namespace(*arrays)
-    norms = backend_of(arrays[0]).norms(arrays, wide_dtype(xp, arrays))
+    norms = backend_of(arrays[0]).norms(arrays, dtype=wide_dtype(xp, arrays))
     return xp.linalg.vector_norm(norms)
 
 

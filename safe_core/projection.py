@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from safe_core.backends import Array, backend_of, selecting_on_host
+from safe_core.backends import Array, backend_of, selecting_on_host, selects_on_host
 
 from .arguments import read_arguments, read_sparsity
 from .layout import Layout, resolve
@@ -141,6 +141,11 @@ def select(
     """
     if not arrays:
         return []
+    if selects_on_host() and any(backend_of(x).on_several_devices(x) for x in arrays):
+        raise ValueError(
+            "select_on_host must be False for arrays on several devices, got True and an array "
+            f"of shape {tuple(arrays[0].shape)}"
+        )
     xp = array_namespace(*arrays)
     resolved = [
         None if layout is None else resolve(layout, x.ndim, name)

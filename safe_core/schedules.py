@@ -28,7 +28,6 @@ __all__ = [
     "Linear",
     "LinearSparsity",
     "RandomSparsity",
-    "SparsityTable",
     "constant",
     "cosine",
     "cubic",

@@ -1,7 +1,7 @@
-"""Settings of every run, with no import beyond NumPy, PyTorch, JAX and pytest.
+"""Settings and fixtures of all tests.
 
-The tests of the equivalence run where nothing else is installed; fixtures that need more
-are in the folders `tests/*/conftest.py`.
+This file imports only pytest, PyTorch and JAX, because `tests/equivalence` must run where
+little else is installed. Fixtures that need more belong in the `conftest.py` of a folder.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ import torch
 pytest.register_assert_rewrite("array_backends", "linear_problem", "reference")
 
 jax.config.update("jax_enable_x64", True)
-torch.set_num_threads(1)  # arrays are small, and several tests run at a time
+# On a GPU, JAX multiplies float32 matrices in TF32 by default, which keeps only three digits.
+jax.config.update("jax_default_matmul_precision", "highest")
+torch.set_num_threads(1)  # The arrays are small, and several processes run tests at once.
 
 
 @pytest.fixture
 def single_precision() -> Iterator[None]:
-    """JAX as it comes, without 64-bit numbers."""
+    """Turn off the 64-bit types of JAX, as they are by default."""
     with jax.enable_x64(False):
         yield
 
 
 @pytest.fixture
 def strict_promotion() -> Iterator[None]:
-    """No array of JAX changes its dtype or its rank by itself."""
+    """Make JAX raise where it would promote a dtype or a rank implicitly."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture
 def library_promotes(strict_promotion: None) -> Iterator[None]:
-    """For what optax, Flax or the test itself promotes within a test that is strict."""
+    """Allow promotion again, for code of a strict test that is not ours, such as optax or Flax."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -1,16 +1,12 @@
-"""The model card of a pruned model: what was done to it, so that it can be done again."""
+"""The model card of a pruned model, with all settings that are needed to repeat the run."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safe_core.patterns import Pattern
-from safe_core.schedules import Constant
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .perplexity import TextFile
@@ -18,15 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["markdown_table", "model_card"]
 
-_TARGETS = {
-    "pruned": "what a block returns, when dense, for what the pruned blocks before it return",
-    "dense": "what a block returned in the dense model",
+_INPUTS = {
+    "pruned": "outputs of the pruned blocks before it",
+    "dense": "outputs of the dense blocks before it",
 }
 _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
 def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]) -> str:
-    """Return the text of a README.md, for calibration files as they were when they were read.
+    """Return the text of a README.md, with the calibration files as they were read.
 
     Examples
     --------
@@ -36,15 +32,18 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     'model_card'
     """
     source = Path(job.model).resolve().name
-    report = result.report
+    report, s = result.report, job.settings
+    targets = s.target_inputs if s.propagate == "pruned" else "dense"
     settings = [
-        ("sparsity asked for", job.pattern.describe()),
-        ("sparsity achieved", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        *_of_method(job.method, job.solver, job.pattern),
-        ("batch", f"{job.batch_size} samples"),
-        ("inputs of a block", "what the pruned blocks before it return"),
-        ("reference for a block", _TARGETS[job.targets]),
-        ("seed", str(job.seed)),
+        ("requested sparsity", job.pattern.describe()),
+        ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
+        ("method", job.method),
+        *job.solver.describe(job.pattern),
+        ("batch", f"{s.batch_size} samples"),
+        ("inputs of a block", _INPUTS[s.propagate]),
+        ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
+        *([("pruned weights", f"those whose name matches `{job.only}`")] if job.only else []),
+        ("seed", str(s.seed)),
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
@@ -54,7 +53,8 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
         (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
-    left = [f"Not pruned: {', '.join(f'`{name}`' for name in report.dense)}.", ""]
+    unused = ", ".join(f"`{name}`" for name in report.dense)
+    left = [f"Not pruned, because no matrix product used them: {unused}.", ""]
     return "\n".join(
         [
             "---",
@@ -64,8 +64,8 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
             f"# {source}, pruned",
             "",
-            f"The weights of the blocks of `{source}`, made sparse by safe_core; embeddings, "
-            "norms, biases and the head are dense.",
+            f"The weights of the blocks of `{source}`, pruned by safe_core; embeddings, norms, "
+            "biases and the head are dense.",
             "",
             markdown_table(("setting", "value"), settings),
             "",
@@ -77,7 +77,8 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
             "## Weights",
             "",
-            "The error is that of what the whole block returns, over its mean square.",
+            "The error is the mean squared error of the outputs of the whole block, divided by "
+            "their mean square.",
             "",
             markdown_table(("weight", "shape", "zeros", "error of block"), weights),
             "",
@@ -88,46 +89,6 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "",
         ]
     )
-
-
-def _of_method(name: str, solver: Any, pattern: Pattern) -> list[tuple[str, str]]:
-    """Return the settings of a solver, named as people read them."""
-    if not solver.trains:
-        found = [(f.name.replace("_", " "), str(getattr(solver, f.name))) for f in fields(solver)]
-        return [("method", f"{name}: {type(solver).__name__}, layer by layer"), *found]
-    method, (first, second) = solver.bound(pattern), solver.betas
-    radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
-    plus = "magnitude times norm of input" if solver.importance else "magnitude"
-    plus = plus if method.importance is None else f"`{method.importance!r}`"
-    return [
-        ("method", f"{name}: trained on the reconstruction error of each block"),
-        ("weights ranked by", plus),
-        ("perturbation radius (rho)", radius),
-        *_of_constraint(method.constraint),
-        ("optimizer", f"Adam, betas {first:g} and {second:g}"),
-        ("highest learning rate", f"{solver.learning_rate:g}"),
-        ("epochs", str(solver.epochs)),
-        ("epochs in which the rate rises", str(solver.warmup)),
-    ]
-
-
-_SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
-
-
-def _of_constraint(constraint: Any) -> list[tuple[str, str]]:
-    """Return the settings of a constraint that are not the default."""
-    rows = [("constraint", type(constraint).__name__)]
-    for f in fields(constraint):
-        value = getattr(constraint, f.name)
-        if f.name in _SYMBOLS or value != f.default:
-            rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
-    return rows
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (int, str)):
-        return str(value)
-    return f"{value.value:g}" if isinstance(value, Constant) else f"`{value!r}`"
 
 
 def _entries(result: PruningResult) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core.adapters.torch.blocks.calibration import check_tokens
-from safe_core.adapters.torch.blocks.structure import evaluated
+from safe_core.adapters.torch.blocks.structure import evaluation_mode
 
 __all__ = [
     "Perplexity",
@@ -137,7 +137,7 @@ def perplexity(
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total, done = 0.0, 0
-    with evaluated(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for some in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
             ids = torch.stack([tokens[w.start : w.start + length] for w in some]).to(device)
             output = model(ids)

@@ -1,4 +1,4 @@
-"""``safe-core prune``: from a folder of a model to the folder of a sparse one."""
+"""Prune the model of a folder, and save it in a new folder: the work of ``safe-core prune``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from safe_core import Method, _checks
 from safe_core.adapters.loading import load_named, names_object
-from safe_core.adapters.torch.blocks.methods import SOLVERS, as_solver, default_scope
 from safe_core.adapters.torch.blocks.pruning import (
     PruningReport,
+    PruningSettings,
     calibration_batches,
     plan_pruning,
 )
-from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
 from safe_core.adapters.torch.blocks.report import Progress
-from safe_core.adapters.torch.blocks.task import OFFLOADS, RaggedWeightError
-from safe_core.methods import safe
+from safe_core.adapters.torch.blocks.task import PatternError
 from safe_core.patterns import Pattern, as_pattern
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import Solver, as_solver, named_solvers
 
 from .model_card import model_card
 from .model_folder import (
@@ -36,18 +37,23 @@ from .model_folder import (
 )
 from .perplexity import check_length, read_text_file
 
-# Settings of a method that trains, and those of SAFE itself.
-_OF_TRAINING = ("epochs", "learning_rate")
-_OF_METHOD = ("rho", "penalty", "dual_update_interval")
+__all__ = [
+    "PruningJob",
+    "PruningResult",
+    "WeightRow",
+    "find_solver",
+    "parse_sparsity",
+    "prune_folder",
+]
 
-__all__ = ["PruningJob", "PruningResult", "WeightRow", "parse_sparsity", "prune_folder"]
+_DEFAULTS = PruningSettings(device="auto")
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
     """Return the pattern for a text: a fraction of zeros, "N:M", or the name of a pattern.
 
-    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of one's own, whose code
-    is run.
+    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of your own, whose code is
+    run.
 
     Parameters
     ----------
@@ -63,7 +69,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     Examples
     --------
     >>> parse_sparsity("0.29", "row"), parse_sparsity("2:4")
-    (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
+    (Unstructured(sparsity=0.29, scope='row', budget=None), NM(n=2, m=4, ragged='error'))
     >>> parse_sparsity("half")
     Traceback (most recent call last):
     ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
@@ -73,12 +79,43 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     try:
         if ":" in text:
             return as_pattern(text)
-        # Decimal refuses "nan", "50%" and the like alike.
+        # Decimal refuses "nan", "50%" and the like in the same way.
         return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
             f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
         ) from None
+
+
+def find_solver(method: str) -> Solver:
+    """Return the solver that ``--method`` names.
+
+    Parameters
+    ----------
+    method : str
+        The name of a solver, or "my_parts.py:SOLVER" or "package.module:SOLVER" for a solver,
+        its class, a function or a `safe_core.Method` of your own, whose code is run.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If there is no such solver, or its code fails.
+
+    Examples
+    --------
+    >>> find_solver("safe+").name, find_solver("safe_core.solvers:Wanda").name
+    ('safe+', 'wanda')
+    """
+    if names_object(str(method)):
+        found = load_named("method", method)
+        return Reconstruction(method=found) if isinstance(found, Method) else as_solver(found)
+    known = named_solvers()
+    if method not in known:
+        raise ValueError(
+            f"method must be one of {', '.join(known)}, or your own as file.py:SOLVER or "
+            f"package.module:SOLVER, got {method!r}"
+        )
+    return known[method]
 
 
 @dataclass(frozen=True)
@@ -92,42 +129,31 @@ class PruningJob:
     calibration : sequence of path
         UTF-8 text files, each named once.
     sparsity : str
-        The fraction of zeros of each weight, "N:M", or "my_parts.py:PATTERN".
+        A fraction of zeros in each weight, "N:M", or "my_parts.py:PATTERN".
     method : str
-        The name of a solver, such as "safe+", "safe", "alps", "sparsegpt", "wanda" or
-        "magnitude", or "my_parts.py:SOLVER" for a solver, a `Method` or a function of yours.
+        A solver as in `find_solver`.
     scope : {None, "tensor", "row"}
-        Where entries compete under a fraction; by default within outputs for "wanda", as it
-        was published, and within weights for the others.
-    samples, length, seed : int
-        The number of windows of the text, the tokens in each, at least two, and the seed that
-        draws them.
-    epochs : int, optional
-        Passes over the samples, of a method that trains; 30 by default.
-    learning_rate : float, optional
-        The highest learning rate of a method that trains; 2e-4 by default.
-    rho, penalty : float, optional
-        Perturbation radius and penalty parameter of "safe" and "safe+".
-    dual_update_interval : int, optional
-        Steps between two dual updates of "safe" and "safe+".
-    batch_size : int
-        Samples in a step and in a forward pass.
-    blocks : str, optional
-        The name of the list of blocks; by default the one with the most parameters.
+        Where entries compete under a fraction: within each weight, or each of its outputs. None
+        is the default of the method: outputs for "wanda", as published, weights for the others.
+    samples, length : int
+        Number of calibration windows, and tokens in each, at least two. ``settings.seed`` draws
+        them.
     only : str, optional
-        A regular expression: only weights whose name it matches somewhere are pruned.
-    targets, propagate : {"pruned", "dense"}
-    offload : {"cpu", "disk", "none"}
-    work_dir : path, optional
-        As for `safe_core.adapters.transformers.prune_blocks`.
-    device : str
-        Where blocks are pruned; "auto" for a GPU where there is one.
+        Regular expression; only weights whose full name it matches somewhere are pruned.
+    epochs, learning_rate, rho, penalty, dual_update_interval : optional
+        Settings of methods that train, "safe" and "safe+", see
+        `safe_core.reconstruction.Reconstruction` for their defaults.
+    settings : PruningSettings
+        The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is
+        also that of training steps. ``device`` may be "auto", and is by default, for a GPU if
+        there is one; ``where`` must be None, see ``only``.
     trust_remote_code : bool
+        Whether to run code that comes with the model.
 
     Raises
     ------
     TypeError, ValueError
-        If a field is not of its kind or out of its range.
+        If a field is of another kind or out of its range.
 
     Examples
     --------
@@ -142,56 +168,36 @@ class PruningJob:
     scope: Literal["tensor", "row"] | None = None
     samples: int = 128
     length: int = 2048
-    seed: int = 0
+    only: str | None = None
     epochs: int | None = None
     learning_rate: float | None = None
     rho: float | None = None
     penalty: float | None = None
     dual_update_interval: int | None = None
-    batch_size: int = 8
-    blocks: str | None = None
-    only: str | None = None
-    targets: Literal["pruned", "dense"] = "pruned"
-    propagate: Literal["pruned", "dense"] = "pruned"
-    offload: Literal["cpu", "disk", "none"] = "cpu"
-    work_dir: str | os.PathLike[str] | None = None
-    device: str = "auto"
+    settings: PruningSettings = _DEFAULTS
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not names_object(str(self.method)):
-            _checks.choice("method", self.method, tuple(SOLVERS))
-        _checks.choice("offload", self.offload, OFFLOADS)
-        for name in ("targets", "propagate"):
-            _checks.choice(name, getattr(self, name), ("pruned", "dense"))
         _checks.choice("scope", self.scope, ("tensor", "row", None))
+        if not isinstance(self.settings, PruningSettings):
+            raise TypeError(f"settings must be PruningSettings, got {self.settings!r}")
+        if self.settings.where is not None:
+            raise ValueError("where must be None in a job, which selects weights by `only`")
         if self.scope is not None and ":" in self.sparsity:
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
-        for name in (*_OF_TRAINING, *_OF_METHOD):
-            if getattr(self, name) is not None and not self._named.trains:
-                raise ValueError(
-                    f"{name} must be left out for method={self.method!r}, which does not train, "
-                    f"got {getattr(self, name)!r}"
-                )
-        for name in _OF_METHOD:
-            if getattr(self, name) is not None and self._named.method is not None:
-                raise ValueError(
-                    f"{name} must be left out for a method of your own, got "
-                    f"{getattr(self, name)!r} and method={self.method!r}"
-                )
+        if self.length == 1:
+            raise ValueError(
+                "length must be at least 2 tokens, so that attention has more than one position, "
+                "such as the default of 2048, got 1"
+            )
         try:
             re.compile(self.only or "")
         except re.error as error:
             raise ValueError(
                 f"only must be a regular expression, got {self.only!r}: {error}"
             ) from None
-        if self.length == 1:
-            raise ValueError(
-                "length must be at least 2 tokens, for attention to have something to attend to, "
-                "such as the default of 2048, got 1"
-            )
         self._check_files()
-        self.solver  # noqa: B018 (checks its fields)
+        self.pattern, self.solver  # noqa: B018 (checks them)
 
     def _check_files(self) -> None:
         if isinstance(self.calibration, (str, os.PathLike)):
@@ -203,46 +209,35 @@ class PruningJob:
         if twice is not None:
             raise ValueError(
                 f"calibration must name each file once, got {twice} {whole.count(twice)} times: "
-                "more windows of it are drawn by a larger samples"
+                "increase samples to draw more windows from it"
             )
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern that each weight is pruned to."""
-        return parse_sparsity(self.sparsity, self.scope or default_scope(self.method))
+        """The sparsity of each weight."""
+        return parse_sparsity(self.sparsity, self.scope or find_solver(self.method).default_scope)
 
     @property
-    def solver(self) -> Any:
-        """The solver of the method, with the settings asked for."""
-        solver = self._named
-        if not solver.trains:
-            return solver
-        changed = self._given(_OF_TRAINING)
-        of_method = self._given(_OF_METHOD)
-        if of_method:
-            changed["method"] = safe(self.pattern, **{"rho": 2e-4, **of_method})
-        return replace(solver, batch_size=self.batch_size, **changed)
+    def solver(self) -> Solver:
+        """The solver of the method, with the settings of this job."""
+        return find_solver(self.method).configured(
+            batch_size=self.settings.batch_size,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            rho=self.rho,
+            penalty=self.penalty,
+            dual_update_interval=self.dual_update_interval,
+        )
 
-    def _given(self, names: Sequence[str]) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
-    def _named(self) -> Any:
-        """The solver with its own settings."""
-        if not names_object(self.method):
-            return SOLVERS[self.method]
-        found = load_named("method", self.method)
-        if isinstance(found, Method):
-            return SafeReconstruction(method=found)
-        return as_solver(found() if isinstance(found, type) else found)
-
-    def chooses(self, name: str, parameter: object) -> bool:
-        """Return whether the weight of this name is to be pruned."""
-        return self.only is None or re.search(self.only, name) is not None
+    def settings_on(self, device: torch.device) -> PruningSettings:
+        """Return the settings for a device, with the selection of weights."""
+        only = self.only
+        where = None if only is None else lambda name, p: re.search(only, name) is not None
+        return replace(self.settings, device=device, where=where)
 
 
 class WeightRow(NamedTuple):
-    """One pruned weight: entries, those that are zero now, and the relative error of its block."""
+    """One pruned weight: its entries, zeros, and the relative error of its block."""
 
     name: str
     shape: tuple[int, ...]
@@ -252,7 +247,7 @@ class WeightRow(NamedTuple):
 
 
 class PruningResult(NamedTuple):
-    """What `prune_folder` has done.
+    """The result of `prune_folder`.
 
     Attributes
     ----------
@@ -260,7 +255,7 @@ class PruningResult(NamedTuple):
     device : str
     report : PruningReport
     weights : list of WeightRow
-        Zeros are counted in the weights that were saved.
+        Zeros are counted in the saved weights.
     """
 
     out: Path
@@ -270,7 +265,7 @@ class PruningResult(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros in all pruned weights."""
+        """The fraction of zeros in all pruned weights."""
         return sum(w.zeros for w in self.weights) / max(1, sum(w.entries for w in self.weights))
 
     def table(self) -> Any:
@@ -308,11 +303,11 @@ def prune_folder(
     ----------
     job : PruningJob
     out : path
-        A folder that is new or empty; it is there once all of it is written.
+        A new or empty folder, which appears only when complete.
     progress : callable, optional
         Called with a `Progress` after every epoch and every block.
     say : callable
-        Called with a line of text about what comes next.
+        Called with a line of text before pruning.
 
     Returns
     -------
@@ -321,10 +316,9 @@ def prune_folder(
     Raises
     ------
     TypeError, ValueError, OSError
-        If files are missing, empty or too short, ``out`` has something in it or lies in the
-        model's folder, there is no room on the disk, or a setting does not fit the model. If
-        something fails once the weights are saved, they are kept, and a note of the error names
-        the folder.
+        If files are missing, empty or too short, ``out`` is not empty or lies in the model's
+        folder, the disk is full, or a setting does not fit the model. If something fails after
+        the weights are saved, they are kept, and a note on the error names their folder.
 
     Examples
     --------
@@ -333,7 +327,7 @@ def prune_folder(
     ValueError: model folder must hold a config.json, got .
     """
     source, target = Path(job.model), Path(out)
-    device = chosen_device(job.device)
+    device = chosen_device(str(job.settings.device or "auto"))
     tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
     check_new_folder(target, source)
     files = [read_text_file(Path(file)) for file in job.calibration]
@@ -342,33 +336,21 @@ def prune_folder(
         [file.text for file in files],
         samples=job.samples,
         length=job.length,
-        seed=job.seed,
+        seed=job.settings.seed,
     )
     model = load_model(source, trust_remote_code=job.trust_remote_code)
     check_length(model, job.length)
     try:
         plan = plan_pruning(
-            model,
-            batches,
-            job.solver,
-            job.pattern,
-            blocks=job.blocks,
-            where=job.chooses,
-            targets=job.targets,
-            propagate=job.propagate,
-            batch_size=job.batch_size,
-            device=device,
-            offload=job.offload,
-            work_dir=job.work_dir,
-            seed=job.seed,
+            model, batches, job.solver, job.pattern, settings=job.settings_on(device)
         )
-    except RaggedWeightError as error:
-        raise ValueError(_ragged(job, error)) from None
+    except PatternError as error:
+        raise ValueError(_other_groups(job, error)) from None
     say(
         f"{job.method} to {job.sparsity}: {len(plan.weights)} weights of {plan.name} on {device}, "
         f"memory beside the model: {plan.memory}"
     )
-    # The draft comes first: that no folder can be made there is not found after hours of work.
+    # Create the draft first, so that a wrong path fails now and not after hours of work.
     with written_at_once(target) as draft:
         report = plan.apply(progress)
         model.save_pretrained(draft.path)  # type: ignore[operator]
@@ -380,8 +362,8 @@ def prune_folder(
     return result
 
 
-def _ragged(job: PruningJob, error: RaggedWeightError) -> str:
-    """Return what to ask for in place of groups that do not divide the inputs of a weight."""
+def _other_groups(job: PruningJob, error: PatternError) -> str:
+    """Return a message that suggests groups that divide the inputs of every weight."""
     zeros = job.pattern.fractions()[-1]
     least = zeros.denominator  # the smallest group with this fraction of zeros
     sizes = [m for m in range(least, job.pattern.group or 0, least) if error.common % m == 0]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from safe_core.backends.torch_shards import local
+from safe_core.backends.torch_sharding import local
 
 __all__ = ["ClosureProbe"]
 

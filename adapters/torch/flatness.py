@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from safe_core.backends.torch_shards import is_sharded
+from safe_core.backends.torch_sharding import is_sharded
 from safe_core.flatness import LossSurface
 from safe_core.layout import Layout, chosen_layout
 

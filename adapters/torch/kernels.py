@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safe_core.backends.torch_shards import is_sharded, local, summed
+from safe_core.backends.torch_sharding import is_sharded, local, summed
 from safe_core.perturbations import Direction
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Importance, Method, Pattern, SplitState
-from safe_core.backends.torch_shards import summed
+from safe_core.backends.torch_sharding import summed
 from safe_core.report import TensorReport, outlook, sums
 
 from .kernels import local_shards

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safe_core import Evaluation, Importance, Method, StepPlan
-from safe_core.backends.torch_shards import is_sharded
+from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
 
 from . import kernels

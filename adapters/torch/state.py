@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safe_core import ArrayInfo, Pattern, SplitState, _checks
 from safe_core.arguments import check_importance
-from safe_core.backends.torch_shards import sharded_like
+from safe_core.backends.torch_sharding import sharded_like
 from safe_core.layout import place_importance
 
 from .selection import Selected

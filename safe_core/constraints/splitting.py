@@ -76,6 +76,7 @@ def init(
     ([array([0., 3.])], [array([False,  True])])
     """
     _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
+    _check_storable(params, state_dtype)
     wide = _widened(params)
     support = select_support(wide, pattern, info, importance, step=0)
     anchor = apply_support(wide, support)
@@ -212,6 +213,7 @@ def dual_update(
     _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
     if state_dtype is not None and step is None:
         raise ValueError("step must be given to round to a state_dtype, got None")
+    _check_storable(params, state_dtype)
     backend = backend_of(params[0])
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
     v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
@@ -249,7 +251,16 @@ def _rounded(
     if not anchor:
         return []
     single = [array_namespace(a).astype(a, array_namespace(a).float32, copy=False) for a in anchor]
-    return backend_of(anchor[0]).stochastic_bfloat16(single, step, out)
+    return backend_of(anchor[0]).stochastic_bfloat16(single, step=step, out=out)
+
+
+def _check_storable(params: Sequence[Array], state_dtype: str | None) -> None:
+    """Raise where ``state_dtype`` is set and the library of the parameters has no bfloat16."""
+    if state_dtype is not None and params and not backend_of(params[0]).has_bfloat16():
+        raise TypeError(
+            "state_dtype must be None where the library has no bfloat16, got "
+            f"{state_dtype!r} and an array of type {type(params[0])!r}"
+        )
 
 
 def is_projected(support: Sequence[Array], pattern: Pattern, info: ArrayInfo) -> bool:

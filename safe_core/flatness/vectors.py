@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core._dtypes import check_real_floating, wide_dtype
-from safe_core.backends import Array, backend_of
+from safe_core.backends import Array, backend_of, hashing
 
 __all__ = ["Coordinates", "Operator", "dot", "operator_on", "orthogonalised"]
 
@@ -136,7 +136,7 @@ class Coordinates:
         nothing is sent there.
         """
         salt = _mixed_int(_mixed_int(seed) ^ stream)
-        return _mixed(_mixed(self.counter) ^ (salt - 2**32 if salt >= 2**31 else salt))
+        return hashing.mix(hashing.mix(self.counter) ^ (salt - 2**32 if salt >= 2**31 else salt))
 
 
 def operator_on(coordinates: Coordinates, product: Operator) -> Callable[[Array], Array]:
@@ -245,16 +245,6 @@ def _counted(xp: Any, flags: Array) -> Array:
     return xp.cumulative_sum(flags, dtype=xp.int32) - 1
 
 
-def _mixed(h: Array) -> Array:
-    """The finalizer of MurmurHash3; products of int32 wrap."""
-    h = (h ^ ((h >> 16) & 0xFFFF)) * (0x85EBCA6B - 2**32)
-    h = (h ^ ((h >> 13) & 0x7FFFF)) * (0xC2B2AE35 - 2**32)
-    return h ^ ((h >> 16) & 0xFFFF)
-
-
 def _mixed_int(h: int) -> int:
-    """The same of one number in ``[0, 2**32)``; its zero is moved, which the hash would keep."""
-    h = (h + 0x9E3779B9) & 0xFFFFFFFF
-    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return h ^ (h >> 16)
+    """Return the hash of ``h`` moved by a constant, for the hash of zero is zero."""
+    return hashing.mix_int((h + 0x9E3779B9) & 0xFFFFFFFF)

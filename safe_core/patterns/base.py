@@ -176,7 +176,7 @@ class FractionPattern(Pattern):
         scores = [unit.scores for unit in units]
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
-            return backend_of(scores[0]).keep_largest(scores, counts, stage)
+            return backend_of(scores[0]).keep_largest(scores, counts=counts, stage=stage)
         layouts = [unit.layout for unit in units]
         shapes = [tuple(s.shape) for s in scores]
         spread = self.distributed(shapes, layouts, names)

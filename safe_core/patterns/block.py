@@ -76,7 +76,7 @@ class Block(FractionPattern):
         roles = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
         plan = _BlockPlan.of(scores.shape, self, roles, name)
         backend = backend_of(scores)
-        whole = backend.regrouped(scores, plan.units(scores.ndim))
+        whole = backend.regrouped(scores, units=plan.units(scores.ndim))
 
         def add(part: Array) -> Array:
             own = _BlockPlan.of(part.shape, self, roles, name)

@@ -61,7 +61,7 @@ class Channel(FractionPattern):
         kept = layout.output_axes + layout.batch_axes
         axes = tuple(axis for axis in range(scores.ndim) if axis not in kept)
         backend = backend_of(scores)
-        whole = backend.regrouped(scores, dict.fromkeys(axes, 0))
+        whole = backend.regrouped(scores, units=dict.fromkeys(axes, 0))
         sums = whole
         if axes:
             sums = backend.shardwise(lambda part: xp.sum(part, axis=axes, keepdims=True), whole)

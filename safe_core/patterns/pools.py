@@ -35,12 +35,12 @@ def keep_within(
     n = math.prod(scores.shape[axis] for axis in order[pools:])
     counts = kept_counts(stages, n)
     if math.prod(scores.shape[axis] for axis in order[:pools]) == 1:
-        return backend_of(scores).keep_largest([scores], counts, stage)[0]
+        return backend_of(scores).keep_largest([scores], counts=counts, stage=stage)[0]
 
     def within(scores: Array) -> Array:
         shape = tuple(scores.shape[axis] for axis in order)
         table = xp.reshape(xp.permute_dims(scores, order), (math.prod(shape[:pools]), n))
-        mask = backend_of(scores).keep_largest_per_row(table, counts, stage)
+        mask = backend_of(scores).keep_largest_per_row(table, counts=counts, stage=stage)
         return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
 
     return on_whole_units(within, scores, dict.fromkeys(order[pools:], 0))
@@ -52,7 +52,7 @@ def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[i
     ``units`` maps an axis to the length of a unit along it, 0 for the whole axis.
     """
     backend = backend_of(scores)
-    whole = backend.regrouped(scores, units)
+    whole = backend.regrouped(scores, units=units)
     return backend.resharded_as(scores, backend.shardwise(fn, whole))
 
 
@@ -75,7 +75,7 @@ def keep_in_groups(scores: Array, axis: int, n: int, *, xp: Any) -> Array:
         order = (*(a for a in range(scores.ndim) if a != axis), axis)
         moved = xp.permute_dims(scores, order)
         table = xp.reshape(moved, (math.prod(moved.shape[:-1]), m))
-        mask = backend_of(scores).keep_largest_per_row(table, (n,), 0)
+        mask = backend_of(scores).keep_largest_per_row(table, counts=(n,), stage=0)
         return xp.permute_dims(xp.reshape(mask, moved.shape), inverse(order))
     keys = backend_of(scores).ordering_key(scores)
     entries = [take(keys, axis, j + 1, start=j) for j in range(m)]

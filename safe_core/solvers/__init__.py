@@ -1,17 +1,21 @@
-"""Layer-wise pruning: one linear layer at a time, from its weights and its inputs.
+"""Solvers: they prune one linear layer at a time from its inputs, or a block by training.
 
 Given a layer with weights ``W`` (outputs, inputs) and the Gram matrix ``H = X^T X`` of the
 inputs ``X`` (tokens, inputs) that it sees, a solver finds sparse weights ``V`` that keep its
 outputs: ``min_V |X W^T - X V^T|_F^2 = tr((W - V) H (W - V)^T)``, without any training.
-Every solver is a frozen dataclass that is called as ``solver(weight, gram, sparsity, *,
-layout=None)`` and returns a `safe_core.Projection`: ``values`` in the dtype of the weights,
-and a boolean ``support`` with the pattern's exact counts.
+Every layer-wise solver is a frozen dataclass, a `LayerSolver`, that is called as
+``solver(weight, gram, sparsity, *, layout=None)`` and returns a `safe_core.Projection`:
+``values`` in the dtype of the weights, and a boolean ``support`` with the pattern's exact
+counts. `safe_core.reconstruction.Reconstruction` is SAFE and SAFE+ as a solver of whole blocks.
 
-Of what each solver spends, in the order of the error that it usually leaves: `Magnitude`
-one selection; `Wanda` the same with the norms of the inputs; `SparseGPT` one factorisation
-and one sweep over the columns; `ALPS` one eigendecomposition and a few dozen selections.
-They run on the device of the weights, in float32 or wider. In JAX on an accelerator, ask
-for full products: ``jax.default_matmul_precision("highest")``.
+`Magnitude` costs one selection; `Wanda` the same with the norms of the inputs; `SparseGPT` one
+factorisation and one sweep over the columns; `ALPS` one eigendecomposition and a few dozen
+selections. Each usually leaves a smaller error than the one before. They run on the device of
+the weights, in float32 or wider. In JAX on an accelerator, ask for products in full precision:
+``jax.default_matmul_precision("highest")``.
+
+A new solver is one file with a subclass of `LayerSolver` and one line that exports it here;
+then its name works in `prune_blocks` and on the command line.
 
 Examples
 --------
@@ -31,9 +35,11 @@ ALPS      loses 2%
 """
 
 from .alps import ALPS
-from .base import FunctionSolver, LayerSolver
+from .base import FunctionSolver, LayerSolver, Solver
 from .error import reconstruction_error
 from .gram import Gram
+from .reconstruction import Reconstruction
+from .registry import as_solver, named_solver, named_solvers
 from .scores import Magnitude, Wanda
 from .sparsegpt import SparseGPT
 
@@ -43,21 +49,12 @@ __all__ = [
     "Gram",
     "LayerSolver",
     "Magnitude",
+    "Reconstruction",
+    "Solver",
     "SparseGPT",
     "Wanda",
+    "as_solver",
+    "named_solver",
     "named_solvers",
     "reconstruction_error",
 ]
-
-
-def named_solvers() -> dict[str, LayerSolver]:
-    """Return one solver with its default settings for every name that is exported here.
-
-    Examples
-    --------
-    >>> list(named_solvers())
-    ['alps', 'magnitude', 'sparsegpt', 'wanda']
-    """
-    exported = [globals()[name] for name in __all__]
-    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, LayerSolver) and x.name]
-    return {kind.name: kind() for kind in kinds}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from array_api_compat import array_namespace
 
@@ -26,46 +26,46 @@ Select = Callable[[Array], Array]
 class ALPS(LayerSolver):
     """ADMM for the support, with a growing penalty; least squares on it for the values.
 
-    In units that give every input norm 1 (``W_ij sqrt(H_jj)``, so that the first support
-    is Wanda's), with dense weights A, sparse D and dual V:
+    Weights are scaled so that every input has norm 1 (``W_ij sqrt(H_jj)``; the first support
+    is then Wanda's). With dense weights A, sparse D and dual V:
 
     ``W = A + (rho (D - A) - V) (H + rho)^-1``, ``D = proj(W + V / rho)``,
     ``V = V + rho (W - D)``
 
-    Every ``interval`` iterations rho grows, by 1.3 if a tenth of the support has changed
-    since the last time, by 1.2 if a two-hundredth has, by 1.1 if any entry has; the loop
-    ends where none has. ``refinements`` steps of conjugate gradients, in each row its own,
-    then go towards the best values on that support.
+    Every ``interval`` iterations rho grows: by 1.3 if a tenth of the support has changed since
+    the last check, by 1.2 if a two-hundredth has, by 1.1 if any entry has. The loop ends when
+    none has changed. ``refinements`` conjugate gradient steps, independent in each row, then
+    approach the best values on that support.
 
     Attributes
     ----------
     damping : float
-        Added to H in these units, both for the support and for the values. It pulls towards
-        the dense weights where the inputs say little.
+        Added to H in these units, both for the support and for the values. It pulls the values
+        towards the dense weights where H has small eigenvalues.
     rho : float
-        The first penalty, positive.
+        Initial penalty, positive.
     interval : int
-        Iterations between two looks at the support.
+        Iterations between two checks of the support.
     iterations : int
-        The most iterations of ADMM.
+        Maximum number of ADMM iterations.
     refinements : int
-        Steps of conjugate gradients.
+        Number of conjugate gradient steps.
 
     Notes
     -----
     One eigendecomposition serves every rho. Inputs that are always zero, ``H_jj = 0``, get
     the value 0.
 
-    Whether the support still changes is read on the host, once in ``interval`` iterations;
-    apart from it an iteration waits for the device only where the selection does, once
-    in the scopes "tensor" and "global" on CUDA. How long the loop runs thus depends on
-    values: it is not for jit, and refuses to be traced.
+    Every ``interval`` iterations the host reads whether the support still changes. Otherwise
+    an iteration waits for the device only if the selection does, once in the scopes "tensor"
+    and "global" on CUDA. The number of iterations depends on values, so the solver cannot be
+    traced by jit.
 
     Conjugate gradients amplify rounding until they have converged: libraries agree on the
-    support, near-ties apart, and on the error rather than on the last digits of values.
+    support, except for near-ties, and on the error, but not on the last digits of values.
 
-    Layers of a hundred inputs and more settle in a few dozen iterations. In tiny ones, of a
-    few inputs, a support may recur by chance while rho is small, which ends the loop early.
+    Layers of a hundred inputs or more converge in a few dozen iterations. In layers of a few
+    inputs the same support may recur by chance while rho is small, which ends the loop early.
 
     Raises
     ------
@@ -88,8 +88,7 @@ class ALPS(LayerSolver):
     (32, 32)
     """
 
-    name: ClassVar[str] = "alps"
-    matrices: ClassVar[int] = 7  # the eigendecomposition is made in several copies
+    name = "alps"
 
     damping: float = 0.01
     rho: float = 0.1
@@ -105,6 +104,13 @@ class ALPS(LayerSolver):
         _checks.integer("iterations", self.iterations, low=1)
         _checks.integer("refinements", self.refinements, low=0)
 
+    def memory(self, outputs: int, inputs: int, itemsize: int = 4) -> int:
+        """Return the bytes that one layer needs, see `LayerSolver.memory`.
+
+        The eigendecomposition of H and the work space of its driver are seven matrices.
+        """
+        return self._bytes(7, outputs, inputs, itemsize)
+
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
     ) -> Projection:
@@ -113,11 +119,11 @@ class ALPS(LayerSolver):
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
         gram : Gram or array
             ``H``, shape (inputs, inputs).
         sparsity : float, str or pattern
-            Any pattern; in the scope "global" the layer is the pool.
+            Any pattern; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -157,9 +163,9 @@ class ALPS(LayerSolver):
         return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
 
     def _search(self, xp: Any, dense: Array, h: Array, choose: Select) -> tuple[Array, Array]:
-        """Sparse weights and their support, by ADMM."""
+        """Return sparse weights and their support, by ADMM."""
         eigenvalues, vectors = xp.linalg.eigh(h)
-        # Rounding makes some of a singular matrix negative.
+        # Rounding makes some eigenvalues of a singular matrix negative.
         eigenvalues = xp.clip(eigenvalues, min=0.0) + self.damping
         support = before = choose(dense)
         sparse, dual = _kept(xp, dense, support), xp.zeros_like(dense)
@@ -180,7 +186,7 @@ class ALPS(LayerSolver):
         return sparse, support
 
     def _growth(self, xp: Any, support: Array, before: Array) -> float:
-        """The factor of rho, by how much of the support has changed; reads two numbers."""
+        """Return the factor of rho for this change of the support; reads two numbers."""
         counts = xp.stack([xp.count_nonzero(support ^ before), xp.count_nonzero(support)])
         changed, kept = (int(count) for count in counts)
         for share, factor in ((0.1, 1.3), (0.005, 1.2)):
@@ -189,7 +195,7 @@ class ALPS(LayerSolver):
         return 1.1 if changed else 1.0
 
     def _refine(self, xp: Any, dense: Array, h: Array, sparse: Array, support: Array) -> Array:
-        """Towards the least error on a support, by conjugate gradients in each row."""
+        """Reduce the error on a fixed support by conjugate gradients in each row."""
 
         def product(x: Array) -> Array:
             return _kept(xp, x @ h + self.damping * x, support)
@@ -215,6 +221,6 @@ def _row_sums(xp: Any, x: Array) -> Array:
 
 
 def _ratio(xp: Any, a: Array, b: Array) -> Array:
-    """``a / b``, and 0 where b is 0: in a row that is done."""
+    """Return ``a / b``, and 0 where b is 0, in rows that have converged."""
     done = b <= 0
     return xp.where(done, xp.zeros_like(a), a / xp.where(done, xp.ones_like(b), b))

@@ -1,4 +1,4 @@
-"""The error that a solver makes."""
+"""The reconstruction error of a pruned layer."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ __all__ = ["reconstruction_error"]
 def reconstruction_error(
     weight: Array, values: Array, gram: Any, *, layout: Layout | None = None
 ) -> Array:
-    """How far the outputs of a layer move: ``tr((W - V) H (W - V)^T) = |X W^T - X V^T|_F^2``.
+    """Return the squared change of a layer's outputs, ``|X W^T - X V^T|_F^2``.
+
+    It is computed as ``tr((W - V) H (W - V)^T)``.
 
     Parameters
     ----------
     weight, values : array
-        The layer ``W`` before and ``V`` after, of one shape.
+        The layer ``W`` before and ``V`` after pruning, of one shape.
     gram : Gram or array
         ``H = X^T X``, shape (inputs, inputs).
     layout : Layout, optional
-        Roles of the axes; (output, input) unless told otherwise.
+        Roles of the axes; (output, input) by default.
 
     Returns
     -------
     array
-        A scalar, float32 or wider. Divide by the error of ``values = 0`` for the fraction
-        of the outputs' energy that is lost.
+        A scalar, float32 or wider. Divide it by the error of ``values = 0`` for the relative
+        error.
 
     Raises
     ------
     TypeError, ValueError
-        If shapes, dtypes or values do not fit, as for the solvers.
+        If shapes, dtypes or values do not match, as for the solvers.
 
     Examples
     --------

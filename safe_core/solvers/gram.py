@@ -1,4 +1,4 @@
-"""What a layer's inputs tell a solver."""
+"""Statistics of a layer's inputs: the Gram matrix and the squares of each input."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from safe_core.backends import Array, backend_of
 
 from .._dtypes import check_real_floating, wide_dtype
 
-__all__ = ["Gram", "gram_or_identity", "positive_squares"]
+__all__ = ["Gram", "gram_or_identity", "positive_squares", "solver_statistics"]
 
-_FLOOR = 1e-8  # of the mean over inputs: what an input that is never active counts for
+_FLOOR = 1e-8  # times the mean over inputs: the P of an input that is never active
 
 
 class Gram(NamedTuple):
     """The Gram matrix ``X^T X`` of the inputs of a layer, summed over tokens.
 
-    Start with `of` the first batch and `add` the others. Sums of several processes add
-    up, field by field. No solver looks at the scale.
+    Start with `of` the first batch and `add` the others. To combine several processes, sum each
+    field. The scale does not matter to any solver.
 
     Attributes
     ----------
     matrix : array
         ``sum_t x_t x_t^T``, shape (features, features), float32 or wider.
     count : int
-        Tokens seen.
+        Number of tokens.
 
     Examples
     --------
@@ -113,6 +113,33 @@ def gram_or_identity(gram: Array) -> Array:
     active = xp.any(diagonal != 0)
     added = xp.where(active, xp.zeros_like(diagonal), xp.ones_like(diagonal))
     return gram + xp.tril(xp.triu(xp.broadcast_to(added, gram.shape)))
+
+
+def solver_statistics(needs: str, statistics: Array) -> Array | None:
+    """Return what a layer-wise solver takes, from a Gram matrix or sums of squares.
+
+    Where no input was ever active, it is that of the identity, see `gram_or_identity`.
+
+    Parameters
+    ----------
+    needs : {"nothing", "squares", "gram"}
+        As of `safe_core.solvers.Solver`.
+    statistics : array
+        Shape (inputs, inputs), or for "squares" also (inputs,).
+
+    Examples
+    --------
+    >>> import numpy
+    >>> solver_statistics("squares", numpy.zeros(2)), solver_statistics("squares", 4 * numpy.eye(2))
+    (array([1., 1.]), array([4., 4.]))
+    """
+    if needs == "nothing":
+        return None
+    if needs == "gram":
+        return gram_or_identity(statistics)
+    xp = array_namespace(statistics)
+    squares = xp.linalg.diagonal(statistics) if statistics.ndim == 2 else statistics
+    return xp.where(xp.any(squares != 0), squares, xp.ones_like(squares))
 
 
 def positive_squares(mean_squares: Array) -> Array:

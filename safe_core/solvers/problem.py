@@ -1,4 +1,4 @@
-"""Arguments of the solvers: a layer and its Gram matrix, checked and brought into matrices."""
+"""Read and check the arguments of the solvers: a layer and the statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..patterns import Pattern, as_pattern
 from ..projection import select
 from .gram import Gram
 
-__all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern"]
+__all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern", "read_squares"]
 
 _ASYMMETRY = 1e-3  # of the largest diagonal entry: far above rounding, far below a mistake
 
 
 class Form(NamedTuple):
-    """How the weights of a layer are stored, and how a matrix (outputs, inputs) is made of them."""
+    """The storage of a layer's weights, and its conversion to a matrix (outputs, inputs)."""
 
     name: str
     layout: Layout
@@ -37,26 +37,26 @@ class Form(NamedTuple):
         return self.before * self.after
 
     def matrix(self, x: Array) -> Array:
-        """The matrix (outputs, inputs) of an array."""
+        """Return the matrix (outputs, inputs) of an array."""
         return self.columns(array_namespace(x).reshape(x, (self.before, self.inputs, self.after)))
 
     def array(self, matrix: Array) -> Array:
-        """The array that has this matrix."""
+        """Return the array that has this matrix."""
         return array_namespace(matrix).reshape(self.stored(matrix), self.shape)
 
     def stored(self, columns: Array) -> Array:
-        """Some columns of a matrix in the order of storage, (before, columns, after)."""
+        """Return columns of a matrix in storage order, (before, columns, after)."""
         xp = array_namespace(columns)
         cube = xp.reshape(columns, (self.before, self.after, columns.shape[1]))
         return xp.permute_dims(cube, (0, 2, 1))
 
     def columns(self, stored: Array) -> Array:
-        """The columns (outputs, columns) that are stored so."""
+        """Return the columns (outputs, columns) of an array in storage order."""
         xp = array_namespace(stored)
         return xp.reshape(xp.permute_dims(stored, (0, 2, 1)), (self.outputs, stored.shape[1]))
 
     def select(self, x: Array, pattern: Pattern, importance: Array | None = None) -> Array:
-        """The support of an array, given P for each input."""
+        """Return the support of an array, given P for each input."""
         if importance is not None:
             importance = place_importance(importance, x, self.layout, self.name)
         return select(
@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
 
 def read_form(weight: Any, layout: Any, name: str = "weight") -> Form:
-    """The roles of the axes of a linear layer, each an input or an output, and its sizes."""
+    """Read the roles and sizes of the axes of a linear layer, each an input or an output."""
     if not is_array_api_obj(weight):
         raise TypeError(f"{name} must be an array, got {type(weight)!r}")
     check_real_floating(array_namespace(weight), weight, name)
@@ -87,7 +87,7 @@ def read_form(weight: Any, layout: Any, name: str = "weight") -> Form:
 def read_matrices(
     weight: Any, gram: Any, layout: Any, *, name: str = "weight"
 ) -> tuple[Array, Array, Form]:
-    """``W`` (outputs, inputs) and ``H`` (inputs, inputs) in one wide dtype, and the form of W."""
+    """Return ``W`` (outputs, inputs), ``H`` (inputs, inputs) in one wide dtype, and W's form."""
     form = read_form(weight, layout, name)
     xp = array_namespace(weight)
     matrix = gram.matrix if isinstance(gram, Gram) else gram
@@ -108,8 +108,39 @@ def read_matrices(
     return w, (h + h.mT) / 2, form
 
 
+def read_squares(weight: Any, statistics: Any, layout: Any) -> tuple[Array, Form]:
+    """Return the sum of squares of each input, from a Gram matrix or as given, and W's form."""
+    if not is_array_api_obj(statistics) or statistics.ndim != 1:
+        _, h, form = read_matrices(weight, statistics, layout)
+        return array_namespace(h).linalg.diagonal(h), form
+    form = read_form(weight, layout)
+    xp = array_namespace(weight)
+    if array_namespace(statistics) is not xp:
+        raise TypeError(
+            f"gram must be an array of {xp.__name__}, as weight, got {type(statistics)!r}"
+        )
+    check_real_floating(xp, statistics, "gram")
+    if tuple(statistics.shape) != (form.inputs,):
+        raise ValueError(
+            f"gram must have shape (inputs,) = ({form.inputs},) or be a Gram matrix, got shape "
+            f"{tuple(statistics.shape)}"
+        )
+    dtype = wide_dtype(xp, [weight, statistics])
+    squares = widened(xp, backend_of(statistics).detached(statistics), dtype)
+    if form.inputs:
+        peak = xp.max(squares)
+        rules = {
+            "weight must be finite": (weight, ~xp.isfinite(weight)),
+            "gram must be finite": (squares, ~xp.isfinite(squares)),
+            "gram must have no negative entry": (squares, squares < 0),
+            "gram must have a positive entry, from a layer that has seen inputs": (peak, peak <= 0),
+        }
+        refuse(list(rules.values()), list(rules))
+    return squares, form
+
+
 def _check_values(xp: Any, w: Array, h: Array, name: str) -> None:
-    """Refuse what is no layer or no Gram matrix, where values can be read; reads one flag."""
+    """Refuse values of no layer or Gram matrix, if values can be read; reads one flag."""
     if 0 in h.shape:
         return
     diagonal = xp.linalg.diagonal(h)
@@ -142,7 +173,7 @@ def read_pattern(sparsity: Any, solver: Any) -> Pattern:
 
 
 def live_diagonal(xp: Any, h: Array) -> tuple[Array, Array]:
-    """Which inputs are ever non-zero, and the diagonal of ``H`` with 1 for those that are not."""
+    """Return which inputs are ever non-zero, and ``diag(H)`` with 1 for the others."""
     diagonal = xp.linalg.diagonal(h)
     live = diagonal > 0
     return live, xp.where(live, diagonal, xp.ones_like(diagonal))

@@ -1,9 +1,9 @@
-"""Solvers that choose a support by one score for each entry, and leave what they keep."""
+"""Solvers that rank entries by one score and leave the kept ones unchanged."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from array_api_compat import array_namespace
 
@@ -14,7 +14,7 @@ from ..layout import Layout
 from ..patterns import Pattern
 from ..projection import Projection, apply_support
 from .base import LayerSolver
-from .problem import Form, read_form, read_matrices, read_pattern
+from .problem import Form, read_form, read_pattern, read_squares
 
 __all__ = ["Magnitude", "Wanda"]
 
@@ -23,7 +23,7 @@ __all__ = ["Magnitude", "Wanda"]
 class Magnitude(LayerSolver):
     """Keep the entries of largest magnitude: ``|W_ij|``.
 
-    The baseline: `safe_core.project` with P = 1.
+    The baseline, `safe_core.project` with P = 1.
 
     References
     ----------
@@ -37,7 +37,7 @@ class Magnitude(LayerSolver):
     array([[3., 2., 0.]])
     """
 
-    name: ClassVar[str] = "magnitude"
+    name, needs = "magnitude", "nothing"
 
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
@@ -47,11 +47,11 @@ class Magnitude(LayerSolver):
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
-        gram : Gram or array
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
+        gram : None, Gram or array
             Not read.
         sparsity : float, str or pattern
-            Any pattern; in the scope "global" the layer is the pool.
+            Any pattern; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -73,9 +73,9 @@ class Magnitude(LayerSolver):
 
 @dataclass(frozen=True)
 class Wanda(LayerSolver):
-    """Keep the entries of largest magnitude times norm of input: ``|W_ij| sqrt(H_jj)``.
+    """Keep the entries of largest magnitude times norm of the input: ``|W_ij| sqrt(H_jj)``.
 
-    `safe_core.project` with ``P = diag(H)``: the best support if no two inputs were
+    This is `safe_core.project` with ``P = diag(H)``, the best support if inputs are not
     correlated.
 
     References
@@ -91,8 +91,7 @@ class Wanda(LayerSolver):
     array([[3., 0., 1.]])
     """
 
-    name: ClassVar[str] = "wanda"
-    default_scope: ClassVar[Literal["tensor", "row"]] = "row"  # as published
+    name, needs, default_scope = "wanda", "squares", "row"
 
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
@@ -102,11 +101,11 @@ class Wanda(LayerSolver):
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
         gram : Gram or array
-            ``H``, shape (inputs, inputs), of which the diagonal is used.
+            ``H``, shape (inputs, inputs), or its diagonal alone, shape (inputs,).
         sparsity : float, str or pattern
-            Any pattern; in the scope "global" the layer is the pool.
+            Any pattern; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -118,13 +117,11 @@ class Wanda(LayerSolver):
         Raises
         ------
         TypeError, ValueError
-            As `Magnitude`, or if ``gram`` is not a Gram matrix of the layer's inputs: of
-            another shape, not finite, not symmetric, zero or with a negative diagonal.
+            As `Magnitude`, or if ``gram`` does not belong to the layer's inputs: its shape
+            differs, it is not finite, not symmetric, zero, or has a negative diagonal entry.
         """
-        _, h, form = read_matrices(weight, gram, layout)
-        return _pruned(
-            weight, read_pattern(sparsity, self), form, array_namespace(h).linalg.diagonal(h)
-        )
+        squares, form = read_squares(weight, gram, layout)
+        return _pruned(weight, read_pattern(sparsity, self), form, squares)
 
 
 def _pruned(weight: Array, pattern: Pattern, form: Form, importance: Array | None) -> Projection:

@@ -1,9 +1,9 @@
-"""SparseGPT: weights pruned column by column, each error spread over the columns to come."""
+"""SparseGPT: prune column by column; later columns compensate each error."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -22,33 +22,32 @@ __all__ = ["SparseGPT"]
 
 @dataclass(frozen=True)
 class SparseGPT(LayerSolver):
-    """Optimal brain surgery along the columns, all rows at once.
+    """Optimal brain surgery along the columns, in all rows at once.
 
-    With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular: column j, once it is
-    reached, loses its pruned entries, and what they did goes to the columns after it,
+    With ``H^-1 = U^T U`` for the damped ``H``, U upper triangular, the columns are pruned in
+    order, and the columns after column j compensate its error,
 
     ``e_j = (w_j - v_j) / U_jj``,  ``w_k <- w_k - e_j U_jk`` for ``k > j``,
 
-    which leaves those at their best given all columns before them. Which entries go is
-    chosen a block of columns ahead, by the smallest ``|w_ij| / U_jj``.
+    which is optimal given all columns before them. The entries with the smallest
+    ``|w_ij| / U_jj`` are pruned, chosen one block of columns at a time.
 
     Attributes
     ----------
     damping : float
-        Added to the diagonal of H, in units of the mean of its non-zero entries.
+        Added to the diagonal of H, relative to the mean of its non-zero entries.
     block_size : int
-        Columns whose support is chosen at once. N:M groups are chosen as they come.
+        Columns whose support is chosen at once. Under N:M it is one group.
 
     Notes
     -----
-    Pools are cut by the blocks as published, yet the counts are exact in the whole: after
-    column n of a row, or of all rows in the scopes "tensor" and "global",
-    ``floor(sparsity * n)`` entries of the row, or the rows, are gone. A last N:M group that
-    is left dense takes its part of the updates. Inputs that are always zero, ``H_jj = 0``,
-    get the value 0.
+    As published, entries compete within a block of columns, yet the total counts are exact:
+    after n columns, ``floor(sparsity * n)`` entries of each row are pruned, or that fraction of
+    all rows in the scopes "tensor" and "global". A last N:M group that stays dense is updated
+    like the rest. Inputs that are always zero, ``H_jj = 0``, get the value 0.
 
-    It traces under jit, but each column is a part of the program: compile it for narrow
-    layers only. Eagerly JAX compiles once for each of a few shapes of block.
+    It can be traced by jit, but the program grows with the number of columns: compile it for
+    narrow layers only. In eager mode JAX compiles once for each of a few block shapes.
 
     Raises
     ------
@@ -68,7 +67,7 @@ class SparseGPT(LayerSolver):
     array([[0. , 2.5]])
     """
 
-    name: ClassVar[str] = "sparsegpt"
+    name = "sparsegpt"
 
     damping: float = 0.01
     block_size: int = 128
@@ -85,11 +84,11 @@ class SparseGPT(LayerSolver):
         Parameters
         ----------
         weight : array
-            ``W``, real floating, shape (output, input) unless ``layout`` tells otherwise.
+            ``W``, real floating, shape (output, input) unless ``layout`` says otherwise.
         gram : Gram or array
             ``H``, shape (inputs, inputs).
         sparsity : float, str, Unstructured or NM
-            What to reach; in the scope "global" the layer is the pool.
+            Target sparsity; under scope "global" the layer is the pool.
         layout : Layout, optional
             Roles of the axes, each an input or an output.
 
@@ -127,7 +126,7 @@ class SparseGPT(LayerSolver):
         return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
 
     def _factor(self, xp: Any, h: Array) -> Array:
-        """The upper triangular U of ``H^-1 = U^T U``, for H damped and of mean diagonal 1."""
+        """Return the upper triangular U of ``H^-1 = U^T U``, for damped H of mean diagonal 1."""
         live, diagonal = live_diagonal(xp, h)
         alive = xp.sum(xp.astype(live, h.dtype))
         mean = xp.sum(xp.where(live, diagonal, xp.zeros_like(diagonal))) / alive
@@ -151,7 +150,7 @@ class SparseGPT(LayerSolver):
 
 
 class _Columns(NamedTuple):
-    """Pruned columns; ``errors`` is what they owe to the columns after them."""
+    """Pruned columns; ``errors`` are those that later columns compensate."""
 
     values: Array
     support: Array
@@ -161,9 +160,9 @@ class _Columns(NamedTuple):
 class _Sweep(NamedTuple):
     """One pass over the columns of a layer.
 
-    Columns are halved down to single ones, and the updates from the left half to the right
-    are one product: the lazy batches of the paper at every scale. All shapes are static
-    and few, and nothing but the selection may wait for a device.
+    Columns are halved recursively down to single ones, and the update from the left half to the
+    right is one product: the paper's lazy batches at every scale. There are few shapes, all
+    static, and only the selection may wait for a device.
     """
 
     pattern: Pattern
@@ -172,7 +171,7 @@ class _Sweep(NamedTuple):
     xp: Any
 
     def run(self, w: Array, u: Array, start: int, keep: Array | None = None) -> _Columns:
-        """Prune the columns from ``start`` on that ``w`` holds, u being their part of U."""
+        """Prune the columns ``w``, the first of which is ``start``; u is their part of U."""
         xp, width = self.xp, w.shape[1]
         unit = self.pattern.group or self.block_size
         if keep is None and width <= unit:
@@ -189,10 +188,11 @@ class _Sweep(NamedTuple):
         return _Columns(*(xp.concat(pair, axis=1) for pair in zip(left, right, strict=True)))
 
     def choose(self, scores: Array, start: int) -> Array:
-        """The support of a block of columns, where the entries of largest score are kept."""
+        """Return the support of a block of columns, which keeps the largest scores."""
         xp, width = self.xp, scores.shape[1]
-        if self.pattern.group is not None:
-            if width < self.pattern.group:
+        size = self.pattern.group
+        if size is not None:
+            if width < size:
                 return xp.ones_like(scores, dtype=xp.bool)
             return read_form(scores, None).select(scores, self.pattern)
         rows = 1 if self.pattern.by_output else self.form.outputs
@@ -202,6 +202,6 @@ class _Sweep(NamedTuple):
         )
         kept, backend = (after - before,), backend_of(scores)
         if rows == 1:
-            return backend.keep_largest_per_row(scores, kept, 0)
+            return backend.keep_largest_per_row(scores, counts=kept, stage=0)
         stored = self.form.stored(scores)
-        return self.form.columns(backend.keep_largest([stored], kept, 0)[0])
+        return self.form.columns(backend.keep_largest([stored], counts=kept, stage=0)[0])

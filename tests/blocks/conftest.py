@@ -1,4 +1,4 @@
-"""Tests here may take the fixture `xp`, which is every array backend in turn."""
+"""Provide the fixture `xp`, which runs a test once on every array backend."""
 
 from array_backends import xp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +15,8 @@ from flax import nnx
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks, prune_layers, reconstruct
 from safe_core.adapters.jax.flax.blocks import linen_block, linen_grams, nnx_block, nnx_grams
-from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import Gram, Magnitude, Wanda
+from safe_core.reconstruction import BlockSettings, Reconstruction
+from safe_core.solvers import Gram, LayerSolver, Magnitude, Solver, Wanda
 
 pytestmark = pytest.mark.usefixtures("single_precision")
 
@@ -176,8 +177,14 @@ def test_layers_are_pruned_by_a_solver() -> None:
     pruned = prune_layers(params, grams, Wanda(), "2:4")
     assert set(zeros(pruned).values()) == {0.5}
     assert error(pruned) < error(prune_layers(params, grams, Magnitude(), "2:4"))
-    with pytest.raises(TypeError, match=r"solver must be a function such as ALPS\(\), got <class"):
-        prune_layers(params, grams, Wanda, "2:4")
+    same = prune_layers(params, grams, "wanda", "2:4")
+    jax.tree.map(np.testing.assert_array_equal, pruned, same)
+    jax.tree.map(np.testing.assert_array_equal, pruned, prune_layers(params, grams, Wanda, "2:4"))
+    without = prune_layers(params, None, Magnitude(), "2:4")  # which needs no statistics
+    plain = prune_layers(params, grams, Magnitude(), "2:4")
+    jax.tree.map(np.testing.assert_array_equal, without, plain)
+    with pytest.raises(TypeError, match=r"solver must prune layers, such as ALPS\(\), got Recons"):
+        prune_layers(params, grams, "safe", "2:4")
     missing = {name: gram for name, gram in grams.items() if "1" not in name}
     with pytest.raises(ValueError, match=r"grams must hold one for Dense_1/kernel, got Dense_0"):
         prune_layers(params, missing, Wanda(), "2:4")
@@ -216,11 +223,11 @@ def chain(blocks: int = 2) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("targets", "propagate"), [("pruned", "pruned"), ("dense", "pruned"), ("pruned", "dense")]
+    ("target_inputs", "propagate"), [("pruned", "pruned"), ("dense", "pruned"), ("pruned", "dense")]
 )
-def test_blocks_are_pruned_on_what_comes_before(targets: Any, propagate: Any) -> None:
+def test_blocks_are_pruned_on_what_comes_before(target_inputs: Any, propagate: Any) -> None:
     blocks, x = chain(), inputs()
-    rules = {"targets": targets, "propagate": propagate, "batch_size": 4}
+    rules = {"target_inputs": target_inputs, "propagate": propagate, "batch_size": 4}
     first, second = prune_blocks(blocks, x, Wanda(), 0.5, **rules)
     (_, dense, _), (_, behind, _) = blocks
     expected = prune_layers(dense, gram(dense, x), Wanda(), 0.5)
@@ -229,7 +236,7 @@ def test_blocks_are_pruned_on_what_comes_before(targets: Any, propagate: Any) ->
     hidden = streams[propagate]
     expected = prune_layers(behind, gram(behind, hidden), Wanda(), 0.5)
     np.testing.assert_array_equal(second.params["kernel"], expected["kernel"])
-    target = linear(behind, hidden if propagate == "dense" else streams[targets])
+    target = linear(behind, hidden if propagate == "dense" else streams[target_inputs])
     loss = jnp.mean((linear(expected, hidden) - target) ** 2)
     assert second.loss == pytest.approx(float(loss), rel=1e-5)
     assert second.relative_error == pytest.approx(float(loss / jnp.mean(target**2)), rel=1e-5)
@@ -267,6 +274,45 @@ def test_equal_modules_are_one_function() -> None:
     assert layers[0].apply_fn == layers[1].apply_fn
     assert hash(layers[0].grams) == hash(layers[1].grams)
     assert nnx_block(nnx.Linear(8, 4, rngs=nnx.Rngs(0))).apply_fn != layers[0].apply_fn
+
+
+def test_methods_go_by_name() -> None:
+    named = prune_blocks(chain(), inputs(), "wanda", 0.5)
+    for block in named:  # compared within each output, as published
+        assert (block.params["kernel"] == 0).sum(axis=0).tolist() == [4] * 8
+    given = prune_blocks(chain(), inputs(), Magnitude(), 0.5)
+    for a, b in zip(prune_blocks(chain(), inputs(), "magnitude", 0.5), given, strict=True):
+        np.testing.assert_array_equal(a.params["kernel"], b.params["kernel"])
+    settings = BlockSettings(propagate="dense", seed=7)
+    recipe = Reconstruction(learning_rate=1e-2, epochs=1, batch_size=4)
+    by_object = prune_blocks(chain(), inputs(), recipe, 0.5, settings=settings)
+    by_name = prune_blocks(chain(), inputs(), recipe, 0.5, propagate="dense", seed=7)
+    for a, b in zip(by_object, by_name, strict=True):
+        np.testing.assert_array_equal(a.params["kernel"], b.params["kernel"])
+
+
+@dataclass(frozen=True)
+class Needing(LayerSolver):
+    """Prunes by magnitude and keeps the statistics that it is given."""
+
+    needs: Any
+    seen: Any = field(default_factory=list)
+
+    def __call__(
+        self, weight: Any, statistics: Any, sparsity: Any, /, *, layout: Any = None
+    ) -> Any:
+        self.seen.append(statistics)
+        return safe_core.project(weight, sparsity, layout=layout)
+
+
+def test_a_solver_gets_the_statistics_that_it_needs() -> None:
+    solvers = {needs: Needing(needs) for needs in ("nothing", "squares", "gram")}
+    for solver in solvers.values():
+        prune_blocks(chain(1), inputs(), solver, 0.5)
+    rows = inputs().reshape(-1, 8)
+    assert solvers["nothing"].seen == [None]
+    np.testing.assert_allclose(solvers["gram"].seen[0], rows.T @ rows, rtol=1e-5)
+    np.testing.assert_array_equal(solvers["squares"].seen[0], jnp.diagonal(solvers["gram"].seen[0]))
 
 
 def test_the_first_block_is_reconstructed_as_alone() -> None:
@@ -311,11 +357,18 @@ def test_a_layer_that_was_never_active_is_pruned_by_magnitude() -> None:
     [
         ({"blocks": [(linear, {}, gram, 1)]}, TypeError, "blocks must be pairs of apply_fn"),
         ({"blocks": [(3, {}, gram)]}, TypeError, "apply_fn must be a function.* in block 0"),
-        ({"blocks": [chain()[0][:2]]}, ValueError, "grams must be given .* None in block 0"),
+        (
+            {"blocks": [chain()[0][:2]], "solver": Wanda()},
+            ValueError,
+            "grams must be given .* None in block 0",
+        ),
         ({"blocks": [(lambda p, x: x.sum(), {}, gram)]}, ValueError, "apply_fn must return an"),
-        ({"solver": 3}, TypeError, "solver must be a Reconstruction or a function"),
-        ({"solver": Wanda}, TypeError, "solver must be a Reconstruction .* got <class"),
-        ({"targets": "sparse"}, ValueError, "targets must be one of"),
+        ({"solver": 3}, TypeError, r"solver must be a name, a solver .* or a function .* got 3"),
+        ({"solver": LayerSolver}, TypeError, "solver must be an instance of LayerSolver"),
+        ({"solver": "obd"}, ValueError, "solver must be one of 'alps', .* got 'obd'"),
+        ({"solver": Solver()}, TypeError, "solver must be a Reconstruction or prune layers"),
+        ({"device": "cpu"}, TypeError, "settings must be batch_size, .* got 'device'"),
+        ({"target_inputs": "sparse"}, ValueError, "target_inputs must be one of"),
         ({"propagate": None}, ValueError, "propagate must be one of"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"seed": -1}, ValueError, "seed"),
@@ -325,7 +378,7 @@ def test_a_layer_that_was_never_active_is_pruned_by_magnitude() -> None:
                 "solver": Reconstruction(epochs=1),
             },
             ValueError,
-            "inputs must lead to finite activations, got others behind block 0",
+            "inputs must lead to finite activations, got others after block 0",
         ),
         ({"sparsity": safe_core.Unstructured(0.5)}, ValueError, "sparsity must not compare"),
     ],

@@ -30,11 +30,22 @@ from safe_core import (
     project,
     safe,
     schedules,
+    solvers,
 )
 from safe_core.adapters.optax import sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import ALPS, Gram, Magnitude, SparseGPT, Wanda, reconstruction_error
+from safe_core.solvers import (
+    ALPS,
+    Gram,
+    Magnitude,
+    SparseGPT,
+    Wanda,
+    as_solver,
+    named_solver,
+    named_solvers,
+    reconstruction_error,
+)
 
 FLAX = Layout(input_axes=(0,), output_axes=(1,))
 SOLVERS = {
@@ -570,7 +581,7 @@ def test_the_error_is_that_of_the_outputs(xp: Backend) -> None:
     ("change", "message"),
     [
         (lambda h: h[:4, :4], r"gram must have shape \(inputs, inputs\) = \(8, 8\).*got.*\(4, 4\)"),
-        (lambda h: h[0], "gram must have shape"),
+        (lambda h: h[0, :4], "gram must have shape"),
         (lambda h: np.where(np.eye(8) == 1, np.nan, h), "gram must be finite, got nan"),
         (lambda h: h - 2 * np.diag(np.diag(h)), "gram must have no negative diagonal entry, got -"),
         (lambda h: 0 * h, "gram must have a positive diagonal entry.*got 0.0"),
@@ -584,6 +595,61 @@ def test_what_is_no_gram_matrix_is_refused(name: str, change: Any, message: str)
     for backend in (Backend.NUMPY, Backend.STRICT, Backend.TORCH, Backend.JAX):
         with pytest.raises(ValueError, match=message):
             backend.run(pruner(SOLVERS[name], 0.5), w, change(h))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d[:4],
+            r"gram must have shape \(inputs,\) = \(8,\) or be a Gram matrix.* \(4,\)",
+        ),
+        (lambda d: np.where(np.arange(8) == 1, np.nan, d), "gram must be finite, got nan"),
+        (lambda d: 0 * d, "gram must have a positive entry.*got 0.0"),
+        (lambda d: -d, "gram must have no negative entry, got -"),
+    ],
+    ids=["short", "nan", "zero", "negative"],
+)
+def test_wanda_takes_the_diagonal_alone(change: Any, message: str) -> None:
+    w, h = layer(4, 8)
+    for backend in (Backend.NUMPY, Backend.STRICT, Backend.TORCH, Backend.JAX):
+        values, support = backend.run(pruner(Wanda(), 0.5), w, np.diag(h).copy())
+        wanted = backend.run(pruner(Wanda(), 0.5), w, h)
+        np.testing.assert_array_equal(values, wanted[0])
+        np.testing.assert_array_equal(support, wanted[1])
+        with pytest.raises(ValueError, match=message):
+            backend.run(pruner(Wanda(), 0.5), w, change(np.diag(h).copy()))
+
+
+def test_solvers_are_known_by_their_names() -> None:
+    wanted = ["alps", "magnitude", "safe", "safe+", "sparsegpt", "wanda"]
+    assert list(named_solvers()) == wanted
+    assert [named_solver(name).name for name in wanted] == wanted
+    assert as_solver("wanda") == as_solver(Wanda) == Wanda()
+
+
+def test_an_exported_solver_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(Wanda):
+        name = "mine"
+
+    monkeypatch.setattr(solvers, "Mine", Mine, raising=False)
+    monkeypatch.setattr(solvers, "__all__", [*solvers.__all__, "Mine"])
+    assert named_solver("mine") == Mine()
+    assert "mine" in named_solvers()
+
+
+def test_the_settings_of_training_are_those_of_solvers_that_train() -> None:
+    recipe = named_solver("safe+").configured(batch_size=3, penalty=0.1, epochs=None, rho=1e-3)
+    assert recipe == Reconstruction(batch_size=3, importance="wanda", penalty=0.1, rho=1e-3)
+    method = recipe.bound(Unstructured(0.5, scope="tensor"))
+    plain = safe(Unstructured(0.5, scope="tensor"), rho=1e-3, penalty=0.1)
+    assert method == plain
+    with pytest.raises(ValueError, match="rho must be left out for alps, which does not train"):
+        named_solver("alps").configured(batch_size=3, rho=1e-3)
+    with pytest.raises(ValueError, match=r"rho must be None if a method is given.* got 0\.1"):
+        Reconstruction(admm(0.5), rho=0.1)
+    with pytest.raises(ValueError, match="dual_update_interval must be at least 1"):
+        Reconstruction(dual_update_interval=0)
 
 
 def test_a_gram_matrix_of_rounded_sums_is_taken() -> None:
@@ -628,8 +694,7 @@ def test_sparsities_that_do_not_fit_are_refused(solver: Any) -> None:
 def test_sparsegpt_names_the_patterns_it_is_defined_for(pattern: Any) -> None:
     w, h = layer(4, 8)
     with pytest.raises(
-        TypeError,
-        match=r"sparsity must be Unstructured, NM or another .* for SparseGPT, which decides",
+        TypeError, match=r"sparsity must be .* single entries for SparseGPT.* got (Block|Channel)"
     ):
         SparseGPT()(w, h, pattern)
 

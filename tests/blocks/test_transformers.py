@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,28 @@ import transformers
 from torch import Tensor, nn
 
 import safe_core
-from safe_core import Layout, Unstructured
+from safe_core import Block, Layout, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.blocks import run as block_run
 from safe_core.adapters.torch.blocks.activations import Activations
+from safe_core.adapters.torch.blocks.fingerprints import identity
 from safe_core.adapters.torch.blocks.memory import forward_backward_bytes
-from safe_core.adapters.torch.blocks.methods import as_solver
-from safe_core.adapters.torch.blocks.resume import identity
+from safe_core.adapters.torch.blocks.solver import (
+    BlockProblem,
+    BlockSolver,
+    LayerByLayer,
+    as_block_solver,
+)
 from safe_core.adapters.transformers import (
     Progress,
+    PruningSettings,
     SafeReconstruction,
     calibration_batches,
     plan_pruning,
     prune_blocks,
 )
 from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import ALPS, SparseGPT, Wanda
+from safe_core.solvers import ALPS, LayerSolver, SparseGPT, Wanda
 
 VOCABULARY, WIDTH, LENGTH = 61, 16, 16
 TEXT = {
@@ -238,14 +244,14 @@ def test_a_block_sees_what_the_blocks_before_it_return(propagate: str) -> None:
     torch.testing.assert_close(solver.grams[7], wanted, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
-def test_the_error_is_against_the_targets(targets: str) -> None:
+@pytest.mark.parametrize("target_inputs", ["pruned", "dense"])
+def test_the_error_is_against_the_targets(target_inputs: str) -> None:
     dense, inputs = model_of("llama"), inputs_of("llama")
     model = model_of("llama")
-    report = prune_blocks(model, inputs, wanda, 0.5, targets=targets)
+    report = prune_blocks(model, inputs, wanda, 0.5, target_inputs=target_inputs)
     with torch.no_grad():
         hidden = dense(inputs, output_hidden_states=True).hidden_states[1]
-        if targets == "pruned":
+        if target_inputs == "pruned":
             dense.model.layers[0].load_state_dict(model.model.layers[0].state_dict())
         found = {}
         for name, which in (("dense", dense), ("pruned", model)):
@@ -654,7 +660,7 @@ def wide_llama() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("how", "targets"),
+    ("how", "target_inputs"),
     [
         ("safe+", "pruned"),
         ("safe+", "dense"),
@@ -664,7 +670,7 @@ def wide_llama() -> Any:
         ("alps", "pruned"),
     ],
 )
-def test_memory_is_predicted(how: str, targets: str) -> None:
+def test_memory_is_predicted(how: str, target_inputs: str) -> None:
     model, ids = wide_llama(), torch.randint(3, VOCABULARY, (16, 64))
     solvers = {
         "safe+": SafeReconstruction(importance="wanda", epochs=1),
@@ -672,7 +678,8 @@ def test_memory_is_predicted(how: str, targets: str) -> None:
         "sparsegpt": SparseGPT(),
         "alps": ALPS(iterations=6),
     }
-    report = prune_blocks(model, ids, solvers[how], 0.5, targets=targets, measure_memory=True)
+    rules = {"target_inputs": target_inputs, "measure_memory": True}
+    report = prune_blocks(model, ids, solvers[how], 0.5, **rules)
     assert report.peak == pytest.approx(report.predicted.device, rel=0.2)
     assert report.predicted.device > 5 * 16 * 64 * 128 * 4  # it is not of activations alone
 
@@ -742,7 +749,6 @@ import torch
 from torch import nn, Tensor
 import safe_core
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
-from safe_core.adapters.torch.blocks import resume
 
 {chain}
 data = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
@@ -784,10 +790,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> Non
     assert_equal(whole, resumed)
 
 
-@pytest.mark.parametrize("targets", ["pruned", "dense"])
+@pytest.mark.parametrize("target_inputs", ["pruned", "dense"])
 @pytest.mark.parametrize("propagate", ["pruned", "dense"])
-def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path) -> None:
-    rules: Any = {"targets": targets, "propagate": propagate}
+def test_an_interrupted_run_goes_on(target_inputs: str, propagate: str, tmp_path: Path) -> None:
+    rules: Any = {"target_inputs": target_inputs, "propagate": propagate}
     whole, model = model_of("llama"), model_of("llama")
     report = prune_blocks(whole, inputs_of("llama"), SHORT, 0.5, **rules)
 
@@ -806,7 +812,7 @@ def test_an_interrupted_run_goes_on(targets: str, propagate: str, tmp_path: Path
     again = prune_blocks(dense, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
     assert_equal(whole, dense)
     assert again.blocks[0]._replace(seconds=0.0) == report.blocks[0]._replace(seconds=0.0)
-    if rules == {"targets": "pruned", "propagate": "pruned"}:
+    if rules == {"target_inputs": "pruned", "propagate": "pruned"}:
         prune_blocks(model, inputs_of("llama"), SHORT, 0.5, **rules, work_dir=tmp_path)
         assert_equal(whole, model)  # of which one block was pruned before
 
@@ -859,9 +865,7 @@ def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
         return safe_core.project(weight * top, sparsity, layout=layout)
 
     prune_blocks(Chain(), DATA, functools.partial(share, top=2), 0.5, work_dir=tmp_path)
-    with pytest.raises(
-        ValueError, match=r"begun with solver=.*\(fn=partial\(.*share, top=2\)\), got"
-    ):
+    with pytest.raises(ValueError, match=r"begun with solver=partial\(.*share, top=2\), got"):
         prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
     for unknown in (lambda w, g, s, layout: None, Watched()):
         with pytest.raises(ValueError, match=r"solver must be of functions .*, got .*(<lam|Wat)"):
@@ -1033,14 +1037,22 @@ def test_models_that_are_no_chain_of_blocks_are_refused() -> None:
     ("change", "message"),
     [
         ({"sparsity": Unstructured(0.5)}, "sparsity must not compare entries of different"),
-        ({"solver": "obd"}, r"solver must be one of 'safe\+', .* if a name, got 'obd'"),
-        ({"solver": Wanda}, r"solver must be an instance, Wanda\(\), got the class Wanda"),
-        ({"solver": 3}, "solver must be a SafeReconstruction, a function .*, or one of .*, got 3"),
+        ({"solver": "obd"}, r"solver must be one of 'alps', .* if a name, got 'obd'"),
+        ({"solver": LayerByLayer}, "solver must be an instance of LayerByLayer, which cannot be"),
+        (
+            {"solver": 3},
+            r"solver must be a name, a solver such as ALPS\(\), or a function .* got 3",
+        ),
+        (
+            {"sparsity": Block((3, 2), 0.5)},
+            r"output axis of blocks\.0\.weight has 8 entries, which 3",
+        ),
         ({"sparsity": "2:3"}, r"groups of 3, got 8 of blocks\.0\.weight: NM\(n=2, m=3,"),
         ({"offload": None}, "offload must be one of 'cpu', 'disk', 'none', got None"),
         ({"batches": []}, "batches must hold at least one sample"),
         ({"batches": [1.0]}, "batches must be tensors or mappings"),
-        ({"targets": "both"}, "targets must be one of"),
+        ({"target_inputs": "both"}, "target_inputs must be one of"),
+        ({"targets": "dense"}, "settings must be batch_size, .*, got 'targets'"),
         ({"offload": "disk"}, "work_dir must name a folder"),
         ({"where": lambda name, p: False}, "blocks must hold weights to prune"),
         ({"solver": lambda w, g, s, layout: (w, w > w)}, r"for blocks\.0\.weight .* zero off the"),
@@ -1062,8 +1074,89 @@ def test_methods_go_by_name() -> None:
     prune_blocks(named, DATA, "wanda", 0.75)
     assert [(b.weight == 0).sum(dim=1).tolist() for b in named.blocks] == [[6] * 8] * 4
     recipe = Reconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
-    assert as_solver(recipe) == SHORT
-    assert as_solver("safe+") == SafeReconstruction(importance="wanda")
+    assert as_block_solver(recipe) == SHORT
+    assert as_block_solver("safe+") == SafeReconstruction(importance="wanda")
+    by_class = Chain()
+    prune_blocks(by_class, DATA, SparseGPT, 0.5)
+    prune_blocks(given := Chain(), DATA, SparseGPT(), 0.5)
+    assert_equal(by_class, given)
+
+
+@dataclass(frozen=True)
+class Needing(LayerSolver):
+    """Prunes by magnitude and keeps the statistics that it is given."""
+
+    needs: Any = "gram"
+    seen: Any = field(default_factory=list)
+
+    def __call__(
+        self, weight: Any, statistics: Any, sparsity: Any, /, *, layout: Layout | None = None
+    ) -> Any:
+        self.seen.append(statistics)
+        return safe_core.project(weight, sparsity, layout=layout)
+
+
+def test_a_solver_gets_the_statistics_that_it_needs() -> None:
+    solvers = {needs: Needing(needs) for needs in ("nothing", "squares", "gram")}
+    reports = {needs: prune_blocks(Chain(), DATA, how, 0.5) for needs, how in solvers.items()}
+    gram = solvers["gram"].seen[0]
+    assert solvers["nothing"].seen == [None] * 4
+    torch.testing.assert_close(gram, DATA.T @ DATA)
+    torch.testing.assert_close(solvers["squares"].seen[0], gram.diagonal())
+    assert [b.weights for b in reports["nothing"].blocks] == [
+        b.weights for b in reports["gram"].blocks
+    ]  # with the number of inputs
+    memory = [reports[needs].predicted.device for needs in ("nothing", "squares", "gram")]
+    assert memory == sorted(memory)
+
+
+def test_alps_needs_more_memory_than_other_solvers() -> None:
+    shape, plain = (8, 16), Needing("squares").memory(8, 16)
+    assert SparseGPT().memory(*shape) - plain == 3 * 4 * 16**2
+    assert ALPS().memory(*shape) - plain == 7 * 4 * 16**2
+    assert ALPS().memory(*shape, 8) == 2 * ALPS().memory(*shape) - 8 * 16
+
+
+class Halved(BlockSolver):
+    """A block solver of one's own: it keeps the upper half of each weight."""
+
+    name, watches, epochs = "halved", "nothing", 2
+
+    def prune(self, problem: BlockProblem) -> Any:
+        block = problem.in_dtype(torch.float64)
+        batches, steps = problem.batches(5, torch.float64)
+        for k in range(self.epochs):
+            losses = [(run(block) - target).square().mean() for run, target in batches(k)]
+            assert len(losses) == steps == 3
+            problem.report(k, float(sum(losses).detach()))
+        params = dict(block.named_parameters())
+        supports = {
+            key: (torch.arange(len(params[key])) < 4)[:, None].expand(params[key].shape)
+            for key in problem.statistics
+        }
+        return {key: params[key] * mask for key, mask in supports.items()}, supports
+
+    def memory(self, size: Any, work: Any) -> int:
+        return size.stored + work(5)
+
+
+def test_a_block_solver_of_ones_own_prunes_blocks() -> None:
+    model, losses = Chain(), []
+    report = prune_blocks(model, DATA, Halved, 0.5, progress=losses.append)
+    for block, dense in zip(model.blocks, Chain().blocks, strict=True):
+        assert torch.equal(block.weight[:4], dense.weight[:4])
+        assert not block.weight[4:].any()
+    assert report.sparsity == 0.5
+    assert [(p.epoch, p.epochs) for p in losses[:3]] == [(0, 2), (1, 2), (None, 2)]
+    assert losses[0].loss < 1e-10  # the dense block reproduces its targets
+
+
+def test_settings_may_be_one_object() -> None:
+    by_name, by_object = Chain(), Chain()
+    settings = PruningSettings(propagate="dense", batch_size=3, seed=5)
+    prune_blocks(by_name, DATA, SHORT, 0.5, propagate="dense", batch_size=3, seed=4)
+    prune_blocks(by_object, DATA, SHORT, 0.5, settings=settings, seed=4)
+    assert_equal(by_name, by_object)
 
 
 def test_tokens_of_another_model_are_refused() -> None:
@@ -1081,7 +1174,7 @@ def test_models_and_devices_that_are_not_there_are_refused(monkeypatch: Any) -> 
     with pytest.raises(ValueError, match="model must be loaded, got parameters on the meta"):
         prune_blocks(Chain().to("meta"), DATA, wanda, 0.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device must be there, got 'cuda' and no GPU"):
+    with pytest.raises(ValueError, match="device must be available, got 'cuda' and no GPU"):
         prune_blocks(Chain(), DATA, wanda, 0.5, device="cuda")
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tracemalloc
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from safe_core import Unstructured
-from safe_core.adapters.torch.blocks.methods import SOLVERS
-from safe_core.adapters.transformers import SafeReconstruction, calibration_batches
+from safe_core.adapters.transformers import PruningSettings, calibration_batches
 from safe_core.command_line.app import app
 from safe_core.command_line.checkpoint_files import read_tensors
 from safe_core.command_line.inspection import inspect_checkpoint
 from safe_core.command_line.model_folder import chosen_device
 from safe_core.command_line.perplexity import perplexity
 from safe_core.command_line.pruning import PruningJob
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import named_solvers
 
 ROOT = Path(__file__).parents[2]
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
@@ -411,7 +413,7 @@ def test_prune_saves_a_sparse_model(
     card = (out / "README.md").read_text()
     for part in (
         hashlib.sha256(TEXT.encode()).hexdigest(), "4 windows of 32 tokens",
-        transformers.__version__, torch.__version__, *CARDS[method],
+        version("transformers"), version("torch"), *CARDS[method],
     ):  # fmt: skip
         assert part in card
     settings = card.partition("## Calibration")[0]
@@ -424,23 +426,24 @@ def test_prune_saves_a_sparse_model(
 
 
 SAFE = [
-    "(rho) | 0.0002 |", "(lambda) | 0.001 |", "(K) | 32 |", "| epochs | 1 |", "rate rises | 0 |",
-    "| highest learning rate | 0.0002 |", "| optimizer | Adam, betas 0.9 and 0.95 |",
-    "| batch | 8 samples |", "| inputs of a block | what the pruned blocks before it return |",
-    "| targets of a block | what a block returns, when dense, for what the pruned",
+    "(rho) | 0.0002 |", "| constraint | ADMM |", "(lambda) | 0.001 |", "(K) | 32 |",
+    "| epochs | 1 |", "up epochs | 0 |",
+    "| peak learning rate | 0.0002 |", "| optimizer | Adam, betas 0.9 and 0.95 |",
+    "| batch | 8 samples |", "| inputs of a block | outputs of the pruned blocks before it |",
+    "| targets of a block | its dense outputs for the outputs of the pruned blocks before it |",
 ]  # fmt: skip
 CARDS = {
     "safe+": [
         *SAFE,
-        "| safe+: SAFE",
-        "| 2:4, of every 4 inputs",
+        "| method | safe+ |",
+        "| requested sparsity | 2:4 |",
         "| magnitude times norm of input |",
     ],
-    "safe": [*SAFE, "| safe: SAFE", "| 29% of each weight |", "| magnitude |"],
-    "wanda": ["| wanda: Wanda, layer by layer |", "| 50% of each output of each weight |"],
-    "magnitude": ["| magnitude: Magnitude, layer by layer |", "| 4:8, of every 8 inputs"],
-    "sparsegpt": ["| sparsegpt: SparseGPT, layer", "| block size | 128 |", "| damping | 0.01 |"],
-    "alps": ["| alps: ALPS, layer by layer |", "| iterations | 300 |", "| seed | 0 |"],
+    "safe": [*SAFE, "| method | safe |", "| 0.29, scope tensor |", "| magnitude |"],
+    "wanda": ["| method | wanda |", "| solver | Wanda |", "| 0.5, scope row |"],
+    "magnitude": ["| solver | Magnitude |", "| requested sparsity | 4:8 |"],
+    "sparsegpt": ["| solver | SparseGPT |", "| block size | 128 |", "| damping | 0.01 |"],
+    "alps": ["| solver | ALPS |", "| iterations | 300 |", "| seed | 0 |"],
 }
 
 
@@ -515,23 +518,87 @@ def test_settings_reach_the_pruning(
     message = refused(
         "prune", folder, "--calibration", text, "--calibration", other, "--out", tmp_path / "out",
         *SHORT, "--sparsity", "0.25", "--scope", "row", "--seed", 7, "--epochs", 9, "--batch-size",
-        3, "--learning-rate", 0.5, "--targets", "dense", "--offload", "none", "--work-dir",
-        tmp_path / "work", "--device", "cpu",
+        3, "--learning-rate", 0.5, "--target-inputs", "dense", "--propagate", "dense",
+        "--offload", "none", "--work-dir", tmp_path / "work", "--device", "cpu", "--blocks",
+        "model.layers", "--only", r"layers\.1\..*up", "--rho", 0.01, "--penalty", 0.1,
+        "--dual-update-interval", 5,
     )  # fmt: skip
     assert message == "safe-core: stop\n"
     batches = seen.pop("batches")
     wanted = calibration_batches(byte_tokenizer(), [TEXT, TEXT[::-1]], samples=4, length=32, seed=7)
     assert torch.equal(batches, wanted)
+    where = seen["settings"].where
+    assert where("model.layers.1.mlp.up_proj.weight", None)
+    assert not where("model.layers.0.mlp.up_proj.weight", None)
     assert seen == {
-        "solver": SafeReconstruction(importance="wanda", epochs=9, batch_size=3, learning_rate=0.5),
+        "solver": Reconstruction(
+            importance="wanda", epochs=9, batch_size=3, learning_rate=0.5, rho=0.01, penalty=0.1,
+            dual_update_interval=5,
+        ),
         "sparsity": Unstructured(0.25, scope="row"),
-        "targets": "dense",
-        "batch_size": 3,
-        "device": torch.device("cpu"),
-        "offload": "none",
-        "work_dir": tmp_path / "work",
-        "seed": 7,
-    }
+        "settings": PruningSettings(
+            target_inputs="dense",
+            propagate="dense",
+            batch_size=3,
+            seed=7,
+            blocks="model.layers",
+            where=where,
+            device=torch.device("cpu"),
+            offload="none",
+            work_dir=tmp_path / "work",
+        ),
+    }  # fmt: skip
+
+
+OWN_SOLVER = """
+from dataclasses import dataclass
+import safe_core
+from safe_core.solvers import LayerSolver
+
+@dataclass(frozen=True)
+class Own(LayerSolver):
+    name, needs, default_scope = "own", "nothing", "row"
+    power: float = 2.0
+
+    def __call__(self, weight, statistics, sparsity, /, *, layout=None):
+        assert statistics is None
+        return safe_core.project(weight, sparsity, layout=layout)
+
+def function(weight, gram, sparsity, *, layout):
+    return safe_core.project(weight, sparsity, importance=gram.diagonal(), layout=layout)
+
+constant = 3
+"""
+
+
+def test_a_solver_of_ones_own_prunes(folder: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN_SOLVER)
+    prune = ["prune", folder, "--calibration", text, *SHORT, "--sparsity", "0.5", "--only", "mlp"]
+    for name, settings in (("Own", ["| power | 2.0 |"]), ("function", [])):
+        out = tmp_path / name
+        result = run(*prune, "--out", out, "--method", f"{file}:{name}")
+        assert result.exit_code == 0, result.output
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        for key, p in model.named_parameters():
+            if "mlp" not in key:
+                assert bool((p != 0).all())
+            else:
+                assert int((p == 0).sum()) == p.numel() // 2
+                assert name != "Own" or set((p == 0).sum(dim=1).tolist()) == {p.shape[1] // 2}
+        card = (out / "README.md").read_text()
+        for part in (f"own.py:{name} |", f"| solver | {name} |", "matches `mlp` |", *settings):
+            assert part in card
+    prune += ["--out", tmp_path / "out", "--method"]
+    assert "method must name an object of" in refused(*prune, f"{file}:Missing")
+    assert "solver must be a name, a solver such as" in refused(*prune, f"{file}:constant")
+    assert "method must name a file or a module that can be run" in refused(
+        *prune, tmp_path / "no.py:Own"
+    )
+    file.write_text("import nothing_of_this_name")
+    assert "ModuleNotFoundError" in refused(*prune, f"{file}:Own")
+    assert "method must name a file or a module that can be run" in refused(*prune, "no_module:Own")
+    assert "only must be a regular expression" in refused(*prune, "wanda", "--only", "(")
 
 
 def test_prune_refuses_before_it_begins(
@@ -545,7 +612,8 @@ def test_prune_refuses_before_it_begins(
     for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400"):
         assert "fraction in [0, 1) such as 0.5, or N:M" in message("--sparsity", wrong)
     unknown = message("--method", "obd")
-    assert all(name in unknown for name in SOLVERS)
+    assert all(name in unknown for name in named_solvers())
+    assert "file.py:SOLVER" in unknown
     assert "epochs must be left out" in message("--method", "wanda", "--epochs", 3)
     assert "scope must be left out" in message("--sparsity", "2:4", "--scope", "row")
     assert "epochs must be at least 1" in message("--epochs", 0)
@@ -559,7 +627,7 @@ def test_prune_refuses_before_it_begins(
     assert f"{named} 'cuda:99': " in message("--device", "cuda:99")
     again = text.parent / ".." / text.parent.name / text.name
     assert f"name each file once, got {text} 2 times" in message("--calibration", again)
-    assert "length must be at least 2 tokens, for" in message("--length", 1)
+    assert "length must be at least 2 tokens, so that" in message("--length", 1)
     for inside in (folder, folder / "sparse", folder / ".." / folder.name):
         found = refused("prune", folder, "--calibration", text, "--out", inside, *SHORT)
         assert f"outside of the model's folder, such as {folder}-sparse, got {inside}" in found

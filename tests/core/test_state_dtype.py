@@ -48,7 +48,7 @@ def rounded(x: np.ndarray, step: int) -> np.ndarray:
 
 
 def round_all(arrays: list[Any], step: Any) -> list[Any]:
-    return backend_of(arrays[0]).stochastic_bfloat16(arrays, step)
+    return backend_of(arrays[0]).stochastic_bfloat16(arrays, step=step)
 
 
 @narrow

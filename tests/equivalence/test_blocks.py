@@ -118,7 +118,7 @@ def test_frameworks_agree(solver: Any, sparsity: Any) -> None:
         solvers = [
             kind(importance=importance, **RECIPE) for kind in (SafeReconstruction, Reconstruction)
         ]
-    rules: Any = {"targets": "dense", "batch_size": 4, "seed": 3}
+    rules: Any = {"target_inputs": "dense", "batch_size": 4, "seed": 3}
     wanted = prune_torch(model, torch.tensor(inputs, device=DEVICE), solvers[0], sparsity, **rules)
     blocks = [linen_block(JaxBlock(), {"params": for_linen(params)}) for params in dense]
     got = prune_jax(blocks, jnp.asarray(inputs), solvers[1], sparsity, **rules)

@@ -756,14 +756,16 @@ def _add_blocks(add: Callable[..., None]) -> None:
     for solver in ("own_safe+", "alps", "sparsegpt", "wanda", "magnitude"):
         add(f"torch_blocks/{solver}/2:4", torch_blocks, solver, "2:4")
     for solver in ("own_safe", "alps"):
-        options = {"targets": "dense", "seed": 3}
+        options = {"target_inputs": "dense", "seed": 3}
         add(f"torch_blocks_dense_targets/{solver}/half", torch_blocks, solver, 0.5, **options)
         options = {"propagate": "dense", "dtype": torch.bfloat16}
         add(f"torch_blocks_bfloat16/{solver}/half", torch_blocks, solver, 0.5, **options)
     for solver in jax_solvers():
         add(f"jax_blocks/{solver}/half", jax_blocks, solver, 0.5)
     add("jax_blocks/wanda/2:4", jax_blocks, "wanda", "2:4")
-    add("jax_blocks_dense_targets/safe/half", jax_blocks, "safe", 0.5, targets="dense", seed=3)
+    add(
+        "jax_blocks_dense_targets/safe/half", jax_blocks, "safe", 0.5, target_inputs="dense", seed=3
+    )
     add("jax_one_block/2:4", jax_one_block, "2:4")
 
 

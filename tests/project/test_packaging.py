@@ -18,7 +18,11 @@ def test_constraints_pin_packages_only():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
 
 
-def test_wheel_holds_one_package_with_all_modules(tmp_path):
+def test_wheel_holds_one_package_with_all_modules(tmp_path, monkeypatch):
+    # Other checks build the package at the same time, so this build has a folder of its own.
+    settings = tmp_path / "setup.cfg"
+    settings.write_text(f"[build]\nbuild_base = {tmp_path}\n[egg_info]\negg_base = {tmp_path}\n")
+    monkeypatch.setenv("DIST_EXTRA_CONFIG", str(settings))
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, ROOT]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

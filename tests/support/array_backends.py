@@ -1,4 +1,4 @@
-"""The array libraries that every test of the method runs over, and the settings of Hypothesis."""
+"""The array libraries that tests run on, and the settings of Hypothesis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safe_core import project
 
 hypothesis.settings.register_profile(
     "safe_core",
-    deadline=None,  # the first example of a shape compiles
+    deadline=None,  # the first example of each shape compiles a program
     derandomize=True,
     max_examples=8,
     print_blob=True,
@@ -31,9 +31,9 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Backend(enum.Enum):
-    """An array library in one of the states in which its users meet the method.
+    """An array library, in one of the modes in which it is used.
 
-    All are required: where one is not installed, importing this file fails.
+    All libraries are required: importing this file fails if one is not installed.
     """
 
     NUMPY = "numpy"
@@ -45,12 +45,12 @@ class Backend(enum.Enum):
 
     @property
     def traces(self) -> bool:
-        """Whether values are unknown while the method runs."""
+        """Whether the library traces a function, so that its values are unknown."""
         return self is Backend.JAX_JIT
 
     @property
     def dtypes(self) -> list[np.dtype]:
-        """The real floating dtypes of the library."""
+        """The real floating-point dtypes of the library."""
         names = {
             Backend.NUMPY: ["float16", "float32", "float64"],
             Backend.READ_ONLY: ["float16", "float32", "float64"],
@@ -59,7 +59,7 @@ class Backend(enum.Enum):
         return [np.dtype(name) for name in names]
 
     def asarray(self, array: np.ndarray) -> Any:
-        """A copy of a NumPy array in this library, bit for bit."""
+        """Return an exact copy of a NumPy array in this library."""
         array = np.array(array)
         if self is Backend.NUMPY:
             return array
@@ -75,7 +75,7 @@ class Backend(enum.Enum):
         return jnp.asarray(array)
 
     def to_numpy(self, x: Any) -> np.ndarray:
-        """The NumPy array of the same bits."""
+        """Return the NumPy array with the same bits."""
         if isinstance(x, torch.Tensor):
             x = x.detach()
             if x.dtype == torch.bfloat16:
@@ -84,14 +84,14 @@ class Backend(enum.Enum):
         return np.asarray(x)
 
     def call(self, fn: Callable[..., Any], *arguments: Any) -> Any:
-        """``fn(*arguments)``, as one compiled program where this is JAX under jit.
+        """Return ``fn(*arguments)``; JAX under jit compiles it as one program.
 
-        Programs are kept by ``fn``: hand in the same function to compile once per shape.
+        Programs are cached by ``fn``: pass the same function to compile once per shape.
         """
         return _compiled(fn)(*arguments) if self is Backend.JAX_JIT else fn(*arguments)
 
     def run(self, fn: Callable[..., Any], *arguments: Any) -> Any:
-        """`call` on nested NumPy arrays, which come back as nested NumPy arrays."""
+        """Call ``fn`` like `call`, but take and return nested NumPy arrays."""
 
         def convert(x: Any) -> Any:
             return self.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
@@ -101,7 +101,7 @@ class Backend(enum.Enum):
 
 
 def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply ``fn`` to the leaves, in the order of a mapping (`jax.tree.map` would sort it)."""
+    """Apply ``fn`` to all leaves; keep the order of mappings, which `jax.tree.map` would sort."""
     if tree is None:
         return None
     if isinstance(tree, dict):
@@ -119,13 +119,13 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session", params=list(Backend), ids=lambda backend: backend.value)
 def xp(request: pytest.FixtureRequest) -> Backend:
-    """Every backend in turn."""
+    """Run the test once on every backend."""
     return request.param
 
 
 @functools.cache
 def projector(pattern: Any, layouts: Any = None) -> Callable[..., Any]:
-    """`project` to a fixed pattern: the same function for the same pattern."""
+    """Return `project` with a fixed pattern; equal patterns give the same function."""
 
     def run(arrays: Any, importance: Any = None) -> Any:
         return project(arrays, pattern, importance, layouts)
@@ -134,12 +134,12 @@ def projector(pattern: Any, layouts: Any = None) -> Callable[..., Any]:
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """The bit patterns of an array, as integers."""
+    """Return the bits of an array as integers."""
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").reshape(x.shape)
 
 
 def assert_same(got: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> None:
-    """Lists of arrays agree in dtype, shape and every bit."""
+    """Assert that arrays agree in dtype, shape and every bit."""
     for a, b in zip(got, wanted, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_array_equal(bits(a), bits(b))

@@ -1,4 +1,4 @@
-"""A linear regression, and the whole method on it written out in plain NumPy."""
+"""A linear regression problem, and a NumPy implementation of the whole method for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS, RATE, MOMENTUM = 12, 0.1, 0.9
 
 
 class Point(NamedTuple):
-    """Parameters and both ADMM variables after a step; z is the last projection without them."""
+    """Parameters and ADMM variables after a step; without ADMM, z is the last projection."""
 
     weight: np.ndarray  # (output, input)
     bias: np.ndarray
@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """``f(W, b) = |X W^T + b - Y|^2 / (2 n)`` with a starting point, in float64."""
+    """The problem ``f(W, b) = |X W^T + b - Y|^2 / (2 n)`` and a starting point, in float64."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The numbers of a method, as functions of the step where they may change."""
+    """The settings of a method; those that may change are functions of the step."""
 
     rho: Callable[[int], float] = lambda t: 0.2
     penalty: Callable[[int], float] = lambda t: 0.3
@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
 
 
 def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
-    """The points after every step with SGD under momentum, z and u in two arrays."""
+    """Yield the point after every step of SGD with momentum."""
 
     def keep(v: np.ndarray, t: int) -> np.ndarray:
         zeros = math.floor(recipe.sparsity(t) * v.size)
@@ -144,7 +144,7 @@ def drawn(t: int) -> Fraction:
 
 
 def gradual(power: int) -> Callable[[int], Fraction]:
-    """From 0 to 0.6 in 3 stages, of 3 steps from step 1 on."""
+    """Return a sparsity from 0 to 0.6 in 3 stages of 3 steps, starting at step 1."""
     stage = lambda t: Fraction(min(max(t - 1, 0) // 3, 3), 3)  # noqa: E731
     return lambda t: Fraction(6, 10) * (1 - (1 - stage(t)) ** power)
 
@@ -207,4 +207,4 @@ CASES = {
         Recipe(normalised=False, compressed=True, added="x", sparsity=drawn, after="nothing"),
     ),
 }
-"""Methods of the library, each with what it comes down to."""
+"""Methods of the library with the settings of the reference that they must match."""

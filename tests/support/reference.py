@@ -1,4 +1,4 @@
-"""Independent references in plain NumPy: written from the formulas, slow, for small inputs."""
+"""Reference implementations in plain NumPy: independent of the library, and slow."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Entry = tuple[int, int]
 
 
 class Pool(NamedTuple):
-    """Units that compete with one another, in the order in which ties are kept."""
+    """Units that compete with each other, in the order in which ties are kept."""
 
     units: list[list[Entry]]
     kept: int
 
 
 def default_layout(ndim: int) -> Layout:
-    """(output, input, ...), or the inputs of one output."""
+    """Return the layout (output, input, ...), or that of a vector of inputs."""
     return (Layout(), Layout((0,)), Layout((1,), (0,)))[min(ndim, 2)]
 
 
 def pools(
     shapes: Sequence[tuple[int, ...]], pattern: Any, layouts: Sequence[Layout] | None = None
 ) -> list[Pool]:
-    """Sort every entry into its unit and every unit into its pool, one by one.
+    """Put every entry into its unit and every unit into its pool, one at a time.
 
-    Entries in no pool, the tails of ragged arrays, are dense.
+    The tails of ragged arrays belong to no pool and stay dense.
     """
     if layouts is None:
         layouts = [default_layout(len(shape)) for shape in shapes]
@@ -48,7 +48,7 @@ def pools(
 
 
 def kept(pattern: Any, units: int) -> int:
-    """``units`` less the floor of the decimal fraction of them."""
+    """Return ``units`` minus the number to prune, which is rounded down."""
     if isinstance(pattern, NM):
         return pattern.n
     return units - math.floor(Fraction(str(pattern.sparsity)) * units)
@@ -57,7 +57,7 @@ def kept(pattern: Any, units: int) -> int:
 def _place(
     pattern: Any, i: int, shape: tuple[int, ...], index: tuple[int, ...], layout: Layout
 ) -> tuple[Any, Any] | None:
-    """The names of the pool and the unit of an entry; None in a tail that stays dense."""
+    """Return the keys of the pool and the unit of an entry, or None in a dense tail."""
     ndim = len(shape)
     inputs, outputs, batch = (
         [axis % ndim for axis in axes]
@@ -68,7 +68,7 @@ def _place(
         return tuple(index[axis] for axis in axes)
 
     def along(axes: Sequence[int]) -> tuple[int, int]:
-        """Position on the merged axes, and their size."""
+        """Return the position on the merged axes, and their size."""
         sizes = [shape[axis] for axis in axes]
         return int(np.ravel_multi_index(at(axes), sizes)), math.prod(sizes)
 
@@ -98,7 +98,7 @@ def select(
     importance: Sequence[Any] | None = None,
     layouts: Sequence[Layout] | None = None,
 ) -> list[np.ndarray]:
-    """The support, by a stable sort of the scores of every pool."""
+    """Return the support from a stable sort of the scores of every pool."""
     weights = [1.0] * len(arrays) if importance is None else importance
     single = isinstance(pattern, (Unstructured, NM))
     # Entries rank by sqrt(P) |v|, units by the sum of P v^2.

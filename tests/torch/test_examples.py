@@ -32,12 +32,8 @@ def run(*command: str) -> str:
     return finished.stdout
 
 
-LONG = set(COMMANDS) - {"fine-tuning"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in COMMANDS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_example_learns(name: str) -> None:
     printed = run(sys.executable, *COMMANDS[name])
     accuracies = re.findall(r"accuracy ([\d.]+)%", printed)

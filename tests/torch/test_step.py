@@ -296,7 +296,7 @@ def work(rank, path):
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.distributed.tensor.placement_types import _StridedShard
     from safe_core import NM, Block, Channel, Layout, Unstructured, project
-    from safe_core.backends.torch_shards import sharded_like
+    from safe_core.backends.torch_sharding import sharded_like
     from safe_core.backends import backend_of
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=4)
     line = init_device_mesh("cpu", (4,))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from safe_core.solvers import named_solvers
+
 from ..errors import needs
 from ..options import Device, Trust
 from ..output import quiet_transformers, say, show
@@ -22,15 +24,15 @@ class Scope(enum.StrEnum):
     row = "row"
 
 
-class Targets(enum.StrEnum):
-    """What the blocks before give, as blocks are reconstructed."""
+class Blocks(enum.StrEnum):
+    """The blocks that hidden states come from."""
 
     pruned = "pruned"
     dense = "dense"
 
 
 class Offload(enum.StrEnum):
-    """Where activations lie."""
+    """Where activations are kept."""
 
     cpu = "cpu"
     disk = "disk"
@@ -47,59 +49,62 @@ def prune(
         typer.Option(help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN."),
     ] = "0.5",
     method: Annotated[
-        str, typer.Option(help="safe+, safe, alps, sparsegpt, wanda, magnitude, or file.py:SOLVER.")
+        str,
+        typer.Option(help=f"{', '.join(named_solvers())}, or file.py:SOLVER."),
     ] = "safe+",
     scope: Annotated[
         Scope | None,
-        typer.Option(help="Where entries compete: in a weight, or in each of its outputs."),
+        typer.Option(help="Where entries compete: in each weight, or in each of its outputs."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the windows and of the order of samples.")] = 0,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the samples, for safe and safe+; 30.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Highest learning rate of safe and safe+; 0.0002.")
-    ] = None,
-    rho: Annotated[
-        float | None, typer.Option(help="Perturbation radius of safe and safe+; 0.0002.")
-    ] = None,
-    penalty: Annotated[
-        float | None, typer.Option(help="Penalty parameter of safe and safe+; 0.001.")
-    ] = None,
-    dual_update_interval: Annotated[
-        int | None, typer.Option(help="Steps between dual updates of safe and safe+; 32.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the windows and of the order of samples.")] = 0,
     blocks: Annotated[
-        str | None, typer.Option(help="Name of the list of blocks, such as model.layers.")
+        str | None,
+        typer.Option(help="Name of the list of blocks; by default that with most parameters."),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Prune only weights whose name matches this expression.")
+        str | None, typer.Option(help="Regular expression: prune only weights with such a name.")
     ] = None,
-    targets: Annotated[
-        Targets,
-        typer.Option(help="Reproduce the dense block's output for pruned or for dense inputs."),
-    ] = Targets.pruned,
+    epochs: Annotated[
+        int | None, typer.Option(help="safe, safe+: passes over the samples; 30 by default.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="safe, safe+: peak learning rate; 0.0002 by default.")
+    ] = None,
+    rho: Annotated[
+        float | None, typer.Option(help="safe, safe+: perturbation radius; 0.0002 by default.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="safe, safe+: penalty lambda; 0.001 by default.")
+    ] = None,
+    dual_update_interval: Annotated[
+        int | None, typer.Option(help="safe, safe+: steps between dual updates; 32 by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
     propagate: Annotated[
-        Targets, typer.Option(help="Feed blocks what the pruned or the dense ones before return.")
-    ] = Targets.pruned,
+        Blocks, typer.Option(help="The inputs of a block: outputs of pruned or of dense blocks.")
+    ] = Blocks.pruned,
+    target_inputs: Annotated[
+        Blocks, typer.Option(help="The inputs that the targets of a block are computed from.")
+    ] = Blocks.pruned,
     offload: Annotated[
-        Offload, typer.Option(help="Where activations lie; none: on the device.")
+        Offload, typer.Option(help="Where activations are kept; none: on the device.")
     ] = Offload.cpu,
     work_dir: Annotated[
-        Path | None, typer.Option(help="A folder from which the same command goes on.")
+        Path | None, typer.Option(help="A folder from which the same command resumes.")
     ] = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """Prune a transformer block by block with a calibration text, and save it.
 
-    The new folder holds the weights, the tokenizer and a model card with all settings, and
-    loads as the old one does. Without training, alps is the most accurate and magnitude the
-    fastest; safe+ trains each block.
+    The new folder holds the weights, the tokenizer and a model card with all settings. It loads
+    like the old one. Without training, alps is the most accurate and magnitude the fastest;
+    safe+ trains each block.
     """
+    from safe_core.adapters.torch.blocks.settings import PruningSettings
+
     from ..progress_bar import pruning_bar
     from ..pruning import PruningJob, prune_folder
 
@@ -112,31 +117,33 @@ def prune(
         scope=None if scope is None else scope.value,
         samples=samples,
         length=length,
-        seed=seed,
+        only=only,
         epochs=epochs,
         learning_rate=learning_rate,
         rho=rho,
         penalty=penalty,
         dual_update_interval=dual_update_interval,
-        batch_size=batch_size,
-        blocks=blocks,
-        only=only,
-        targets=targets.value,
-        propagate=propagate.value,
-        offload=offload.value,
-        work_dir=work_dir,
-        device=device,
+        settings=PruningSettings(
+            propagate=propagate.value,
+            target_inputs=target_inputs.value,
+            batch_size=batch_size,
+            seed=seed,
+            blocks=blocks,
+            device=device,
+            offload=offload.value,
+            work_dir=work_dir,
+        ),
         trust_remote_code=trust_remote_code,
     )
     with pruning_bar() as progress:
         result = prune_folder(job, out, progress=progress, say=say)
     show(result.table())
     for name in result.report.dense:
-        typer.echo(f"not pruned: no matrix product used it: {name}")
-    lost = [block.name for block in result.report.blocks if block.relative_error > 1]
-    if lost:
+        typer.echo(f"not pruned, because no matrix product used it: {name}")
+    poor = [block.name for block in result.report.blocks if block.relative_error > 1]
+    if poor:
         say(
-            f"warning: {', '.join(lost)} differ from the dense model by more than their whole "
+            f"warning: {', '.join(poor)} differ from the dense model by more than their whole "
             "output; a lower --learning-rate or sparsity may help"
         )
     typer.echo(f"saved in {result.out}")

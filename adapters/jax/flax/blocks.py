@@ -1,4 +1,4 @@
-"""Flax: blocks to prune after training, and what their dense layers take, of Linen and NNX."""
+"""Blocks from Flax modules, Linen and NNX, and Gram matrices of their layers' inputs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PyTree = Any
 
 
 def linen_block(module: nn.Module, variables: PyTree) -> Block:
-    """A module of Flax Linen as a block of `prune_blocks`.
+    """Return a Flax Linen module as a block of `prune_blocks`.
 
-    Blocks of equal modules share compiled programs, if their variables are parameters alone.
+    Blocks of equal modules share compiled programs, if they have no variables but parameters.
 
     Parameters
     ----------
     module : flax.linen.Module
     variables : mapping of collection to pytree
-        As for ``module.apply``. Collections other than ``"params"`` stay as they are.
+        As for ``module.apply``. Collections other than ``"params"`` do not change.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def linen_block(module: nn.Module, variables: PyTree) -> Block:
     Raises
     ------
     TypeError, ValueError
-        If ``module`` is no Linen module, or ``variables`` hold no ``"params"``.
+        If ``module`` is not a Linen module, or ``variables`` has no ``"params"``.
 
     Examples
     --------
@@ -52,16 +52,16 @@ def linen_block(module: nn.Module, variables: PyTree) -> Block:
     if "params" not in variables:
         raise ValueError(f"variables must hold 'params', got {', '.join(variables) or 'none'}")
     rest = {name: held for name, held in variables.items() if name != "params"}
-    call = _LinenCall(module, _held(rest))
+    call = _LinenCall(module, _other_state(rest))
     return Block(call, variables["params"], _Grams(call))
 
 
 def nnx_block(module: nnx.Module) -> Block:
-    """A module of Flax NNX as a block of `prune_blocks`, in evaluation mode.
+    """Return a Flax NNX module as a block of `prune_blocks`, in evaluation mode.
 
-    The module itself stays as it is. Put the pruned parameters back by ``nnx.update(module,
-    pruned.params)``. Blocks of equal structure share compiled programs, if their state is
-    parameters alone; the random streams of dropout are not.
+    The module itself does not change. Put the pruned parameters back by ``nnx.update(module,
+    pruned.params)``. Blocks of equal structure share compiled programs, if they have no state
+    but parameters; the random streams of dropout are other state.
 
     Parameters
     ----------
@@ -84,13 +84,13 @@ def nnx_block(module: nnx.Module) -> Block:
     >>> block.apply_fn(block.params, jnp.ones((5, 3))).shape
     (5, 2)
     """
-    graph, params, rest = nnx.split(_evaluated(module), nnx.Param, ...)  # type: ignore[misc]
-    call = _NnxCall(graph, _held(nnx.as_pure(rest)))
+    graph, params, rest = nnx.split(_in_evaluation_mode(module), nnx.Param, ...)  # type: ignore[misc]
+    call = _NnxCall(graph, _other_state(nnx.as_pure(rest)))
     return Block(call, nnx.as_pure(params), _Grams(call))
 
 
 def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[str, Gram]:
-    """The Gram matrices of the inputs of every dense layer in a module of Flax Linen.
+    """Return the Gram matrices of the inputs of every dense layer of a Flax Linen module.
 
     Parameters
     ----------
@@ -103,15 +103,15 @@ def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[st
     Returns
     -------
     dict of str to Gram
-        By the paths of kernels within ``variables["params"]``, for `flax.linen.Dense` and
-        `flax.linen.DenseGeneral`, and so for attention. The mean squares of the inputs, Wanda's
-        importance, are ``gram.mean_squares()``.
+        Keyed by the paths of kernels in ``variables["params"]``, for `flax.linen.Dense` and
+        `flax.linen.DenseGeneral`, which attention uses. The importance of Wanda, the mean
+        squares of the inputs, is ``gram.mean_squares()``.
 
     Raises
     ------
     TypeError, ValueError
-        If ``module`` is no Linen module, a layer has batch axes of its own, or it is called
-        within `flax.linen.scan` or another transform.
+        If ``module`` is not a Linen module, a layer has batch axes, or a layer is called inside
+        `flax.linen.scan` or another transform.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[st
     ([5.0, 5.0, 5.0], 5)
     """
     _check_linen(module)
-    seen = _Seen()
+    seen = _GramRecorder()
 
     def watch(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
@@ -139,9 +139,9 @@ def linen_grams(module: nn.Module, variables: PyTree, inputs: PyTree) -> dict[st
 
 
 def nnx_grams(module: nnx.Module, *inputs: Any) -> dict[str, Gram]:
-    """The Gram matrices of the inputs of every dense layer in a module of Flax NNX.
+    """Return the Gram matrices of the inputs of every dense layer of a Flax NNX module.
 
-    A copy of the module is run in evaluation mode; the module stays as it is.
+    A copy of the module runs in evaluation mode; the module itself does not change.
 
     Parameters
     ----------
@@ -152,17 +152,16 @@ def nnx_grams(module: nnx.Module, *inputs: Any) -> dict[str, Gram]:
     Returns
     -------
     dict of str to Gram
-        By the paths of kernels within ``nnx.state(module)``, for `flax.nnx.Linear`,
-        `flax.nnx.LinearGeneral`, and so for attention, and `flax.nnx.Einsum`. Features are in
-        the order of the kernel's axes. Of an Einsum the roles of the kernel's axes must be
-        given by ``layout=`` where it is not (input, output).
+        Keyed by the paths of kernels in ``nnx.state(module)``, for `flax.nnx.Linear`,
+        `flax.nnx.LinearGeneral`, which attention uses, and `flax.nnx.Einsum`. Features are in
+        the order of the kernel's axes. Pass ``layout=`` for an Einsum whose kernel is not
+        (input, output).
 
     Raises
     ------
     TypeError, ValueError
-        If ``module`` is no NNX module, a layer has batch axes of its own or an equation that
-        is no product of inputs and a matrix, or it is called within `flax.nnx.scan` or another
-        transform.
+        If ``module`` is not an NNX module, a layer has batch axes or an equation that is not a
+        matrix product, or a layer is called inside `flax.nnx.scan` or another transform.
 
     Examples
     --------
@@ -171,7 +170,7 @@ def nnx_grams(module: nnx.Module, *inputs: Any) -> dict[str, Gram]:
     >>> grams["kernel"].matrix.tolist()[0], grams["kernel"].count
     ([5.0, 5.0, 5.0], 5)
     """
-    watched, seen = _evaluated(module), _Seen()
+    watched, seen = _in_evaluation_mode(module), _GramRecorder()
     for path, layer in nnx.iter_modules(watched):
         name = "/".join(map(str, (*path, "kernel")))
         if isinstance(layer, nnx.Linear):
@@ -186,26 +185,26 @@ def nnx_grams(module: nnx.Module, *inputs: Any) -> dict[str, Gram]:
     return seen.grams
 
 
-class _Seen:
-    """Gram matrices of what layers take, by the names of their kernels."""
+class _GramRecorder:
+    """Gram matrices of the inputs of layers, by the names of their kernels."""
 
     def __init__(self) -> None:
         self.grams: dict[str, Gram] = {}
         self._trace = TraceState()  # type: ignore[no-untyped-call]
 
     def add(self, name: str, x: jax.Array, axes: Sequence[int]) -> None:
-        """Take in inputs that a layer contracts over some axes, in the kernel's order."""
+        """Add inputs that a layer contracts over some axes, in the kernel's order."""
         if not self._trace.is_valid():
             raise ValueError(
-                f"{name} must be called outside of scan, vmap, remat and the like, where its "
-                "inputs cannot be seen, got a call within"
+                f"{name} must be called outside of scan, vmap, remat and the like, in which its "
+                "inputs cannot be read, got a call inside one"
             )
         x = jnp.moveaxis(x, axes, range(-len(axes), 0))
         x = x.reshape(*x.shape[: x.ndim - len(axes)], -1)
         self.grams[name] = self.grams[name].add(x) if name in self.grams else Gram.of(x)
 
     def product(self, name: str, dot_general: Callable[..., Any]) -> Callable[..., Any]:
-        """A `jax.lax.dot_general` of inputs and kernel that looks at the inputs."""
+        """Return a `jax.lax.dot_general` of inputs and kernel that records the inputs."""
 
         def watched(x: Any, kernel: Any, numbers: Any, *args: Any, **kwargs: Any) -> Any:
             (axes, _), (batch, _) = numbers
@@ -216,7 +215,7 @@ class _Seen:
         return watched
 
     def einsum(self, name: str, einsum: Callable[..., Any]) -> Callable[..., Any]:
-        """A `jax.numpy.einsum` of inputs and kernel that looks at the inputs."""
+        """Return a `jax.numpy.einsum` of inputs and kernel that records the inputs."""
 
         def watched(equation: str, x: Any, kernel: Any, **kwargs: Any) -> Any:
             self.add(name, x, _contracted(name, equation))
@@ -226,7 +225,7 @@ class _Seen:
 
 
 def _contracted(name: str, equation: str) -> list[int]:
-    """The axes of inputs that an equation contracts with a kernel, in the kernel's order."""
+    """Return the input axes that an equation contracts with a kernel, in the kernel's order."""
     terms, result = equation.replace(" ", "").split("->")
     inputs, kernel = terms.split(",")
     shared = [letter for letter in kernel if letter in inputs]
@@ -246,7 +245,7 @@ class _LinenCall:
     """A Linen module as a function of parameters and inputs; equal ones compile alike."""
 
     module: nn.Module
-    rest: _Held | None
+    rest: _OtherState | None
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self.module.apply(self._variables(params), *_arguments(inputs))
@@ -263,7 +262,7 @@ class _NnxCall:
     """An NNX module as a function of parameters and inputs; equal ones compile alike."""
 
     graph: Any
-    rest: _Held | None
+    rest: _OtherState | None
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self._module(params)(*_arguments(inputs))
@@ -283,23 +282,23 @@ class _Grams:
         return self.call.grams(params, inputs)
 
 
-class _Held:
-    """Arrays that a block needs beside its parameters, which equal themselves alone."""
+class _OtherState:
+    """Arrays of a block besides its parameters, compared by identity."""
 
     def __init__(self, tree: PyTree) -> None:
         self.tree = tree
 
 
-def _held(tree: PyTree) -> _Held | None:
-    return _Held(tree) if jax.tree.leaves(tree) else None
+def _other_state(tree: PyTree) -> _OtherState | None:
+    return _OtherState(tree) if jax.tree.leaves(tree) else None
 
 
 def _arguments(inputs: PyTree) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def _evaluated(module: Any) -> Any:
-    """A copy of an NNX module in evaluation mode, of the same arrays."""
+def _in_evaluation_mode(module: Any) -> Any:
+    """Return a copy of an NNX module in evaluation mode, with the same arrays."""
     if not isinstance(module, nnx.Module):
         raise TypeError(f"module must be a flax.nnx.Module, got {type(module)!r}")
     copy = nnx.merge(*nnx.split(module))

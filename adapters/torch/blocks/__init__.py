@@ -5,13 +5,18 @@ from .memory import MemoryEstimate
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, WeightReport
+from .settings import PruningSettings
+from .solver import BlockProblem, BlockSolver
 
 __all__ = [
+    "BlockProblem",
     "BlockReport",
+    "BlockSolver",
     "MemoryEstimate",
     "Progress",
     "PruningPlan",
     "PruningReport",
+    "PruningSettings",
     "SafeReconstruction",
     "WeightReport",
     "calibration_batches",

@@ -1,4 +1,4 @@
-"""Where the hidden states of a calibration set lie, and how they come to the device."""
+"""Store the hidden states of all samples, and bring them to the device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _T = TypeVar("_T")
 class Activations:
     """The hidden states of every sample, on the device, on the CPU or in a file.
 
-    On the CPU they are pinned for a GPU. Files are given their size at once, so that a full
-    disk is an error here and not a fault later.
+    On the CPU, memory is pinned if the device is a GPU. Files are allocated at once, so that a
+    full disk raises here and not in the middle of a run.
 
     Parameters
     ----------
     device : torch.device
-        Where `take` brings them.
+        The device that `take` returns tensors on.
     offload : {"cpu", "disk", "none"}
     folder : pathlib.Path, optional
         For ``"disk"``.
@@ -56,7 +56,7 @@ class Activations:
         self._files: list[Path] = []
 
     def expect(self, samples: Sequence[int], like: Tensor) -> None:
-        """Make room for samples whose hidden states are like those of the first."""
+        """Allocate memory for samples whose hidden states are like those of the first."""
         shape, dtype = (len(samples), *like.shape), like.dtype
         if self._offload == "none":
             buffer = torch.empty(shape, dtype=dtype, device=self.device)
@@ -85,20 +85,20 @@ class Activations:
         return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(shape)
 
     def alike(self, name: str) -> Activations:
-        """Make room for as many hidden states of the same shapes."""
+        """Allocate memory for as many hidden states of the same shapes."""
         other = Activations(self.device, self._offload, self._folder, name)
         for samples, buffer in self._buffers:
             other.expect(samples, buffer[0])
         return other
 
     def put(self, samples: Sequence[int], batch: Tensor) -> None:
-        """Keep the hidden states of samples, joined along the first axis."""
+        """Store the hidden states of samples, joined along the first axis."""
         for sample, part in zip(samples, batch.detach().chunk(len(samples)), strict=True):
             buffer, row = self._places[sample]
             buffer[row].copy_(part, non_blocking=True)
 
     def take(self, samples: Sequence[int]) -> Tensor:
-        """Bring the hidden states of samples of one shape to the device, joined."""
+        """Return the hidden states of samples of one shape on the device, joined."""
         like = self._places[samples[0]][0]
         joined = torch.empty(
             (len(samples) * like.shape[1], *like.shape[2:]), dtype=like.dtype, device=self.device
@@ -112,9 +112,9 @@ class Activations:
         return joined
 
     def copy_from(self, other: Activations) -> None:
-        """Take over the hidden states of activations of the same shapes."""
+        """Copy the hidden states of activations of the same shapes."""
         if self.device.type == "cuda":
-            # The CPU copies pinned memory at once, where the GPU may still have to write.
+            # The CPU copies pinned memory immediately, but the GPU may still be writing to it.
             torch.cuda.current_stream(self.device).synchronize()
         for (_, mine), (_, theirs) in zip(self._buffers, other._buffers, strict=True):
             mine.copy_(theirs)
@@ -130,7 +130,7 @@ class Activations:
 def prefetched(
     order: Iterable[Sequence[int]], load: Callable[[Sequence[int]], _T], device: torch.device
 ) -> Iterator[tuple[Sequence[int], _T]]:
-    """Yield ``(samples, load(samples))``; on a GPU the next is copied during the present one.
+    """Yield ``(samples, load(samples))``; on a GPU, load the next batch in the background.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def prefetched(
             yield samples, load(samples)
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))  # which may still write what is read
+    stream.wait_stream(torch.cuda.current_stream(device))  # which may still be writing
     waiting: tuple[Sequence[int], _T, torch.cuda.Event] | None = None
     for samples in order:
         with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Calibration sets: windows of text, or any inputs of a model, sample by sample."""
+"""Calibration samples: windows of text, or any inputs of a model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def calibration_batches(
     length: int = 2048,
     seed: int = 0,
 ) -> Tensor:
-    """Random windows of text as a language model's inputs, all of one length.
+    """Return random windows of text as inputs of a language model, all of one length.
 
-    The texts are tokenized, joined, and cut at random places, all different.
+    The texts are tokenized, joined, and cut at random, distinct positions.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def calibration_batches(
     texts : str, path, or iterable of them
         A path, of type `pathlib.Path`, is read as UTF-8; a str is text.
     samples, length : int
-        How many windows, and tokens in each. The paper takes 128 of 2048 tokens.
+        Number of windows, and tokens in each. The paper uses 128 windows of 2048 tokens.
     seed : int
 
     Returns
@@ -44,8 +44,8 @@ def calibration_batches(
     Raises
     ------
     TypeError, ValueError
-        If the texts are too short for so many different windows, no text, or the name of a file
-        that is there, as a str.
+        If the texts are too short for so many distinct windows, are of another kind, or are the
+        name of an existing file as a str.
 
     References
     ----------
@@ -84,18 +84,18 @@ def _tokens(tokenizer: Any, text: Any) -> list[int]:
             "texts must be text itself, or paths of type pathlib.Path, got the name of a file as "
             f"a str: Path({text!r}) is read"
         )
-    # Special tokens would stand in the middle of windows; the length is no concern of a window.
+    # Special tokens would end up in the middle of windows.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def split_samples(batches: Any) -> list[dict[str | None, Any]]:
-    """Keyword arguments of a model for each sample; the key None is the first argument.
+    """Split inputs into keyword arguments per sample; the key None is the first argument.
 
     Parameters
     ----------
     batches : tensor, mapping, or iterable of them
-        A tensor has one sample in each row. Tensors of a mapping are cut alike where they have
-        as many rows as the first; other values go to every sample.
+        A tensor has one sample in each row. Tensors of a mapping with as many rows as its first
+        tensor are split too; other values go to every sample.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
 
 
 def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) -> None:
-    """Raise where a token is none of the model's."""
+    """Raise if a token is not in the model's vocabulary."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embeddings, nn.Embedding):
         return

@@ -1,4 +1,4 @@
-"""What the blocks of a model are called with, sample by sample, to call them again in batches."""
+"""Record the arguments of blocks sample by sample, to call the blocks again in batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from .resume import fingerprint
-from .structure import Call, Structure, handing_on, really, run_around
+from .fingerprints import fingerprint
+from .structure import Call, Structure, call_forward, return_inputs, run_around_blocks
 
 __all__ = ["BlockCalls", "record"]
 
@@ -24,7 +24,7 @@ class _Shared(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """A tensor that every sample brings, joined along ``axis`` in a batch."""
+    """A tensor of each sample, joined along ``axis`` in a batch."""
 
     axis: int
     shape: tuple[int, ...]
@@ -32,21 +32,21 @@ class _Own(NamedTuple):
 
 
 class _Template(NamedTuple):
-    """The arguments of one call with places in the place of tensors."""
+    """The arguments of one call, with placeholders instead of tensors."""
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
 
 
 class BlockCalls:
-    """What every block is called with, sample by sample; equal tensors are kept once.
+    """The arguments of every block for every sample; equal tensors are kept once.
 
     Attributes
     ----------
     pool : list of tensors
         On the CPU.
     groups : list of lists of int
-        Samples that may be joined in a batch: same shapes, same shared tensors.
+        Samples that can share a batch: same shapes, same shared tensors.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -60,7 +60,7 @@ class BlockCalls:
         self._placed: dict[tuple[int, tuple[torch.dtype, torch.dtype]], Tensor] = {}
 
     def add(self, calls: Sequence[Call]) -> None:
-        """Take in the calls of one more sample."""
+        """Add the calls of one more sample."""
         seen: dict[int, int] = {}
         entry = [self._entry(i, call, seen) for i, call in enumerate(calls)]
         hidden = calls[0].leaves[self.structure.hidden[0]]
@@ -95,7 +95,7 @@ class BlockCalls:
         return self._templates.index(template), own
 
     def _keep(self, tensor: Tensor, seen: dict[int, int]) -> int:
-        """The place of a tensor in the pool, where it may be already."""
+        """Return the index of a tensor in the pool; add it if it is new."""
         if id(tensor) not in seen:
             plain = tensor.detach().to("cpu", copy=True).contiguous()
             ref = self._digests.setdefault(fingerprint([plain]), len(self.pool))
@@ -107,7 +107,7 @@ class BlockCalls:
     def arguments(
         self, i: int, samples: Sequence[int], hidden: Tensor, cast: tuple[torch.dtype, torch.dtype]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of block i for a batch of samples of one group.
+        """Return the arguments of block i for a batch of samples of one group.
 
         Floating tensors of the first dtype of ``cast`` are cast to the second.
         """
@@ -154,12 +154,12 @@ def record(
     structure: Structure,
     take: Callable[[int, Tensor], None],
 ) -> BlockCalls:
-    """Record what every block is called with; ``take(i, hidden)`` gets what the first receives."""
+    """Record the arguments of every block; ``take(i, hidden)`` gets the first block's input."""
     calls = BlockCalls(structure)
     _, _, outputs, dependent = structure
-    answer = really if dependent else handing_on(blocks, structure.hidden, outputs)
+    answer = call_forward if dependent else return_inputs(blocks, structure.hidden, outputs)
     for i, sample in enumerate(samples):
-        found = run_around(model, name, blocks, sample, answer)
+        found = run_around_blocks(model, name, blocks, sample, answer)
         calls.add(found)
         take(i, found[0].leaves[structure.hidden[0]])
     return calls

@@ -1,4 +1,4 @@
-"""How much memory pruning takes: counted as it runs, and predicted before."""
+"""Memory of pruning: counted during a run, and predicted before it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from safe_core.layout import Layout
 
 from ...readable import readable_bytes
 
-__all__ = ["BlockSize", "MemoryEstimate", "TensorBytes", "forward_backward_bytes", "hollow"]
+__all__ = [
+    "BlockSize",
+    "MemoryEstimate",
+    "TensorBytes",
+    "block_dtype",
+    "copy_with",
+    "forward_backward_bytes",
+]
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes of tensors that pruning needs at its peak, over those of the model itself.
+    """Peak memory of the tensors of a run, in bytes, without the model itself.
 
     Attributes
     ----------
     device : int
-        On the device that a block is pruned on; where that is the CPU, everything.
+        On the device that blocks are pruned on; if that is the CPU, all memory.
     host : int
-        On the CPU beside it: activations, recorded arguments, the block that is saved.
+        On the CPU otherwise: activations, recorded arguments, the block that is saved.
     disk : int
         In memory-mapped files of activations.
 
@@ -49,7 +56,7 @@ class MemoryEstimate(NamedTuple):
 
 
 class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of the tensors that are made or used within, while they live.
+    """Count the bytes of tensors that operations in this context create or use.
 
     Parameters
     ----------
@@ -76,7 +83,7 @@ class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and take note of what it returns."""
+        """Run an operation and count the tensors that it takes and returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in filter(torch.is_tensor, tree_leaves((args, kwargs, result))):
             storage = leaf.untyped_storage()
@@ -93,87 +100,103 @@ class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= nbytes
 
 
-def hollow(block: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a block whose tensors are ``make(tensor)``, so that no memory is copied."""
+def copy_with(block: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy of a block with the tensors ``make(tensor)``, without copying memory."""
     memo: dict[int, Any] = {id(b): make(b) for b in block.buffers()}
     for p in block.parameters():
         memo[id(p)] = nn.Parameter(make(p), requires_grad=p.is_floating_point())
     return copy.deepcopy(block, memo)
 
 
+def block_dtype(block: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating parameter of a block, or else float32.
+
+    Examples
+    --------
+    >>> block_dtype(nn.Linear(2, 2).double())
+    torch.float64
+    """
+    return next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+
+
 class BlockSize(NamedTuple):
-    """What the memory of pruning a block follows from.
+    """Sizes that determine the memory of pruning a block.
 
     Attributes
     ----------
     entries, trained, sparse : int
-        Entries of all floating parameters, of those that SAFE trains, and of the weights that
-        are pruned.
+        Entries of all floating parameters, of those that a solver may train, and of the weights
+        that are pruned.
     stored : int
         Bytes of the block in its own dtypes.
-    largest : int
-        Entries of the largest weight.
-    gram : int
-        Entries of all Gram matrices together.
-    inputs : int
-        The largest number of input features of a weight.
+    layers : tuple of (int, int)
+        Outputs and inputs of each weight, or of one of its experts.
+    gram, squares : int
+        Entries of all Gram matrices together, and of their diagonals.
     number : int
-        Bytes of a number that is computed with: 4, or 8 in a block in float64.
+        Bytes of a number in computations: 4, or 8 in a block in float64.
+    dtype : torch.dtype
+        Of the block's first floating parameter.
+    device : torch.device
+        The device that the block is pruned on.
     """
 
     entries: int
     trained: int
     sparse: int
     stored: int
-    largest: int
+    layers: tuple[tuple[int, int], ...]
     gram: int
-    inputs: int
+    squares: int
     number: int
+    dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def of(
-        cls, block: nn.Module, weights: Mapping[str, Layout | None], trained: Collection[str]
+        cls,
+        block: nn.Module,
+        weights: Mapping[str, Layout | None],
+        trained: Collection[str],
+        device: torch.device,
     ) -> BlockSize:
-        """The sizes of a block of which ``weights`` are pruned, and ``trained`` by SAFE."""
+        """Return the sizes of a block whose ``weights`` are pruned, and ``trained`` trained."""
         params = dict(block.named_parameters())
-        gram = inputs = largest = 0
+        layers, gram, squares = [], 0, 0
         for name, layout in weights.items():
             p = params[name]
             experts = p.shape[0] if p.ndim == 3 else 1
-            # The inputs of stacked experts are not known before they are used.
+            # The input axis of stacked experts is known only once they are used.
             n = max(p.shape[-2:]) if layout is None else p.shape[layout.input_axes[0]]
-            gram, inputs = gram + experts * n * n, max(inputs, n)
-            largest = max(largest, p.numel() // experts)
+            gram, squares = gram + experts * n * n, squares + experts * n
+            layers.append((p.numel() // max(1, experts * n), n))
         return cls(
             entries=sum(p.numel() for p in params.values() if p.is_floating_point()),
             trained=sum(params[name].numel() for name in trained),
             sparse=sum(params[name].numel() for name in weights),
             stored=sum(t.nbytes for t in (*params.values(), *block.buffers())),
-            largest=largest,
+            layers=tuple(layers),
             gram=gram,
-            inputs=inputs,
+            squares=squares,
             number=wide_dtype(torch, list(params.values())).itemsize,
+            dtype=block_dtype(block),
+            device=device,
         )
 
     def reconstruction(self, work: int) -> int:
-        """Bytes of SAFE on the block, of which a forward and backward pass takes ``work``.
+        """Return the bytes of SAFE on the block; a forward and backward pass takes ``work``.
 
-        Parameters in float32 or wider; of those that are trained gradients, a copy and two
-        moments of Adam; of those that are pruned anchors, and a support of one byte. A dual
-        update holds scores and a second support beside them, but no activations.
+        It holds the parameters in float32 or wider; gradients, a copy and two moments of Adam of
+        those that are trained; anchors and one-byte supports of those that are pruned. A dual
+        update adds scores and a second support, but holds no activations.
         """
         split = (self.number + 1) * self.sparse
         state = self.number * (self.entries + 4 * self.trained) + split
         return state + max(work, split)
 
-    def layerwise(self, work: int, matrices: int = 3) -> int:
-        """Bytes of a layer-wise solver: all Gram matrices, and the work on one weight.
-
-        A solver is granted so many matrices of the Gram matrix's size and four of the weight's.
-        """
-        numbers = matrices * self.inputs**2 + 5 * self.largest
-        solving = self.number * numbers + self.largest
-        return self.stored + self.number * self.gram + max(work, solving)
+    def statistics(self, kind: str) -> int:
+        """Return the entries of all statistics of inputs: "gram", "squares" or none."""
+        return {"gram": self.gram, "squares": self.squares}.get(kind, 0)
 
 
 def forward_backward_bytes(
@@ -186,9 +209,9 @@ def forward_backward_bytes(
     dtype: torch.dtype | None = None,
     fake: bool = True,
 ) -> int:
-    """Bytes of what a forward pass, and the backward pass, of a block hold beside its parameters.
+    """Return the peak bytes of a forward (and backward) pass of a block, beside its parameters.
 
-    Runs them on tensors without memory (`FakeTensorMode`), or with zeros.
+    The passes run on tensors without memory (`FakeTensorMode`), or with zeros.
 
     Parameters
     ----------
@@ -198,9 +221,9 @@ def forward_backward_bytes(
     device : torch.device
     backward : bool
     trained : collection of str, optional
-        Names of the parameters that have gradients; by default all of floating numbers.
+        Names of the parameters with gradients; all floating ones by default.
     dtype : torch.dtype, optional
-        Of floating parameters, in the place of their own.
+        Dtype of floating parameters, instead of their own.
     fake : bool
 
     Examples
@@ -217,7 +240,7 @@ def forward_backward_bytes(
         return torch.zeros(t.shape, dtype=kind, device=device)
 
     with FakeTensorMode() if fake else nullcontext(), torch.set_grad_enabled(backward):
-        model = hollow(block, make)
+        model = copy_with(block, make)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and (trained is None or name in trained))
             if p.requires_grad:

@@ -1,46 +1,47 @@
-"""Prune a trained transformer block by block, with SAFE, SAFE+ or a layer-wise solver.
+"""Prune a trained model block by block, with SAFE, SAFE+ or a layer-wise solver.
 
-A model of Hugging Face, or any other with its blocks in a `torch.nn.ModuleList`, is pruned
-after training with a small set of inputs: each block is made sparse such that what it returns
-stays close to what it returned when dense. One block at a time is on the device.
+A Hugging Face model, or any model with its blocks in a `torch.nn.ModuleList`, is pruned after
+training with a small set of inputs: each block becomes sparse while its outputs stay close to
+those of the dense block. Only one block at a time is on the device.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safe_core import _checks
 from safe_core.layout import Layout
-from safe_core.reconstruction import block_pattern
+from safe_core.reconstruction import block_pattern, changed
+from safe_core.solvers import named_solver
 
 from .calibration import calibration_batches, check_tokens, split_samples
 from .memory import MemoryEstimate
-from .methods import as_solver, default_scope
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, WeightReport
-from .resume import identity
 from .run import Run
+from .settings import PruningSettings
+from .solver import as_block_solver
 from .statistics import block_weights
-from .structure import evaluated, find_blocks, inside, learn_structure
-from .task import OFFLOADS, Settings, Task, check_patterns, predict_memory
+from .structure import block_name, evaluation_mode, find_blocks, learn_structure
+from .task import Task, check_pattern, predict_memory
 
 __all__ = [
     "BlockReport",
     "Progress",
     "PruningPlan",
     "PruningReport",
+    "PruningSettings",
     "SafeReconstruction",
     "WeightReport",
     "calibration_batches",
     "plan_pruning",
     "prune_blocks",
 ]
+
+_DEFAULTS = PruningSettings()
 
 
 def prune_blocks(
@@ -49,75 +50,49 @@ def prune_blocks(
     solver: Any,
     sparsity: Any,
     *,
-    blocks: str | nn.Module | None = None,
-    where: Callable[[str, Tensor], bool] | None = None,
-    targets: Literal["pruned", "dense"] = "pruned",
-    propagate: Literal["pruned", "dense"] = "pruned",
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    offload: Literal["cpu", "disk", "none"] = "cpu",
-    work_dir: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    settings: PruningSettings = _DEFAULTS,
     progress: Callable[[Progress], object] | None = None,
     measure_memory: bool = False,
+    **changes: Any,
 ) -> PruningReport:
     """Prune the weights of a model's blocks in place, block after block.
 
-    Block i with parameters x is made sparse to minimise
+    Block i with parameters x becomes sparse while minimising
 
         ``|block_x(h) - target|^2``,  ``target = block_dense(h')``,
 
-    over the calibration samples. What lies outside the blocks, embeddings and the head, stays
-    dense, and so do weights that are tied to them, biases, norms, convolutions and routers.
+    over the calibration samples. Everything outside the blocks stays dense, such as embeddings
+    and the head. So do weights that are tied to them, biases, norms, convolutions and routers.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of Hugging Face, or any with its blocks in a `torch.nn.ModuleList` of which each takes
-        what the one before returns. Hybrid models and mixtures of experts too.
+        A Hugging Face model, or any model with its blocks in a `torch.nn.ModuleList`, each of
+        which takes the output of the one before. Hybrid models and mixtures of experts work too.
     batches : tensor, mapping, or iterable of them
-        What the model takes: a tensor of samples, such as `calibration_batches` returns, or
-        keyword arguments. Padding counts as if it were input: leave it out.
-    solver : str, SafeReconstruction or callable
-        The name of a method, as on the command line: "safe+", "safe", "alps", "sparsegpt",
-        "wanda" or "magnitude". Or the whole block by SAFE or SAFE+ with settings of your own,
-        for which `safe_core.reconstruction.Reconstruction` does too, or a layer-wise solver
-        ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which gets each
-        weight in float32 or wider and ``gram = X^T X`` (inputs, inputs) of the inputs that it
-        has in the dense block.
+        Inputs of the model: a tensor of samples, such as `calibration_batches` returns, or
+        keyword arguments. Leave padding out, since it counts as input.
+    solver : str, solver, class or callable
+        The name of a solver, see `safe_core.solvers.named_solvers`; or `SafeReconstruction`,
+        which `safe_core.reconstruction.Reconstruction` can replace, to set its parameters; or a
+        layer-wise solver, an instance or a class, such as those of `safe_core.solvers`; or a
+        function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which
+        gets each weight in float32 or wider and ``gram = X^T X`` (inputs, inputs) of its inputs
+        in the dense block.
     sparsity : float, str or pattern
-        As for `safe_core.project`. A number is that of each weight, or for the name "wanda" of
-        each output of each weight, as published; a pattern must not compare entries over all
-        weights (``scope="global"``).
-    blocks : str or torch.nn.Module, optional
-        Which `ModuleList`, or `Sequential`, by its name, "" for the model itself; the
-        `ModuleList` with the most parameters by default. An encoder and a decoder
-        are pruned one after the other, by two calls.
-    where : callable, optional
-        ``where(name, parameter) -> bool`` leaves weights of the blocks dense.
-    targets : {"pruned", "dense"}
-        Whether h' is what the pruned blocks before give, ``h' = h``, or what the dense ones
-        gave.
-    propagate : {"pruned", "dense"}
-        Whether h is what the pruned blocks before give. With "dense" every block is pruned as
-        if the others were dense, and ``targets`` makes no difference.
-    batch_size : int
-        Samples in a forward pass; those in a step are the solver's.
-    device : torch.device or str, optional
-        Where blocks are pruned; that of the model by default.
-    offload : {"cpu", "disk", "none"}
-        Where activations lie meanwhile: on the CPU, in memory-mapped files under ``work_dir``,
-        or on the device.
-    work_dir : path, optional
-        Finished blocks are kept here. The same call goes on after them, and ends with the same
-        bits; a solver of your own must be a function or a dataclass, which can be told from
-        another.
-    seed : int
-        Of the order of samples.
+        As for `safe_core.project`. A number is the sparsity of each weight, or of each output of
+        each weight for the name "wanda", as published. A pattern must not compare entries of
+        different weights (``scope="global"``).
+    settings : PruningSettings, optional
+        All other settings.
     progress : callable, optional
         Called with a `Progress` after every epoch and every block.
     measure_memory : bool
-        Count tensors on the CPU, which is slow; on a GPU they are counted in any case.
+        Whether to count tensors on the CPU too, which is slow; on a GPU they are always counted.
+    **changes
+        Fields of `PruningSettings`, which replace those of ``settings``: ``propagate``,
+        ``target_inputs``, ``batch_size``, ``seed``, ``blocks``, ``where``, ``device``,
+        ``offload`` and ``work_dir``.
 
     Returns
     -------
@@ -126,22 +101,21 @@ def prune_blocks(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, the blocks are not found or not called in a chain,
-        groups of N:M do not divide the inputs of a weight, tokens are not of the model's
-        vocabulary, or activations are not finite. Blocks that were finished stay pruned; the
-        one at work stays dense.
+        If an argument is of another kind, blocks are not found or not called in a chain, the
+        pattern does not fit a weight, tokens are not in the model's vocabulary, or activations
+        are not finite. Finished blocks stay pruned; the current one stays dense.
     OSError
-        If ``work_dir`` has no room.
+        If ``work_dir`` has too little room.
 
     Notes
     -----
     The paper reconstructs blocks one after the other "similarly to other LLM pruning
-    techniques" and does not say more: as in those, by default a block sees what the pruned
-    ones before it return, and its targets are what it returns for that when dense.
+    techniques". As in those, by default the inputs of a block are the outputs of the pruned
+    blocks before it, and its targets are its own dense outputs for them.
 
     Parameters are trained in float32 or wider and written back in their own dtype, zeros
-    exactly. SAFE trains biases and norms of a block too; those with ``requires_grad=False``
-    stay as they are, bit for bit. Weights that are pruned are trained in any case.
+    exactly. SAFE trains biases and norms of a block too. Parameters with
+    ``requires_grad=False`` keep their bits, unless they are pruned.
 
     References
     ----------
@@ -166,21 +140,7 @@ def prune_blocks(
     >>> report.sparsity, int((model.blocks[0].weight == 0).sum())
     (0.5, 32)
     """
-    plan = plan_pruning(
-        model,
-        batches,
-        solver,
-        sparsity,
-        blocks=blocks,
-        where=where,
-        targets=targets,
-        propagate=propagate,
-        batch_size=batch_size,
-        device=device,
-        offload=offload,
-        work_dir=work_dir,
-        seed=seed,
-    )
+    plan = plan_pruning(model, batches, solver, sparsity, settings=settings, **changes)
     return plan.apply(progress, measure_memory=measure_memory)
 
 
@@ -190,33 +150,25 @@ def plan_pruning(
     solver: Any,
     sparsity: Any,
     *,
-    blocks: str | nn.Module | None = None,
-    where: Callable[[str, Tensor], bool] | None = None,
-    targets: Literal["pruned", "dense"] = "pruned",
-    propagate: Literal["pruned", "dense"] = "pruned",
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    offload: Literal["cpu", "disk", "none"] = "cpu",
-    work_dir: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    settings: PruningSettings = _DEFAULTS,
+    **changes: Any,
 ) -> PruningPlan:
-    """Find out what `prune_blocks` would do, and what memory it would take.
+    """Check the arguments of `prune_blocks`, and predict its memory, without pruning.
 
     Parameters
     ----------
-    model, batches, solver, sparsity, blocks, where, targets, propagate, batch_size, device, \
-offload, work_dir, seed
+    model, batches, solver, sparsity, settings, **changes
         As for `prune_blocks`.
 
     Returns
     -------
     PruningPlan
-        Nothing is pruned before its `apply`.
+        Its `apply` prunes.
 
     Raises
     ------
     TypeError, ValueError
-        As `prune_blocks`, before any block is touched.
+        As `prune_blocks`, before any block is changed.
 
     Examples
     --------
@@ -232,64 +184,56 @@ offload, work_dir, seed
     >>> print(plan.memory)
     device 3.2 KiB, host 0 B, disk 0 B
     """
-    pattern = block_pattern(sparsity, default_scope(solver))
-    solver = as_solver(solver)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    for name, value in (("targets", targets), ("propagate", propagate)):
-        _checks.choice(name, value, ("pruned", "dense"))
-    _checks.choice("offload", offload, OFFLOADS)
-    if offload == "disk" and work_dir is None:
-        raise ValueError('work_dir must name a folder for offload="disk", got None')
-    if work_dir is not None:
-        identity(solver)  # raises for one that cannot be told from another
-    _checks.integer("batch_size", batch_size, low=1)
-    _checks.integer("seed", seed, low=0)
+    settings = changed(settings, changes)
+    scope = named_solver(solver).default_scope if isinstance(solver, str) else "tensor"
+    pattern, solver = block_pattern(sparsity, scope), as_block_solver(solver)
+    if settings.work_dir is not None:
+        solver.described(pattern)  # raises for a solver that cannot be compared with another
     samples = split_samples(batches)
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError("model must be loaded, got parameters on the meta device")
-    if any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise ValueError(
-            "model must be loaded without device_map, for its blocks are moved to `device` one by "
-            "one, got one with hooks that move them"
-        )
+    _check_model(model)
     check_tokens(model, samples)
-    name, modules = find_blocks(model, blocks)
+    name, modules = find_blocks(model, settings.blocks)
     home = next(model.parameters()).device
-    place = home if device is None else torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be there, got {device!r} and no GPU")
-    settings = Settings(
-        solver,
-        pattern,
-        targets,
-        propagate,
-        batch_size,
-        place,
-        offload,
-        None if work_dir is None else Path(work_dir),
-        seed,
-    )
+    device = home if settings.device is None else torch.device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be available, got {settings.device!r} and no GPU")
     outside = _outside(model, name)
-    weights = [_chosen(inside(name, i), block, outside, where) for i, block in enumerate(modules)]
+    weights = [
+        _chosen(block_name(name, i), block, outside, settings.where)
+        for i, block in enumerate(modules)
+    ]
     if not any(weights):
         raise ValueError(f"blocks must hold weights to prune, got none in {name or 'the model'}")
-    check_patterns(pattern, name, modules, weights)
+    check_pattern(pattern, name, modules, weights)
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
-    with evaluated(model):
+    with evaluation_mode(model):
         structure = learn_structure(model, name, modules, placed[0])
-    return PruningPlan(Task(model, placed, settings, name, modules, weights, structure, outside))
+    return PruningPlan(
+        Task(
+            model=model,
+            samples=placed,
+            solver=solver,
+            pattern=pattern,
+            settings=settings,
+            device=device,
+            name=name,
+            blocks=modules,
+            weights=weights,
+            structure=structure,
+            outside=outside,
+        )
+    )
 
 
 class PruningPlan:
-    """What `prune_blocks` is about to do; `apply` does it.
+    """A checked call of `prune_blocks`; `apply` runs it.
 
     Attributes
     ----------
     name : str
-        Of the list of blocks.
+        The name of the list of blocks.
     weights : dict of str to Layout or None
-        What will be pruned; None where the roles of axes are seen as the block runs.
+        The weights to prune; the layout is None if it is known only once the block runs.
     memory : MemoryEstimate
         The predicted peak.
     """
@@ -302,7 +246,7 @@ class PruningPlan:
         self._task = task
         self.name = task.name
         self.weights = {
-            f"{inside(task.name, i)}.{key}": layout
+            f"{block_name(task.name, i)}.{key}": layout
             for i, weights in enumerate(task.weights)
             for key, layout in weights.items()
         }
@@ -315,12 +259,24 @@ class PruningPlan:
         return Run(self._task, self.memory, progress).run(measure_memory=measure_memory)
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model must be loaded, got parameters on the meta device")
+    if any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise ValueError(
+            "model must be loaded without device_map, because its blocks are moved to `device` one "
+            "by one, got hooks that move them"
+        )
+
+
 def _placed(value: Any, device: torch.device) -> Any:
     return value.to(device) if torch.is_tensor(value) else value
 
 
 def _outside(model: nn.Module, name: str) -> frozenset[int]:
-    """Ids of the parameters that are used outside the blocks, which may be tied to some within."""
+    """Return the ids of parameters used outside the blocks, which blocks may share."""
     named = model.named_parameters(remove_duplicate=False)
     prefix = f"{name}." if name else ""
     return frozenset(id(p) for key, p in named if not key.startswith(prefix))

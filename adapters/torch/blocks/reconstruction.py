@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 
 from ..optimizer import SparseOptimizer
+from .fingerprints import identity
+from .memory import BlockSize
+from .solver import BlockProblem, BlockSolver, WorkBytes
 
 __all__ = ["SafeReconstruction", "wide_mse"]
 
@@ -24,19 +27,20 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 
 
 @dataclass(frozen=True)
-class SafeReconstruction(Reconstruction):
-    """SAFE and SAFE+ as a solver of `prune_blocks`: the recipe, and its loop in PyTorch.
+class SafeReconstruction(Reconstruction, BlockSolver):
+    """SAFE and SAFE+ as a solver of `prune_blocks`: the recipe and its training loop.
 
     Attributes
     ----------
-    method, learning_rate, betas, epochs, warmup_epochs, batch_size, importance
-        As of `safe_core.reconstruction.Reconstruction`.
+    method, learning_rate, betas, epochs, warmup_epochs, batch_size, importance, rho, penalty, \
+dual_update_interval
+        As in `safe_core.reconstruction.Reconstruction`.
     autocast : bool, optional
-        Whether to compute in bfloat16, with parameters in float32. By default on a GPU for
-        models in 16 bits.
+        Whether to compute in bfloat16, with parameters in float32. The default is True on a GPU
+        for models in 16 bits.
     compile : bool or str
-        Whether the passes through the block run compiled, by `torch.compile`, once for all
-        blocks alike; a string is its ``mode``: "reduce-overhead" replays CUDA graphs.
+        Whether to compile the forward pass by `torch.compile`, once for all equal blocks. A
+        string is its ``mode``; "reduce-overhead" replays CUDA graphs.
 
     Raises
     ------
@@ -52,24 +56,63 @@ class SafeReconstruction(Reconstruction):
     autocast: bool | None = None
     compile: bool | str = False
 
-    trains: ClassVar[bool] = True
-    default_scope: ClassVar[Literal["tensor", "row"]] = "tensor"
-
-    @property
-    def needs(self) -> Literal["roles", "diagonal"]:
-        """What must be known of the inputs of weights: mean squares for SAFE+."""
-        return "roles" if self.importance is None else "diagonal"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.compile, bool):
             _checks.choice("compile", self.compile, _MODES)
 
     def autocasts(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a model in ``dtype`` is computed in bfloat16 on a device."""
+        """Return whether a model in ``dtype`` is computed in bfloat16 on a device."""
         if self.autocast is not None:
             return self.autocast
         return device.type == "cuda" and dtype.itemsize == 2
+
+    @property
+    def watches(self) -> Literal["nothing", "squares"]:  # type: ignore[override]
+        """What is recorded of the inputs of weights: their squares for SAFE+."""
+        return "squares" if self.importance else "nothing"
+
+    def described(self, pattern: Pattern) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed, resolved defaults included."""
+        return {
+            "solver": identity(self),
+            "method": identity(self.bound(pattern)),
+            "warmup": str(self.warmup),
+        }
+
+    def memory(self, size: BlockSize, work: WorkBytes) -> int:
+        """Return the bytes for the optimizer's state and a forward and backward pass."""
+        return size.reconstruction(
+            work(self.batch_size, backward=True, autocast=self.autocasts(size.device, size.dtype))
+        )
+
+    def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Train the block in float32 or wider, and return its parameters and the supports."""
+        assert problem.dense is not None  # no solver has run before
+        wide = wide_dtype(torch, list(problem.dense.parameters()))
+        block = problem.in_dtype(wide)
+        params = dict(block.named_parameters())
+        for key, p in params.items():
+            p.requires_grad_(key in problem.trainable)
+        importance = None
+        if self.importance is not None:
+            importance = {
+                key: found.importance(tuple(params[key].shape))
+                for key, found in problem.statistics.items()
+            }
+        epoch, steps = problem.batches(self.batch_size, wide)
+        supports = self.solve(
+            block,
+            {key: found.layout for key, found in problem.statistics.items()},
+            importance,
+            problem.pattern,
+            epoch,
+            steps,
+            problem.report,
+            name=problem.name,
+            autocast=self.autocasts(problem.device, problem.dtype),
+        )
+        return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
 
     def solve(
         self,
@@ -84,7 +127,7 @@ class SafeReconstruction(Reconstruction):
         name: str = "block",
         autocast: bool = False,
     ) -> dict[str, Tensor]:
-        """Train a block in place and project it; the supports by name.
+        """Train a block in place, project it, and return the supports by name.
 
         Parameters
         ----------
@@ -94,13 +137,13 @@ class SafeReconstruction(Reconstruction):
         importance : mapping of name to tensor, optional
         sparsity : pattern
         epoch : callable
-            ``epoch(k)`` yields pairs of a function, which runs the block on a batch, and the
-            targets of that batch.
+            ``epoch(k)`` yields, for each batch, a function that runs the block on it and the
+            targets.
         steps_per_epoch : int
         report : callable
             ``report(epoch, loss)`` after each epoch, with the mean loss at x.
         name : str
-            For messages.
+            The name of the block, for messages.
         autocast : bool
 
         Raises
@@ -125,10 +168,10 @@ class SafeReconstruction(Reconstruction):
         name: str = "block",
         autocast: bool = False,
     ) -> None:
-        """Take the steps of all epochs with an optimizer over a block, as `solve` does.
+        """Train a block for all epochs with an optimizer, as `solve` does.
 
-        The other arguments and errors are those of `solve`; ``epoch(k)`` is asked for the next
-        batch once the step of the one before is taken.
+        The other arguments and errors are those of `solve`. ``epoch(k)`` is asked for the next
+        batch only after the step on the one before.
         """
         device = next(block.parameters()).device
         if self.compile:
@@ -177,13 +220,13 @@ class SafeReconstruction(Reconstruction):
 
 
 def wide_mse(output: Tensor, target: Tensor) -> Tensor:
-    """The mean squared error, in float32 or wider."""
+    """Return the mean squared error, in float32 or wider."""
     dtype = wide_dtype(torch, [output, target])
     return nn.functional.mse_loss(output.to(dtype), target.to(dtype))
 
 
 def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:
-    """One step of the method; the loss at x, which is not read."""
+    """Take one step of the method and return the loss at x, without reading it."""
     optimizer.zero_grad()
     loss = loss_of()
     loss.backward()  # type: ignore[no-untyped-call]

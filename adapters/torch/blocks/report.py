@@ -1,4 +1,4 @@
-"""What pruning a model block by block tells of itself."""
+"""Reports on pruning block by block."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["BlockReport", "Progress", "PruningReport", "WeightReport"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where pruning stands.
+    """Progress of pruning.
 
     Attributes
     ----------
     block, blocks : int
-        The block at work and how many there are.
+        The current block and the number of blocks.
     epoch : int or None
-        The epoch that has ended; None for the whole block.
+        The epoch that has ended; None at the end of the block.
     epochs : int
-        How many there are in a block; 0 for a solver that does not train.
+        Epochs in each block; 0 for a solver that does not train.
     loss : float
-        Mean squared error of the reconstruction, in that epoch or in the end.
+        Mean squared reconstruction error, in that epoch or of the pruned block.
     seconds_left : float
-        By the time that was taken so far.
+        Extrapolated from the time so far.
 
     Examples
     --------
@@ -42,21 +42,21 @@ class Progress:
 
     @property
     def done(self) -> float:
-        """How many blocks are done; what comes with a block beside its epochs counts as one."""
+        """Number of finished blocks, with fractions; work besides epochs counts as one epoch."""
         return self.block + (1.0 if self.epoch is None else (self.epoch + 1) / (self.epochs + 1))
 
 
 class WeightReport(NamedTuple):
-    """How sparse a weight has become.
+    """The sparsity of a pruned weight.
 
     Attributes
     ----------
     entries, kept : int
-        All entries and those on the support, exactly as many as asked. Of these some may be
-        zero: those that were, or that the rounding to the model's dtype makes zero.
+        Number of entries, and of entries on the support, exactly as requested. A kept entry may
+        be zero, if it was before or if it rounds to zero in the model's dtype.
     tokens : int or None
-        Inputs that the weight has seen; for stacked experts the fewest of an expert. None for
-        SAFE without importance, which does not look at them.
+        Number of inputs of the weight; for stacked experts the smallest of an expert. None for
+        SAFE without importance, which does not record inputs.
     """
 
     entries: int
@@ -65,15 +65,15 @@ class WeightReport(NamedTuple):
 
 
 class BlockReport(NamedTuple):
-    """What has become of a block.
+    """The result for one block.
 
     Attributes
     ----------
     name : str
     loss : float
-        Mean squared error of what the pruned block returns, against the targets.
+        Mean squared error of the outputs of the pruned block.
     relative_error : float
-        The same error over the mean square of the targets.
+        The same error divided by the mean square of the targets.
     weights : dict of str to WeightReport
     seconds : float
 
@@ -93,17 +93,17 @@ class BlockReport(NamedTuple):
 
 
 class PruningReport(NamedTuple):
-    """What `prune_blocks` has done.
+    """The result of `prune_blocks`.
 
     Attributes
     ----------
     blocks : tuple of BlockReport
     dense : tuple of str
-        Weights within blocks that no matrix product was seen to take, left as they are.
+        Weights of blocks that were not pruned, because no matrix product used them.
     predicted : MemoryEstimate
     peak : int or None
-        Bytes at the peak over those at the start: as the allocator of the GPU counts them or,
-        with ``measure_memory``, by tensors on the CPU; None where they were not measured.
+        Peak bytes relative to the start: from the allocator of the GPU or, with
+        ``measure_memory``, by counting tensors on the CPU; None if not measured.
     seconds : float
     """
 

@@ -1,4 +1,4 @@
-"""The walk over the blocks of a model: dense pass, solver, pruned pass, one block at a time."""
+"""Prune the blocks of a model in order: dense pass, solver, pruned pass."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safe_core._dtypes import wide_dtype
-from safe_core.layout import Layout
 from safe_core.reconstruction import batches_at_random, batches_in_order
-from safe_core.solvers.gram import gram_or_identity
 
 from .activations import Activations, prefetched
 from .calls import BlockCalls, record
-from .memory import MemoryEstimate, TensorBytes, hollow
-from .reconstruction import SafeReconstruction
+from .fingerprints import sample_of
+from .memory import MemoryEstimate, TensorBytes, block_dtype, copy_with
 from .report import BlockReport, Progress, PruningReport, WeightReport
-from .resume import WorkFolder, sample_of
-from .statistics import InputStatistics, each_slice, inputs_of, one_by_one
-from .structure import evaluated, inside
-from .task import NO_CAST, Task, own_dtype, trained_by_safe
+from .solver import Batch, BlockProblem
+from .statistics import InputRecorder, one_by_one
+from .structure import block_name, evaluation_mode
+from .task import NO_CAST, Task, trainable_names
+from .work_folder import WorkFolder
 
 __all__ = ["Run"]
 
 
 def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a block on a device, in its own dtypes or with all floating tensors in one."""
-    return hollow(
+    """Return a copy of a block on a device, with floating tensors in a dtype if one is given."""
+    return copy_with(
         block,
         lambda t: t.detach().to(
             device, dtype if dtype is not None and t.is_floating_point() else t.dtype, copy=True
@@ -41,7 +41,7 @@ def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None
 
 
 class Run:
-    """One walk over the blocks, made by the plan of `plan_pruning`."""
+    """One run of pruning, from the plan of `plan_pruning`."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Run:
     ) -> None:
         self.task = task
         self.settings = task.settings
-        self.device = task.settings.device
+        self.device = task.device
         self.predicted = predicted
         self.progress = progress
         self.unseen: list[str] = []
@@ -63,10 +63,10 @@ class Run:
         self._resumed = self._finished = 0
 
     def run(self, *, measure_memory: bool) -> PruningReport:
-        """Prune every block, and say what became of it."""
+        """Prune every block, and report the result."""
         task, reports = self.task, []
         with ExitStack() as stack:
-            stack.enter_context(evaluated(task.model))
+            stack.enter_context(evaluation_mode(task.model))
             if self.device.type == "cuda":
                 torch.cuda.init()  # type: ignore[no-untyped-call]
                 stack.enter_context(torch.cuda.device(self.device))
@@ -76,29 +76,30 @@ class Run:
                 self._record(stack)
                 for i in range(len(task.blocks)):
                     finished = self._folder is not None and i < len(self._folder.finished)
-                    reports.append(self._take_up(i) if finished else self._prune(i))
+                    reports.append(self._resume(i) if finished else self._prune(i))
             except BaseException as error:
-                error.add_note(self._kept())
+                error.add_note(self._progress_note())
                 raise
         seconds = time.monotonic() - self._started
         return PruningReport(
             tuple(reports), tuple(self.unseen), self.predicted, peak.bytes, seconds
         )
 
-    def _kept(self) -> str:
+    def _progress_note(self) -> str:
+        """Say which blocks are pruned, for an error that ends the run."""
         name = self.task.name
         folder = "" if self._folder is None else f", also in {self._folder.path}"
         if not self._finished:
             return f"No block of {name or 'the model'} was pruned"
-        last = inside(name, self._finished - 1)
-        return f"{inside(name, 0)} to {last} are pruned and stay so{folder}; the rest is dense"
+        last = block_name(name, self._finished - 1)
+        return f"{block_name(name, 0)} to {last} are pruned and stay so{folder}; the rest is dense"
 
     # Beginning
 
     def _open_folder(self, stack: ExitStack) -> WorkFolder | None:
-        path = self.settings.work_dir
-        if path is None:
+        if self.settings.work_dir is None:
             return None
+        path = Path(self.settings.work_dir)
         digests = [sample_of(block.parameters()) for block in self.task.blocks]
         folder = WorkFolder(path, self.task.described(), notes=digests)
         stack.callback(folder.close)
@@ -110,19 +111,20 @@ class Run:
                 state = "it was, when dense" if pruned else "it was"
                 raise ValueError(
                     f"model must be as {state} when the run in {path} was begun, got other weights "
-                    f"in {inside(self.task.name, i)}: load the dense model again"
+                    f"in {block_name(self.task.name, i)}: load the dense model again"
                 )
         return folder
 
     def _record(self, stack: ExitStack) -> None:
-        """Run the model around its blocks, and keep what they take."""
+        """Run the model without its blocks, and record their arguments."""
         task, s = self.task, self.settings
         alike: dict[Any, list[int]] = {}
         for i, sample in enumerate(task.samples):
             shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
             alike.setdefault(shapes, []).append(i)
         first = {members[0]: members for members in alike.values()}
-        self.inputs = Activations(self.device, s.offload, s.work_dir, "inputs")
+        folder = None if s.work_dir is None else Path(s.work_dir)
+        self.inputs = Activations(self.device, s.offload, folder, "inputs")
         stack.callback(self.inputs.close)
 
         def take(i: int, hidden: Tensor) -> None:
@@ -142,20 +144,17 @@ class Run:
         started = time.monotonic()
         block = self.task.blocks[i]
         self.calls.forget_placed()
-        statistics, dense = self._dense_pass(i)
-        unknown = self.settings.watched == "roles"
+        problem = self._dense_pass(i)
+        unknown = self.task.solver.watches == "nothing"
         tokens = {
-            key: None if unknown else int(found.tokens.min()) for key, found in statistics.items()
+            key: None if unknown else int(found.tokens.min())
+            for key, found in problem.statistics.items()
         }
         supports: dict[str, Tensor] = {}
         solved: dict[str, Tensor] = {}
-        if statistics:
-            solved, supports = (
-                self._reconstruct(i, statistics)
-                if dense is None
-                else self._solve_layers(i, statistics, dense)
-            )
-        del dense, statistics
+        if problem.statistics:
+            solved, supports = self.task.solver.prune(problem)
+        del problem  # with the dense copy
         before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
         kept = torch.stack([m.sum() for m in supports.values()]).tolist() if supports else []
         weights = {
@@ -174,8 +173,8 @@ class Run:
         return report
 
     def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
-        """Bring the hidden states behind the pruned block, and keep it in the folder."""
-        name, block = inside(self.task.name, i), self.task.blocks[i]
+        """Compute the outputs of the pruned block, and save it in the folder."""
+        name, block = block_name(self.task.name, i), self.task.blocks[i]
         loss, relative = self._pruned_pass(i)
         report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
         if self._folder is not None:
@@ -185,8 +184,8 @@ class Run:
             self._folder.save(dict(block.named_parameters()), entry)
         return report
 
-    def _take_up(self, i: int) -> BlockReport:
-        """Load a finished block, and bring the hidden states behind it."""
+    def _resume(self, i: int) -> BlockReport:
+        """Load a finished block, and compute its outputs."""
         assert self._folder is not None  # there are finished blocks
         block, s = self.task.blocks[i], self.settings
         if s.two_streams or s.propagate == "dense":
@@ -209,9 +208,7 @@ class Run:
     def _tell(self, i: int, epoch: int | None, loss: float) -> None:
         if self.progress is None:
             return
-        solver = self.settings.solver
-        epochs = solver.epochs if solver.trains else 0
-        at = Progress(i, len(self.task.blocks), epoch, epochs, loss, 0.0)
+        at = Progress(i, len(self.task.blocks), epoch, self.task.solver.epochs, loss, 0.0)
         rate = (time.monotonic() - self._started) / (at.done - self._resumed)
         self.progress(replace(at, seconds_left=rate * (at.blocks - at.done)))
 
@@ -225,9 +222,9 @@ class Run:
         return self.task.structure.output(block, block(*args, **kwargs))
 
     def _forward(
-        self, i: int, block: nn.Module, source: Activations, seen: inputs_of | None = None
+        self, i: int, block: nn.Module, source: Activations, seen: InputRecorder | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Run a block on all samples; what it returns, batch by batch, and finite."""
+        """Run a block on all samples and yield its outputs, which must be finite."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         batches = batches_in_order(self.calls.groups, self.settings.batch_size)
         for samples, hidden in prefetched(batches, source.take, self.device):
@@ -239,39 +236,64 @@ class Run:
         if not bool(finite):
             raise ValueError(
                 "batches must lead to finite activations, got others behind "
-                f"{inside(self.task.name, i)}"
+                f"{block_name(self.task.name, i)}"
             )
 
     def _forward_in_place(self, i: int, block: nn.Module, stream: Activations) -> None:
         for samples, output in self._forward(i, block, stream):
             stream.put(samples, output)
 
-    def _dense_pass(self, i: int) -> tuple[dict[str, InputStatistics], nn.Module | None]:
-        """Compute the targets, and watch the inputs of the weights.
-
-        The dense block comes back where a layer-wise solver goes on with it.
-        """
-        s, weights = self.settings, self.task.weights[i]
+    def _dense_pass(self, i: int) -> BlockProblem:
+        """Compute the targets, and record the inputs of the weights."""
+        s, weights, watches = self.settings, self.task.weights[i], self.task.solver.watches
         dense = self._copy(i)
-        watches = s.watched != "roles" or None in weights.values()
-        if watches:
+        records = watches != "nothing" or None in weights.values()
+        if records:
             one_by_one(dense)
         if s.two_streams:
             self._forward_in_place(i, dense, self.targets)
-        seen = inputs_of(dense, weights, s.watched)
-        if watches or not s.two_streams:
-            watched = self._forward(i, dense, self.inputs, seen if watches else None)
-            for samples, output in watched:
+        seen = InputRecorder(dense, weights, watches)
+        if records or not s.two_streams:
+            outputs = self._forward(i, dense, self.inputs, seen if records else None)
+            for samples, output in outputs:
                 if not s.two_streams:
                     self.targets.put(samples, output)
         statistics = seen.statistics()
         self.unseen += [
-            f"{inside(self.task.name, i)}.{key}" for key in weights if key not in statistics
+            f"{block_name(self.task.name, i)}.{key}" for key in weights if key not in statistics
         ]
-        return statistics, None if s.solver.trains else dense
+        return BlockProblem(
+            name=block_name(self.task.name, i),
+            pattern=self.task.pattern,
+            statistics=statistics,
+            trainable=trainable_names(self.task, i, statistics),
+            dense=dense,
+            dtype=block_dtype(self.task.blocks[i]),
+            device=self.device,
+            batches=functools.partial(self._batches, i),
+            copy=functools.partial(self._copy, i),
+            report=functools.partial(self._tell, i),
+        )
+
+    def _batches(
+        self, i: int, size: int, dtype: torch.dtype
+    ) -> tuple[Callable[[int], Iterator[Batch]], int]:
+        """Return a function of the epoch that yields its batches, and their number."""
+        groups, cast = self.calls.groups, (block_dtype(self.task.blocks[i]), dtype)
+
+        def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return self.inputs.take(samples), self.targets.take(samples)
+
+        def epoch(k: int) -> Iterator[Batch]:
+            order = batches_at_random(groups, size, seed=self.settings.seed, block=i, epoch=k)
+            for samples, (hidden, target) in prefetched(order, load, self.device):
+                arguments = self.calls.arguments(i, samples, hidden.to(dtype), cast)
+                yield functools.partial(self._call, arguments), target
+
+        return epoch, len(batches_in_order(groups, size))
 
     def _pruned_pass(self, i: int) -> tuple[float, float]:
-        """Compute the error of the pruned block and, for the next, what it returns."""
+        """Return the error of the pruned block, and keep its outputs for the next block."""
         s = self.settings
         error = torch.zeros(2, dtype=torch.float64, device=self.device)
         entries = 0
@@ -288,78 +310,6 @@ class Run:
         wrong, size = error.tolist()
         return wrong / max(1, entries), wrong / size if size else 0.0
 
-    # Solvers
-
-    def _reconstruct(
-        self, i: int, statistics: Mapping[str, InputStatistics]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """SAFE on the whole block: its parameters, in float32 or wider, and supports."""
-        s, home = self.settings, self.task.blocks[i]
-        solver: SafeReconstruction = s.solver
-        own, wide = own_dtype(home), wide_dtype(torch, list(home.parameters()))
-        cast = own, wide
-        block = self._copy(i, wide)
-        params = dict(block.named_parameters())
-        trained = trained_by_safe(self.task, i, statistics)
-        for key, p in params.items():
-            p.requires_grad_(key in trained)
-        importance = None
-        if solver.importance is not None:
-            importance = {
-                key: found.importance(tuple(params[key].shape)) for key, found in statistics.items()
-            }
-        groups, size = self.calls.groups, solver.batch_size
-
-        def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-            return self.inputs.take(samples), self.targets.take(samples)
-
-        def epoch(k: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
-            batches = batches_at_random(groups, size, seed=s.seed, block=i, epoch=k)
-            for samples, (hidden, target) in prefetched(batches, load, self.device):
-                arguments = self.calls.arguments(i, samples, hidden.to(wide), cast)
-                yield functools.partial(self._call, arguments), target
-
-        supports = solver.solve(
-            block,
-            {key: found.layout for key, found in statistics.items()},
-            importance,
-            s.pattern,
-            epoch,
-            len(batches_in_order(groups, size)),
-            lambda k, loss: self._tell(i, k, loss),
-            name=inside(self.task.name, i),
-            autocast=solver.autocasts(self.device, own),
-        )
-        return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
-
-    def _solve_layers(
-        self, i: int, statistics: dict[str, InputStatistics], dense: nn.Module
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer-wise solver on each weight, which takes the place of the dense one.
-
-        What is known of a weight's inputs is dropped with it.
-        """
-        values, supports = {}, {}
-        for key in list(statistics):
-            found = statistics.pop(key)
-            grams = found.squares
-            assert grams is not None  # asked for
-
-            def solve(
-                weight: Tensor, layout: Layout, expert: int, key: str = key, grams: Tensor = grams
-            ) -> tuple[Tensor, Tensor]:
-                gram = gram_or_identity(grams[expert])
-                result = self.settings.solver(weight, gram, self.settings.pattern, layout=layout)
-                _check_result(f"{inside(self.task.name, i)}.{key}", weight, result)
-                return result[0], result[1]
-
-            values[key] = dense.get_parameter(key).detach()
-            with torch.no_grad():
-                wide = wide_dtype(torch, [values[key]])
-                solved, supports[key] = each_slice(values[key].to(wide), found.layout, solve)
-                values[key].copy_(solved)
-        return values, supports
-
 
 def _write_back(block: nn.Module, solved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
@@ -368,27 +318,8 @@ def _write_back(block: nn.Module, solved: Mapping[str, Tensor]) -> None:
                 p.copy_(solved[key])
 
 
-def _check_result(name: str, weight: Tensor, result: Any) -> None:
-    """Refuse what a layer-wise solver must not return."""
-    values, support = result
-    if values.shape != weight.shape or support.shape != weight.shape:
-        wrong = f"shapes {tuple(values.shape)} and {tuple(support.shape)}"
-    elif support.dtype != torch.bool:
-        wrong = f"a support of {support.dtype}"
-    elif not bool(values.isfinite().all()):
-        wrong = "values that are not finite"
-    elif bool((values[~support] != 0).any()):
-        wrong = "values that are not zero off the support"
-    else:
-        return
-    raise ValueError(
-        f"solver must return finite values {tuple(weight.shape)} for {name} that are zero off a "
-        f"bool support, got {wrong}"
-    )
-
-
 class _Peak:
-    """The peak of memory within, over that at the start."""
+    """Measure the peak of memory in this context, relative to the start."""
 
     def __init__(self, device: torch.device, task: Task, on_cpu: bool) -> None:
         self.bytes: int | None = None

@@ -1,10 +1,10 @@
-"""Which weights of a block are pruned, and what the inputs of each of them look like.
+"""The weights of a block that can be pruned, and statistics of their inputs.
 
-A weight is pruned that a block multiplies hidden states with: of linear layers, of GPT-2's
-`Conv1D`, and stacked ones of experts, which are parameters of three axes. What the products
-take is seen by watching the operations of torch below its modules and functions, so that it
-makes no difference how a product is written. An expert of a stack, a slice of one parameter,
-is told by where its memory begins, and the roles of its axes by how it is used.
+Weights that hidden states are multiplied with can be pruned: those of linear layers, of GPT-2's
+`Conv1D`, and stacked experts, which are parameters of three axes. The operations of torch are
+recorded below modules and functions, so that any way of writing a product is seen. An expert, a
+slice of a stacked parameter, is recognised by its address in memory; the roles of its axes
+follow from its use.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from safe_core.solvers.gram import positive_squares
 
 from ..weights import prunable_weights
 
-__all__ = ["InputStatistics", "block_weights", "inputs_of"]
+__all__ = ["InputRecorder", "InputStatistics", "block_weights", "each_slice", "one_by_one"]
 
-# Where the input and the weight stand among the arguments, and the axis of the weight that is
-# summed over. Linear layers and the others come down to the first four, but not in inference
+# Positions of the input and the weight among the arguments, and the axis of the weight that is
+# summed over. Linear layers reach the dispatcher as one of the first four, except in inference
 # mode.
 _PRODUCTS: dict[Any, tuple[int, int, int]] = {
     torch.ops.aten.mm: (0, 1, -2),
@@ -40,9 +40,9 @@ _PRODUCTS: dict[Any, tuple[int, int, int]] = {
 
 
 def block_weights(block: nn.Module) -> dict[str, Layout | None]:
-    """Names and layouts of the weights of a block that a matrix product may take.
+    """Return the names and layouts of the weights of a block that matrix products may use.
 
-    The layout of stacked experts is None until it is seen how they are used.
+    The layout of stacked experts is None: it is known once they are used.
 
     Examples
     --------
@@ -63,54 +63,55 @@ def block_weights(block: nn.Module) -> dict[str, Layout | None]:
 
 
 class InputStatistics(NamedTuple):
-    """What the inputs of one weight look like.
+    """Statistics of the inputs of one weight.
 
     Attributes
     ----------
     layout : Layout
-        As the weight was used.
+        Roles of the weight's axes, as it was used.
     tokens : int64 tensor, shape (experts,)
-        How many inputs were seen, on the CPU; one entry without a stack.
-    squares : tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
+        Number of inputs, on the CPU; one entry for a weight that is not stacked.
+    sums : tensor, shape (experts, inputs), or (experts, inputs, inputs), or None
         The sum of squares of each input feature, or the Gram matrix ``X^T X``, in float32 or
         wider.
     """
 
     layout: Layout
     tokens: Tensor
-    squares: Tensor | None
+    sums: Tensor | None
 
     def importance(self, shape: tuple[int, ...]) -> Tensor:
-        """The mean square of each input feature, with the axes of the weight.
+        """Return the mean square of each input feature, with the axes of the weight.
 
-        A feature that is never active counts for next to nothing, so that entries of such
-        features rank by magnitude, and so do all entries of an expert that saw no token.
+        Features that are never active get a tiny positive value, so that their entries rank by
+        magnitude among each other. So do all entries of an expert without tokens.
         """
-        assert self.squares is not None  # asked for together with the diagonal
-        tokens = self.tokens.clamp(min=1).to(self.squares.device)
-        filled: Tensor = positive_squares(self.squares / tokens[:, None])
+        assert self.sums is not None  # recorded as "squares"
+        tokens = self.tokens.clamp(min=1).to(self.sums.device)
+        filled: Tensor = positive_squares(self.sums / tokens[:, None])
         axes = (*self.layout.batch_axes, *self.layout.input_axes)
         return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
 
 
-class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 (a context)
-    """Watch the inputs of a block's weights within: their sums of squares or Gram matrices.
+class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record the inputs of a block's weights in this context: their squares or Gram matrices.
 
     Parameters
     ----------
     block : torch.nn.Module
-        Without grouped kernels for its experts.
+        It must not use grouped kernels for its experts, see `one_by_one`.
     weights : mapping of name to Layout or None
         From `block_weights`.
-    kind : {"roles", "diagonal", "gram"}
-        Whether to see only how weights are used, or to sum as well.
+    kind : {"nothing", "tokens", "squares", "gram"}
+        What to sum: nothing, with or without a check that a matrix product uses each weight, or
+        squares of inputs, or Gram matrices.
 
     Examples
     --------
     >>> layer = nn.Linear(2, 1, bias=False)
-    >>> with inputs_of(layer, block_weights(layer), "gram") as seen, torch.no_grad():
+    >>> with InputRecorder(layer, block_weights(layer), "gram") as seen, torch.no_grad():
     ...     _ = layer(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
-    >>> seen.statistics()["weight"].squares
+    >>> seen.statistics()["weight"].sums
     tensor([[[1., 2.],
              [2., 5.]]])
     """
@@ -119,7 +120,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
         self,
         block: nn.Module,
         weights: Mapping[str, Layout | None],
-        kind: Literal["roles", "diagonal", "gram"],
+        kind: Literal["nothing", "tokens", "squares", "gram"],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kind = kind
@@ -131,22 +132,22 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
         self._used: set[str] = set()
         self._fast: list[bool] = []
 
-    def __enter__(self) -> inputs_of:
-        """Watch from here on, without fused kernels of attention, whose products are not seen."""
+    def __enter__(self) -> InputRecorder:
+        """Start recording, without fused attention kernels, whose products would be missed."""
         self._fast.append(torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Watch no more."""
+        """Stop recording."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._fast.pop())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and look at it where it takes one of the weights."""
+        """Run an operation, and record its inputs if it uses one of the weights."""
         result = func(*args, **(kwargs or {}))
         places = _PRODUCTS.get(func.overloadpacket)
         if places is not None:
@@ -171,7 +172,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
         return self._by_memory.get(leaf.untyped_storage().data_ptr())
 
     def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
-        """Take in the inputs of one product with a weight, or a slice or transpose of it."""
+        """Record the inputs of one product with a weight, or a slice or transpose of it."""
         p = self._params[name]
         stride = w.stride(summed)
         axis = next(
@@ -183,7 +184,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             return
         stacked = p.ndim == 3
         if stacked and p.stride(0) < max(p.stride()):
-            return  # no expert is a piece of memory
+            return  # experts are not contiguous in memory
         if self._layouts[name] is None:
             other = ({1, 2} - {axis}).pop()
             self._layouts[name] = Layout((axis,), (other,), (0,))
@@ -194,7 +195,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             self._add(name, 0, x.reshape(-1, n))
             return
         first = (w.storage_offset() - p.storage_offset()) // p.stride(0)
-        if w.ndim == 3 and w.stride(0) == p.stride(0):  # each expert its own inputs
+        if w.ndim == 3 and w.stride(0) == p.stride(0):  # each expert has its own inputs
             if x.ndim > 2 and x.shape[0] not in (1, len(w)):
                 raise ValueError(
                     f"blocks must multiply {name} {tuple(p.shape)} with inputs for each of its "
@@ -202,15 +203,15 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
                 )
             for e, part in enumerate(x.expand(len(w), -1, -1) if x.ndim <= 3 else x):
                 self._add(name, first + e, part.reshape(-1, n))
-        else:  # all the same ones
+        else:  # all share their inputs
             reach = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
             for e in range(first, first + reach // p.stride(0) + 1):
                 self._add(name, e, x.reshape(-1, n))
 
     def _begin(self, name: str, experts: int, n: int) -> None:
-        """Make room for the sums over n inputs of a weight."""
+        """Allocate the sums over n inputs of a weight."""
         self._tokens[name] = torch.zeros(experts, dtype=torch.int64)
-        if self._kind != "roles":
+        if self._kind in ("squares", "gram"):
             shape = (experts, n, n) if self._kind == "gram" else (experts, n)
             p = self._params[name]
             dtype = wide_dtype(torch, [p])
@@ -218,7 +219,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
 
     def _add(self, name: str, expert: int, x: Tensor) -> None:
         self._tokens[name][expert] += len(x)
-        if self._kind == "roles":
+        if self._kind not in ("squares", "gram"):
             return
         wide = x.to(self._sums[name].dtype)
         if self._kind == "gram":
@@ -227,17 +228,17 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
             self._sums[name][expert] += wide.square().sum(dim=0)
 
     def statistics(self) -> dict[str, InputStatistics]:
-        """What was seen, by name of the weight.
+        """Return the statistics by name of the weight.
 
-        A linear layer that was not run counts as one that saw no token. Left out is a weight
-        that was used, but in no product that was seen: what its inputs are is not known. So is
-        a parameter of three axes that entered no product.
+        A linear layer that was not run has seen no tokens. Weights whose inputs are not known
+        are left out: those that only other operations than matrix products used, and parameters
+        of three axes that no product used.
         """
         found = {}
         for name, p in self._params.items():
             layout = self._layouts[name]
             seen = name in self._tokens
-            if layout is None or (not seen and name in self._used and self._kind != "roles"):
+            if layout is None or (not seen and name in self._used and self._kind != "nothing"):
                 continue
             if not seen:
                 self._begin(name, 1, p.shape[layout.input_axes[0]])
@@ -246,7 +247,7 @@ class inputs_of(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N8
 
 
 def one_by_one(block: nn.Module) -> None:
-    """Let the experts of a block run one after the other, as plain products."""
+    """Let the experts of a block run one after the other, as separate products."""
     for module in block.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation_internal", None) is not None:
@@ -256,7 +257,7 @@ def one_by_one(block: nn.Module) -> None:
 def each_slice(
     weight: Tensor, layout: Layout, fn: Callable[[Tensor, Layout, int], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Apply ``fn(slice, layout, expert)`` to each matrix of a stack; values and supports."""
+    """Return the values and supports of ``fn(slice, layout, expert)`` for each matrix."""
     if not layout.batch_axes:
         return fn(weight, layout, 0)
     inner = Layout(

@@ -1,9 +1,8 @@
 """The repeated blocks of a model, and how the model calls each of them.
 
-Everything is found by structure. The blocks are the `torch.nn.ModuleList` with the most
-parameters. What each of them receives besides the hidden states (rotary embeddings, masks,
-positions) is learned by running the model around its blocks: they are replaced by functions
-that take note of their arguments and hand the hidden states on.
+The blocks are the `torch.nn.ModuleList` with the most parameters. The other arguments of each
+block besides the hidden states (rotary embeddings, masks, positions) are recorded by running the
+model with the blocks replaced by functions that return their hidden states.
 """
 
 from __future__ import annotations
@@ -19,40 +18,40 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 __all__ = [
     "Call",
     "Structure",
-    "evaluated",
+    "block_name",
+    "call_forward",
+    "evaluation_mode",
     "find_blocks",
-    "handing_on",
-    "inside",
     "learn_structure",
-    "really",
-    "run_around",
+    "return_inputs",
+    "run_around_blocks",
 ]
 
 
 class _Done(BaseException):
-    """The last block was called: what the model does after it is not needed."""
+    """Raised when the last block is called, to stop the forward pass of the model there."""
 
 
 class Call(NamedTuple):
-    """The arguments of one call, flat."""
+    """The flattened arguments of one call."""
 
     leaves: list[Any]
     spec: TreeSpec
 
 
 class Structure(NamedTuple):
-    """How a model runs its blocks.
+    """How a model calls its blocks.
 
     Attributes
     ----------
     hidden : tuple of int
-        Of each block, which leaf of its arguments the hidden states are.
+        For each block, the index of the hidden states among the leaves of its arguments.
     axes : tuple of mappings of leaf to axis
-        Of each block, which leaves grow with the batch, and along which axis.
+        For each block, the leaves that have a batch axis, and that axis.
     outputs : mapping of class to (leaves, TreeSpec, int)
-        What a block of a class returns, and which leaf the hidden states are.
+        The outputs of each class of block, and the index of the hidden states among them.
     dependent : bool
-        Whether other arguments follow from what blocks return, so that they must be run.
+        Whether other arguments depend on the outputs of blocks, so that blocks must be run.
     """
 
     hidden: tuple[int, ...]
@@ -61,32 +60,32 @@ class Structure(NamedTuple):
     dependent: bool
 
     def output(self, block: nn.Module, returned: Any) -> Tensor:
-        """The hidden states among what a block has returned."""
+        """Return the hidden states among the outputs of a block."""
         leaves, _ = tree_flatten(returned)
         found: Tensor = leaves[self.outputs[type(block)][2]]
         return found
 
 
-def inside(name: str, i: int) -> str:
-    """The name of block i of a list of blocks, which may be the model itself.
+def block_name(name: str, i: int) -> str:
+    """Return the name of block i in a list of blocks, which may be the model itself.
 
     Examples
     --------
-    >>> inside("model.layers", 3), inside("", 3)
+    >>> block_name("model.layers", 3), block_name("", 3)
     ('model.layers.3', '3')
     """
     return f"{name}.{i}" if name else str(i)
 
 
 def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Module]]:
-    """The name and the modules of the repeated blocks of a model.
+    """Return the name and the modules of the repeated blocks of a model.
 
     Parameters
     ----------
     model : torch.nn.Module
     blocks : str or torch.nn.Module, optional
-        A `ModuleList` of the model or its name, such as ``"encoder.block"``, for a model with
-        several. By default the one with the most parameters.
+        A `ModuleList` of the model or its name, such as ``"encoder.block"``. By default the one
+        with the most parameters.
 
     Returns
     -------
@@ -126,15 +125,15 @@ def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Modu
         for p in block.parameters():
             if owners.setdefault(id(p), i) != i:
                 raise ValueError(
-                    f"blocks must not share parameters, {inside(name, owners[id(p)])} and "
-                    f"{inside(name, i)} do"
+                    f"blocks must not share parameters, {block_name(name, owners[id(p)])} and "
+                    f"{block_name(name, i)} do"
                 )
     return name, modules
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Run a model as it is deployed, without dropout, and without a cache of keys and values."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without a key-value cache, and restore it afterwards."""
     training = [(m, m.training) for m in model.modules()]
     configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c}
     for config in list(configs.values()):
@@ -154,10 +153,10 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _answered_by(
+def _replaced_forward(
     blocks: Sequence[nn.Module], answer: Callable[[int, Callable[..., Any], Any, Any], Any]
 ) -> Iterator[None]:
-    """Let ``answer(i, forward, args, kwargs)`` stand for the forward pass of block i."""
+    """Replace the forward pass of block i by ``answer(i, forward, args, kwargs)``."""
     kept = [block.__dict__.get("forward") for block in blocks]
 
     def replaced(i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +174,7 @@ def _answered_by(
                 block.__dict__["forward"] = forward
 
 
-def run_around(
+def run_around_blocks(
     model: nn.Module,
     name: str,
     blocks: Sequence[nn.Module],
@@ -184,13 +183,13 @@ def run_around(
     *,
     whole: bool = False,
 ) -> list[Call]:
-    """Run a model up to its last block, or to its end; the calls of its blocks in order."""
+    """Run a model up to its last block, or to its end, and return the calls of its blocks."""
     calls: list[Call] = []
 
     def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if i != len(calls):
             raise ValueError(
-                f"blocks must be called once each and in order, {inside(name, i)} was called "
+                f"blocks must be called once each and in order, {block_name(name, i)} was called "
                 f"as number {len(calls)}"
             )
         call = Call(*tree_flatten((args, kwargs)))
@@ -202,18 +201,19 @@ def run_around(
     positional = [value for key, value in sample.items() if key is None]
     named = {key: value for key, value in sample.items() if key is not None}
     try:
-        with torch.no_grad(), _answered_by(blocks, answered):
+        with torch.no_grad(), _replaced_forward(blocks, answered):
             model(*positional, **named)
     except _Done:
         pass
     if len(calls) < len(blocks):
         raise ValueError(
-            f"blocks must be called once each, {inside(name, len(calls))} was not called"
+            f"blocks must be called once each, {block_name(name, len(calls))} was not called"
         )
     return calls
 
 
-def really(i: int, forward: Callable[..., Any], call: Call) -> Any:
+def call_forward(i: int, forward: Callable[..., Any], call: Call) -> Any:
+    """Run the forward pass of a block with recorded arguments."""
     args, kwargs = tree_unflatten(call.leaves, call.spec)
     return forward(*args, **kwargs)
 
@@ -229,14 +229,14 @@ def _first_tensor(leaves: Sequence[Any]) -> int:
 def learn_structure(
     model: nn.Module, name: str, blocks: Sequence[nn.Module], sample: Mapping[str | None, Any]
 ) -> Structure:
-    """Learn from one sample how a model runs its blocks.
+    """Find out from one sample how a model calls its blocks.
 
-    One block of each class is run; the others hand on what they get.
+    One block of each class is run; the others return their hidden states unchanged.
 
     Raises
     ------
     ValueError
-        If the hidden states do not go from block to block as they are.
+        If hidden states do not go unchanged from block to block.
     """
     outputs: dict[type, tuple[list[Any], TreeSpec, int]] = {}
 
@@ -246,7 +246,7 @@ def learn_structure(
         def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
             kind = type(blocks[i])
             if kind not in outputs:
-                leaves, spec = tree_flatten(really(i, forward, call))
+                leaves, spec = tree_flatten(call_forward(i, forward, call))
                 outputs[kind] = leaves, spec, _first_tensor(leaves)
             leaves, spec, place = outputs[kind]
             answers = [
@@ -256,7 +256,7 @@ def learn_structure(
             given.append(answers[place])
             return tree_unflatten(answers, spec)
 
-        return run_around(model, name, blocks, sample, answer, whole=True), given
+        return run_around_blocks(model, name, blocks, sample, answer, whole=True), given
 
     first, given = passing(1.0)
     copies = [tensor.clone() for tensor in given]
@@ -270,15 +270,15 @@ def learn_structure(
     )
     doubled = {key: _twice(value) for key, value in sample.items()}
     pairs = (
-        run_around(model, name, blocks, doubled, really)
+        run_around_blocks(model, name, blocks, doubled, call_forward)
         if dependent
-        else run_around(model, name, blocks, doubled, handing_on(blocks, hidden, outputs))
+        else run_around_blocks(model, name, blocks, doubled, return_inputs(blocks, hidden, outputs))
     )
     axes = tuple(_batch_axes(one, two) for one, two in zip(first, pairs, strict=True))
     for i, (found, place) in enumerate(zip(axes, hidden, strict=True)):
         if found.get(place) != 0:
             raise ValueError(
-                f"batches must run along the first axis of what {inside(name, i)} takes"
+                f"batches must run along the first axis of what {block_name(name, i)} takes"
             )
     return Structure(hidden, axes, outputs, dependent)
 
@@ -286,14 +286,14 @@ def learn_structure(
 def _follow(
     name: str, calls: Sequence[Call], given: Sequence[Tensor], copies: Sequence[Tensor]
 ) -> tuple[int, ...]:
-    """Of each call, the leaf that is what the block before has returned."""
+    """Return, for each call, the index of the leaf that the block before returned."""
     hidden = []
     for i, call in enumerate(calls[1:]):
         found = [j for j, leaf in enumerate(call.leaves) if leaf is given[i]]
         if not found or not torch.equal(given[i], copies[i]):
             raise ValueError(
                 f"blocks must take what the block before returns, unchanged, "
-                f"{inside(name, i + 1)} takes something else"
+                f"{block_name(name, i + 1)} takes something else"
             )
         hidden.append(found[0])
     first = hidden[0] if hidden else _first_tensor(calls[0].leaves)
@@ -302,17 +302,19 @@ def _follow(
         if taken.shape != tensor.shape or taken.dtype != tensor.dtype:
             raise ValueError(
                 "blocks must return hidden states as they take them, "
-                f"{inside(name, i)} takes {taken.dtype} {tuple(taken.shape)} and returns "
+                f"{block_name(name, i)} takes {taken.dtype} {tuple(taken.shape)} and returns "
                 f"{tensor.dtype} {tuple(tensor.shape)}"
             )
     return (first, *hidden)
 
 
-def handing_on(
+def return_inputs(
     blocks: Sequence[nn.Module],
     hidden: Sequence[int],
     outputs: Mapping[type, tuple[list[Any], TreeSpec, int]],
 ) -> Callable[[int, Callable[..., Any], Call], Any]:
+    """Return a stand-in for forward passes that returns the hidden states unchanged."""
+
     def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
         leaves, spec, place = outputs[type(blocks[i])]
         answers = list(leaves)

@@ -1,7 +1,11 @@
-"""PyTorch: tensors of which a process holds a shard.
+"""Sharded PyTorch tensors: local shards, and sums and maxima over all shards.
 
-Parameters are never gathered: what is computed of the shards at hand is summed over the
-process groups that hold the others.
+`is_sharded`, `local`, `sharded_like` and `summed` are the interface for the PyTorch
+adapter. The other functions serve the backend.
+
+Parameters are never gathered. Each process computes with its local shard, and one number
+per tensor is reduced over the process groups that hold the other shards. Functions accept
+plain tensors too, which they treat as a single shard.
 """
 
 from __future__ import annotations
@@ -30,42 +34,55 @@ __all__ = [
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether ``x`` is a `torch.distributed.tensor.DTensor`."""
+    """Return whether ``x`` is a `torch.distributed.tensor.DTensor`."""
+    # By attribute, so that programs on one process never import torch.distributed.tensor.
     return hasattr(x, "device_mesh")
 
 
 def whole(x: Any) -> Tensor:
-    """A small tensor, gathered or summed over its shards."""
+    """Return ``x`` as a plain tensor, gathered or summed over its shards; for small ones only."""
     return x.full_tensor() if is_sharded(x) else x
 
 
 def local(x: Any) -> Tensor:
-    """The entries at hand of a tensor."""
+    """Return the local shard of ``x``, or ``x`` itself if it is not sharded."""
     return x.to_local() if is_sharded(x) else x
 
 
 def sharded_as(x: Any, mask: Tensor) -> Tensor:
-    """The tensor whose entries at hand are ``mask``, sharded as ``x``."""
+    """Return the tensor with the local shard ``mask``, sharded as ``x``."""
     if not is_sharded(x):
         return mask
     return type(x).from_local(mask, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
 
 
 def sharded_like(x: Any, values: Tensor) -> Tensor:
-    """``values``, which every process holds whole and which broadcast to ``x``, in its shards."""
+    """Return ``values`` sharded as ``x``.
+
+    Parameters
+    ----------
+    x : tensor
+        A parameter, sharded or not.
+    values : tensor
+        Values that broadcast to ``x``, complete on every process. They are returned
+        unchanged if ``x`` is not sharded, if they are sharded already, or if they have
+        another number of axes.
+    """
     if not is_sharded(x) or is_sharded(values) or values.ndim != x.ndim:
         return values
     from torch.distributed.tensor import Replicate, distribute_tensor
 
+    # An axis along which values broadcast has length 1, and cannot be sharded.
     kept = [
         p if _is_shard(p) and values.shape[p.dim] == x.shape[p.dim] else Replicate()
         for p in x.placements
     ]
+    # Every process holds the values, so none needs to send them.
     return distribute_tensor(values, x.device_mesh, kept, src_data_rank=None)
 
 
 def index_along(x: Any, axis: int) -> Tensor:
-    """The places along an axis, in the whole tensor, of the entries at hand."""
+    """Return the positions along an axis, within the whole tensor, of the local entries."""
     places = torch.arange(x.shape[axis], device=local(x).device)
     if not is_sharded(x):
         return places
@@ -75,12 +92,12 @@ def index_along(x: Any, axis: int) -> Tensor:
     return local(distribute_tensor(places, x.device_mesh, kept, src_data_rank=None))
 
 
-def regrouped(x: Any, units: Mapping[int, int]) -> Tensor:
-    """``x``, sharded such that no unit is cut.
+def regrouped(x: Any, *, units: Mapping[int, int]) -> Tensor:
+    """Return ``x`` sharded so that no shard cuts a unit.
 
-    ``units`` maps an axis to the length of a unit along it, 0 for all of it; the others may
-    be cut anywhere. An axis that is cut is exchanged with another one among the processes:
-    each holds as many entries as before.
+    ``units`` maps an axis to the length of a unit along it, or to 0 if the whole axis is a
+    unit. Other axes may be cut anywhere. Where shards cut units, the processes shard another
+    axis instead, so each holds as many entries as before.
     """
     if not is_sharded(x):
         return x
@@ -101,7 +118,7 @@ def regrouped(x: Any, units: Mapping[int, int]) -> Tensor:
 
 
 def resharded_as(x: Any, result: Tensor) -> Tensor:
-    """``result``, of the shape of ``x``, brought to the sharding of ``x``."""
+    """Return ``result``, which has the shape of ``x``, sharded as ``x``."""
     same = not is_sharded(x) or result.placements == x.placements  # type: ignore[attr-defined]
     return result if same else result.redistribute(placements=x.placements)  # type: ignore[attr-defined]
 
@@ -109,10 +126,14 @@ def resharded_as(x: Any, result: Tensor) -> Tensor:
 def shardwise(
     fn: Callable[..., Tensor], *arrays: Any, axes: Mapping[int, int] | None = None
 ) -> Tensor:
-    """``fn(*arrays)`` of the entries at hand; ``axes`` maps axes of the first to the result's."""
+    """Return ``fn(*arrays)`` of the local shards, sharded as the first array.
+
+    ``axes`` maps the axes of the first array to those of the result.
+    """
     first = arrays[0]
     if not is_sharded(first):
         return fn(*arrays)
+    # The meta device computes the shape of the whole result without its values.
     result = fn(*(local(x) for x in arrays))
     shape = fn(*(torch.empty(x.shape, dtype=x.dtype, device="meta") for x in arrays)).shape
     moved = [
@@ -128,8 +149,8 @@ def shardwise(
     )
 
 
-def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The Euclidean norm of each tensor."""
+def norms(arrays: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+    """Return the Euclidean norm of each tensor."""
     parts = torch._foreach_norm([local(x.detach()) for x in arrays], dtype=dtype)
     found = torch.stack([part.to(parts[0].device) for part in parts])
     if not any(is_sharded(x) for x in arrays):
@@ -138,7 +159,7 @@ def norms(arrays: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def peaks(arrays: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of each tensor, 0 where it has no entries."""
+    """Return the largest magnitude of each tensor, 0 for one without entries."""
     parts = [local(x.detach()) for x in arrays]
     found = [part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts]
     values = torch.stack([value.to(found[0].device) for value in found])
@@ -146,11 +167,21 @@ def peaks(arrays: Sequence[Tensor]) -> Tensor:
 
 
 def summed(values: Tensor, like: Sequence[Tensor]) -> Tensor:
-    """One value per tensor of ``like``, summed over the shards of that tensor."""
+    """Return ``values`` summed over the shards of each tensor.
+
+    Parameters
+    ----------
+    values : tensor of shape (len(like),)
+        One value per tensor, computed from its local shard. May be overwritten.
+    like : sequence of tensors
+        The tensors that the values were computed from. Every process must pass them in the
+        same order.
+    """
     return _reduced(values, like, "SUM")
 
 
 def _reduced(values: Tensor, like: Sequence[Tensor], operation: str) -> Tensor:
+    # One call per process group serves all tensors, for each call costs a round trip.
     for group, members in _groups(like).items():
         everywhere = len(members) == len(like)
         part = values if everywhere else values[members]
@@ -161,31 +192,32 @@ def _reduced(values: Tensor, like: Sequence[Tensor], operation: str) -> Tensor:
 
 
 def _is_shard(placement: Any) -> bool:
-    # Where FSDP cuts what tensor parallelism has cut, torch has a class of its own.
+    # PyTorch has a private class for an axis that FSDP shards on top of tensor parallelism.
     return placement.is_shard() or type(placement).__name__ == "_StridedShard"
 
 
 def _moved(placement: Any, axis: int) -> Any:
-    """The placement, along another axis."""
+    """Return the placement moved to another axis."""
     if placement.is_shard():
         return type(placement)(axis)
     return type(placement)(axis, split_factor=placement.split_factor)
 
 
 def _cuts(x: Any, placement: Any, unit: int) -> bool:
-    """Whether a shard may begin within a unit."""
+    """Return whether a shard can begin within a unit."""
     if unit == 1:
         return False
     size, along = x.shape[placement.dim], [p for p in x.placements if _is_shard(p)]
     alone = placement.is_shard() and sum(p.dim == placement.dim for p in along) == 1
     if unit == 0 or not alone or size % unit:
         return True
+    # PyTorch gives every process but the last ceil(size / count) entries.
     count = x.device_mesh.size(list(x.placements).index(placement))
     return bool(-(-size // count) % unit)
 
 
 def _groups(scores: Sequence[Any]) -> dict[Any, list[int]]:
-    """Process groups to sum over, each with the positions of the tensors sharded there."""
+    """Map each process group to the positions of the tensors that are sharded over it."""
     groups: dict[Any, list[int]] = {}
     for position, x in enumerate(scores):
         for axis, placement in enumerate(getattr(x, "placements", ())):

@@ -1,0 +1,189 @@
+"""Solvers of one block in JAX: layer by layer, or by training the whole block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from safe_core.patterns import Pattern, as_pattern
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import Gram, LayerSolver, as_solver
+from safe_core.solvers.gram import solver_statistics
+
+from .block_training import BlockTraining, sample_count
+from .tree import SparseTree
+
+__all__ = ["Block", "BlockSolver", "block_solver", "prune_layers"]
+
+PyTree = Any
+
+
+class Block(NamedTuple):
+    """One block of `prune_blocks`.
+
+    `safe_core.adapters.jax.flax.blocks` makes them from Flax modules.
+
+    Attributes
+    ----------
+    apply_fn : callable
+        ``apply_fn(params, inputs) -> array``. Blocks with the same function and shapes share
+        compiled programs.
+    params : pytree
+    grams : callable, optional
+        ``grams(params, inputs)`` returns the Gram matrices of the inputs of each weight, a
+        mapping of path to `safe_core.solvers.Gram`. Only SAFE and magnitude pruning do without.
+    """
+
+    apply_fn: Callable[[PyTree, PyTree], jax.Array]
+    params: PyTree
+    grams: Callable[[PyTree, PyTree], Mapping[str, Gram]] | None = None
+
+
+def prune_layers(
+    params: PyTree,
+    grams: Mapping[str, Any] | None,
+    solver: Any,
+    sparsity: Any,
+    *,
+    where: Any = None,
+    layout: Any = None,
+) -> PyTree:
+    """Prune each layer of a block by a layer-wise solver.
+
+    Parameters
+    ----------
+    params : pytree
+    grams : mapping of path to Gram or array, or None
+        ``X^T X`` of the inputs of each sparse leaf, as `linen_grams` and `nnx_grams` return.
+        None for a solver that needs no statistics. A layer whose inputs are all zero is pruned
+        by magnitude.
+    solver : str, layer-wise solver or callable
+        A name, an instance or a class of `safe_core.solvers`, or a function
+        ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``.
+    sparsity : float, str or pattern
+        A number is the sparsity of each weight.
+    where, layout : optional
+        As for `sparse_optimizer`.
+
+    Returns
+    -------
+    pytree
+        Shaped as ``params``, exactly sparse.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Those of the solver, or if the Gram matrix of a leaf is missing.
+
+    Examples
+    --------
+    >>> from safe_core.solvers import SparseGPT
+    >>> inputs = jax.random.normal(jax.random.key(1), (64, 8))
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+    >>> pruned = prune_layers(params, {"kernel": Gram.of(inputs)}, SparseGPT(), "2:4")
+    >>> (pruned["kernel"] != 0).sum(0).tolist()
+    [4, 4, 4, 4]
+    """
+    found = as_solver(solver)
+    if not isinstance(found, LayerSolver):
+        raise TypeError(f"solver must prune layers, such as ALPS(), got {found!r}")
+    tree = SparseTree.read(params, where, layout)
+    pattern = as_pattern(sparsity, scope="tensor")
+    pruned = []
+    for name, roles, x in zip(*tree.info[:2], tree.sparse(params), strict=True):
+        statistics = None
+        if found.needs != "nothing":
+            statistics = solver_statistics(found.needs, jnp.asarray(_matrix(grams or {}, name)))
+        values, _ = found(x, statistics, pattern, layout=roles)
+        pruned.append(values)
+    return tree.replaced(tree.leaves(params), pruned)
+
+
+def _matrix(grams: Mapping[str, Any], name: str) -> Any:
+    if name not in grams:
+        raise ValueError(f"grams must hold one for {name}, got {', '.join(grams) or 'none'}")
+    return grams[name].matrix if isinstance(grams[name], Gram) else grams[name]
+
+
+class BlockSolver(Protocol):
+    """A solver of blocks in JAX."""
+
+    @property
+    def needs(self) -> str:
+        """Which statistics of inputs are needed, as of `safe_core.solvers.Solver`."""
+
+    def prune(
+        self,
+        i: int,
+        block: Block,
+        inputs: PyTree,
+        targets: jax.Array,
+        grams: Mapping[str, Gram] | None,
+    ) -> PyTree:
+        """Return the pruned parameters of block i."""
+
+
+class _LayerByLayer:
+    """A layer-wise solver, applied to each sparse leaf of a block."""
+
+    def __init__(self, solver: LayerSolver, pattern: Pattern, where: Any, layout: Any) -> None:
+        self.solver, self.pattern = solver, pattern
+        self.where, self.layout = where, layout
+        self.needs = solver.needs
+
+    def prune(
+        self,
+        i: int,
+        block: Block,
+        inputs: PyTree,
+        targets: jax.Array,
+        grams: Mapping[str, Gram] | None,
+    ) -> PyTree:
+        return prune_layers(
+            block.params, grams, self.solver, self.pattern, where=self.where, layout=self.layout
+        )
+
+
+class _Trained:
+    """SAFE on the whole block."""
+
+    def __init__(
+        self, recipe: Reconstruction, pattern: Pattern, seed: int, where: Any, layout: Any
+    ) -> None:
+        self.recipe, self.pattern, self.seed = recipe, pattern, seed
+        self.where, self.layout = where, layout
+        self.needs = recipe.needs
+        self._trainings: dict[Any, BlockTraining] = {}
+
+    def prune(
+        self,
+        i: int,
+        block: Block,
+        inputs: PyTree,
+        targets: jax.Array,
+        grams: Mapping[str, Gram] | None,
+    ) -> PyTree:
+        if block.apply_fn not in self._trainings:
+            self._trainings[block.apply_fn] = BlockTraining(
+                block.apply_fn,
+                self.recipe,
+                self.pattern,
+                sample_count(inputs),
+                self.where,
+                self.layout,
+            )
+        training = self._trainings[block.apply_fn]
+        return training(block.params, inputs, targets, grams, seed=self.seed, block=i).params
+
+
+def block_solver(solver: Any, pattern: Pattern, seed: int, where: Any, layout: Any) -> BlockSolver:
+    """Return the solver of blocks that an argument of `prune_blocks` stands for."""
+    found = as_solver(solver)
+    if isinstance(found, Reconstruction):
+        return _Trained(found, pattern, seed, where, layout)
+    if isinstance(found, LayerSolver):
+        return _LayerByLayer(found, pattern, where, layout)
+    raise TypeError(f"solver must be a Reconstruction or prune layers, got {found!r}")

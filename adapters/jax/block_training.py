@@ -1,0 +1,165 @@
+"""Train a block by SAFE on its reconstruction error, compiled once for equal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from safe_core._dtypes import wide_dtype
+from safe_core.patterns import Pattern
+from safe_core.reconstruction import Reconstruction, batches_at_random, batches_in_order
+from safe_core.solvers import Gram
+from safe_core.solvers.gram import positive_squares
+
+from .gradients import value_and_gradients
+from .transform import finalize, sparse_optimizer
+from .tree import SparseTree
+
+__all__ = ["BlockTraining", "Reconstructed", "sample_count", "take_rows", "widened"]
+
+PyTree = Any
+
+
+class Reconstructed(NamedTuple):
+    """The result of `reconstruct`.
+
+    Attributes
+    ----------
+    params : pytree
+        Exactly sparse, in their original dtypes.
+    losses : list of float
+        The mean loss of each epoch at x, before the perturbation.
+
+    Examples
+    --------
+    >>> Reconstructed({}, [0.5, 0.25]).losses[-1]
+    0.25
+    """
+
+    params: PyTree
+    losses: list[float]
+
+
+class BlockTraining:
+    """SAFE on blocks of one function; blocks of equal shapes share compiled programs."""
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., jax.Array],
+        recipe: Reconstruction,
+        pattern: Pattern,
+        samples: int,
+        where: Any,
+        layout: Any,
+    ) -> None:
+        self.apply_fn, self.recipe, self.samples = apply_fn, recipe, samples
+        self.where, self.layout = where, layout
+        self.method = recipe.bound(pattern)
+        steps = len(batches_in_order([range(samples)], recipe.batch_size))
+        rates = jnp.asarray([recipe.rate(t, steps) for t in range(recipe.epochs * steps)])
+        self._rate = lambda step: rates[step]
+        self._base = optax.adam(self._rate, *recipe.betas)
+        self._tx = self._optimizer(None)  # P, if there is one, is in the state
+        self._epoch = jax.jit(self._steps, donate_argnums=0)
+
+    def __call__(
+        self,
+        params: PyTree,
+        inputs: PyTree,
+        targets: jax.Array,
+        importance: Any,
+        *,
+        seed: int,
+        block: int,
+    ) -> Reconstructed:
+        wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)  # their buffers are donated
+        if isinstance(importance, Mapping):
+            importance = self._of_grams(wide, importance)
+        carried, losses = (wide, self._optimizer(importance).init(wide)), []
+        for k in range(self.recipe.epochs):
+            whole, rest = self._batches(seed, block, k)
+            carried, mean = self._epoch(carried, (inputs, targets), whole, rest)
+            losses.append(float(mean))
+            if not np.isfinite(losses[-1]):
+                raise ValueError(
+                    "learning_rate must be low enough for a finite loss, got "
+                    f"{self.recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k} of "
+                    f"block {block}"
+                )
+        found = finalize(*carried, self.method, layout=self.layout)
+        return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
+
+    def _optimizer(self, importance: Any) -> optax.GradientTransformationExtraArgs:
+        return sparse_optimizer(
+            self._base,
+            self.method,
+            learning_rate=self._rate if self.method.plan().needs_learning_rate else None,
+            where=self.where,
+            layout=self.layout,
+            importance=importance,
+        )
+
+    def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
+        """Return P from the mean squares of inputs, without the Gram matrices of dense leaves."""
+        names = SparseTree.read(params, self.where, self.layout).info.names
+        return {
+            name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
+            for name, p in importance.items()
+            if name in names or not isinstance(p, Gram)
+        }
+
+    def _batches(self, seed: int, block: int, epoch: int) -> tuple[Any, Any]:
+        """Return the samples of full batches, shape (count, size), and of the last one."""
+        size, groups = min(self.recipe.batch_size, self.samples), [range(self.samples)]
+        batches = batches_at_random(groups, size, seed=seed, block=block, epoch=epoch)
+        order = np.concatenate(batches)
+        whole = self.samples // size * size
+        return order[:whole].reshape(-1, size), order[whole:]
+
+    def _steps(
+        self, carried: Any, data: PyTree, whole: jax.Array, rest: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """Run one epoch, and return the mean loss at x."""
+
+        def take(carried: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            params, state = carried
+            batch, target = take_rows(data, rows)
+            loss, gradients, grad_fn = value_and_gradients(self._loss)(params, batch, target)
+            updates, state = self._tx.update(gradients, state, params, grad_fn=grad_fn)
+            return (optax.apply_updates(params, updates), state), loss
+
+        carried, losses = jax.lax.scan(take, carried, whole)
+        if rest.size:
+            carried, last = take(carried, rest)
+            losses = jnp.concatenate([losses, last[None]])
+        return carried, losses.mean()
+
+    def _loss(self, params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
+        output = self.apply_fn(params, batch)
+        return jnp.mean((widened(output) - widened(target)) ** 2)
+
+
+def sample_count(inputs: PyTree) -> int:
+    """Return the number of samples along the first axis of every leaf, or raise ValueError."""
+    counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)}
+    if len(counts) != 1 or counts == {()} or counts == {(0,)}:
+        raise ValueError(
+            "inputs must be arrays with the same number of samples, not none, along their first "
+            f"axis, got {sorted(counts)}"
+        )
+    return int(counts.pop()[0])
+
+
+def take_rows(inputs: PyTree, rows: Any) -> PyTree:
+    """Return some samples of every leaf."""
+    return jax.tree.map(lambda x: x[rows], inputs)
+
+
+def widened(x: Any) -> Any:
+    """Return a floating array in float32 or wider, and any other as it is."""
+    return x.astype(wide_dtype(jnp, [x])) if jnp.issubdtype(x.dtype, jnp.floating) else x

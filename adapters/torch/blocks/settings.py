@@ -1,0 +1,66 @@
+"""The settings of `prune_blocks`: from Python, in a plan and on the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from safe_core import _checks
+from safe_core.reconstruction import BlockSettings
+
+__all__ = ["OFFLOADS", "PruningSettings"]
+
+OFFLOADS = ("cpu", "disk", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings(BlockSettings):
+    """Settings of `prune_blocks`.
+
+    Attributes
+    ----------
+    propagate, target_inputs, batch_size, seed
+        As in `safe_core.reconstruction.BlockSettings`.
+    blocks : str or torch.nn.Module, optional
+        The `ModuleList`, or `Sequential`, of the blocks, or its name; "" is the model itself. By
+        default the `ModuleList` with the most parameters. Prune an encoder and a decoder by two
+        calls, one after the other.
+    where : callable, optional
+        ``where(name, parameter) -> bool`` selects the weights to prune.
+    device : torch.device or str, optional
+        Where blocks are pruned; by default the device of the model.
+    offload : {"cpu", "disk", "none"}
+        Where the activations of all samples are kept: on the CPU, in memory-mapped files under
+        ``work_dir``, or on the device.
+    work_dir : path, optional
+        A folder for finished blocks. The same call resumes after them, with the same bits. A
+        solver of your own must then be a function or a dataclass, so that it can be compared.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field is of another kind or out of its range.
+
+    Examples
+    --------
+    >>> PruningSettings(offload="disk")
+    Traceback (most recent call last):
+    ValueError: work_dir must name a folder for offload="disk", got None
+    """
+
+    blocks: str | nn.Module | None = None
+    where: Callable[[str, Tensor], bool] | None = None
+    device: torch.device | str | None = None
+    offload: Literal["cpu", "disk", "none"] = "cpu"
+    work_dir: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.choice("offload", self.offload, OFFLOADS)
+        if self.offload == "disk" and self.work_dir is None:
+            raise ValueError('work_dir must name a folder for offload="disk", got None')

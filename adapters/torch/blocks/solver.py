@@ -1,0 +1,228 @@
+"""The protocol of block solvers in PyTorch, and layer-wise solvers as block solvers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from safe_core._dtypes import wide_dtype
+from safe_core.layout import Layout
+from safe_core.patterns import Pattern
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import LayerSolver, Solver, as_solver
+from safe_core.solvers.gram import solver_statistics
+
+from .fingerprints import identity
+from .memory import BlockSize
+from .statistics import InputStatistics, each_slice
+
+__all__ = ["Batch", "BlockProblem", "BlockSolver", "LayerByLayer", "WorkBytes", "as_block_solver"]
+
+Batch = tuple[Callable[[nn.Module], Tensor], Tensor]
+"""A function that runs a block on some samples, and their targets."""
+
+
+class WorkBytes(Protocol):
+    """Predict the bytes of a pass through the block, beside its parameters."""
+
+    def __call__(
+        self, batch_size: int | None = None, *, backward: bool = False, autocast: bool = False
+    ) -> int:
+        """Return the bytes for a batch; None is the batch size of the forward passes."""
+
+
+@dataclass
+class BlockProblem:
+    """One block to prune.
+
+    Attributes
+    ----------
+    name : str
+    pattern : pattern
+        The sparsity of each weight.
+    statistics : dict of str to InputStatistics
+        Layouts of the weights to prune, and the statistics of their inputs that the solver needs.
+    trainable : set of str
+        Names of the parameters that a solver may train.
+    dense : torch.nn.Module or None
+        A copy of the dense block on the device, in its own dtypes.
+    dtype : torch.dtype
+        The dtype of the block.
+    device : torch.device
+    batches : callable
+        ``batches(batch_size, dtype)`` returns a function of the epoch, which yields a `Batch`
+        for each step with floating tensors in ``dtype``, and the number of steps in an epoch.
+    copy : callable
+        ``copy(dtype)`` returns a copy of the dense block on the device.
+    report : callable
+        ``report(epoch, loss)`` after each epoch.
+    """
+
+    name: str
+    pattern: Pattern
+    statistics: dict[str, InputStatistics]
+    trainable: set[str]
+    dense: nn.Module | None
+    dtype: torch.dtype
+    device: torch.device
+    batches: Callable[[int, torch.dtype], tuple[Callable[[int], Iterator[Batch]], int]]
+    copy: Callable[[torch.dtype], nn.Module]
+    report: Callable[[int, float], None]
+
+    def in_dtype(self, dtype: torch.dtype) -> nn.Module:
+        """Return a copy of the dense block in another dtype, and free ``dense``."""
+        self.dense = None
+        return self.copy(dtype)
+
+
+class BlockSolver(Solver, ABC):
+    """A solver that prunes all weights of a block together.
+
+    Attributes
+    ----------
+    watches : {"nothing", "tokens", "squares", "gram"}
+        What is recorded of the inputs of each weight. "tokens" only counts them, so that
+        weights that no matrix product uses are known and not pruned.
+    epochs : int
+        Epochs of training in each block; 0 without training.
+
+    Examples
+    --------
+    >>> as_block_solver("sparsegpt").watches, as_block_solver("safe").watches
+    ('gram', 'nothing')
+    """
+
+    watches: Literal["nothing", "tokens", "squares", "gram"] = "gram"
+    epochs: int = 0
+
+    @abstractmethod
+    def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return new values of parameters, and the supports of the pruned weights, by name."""
+
+    @abstractmethod
+    def memory(self, size: BlockSize, work: WorkBytes) -> int:
+        """Return the bytes that pruning a block needs on the device."""
+
+    def described(self, pattern: Pattern) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {"solver": identity(self)}
+
+
+@dataclass(frozen=True)
+class LayerByLayer(BlockSolver):
+    """A layer-wise solver, applied to each weight of a block.
+
+    Attributes
+    ----------
+    solver : LayerSolver
+
+    Examples
+    --------
+    >>> LayerByLayer(as_solver("wanda")).name
+    'wanda'
+    """
+
+    solver: LayerSolver
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the layer-wise solver."""
+        return self.solver.name
+
+    @property
+    def watches(self) -> Literal["tokens", "squares", "gram"]:  # type: ignore[override]
+        """What is recorded of inputs: what the solver needs, and at least their number."""
+        return "tokens" if self.solver.needs == "nothing" else self.solver.needs
+
+    def described(self, pattern: Pattern) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed."""
+        return {"solver": identity(self.solver.origin)}
+
+    def memory(self, size: BlockSize, work: WorkBytes) -> int:
+        """Return the bytes for the dense block, all statistics, and a pass or one layer."""
+        layers = [self.solver.memory(*shape, size.number) for shape in size.layers]
+        held = size.stored + size.number * size.statistics(self.watches)
+        return held + max([work(), *layers])
+
+    def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Prune the weights of the dense block in place, one after the other.
+
+        The statistics of a weight are freed as soon as it is pruned.
+        """
+        dense = problem.dense
+        assert dense is not None  # no solver has run before
+        values, supports = {}, {}
+        for key in list(problem.statistics):
+            found = problem.statistics.pop(key)
+            values[key] = dense.get_parameter(key).detach()
+            with torch.no_grad():
+                wide = values[key].to(wide_dtype(torch, [values[key]]))
+                solved, supports[key] = self._layer(f"{problem.name}.{key}", wide, found, problem)
+                values[key].copy_(solved)
+        return values, supports
+
+    def _layer(
+        self, name: str, weight: Tensor, found: InputStatistics, problem: BlockProblem
+    ) -> tuple[Tensor, Tensor]:
+        def solve(weight: Tensor, layout: Layout, expert: int) -> tuple[Tensor, Tensor]:
+            sums = None if found.sums is None else found.sums[expert]
+            statistics = sums if sums is None else solver_statistics(self.solver.needs, sums)
+            result = self.solver(weight, statistics, problem.pattern, layout=layout)
+            _check_result(name, weight, result)
+            return result[0], result[1]
+
+        return each_slice(weight, found.layout, solve)
+
+
+def _check_result(name: str, weight: Tensor, result: Any) -> None:
+    """Raise where a layer-wise solver breaks its contract."""
+    values, support = result
+    if values.shape != weight.shape or support.shape != weight.shape:
+        wrong = f"shapes {tuple(values.shape)} and {tuple(support.shape)}"
+    elif support.dtype != torch.bool:
+        wrong = f"a support of {support.dtype}"
+    elif not bool(values.isfinite().all()):
+        wrong = "values that are not finite"
+    elif bool((values[~support] != 0).any()):
+        wrong = "values that are not zero off the support"
+    else:
+        return
+    raise ValueError(
+        f"solver must return finite values {tuple(weight.shape)} for {name} that are zero off a "
+        f"bool support, got {wrong}"
+    )
+
+
+def as_block_solver(solver: Any) -> BlockSolver:
+    """Return the block solver that an argument of `prune_blocks` stands for.
+
+    Parameters
+    ----------
+    solver : str, Solver, subclass of it, or callable
+        As for `safe_core.solvers.as_solver`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If no solver has this name, or the argument is of another kind.
+
+    Examples
+    --------
+    >>> as_block_solver("alps").solver.iterations, as_block_solver(Reconstruction(epochs=3)).epochs
+    (300, 3)
+    """
+    from .reconstruction import SafeReconstruction  # which is a block solver
+
+    found = as_solver(solver)
+    if isinstance(found, BlockSolver):
+        return found
+    if isinstance(found, Reconstruction):
+        return SafeReconstruction(**vars(found))
+    if isinstance(found, LayerSolver):
+        return LayerByLayer(found)
+    raise TypeError(f"solver must prune layers or blocks of PyTorch, got {found!r}")
