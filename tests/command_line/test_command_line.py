@@ -866,8 +866,14 @@ def test_a_full_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def fail(path: Path) -> None:
         raise error
 
+    def fail_to_prune(*job: Any, **options: Any) -> None:
+        raise error
+
     monkeypatch.setattr("safe_core.command_line.inspection.inspect_checkpoint", fail)
+    monkeypatch.setattr("safe_core.command_line.pruning.prune_folder", fail_to_prune)
     error: RuntimeError = torch.OutOfMemoryError("no memory")
-    assert "no memory\nTry a smaller --batch-size" in refused("inspect", tmp_path)
+    assert refused("inspect", tmp_path) == "safe-core: no memory\n"  # it has no batches
+    prune = ["prune", tmp_path, "--calibration", tmp_path / "text", "--out", tmp_path / "out"]
+    assert "no memory\nTry a smaller --batch-size" in refused(*prune)
     error = RuntimeError("a fault of the program")
     assert run("inspect", tmp_path).exception is error
