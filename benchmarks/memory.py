@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from .timing import Result
 __all__ = ["memory"]
 
 METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3)
-NARROW = replace(METHOD, state_dtype="bfloat16")
+NARROW = safe_core.safe(0.95, rho=1e-3, penalty=1e-3, state_dtype="bfloat16")
 CASE = "memory per float32 parameter, all of them sparse"
 
 

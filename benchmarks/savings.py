@@ -40,7 +40,8 @@ class Saving(Recipe):
         """The demo's method with the saving in it."""
         perturbation = SAM(self.rho, interval=self.interval, reuse=self.reuse)
         plain = super().method(run, steps)
-        return replace(plain, perturbation=perturbation, state_dtype=self.state_dtype)
+        constraint = replace(plain.constraint, state_dtype=self.state_dtype)  # ADMM
+        return replace(plain, perturbation=perturbation, constraint=constraint)
 
     def __post_init__(self) -> None:
         if self.ascent_share < 1 and self.interval > 1:

@@ -252,7 +252,7 @@ class FunctionalStep:
     def _penalty_gradients(self) -> list[Array]:
         weight = self.penalty
         if weight is None:
-            weight = self.method.constraint.penalty(self.step)  # type: ignore[misc]
+            weight = self.method.constraint.penalty(self.step)
         pairs = zip(self._of(self.params), self._split.anchor, strict=True)
         return [penalty_gradient(x, anchor, weight) for x, anchor in pairs]
 

@@ -69,7 +69,7 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
         if kind.sparsity is not None:
             method = recipe.method(kind, steps)
             # Traced, so that one program serves every penalty.
-            schedule = lambda step: penalty * method.penalty(step)  # noqa: E731
+            schedule = lambda step: penalty * method.constraint.penalty(step)  # noqa: E731
             tx = sparse_optimizer(base, method, penalty=schedule)
         tx = optax.with_extra_args_support(tx)
 

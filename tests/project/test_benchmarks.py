@@ -139,4 +139,6 @@ def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
         "state, two-array ADMM in PyTorch": 8,
         "state, safe_core in PyTorch": 5,
         "state, safe_core in JAX": 5,
+        "state in bfloat16, safe_core in PyTorch": 3,
+        "state in bfloat16, safe_core in JAX": 3,
     }

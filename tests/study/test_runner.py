@@ -204,18 +204,18 @@ def test_methods_are_built_with_their_schedules() -> None:
     by_label = {entry.label: entry for entry in recipe.methods}
     size = {"epochs": 200, "steps_per_epoch": 390, "seed": 1}
     safe = by_label["SAFE+SG"].build(0.99, **size)
-    assert safe.penalty == schedules.cosine(1e-2, steps=78000)
-    assert safe.adds_projected
+    assert safe.constraint.penalty == schedules.cosine(1e-2, steps=78000)
+    assert [e.point for e in safe.evaluations] == ["x", "x + e", "C(x)"]
     assert safe.perturbation.rho(0) == 0.1
     multi = by_label["CrAM+ Multi"].build(0.95, **size)
     assert multi.sparsity.sparsity.values == (0.5, 0.7, 0.8, 0.9, 0.95)
-    assert multi.adds_unperturbed
+    assert multi.evaluations == (("x", "replace"), ("C(x + e)", "add"))
 
 
 def test_a_method_takes_where_weights_compete() -> None:
-    tables = [{"method": "gmp", "scope": "tensor", "budget": "erdos_renyi_kernel"}]
+    tables = [{"method": "gmp", "scope": "tensor", "distribution": "erdos_renyi_kernel"}]
     pattern = read_entries(tables)[0].build(0.9, epochs=2, steps_per_epoch=4, seed=0).sparsity
-    assert (pattern.scope, pattern.budget) == ("tensor", "erdos_renyi_kernel")
+    assert (pattern.scope, pattern.distribution) == ("tensor", "erdos_renyi_kernel")
     assert pattern.sparsity == schedules.cubic(0.9, steps=8, every=4)
 
 
@@ -304,7 +304,7 @@ def test_fractions_and_patterns_take_each_their_own_options() -> None:
         Unstructured(0.9, "row"),
         NM(2, 4, ragged="dense"),
     ]
-    assert [method.penalty(0) for method in built] == [1, 2]
+    assert [method.constraint.penalty(0) for method in built] == [1, 2]
     with pytest.raises(ValueError, match=r"admm\) at sparsity 0\.9: ragged must be one of 'error'"):
         read_entries([table | {"ragged": "no"}])[0].build(0.9, **size)
 
@@ -326,7 +326,7 @@ def test_a_method_may_have_settings_of_training_of_its_own(tmp_path: Path) -> No
     assert (dense.training.epochs, dense.steps_per_epoch, len(dense.rates())) == (2, 3, 6)
     assert (safe.training.epochs, safe.steps_per_epoch, len(safe.rates())) == (3, 6, 18)
     assert safe.training.weight_decay == 1e-4
-    assert safe.method.penalty == schedules.cosine(1e-2, steps=18)
+    assert safe.method.constraint.penalty == schedules.cosine(1e-2, steps=18)
     other = parse_recipe(OWN.replace("epochs = 3", "epochs = 4"))
     assert recipe.digest("SAFE", 0.8) != other.digest("SAFE", 0.8)
     assert recipe.digest("dense", None) == other.digest("dense", None)

@@ -112,7 +112,8 @@ def _program(
 
     tx: Any = _base(training, rate)
     if method is not None:
-        tx = sparse_optimizer(tx, method, learning_rate=rate if method.decoupled else None)
+        needs_rate = method.plan().needs_learning_rate  # of a decoupled penalty
+        tx = sparse_optimizer(tx, method, learning_rate=rate if needs_rate else None)
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(params: Any, batch: Any, statistics: Any) -> tuple[jax.Array, Any]:

@@ -60,7 +60,7 @@ class Kind(NamedTuple):
         return (*names, *_OF_PATTERN, *_OF_COURSE[self.course])
 
 
-_OF_PATTERN = ("scope", "budget", "ragged")
+_OF_PATTERN = ("scope", "distribution", "ragged")
 # Parameters of a user's function that the runner gives.
 _OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
 _OF_COURSE = {
@@ -114,7 +114,7 @@ class Entry:
     >>> entry = read_entries([{"method": "safe", "penalty": {"0.9": 1e-3, "default": 1e-2}}])[0]
     >>> entry.values(0.9)["penalty"], entry.values(0.99)["penalty"]
     (0.001, 0.01)
-    >>> entry.build(0.9, epochs=2, steps_per_epoch=5, seed=0).dual_update_interval
+    >>> entry.build(0.9, epochs=2, steps_per_epoch=5, seed=0).constraint.dual_update_interval
     32
     """
 
@@ -235,10 +235,10 @@ class Entry:
 
 def _pattern(course: Any, values: dict[str, Any]) -> Any:
     """The pattern of a course; takes out of ``values`` what is of fractions or of N:M alone."""
-    pools = {name: values.pop(name) for name in ("scope", "budget") if name in values}
+    pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
-        return replace(as_pattern(course), ragged=ragged)
+        return replace(as_pattern(course), ragged=ragged)  # type: ignore[call-arg]  # N:M has it
     _checks.choice("ragged", ragged, ("error", "dense"))
     return Unstructured(course, **pools) if pools else course
 

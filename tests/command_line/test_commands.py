@@ -1,0 +1,228 @@
+"""The program ``safe-core``: how it finds its commands and reports their errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from safe_core.command_line.app import GROUP, app, build_app
+from safe_core.command_line.errors import needs
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {"demo", "inspect", "perplexity", "prune", "report", "study"}
+
+
+def invoke(*arguments: object, program: typer.Typer = app) -> Result:
+    return CliRunner().invoke(program, [str(a) for a in arguments])
+
+
+def message(*arguments: object, program: typer.Typer = app) -> str:
+    """The message of a command that must fail, without a traceback."""
+    result = invoke(*arguments, program=program)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("safe-core: ")
+    return result.stderr
+
+
+def other_package(
+    folder: Path, source: str, monkeypatch: pytest.MonkeyPatch, name: str = "other-package"
+) -> None:
+    """Install a package, as far as importlib can see, with a command ``greet``."""
+    module = name.replace("-", "_")
+    (folder / f"{module}.py").write_text(source)
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    requires = 'Requires-Dist: torch>=2; extra == "gpu"\n'
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nProvides-Extra: gpu\n{requires}"
+    )
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\ngreet = {module}:greet\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, module, raising=False)  # of an earlier test
+
+
+def installed() -> typer.Typer:
+    return build_app(metadata.entry_points(group=GROUP))
+
+
+GREET = '''
+def greet(name: str) -> None:
+    """Greet someone."""
+    if name == "nobody":
+        raise ValueError("name must be of somebody, got 'nobody'")
+    print(f"hello {name}")
+'''
+
+
+# Finding commands
+
+
+def test_help_is_quick_and_lists_all_commands() -> None:
+    program = (
+        "import sys; from safe_core.command_line.app import app\n"
+        "heavy = {'torch', 'transformers', 'jax', 'matplotlib', 'sklearn', 'scipy'}\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.rstrip().endswith("[]")
+    words = {line.split()[1] for line in result.stdout.splitlines() if len(line.split()) > 2}
+    assert words >= COMMANDS
+
+
+def test_own_commands_are_entry_points() -> None:
+    own = metadata.distribution("safe-core").entry_points.select(group=GROUP)
+    assert {entry.name for entry in own} == COMMANDS
+    assert set(typer.main.get_command(app).commands) >= COMMANDS
+
+
+def test_another_package_adds_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_package(tmp_path, GREET, monkeypatch)
+    program = installed()
+    listed = invoke("--help", program=program).stdout
+    assert "Commands of other-package" in listed
+    assert listed.index(" study ") < listed.index("greet")
+    assert invoke("greet", "you", program=program).stdout == "hello you\n"
+    assert message("greet", "nobody", program=program) == (
+        "safe-core: name must be of somebody, got 'nobody'\n"
+    )
+
+
+def test_a_broken_command_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_package(tmp_path, "from math import nothing", monkeypatch)
+    program = installed()
+    help_text = invoke("--help", program=program)
+    assert help_text.exit_code == 0
+    assert "Cannot be imported" in help_text.stdout
+    result = invoke("greet", "you", "--loud", program=program)
+    assert isinstance(result.exception, ImportError)
+    assert "cannot import name 'nothing'" in str(result.exception)
+
+
+def test_two_packages_with_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_package(tmp_path, GREET, monkeypatch)
+    other_package(tmp_path, GREET, monkeypatch, name="third")
+    with pytest.raises(SystemExit, match=r"other-package and third both register .* 'greet'"):
+        installed()
+
+
+def test_no_commands() -> None:
+    with pytest.raises(SystemExit, match="no commands are registered; install the package again"):
+        build_app([])
+
+
+# Errors
+
+
+def raising(error: BaseException, **attributes: Any) -> typer.Typer:
+    """A program with a command of ours that fails, and one more, or typer drops its name."""
+
+    def fail(batch_size: int = 1) -> None:
+        raise error
+
+    def other() -> None:
+        raise error
+
+    def load(entry: Any) -> Any:
+        return needs("torch", "study")({"fail": fail, "other": other}[entry.name])
+
+    entries = [metadata.EntryPoint(name, "none:none", GROUP) for name in ("fail", "other")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata.EntryPoint, "load", load)
+        return build_app(entries)
+
+
+@pytest.mark.parametrize("package", ["torch", "sklearn", "PIL", "flax", "scipy"])
+def test_a_missing_package_is_named_with_the_extras(package: str) -> None:
+    program = raising(ModuleNotFoundError(f"No module named {package!r}", name=package))
+    assert message("fail", program=program) == (
+        f'safe-core: this command needs {package}: pip install "safe-core[torch,study]"\n'
+    )
+
+
+@pytest.mark.parametrize("name", ["safe_core.nothing", "torch._C", "nmupy", "extra", None])
+def test_a_broken_import_shows_its_traceback(name: str | None) -> None:
+    error = ModuleNotFoundError("No module named that", name=name)
+    assert invoke("fail", program=raising(error)).exception is error
+
+
+def test_a_missing_package_of_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_package(tmp_path, "import torch\n" + GREET, monkeypatch)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert message("greet", "you", program=installed()) == ("safe-core: this command needs torch\n")
+
+
+def test_real_commands_name_missing_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = message("inspect", tmp_path / "model.pt")
+    assert 'needs torch: pip install "safe-core[transformers]"' in found
+    monkeypatch.setattr("safe_core.demo.command.find_spec", lambda name: name != "optax" or None)
+    found = message("demo", "--output", tmp_path / "demo")
+    assert 'needs optax: pip install "safe-core[torch,jax,demo]"' in found
+    assert not (tmp_path / "demo").exists()
+
+
+def test_without_typer_the_extras_are_named() -> None:
+    program = "import sys; sys.modules['typer'] = None; import safe_core.command_line.app"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("safe-core: the command line needs typer: pip install ")
+
+
+def test_a_full_device_is_reported() -> None:
+    class OutOfMemoryError(RuntimeError):  # as in torch
+        pass
+
+    program = raising(OutOfMemoryError("no memory"))
+    assert message("fail", program=program) == (
+        "safe-core: no memory\nTry a smaller --batch-size.\n"
+    )
+    assert message("other", program=program) == "safe-core: no memory\n"
+    error = RuntimeError("a fault of the program")
+    assert invoke("fail", program=raising(error)).exception is error
+
+
+def test_notes_of_an_error_are_shown() -> None:
+    error = ValueError("it is wrong")
+    error.add_note("in this run")
+    assert message("fail", program=raising(error)) == "safe-core: it is wrong\nin this run\n"
+
+
+# Documented commands
+
+
+def test_documented_commands_are_understood() -> None:
+    pages = [ROOT / "docs" / "transformers.md", ROOT / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("safe-core ")]
+    assert {command[0] for command in commands} == {"prune", "perplexity", "inspect"}
+    known = typer.main.get_command(app).commands
+    for name, *arguments in commands:
+        known[name].make_context(name, arguments)  # fails for what it does not know
+
+
+def test_a_wrong_choice_is_refused() -> None:
+    result = invoke("demo", "--framework", "numpy")
+    assert result.exit_code == 2
+    assert "numpy" in result.stderr
