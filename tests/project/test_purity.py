@@ -37,7 +37,13 @@ FOLDERS = {
         "package-dir"
     ].items()
 }
-APPLICATIONS = ("safe_core.command_line", "safe_core.demo", "safe_core.study", "benchmarks")
+APPLICATIONS = (
+    "safe_core.adapters.command_line",  # where an editable install finds it too
+    "safe_core.command_line",
+    "safe_core.demo",
+    "safe_core.study",
+    "benchmarks",
+)
 FRAMEWORKS = ("flax", "jax", "optax", "torch", "transformers")
 
 
