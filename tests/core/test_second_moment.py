@@ -67,7 +67,9 @@ def test_other_bases_with_second_moments_do_too() -> None:
 
 
 def test_a_base_without_second_moments_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"base must keep second moments, .* got SGD with no state"):
+    with pytest.raises(
+        ValueError, match=r"base must keep second moments, .* got SGD with no state"
+    ):
         torch_run(torch.optim.SGD)
     with pytest.raises(ValueError, match="base must keep one tree of second moments"):
         jax_run(optax.sgd(0.1))
