@@ -554,8 +554,9 @@ def test_the_keys_of_a_checkpoint_stay():
         "safe_started": True,
         "safe_base": "SGD",
         "safe_method": (
-            "Method(sparsity=Unstructured(sparsity=0.5), constraint=ADMM(penalty=Constant("
-            "value=0.1), dual_update_interval=3), perturbation=SAM(rho=Constant(value=0.5), interval=2, "
-            "reuse=0.5), importance=SquaredGradient(decay=0.7))"
+            "Method(sparsity=Unstructured(sparsity=0.5), "
+            "constraint=ADMM(penalty=Constant(value=0.1), dual_update_interval=3), "
+            "perturbation=SAM(rho=Constant(value=0.5), interval=2, reuse=0.5), "
+            "importance=SquaredGradient(decay=0.7))"
         ),
     }
