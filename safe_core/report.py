@@ -29,7 +29,7 @@ class TensorReport(NamedTuple):
     entries : int
     asked : float
         The sparsity of the pattern at its end, over all that are projected together or spread
-        by a rule; of the parameter itself where its budget says so.
+        by a rule; of the parameter itself where a distribution names it.
     achieved : float
         The share of this parameter that finalizing would set to zero now.
     zeros : float
