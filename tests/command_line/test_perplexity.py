@@ -93,15 +93,6 @@ def test_an_encoder_is_refused_before_a_head_is_made_up(tmp_path: Path, text: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_diverges_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
-    result = run(
-        "prune", folder, "--calibration", text, "--sparsity", "0.5", "--out", tmp_path / "out",
-        "--method", "safe", "--epochs", 2, "--learning-rate", 50, "--device", "cpu", *SHORT,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "differ from the dense model by more than their whole output" in result.output
-
-
 def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> None:
     def measure(*more: object, model: Path = folder, file: Path = text) -> str:
         return refused("perplexity", model, "--text", file, "--device", "cpu", *more)
@@ -112,7 +103,7 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
     assert "must be an existing local folder" in measure(model=folder / "nowhere")
     short = text.with_name("short.txt")
     short.write_text("abc")
-    assert "at least length=64 for one window, got 3" in measure("--length", 64, file=short)
+    assert "at least one window of length=64, got 3" in measure("--length", 64, file=short)
     short.write_text(" \n")
     assert "must hold text" in measure(file=short)
     short.write_bytes(b"\xff\xfe")

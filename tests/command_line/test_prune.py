@@ -368,3 +368,12 @@ def test_code_of_a_model_runs_only_if_asked(
     assert (out / "own_code.py").is_file()
     again = run("perplexity", out, "--text", text, "--length", 32, "--trust-remote-code")
     assert again.exit_code == 0, again.output
+
+
+def test_a_run_that_diverges_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = run(
+        "prune", folder, "--calibration", text, "--sparsity", "0.5", "--out", tmp_path / "out",
+        "--method", "safe", "--epochs", 2, "--learning-rate", 50, "--device", "cpu", *SHORT,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "differ from the dense model by more than their whole output" in result.output
