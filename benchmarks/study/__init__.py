@@ -1,5 +1,5 @@
-"""Parts of vision studies: networks, data sets, label noise, corruptions and attacks.
+"""Vision studies: networks, data sets, label noise, corruptions, attacks and a runner.
 
-Installed as `safe_core.study`. Everything random is drawn in NumPy from seeds, so that both
-frameworks start from the same weights and see the same images.
+Installed as `safe_core.study`. NumPy draws all random numbers from seeds, so both frameworks
+start from the same weights and see the same images.
 """

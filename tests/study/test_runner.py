@@ -129,7 +129,7 @@ def changed(old: str, new: str) -> str:
         (TINY + "[evaluation]\nflatness_rho = 0", r"evaluation\.flatness_rho must not be 0, got 0"),
         (
             TINY + '[evaluation]\ncorruption_folder = "c"',
-            r"corruption_folder must be given for cifar-10 alone, .* got 'c' for digits",
+            r"corruption_folder holds CIFAR-10-C, .* got 'c' for digits",
         ),
         (TINY + "[evaluation]\ncorruptions = [6]", r"evaluation\.corruptions must be from 1 to 5"),
         (
@@ -263,7 +263,7 @@ def test_a_method_may_be_a_function_of_ones_own(
     run_study(BY_HAND, out, folder=tmp_path)
     (sub / "mine.py").write_text(METHODS + "# another line")
     assert parse_recipe(BY_HAND).digest("in_rounds", 0.9) != recipe.digest("in_rounds", 0.9)
-    with pytest.raises(ValueError, match="and its files of methods"):
+    with pytest.raises(ValueError, match="and the method files of this"):
         run_study(BY_HAND, out)
     (sub / "mine.py").unlink()
     write_report(out)
@@ -275,7 +275,7 @@ def test_a_method_may_be_a_function_of_ones_own(
     [
         ("mine.py:other", r"method: .*mine\.py must have the function 'other', got: in_rounds, la"),
         ("mine.py:", r"methods\[0\]\.method must end in a function, .* got 'mine\.py:'"),
-        ("yours.py:f", r"methods\[0\]\.method must name a file that is there, got 'yours\.py:f'"),
+        ("yours.py:f", r"methods\[0\]\.method must name an existing file, got 'yours\.py:f'"),
         ("no.such:f", r"methods\[0\]\.method must name a file, .* got 'no\.such:f'"),
         ("mine.py:labelled", "must not have the parameter label, which is a key of every method"),
         (
@@ -352,7 +352,7 @@ def test_progress_counts_the_epochs_of_each_method() -> None:
 def test_a_missing_folder_is_refused_before_training() -> None:
     source = changed('"digits"', '"cifar-10"') + '[evaluation]\ncorruption_folder = "none"\n'
     recipe = parse_recipe(source)
-    with pytest.raises(ValueError, match=r"corruption_folder must be a folder, got 'none'"):
+    with pytest.raises(ValueError, match=r"corruption_folder must exist, got 'none'"):
         plan(recipe, cells(recipe)[0])
 
 
@@ -394,7 +394,7 @@ def test_no_run_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [Cell(**line["cell"]) for line in lines] == planned
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"results of this recipe, got those of dense, seed 0, to"):
+    with pytest.raises(ValueError, match=r"results of dense, seed 0, torch with other settings"):
         run_study(changed("epochs = 2", "epochs = 3"), tmp_path)
     assert file.read_bytes() == before
 
@@ -418,7 +418,7 @@ def test_a_study_may_grow_and_shrink(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ran.clear()
     assert list(run_study(TINY, tmp_path)) == planned
     assert ran == []
-    with pytest.raises(ValueError, match=r"got those of SAFE at 0\.8, seed 0, torch with other"):
+    with pytest.raises(ValueError, match=r"results of SAFE at 0\.8, seed 0, torch with other"):
         run_study(grown.replace(penalty, '"0.8" = 2e-2'), tmp_path)
     assert list(run_study(grown.replace('"0.7" = 1.0', '"0.7" = 2.0'), tmp_path)) == list(found)
 
@@ -466,7 +466,7 @@ def test_a_study_that_is_stopped_says_how_it_goes_on(
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     result = CliRunner().invoke(app, ["study", str(path), "--out", str(tmp_path)])
-    assert (result.exit_code, "the same command goes on" in result.stderr) == (130, True)
+    assert (result.exit_code, "run the same command to continue" in result.stderr) == (130, True)
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert "must hold at least one finished run, got none" in result.stderr
 
@@ -574,7 +574,7 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
     assert {f"{name}.{kind}" for name in wanted for kind in ("png", "pdf")} <= figures
     refused = CliRunner().invoke(app, ["study", "table-99"])
     assert refused.exit_code == 1
-    assert "recipe must be a file, or one of figure-1, " in refused.stderr
+    assert "recipe must be an existing file, or one of figure-1, " in refused.stderr
 
 
 def made_results(out: Path) -> None:

@@ -1,7 +1,7 @@
-"""Studies from recipes: what `safe-core study` runs and `safe-core report` shows.
+"""Run studies from recipes (``safe-core study``) and report them (``safe-core report``).
 
-A `Recipe` names data, network, methods, sparsities and seeds; `run_study` trains every
-combination once in PyTorch or JAX, and `write_report` makes tables and figures of what is there.
+A `Recipe` lists data, network, methods, sparsities and seeds. `run_study` trains every
+combination in PyTorch or JAX, and `write_report` makes tables and figures of the results.
 
 >>> from importlib.resources import files
 >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-4-digits.toml")

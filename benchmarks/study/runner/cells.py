@@ -20,7 +20,7 @@ class Cell(NamedTuple):
     ----------
     framework : {"torch", "jax"}
     noise : float
-        Share of the training labels drawn at random.
+        Fraction of the training labels drawn at random.
     method : str
         The label of a method of the recipe.
     sparsity : float, str or None
@@ -41,14 +41,14 @@ class Cell(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What a message calls it."""
+        """The name of the run in messages."""
         target = "" if self.sparsity is None else f" at {self.sparsity}"
         noise = f", label noise {self.noise:g}" if self.noise else ""
         return f"{self.method}{target}{noise}, seed {self.seed}, {self.framework}"
 
 
 def cells(recipe: Recipe) -> list[Cell]:
-    """Return all runs of a study; those of one method and sparsity follow one another.
+    """Return all runs of a study. Runs of one method and sparsity are consecutive.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def cells(recipe: Recipe) -> list[Cell]:
 
 
 def append_result(file: Path, recipe: Recipe, cell: Cell, result: dict[str, Any]) -> None:
-    """Write a finished run as one line, on the disk when this returns.
+    """Append a finished run as one line, and wait until it is on the disk.
 
     Examples
     --------
@@ -93,7 +93,7 @@ def append_result(file: Path, recipe: Recipe, cell: Cell, result: dict[str, Any]
 
 
 def mend_results(file: Path) -> None:
-    """Remove a last line that was cut off, before others are written."""
+    """Remove an incomplete last line, before new lines are appended."""
     if file.exists():
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -102,16 +102,15 @@ def mend_results(file: Path) -> None:
 
 
 def read_results(file: Path, recipe: Recipe) -> dict[Cell, Any]:
-    """Return the results of the runs of a recipe, in their order.
+    """Return the results of the runs of a recipe, in the order of the recipe.
 
-    What the file holds of other runs, as of a seed that the recipe has no longer, is left
-    aside; and so is a last line without an end, which is being written or was cut off by a
-    kill.
+    Results of other runs are ignored, such as those of a seed that the recipe no longer lists.
+    An incomplete last line is ignored too: another process is writing it, or was killed.
 
     Raises
     ------
     ValueError
-        If a run of the recipe was done with other settings, or a line is not of this format.
+        If a run of the recipe used other settings, or a line has another format.
     """
     if not file.exists():
         return {}
@@ -123,14 +122,15 @@ def read_results(file: Path, recipe: Recipe) -> dict[Cell, Any]:
             entry = json.loads(line)
             settings, cell, result = entry["settings"], Cell(**entry["cell"]), entry["result"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} must hold results, but line {number} is none") from None
+            raise ValueError(
+                f"{file} must hold one result per line, but line {number} is not a result"
+            ) from None
         if cell not in planned:
             continue
         if settings != recipe.digest(cell.method, cell.sparsity):
             raise ValueError(
-                f"{file} must hold results of this recipe, got those of {cell.title} with other "
-                "settings: choose another folder or another label, or the recipe of this folder "
-                "and its files of methods"
+                f"{file} holds results of {cell.title} with other settings: choose another folder "
+                "or label, or use the recipe and the method files of this folder"
             )
         found[cell] = result
     return {cell: found[cell] for cell in planned if cell in found}

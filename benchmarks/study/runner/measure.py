@@ -1,4 +1,4 @@
-"""What is measured of a trained network, the same for both frameworks."""
+"""Measure a trained network, in the same way for both frameworks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from .recipe import Attack, Evaluation
 
 __all__ = ["accuracy", "constraint_distance", "is_finite", "measure", "zeros"]
 
-_BATCH = 1000  # images at a time
+_BATCH = 1000  # images per batch
 MakeSubject = Callable[[Variables], Subject]
 
 
 def measure(
     evaluation: Evaluation, plan: Plan, make: MakeSubject, dense: Variables, sparse: Variables
 ) -> dict[str, Any]:
-    """Return what a recipe asks for, by name.
+    """Return the measurements that a recipe asks for, by name.
 
-    Accuracies are in percent, of the projected network after batch-norm tuning if asked
-    for: ``accuracy_untuned`` is before it, ``dense_accuracy`` before the projection.
+    Accuracies are in percent. ``dense_accuracy`` is measured before the projection, everything
+    else after it. With batch-norm tuning, ``accuracy_untuned`` is measured before the tuning and
+    everything else after it.
     """
     subject = make(sparse)
     found: dict[str, Any] = {}
@@ -51,7 +52,7 @@ def measure(
 
 
 def accuracy(subject: Subject, split: Split) -> float:
-    """Share of right answers, in percent."""
+    """Return the percentage of correct predictions."""
     right = sum(
         int(np.sum(subject.logits(images).argmax(1) == labels))
         for images, labels in _parts(split.images, split.labels)
@@ -60,7 +61,7 @@ def accuracy(subject: Subject, split: Split) -> float:
 
 
 def constraint_distance(dense: Variables, sparse: Variables) -> float:
-    """``|x - proj(x)|_2``.
+    """Return the distance from the constraint, ``|x - proj(x)|_2``.
 
     Examples
     --------
@@ -74,7 +75,7 @@ def constraint_distance(dense: Variables, sparse: Variables) -> float:
 
 
 def is_finite(variables: Variables) -> bool:
-    """Whether no weight or statistic is infinite or NaN.
+    """Return whether all weights and statistics are finite.
 
     Examples
     --------
@@ -85,7 +86,7 @@ def is_finite(variables: Variables) -> bool:
 
 
 def zeros(variables: Variables) -> tuple[int, int]:
-    """Zero weights and all weights, biases and normalisation apart.
+    """Return the numbers of zero weights and of all weights, without biases and normalisation.
 
     Examples
     --------
@@ -97,7 +98,7 @@ def zeros(variables: Variables) -> tuple[int, int]:
 
 
 def _flatness(evaluation: Evaluation, plan: Plan, subject: Subject) -> dict[str, Any]:
-    """On the first training images, with the labels that were trained on."""
+    """Measure flatness on the first training images, with the labels used in training."""
     if not evaluation.flatness and not evaluation.landscape_points:
         return {}
     images, labels = (part[: evaluation.flatness_images] for part in plan.data.train)
@@ -109,14 +110,14 @@ def _flatness(evaluation: Evaluation, plan: Plan, subject: Subject) -> dict[str,
     }
     found: dict[str, Any] = {name: float(measures[name]()) for name in evaluation.flatness}
     if evaluation.landscape_points:
-        # One seed for all, so that networks are seen along the same draws.
+        # One seed for all networks, so that they are cut along the same random directions.
         plane = surface.landscape(2, points=evaluation.landscape_points, seed=0)
         found["landscape"] = {name: x.tolist() for name, x in plane._asdict().items()}
     return found
 
 
 def _corrupted(evaluation: Evaluation, plan: Plan, subject: Subject, severity: int) -> float:
-    """Mean accuracy over the common corruptions: CIFAR-10-C's own files where they are given."""
+    """Return the mean accuracy over common corruptions, from files of CIFAR-10-C if given."""
     if evaluation.corruption_folder is not None:
         folder = Path(evaluation.corruption_folder)
         splits: Iterator[Split] = (
@@ -132,21 +133,21 @@ def _attacked(attack: Attack, plan: Plan, subject: Subject) -> float:
     pgd = PGD(attack.norm, attack.radius, attack.steps)
     right = 0
     for part, (images, labels) in enumerate(_parts(*plan.data.test)):
-        # Starts of their own for each part, and for each seed of a study.
+        # Each part, and each seed of a study, draws its own starting points.
         moved = subject.attacked(pgd, images, labels, plan.seed + part * 2**20)
         right += int(np.sum(subject.logits(moved).argmax(1) == labels))
     return 100 * right / len(plan.data.test.labels)
 
 
 def _histogram(variables: Variables, bins: int) -> dict[str, Any]:
-    """Of the weights before the last projection."""
+    """Return the histogram of the weights before the final projection."""
     weights = np.concatenate([x.ravel() for x in _leaves(variables["params"]) if x.ndim > 1])
     counts, edges = np.histogram(weights, bins, range=(-1, 1))
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 
 def _tuning_batches(evaluation: Evaluation, plan: Plan) -> list[NDArray[np.float32]]:
-    """Batches of the first epoch, as they were trained on."""
+    """Return batches of the first epoch, as used in training."""
     found: list[NDArray[np.float32]] = []
     for images, _ in plan.batches(0):
         found.append(images)

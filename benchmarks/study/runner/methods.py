@@ -1,4 +1,4 @@
-"""The methods that a recipe may name, with parameters for each sparsity."""
+"""The methods that a recipe can name, with parameters for each sparsity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sparsity = float | str
 
 
 class Kind(NamedTuple):
-    """What a name stands for: a constructor, what it is given, and how the sparsity goes.
+    """A method that a recipe can name: its constructor and the course of its sparsity.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     fixed : dict
         Arguments that the name implies.
     course : {"fixed", "rising", "drawn"}
-        Of the sparsity over time.
+        The sparsity over time: constant, rising to its target, or drawn at random.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
     course: str = "fixed"
 
     def parameters(self) -> tuple[str, ...]:
-        """Of the constructor, after the first, which is the sparsity."""
+        """Return the parameters of the constructor after the first, which is the sparsity."""
         if self.constructor is None:
             return ()
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
         return tuple(p.name for p in found if p.kind in kinds)[1:]
 
     def options(self) -> tuple[str, ...]:
-        """The parameters that a recipe may set."""
+        """Return the parameters that a recipe can set."""
         if self.constructor is None:
             return ()
         names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
@@ -61,7 +61,7 @@ class Kind(NamedTuple):
 
 
 _OF_PATTERN = ("scope", "distribution", "ragged")
-# Parameters of a user's function that the runner gives.
+# Parameters of a user's function that the runner fills in.
 _OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
 _OF_COURSE = {
     "fixed": (),
@@ -87,27 +87,27 @@ RECIPE_METHODS = {
 }
 _RISES = {"cubic": schedules.cubic, "linear": schedules.linear_sparsity}
 _PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
-# Keys of every method that are no parameters of it.
+# Keys of a method's table that are not parameters of the method.
 _OF_ENTRY = ("method", "label", "sweep", "training")
 _IMPORTANCES = {"squared_gradient": importance.SquaredGradient()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of a study, under its label.
+    """A method of a study, with its label.
 
     Attributes
     ----------
     method : str or Own
         One of `RECIPE_METHODS`, or a user's function.
     label : str
-        What tables and figures call it.
+        Its name in tables and figures.
     options : tuple of (str, value)
-        Parameters; a value that is a tuple of (sparsity, value) pairs holds by sparsity.
+        Parameters. A `BySparsity` holds one value for each sparsity.
     swept : tuple of (str, value) or None
-        The parameter that this entry was made for, of a ``sweep``.
+        The parameter and value of the ``sweep`` that this entry belongs to.
     training : tuple of (str, value)
-        What differs from the settings of training of the study.
+        Training settings that differ from those of the study.
 
     Examples
     --------
@@ -123,35 +123,35 @@ class Entry:
     options: tuple[tuple[str, Any], ...] = ()
     swept: tuple[str, Any] | None = None
     training: tuple[tuple[str, Any], ...] = ()
-    # Names the entry in messages; no part of what it is.
+    # Names the entry in messages, so it does not count in comparisons.
     place: str = field(default="methods", compare=False)
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is pruned, so that no sparsity applies."""
+        """Whether the method prunes nothing, so that no sparsity applies."""
         return self.method == "dense"
 
     @property
     def family(self) -> str:
-        """The label without what a sweep added to it."""
+        """The label without the suffix of a sweep."""
         return self.label.removesuffix(_suffix(*self.swept)) if self.swept else self.label
 
     @property
     def kind(self) -> Kind:
-        """What the method stands for."""
+        """The constructor of the method and its kind of sparsity."""
         return (
             Kind(load(self.method)) if isinstance(self.method, Own) else RECIPE_METHODS[self.method]
         )
 
     def trained(self, training: Training) -> Training:
-        """The settings of training of this method, from those of the study."""
+        """Return the training settings of this method, given those of the study."""
         try:
             return training.changed(dict(self.training))
         except ValueError as error:
             raise ValueError(f"{self.place} ({self.label}): {error}") from None
 
     def values(self, sparsity: Sparsity) -> dict[str, Any]:
-        """The parameters at a sparsity."""
+        """Return the parameters at a sparsity."""
         found = {}
         for name, value in self.options:
             if isinstance(value, BySparsity):
@@ -162,9 +162,9 @@ class Entry:
     def build(
         self, sparsity: Sparsity | None, *, epochs: int, steps_per_epoch: int, seed: int
     ) -> Method | None:
-        """The method of one run; None for dense training.
+        """Return the method of one run, or None for dense training.
 
-        ``seed`` is that of sparsities drawn at random.
+        ``seed`` draws random sparsities.
         """
         kind = self.kind
         if kind.constructor is None or sparsity is None:
@@ -202,7 +202,7 @@ class Entry:
         steps_per_epoch: int,
         seed: int,
     ) -> Any:
-        """The sparsity over time; takes its parameters out of ``values``."""
+        """Return the sparsity over time; remove its parameters from ``values``."""
         if kind.course == "fixed":
             return sparsity
         if isinstance(sparsity, str):
@@ -236,7 +236,7 @@ class Entry:
 
 
 def _pattern(course: Any, values: dict[str, Any]) -> Any:
-    """The pattern of a course; takes out of ``values`` what is of fractions or of N:M alone."""
+    """Return the pattern of a course; remove the parameters of patterns from ``values``."""
     pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
@@ -258,7 +258,7 @@ class BySparsity:
     pairs: tuple[tuple[str, Any], ...]
 
     def at(self, name: str, sparsity: Sparsity) -> Any:
-        """The value at a sparsity, or that under ``default``."""
+        """Return the value at a sparsity, else the one under ``default``."""
         values = dict(self.pairs)
         for key, value in self.pairs:
             if key != "default" and sparsity_key(name, key) == sparsity:
@@ -272,12 +272,12 @@ class BySparsity:
 
 
 def read_entries(tables: Any) -> tuple[Entry, ...]:
-    """Return the methods of a recipe, those of a sweep one by one.
+    """Return the methods of a recipe, with one entry for each value of a sweep.
 
     Raises
     ------
     TypeError, ValueError
-        If a method or a parameter is not known, or two have one label.
+        If a method or a parameter is unknown, or two methods have the same label.
 
     Examples
     --------
@@ -342,7 +342,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
 
 
 def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
-    """What a recipe may set of a method; a user's function must not take what is ours."""
+    """Return the parameters that a recipe can set; refuse functions that use reserved names."""
     try:
         kind = Entry(method, name).kind
     except ValueError as error:
@@ -357,7 +357,7 @@ def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
 
 
 def _suffix(key: str, value: Any) -> str:
-    """What a swept value adds to a label."""
+    """Return the suffix that a swept value adds to a label."""
     if isinstance(value, str):
         return f", {value}"
     number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Methods of a user: functions of a file or a module that a recipe names."""
+"""Methods of your own: functions that a recipe names by file or module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Own(NamedTuple):
         The absolute path of a file, or the name of a module.
     function : str
     code : str
-        A digest of the file, or that of the module.
+        A digest of the source code.
 
     Examples
     --------
@@ -42,11 +42,11 @@ class Own(NamedTuple):
 
     @property
     def file(self) -> Path | None:
-        """The file; None of a module."""
+        """The file, or None for a module."""
         return Path(self.source) if self.source.endswith(".py") else None
 
     def identity(self) -> tuple[str, str, str]:
-        """What tells it from others, wherever the file is."""
+        """Return what distinguishes the function from others, independent of the folder."""
         return (self.file.name if self.file else self.source, self.function, self.code)
 
 
@@ -56,19 +56,19 @@ def own_method(name: str, value: str, find: Find) -> Own:
     Parameters
     ----------
     name : str
-        Of the key, for messages.
+        The key in the recipe, for messages.
     value : str
     find : callable
-        From the path of a file, as given, to where it is.
+        Maps the path of a file in the recipe to its location.
 
     Raises
     ------
     ValueError
-        If there is no such file or module.
+        If the file or module does not exist.
 
     Examples
     --------
-    >>> own_method("method", "safe_core.method:safe", find=Path).function
+    >>> own_method("method", "safe_core.methods:safe", find=Path).function
     'safe'
     """
     source, _, function = value.rpartition(":")
@@ -77,7 +77,7 @@ def own_method(name: str, value: str, find: Find) -> Own:
     if source.endswith(".py"):
         path = find(Path(source)).absolute()
         if not path.is_file():
-            raise ValueError(f"{name} must name a file that is there, got {value!r}: no {path}")
+            raise ValueError(f"{name} must name an existing file, got {value!r}: {path}")
         return Own(str(path), function, digest(path.read_bytes()))
     try:
         spec = importlib.util.find_spec(source)
@@ -93,16 +93,16 @@ def own_method(name: str, value: str, find: Find) -> Own:
 
 @lru_cache(maxsize=64)
 def load(own: Own) -> Callable[..., Any]:
-    """Return the function itself.
+    """Import the function.
 
     Raises
     ------
     ValueError
-        If the code fails, was changed, or has no such function.
+        If the code fails, has changed, or has no such function.
 
     Examples
     --------
-    >>> load(own_method("method", "safe_core.method:safe", find=Path)).__name__
+    >>> load(own_method("method", "safe_core.methods:safe", find=Path)).__name__
     'safe'
     """
     try:
@@ -128,8 +128,8 @@ def load(own: Own) -> Callable[..., Any]:
 
 
 def _executed(own: Own) -> ModuleType:
-    """The file as a module, without files of bytecode beside it."""
+    """Import the file as a module, without writing bytecode beside it."""
     content = Path(own.source).read_bytes()
     if digest(content) != own.code:
-        raise RuntimeError("it was changed while the study ran")
+        raise RuntimeError("the file changed while the study was running")
     return module_of(Path(own.source), content)

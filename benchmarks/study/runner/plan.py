@@ -1,4 +1,4 @@
-"""What one run is made of, the same for both frameworks: data, weights, rates and method."""
+"""Prepare a run for both frameworks: data, initial weights, learning rates and method."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .training import Training
 
 __all__ = ["Learner", "Plan", "Subject", "plan"]
 
-# The streams of a seed; the order of the images is that of `safe_core.study.data.batches`.
+# Random streams of a seed. `safe_core.study.data.batches` draws the order of the images.
 _WEIGHTS, _NOISE = 1, 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, ready to be trained.
+    """One run, ready to train.
 
     Attributes
     ----------
     data : Dataset
-        Its training labels with their noise.
+        With label noise in its training labels.
     architecture : Architecture
     training : Training
     method : Method or None
@@ -51,27 +51,27 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of the training images."""
+        """Number of complete batches in the training images."""
         return len(self.data.train.labels) // self.training.batch_size
 
     @property
     def normalisation(self) -> Normalisation:
-        """Of the data."""
+        """Mean and standard deviation of the pixels."""
         return self.data.normalisation
 
     def initial_variables(self) -> Variables:
-        """The initial weights."""
+        """Draw the initial weights."""
         return initial_variables(self.architecture, [self.seed, _WEIGHTS])
 
     def rates(self) -> NDArray[np.float64]:
-        """The learning rate of every step."""
+        """Return the learning rate of every step."""
         each = self.steps_per_epoch
         return np.asarray(
             [self.training.rate(step, each) for step in range(self.training.epochs * each)]
         )
 
     def batches(self, epoch: int) -> Iterator[tuple[Any, Any]]:
-        """Pixels in [0, 1], and labels, of the batches of an epoch."""
+        """Yield the batches of an epoch: pixels in [0, 1], and labels."""
         found = batches(
             self.data.train,
             self.training.batch_size,
@@ -83,36 +83,36 @@ class Plan:
 
 
 class Learner(Protocol):
-    """A network in training, as a framework does it."""
+    """A network in training, in one framework."""
 
     def step(self, images: Any, labels: Any) -> Any:
-        """Take one step on a batch; return its loss, which need not be ready."""
+        """Take one step on a batch; return its loss, which may still be computing."""
 
     def variables(self) -> Variables:
-        """The weights now, in NumPy."""
+        """Return the current weights as NumPy arrays."""
 
     def projected(self) -> Variables:
-        """The weights after a last projection; training may go on."""
+        """Return the weights after a final projection, without changing the network."""
 
 
 class Subject(Protocol):
-    """A trained network in evaluation mode, as a framework measures it."""
+    """A trained network in evaluation mode, in one framework."""
 
     def logits(self, images: Any) -> NDArray[Any]:
-        """Of pixels in [0, 1]."""
+        """Return the logits of pixels in [0, 1]."""
 
     def recalibrated(self, batches: Any) -> Variables:
-        """The variables with statistics of batch normalisation over these images."""
+        """Return the variables with batch statistics recomputed over these images."""
 
     def surface(self, batches: Any) -> Any:
-        """The `safe_core.flatness.LossSurface` on these batches."""
+        """Return the `safe_core.flatness.LossSurface` on these batches."""
 
     def attacked(self, attack: Any, images: Any, labels: Any, seed: int) -> Any:
-        """Adversarial images, in NumPy."""
+        """Return adversarial images as NumPy arrays."""
 
 
 def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
-    """Return what a run is made of.
+    """Prepare a run.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     cell : Cell
         One of its `cells`.
     folder : Path, optional
-        Where the files of the data are; by default as the recipe says.
+        Folder of the data files; by default that of the recipe.
 
     Examples
     --------
@@ -133,7 +133,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     """
     corrupted = recipe.evaluation.corruption_folder
     if corrupted is not None and not Path(corrupted).is_dir():
-        raise ValueError(f"evaluation.corruption_folder must be a folder, got {corrupted!r}")
+        raise ValueError(f"evaluation.corruption_folder must exist, got {corrupted!r}")
     clean = _loaded(recipe.data.name, folder or recipe.data.folder)
     images = clean.train.images[: recipe.data.train_images]
     labels = clean.train.labels[: recipe.data.train_images]

@@ -1,4 +1,4 @@
-"""Progress of a study on standard error, with the time left."""
+"""Show the progress of a study on standard error, with the time left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["StudyBar", "study_bar"]
 
 
 class StudyBar:
-    """Counts epochs and runs; draws nothing by itself.
+    """Counts the epochs and runs of a study for a progress bar.
 
     Examples
     --------
@@ -43,18 +43,18 @@ class StudyBar:
 
     @property
     def done(self) -> int:
-        """Runs that are finished, those of before with them."""
+        """Number of finished runs, including those of earlier sessions."""
         return self._runs - len(self._left)
 
     def epoch(self) -> None:
-        """An epoch of some run is over."""
+        """Record the end of an epoch."""
         self._progress.advance(self._task)
 
     def finished(self, cell: Cell, result: dict[str, Any]) -> None:
-        """A run is over; where nobody watches, such as in a log, a line says so."""
+        """Record the end of a run. Without a terminal, such as in a log, print a line."""
         epochs = self._left.pop(cell)
         self._run += epochs
-        # Of a run that diverged some epochs are not run.
+        # A run that diverged skips the rest of its epochs.
         skipped = epochs - len(result["losses"]) if result.get("diverged") else 0
         self._progress.update(self._task, advance=skipped, runs=f"{self.done}/{self._runs}")
         if self._progress.console.is_terminal:
@@ -68,7 +68,7 @@ class StudyBar:
 
 @contextmanager
 def study_bar(runs: int, left: Mapping[Cell, int]) -> Iterator[StudyBar]:
-    """A bar over the epochs of the runs that are left, given as a mapping of run to epochs.
+    """Show a bar over the epochs that are left, given as a mapping of run to epochs.
 
     Examples
     --------

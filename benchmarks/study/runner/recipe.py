@@ -1,4 +1,4 @@
-"""Recipes of studies: TOML files read into frozen dataclasses."""
+"""Read the recipes of studies: TOML files as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ __all__ = [
 ]  # fmt: skip
 
 RECIPE = "recipe.toml"
-_STEPS = 60  # in an epoch, where methods are built to be checked
+_STEPS = 60  # per epoch, when methods are built only to check them
 AXES = ("method", "sparsity", "noise", "framework", "metric")
 
 
 @dataclass(frozen=True)
 class Data:
-    """``[data]``: images, and the share of training labels drawn at random.
+    """``[data]``: the images, and the fraction of training labels drawn at random.
 
-    The last ``validation`` of the training images are measured in place of the test images.
+    If ``validation`` is positive, that fraction of the training images, the last ones, replaces
+    the test images.
 
     Examples
     --------
@@ -77,7 +78,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack by projected gradients, as `safe_core.study.robustness.PGD`.
+    """An attack by projected gradient ascent; see `safe_core.study.robustness.PGD`.
 
     Examples
     --------
@@ -92,7 +93,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``[evaluation]``: what is measured beside test accuracy.
+    """``[evaluation]``: the measurements besides test accuracy.
 
     Examples
     --------
@@ -123,10 +124,10 @@ class Evaluation:
             raise ValueError("evaluation.landscape_points must be 0, or at least 2, got 1")
         norms = [attack.norm for attack in self.attacks]
         if len(set(norms)) < len(norms):
-            raise ValueError(f"evaluation.attacks must have one for a norm, got {norms}")
+            raise ValueError(f"evaluation.attacks must have different norms, got {norms}")
 
     def metrics(self) -> tuple[str, ...]:
-        """The names of the numbers that are measured."""
+        """Return the names of the measured numbers."""
         return (
             "accuracy",
             *(("accuracy_untuned",) if self.batch_norm_tuning else ()),
@@ -141,7 +142,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Report:
-    """``[report]``: how the tables are laid out.
+    """``[report]``: the layout of the tables.
 
     Examples
     --------
@@ -176,9 +177,9 @@ def _quoted_values(name: str, value: Any) -> tuple[tuple[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Quote:
-    """``[[quoted]]``: figures of another source, shown beside those of the study.
+    """``[[quoted]]``: figures from another source, shown beside those of the study.
 
-    ``values`` holds by sparsity a mean, or a mean and its standard error.
+    ``values`` holds, for each sparsity, a mean or a mean and its standard error.
 
     Examples
     --------
@@ -196,7 +197,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole study.
+    """A complete study.
 
     Attributes
     ----------
@@ -206,7 +207,7 @@ class Recipe:
     sparsities : tuple of float or str
         Fractions of zeros, or patterns such as ``"2:4"``.
     seeds : tuple of int
-        Of initial weights, order and augmentation of the images, and label noise.
+        Seeds of initial weights, order and augmentation of the images, and label noise.
     frameworks : tuple of {"torch", "jax"}
     evaluation, report : Evaluation, Report
     quoted : tuple of Quote
@@ -233,8 +234,8 @@ class Recipe:
                 )
         if self.evaluation.corruption_folder is not None and self.data.name != "cifar-10":
             raise ValueError(
-                "evaluation.corruption_folder must be given for cifar-10 alone, of which its files "
-                f"are, got {self.evaluation.corruption_folder!r} for {self.data.name}"
+                "evaluation.corruption_folder holds CIFAR-10-C, so data must be cifar-10, "
+                f"got {self.evaluation.corruption_folder!r} for {self.data.name}"
             )
         for i, quote in enumerate(self.quoted):
             if quote.metric not in measured:
@@ -245,7 +246,7 @@ class Recipe:
         files = {m.file for e in self.methods if isinstance(m := e.method, Own) and m.file}
         if len({file.name for file in files}) < len(files):
             raise ValueError(
-                "methods must be of files with different names, as copies are kept in one folder, "
+                "methods must come from files with different names, because copies share a folder, "
                 f"got {', '.join(sorted(map(str, files)))}"
             )
         for entry in self.methods:
@@ -255,19 +256,22 @@ class Recipe:
 
     @property
     def dense(self) -> frozenset[str]:
-        """The labels of methods that prune nothing."""
+        """The labels of the methods that prune nothing."""
         return frozenset(entry.label for entry in self.methods if entry.is_dense)
 
     def entry(self, label: str) -> Entry:
-        """The method of a label."""
+        """Return the method with a label."""
         return next(entry for entry in self.methods if entry.label == label)
 
     def training_of(self, label: str) -> Training:
-        """The settings of training of the method of a label."""
+        """Return the training settings of the method with a label."""
         return self.entry(label).trained(self.training)
 
     def digest(self, label: str, target: Sparsity | None) -> str:
-        """Of what runs of a method at a sparsity depend on: not of others, reports and folders."""
+        """Return a digest of everything that the results of a method at a sparsity depend on.
+
+        Other methods, the report and folders do not count.
+        """
         entry = self.entry(label)
         method = entry.method.identity() if isinstance(entry.method, Own) else entry.method
         content: dict[str, Any] = {
@@ -290,13 +294,13 @@ def parse_recipe(source: str, folder: Path | None = None) -> Recipe:
     ----------
     source : str
     folder : Path, optional
-        Where files of methods are sought, before the current folder.
+        Folder to look up files of methods in, before the current folder.
 
     Raises
     ------
     TypeError, ValueError
-        If it is not TOML, or a key is missing, not known or of another kind. The message names
-        the key and what it takes.
+        If the text is not TOML, or a key is missing, unknown or of the wrong type. The message
+        names the key and what it accepts.
 
     Examples
     --------
@@ -314,12 +318,12 @@ def parse_recipe(source: str, folder: Path | None = None) -> Recipe:
 
 
 def kept_recipe(out: Path) -> Recipe:
-    """Return the recipe in the folder of a study, with the files of methods that are kept there."""
+    """Return the recipe in the folder of a study, with the copies of method files kept there."""
     return _parsed((out / RECIPE).read_text(encoding="utf-8"), lambda path: out / path.name)
 
 
 def keep_recipe(recipe: Recipe, source: str, out: Path) -> Recipe:
-    """Write a recipe and its files of methods to the folder of a study; return what is there."""
+    """Copy a recipe and its method files to the folder of a study; return the recipe there."""
     for method in {entry.method for entry in recipe.methods}:
         if isinstance(method, Own) and method.file:
             (out / method.file.name).write_bytes(method.file.read_bytes())
@@ -340,12 +344,12 @@ def _parsed(source: str, find: Find) -> Recipe:
 
 
 def _tables(value: Any) -> list[dict[str, Any]]:
-    """The tables of a list; what is none is refused elsewhere."""
+    """Return the tables in a list. Other values are refused elsewhere."""
     return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
 
 
 def read_recipe(path: Path | Traversable) -> Recipe:
-    """Return the recipe in a file, as `parse_recipe`.
+    """Return the recipe in a file; see `parse_recipe`.
 
     Examples
     --------
@@ -361,12 +365,12 @@ def read_recipe(path: Path | Traversable) -> Recipe:
 
 
 def recipe_source(path: Path) -> tuple[str, str]:
-    """Return name and text of a recipe: a file, or one that is installed, by its name.
+    """Return the name and the text of a recipe, given a file or the name of an installed recipe.
 
     Raises
     ------
     ValueError
-        If there is neither.
+        If there is no such file or recipe.
 
     Examples
     --------
@@ -380,6 +384,7 @@ def recipe_source(path: Path) -> tuple[str, str]:
     shipped = {file.name.removesuffix(".toml"): file for file in folder.iterdir()}
     if path.name != str(path) or path.stem not in shipped:
         raise ValueError(
-            f"recipe must be a file, or one of {', '.join(sorted(shipped))}, got {str(path)!r}"
+            f"recipe must be an existing file, or one of {', '.join(sorted(shipped))}, got "
+            f"{str(path)!r}"
         )
     return path.stem, shipped[path.stem].read_text(encoding="utf-8")

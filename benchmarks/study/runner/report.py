@@ -1,4 +1,4 @@
-"""The report of a study: its tables as Markdown and LaTeX, and its figures."""
+"""Write the report of a study: tables in Markdown and LaTeX, and figures."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _LATEX = {c: f"\\{c}" for c in "%&#_${}"} | {
 
 
 def write_report(out: Path) -> list[Path]:
-    """Write ``report.md``, ``report.tex`` and figures of what is finished of a study.
+    """Write ``report.md``, ``report.tex`` and figures for the finished runs of a study.
 
     Parameters
     ----------
     out : Path
-        The folder of `run_study`. Title, ``[report]`` and ``[[quoted]]`` of the recipe there
-        may be changed.
+        The results folder of `run_study`. You can edit the title, ``[report]`` and ``[[quoted]]``
+        in its recipe.
 
     Returns
     -------
     list of Path
-        The files.
+        The files written.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If ``out`` holds no study, or nothing is finished.
+        If ``out`` holds no study or no finished run.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def write_report(out: Path) -> list[Path]:
 
 
 def as_markdown(table: Table) -> str:
-    """A table in GitHub's Markdown, where HTML underlines.
+    """Return a table in Markdown; HTML underlines the second best.
 
     Examples
     --------
@@ -106,7 +106,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A table for LaTeX with the package booktabs.
+    """Return a table in LaTeX, for the package booktabs.
 
     Examples
     --------
@@ -166,5 +166,5 @@ def _sentence(notes: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Plain text in LaTeX."""
+    """Return plain text escaped for LaTeX."""
     return re.sub(r"[\\%&#_${}^~<>|]", lambda found: _LATEX[found[0]], text)

@@ -1,4 +1,4 @@
-"""The main loop of a study: what is left is run, in one process or several, and written down."""
+"""Run what is left of a study, in one or more processes, and save every result."""
 
 from __future__ import annotations
 
@@ -39,36 +39,35 @@ def run_study(
 ) -> dict[Cell, Any]:
     """Run what is left of a study.
 
-    Every finished run is a line of ``results.jsonl`` in ``out``, written before the next
-    begins; a study that was stopped goes on from there, and no run is done twice.
+    Every finished run becomes a line of ``results.jsonl`` in ``out`` before the next one starts.
+    After an interruption, the same call runs only what is left.
 
     Parameters
     ----------
     source : str
-        A recipe, as of `parse_recipe`. A copy is kept in ``out``, and of files of methods.
+        The text of a recipe; see `parse_recipe`. ``out`` keeps a copy of it and of method files.
     out : Path
-        A folder, made where missing.
+        Folder for the results; created if missing.
     folder : Path, optional
-        Where files of methods are sought, before the current folder.
+        Folder to look up files of methods in, before the current folder.
     jobs : int
-        Processes.
+        Number of processes.
     data : Path, optional
-        Where the files of the data are; by default as the recipe says.
+        Folder of the data files; by default that of the recipe.
     device : str
-        As the frameworks call it.
+        Device to train on, such as "cpu" or "cuda".
 
     Returns
     -------
     dict of Cell to dict
-        All results, old and new, as of `run_cell`.
+        All results, old and new; see `run_cell`.
 
     Raises
     ------
     ValueError
-        If the recipe is wrong, or ``out`` holds results of another one or is in use.
+        If the recipe is invalid, or ``out`` is in use or holds results of another recipe.
     ChildProcessError
-        If a process is ended from outside; what was finished before stays, as it does when
-        a run raises.
+        If a process is killed. Finished runs are kept, as they are when a run raises.
 
     Examples
     --------
@@ -110,7 +109,7 @@ def run_study(
 def _results(
     recipe: Recipe, left: list[Cell], jobs: int, data: Path | None, device: str, advance: Advance
 ) -> Iterator[tuple[Cell, Any]]:
-    """The runs as they finish."""
+    """Yield the runs as they finish."""
     settings = {"folder": data, "device": device}
     if jobs > 1 and len(left) > 1:
         yield from _in_processes(recipe, left, min(jobs, len(left)), settings, advance)
@@ -143,7 +142,7 @@ def _in_processes(
                         yield cell, future.result()
                         continue
                     failed.append((cell, future))
-                    # What is under way is still written down; no other run begins.
+                    # Save the runs that have started; start no others.
                     running = {f: c for f, c in running.items() if not f.cancel()}
                     print(f"{cell.title} failed; finishing {len(running)} more", file=sys.stderr)
         finally:
@@ -159,7 +158,7 @@ _ticks: Any = None
 def _start_worker(ticks: Any) -> None:
     global _ticks
     _ticks = ticks
-    # Ctrl-C reaches all processes; one message, of the main process, is enough.
+    # Ctrl-C reaches all processes. Only the main process should print a message.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -178,7 +177,7 @@ def _drain(ticks: Any, advance: Advance) -> None:
 
 @contextmanager
 def _shared_machine(jobs: int) -> Iterator[None]:
-    """Settings that workers start with: each takes its share of the processors and memory."""
+    """Set the environment of workers so that each uses its share of processors and memory."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     settings = {"OMP_NUM_THREADS": str(threads), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     missing = {name: value for name, value in settings.items() if name not in os.environ}
@@ -192,7 +191,7 @@ def _shared_machine(jobs: int) -> Iterator[None]:
 
 @contextmanager
 def _named(cell: Cell) -> Iterator[None]:
-    """Say which run an error is of."""
+    """Name the run in an error."""
     try:
         yield
     except BrokenProcessPool:
@@ -207,7 +206,7 @@ def _named(cell: Cell) -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Let one study write to a folder at a time; the system frees the lock of a dead one."""
+    """Lock a folder against other studies. The system frees the lock when a process ends."""
     if sys.platform == "win32":
         yield
         return

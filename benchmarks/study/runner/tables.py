@@ -1,4 +1,4 @@
-"""TOML tables as frozen dataclasses, with errors that name the key and what it takes."""
+"""Read TOML tables as frozen dataclasses; errors name the key and what it accepts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Reader = Callable[[str, Any], Any]
 
 
 def key(reader: Reader, default: Any = MISSING) -> Any:
-    """A dataclass field that a key of the table fills; without a default it must be there.
+    """Declare a dataclass field that is read from a key; without a default the key is required.
 
     Examples
     --------
@@ -36,15 +36,15 @@ def read(cls: type[T], name: str, content: Any) -> T:
     Parameters
     ----------
     cls : type
-        A dataclass of `key` fields.
+        A dataclass whose fields are declared with `key`.
     name : str
-        Of the table, for messages.
+        Name of the table, for messages.
     content : mapping
 
     Raises
     ------
     TypeError, ValueError
-        If a key is not known, missing, or of another kind.
+        If a key is unknown, missing, or of the wrong type.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def read(cls: type[T], name: str, content: Any) -> T:
 
 
 def read_some(cls: type[Any], name: str, content: Any) -> dict[str, Any]:
-    """Return the values of a table that need not have all keys of a dataclass; see `read`.
+    """Return the values of a table that can lack keys of the dataclass; see `read`.
 
     Examples
     --------
@@ -93,7 +93,7 @@ def _prefix(name: str) -> str:
 
 
 def table(cls: type[Any]) -> Reader:
-    """A reader of tables, as `read`."""
+    """Return a reader of tables; see `read`."""
     return lambda name, value: read(cls, name, value)
 
 
@@ -106,7 +106,7 @@ def text(name: str, value: Any) -> str:
     'Table 4'
     """
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name} must be a string, not empty, got {_checks.shown(value)}")
+        raise TypeError(f"{name} must be a non-empty string, got {_checks.shown(value)}")
     return value
 
 
@@ -124,7 +124,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def integer(low: int) -> Reader:
-    """A reader of integers of at least ``low``.
+    """Return a reader of integers of at least ``low``.
 
     Examples
     --------
@@ -135,9 +135,9 @@ def integer(low: int) -> Reader:
 
 
 def number(low: float, high: float | None = None, *, excluded: float | None = None) -> Reader:
-    """A reader of finite numbers within bounds; strings such as ``"1/255"`` are fractions.
+    """Return a reader of finite numbers, or fractions as strings such as ``"1/255"``.
 
-    The bounds are allowed, but for one that is ``excluded``.
+    The bounds are inclusive. ``excluded`` is one value that is not allowed.
 
     Examples
     --------
@@ -162,7 +162,7 @@ def number(low: float, high: float | None = None, *, excluded: float | None = No
 
 
 def choice(*options: str) -> Reader:
-    """A reader of one of a few strings.
+    """Return a reader of strings from a list of options.
 
     Examples
     --------
@@ -197,7 +197,7 @@ def sparsity(name: str, value: Any) -> float | str:
 
 
 def sparsity_key(name: str, value: str) -> float | str:
-    """Read a sparsity that is the key of a table, so a fraction in quotes or a pattern.
+    """Read a sparsity that is a key of a table: a fraction in quotes, or a pattern.
 
     Examples
     --------
@@ -213,7 +213,7 @@ def sparsity_key(name: str, value: str) -> float | str:
 
 
 def several(reader: Reader, *, empty: bool = False) -> Reader:
-    """A reader of lists without repetition, as tuples.
+    """Return a reader of lists without repeated values; they become tuples.
 
     Examples
     --------
@@ -223,7 +223,7 @@ def several(reader: Reader, *, empty: bool = False) -> Reader:
 
     def read_list(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or (not value and not empty):
-            kind = "a list" if empty else "a list, not empty"
+            kind = "a list" if empty else "a non-empty list"
             raise TypeError(f"{name} must be {kind}, got {_checks.shown(value)}")
         found = tuple(reader(f"{name}[{i}]", v) for i, v in enumerate(value))
         if len(set(found)) < len(found):

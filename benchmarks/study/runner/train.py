@@ -1,4 +1,4 @@
-"""One run from the first step to its figures."""
+"""Train and measure one run."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def run_cell(
     cell : Cell
         One of its `cells`.
     folder : Path, optional
-        Where the files of the data are; by default as the recipe says.
+        Folder of the data files; by default that of the recipe.
     device : str
-        As the framework calls it.
+        Device to train on, such as "cpu" or "cuda".
     advance : callable
         Called after each epoch.
 
     Returns
     -------
     dict
-        By name what was measured, ``seconds`` of training, ``losses`` by epoch, ``history``
-        if asked for, and ``versions``; ``diverged`` alone beside the last three where the
-        loss is not finite any more.
+        The measurements by name, ``seconds`` of training, ``losses`` by epoch, ``versions``, and
+        ``history`` if the recipe asks for it. A run whose loss becomes infinite or NaN has
+        ``diverged`` instead of measurements.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def _trained(
             history.append({"epoch": epoch + 1, **_snapshot(made, learner, make)})
         advance()
     dense = learner.variables()
-    if not is_finite(dense):  # of a last step
+    if not is_finite(dense):  # because of the last step
         return {"diverged": True, "losses": losses, "seconds": seconds}
     sparse = learner.projected()
     found = measure(evaluation, made, make, dense, sparse)
@@ -108,7 +108,7 @@ def _trained(
 
 
 def _snapshot(made: Plan, learner: Learner, make: MakeSubject) -> dict[str, float]:
-    """Where training is, before and after a projection that it does not feel."""
+    """Measure the network during training, before and after a projection of a copy."""
     dense, sparse = learner.variables(), learner.projected()
     return {
         "accuracy": accuracy(make(sparse), made.data.test),

@@ -1,4 +1,4 @@
-"""Settings of training, of a study and of single methods."""
+"""The training settings of a study or of one of its methods."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ __all__ = ["Training"]
 class Training:
     """``[training]``: the base optimizer and its learning rate.
 
-    The rate rises over ``warmup_epochs``, and then falls to zero as a cosine or a line, or by
-    ``decay`` at each epoch of ``milestones`` (``step``).
+    The learning rate rises linearly over ``warmup_epochs``. Then it stays constant, falls to
+    zero as a cosine or a line, or is multiplied by ``decay`` at each of the ``milestones``
+    (schedule ``step``).
 
     Examples
     --------
@@ -46,7 +47,7 @@ class Training:
             )
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(
-                'training.milestones must be given for the schedule "step" alone, got '
+                'training.milestones must be given for the schedule "step" only, got '
                 f"{list(self.milestones)} for {self.schedule!r}"
             )
         if max(self.milestones, default=0) >= self.epochs:
@@ -56,7 +57,7 @@ class Training:
             )
 
     def changed(self, settings: Mapping[str, Any]) -> Training:
-        """These settings with some others, as those of a method.
+        """Return these settings with some replaced, such as those of one method.
 
         Examples
         --------
@@ -66,7 +67,7 @@ class Training:
         return replace(self, **settings)
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate at a step."""
         warm, end = (n * steps_per_epoch for n in (self.warmup_epochs, self.epochs))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
