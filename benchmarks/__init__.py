@@ -8,6 +8,6 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-# `python -m` puts the clone first on the path. Its folder safe_core/ is only a part of the
-# package and would hide an installed wheel, so installed packages go first.
+# `python -m` puts the clone first on the path. The folder safe_core/ of the clone is only a part
+# of the package and would hide an installed wheel, so put installed packages first.
 sys.path.sort(key=lambda entry: Path(entry).resolve() == _ROOT)

@@ -1,4 +1,4 @@
-"""Run every case and print Markdown tables: ``python -m benchmarks``."""
+"""Compare the speed and memory of safe_core with other implementations, as Markdown tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], list[Result]]]:
-    """Every case by name, at its full or its smallest size."""
+    """Return every case by name, at its full or a tiny size."""
     size, width, batch = (100_000, 1, 4) if quick else (10_000_000, 64, 64)
     sizes = [10_000, 100_000] if quick else [10**6, 10**7, 10**8]
     return {
@@ -33,15 +33,23 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
 
 
 def main() -> None:
-    """Parse the command line, run, report."""
+    """Run the cases that the command line names, and report them."""
     names = list(cases(True, 1, False))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--case", action="append", choices=names, help="only this case; repeatable")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
-    parser.add_argument("--repeats", type=int, default=None, help="of each measurement")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile: minutes")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--docs", action="store_true", help="write the table and plot of the docs")
+    parser.add_argument(
+        "--case", action="append", choices=names, help="run only this case; may be repeated"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="use tiny sizes, to check that everything runs"
+    )
+    parser.add_argument("--repeats", type=int, default=None, help="repetitions of each measurement")
+    parser.add_argument(
+        "--compile", action="store_true", help="also measure torch.compile (takes minutes)"
+    )
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--docs", action="store_true", help="update the table and the plot in docs/"
+    )
     options = parser.parse_args()
     repeats = options.repeats or (1 if options.quick else 7)
     chosen = cases(options.quick, repeats, options.compile)
@@ -52,7 +60,7 @@ def main() -> None:
     described = machine()
     table = tables(results, described)
     if options.quick:
-        table = "Tiny sizes: these figures mean nothing.\n\n" + table
+        table = "Tiny sizes: these figures are meaningless.\n\n" + table
     print("\n" + table)
     if options.json:
         found = {"machine": described, "results": [result.as_dict() for result in results]}

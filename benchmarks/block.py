@@ -1,4 +1,4 @@
-"""Cases of the reconstruction of a transformer block: the optimizer alone, and the whole step."""
+"""Time the reconstruction of a transformer block: the optimizer alone, and a whole step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RATE, BETAS, RHO, PENALTY = 2e-4, (0.9, 0.95), 2e-4, 1e-3
 
 
 class _Loop:
-    """SAFE as scripts write it: loops over tensors, z and u as dense lists, a full sort."""
+    """A plain SAFE loop: one tensor at a time, z and u as dense lists, and a full sort."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self.sam = MinimalSAM(params, torch.optim.Adam, rho=RHO, lr=RATE, betas=BETAS)
@@ -31,7 +31,7 @@ class _Loop:
         self.admm = TwoArrayADMM(params, self, **options)
 
     def step(self) -> None:
-        """What the ADMM steps with."""
+        """Take the step that ADMM wraps."""
         self.sam.second_step()
 
     def run(self, closure: Callable[[], object]) -> None:
@@ -42,7 +42,7 @@ class _Loop:
 
 
 def block_step(*, hidden: int, tokens: int, repeats: int) -> list[Result]:
-    """Steps of SAFE on one Llama block with Adam, K averaged in: blocks of 32, paired."""
+    """Time steps of SAFE with Adam on a Llama block, in runs of 32 that include a dual update."""
     torch.manual_seed(0)
     method = safe_core.safe(
         safe_core.Unstructured(0.5, scope="tensor"),
@@ -81,7 +81,7 @@ def block_step(*, hidden: int, tokens: int, repeats: int) -> list[Result]:
 
 
 def _block(hidden: int, tokens: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A block and the closure of its reconstruction error."""
+    """Return a block and a closure that computes its reconstruction error."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
         hidden_size=hidden,

@@ -1,4 +1,4 @@
-"""A small Llama over bytes, trained on Python's standard library.
+"""Train a small Llama over bytes on the source of Python's standard library.
 
 python -m benchmarks.byte_llama --out MODEL_DIR
 """
@@ -22,9 +22,9 @@ __all__ = ["train"]
 def train(
     out: Path, *, hidden: int, layers: int, steps: int, batch: int, length: int, seed: int
 ) -> float:
-    """Train, save a folder that `from_pretrained` loads, and return the last mean loss.
+    """Train and save a model folder; return the mean loss of the last 50 steps.
 
-    AdamW with a cosine from 2e-3 after a warm-up, in bfloat16 on a GPU.
+    Uses AdamW with a cosine schedule from 2e-3 after a warm-up, in bfloat16 on a GPU.
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,8 +67,10 @@ def _loss(model: nn.Module, tokens: Tensor, batch: int, length: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.byte_llama", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1500)

@@ -1,4 +1,4 @@
-"""A text corpus that every machine has: the source of Python's standard library."""
+"""A text corpus on every machine: the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 __all__ = ["sentences", "source"]
 
-_HELD_OUT = 20  # one file in so many
+_HELD_OUT = 20  # one file in 20 is held out
 
 
 @cache
 def source(held_out: bool) -> Tensor:
-    """The bytes of all files, one after the other, of those held out or of the others."""
+    """Return the concatenated bytes of the held-out files, or of all others."""
     text = b"".join(path.read_bytes() for path in _files(held_out))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 @cache
 def sentences(held_out: bool, *, low: int = 6, high: int = 40) -> list[str]:
-    """Sentences of ``low`` to ``high`` words in the docstrings, each once, in order."""
+    """Return distinct docstring sentences of ``low`` to ``high`` words, in order."""
     found: dict[str, None] = {}
     for path in _files(held_out):
         for docstring in _docstrings(path):
@@ -52,7 +52,7 @@ def _files(held_out: bool) -> list[Path]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # files that are wrong on purpose
+    except (SyntaxError, ValueError):  # some files are invalid on purpose
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -1,4 +1,4 @@
-"""Every study on the digits, and the tables of the docs: ``python -m benchmarks.digits``."""
+"""Run all studies on digits, and write their tables and figures to docs/."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .report import machine, machine_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIX = "-digits"
-# Figures that say what a table does not.
+# Figures that add to the tables.
 FIGURES = {
     "figure-1-digits": ("landscape_pytorch", "weights_pytorch"),
     "figure-3-digits": ("accuracy_by_penalty_pytorch",),
@@ -36,7 +36,7 @@ FIGURES = {
 
 
 def recipes() -> list[str]:
-    """The names of the recipes on the digits, in the order of the paper."""
+    """Return the names of the recipes on digits, in the order of the paper."""
     folder = files("safe_core.study") / "recipes"
     names = [p.name.removesuffix(".toml") for p in folder.iterdir()]
     mine = [name for name in names if name.endswith(SUFFIX)]
@@ -44,7 +44,7 @@ def recipes() -> list[str]:
 
 
 def section(name: str, recipe: Recipe, results: Mapping[Cell, Any]) -> str:
-    """What came of one study in PyTorch, how near JAX is, and what the paper has of it."""
+    """Describe one study: results in PyTorch, agreement with JAX, and figures of the paper."""
     minutes = sum(r["seconds"] for r in results.values()) / 60
     shown = replace(recipe, frameworks=("torch",))
     in_torch = {cell: r for cell, r in results.items() if cell.framework == "torch"}
@@ -63,7 +63,7 @@ def section(name: str, recipe: Recipe, results: Mapping[Cell, Any]) -> str:
 
 
 def parents(name: str) -> list[Recipe]:
-    """The recipes of the paper that a study on the digits follows."""
+    """Return the recipes of the paper that a study on digits follows."""
     folder = files("safe_core.study") / "recipes"
     stem = name.removesuffix(SUFFIX)
     found = [p for p in folder.iterdir() if p.name.startswith((f"{stem}.", f"{stem}-cifar"))]
@@ -71,10 +71,12 @@ def parents(name: str) -> list[Recipe]:
 
 
 def main() -> None:
-    """Parse the command line, run what is left, write the page."""
+    """Run the studies that are not finished, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("study-results"))
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument(
+        "--results", type=Path, default=Path("study-results"), help="folder for the results"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
     options = parser.parse_args()
     sections = []
     for name in recipes():

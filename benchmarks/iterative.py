@@ -1,4 +1,4 @@
-"""IMP+SAM on the reconstruction error of a block: pruned by magnitude as it trains by SAM."""
+"""Reconstruct a block by IMP+SAM: iterative magnitude pruning while training with SAM."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _EVERY = 5  # epochs
 
 
 class IterativeSAM(SafeReconstruction):
-    """Every five epochs the smallest weights are set to zero for good, more each time.
+    """IMP+SAM: every five epochs, set more of the smallest weights permanently to zero.
 
-    The sparsity rises as a cubic to its end at the last of these epochs but one, so that what
-    is left trains on. Na et al. 2022; Lee et al. 2025, table 9.
+    The sparsity follows a cubic schedule and reaches its target in the last round but one, so
+    that the remaining weights can recover. Na et al. 2022; Lee et al. 2025, table 9.
     """
 
     def solve(
@@ -38,7 +38,7 @@ class IterativeSAM(SafeReconstruction):
         name: str = "block",
         autocast: bool = False,
     ) -> dict[str, Tensor]:
-        """Train a block in place; the supports by name."""
+        """Train a block in place, and return the supports by name."""
         if not isinstance(sparsity, Unstructured):
             raise TypeError(f"sparsity must be Unstructured for IMP+SAM, got {sparsity!r}")
         params = {key: p for key, p in block.named_parameters() if key in weights}

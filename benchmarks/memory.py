@@ -1,4 +1,4 @@
-"""Bytes per parameter: what is kept between steps, and what a step needs on top."""
+"""Measure bytes per parameter: state between steps, and temporary memory of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASE = "memory per float32 parameter, all of them sparse"
 
 
 def memory(*, size: int) -> list[Result]:
-    """State and peaks; the two-array form is the baseline of the state."""
+    """Measure state and peak memory. Two-array ADMM is the baseline of the state."""
     side = int(size**0.5) // 8 * 8
     two = _torch_state(side, None)
     program, narrow = _jax_step(side, METHOD), _jax_step(side, NARROW)

@@ -1,4 +1,4 @@
-"""What users would take instead, in the forms that are in wide use."""
+"""Alternatives to compare with, written as they are in wide use."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ __all__ = ["MinimalSAM", "TwoArrayADMM", "by_kthvalue", "by_sort", "by_sort_jax"
 
 
 def by_sort(arrays: list[Tensor], kept: int) -> list[Tensor]:
-    """The published form: sort all magnitudes, read the threshold, multiply by a mask."""
+    """Project as published: sort all magnitudes, read the threshold, multiply by a mask."""
     flat = torch.cat([x.abs().reshape(-1) for x in arrays])
     threshold = flat.sort().values[flat.numel() - kept]
     return [x * (x.abs() >= threshold) for x in arrays]
 
 
 def by_kthvalue(arrays: list[Tensor], kept: int) -> list[Tensor]:
-    """`torch.kthvalue` in place of the sort."""
+    """Project with `torch.kthvalue` instead of a sort."""
     flat = torch.cat([x.abs().reshape(-1) for x in arrays])
     threshold = flat.kthvalue(flat.numel() - kept + 1).values
     return [x * (x.abs() >= threshold) for x in arrays]
 
 
 def by_topk(arrays: list[Tensor], kept: int) -> list[Tensor]:
-    """`torch.topk` in place of the sort."""
+    """Project with `torch.topk` instead of a sort."""
     flat = torch.cat([x.abs().reshape(-1) for x in arrays])
     threshold = flat.topk(kept, sorted=False).values.min()
     return [x * (x.abs() >= threshold) for x in arrays]
 
 
 def by_sort_jax(arrays: list[Any], kept: int) -> list[Any]:
-    """The published form in JAX."""
+    """Project as published, in JAX."""
     flat = jnp.concatenate([jnp.abs(x).reshape(-1) for x in arrays])
     threshold = jnp.sort(flat)[flat.size - kept]
     return [x * (jnp.abs(x) >= threshold) for x in arrays]
@@ -50,7 +50,7 @@ class MinimalSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """Go to x + e, keeping x."""
+        """Move to x + e, and keep x."""
         params = [p for group in self.param_groups for p in group["params"]]
         length = torch.stack([p.grad.norm() for p in params]).norm()
         for group in self.param_groups:
@@ -61,7 +61,7 @@ class MinimalSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Go back to x and take a step of the base optimizer."""
+        """Restore x, and take a step of the base optimizer."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.data = self.state[p]["old"]
@@ -83,7 +83,7 @@ class TwoArrayADMM:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add the penalty, step, and update z and u every so often."""
+        """Add the penalty, take a step, and update z and u when due."""
         for p, z, u in zip(self.sparse, self.z, self.u, strict=True):
             p.grad.add_(self.penalty * (p - z + u))
         self.base.step()

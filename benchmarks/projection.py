@@ -1,4 +1,4 @@
-"""Cases of the projection: one size against its peers, and cost against size."""
+"""Time the projection: against other implementations, and against the size."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _ours(arrays: list[np.ndarray]) -> dict[str, Any]:
 
 
 def selection(*, size: int, repeats: int) -> list[Result]:
-    """The whole projection against one partition of the flat data, and against peers."""
+    """Time a projection against one partition of the flat data, and against peers."""
     arrays = _arrays(size)
     flat, kept = np.concatenate(arrays), sum(x.size for x in arrays) // 20
     tensors = [torch.from_numpy(x).to(_device()) for x in arrays]
@@ -71,7 +71,7 @@ def selection(*, size: int, repeats: int) -> list[Result]:
 
 
 def scaling(*, sizes: list[int], repeats: int) -> list[Result]:
-    """Cost against size; linear growth keeps the ratios level."""
+    """Time projections of several sizes. With linear cost the ratios stay constant."""
     results = []
     for size in sizes:
         arrays = _arrays(size)
@@ -82,7 +82,7 @@ def scaling(*, sizes: list[int], repeats: int) -> list[Result]:
 
 
 def reading(*, size: int, repeats: int) -> list[Result]:
-    """Selection against reading the scores four times, on an accelerator."""
+    """Time the selection against reading the scores four times, on an accelerator."""
     if not torch.cuda.is_available():
         return []
     tensors = [torch.randn(size // 100, device="cuda") for _ in range(100)]

@@ -1,4 +1,4 @@
-"""The tables of the study of post-training pruning, in Markdown."""
+"""Write the Markdown tables of the study of post-training pruning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Line = dict[str, Any]
 
 
 class Figure(NamedTuple):
-    """One table: what it shows of a line of results, by column, and which value is best."""
+    """A table: its title, the values of a result by column, and which value is best."""
 
     title: str
     values: Callable[[Line], dict[str, float]]
@@ -24,7 +24,7 @@ class Figure(NamedTuple):
 
 
 def tables(results: list[Line], methods: list[str], described: dict[str, str]) -> str:
-    """A table for each study and figure: the mean and its standard error over seeds."""
+    """Return a table for each study and figure, with means and standard errors over seeds."""
     parts = ["\n".join(machine_table(described))]
     for study, figures in FIGURES.items():
         lines = [line for line in results if line["study"] == study]
@@ -87,10 +87,10 @@ FIGURES = {
 
 
 def _settings(study: str, lines: list[Line]) -> str:
-    """In words; what was not run alike is refused."""
+    """Describe the settings of a study, which must be the same for all results."""
     found = {tuple(line[key] for key in ("samples", "length", "epochs")) for line in lines}
     if len(found) > 1:
-        raise ValueError(f"results must be of one setting for {study}, got {sorted(found)}")
+        raise ValueError(f"results must have one setting for {study}, got {sorted(found)}")
     samples, length, epochs = found.pop()
     dense = {line.get("perplexity") for line in lines if line["method"] == "Dense"} - {None}
     known = f"; the perplexity of the dense model is {dense.pop():.4g}" if dense else ""
@@ -98,7 +98,7 @@ def _settings(study: str, lines: list[Line]) -> str:
 
 
 def _grid(lines: list[Line], methods: list[str], figure: Figure) -> str:
-    """Methods by columns, the best mean of each column in bold."""
+    """Return a table of methods by columns, with the best mean of each column in bold."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["method"] in methods:

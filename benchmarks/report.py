@@ -1,4 +1,4 @@
-"""The machine, the tables and the plot."""
+"""Describe the machine, and write tables and the plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["machine", "machine_table", "plot", "tables"]
 
 
 def machine() -> dict[str, str]:
-    """Describe what the figures depend on; partition's speed hangs on the SIMD."""
+    """Describe the machine. The speed of partition depends on the SIMD instructions."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
 
@@ -39,13 +39,13 @@ def machine() -> dict[str, str]:
 
 
 def machine_table(described: dict[str, str]) -> list[str]:
-    """Lines of Markdown that say what `machine` found."""
+    """Return the description of a machine as lines of Markdown."""
     rows = [f"| {name} | {value} |" for name, value in described.items()]
     return ["| machine | |", "| --- | --- |", *rows]
 
 
 def tables(results: Sequence[Result], described: dict[str, str]) -> str:
-    """Markdown: the machine, then a table for each case."""
+    """Return Markdown: the machine, then a table for each case."""
     lines = machine_table(described)
     for case in dict.fromkeys(result.case for result in results):
         rows = [result for result in results if result.case == case]
@@ -58,7 +58,7 @@ def tables(results: Sequence[Result], described: dict[str, str]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path, described: dict[str, str]) -> None:
-    """Cost of a projection against its size."""
+    """Plot the time of a projection against its size."""
     import matplotlib
 
     matplotlib.use("agg")

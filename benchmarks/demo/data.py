@@ -1,4 +1,4 @@
-"""scikit-learn's bundled digits, split, noised and batched alike for both frameworks."""
+"""Prepare scikit-learn's digits in the same way for both frameworks: split, noise, batches."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ CLASSES = 10
 
 
 class Layer(NamedTuple):
-    """Weight of shape (input, output) and bias of shape (output,)."""
+    """A layer: a weight of shape (input, output) and a bias of shape (output,)."""
 
     weight: Floats
     bias: Floats
 
 
 class Dataset(NamedTuple):
-    """What one run trains on and is measured on.
+    """The data of one run.
 
-    ``order`` has shape (steps, batch): the rows of every batch. ``validation`` is the
-    held-out fifth of the training set, its labels as noisy as those trained on; it is
-    empty where nothing is held out.
+    ``order`` of shape (steps, batch) holds the rows of every batch. ``validation`` is the
+    held-out fifth of the training set, with the same label noise. It is empty if nothing is
+    held out.
     """
 
     inputs: Floats
@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
 
 
 def load(recipe: Recipe, run: Run) -> Dataset:
-    """Load, split, noise and batch the digits for one run."""
+    """Load the digits for one run, split them, add label noise and arrange batches."""
     images, digits = load_digits(return_X_y=True)
     split = train_test_split(images / 16.0, digits, test_size=0.3, stratify=digits, random_state=0)
     train, test = (part.astype(np.float32) for part in split[:2])
@@ -69,7 +69,7 @@ def load(recipe: Recipe, run: Run) -> Dataset:
 
 
 def initial_layers(recipe: Recipe, run: Run, features: int) -> list[Layer]:
-    """He initialisation: weights of variance ``2 / inputs``, biases zero."""
+    """Draw layers by He initialisation: weights with variance ``2 / inputs``, zero biases."""
     rng = np.random.default_rng([run.seed, 0])
     sizes = (features, *recipe.hidden, CLASSES)
     return [
@@ -82,7 +82,7 @@ def initial_layers(recipe: Recipe, run: Run, features: int) -> list[Layer]:
 
 
 def logits(layers: list[Layer], inputs: Floats) -> Floats:
-    """The network: ReLU between layers."""
+    """Return the logits of the network, which has ReLU between its layers."""
     for i, (weight, bias) in enumerate(layers):
         inputs = inputs @ weight + bias
         if i < len(layers) - 1:
@@ -91,12 +91,12 @@ def logits(layers: list[Layer], inputs: Floats) -> Floats:
 
 
 def accuracy(layers: list[Layer], inputs: Floats, labels: NDArray[np.int64]) -> float:
-    """Share of right answers, in percent."""
+    """Return the percentage of correct predictions."""
     return float(100 * np.mean(logits(layers, inputs).argmax(axis=1) == labels))
 
 
 def cross_entropy(layers: list[Layer], inputs: Floats, labels: NDArray[np.int64]) -> float:
-    """Mean cross entropy, in nats."""
+    """Return the mean cross entropy in nats."""
     scores = logits(layers, inputs).astype(np.float64)
     scores -= scores.max(axis=1, keepdims=True)
     log_normaliser = np.log(np.exp(scores).sum(axis=1))

@@ -1,4 +1,4 @@
-"""The demo's figures: weights and landscape as in Figure 1 of the paper, and accuracy."""
+"""Draw the demo's figures: accuracy, and weights and landscape as in Figure 1 of the paper."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws files, needs no screen
+matplotlib.use("Agg")  # draw to files, without a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +28,7 @@ SHOWN = 0.9  # the sparsity of Figure 1
 
 
 def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
-    """Draw all figures as PNG; return the files."""
+    """Draw all figures as PNG, and return the files."""
     clean = {
         (cell.method, cell.sparsity): cell
         for cell in reversed(cells)
@@ -48,7 +48,7 @@ def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
 
 
 def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
-    """Accuracy of the projected network against sparsity, by noise."""
+    """Draw the accuracy after projection against sparsity, for each label noise."""
     count = len(recipe.noises)
     figure, panels = plt.subplots(1, count, figsize=(4.6 * count, 3.6), squeeze=False)
     positions = {sparsity: i for i, sparsity in enumerate(recipe.sparsities)}
@@ -88,7 +88,7 @@ def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
 
 
 def _weights(dense: Cell, safe: Cell) -> Figure:
-    """Histograms of the weights before the last projection."""
+    """Draw histograms of the weights before the final projection."""
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     titles = ("dense", f"SAFE, {100 * (safe.sparsity or 0):g}% sparsity")
     for axes, cell, title in zip(panels, (dense, safe), titles, strict=True):
@@ -102,7 +102,7 @@ def _weights(dense: Cell, safe: Cell) -> Figure:
 
 
 def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
-    """Training loss around both projected networks, in the same random plane."""
+    """Draw the training loss around both projected networks, in the same random plane."""
     steps = np.linspace(-1, 1, 25)
     figure, panels = plt.subplots(
         1, 2, figsize=(8.4, 3.8), subplot_kw={"projection": "3d"}, constrained_layout=True
@@ -118,7 +118,7 @@ def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
 
 
 def _surface(layers: list[Layer], data: Dataset, steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Loss along two random directions, each neuron scaled as its weights (Li et al. 2018)."""
+    """Return the loss along two random directions with filter normalisation (Li et al. 2018)."""
     rng = np.random.default_rng(0)
 
     def direction() -> list[NDArray[np.float32]]:

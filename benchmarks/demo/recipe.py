@@ -1,4 +1,4 @@
-"""What the demo trains: the protocol of Appendix B.2 of the SAFE paper, on digits."""
+"""The protocol of the demo: Appendix B.2 of the SAFE paper, on digits."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Run:
     ----------
     method : {"dense", "admm", "safe"}
     noise : float
-        Share of training labels that are replaced by uniform draws.
+        Fraction of training labels replaced by uniform draws.
     seed : int
-        Of the initial weights, the order of the batches and the noise.
+        Seed of the initial weights, the order of the batches and the noise.
     sparsity : float or None
-        Fraction of zero weights, over all layers together.
+        Fraction of zero weights over all layers together.
     penalty : float or None
         The penalty parameter, or its final value under a schedule.
     held_out : bool
-        Whether a fifth of the training set is kept back to choose the penalty on.
+        Whether a fifth of the training set is held out, to choose the penalty.
     """
 
     method: str
@@ -39,9 +39,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of the protocol; ``steps`` are optimizer steps.
+    """The settings of the protocol.
 
-    ``ascent_share`` is the share of each batch that the perturbation is taken from.
+    ``ascent_share`` is the fraction of each batch that the perturbation is computed from.
     """
 
     hidden: tuple[int, ...] = (300, 100)
@@ -61,11 +61,11 @@ class Recipe:
 
     @classmethod
     def quick(cls) -> Recipe:
-        """One seed, three sparsities and no choice of penalty."""
+        """Return a short protocol: one seed, three sparsities and one penalty."""
         return cls(penalties=(0.1,), sparsities=(0.9, 0.95, 0.99), seeds=(0,))
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
-        """Linear warm-up, then half a cosine wave to 0."""
+        """Return the learning rate at a step: linear warm-up, then a cosine to zero."""
         warmup = self.warmup_epochs * steps_per_epoch
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
@@ -73,7 +73,7 @@ class Recipe:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def method(self, run: Run, steps: int) -> safe_core.Method:
-        """The method of a sparse run: SAFE with a cosine penalty, ADMM with a constant one."""
+        """Return the method of a run: SAFE with a cosine penalty, or ADMM with a constant one."""
         if run.penalty is None:
             raise ValueError(f"penalty must be given for a sparse run, got {run!r}")
         if run.method == "safe":

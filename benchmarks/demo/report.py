@@ -1,4 +1,4 @@
-"""The demo's table: on the screen, as Markdown and as JSON."""
+"""Show the demo's table in the terminal, and write it as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LEGEND = (
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error is NaN for a single value."""
+    """Return the mean and its standard error, which is NaN for a single value."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, math.nan
@@ -55,7 +55,7 @@ def _plus_minus(values: Sequence[float]) -> str:
 
 
 def tables(cells: Sequence[Cell]) -> dict[str, list[tuple[str, ...]]]:
-    """Rows of text in the order of `COLUMNS`, by the title of the table that they stand in."""
+    """Return rows of text in the order of `COLUMNS`, by the title of their table."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for cell in cells:
         noise = f"{100 * cell.noise:g}% label noise" if cell.noise else "clean labels"
@@ -75,7 +75,7 @@ def tables(cells: Sequence[Cell]) -> dict[str, list[tuple[str, ...]]]:
 
 
 def as_rich(cells: Sequence[Cell]) -> list[RenderableType]:
-    """The tables for a terminal of 80 columns, and what they show."""
+    """Return the tables for a terminal of 80 columns, with a legend."""
     parts: list[RenderableType] = []
     for title, rows in tables(cells).items():
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
@@ -90,7 +90,7 @@ def as_rich(cells: Sequence[Cell]) -> list[RenderableType]:
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:
-    """The tables and what they were made with, as a Markdown page."""
+    """Return the tables as a Markdown page, with the versions of the libraries."""
     lines = [LEGEND, "", "Made with " + ", ".join(map(" ".join, _versions().items())) + "."]
     for name, rows in tables(cells).items():
         lines += ["", f"**{name}**", "", "| " + " | ".join(COLUMNS) + " |"]
@@ -100,7 +100,7 @@ def as_markdown(cells: Sequence[Cell]) -> str:
 
 
 def as_json(cells: Sequence[Cell], recipe: Recipe) -> str:
-    """Every number of every seed."""
+    """Return every number of every seed as JSON."""
     entries: list[dict[str, Any]] = []
     for cell in cells:
         entry = {key: value for key, value in vars(cell).items() if key != "layers"}
@@ -114,7 +114,7 @@ def as_json(cells: Sequence[Cell], recipe: Recipe) -> str:
 
 
 def write(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
-    """Write the table in both forms; return the files."""
+    """Write the table in both formats, and return the files."""
     texts = {"table.md": as_markdown(cells), "results.json": as_json(cells, recipe)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

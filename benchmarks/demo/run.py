@@ -1,4 +1,4 @@
-"""The demo's main loop: a process per framework, progress, table, files."""
+"""Run the demo: one process per framework, a progress bar, a table and files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .study import Cell, count_runs, study
 
 __all__ = ["demo"]
 
-# The networks are small: one thread each is fastest, and the sums of several threads
-# could differ from run to run.
+# The networks are small, so one thread each is fastest. Sums over several threads could also
+# differ from run to run.
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -36,14 +36,14 @@ def demo(
     Parameters
     ----------
     recipe : Recipe
-        What is trained.
+        The protocol.
     frameworks : sequence of {"torch", "jax"}
-        Each runs in a process of its own.
+        The frameworks to train with, each in its own process.
     folder : Path
-        Where the table (``table.md``, ``results.json``) and the figures (``accuracy.png``,
-        ``weights.png``, ``landscape.png``) are written; made where missing.
+        Folder for the table (``table.md``, ``results.json``) and the figures (``accuracy.png``,
+        ``weights.png``, ``landscape.png``); created if missing.
     device : str
-        What both frameworks call the device, such as ``"cpu"`` or ``"cuda"``.
+        Device to train on, such as ``"cpu"`` or ``"cuda"``.
 
     Returns
     -------
@@ -52,14 +52,14 @@ def demo(
     Raises
     ------
     RuntimeError
-        If a framework fails; the message holds its traceback.
+        If a framework fails. The message contains its traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     cells = _train(recipe, frameworks, device, console)
     console.print(*report.as_rich(cells))
     files = report.write(cells, recipe, folder) + figures.draw(cells, recipe, folder)
-    console.print("Written: " + ", ".join(str(file) for file in files), soft_wrap=True)
+    console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
     return cells
 
 
@@ -67,7 +67,7 @@ def _train(recipe: Recipe, frameworks: Sequence[str], device: str, console: Cons
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)  # read by the workers as they start
+    os.environ.update(_ONE_THREAD)  # workers read these at their start
     workers = [
         context.Process(target=_work, args=(recipe, framework, device, queue), daemon=True)
         for framework in frameworks
@@ -112,7 +112,7 @@ def _train(recipe: Recipe, frameworks: Sequence[str], device: str, console: Cons
 
 
 def _receive(queue: Any, workers: Sequence[Any]) -> tuple[str, str, Any]:
-    """The next event; a worker that died without a word is an error, not a wait."""
+    """Return the next event; raise an error if a worker died instead of waiting for it."""
     while True:
         try:
             event: tuple[str, str, Any] = queue.get(timeout=1)

@@ -1,4 +1,4 @@
-"""The demo's study: which networks are trained, and what is measured of them."""
+"""Train and measure the networks of the demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Cell", "count_runs", "study"]
 
 @dataclass
 class Cell:
-    """One cell of the table: the networks of all seeds under one setting.
+    """A row of the table: the networks of all seeds with one setting.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class Cell:
     distance : list of float
         ``|x - proj(x)|_2`` before the last projection.
     zeros, weights : int
-        Zero weights and all weights of the projected network, biases apart; the same
-        for every seed.
+        Number of zero weights and of all weights of the projected network, without biases. They
+        are the same for every seed.
     seconds : float
-        Mean time of a final training run; for one-shot pruning that of the dense run.
+        Mean time of a training run; for one-shot pruning, that of the dense run.
     layers : dict
-        Networks of the first seed that the figures show, by name.
+        Networks of the first seed for the figures, by name.
     """
 
     framework: str
@@ -56,7 +56,7 @@ class Cell:
 
 
 def count_runs(recipe: Recipe) -> int:
-    """How many networks `study` trains."""
+    """Return the number of networks that `study` trains."""
     cells = 2 * len(recipe.noises) * len(recipe.sparsities)
     choosing = len(recipe.penalties) if len(recipe.penalties) > 1 else 0
     return len(recipe.seeds) * (len(recipe.noises) + cells * (1 + choosing))
@@ -65,7 +65,7 @@ def count_runs(recipe: Recipe) -> int:
 def study(
     recipe: Recipe, framework: str, device: str, advance: Callable[[str], None]
 ) -> Iterator[Cell]:
-    """Train and measure everything in one framework; ``advance`` is told of each run."""
+    """Train and measure everything in one framework; call ``advance`` after each run."""
     trainer = importlib.import_module(f".train_{framework}", __package__)
 
     def fit(run: Run) -> tuple[Dataset, list[Layer], list[Layer], float]:
@@ -119,7 +119,7 @@ def study(
 
 
 def choose_penalty(recipe: Recipe, run: Run, fit: Callable[[Run], Any]) -> float:
-    """The penalty of the best mean accuracy on the held-out fifth; the lower of equals."""
+    """Return the penalty with the best mean held-out accuracy, the lowest if several are equal."""
     if len(recipe.penalties) == 1:
         return recipe.penalties[0]
 
@@ -141,12 +141,12 @@ def one_shot(layers: list[Layer], sparsity: float) -> list[Layer]:
 
 
 def parameter_count(layers: list[Layer]) -> int:
-    """Weights and biases."""
+    """Return the number of weights and biases."""
     return sum(layer.weight.size + layer.bias.size for layer in layers)
 
 
 def largest_eigenvalue(product: Callable[[Any], Any], size: int) -> float:
-    """The largest eigenvalue of a symmetric operator, by Lanczos iteration."""
+    """Return the largest eigenvalue of a symmetric operator, by Lanczos iteration."""
     start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     operator = LinearOperator((size, size), matvec=product, dtype=np.float32)
     return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-3)[0][0])

@@ -1,4 +1,4 @@
-"""The demo's training loop in JAX, with Flax and optax."""
+"""Train the demo's network in JAX, with Flax and optax."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Network(nn.Module):
 
 
 def loss_fn(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy of the network."""
+    """Return the mean cross entropy of the network."""
     biases = [layer["bias"] for _, layer in sorted(params["params"].items())]
     scores = Network(tuple(b.size for b in biases)).apply(params, inputs)
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
@@ -44,7 +44,7 @@ def loss_fn(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
 def train(
     recipe: Recipe, run: Run, data: Dataset, layers: list[Layer], device: str
 ) -> tuple[list[Layer], list[Layer]]:
-    """Train one network; return its layers before and after the last projection."""
+    """Train a network; return its layers before and after the final projection."""
     kind = Run(run.method, noise=0.0, seed=0, sparsity=run.sparsity, penalty=1.0)
     with jax.default_device(jax.devices(device)[0]):
         fit = compiled_training(recipe, kind, len(data.order))
@@ -55,7 +55,7 @@ def train(
 
 @cache
 def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., Any]:
-    """All steps of a run as one program, for any seed and penalty."""
+    """Return one compiled program for all steps of a run, for any seed and penalty."""
     per_epoch = steps // recipe.epochs
     rates = np.asarray([recipe.learning_rate_at(step, per_epoch) for step in range(steps)])
     base = optax.chain(
@@ -68,7 +68,7 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
         tx: optax.GradientTransformation = base
         if kind.sparsity is not None:
             method = recipe.method(kind, steps)
-            # Traced, so that one program serves every penalty.
+            # The penalty is traced, so that one program serves every value.
             schedule = lambda step: penalty * method.constraint.penalty(step)  # noqa: E731
             tx = sparse_optimizer(base, method, penalty=schedule)
         tx = optax.with_extra_args_support(tx)
@@ -92,7 +92,7 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
 
 
 def build_params(layers: list[Layer]) -> Any:
-    """Flax variables with given layers; Flax stores kernels as (input, output)."""
+    """Return Flax variables with the given layers; Flax stores kernels as (input, output)."""
     return {
         "params": {
             f"Dense_{i}": {"kernel": jnp.asarray(weight), "bias": jnp.asarray(bias)}
@@ -102,7 +102,7 @@ def build_params(layers: list[Layer]) -> Any:
 
 
 def read_layers(params: Any) -> list[Layer]:
-    """The layers of the network, as NumPy arrays."""
+    """Return the layers of the network as NumPy arrays."""
     layers = [layer for _, layer in sorted(params["params"].items())]
     return [Layer(np.asarray(layer["kernel"]), np.asarray(layer["bias"])) for layer in layers]
 
@@ -117,7 +117,7 @@ def _product(flat: Any, v: Any, like: Any, inputs: Any, labels: Any) -> Any:
 def hessian_product(
     layers: list[Layer], data: Dataset, device: str
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return ``v -> H v``, H the Hessian of the training loss over all parameters."""
+    """Return ``v -> H v``, where H is the Hessian of the training loss."""
     with jax.default_device(jax.devices(device)[0]):
         params = build_params(layers)
         flat = ravel_pytree(params)[0]

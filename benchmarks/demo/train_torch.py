@@ -1,4 +1,4 @@
-"""The demo's training loop in PyTorch."""
+"""Train the demo's network in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["hessian_product", "train"]
 def train(
     recipe: Recipe, run: Run, data: Dataset, layers: list[Layer], device: str
 ) -> tuple[list[Layer], list[Layer]]:
-    """Train one network; return its layers before and after the last projection."""
+    """Train a network; return its layers before and after the final projection."""
     model = build_model(layers).to(device)
     inputs = torch.from_numpy(data.inputs).to(device)
     labels = torch.from_numpy(data.labels).to(device)
@@ -64,7 +64,7 @@ def train(
 
 
 def build_model(layers: list[Layer]) -> nn.Sequential:
-    """The network with given layers; torch stores weights as (output, input)."""
+    """Return a network with the given layers; PyTorch stores weights as (output, input)."""
     model = nn.Sequential()
     for i, (weight, bias) in enumerate(layers):
         if i:
@@ -78,7 +78,7 @@ def build_model(layers: list[Layer]) -> nn.Sequential:
 
 
 def read_layers(model: nn.Sequential) -> list[Layer]:
-    """The layers of the network, as NumPy arrays of their own."""
+    """Return the layers of the network as copies in NumPy."""
     return [
         Layer(m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
         for m in model
@@ -89,7 +89,7 @@ def read_layers(model: nn.Sequential) -> list[Layer]:
 def hessian_product(
     layers: list[Layer], data: Dataset, device: str
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """Return ``v -> H v``, H the Hessian of the training loss over all parameters."""
+    """Return ``v -> H v``, where H is the Hessian of the training loss."""
     model = build_model(layers).to(device)
     params = list(model.parameters())
     inputs = torch.from_numpy(data.inputs).to(device)

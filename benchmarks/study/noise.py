@@ -1,4 +1,4 @@
-"""Symmetric label noise."""
+"""Add symmetric label noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def symmetric_label_noise(
 ) -> NDArray[np.int64]:
     """Return ``labels`` with ``round(ratio * n)`` of the n replaced by uniform draws.
 
-    Which are replaced is drawn without replacement. A draw may hit the old label, so that
+    The replaced positions are drawn without replacement. A draw can return the old label, so
     about ``ratio * (1 - 1 / classes)`` of the labels change.
 
     Parameters
@@ -27,14 +27,14 @@ def symmetric_label_noise(
     ratio : float
         In [0, 1].
     classes : int
-        The number of classes that labels are drawn from.
+        The number of classes to draw labels from.
     seed : int or sequence of int
-        As of `numpy.random.default_rng`.
+        Passed to `numpy.random.default_rng`.
 
     Returns
     -------
     (n,) array of int
-        A new one.
+        A new array.
 
     Raises
     ------

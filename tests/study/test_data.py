@@ -158,7 +158,7 @@ def test_missing_files_are_named(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*with no such folder"):
         load("mnist", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="folder must be where the files of mnist are, got None"):
+    with pytest.raises(ValueError, match="folder must hold the files of mnist, got None"):
         load("mnist")
 
 

@@ -118,7 +118,7 @@ def test_parameters_and_their_gradients_are_left_alone():
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_inputs_out_of_range_are_refused(framework):
-    with pytest.raises(ValueError, match=r"inputs must be in \[0.0, 1.0\], normalised within"):
+    with pytest.raises(ValueError, match=r"inputs must be in \[0.0, 1.0\] and not be normalised"):
         attacked(framework, PGD("linf", 0.1), INPUTS * 2 - 1)
 
 

@@ -482,7 +482,7 @@ def test_a_report_leaves_a_line_that_is_being_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_an_unknown_device_is_refused(framework: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"device must be one that \w+ has, got 'abacus'"):
+    with pytest.raises(ValueError, match=r"device must be available to \w+, got 'abacus'"):
         run_study(changed('"torch"', f'"{framework}"'), tmp_path, device="abacus")
 
 
@@ -605,7 +605,7 @@ def test_report(tmp_path: Path) -> None:
     assert "Elsewhere" not in markdown
     assert "At (quoted" not in markdown
     assert "\nMean and standard error over 2 seeds;" in markdown
-    assert "quoted 1: not measured here, but by Lee" in markdown
+    assert "quoted 1: from Lee, not measured here" in markdown
     latex = (tmp_path / "report.tex").read_text()
     assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
     assert r"AD\_MM & $\underline{95.50} \pm 0.50$ & $\underline{95.00}$ (1) \\" in latex

@@ -1,6 +1,6 @@
-"""Digits, MNIST, CIFAR-10, CIFAR-100 and CIFAR-10-C from local files, batched in NumPy.
+"""Load digits, MNIST, CIFAR-10, CIFAR-100 and CIFAR-10-C from local files, in NumPy batches.
 
-Nothing is downloaded. Images are of shape (n, height, width, channels) and of type uint8.
+Nothing is downloaded. Images are uint8 of shape (n, height, width, channels).
 
 >>> digits = load("digits")
 >>> digits.train.images.shape, digits.train.labels.shape, digits.classes

@@ -1,4 +1,4 @@
-"""Batches in one order, and augmented alike, for both frameworks."""
+"""Make batches with the same order and augmentation for both frameworks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["augmented", "batches", "channels_first"]
 
 
 def augmented(images: Images, rng: np.random.Generator, *, padding: int = 4) -> Images:
-    """Return each image cropped at random from a padded one, and flipped or not.
+    """Return each image padded, cropped at a random position and flipped at random.
 
-    ``padding`` black pixels surround the image; half of the images are mirrored left to
-    right.
+    ``padding`` black pixels surround the image. Half of the images, on average, are mirrored
+    left to right.
 
     Parameters
     ----------
@@ -56,17 +56,17 @@ def batches(
 ) -> Iterator[tuple[Images, Labels]]:
     """Yield the batches of one epoch, in an order that ``seed`` and ``epoch`` determine.
 
-    So training goes on after an interruption with no state but the epoch. The last, smaller
-    batch is left out.
+    Training can therefore resume with the number of the epoch as its only state. An incomplete
+    last batch is dropped.
 
     Parameters
     ----------
     split : Split
     size : int
-        Of a batch, at most the number of images.
+        Images per batch, at most the number of images.
     seed, epoch : int
     augment : bool
-        As `augmented`.
+        Whether to augment the images; see `augmented`.
 
     Yields
     ------
@@ -76,7 +76,7 @@ def batches(
     Raises
     ------
     TypeError, ValueError
-        If an integer is too small, or there is no whole batch.
+        If an integer is too small, or the images do not fill one batch.
 
     Examples
     --------
@@ -103,7 +103,7 @@ def _batches(
 
 
 def channels_first(images: NDArray[Any]) -> NDArray[Any]:
-    """Return images of shape (n, channels, height, width), as PyTorch takes them.
+    """Return images of shape (n, channels, height, width), as PyTorch expects them.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The files of CIFAR-10 and CIFAR-100, as Python pickles and binary."""
+"""Read the files of CIFAR-10 and CIFAR-100, as Python pickles or binary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEN = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
 def _releases(classes: int) -> tuple[Release, Release]:
-    """The pickles and the binary files; the last of each is the test set."""
+    """Return the pickles and the binary files. The last file of each is the test set."""
     pickles = (*_TEN, "test_batch") if classes == 10 else ("train", "test")
     folder = "cifar-10-batches-py" if classes == 10 else "cifar-100-python"
     binary = "cifar-10-batches-bin" if classes == 10 else "cifar-100-binary"
@@ -37,7 +37,7 @@ def read_cifar(folder: str | Path, classes: int) -> tuple[Split, Split]:
     Parameters
     ----------
     folder : str or Path
-        That holds the files, or the folder of the extracted archive, of either format.
+        Folder with the files of either format, or with the folder of the extracted archive.
     classes : {10, 100}
 
     Raises
@@ -45,7 +45,7 @@ def read_cifar(folder: str | Path, classes: int) -> tuple[Split, Split]:
     FileNotFoundError
         If files are missing.
     ValueError
-        If a file is not of its format.
+        If a file has the wrong format.
 
     References
     ----------
@@ -76,7 +76,7 @@ def _read_pickle(path: Path, classes: int) -> Split:
 
 
 def _read_binary(path: Path, classes: int) -> Split:
-    labels = 1 if classes == 10 else 2  # of CIFAR-100 the coarse one first
+    labels = 1 if classes == 10 else 2  # CIFAR-100 stores the coarse label first
     content = np.frombuffer(path.read_bytes(), np.uint8)
     if len(content) % (labels + _PIXELS):
         raise ValueError(
@@ -87,7 +87,7 @@ def _read_binary(path: Path, classes: int) -> Split:
 
 
 def _images(path: Path, rows: Any) -> Images:
-    """Rows of red, green and blue planes as images."""
+    """Convert rows of red, green and blue planes to images."""
     rows = np.asarray(rows)
     if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != _PIXELS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""CIFAR-10-C: the test images of CIFAR-10 under common corruptions."""
+"""Load CIFAR-10-C: the test images of CIFAR-10 with common corruptions."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def load_cifar_10_c(folder: str | Path, corruption: str, severity: int) -> Split
     Parameters
     ----------
     folder : str or Path
-        That holds ``labels.npy`` and a file for each corruption, or ``CIFAR-10-C``.
+        Folder with ``labels.npy`` and a file for each corruption, or with ``CIFAR-10-C``.
     corruption : str
-        One of `CORRUPTIONS`: fifteen, and four more for choosing hyper-parameters.
+        One of `CORRUPTIONS`. The last four are meant for choosing hyper-parameters.
     severity : int
         From 1 to 5.
 
@@ -54,7 +54,7 @@ def load_cifar_10_c(folder: str | Path, corruption: str, severity: int) -> Split
     FileNotFoundError
         If files are missing.
     TypeError, ValueError
-        If the corruption or the severity is not one of these, or a file is not of its format.
+        If the corruption or the severity is unknown, or a file has the wrong format.
 
     References
     ----------

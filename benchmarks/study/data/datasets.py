@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Load data sets by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .splits import Dataset, Normalisation, Split, checked
 __all__ = ["Dataset", "Normalisation", "Split", "load"]
 
 _MNIST = Release(
-    "MNIST/raw",  # where torchvision puts them
+    "MNIST/raw",  # the folder that torchvision uses
     tuple(
         (f"{stem}-idx{axes}-ubyte", f"{stem}-idx{axes}-ubyte.gz", f"{stem}.idx{axes}-ubyte")
         for stem, axes in (
@@ -28,7 +28,7 @@ _MNIST = Release(
     ),
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
-# Of the training images as pixels in [0, 1].
+# Mean and standard deviation of the training images, as pixels in [0, 1].
 _NORMALISATIONS = {
     "digits": Normalisation((0.3055,), (0.3761,)),
     "mnist": Normalisation((0.1307,), (0.3081,)),
@@ -43,9 +43,9 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     Parameters
     ----------
     name : {"digits", "mnist", "cifar-10", "cifar-100"}
-        The digits come with scikit-learn: 1797 of 8 by 8 pixels, 30% of them to test with.
+        The digits come with scikit-learn: 1797 images of 8 by 8 pixels, 30% of them for testing.
     folder : str or Path, optional
-        That holds the published files, extracted; the digits need none.
+        Folder with the published files, extracted. The digits need none.
 
     Returns
     -------
@@ -54,9 +54,9 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     Raises
     ------
     FileNotFoundError
-        If files are missing. The message says which, what is there, and where to get them.
+        If files are missing. The message names them, the existing files and the source.
     ValueError
-        If the name is not known, the folder is missing, or a file is not of its format.
+        If the name is unknown, the folder is missing, or a file has the wrong format.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     if name == "digits":
         return Dataset(*_digits(), 10, normalisation)
     if folder is None:
-        raise ValueError(f"folder must be where the files of {name} are, got None")
+        raise ValueError(f"folder must hold the files of {name}, got None")
     if name == "mnist":
         return Dataset(*_mnist(folder), 10, normalisation)
     classes = int(name.removeprefix("cifar-"))
@@ -92,7 +92,7 @@ def _mnist(folder: str | Path) -> tuple[Split, Split]:
         images, labels = read_idx(images_path), read_idx(labels_path)
         if images.shape[1:] != (28, 28) or labels.ndim != 1:
             raise ValueError(
-                f"{images_path} and {labels_path.name} must be of shapes (n, 28, 28) and (n,), "
+                f"{images_path} and {labels_path.name} must have shapes (n, 28, 28) and (n,), "
                 f"got {images.shape} and {labels.shape}"
             )
         splits.append(checked(images[..., np.newaxis], labels, 10, images_path))

@@ -1,4 +1,4 @@
-"""The files of a data set, in a folder."""
+"""Find the files of a data set in a folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _SHOWN = 12
 
 
 class Release(NamedTuple):
-    """One form in which a data set is published.
+    """One published form of a data set.
 
     Attributes
     ----------
     folder : str
-        That its archive makes.
+        The folder in its archive.
     files : tuple of tuples of str
-        For each file, the names it may have.
+        The possible names of each file.
     url : str
-        Where it is found.
+        Download page.
 
     Examples
     --------
@@ -37,12 +37,12 @@ class Release(NamedTuple):
 def find(
     dataset: str, folder: str | Path, releases: Sequence[Release]
 ) -> tuple[Release, list[Path]]:
-    """Return the first release that is whole in ``folder``, or in its own folder within.
+    """Return the first release that is complete in ``folder`` or in its own subfolder.
 
     Parameters
     ----------
     dataset : str
-        For messages.
+        Name for messages.
     folder : str or Path
     releases : sequence of Release
 
@@ -54,8 +54,8 @@ def find(
     Raises
     ------
     FileNotFoundError
-        If none is whole. The message says what is expected, what is there, and where to get
-        it.
+        If none is complete. The message lists the expected and the existing files, and the
+        download pages.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def _first(place: Path, names: Sequence[str]) -> Path | None:
 
 
 def _contents(folder: Path, inner: Sequence[str]) -> str:
-    """What is there, for people."""
+    """Describe the contents of a folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
     places = [folder, *(folder / name for name in dict.fromkeys(inner))]

@@ -1,4 +1,4 @@
-"""The IDX format of MNIST."""
+"""Read the IDX format of MNIST."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _UNSIGNED_BYTES = 0x08
 
 
 def read_idx(path: str | Path) -> NDArray[np.uint8]:
-    """Return the array of unsigned bytes in an IDX file, compressed by gzip or not.
+    """Return the array of unsigned bytes in an IDX file, which can be compressed with gzip.
 
-    The file begins with two zero bytes, the type (8: unsigned bytes), the number of axes,
+    The file begins with two zero bytes, the type (8 for unsigned bytes), the number of axes,
     and their sizes as big-endian 32-bit integers.
 
     Raises
     ------
     ValueError
-        If the file is not of this format, or not of the size that it says.
+        If the file has another format, or not the size that its header gives.
 
     Examples
     --------

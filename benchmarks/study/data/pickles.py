@@ -1,4 +1,4 @@
-"""Pickles read without running what they may hold."""
+"""Read pickles without running code in them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["read_pickle"]
 
 
 def read_pickle(path: str | Path) -> Any:
-    """Return what a pickle holds: arrays, dictionaries, lists, bytes, strings and integers.
+    """Read a pickle of arrays, dictionaries, lists, bytes, strings and integers.
 
-    Strings of Python 2 are read as bytes.
+    Strings from Python 2 become bytes.
 
     Raises
     ------
     ValueError
-        If it holds anything else, which is not loaded, or is no pickle.
+        If the file holds other objects, which are not loaded, or is not a pickle.
 
     Examples
     --------
@@ -50,25 +50,25 @@ class _RefusedError(Exception):
     pass
 
 
-_NDARRAY = object()  # what is named but never called
+_NDARRAY = object()  # named in pickles, but never called
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes into pickles that Python 2 can read."""
+    """Decode bytes that Python 3 wrote into a pickle for Python 2."""
     if encoding not in ("latin1", b"latin1"):
         raise _RefusedError(f"_codecs.encode to {encoding!r}")
     return text.encode("latin1")
 
 
 def _array(kind: Any, shape: Any, dtype: Any) -> np.ndarray[Any, Any]:
-    """An empty array, which the pickle then fills."""
+    """Return an empty array, which the pickle then fills."""
     if kind is not _NDARRAY or shape != (0,):
         raise _RefusedError(f"an array of {kind!r} and shape {shape!r}")
     return np.ndarray((0,), np.int8)
 
 
 def _dtype(name: Any, align: Any = False, copy: Any = False) -> np.dtype[Any]:
-    """A type of numbers; older pickles have integers for the flags."""
+    """Return a numeric dtype. Older pickles use integers for the flags."""
     dtype = np.dtype(name.decode("latin1") if isinstance(name, bytes) else name)
     if dtype.kind not in "biuf":
         raise _RefusedError(f"an array of {dtype}")
@@ -86,7 +86,7 @@ _KNOWN = {
 
 
 class _Reader(pickle.Unpickler):
-    """Finds what arrays are made of, and nothing else."""
+    """An unpickler that only finds the parts of arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:

@@ -1,4 +1,4 @@
-"""What a data set holds."""
+"""The contents of a data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Labels = NDArray[np.int64]
 
 
 def pixels(images: Images) -> NDArray[np.float32]:
-    """Bytes as float32 from 0 to 1.
+    """Return bytes as float32 from 0 to 1.
 
     Examples
     --------
@@ -31,7 +31,7 @@ class Split(NamedTuple):
     ----------
     images : (n, height, width, channels) array of uint8
     labels : (n,) array of int64
-        From 0.
+        Classes, counted from 0.
 
     Examples
     --------
@@ -62,14 +62,14 @@ class Normalisation(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Images to train on and to test with.
+    """Training images and test images.
 
     Attributes
     ----------
     train, test : Split
     classes : int
     normalisation : Normalisation
-        Of the published training images.
+        Statistics of the published training images.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class Dataset(NamedTuple):
 
 
 def checked(images: Images, labels: NDArray[Any], classes: int, source: object) -> Split:
-    """Return the split, or raise a ValueError that names the files it was read from.
+    """Return a split after checking it; errors name the source file.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""LeNet-300-100, ResNet-20 and -32 for CIFAR and VGG-19, alike in Flax and in PyTorch.
+"""LeNet-300-100, ResNet-20 and -32 for CIFAR, and VGG-19: the same in Flax and in PyTorch.
 
-An `Architecture` lists the layers; `initial_variables` draws their weights in NumPy, in the
-axes of Flax; `safe_core.study.models.flax.Network` applies them, and
-`safe_core.study.models.torch.build` makes the PyTorch model that computes the same.
+An `Architecture` lists the layers. `initial_variables` draws their weights in NumPy, in Flax's
+layout. `safe_core.study.models.flax.Network` applies them, and
+`safe_core.study.models.torch.build` makes the equivalent PyTorch model.
 
 >>> network = architecture("vgg-19", classes=100)
 >>> network.parameters

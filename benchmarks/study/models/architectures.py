@@ -1,4 +1,4 @@
-"""The networks as lists of layers, of which both frameworks, their counts and weights follow."""
+"""Networks as lists of layers, which define the models, parameter counts and weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES = 3
 
 
 class Conv(NamedTuple):
-    """A square convolution without bias, padded to keep the size at stride 1."""
+    """A square convolution without bias; padding keeps the size at stride 1."""
 
     window: int
     inputs: int
@@ -61,7 +61,7 @@ Layer = Conv | Norm | Dense
 
 @dataclass(frozen=True)
 class LeNet:
-    """LeNet-300-100: the flattened image, and dense layers with ReLU between.
+    """LeNet-300-100: dense layers with ReLU between, on the flattened image.
 
     Attributes
     ----------
@@ -114,15 +114,15 @@ class ResNet:
     Attributes
     ----------
     depth : int
-        Such as 20 or 32.
+        Number of layers, such as 20 or 32.
     width : float
         Multiplies the channels; 2 in the SAFE paper.
     classes : int
     image : tuple of int
-        Height, width and channels; of the first two any.
+        Height, width and channels. Height and width are arbitrary.
     shortcut : {"identity", "projection"}
-        Where the channels double: zeros for the new ones, as published for CIFAR (option
-        A), or a convolution of one pixel with normalisation (option B).
+        The shortcut where the channels double: zeros for the new channels, as published for
+        CIFAR (option A), or a 1x1 convolution with normalisation (option B).
 
     References
     ----------
@@ -186,8 +186,8 @@ class ResNet:
 class VGG19:
     """VGG-19 with batch normalisation, as used for CIFAR: 16 convolutions, a linear layer.
 
-    Five stages of convolutions, each ended by a maximum over two by two pixels. The image is
-    then flattened; of 32 by 32 pixels one is left.
+    Five stages of convolutions, each followed by 2x2 max pooling. An image of 32 by 32 pixels
+    becomes a single pixel, which is flattened for the linear layer.
 
     Attributes
     ----------
@@ -263,12 +263,12 @@ def architecture(
     image : tuple of int
         Height, width and channels.
     width : float
-        Multiplies the channels; of LeNet the hidden units.
+        Multiplies the channels, or the hidden units of LeNet.
 
     Raises
     ------
     TypeError, ValueError
-        If the name is not known, or the network cannot have such a size.
+        If the name is unknown, or the network does not support the size.
 
     Examples
     --------

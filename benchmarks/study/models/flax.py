@@ -17,12 +17,12 @@ __all__ = ["BatchNorm", "Network", "normalised"]
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, by the conventions of PyTorch.
+    """Batch normalisation over all axes but the last, with the conventions of PyTorch.
 
-    The batch is normalised by its biased variance. Running statistics follow with the
-    unbiased one, which is where `flax.linen.BatchNorm` differs:
+    The batch is normalised with its biased variance. The running variance uses the unbiased
+    one, unlike `flax.linen.BatchNorm`:
     ``running = momentum * running + (1 - momentum) * batch``. PyTorch calls ``1 - momentum``
-    the momentum. Computed in float32 or wider.
+    the momentum. Computations use float32 or wider.
 
     Attributes
     ----------
@@ -72,9 +72,9 @@ class BatchNorm(nn.Module):
 class Network(nn.Module):
     """The network of an `Architecture`.
 
-    Its variables are those of `initial_variables`; ``init`` would draw others. In training
-    ``apply(variables, images, train=True, mutable=["batch_stats"])`` returns the new batch
-    statistics, too.
+    Use the variables of `initial_variables`; ``init`` draws different ones. In training,
+    ``apply(variables, images, train=True, mutable=["batch_stats"])`` also returns the new batch
+    statistics.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class Network(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them."""
+    """A residual block: two convolutions and a shortcut."""
 
     outputs: int
     stride: int
@@ -160,9 +160,9 @@ def _vgg(network: VGG19, x: jax.Array, train: bool) -> jax.Array:
 
 
 def normalised(fn: Callable[..., Any], mean: ArrayLike, std: ArrayLike) -> Callable[..., Any]:
-    """Return ``(x, *args) -> fn((x - mean) / std, *args)``, by channel, the last axis.
+    """Return ``(x, *args) -> fn((x - mean) / std, *args)``, for each channel, the last axis.
 
-    So the normalisation is a part of the model, and its inputs are pixels in [0, 1].
+    With the normalisation inside the model, its inputs are pixels in [0, 1].
 
     Examples
     --------

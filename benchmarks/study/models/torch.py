@@ -21,13 +21,13 @@ Modules = OrderedDict[str, nn.Module]
 
 
 def build(architecture: Architecture, variables: Mapping[str, Any]) -> nn.Sequential:
-    """Return the network with given weights, such as of `initial_variables`.
+    """Return the network with given weights, such as those of `initial_variables`.
 
     Parameters
     ----------
     architecture : Architecture
     variables : mapping
-        As Flax holds them; their dtype becomes that of the model.
+        Variables in Flax's layout. The model takes their dtype.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def build(architecture: Architecture, variables: Mapping[str, Any]) -> nn.Sequen
     Raises
     ------
     ValueError
-        As `to_state_dict`.
+        If an array is missing or has the wrong shape.
 
     Examples
     --------
@@ -56,12 +56,12 @@ def build(architecture: Architecture, variables: Mapping[str, Any]) -> nn.Sequen
     arrays = to_state_dict(architecture, variables)
     state = {name: torch.from_numpy(x) for name, x in arrays.items()}
     model = nn.Sequential(modules).to(next(iter(state.values())).dtype)
-    model.load_state_dict(model.state_dict() | state)  # which counts batches, too
+    model.load_state_dict(model.state_dict() | state)  # which also has the batch counters
     return model
 
 
 class Block(nn.Module):
-    """Two convolutions and a way around them."""
+    """A residual block: two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, projection: bool) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class Block(nn.Module):
 
 
 class Normalised(nn.Module):
-    """The model of ``(x - mean) / std``, by channel, the second axis.
+    """A model preceded by ``(x - mean) / std`` for each channel, the second axis.
 
-    So the normalisation is a part of the model, and its inputs are pixels in [0, 1].
+    With the normalisation inside the model, its inputs are pixels in [0, 1].
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Initial weights, and their conversion between Flax and PyTorch, in NumPy.
+"""Draw initial weights in NumPy, and convert weights between Flax and PyTorch.
 
-`Variables` are nested mappings as Flax holds them: ``params`` with kernels of shape (window,
-window, input, output) or (input, output), ``batch_stats`` with means and variances. PyTorch
-has (output, input, window, window) and (output, input), and flattens images channels first.
+`Variables` are nested mappings in Flax's layout: ``params`` with kernels of shape (window,
+window, input, output) or (input, output), and ``batch_stats`` with means and variances. PyTorch
+uses (output, input, window, window) and (output, input), and flattens images channels first.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _ARRAYS = {
 
 
 def initial_variables(architecture: Architecture, seed: int | Sequence[int]) -> Variables:
-    """Return initial weights: kernels normal with variance ``2 / fan-in``, biases zero.
+    """Return initial weights: normal kernels with variance ``2 / fan-in``, and zero biases.
 
-    The fan-in of a convolution is ``window**2 * inputs``. Normalisation begins with scale 1,
+    The fan-in of a convolution is ``window**2 * inputs``. Normalisation starts with scale 1,
     bias 0, mean 0 and variance 1.
 
     Parameters
     ----------
     architecture : Architecture
     seed : int or sequence of int
-        As of `numpy.random.default_rng`.
+        Passed to `numpy.random.default_rng`.
 
     Returns
     -------
     dict
-        Nested, of float32 arrays; ``batch_stats`` only where the network has any.
+        Nested dictionary of float32 arrays, with ``batch_stats`` if the network has any.
 
     References
     ----------
@@ -70,21 +70,21 @@ def initial_variables(architecture: Architecture, seed: int | Sequence[int]) -> 
 
 
 def to_state_dict(architecture: Architecture, variables: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the arrays of Flax under the names and in the axes of PyTorch's ``state_dict``.
+    """Convert Flax variables to the names and layout of a PyTorch ``state_dict``.
 
-    The number of batches that PyTorch counts beside running statistics is not among them.
+    The batch counters of PyTorch's normalisation layers are not included.
 
     Parameters
     ----------
     architecture : Architecture
     variables : mapping
-        ``params`` and, for networks with normalisation, ``batch_stats``, of arrays that
-        NumPy can read.
+        ``params`` and, for networks with normalisation, ``batch_stats``. NumPy must be able to
+        read the arrays.
 
     Returns
     -------
     dict of str to numpy.ndarray
-        Copies, laid out in rows.
+        C-contiguous copies.
 
     Raises
     ------
@@ -109,18 +109,18 @@ def to_state_dict(architecture: Architecture, variables: Mapping[str, Any]) -> d
 
 
 def from_state_dict(architecture: Architecture, state: Mapping[str, Any]) -> Variables:
-    """Return the arrays of a PyTorch ``state_dict`` as Flax holds them; undoes `to_state_dict`.
+    """Convert a PyTorch ``state_dict`` to Flax variables, the inverse of `to_state_dict`.
 
     Parameters
     ----------
     architecture : Architecture
     state : mapping of str to array
-        Arrays or tensors on the CPU. Names beyond those of the network are left out.
+        Arrays, or tensors on the CPU. Names that the network does not have are ignored.
 
     Returns
     -------
     dict
-        Nested, of NumPy arrays, which are copies.
+        Nested dictionary of NumPy arrays, which are copies.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def from_state_dict(architecture: Architecture, state: Mapping[str, Any]) -> Var
 
 
 def _shape(layer: Layer, key: str) -> tuple[int, ...]:
-    """The shape of an array in Flax."""
+    """Return the shape of an array in Flax."""
     if isinstance(layer, Norm):
         return (layer.channels,)
     if key == "bias":

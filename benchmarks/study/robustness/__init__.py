@@ -1,11 +1,11 @@
-"""Robustness of a trained network: common corruptions, and attacks by projected gradients.
+"""Measure robustness: common corruptions, and attacks by projected gradient ascent (PGD).
 
 >>> attack = PGD("linf", radius=1 / 255)
 >>> attack.steps, attack.step_size == attack.radius / 4
 (10, True)
 
-Attackers for a model are in `safe_core.study.robustness.torch` and
-`safe_core.study.robustness.jax`; `masking_report` says whether their figures can be trusted.
+`safe_core.study.robustness.torch` and `safe_core.study.robustness.jax` attack models.
+`masking_report` checks for masked gradients, which make an attack look weaker than it is.
 """
 
 from .corruptions import CORRUPTIONS, corrupt

@@ -1,4 +1,4 @@
-"""Nine common corruptions, with the severities of CIFAR-10-C, for images of any size."""
+"""Apply nine common corruptions, with the severities of CIFAR-10-C, to images of any size."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ __all__ = ["CORRUPTIONS", "corrupt"]
 
 Pixels = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
-# Widest angle of the motion to the horizontal, in degrees.
+# Largest angle between the motion and the horizontal, in degrees.
 _ANGLE = 45
 
 
 def corrupt(images: Bytes, name: str, severity: int, *, seed: int = 0) -> Bytes:
-    """Return the images under a common corruption.
+    """Return the images with a common corruption.
 
-    What CIFAR-10-C has of CIFAR-10 these make of other images; on the same images the noise is
-    drawn anew, and motion blur follows ImageMagick's. Severities are for images of about 32
-    pixels: those of ImageNet-C would leave nothing to see.
+    The corruptions are those of CIFAR-10-C. Random noise differs from its files, and motion blur
+    follows ImageMagick. The severities suit images of about 32 pixels; those of ImageNet-C would
+    be too strong.
 
     Parameters
     ----------
     images : (n, height, width, channels) array of uint8
-        With one or three channels.
+        Images with one or three channels.
     name : str
         One of `CORRUPTIONS`.
     severity : int
         From 1 to 5.
     seed : int
-        Of the noise, and of the direction of motion.
+        Seed of the noise and of the direction of motion.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def corrupt(images: Bytes, name: str, severity: int, *, seed: int = 0) -> Bytes:
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind.
+        If an argument has the wrong type or value.
 
     References
     ----------
@@ -73,7 +73,7 @@ def corrupt(images: Bytes, name: str, severity: int, *, seed: int = 0) -> Bytes:
     corrupted, amounts = _BY_NUMPY[name]
     rng = np.random.default_rng(_checks.integer("seed", seed, low=0))
     found = corrupted(images / 255, amounts[severity - 1], rng)
-    return (np.clip(found, 0, 1) * 255).astype(np.uint8)  # cut off, as published
+    return (np.clip(found, 0, 1) * 255).astype(np.uint8)  # truncated, as published
 
 
 def _gaussian_noise(x: Pixels, deviation: float, rng: np.random.Generator) -> Pixels:
@@ -94,7 +94,7 @@ def _defocus_blur(x: Pixels, disk: tuple[float, float], rng: np.random.Generator
 
 
 def disk_kernel(radius: float, alias: float) -> Pixels:
-    """Return a disk of sum 1, smoothed over three by three pixels by a Gaussian.
+    """Return a disk of sum 1, smoothed by a Gaussian over three by three pixels.
 
     Examples
     --------
@@ -117,17 +117,17 @@ def _motion_blur(x: Pixels, shape: tuple[int, float], rng: np.random.Generator) 
 
 
 def motion_blur(x: Pixels, radius: int, sigma: float, angles: Pixels) -> Pixels:
-    """Return each image averaged along a line, with weights that fall off as a Gaussian.
+    """Return each image averaged along a line with Gaussian weights.
 
     Parameters
     ----------
     x : (n, height, width, channels) array
     radius : int
-        The line has ``2 * radius + 1`` pixels, and begins at the pixel.
+        The line starts at the pixel and has ``2 * radius + 1`` pixels.
     sigma : float
-        Of the Gaussian, in pixels.
+        Standard deviation of the Gaussian, in pixels.
     angles : (n,) array
-        To the horizontal, in degrees.
+        Angle to the horizontal, in degrees.
 
     Examples
     --------
@@ -152,7 +152,7 @@ def motion_blur(x: Pixels, radius: int, sigma: float, angles: Pixels) -> Pixels:
 
 
 def _brightness(x: Pixels, amount: float, rng: np.random.Generator) -> Pixels:
-    """Raise the value of hue, saturation and value, and keep the others."""
+    """Increase the value in the HSV colour space."""
     value = x.max(axis=-1, keepdims=True)
     raised = np.minimum(value + amount, 1)
     return np.where(value > 0, x * (raised / np.where(value > 0, value, 1)), raised)

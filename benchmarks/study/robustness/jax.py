@@ -1,4 +1,4 @@
-"""Attacks on models in JAX."""
+"""Attack models in JAX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of each input."""
+    """Return the loss of each input."""
     chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -24,21 +24,20 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def attacker(
     logits_fn: Callable[..., jax.Array], attack: PGD, *, loss: Loss = cross_entropy
 ) -> Callable[..., jax.Array]:
-    """Return ``(inputs, labels, seed=0, *args) -> adversarial inputs`` against a model.
+    """Return a function ``(inputs, labels, seed=0, *args) -> adversarial inputs``.
 
-    Compiled once for each shape of the inputs: keep the attacker over batches. The seed draws
-    a start for each input of a call by itself: give every batch its own.
+    It is compiled once for each shape of the inputs, so reuse it for all batches. The seed draws
+    the starting points; give every batch a different one.
 
     Parameters
     ----------
     logits_fn : callable
-        From inputs of shape (n, ...), and ``args`` such as variables, to logits
-        (n, classes), each input by itself: a model in evaluation mode, which normalises its
-        inputs, `safe_core.study.models.flax.normalised`.
+        Maps inputs of shape (n, ...), and ``args`` such as variables, to logits (n, classes).
+        The model must be in evaluation mode and normalise its inputs itself; see
+        `safe_core.study.models.flax.normalised`.
     attack : PGD
     loss : callable
-        From what ``logits_fn`` returns, and labels, to the loss of each input, (n,), which is
-        increased.
+        Maps logits and labels to the loss of each input, (n,), which the attack increases.
 
     Returns
     -------
@@ -47,7 +46,7 @@ def attacker(
     Raises
     ------
     ValueError
-        When called with inputs that are out of range.
+        When the returned function gets inputs out of range.
 
     Examples
     --------

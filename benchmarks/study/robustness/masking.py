@@ -1,4 +1,4 @@
-"""Whether an attack finds what is there: signs of masked gradients."""
+"""Check an attack for signs of masked gradients."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .pgd import PGD
 
 __all__ = ["MaskingReport", "masking_report"]
 
-# Share of the loss by which it may fall from one radius to the next.
+# Allowed relative decrease of the loss from one radius to the next.
 _TOLERANCE = 1e-3
 
 
 class MaskingReport(NamedTuple):
-    """What should hold of an attack that follows the gradient.
+    """Results of checks that a working gradient attack passes.
 
     Attributes
     ----------
     radii : tuple of float
-        Of the balls, rising from 0.
+        Radii of the balls, increasing from 0.
     losses : tuple of float
-        Mean cross entropy under the attack, by radius.
+        Mean cross entropy under the attack, for each radius.
     noise_losses : tuple of float
-        The same under random noise on the boundary of the ball: for each input the largest
-        of as many draws as the attack has steps.
+        Mean cross entropy under random noise on the boundary of the ball. Each input uses the
+        worst of as many draws as the attack has steps.
     unbounded_accuracy : float
-        Share of right answers, in percent, when pixels may take any value in their range.
+        Percentage of correct predictions when the attack can set pixels to any value.
 
     Examples
     --------
@@ -46,7 +46,7 @@ class MaskingReport(NamedTuple):
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What does not hold, in words; empty where nothing points to masked gradients."""
+        """The failed checks in words; empty if nothing suggests masked gradients."""
         found = []
         for i, (radius, loss, noise) in enumerate(
             zip(self.radii, self.losses, self.noise_losses, strict=True)
@@ -74,23 +74,23 @@ def masking_report(
     factors: Sequence[float] = (0.5, 1, 2, 4),
     seed: int = 0,
 ) -> MaskingReport:
-    """Check an attack on a few hundred inputs before its figures are believed.
+    """Check an attack on a few hundred inputs before you trust its results.
 
-    The loss should rise with the radius, the attack do more than noise, and an attack
-    without bound leave no answer right.
+    The loss should increase with the radius, the attack should beat random noise, and an
+    unbounded attack should make every prediction wrong.
 
     Parameters
     ----------
     logits_fn : callable
-        From inputs to logits.
+        Maps inputs to logits.
     attacker : callable
-        From a `PGD` to the function that attacks, such as ``functools.partial(attacker,
-        model)`` of `safe_core.study.robustness.torch` or ``.jax``.
+        Maps a `PGD` to the attacking function, such as ``functools.partial(attacker, model)``
+        with the ``attacker`` of `safe_core.study.robustness.torch` or ``.jax``.
     inputs, labels : (n, ...) and (n,) arrays of the framework
     attack : PGD
-        The one to check.
+        The attack to check.
     factors : sequence of float
-        The radii to try, in units of its own, rising.
+        The radii to try, relative to the attack's radius, in increasing order.
     seed : int
 
     Returns
@@ -138,7 +138,7 @@ def masking_report(
 
 
 def _noise(attack: PGD, inputs: Any, seed: int) -> list[Any]:
-    """Inputs moved to random points on the boundary of the ball, within the range."""
+    """Return inputs moved to random points on the boundary of the ball, clipped to the range."""
     rng = np.random.default_rng([seed, 1])
     values = _numpy(inputs).astype(np.float64)
     found = []
@@ -164,6 +164,6 @@ def _numpy(x: Any) -> NDArray[Any]:
 
 
 def _like(values: NDArray[Any], x: Any) -> Any:
-    """The values as an array of the library, the dtype and the device of ``x``."""
+    """Return values as an array with the library, the dtype and the device of ``x``."""
     xp = array_namespace(x)
     return xp.asarray(values, dtype=x.dtype, device=device(x))

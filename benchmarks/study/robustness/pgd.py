@@ -1,4 +1,4 @@
-"""Projected gradient ascent in a ball around each input, in the array API."""
+"""Projected gradient ascent (PGD) in a ball around each input, in the array API."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ __all__ = ["PGD", "check_inputs", "start", "step", "within"]
 
 @dataclass(frozen=True)
 class PGD:
-    """An attack by projected gradient ascent, in the space of the inputs.
+    """An attack on inputs by projected gradient ascent.
 
-    From a point in the ball of its ``radius`` around each input, repeat
-    ``x <- proj(x + step_size * direction)``: the direction is ``sign(g)`` for ``linf`` and
-    ``g / |g|_2`` for ``l2``, g the gradient of the loss of that input; proj goes to the ball,
-    and then to ``[low, high]``, which is within the ball as the input is in the range.
+    Starting in a ball of the given ``radius`` around each input, repeat
+    ``x <- proj(x + step_size * direction)``. The direction is ``sign(g)`` for ``linf`` and
+    ``g / |g|_2`` for ``l2``, where g is the gradient of the loss of that input. The projection
+    goes to the ball and then to ``[low, high]``. The result stays in the ball, because the input
+    is in the range.
 
     Attributes
     ----------
@@ -30,11 +31,11 @@ class PGD:
         ``l2`` in the SAFE paper.
     steps : int
     step_share : float
-        The size of a step as a share of the radius; a quarter in the paper.
+        Step size as a fraction of the radius; a quarter in the paper.
     random_start : bool
-        Start at a uniform draw from the ball, else at the input.
+        Whether to start at a uniform draw from the ball instead of at the input.
     low, high : float
-        The range of the inputs. A model normalises them within, not before the attack.
+        The range of the inputs. The model must normalise them itself.
 
     References
     ----------
@@ -69,9 +70,9 @@ class PGD:
 
 
 def start(attack: PGD, shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
-    """Return the first perturbations: uniform in the ball of each input, or zero.
+    """Return the initial perturbations: uniform in the ball of each input, or zero.
 
-    The same for all frameworks.
+    They are the same for all frameworks.
 
     Examples
     --------
@@ -91,16 +92,16 @@ def start(attack: PGD, shape: tuple[int, ...], seed: int) -> NDArray[np.float64]
 
 
 def step(attack: PGD, x: Any, origin: Any, gradient: Any, *, xp: Any) -> Any:
-    """Return the point one step on.
+    """Return the point after one step.
 
     Parameters
     ----------
     attack : PGD
     x, origin, gradient : (n, ...) arrays
-        Where the ascent is, the inputs that it began at, and the gradient of each one's loss.
-        A zero gradient gives no direction.
+        The current point, the original inputs, and the gradient of each input's loss. A zero
+        gradient moves nothing.
     xp : namespace
-        As of `array_api_compat.array_namespace`.
+        The array API namespace of the arrays.
 
     Examples
     --------
@@ -111,7 +112,7 @@ def step(attack: PGD, x: Any, origin: Any, gradient: Any, *, xp: Any) -> Any:
     if attack.norm == "linf":
         direction = xp.sign(gradient)
     else:
-        # By the largest entry first: the squares of small ones are zero.
+        # Divide by the largest entry first, because squares of small entries underflow.
         axes = tuple(range(1, gradient.ndim))
         largest = xp.max(xp.abs(gradient), axis=axes, keepdims=True)
         scaled = gradient / xp.where(largest > 0, largest, xp.ones_like(largest))
@@ -121,7 +122,7 @@ def step(attack: PGD, x: Any, origin: Any, gradient: Any, *, xp: Any) -> Any:
 
 
 def within(attack: PGD, x: Any, origin: Any, *, xp: Any) -> Any:
-    """Return ``x`` projected to the ball around ``origin``, then to the range.
+    """Return ``x`` projected onto the ball around ``origin``, then onto the range.
 
     Examples
     --------
@@ -143,22 +144,22 @@ def within(attack: PGD, x: Any, origin: Any, *, xp: Any) -> Any:
 
 
 def check_inputs(attack: PGD, low: float, high: float) -> None:
-    """Raise unless inputs from ``low`` to ``high`` are in the range of the attack.
+    """Raise an error unless inputs from ``low`` to ``high`` are in the range of the attack.
 
     Examples
     --------
     >>> check_inputs(PGD("linf", 0.1), -2.1, 2.2)
     Traceback (most recent call last):
         ...
-    ValueError: inputs must be in [0.0, 1.0], normalised within the model alone, got -2.1 to 2.2
+    ValueError: inputs must be in [0.0, 1.0] and not be normalised, got -2.1 to 2.2
     """
     if not attack.low <= low <= high <= attack.high:
         raise ValueError(
-            f"inputs must be in [{attack.low}, {attack.high}], normalised within the model "
-            f"alone, got {low:g} to {high:g}"
+            f"inputs must be in [{attack.low}, {attack.high}] and not be normalised, got {low:g} "
+            f"to {high:g}"
         )
 
 
 def _length(x: Any, xp: Any) -> Any:
-    """Euclidean lengths, by input."""
+    """Return the Euclidean length of each input."""
     return xp.sqrt(xp.sum(x * x, axis=tuple(range(1, x.ndim)), keepdims=True))

@@ -1,4 +1,4 @@
-"""Attacks on models in PyTorch."""
+"""Attack models in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each input."""
+    """Return the loss of each input."""
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def attacker(
     logits_fn: Callable[..., Tensor], attack: PGD, *, loss: Loss = cross_entropy
 ) -> Callable[..., Tensor]:
-    """Return ``(inputs, labels, seed=0, *args) -> adversarial inputs`` against a model.
+    """Return a function ``(inputs, labels, seed=0, *args) -> adversarial inputs``.
 
-    Gradients are taken by the inputs alone: those of parameters stay as they are. The seed
-    draws a start for each input of a call by itself: give every batch its own.
+    It leaves the gradients of parameters unchanged. The seed draws the starting points; give
+    every batch a different one.
 
     Parameters
     ----------
     logits_fn : callable
-        From inputs of shape (n, ...) to logits (n, classes), such as a model in evaluation
-        mode that normalises its inputs, `safe_core.study.models.torch.Normalised`. Further
-        ``args`` go to it.
+        Maps inputs of shape (n, ...), and ``args``, to logits (n, classes). A model must be in
+        evaluation mode and normalise its inputs itself; see
+        `safe_core.study.models.torch.Normalised`.
     attack : PGD
     loss : callable
-        From what ``logits_fn`` returns, and labels, to the loss of each input, (n,), which is
-        increased.
+        Maps logits and labels to the loss of each input, (n,), which the attack increases.
 
     Returns
     -------
@@ -48,8 +47,8 @@ def attacker(
     Raises
     ------
     ValueError
-        When called with inputs that are out of range, or on a model in training mode, where
-        inputs of a batch would not be attacked each by itself.
+        When the returned function gets inputs out of range, or the model is in training mode,
+        in which the inputs of a batch influence each other.
 
     Examples
     --------

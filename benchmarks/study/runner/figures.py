@@ -1,4 +1,4 @@
-"""The figures of a study, as PNG and PDF."""
+"""Draw the figures of a study as PNG and PDF."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _MARKERS = "osD^vPX*"
 
 
 def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
-    """Draw what the results hold, and return the files.
+    """Draw the results, and return the files.
 
-    Each metric of the report against sparsity, and against every swept parameter, with a
-    line for each sparsity; histories against epochs; weights and landscapes of the first seed.
+    Metrics of the report are drawn against sparsity and against every swept parameter, with a
+    line for each sparsity. Histories are drawn against epochs, weights and landscapes for the
+    first seed.
 
     Examples
     --------
@@ -56,7 +57,7 @@ def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
 
 
 def _metrics(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
-    """Against sparsity, unless all methods are of sweeps; and against what is swept."""
+    """Draw metrics against swept parameters, and against sparsity unless all methods are swept."""
     swept: dict[str, list[Entry]] = {}
     for entry in recipe.methods:
         if entry.swept:
@@ -80,7 +81,7 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
 
 
 def _legend(figure: Figure, axes: Any) -> None:
-    """Among the lines, or below where it would cover them."""
+    """Add a legend, below the axes if it is long enough to cover lines."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 6:
         figure.set_figheight(figure.get_figheight() + 0.09 * len(labels))
@@ -90,7 +91,7 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 
 def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
-    """A line for each method; equal steps on the axis, as sparsities crowd at the end."""
+    """Draw a line per method, with equal steps between sparsities, because they crowd near 1."""
     figure, axes = _axes("zero weights", NAMES.get(metric, metric))
     places = {s: i for i, s in enumerate(recipe.sparsities)}
     _dense(axes, recipe, results, metric)
@@ -100,7 +101,7 @@ def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Fi
             _errorbar(axes, list(places.values()), found, i, entry.label)
     labels = [entry.label for entry in recipe.methods]
     for i, (method, points) in enumerate(_quoted(recipe, results, metric).items()):
-        # As the measured one, but hollow and dotted.
+        # Like the measured line, but hollow and dotted.
         i = labels.index(method) if method in labels else i
         axes.plot(
             [places[s] for s in points], list(points.values()), ":", label=f"{method} (quoted)",
@@ -116,7 +117,7 @@ def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Fi
 def _by_swept(
     recipe: Recipe, entries: list[Entry], results: Mapping[Cell, Any], metric: str
 ) -> Figure:
-    """A line for each method and sparsity, against a swept parameter."""
+    """Draw a line per method and sparsity against a swept parameter."""
     swept = [entry.swept for entry in entries if entry.swept]
     values = list(dict.fromkeys(str(value) for _, value in swept))
     figure, axes = _axes(swept[0][0].replace("_", " "), NAMES.get(metric, metric))
@@ -139,7 +140,7 @@ def _by_swept(
 
 
 def _places(values: list[Any]) -> list[float]:
-    """Where values stand: on a logarithmic axis if all are above zero, else in equal steps."""
+    """Return positions of values: the values if all are positive, else equal steps."""
     distinct = list({str(value): value for value in values}.values())
     if all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in distinct):
         return distinct
@@ -154,7 +155,7 @@ def _dense(axes: Any, recipe: Recipe, results: Mapping[Cell, Any], metric: str) 
 
 
 def _scale(axes: Any, metric: str) -> None:
-    """A logarithmic axis for what is of several orders of magnitude."""
+    """Use a logarithmic axis if positive values span more than a factor of 30."""
     values = np.asarray([y for line in axes.lines for y in line.get_ydata()], float)
     values = values[np.isfinite(values)]
     positive = metric in LOWER_IS_BETTER and values.size and values.min() > 0
@@ -163,7 +164,7 @@ def _scale(axes: Any, metric: str) -> None:
 
 
 def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
-    """Accuracies and distance over the epochs, in the mean of the seeds."""
+    """Draw accuracies and distance over the epochs, averaged over seeds."""
     found: dict[str, Figure] = {}
     kept = {c: r["history"] for c, r in results.items() if r.get("history")}
     for sparsity in recipe.sparsities if kept else ():
@@ -187,7 +188,7 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
 
 
 def _of_first_seed(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
-    """Histograms of weights, and landscapes, as Figure 1 of Lee et al. 2025 has them."""
+    """Draw weight histograms and landscapes, as in Figure 1 of Lee et al. 2025."""
     found = {}
     for sparsity in recipe.sparsities:
         first = {
@@ -231,7 +232,7 @@ def _weights(recipe: Recipe, histograms: Mapping[str, Any]) -> Figure:
 def _statistics(
     results: Mapping[Cell, Any], label: str, sparsity: Any, metric: str
 ) -> tuple[float, float] | None:
-    """Mean and error over the seeds, not a number where all diverged; None where none is run."""
+    """Return mean and error over seeds: NaN if all diverged, None if nothing was run."""
     here = [r for c, r in results.items() if (c.method, c.sparsity) == (label, sparsity)]
     values = [result[metric] for result in here if result.get(metric) is not None]
     mean, error = mean_and_error(values) if values else (math.nan, None)
@@ -241,7 +242,7 @@ def _statistics(
 def _errorbar(
     axes: Any, x: Sequence[float], found: Sequence[tuple[float, float] | None], i: int, label: str
 ) -> None:
-    """A line through what there is; a method of which every run diverged is named as such."""
+    """Draw a line through the available points; mark a method whose runs all diverged."""
     held = [point for point in zip(x, found, strict=True) if point[1] is not None]
     if not held:
         return
@@ -257,7 +258,7 @@ def _errorbar(
 def _quoted(
     recipe: Recipe, results: Mapping[Cell, Any], metric: str
 ) -> dict[str, dict[Any, float]]:
-    """Means of other sources by method and sparsity."""
+    """Return quoted means by method and sparsity."""
     noise = next(iter(results)).noise
     found: dict[str, dict[Any, float]] = {}
     for quote in recipe.quoted:
@@ -269,7 +270,7 @@ def _quoted(
 
 
 def _tail(recipe: Recipe, framework: str, noise: float) -> str:
-    """What tells the files of a framework and a noise apart."""
+    """Return the end of file names that distinguishes frameworks and noises."""
     parts = [FRAMEWORKS[framework].lower()] if len(recipe.frameworks) > 1 else []
     parts += [f"noise_{noise:g}"] if len(recipe.data.label_noise) > 1 else []
     return "".join(f"_{part}" for part in parts)

@@ -1,4 +1,4 @@
-"""Training and measuring in JAX."""
+"""Train and measure networks in JAX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["JaxLearner", "JaxSubject"]
 
 
 class State(NamedTuple):
-    """What a step of training takes and returns."""
+    """The state that a training step takes and returns."""
 
     params: Any
     statistics: Any
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The parts of training, compiled once for all seeds."""
+    """The functions of training, compiled once for all seeds."""
 
     init: Callable[[Any], Any]
     step: Callable[..., tuple[State, jax.Array]]
@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
 
 class JaxLearner:
-    """A network that `sparse_optimizer` trains.
+    """A network trained by `sparse_optimizer`.
 
     Examples
     --------
@@ -86,11 +86,11 @@ class JaxLearner:
         return loss
 
     def variables(self) -> Variables:
-        """The weights now, in NumPy."""
+        """Return the current weights as NumPy arrays."""
         return _variables(self._state.params, self._state.statistics)
 
     def projected(self) -> Variables:
-        """The weights after a last projection; training may go on."""
+        """Return the weights after a final projection, without changing the network."""
         with jax.default_device(self._device):
             params = self._program.project(self._state)
         return _variables(params, self._state.statistics)
@@ -112,7 +112,7 @@ def _program(
 
     tx: Any = _base(training, rate)
     if method is not None:
-        needs_rate = method.plan().needs_learning_rate  # of a decoupled penalty
+        needs_rate = method.plan().needs_learning_rate  # for a decoupled penalty
         tx = sparse_optimizer(tx, method, learning_rate=rate if needs_rate else None)
     tx = optax.with_extra_args_support(tx)
 
@@ -170,13 +170,13 @@ class JaxSubject:
             self._variables = jax.tree.map(jnp.asarray, dict(variables))
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of pixels in [0, 1]."""
+        """Return the logits of pixels in [0, 1]."""
         with jax.default_device(self._device):
             program = _evaluation(self._architecture, self._normalisation)
             return np.asarray(program(images, self._variables))
 
     def recalibrated(self, batches: Sequence[NDArray[np.float32]]) -> Variables:
-        """The variables with statistics of batch normalisation over these images."""
+        """Return the variables with batch statistics recomputed over these images."""
         params = self._variables["params"]
         statistics = self._variables.get("batch_stats", {})
         if not statistics:
@@ -191,7 +191,7 @@ class JaxSubject:
             return _variables(params, recalibrate(update, statistics, batches))
 
     def surface(self, batches: Sequence[tuple[Any, Any]]) -> LossSurface:
-        """The loss around the network."""
+        """Return the loss surface around the network."""
         forward = _evaluation(self._architecture, self._normalisation)
         fixed = {name: x for name, x in self._variables.items() if name != "params"}
 
@@ -206,7 +206,7 @@ class JaxSubject:
     def attacked(
         self, attack: PGD, images: NDArray[np.float32], labels: NDArray[np.int64], seed: int
     ) -> NDArray[np.float32]:
-        """Adversarial images."""
+        """Return adversarial images."""
         with jax.default_device(self._device):
             fool = _attacker(self._architecture, self._normalisation, attack)
             return np.asarray(fool(images, labels.astype(np.int32), seed, self._variables))
@@ -214,7 +214,7 @@ class JaxSubject:
 
 @lru_cache(maxsize=4)
 def _evaluation(architecture: Architecture, normalisation: Normalisation) -> Callable[..., Any]:
-    """``(images, variables) -> logits``, compiled."""
+    """Return the compiled function ``(images, variables) -> logits``."""
 
     def logits(images: Any, variables: Any) -> Any:
         return Network(architecture).apply(variables, images)
@@ -236,7 +236,7 @@ def _train_logits(
     statistics: Any,
     images: Any,
 ) -> tuple[jax.Array, Any]:
-    """Logits in training mode, and the new statistics of batch normalisation."""
+    """Return the logits in training mode, and the new batch statistics."""
 
     def forward(images: Any) -> Any:
         variables = {"params": params, "batch_stats": statistics}
@@ -247,14 +247,14 @@ def _train_logits(
 
 
 def _device(name: str) -> Any:
-    """A device of JAX, such as of ``"cpu"`` or ``"cuda"``."""
+    """Return the JAX device for a name such as ``"cpu"`` or ``"cuda"``."""
     try:
         return jax.devices(name)[0]
     except RuntimeError as error:
-        raise ValueError(f"device must be one that JAX has, got {name!r}: {error}") from None
+        raise ValueError(f"device must be available to JAX, got {name!r}: {error}") from None
 
 
 def _variables(params: Any, statistics: Any) -> Variables:
     found = {"params": params, **({"batch_stats": statistics} if statistics else {})}
-    # Copies: the buffers of training are donated to the next step.
+    # Copy, because the next step donates the buffers.
     return jax.tree.map(lambda x: np.array(x), found)

@@ -1,4 +1,4 @@
-"""Training and measuring in PyTorch."""
+"""Train and measure networks in PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["TorchLearner", "TorchSubject"]
 
 
 class TorchLearner:
-    """A network that `SparseOptimizer` trains, with a closure that serves every method.
+    """A network trained by `SparseOptimizer`, with one closure for every method.
 
     Examples
     --------
@@ -70,11 +70,11 @@ class TorchLearner:
         return self._optimizer.step(closure)  # type: ignore[arg-type, return-value]
 
     def variables(self) -> Variables:
-        """The weights now, in NumPy."""
+        """Return the current weights as NumPy arrays."""
         return _variables(self._architecture, self._model.model)
 
     def projected(self) -> Variables:
-        """The weights after a last projection; training may go on."""
+        """Return the weights after a final projection, without changing the network."""
         if not isinstance(self._optimizer, SparseOptimizer):
             return self.variables()
         sparse = self._optimizer.sparse_parameters()
@@ -114,18 +114,18 @@ class TorchSubject:
 
     @torch.no_grad()
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of pixels in [0, 1]."""
+        """Return the logits of pixels in [0, 1]."""
         (inputs,) = _tensors(self._device, images)
         found: NDArray[np.float32] = self._model(inputs).cpu().numpy()
         return found
 
     def recalibrated(self, batches: Sequence[NDArray[np.float32]]) -> Variables:
-        """The variables with statistics of batch normalisation over these images."""
+        """Return the variables with batch statistics recomputed over these images."""
         recalibrate(self._model, (_tensors(self._device, images)[0] for images in batches))
         return _variables(self._architecture, self._model.model)
 
     def surface(self, batches: Sequence[tuple[Any, Any]]) -> LossSurface:
-        """The loss around the network."""
+        """Return the loss surface around the network."""
 
         def loss(batch: list[Tensor]) -> Tensor:
             return functional.cross_entropy(self._model(batch[0]), batch[1])
@@ -135,18 +135,18 @@ class TorchSubject:
     def attacked(
         self, attack: PGD, images: NDArray[np.float32], labels: NDArray[np.int64], seed: int
     ) -> NDArray[np.float32]:
-        """Adversarial images."""
+        """Return adversarial images."""
         moved = attacker(self._model, attack)(*_tensors(self._device, images, labels), seed)
         return moved.cpu().numpy().transpose(0, 2, 3, 1)
 
 
 def _checked(device: str) -> str:
-    """The device, if PyTorch can put something there."""
+    """Return the device if PyTorch can allocate on it."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"device must be one that PyTorch has, got {device!r}: {reason}") from None
+        raise ValueError(f"device must be available to PyTorch, got {device!r}: {reason}") from None
     return device
 
 
@@ -167,7 +167,7 @@ def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:
-    """Images channels first, and labels, on a device."""
+    """Return images, channels first, and labels as tensors on a device."""
     arrays = (channels_first(images), *labels)
     return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
 

@@ -1,4 +1,4 @@
-"""Results laid out as tables: means and standard errors over seeds, ranked among methods."""
+"""Arrange results in tables: means and standard errors over seeds, with methods ranked."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table.
+    """An entry of a table.
 
     Attributes
     ----------
     mean : float
     error : float or None
-        Standard error of the mean; None of a single value.
+        Standard error of the mean; None for a single value.
     diverged : int
-        Seeds of which nothing could be measured, and that are not in the mean.
+        Number of seeds that diverged. They do not count in the mean.
     rank : {0, 1, 2}
-        1 for the best of the methods, 2 for the second best, else 0.
+        1 for the best method, 2 for the second best, else 0.
     quoted : int
-        Of which source, counted from 1; 0 where it was measured.
+        Number of the source, from 1; 0 for measured entries.
     seeds : int
-        Runs, those that diverged with them.
+        Number of runs, including those that diverged.
 
     Examples
     --------
@@ -64,7 +64,7 @@ class Entry:
     seeds: int = 1
 
     def text(self, join: str = " ± ") -> str:
-        """Mean and error, with two decimals or four digits."""
+        """Return the mean and its error with two decimals; small numbers get more."""
         if math.isnan(self.mean):
             return "diverged"
         digits = 2 if abs(self.mean) >= 1 else max(2, 3 - math.floor(_exponent(self.mean)))
@@ -78,17 +78,17 @@ def _exponent(x: float) -> float:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its entries by row and column.
+    """A table of entries by row and column.
 
     Attributes
     ----------
     caption : str
     heads : tuple of str
-        Of the columns that name a row.
+        Headings of the columns that name the rows.
     rows : tuple of (tuple of str)
     columns : tuple of str
     entries : dict of (int, int) to Entry
-        By the places of row and column.
+        By row and column number.
     notes : tuple of str
     """
 
@@ -101,7 +101,7 @@ class Table:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error; None for a single value.
+    """Return the mean and its standard error, which is None for a single value.
 
     Examples
     --------
@@ -116,16 +116,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 class Agreement(NamedTuple):
-    """How far the accuracies of two frameworks are apart.
+    """How well the accuracies of the two frameworks agree.
 
     Attributes
     ----------
     compared : int
-        Means over seeds that both frameworks have.
+        Number of means that both frameworks have.
     largest : float
-        The largest difference, in points.
+        The largest difference, in percentage points.
     apart : list of str
-        What differs by more than the larger of one point and three joint standard errors.
+        Runs that differ by more than the larger of one point and three joint standard errors.
 
     Examples
     --------
@@ -139,7 +139,7 @@ standard errors; the largest difference is 0.42 points.
     apart: list[str]
 
     def sentence(self) -> str:
-        """The agreement in words."""
+        """Return the agreement as a sentence."""
         text = (
             f"PyTorch and JAX agree in {self.compared - len(self.apart)} of {self.compared} "
             "accuracies, within the larger of one point and three joint standard errors; the "
@@ -149,7 +149,7 @@ standard errors; the largest difference is 0.42 points.
 
 
 def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
-    """Compare the mean accuracies of PyTorch and JAX; None where one of them has none.
+    """Compare the mean accuracies of PyTorch and JAX; return None if one of them has none.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
         errors = math.hypot(ours.error or 0.0, theirs.error or 0.0)
         if not (ours.diverged or theirs.diverged):
             largest = max(largest, difference)
-        # Not a number where all seeds of one diverged; of both that is agreement.
+        # A mean is NaN if all seeds diverged. If that holds in both frameworks, they agree.
         alike = math.isnan(ours.mean) and math.isnan(theirs.mean)
         if not (difference <= max(1.0, 3 * errors) or alike):
             where = [method if method in recipe.dense else f"{method} at {percent(sparsity)}"]
@@ -193,8 +193,8 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
 def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
     """Return the tables that a recipe asks for.
 
-    What is neither a row nor a column, such as the framework, makes tables of its own. Dense
-    networks, and figures of other sources, are not ranked.
+    Each value of an axis that is neither rows nor columns, such as each framework, gets its own
+    table. Dense networks and quoted figures are not ranked.
 
     Examples
     --------
@@ -232,7 +232,7 @@ def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
 def _means(
     recipe: Recipe, results: Mapping[Cell, Any], metrics: Sequence[str]
 ) -> dict[Place, Entry]:
-    """Entries over all seeds; a dense network stands under every sparsity."""
+    """Return entries averaged over seeds. A dense network appears under every sparsity."""
     values: dict[Place, list[float | None]] = {}
     for cell, result in results.items():
         targets = recipe.sparsities if cell.method in recipe.dense else (cell.sparsity,)
@@ -248,7 +248,7 @@ def _means(
 
 
 def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
-    """Mark the best and the second best method of each comparison; equal means share a rank."""
+    """Rank the best and the second best method of each comparison. Equal means share a rank."""
     ranked = dict(found)
     for rest in dict.fromkeys(place[1:] for place in found):
         group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in recipe.dense}
@@ -264,7 +264,7 @@ def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
 
 
 def _quotes(recipe: Recipe, found: Mapping[Place, Entry]) -> dict[Place, Entry]:
-    """Figures of other sources, beside those of every framework."""
+    """Return the quoted figures, repeated for every framework."""
     sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
     frameworks = dict.fromkeys(place[3] for place in found) or dict.fromkeys(recipe.frameworks)
     entries = {}
@@ -302,7 +302,7 @@ def _table(recipe: Recipe, entries: Mapping[Place, Entry], apart: list[str]) -> 
 
 
 def _order(recipe: Recipe, axes: Sequence[int]) -> Any:
-    """As the recipe lists them; what is quoted comes after what was measured."""
+    """Return a sort key: the order of the recipe, with quoted figures last."""
     known = {
         "method": [entry.label for entry in recipe.methods],
         "sparsity": recipe.sparsities,
@@ -322,7 +322,7 @@ def _order(recipe: Recipe, axes: Sequence[int]) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """A setting as a recipe has it."""
+    """Return a setting as a recipe writes it."""
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
@@ -335,9 +335,9 @@ def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
     elif len(recipe.seeds) > 1:
         yield f"Mean and standard error over {len(recipe.seeds)} seeds"
     if any(entry.rank for entry in held):
-        yield "best in bold, second best underlined, among what was measured here"
+        yield "best measured result in bold, second best underlined"
     if any(entry.diverged for entry in held):
-        yield "in brackets: how many seeds diverged and are not in the mean"
+        yield "in brackets: number of seeds that diverged, which do not count in the mean"
     own: dict[Any, list[str]] = {}
     for entry in recipe.methods:
         if entry.training and entry.label in methods:
@@ -347,17 +347,17 @@ def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
         yield f"{', '.join(labels)} trained with {settings}"
     sources = list(dict.fromkeys(quote.source for quote in recipe.quoted))
     for number in sorted({entry.quoted for entry in held} - {0}):
-        yield f"quoted {number}: not measured here, but by {sources[number - 1]}"
+        yield f"quoted {number}: from {sources[number - 1]}, not measured here"
 
 
 def _tells(recipe: Recipe, axis: int, value: Any) -> bool:
-    """Whether a caption needs the value of an axis."""
+    """Return whether a caption needs the value of an axis."""
     alone = {"noise": recipe.data.label_noise == (0.0,), "framework": len(recipe.frameworks) == 1}
     return not alone.get(AXES[axis], False)
 
 
 def percent(sparsity: Any) -> str:
-    """A sparsity as tables and figures show it.
+    """Return a sparsity as tables and figures show it.
 
     Examples
     --------
