@@ -158,7 +158,7 @@ def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) 
         return xp.asarray(float(importance), dtype=wide_dtype(xp, [x]))
     if not is_array_api_obj(importance) or array_namespace(importance) is not xp:
         raise TypeError(
-            f"importance of {name} must be a number or an array of {xp.__name__}, as x is, "
+            f"importance of {name} must be a number or an array of its library {xp.__name__}, "
             f"got {type(importance)!r}"
         )
     if xp.isdtype(importance.dtype, "complex floating"):
