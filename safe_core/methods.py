@@ -111,7 +111,8 @@ def _ball(rho: Any, adaptive: Any, **options: Any) -> Perturbation:
 def _evaluations(points: list[Point], projected_gradient: Any) -> tuple[Evaluation, ...] | None:
     """Return evaluations that each replace the one before, and one at C(x) that is added."""
     if not _checks.flag("projected_gradient", projected_gradient):
-        # Method derives the same points. None keeps equal methods equal, also when pickled.
+        # Method derives the same points from the perturbation. With None the result equals a
+        # Method that is composed by hand.
         return None
     return (*map(Evaluation, points), Evaluation(Point.PROJECTED, "add"))
 

@@ -30,9 +30,9 @@ def entry_scores(
 ) -> list[Array]:
     """Return scores that rank entries by ``sqrt(P) |v|``.
 
-    The order is that of ``P v^2``. Squares are avoided because they underflow: in float32
-    every ``|v|`` below 1e-23 would score zero, and ties would decide what is kept. Arrays
-    without importance are returned as they are, since only magnitudes are compared.
+    The order is that of ``P v^2``. Squares are avoided because they underflow: in float32 the
+    square of an entry below 1e-19 is zero, and such entries would tie. Arrays without
+    importance are returned as they are, since selection compares magnitudes.
     """
     given = [p is not None for p in importance]
     if joint and any(given) and not all(given):
