@@ -133,7 +133,8 @@ class StepPlan:
         """Return the plan for a final support, which trains the kept weights under a mask.
 
         There is nothing left to pull towards, so the penalty and the updates of the state are
-        gone. x is on the support already, so C changes nothing and its points become plain.
+        gone. x lies on the support already and C(x) is x, so the gradient at C(x) is dropped
+        and C(x + e) becomes x + e.
         """
         points = {Point.PROJECTED_PERTURBED: Point.PERTURBED}
         kept = tuple(
