@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["load_named", "names_object"]
+__all__ = ["digest", "load_named", "module_of", "names_object"]
 
 
 def names_object(text: str) -> bool:
@@ -47,7 +47,7 @@ def load_named(argument: str, text: str) -> Any:
     """
     source, _, name = text.rpartition(":")
     try:
-        module = _from_file(Path(source)) if source.endswith(".py") else _imported(source)
+        module = _loaded(source)
     except Exception as error:
         raise ValueError(
             f"{argument} must name a file or a module that can be run, got {text!r}: "
@@ -61,18 +61,25 @@ def load_named(argument: str, text: str) -> Any:
     return getattr(module, name)
 
 
-def _from_file(path: Path) -> ModuleType:
-    """Run a file as a module, without files of bytecode beside it.
+def module_of(path: Path, content: bytes) -> ModuleType:
+    """Run the content of a file as a module, without writing bytecode beside the file.
 
-    The name of the module depends on the content, so that code that was changed is told apart.
+    The name of the module depends on the content, so that changed code is a different module.
     """
-    content = path.read_bytes()
-    module = ModuleType(f"{path.stem}_{hashlib.sha256(content).hexdigest()[:16]}")
+    module = ModuleType(f"{path.stem}_{digest(content)}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for their types
     exec(compile(content, str(path), "exec"), module.__dict__)
     return module
 
 
-def _imported(name: str) -> ModuleType:
-    return importlib.import_module(name)
+def digest(content: bytes) -> str:
+    """Return a short digest of code, by which two versions of it differ."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _loaded(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = Path(source)
+    return module_of(path, path.read_bytes())

@@ -62,4 +62,5 @@ def main() -> None:
         plot(results, ROOT / "docs" / "_static" / "scaling.png", described)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ The method is written once against the array API. `safe_core.adapters.torch` bin
 torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports neither.
 """
 
-from . import importance, schedules
+from . import _installed, importance, schedules  # noqa: F401 - a check comes first
 from .certificate import stationarity_gap
 from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
 from .importance import Importance, SecondMoment, SquaredGradient

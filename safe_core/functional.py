@@ -260,7 +260,7 @@ class FunctionalStep:
     def _penalty_gradients(self) -> list[Array]:
         weight = self.penalty
         if weight is None:
-            weight = self.method.constraint.penalty(self.step)  # type: ignore[misc]
+            weight = self.method.constraint.penalty(self.step)
         # SAFE perturbs the loss and not the penalty (Lee et al. 2025, Algorithm 1), so x is
         # unperturbed here. The penalty's curvature is lambda everywhere: e would only shift
         # the pull, and nothing about flatness is learnt from it.

@@ -18,7 +18,6 @@ __all__ = [
     "batches_at_random",
     "batches_in_order",
     "block_pattern",
-    "changed",
 ]
 
 

@@ -465,6 +465,6 @@ def as_schedule(name: str, value: Any) -> Schedule:
     return value
 
 
-def is_zero(schedule: Schedule) -> bool:
+def is_zero(schedule: Schedule | float) -> bool:
     """Return whether a schedule is known to be 0 at every step."""
     return isinstance(schedule, Constant) and schedule.value == 0

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_core.adapters.readable import readable_bytes
+from safe_core.inspection import TensorAnalysis, analyse
 
 from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
-from .tensor_analysis import TensorAnalysis, analyse
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
 

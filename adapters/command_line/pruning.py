@@ -69,7 +69,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     Examples
     --------
     >>> parse_sparsity("0.29", "row"), parse_sparsity("2:4")
-    (Unstructured(sparsity=0.29, scope='row', budget=None), NM(n=2, m=4, ragged='error'))
+    (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
     >>> parse_sparsity("half")
     Traceback (most recent call last):
     ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'

@@ -108,7 +108,9 @@ def importance_in_use(
 
         return Computed(compute, reads="model")
     # Copies: the caller's arrays must outlive a state that is donated.
-    return Given(lambda values: [jnp.array(p, copy=True) for p in placed(handed, values, tree)])
+    return Given(
+        lambda values: [jnp.array(p, copy=True) for p in placed(handed, list(values), tree)]
+    )
 
 
 def initial_importance(

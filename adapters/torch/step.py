@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,12 +65,12 @@ class _Step:
                 run.state[p]["flat_direction"] = direction
             return
         held = {p: run.state.get(p, {}).get("flat_direction") for p in run.trainable()}
-        for p, flat in held.items():
-            if p.grad is None and flat is not None:
+        for p, direction in held.items():
+            if p.grad is None and direction is not None:
                 p.grad = torch.zeros_like(p)
-        known = [(p.grad, flat) for p, flat in held.items() if p.grad is not None]
+        known = [(p.grad, direction) for p, direction in held.items() if p.grad is not None]
         gradients = [gradient for gradient, _ in known]
-        directions = [torch.zeros_like(g) if flat is None else flat for g, flat in known]
+        directions = [torch.zeros_like(g) if d is None else d for g, d in known]
         if gradients:
             kernels.copy_(gradients, method.reuse(gradients, directions))
 
@@ -159,7 +159,7 @@ class _Step:
         run, source = self.run, self.run.source
         if source is None or source.reads not in kinds or not self.due:
             return
-        values = {
+        values: dict[str, Callable[[], list[Tensor]]] = {
             "gradients": lambda: gradients_of(self.due),
             "params": lambda: self.due,
             "model": run.trainable,

@@ -177,7 +177,7 @@ class ADMM(Constraint):
         return splitting.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
 
     def _ratio(self, step: int | Array) -> float | Array:
-        return self.penalty(step - 1) / self.penalty(step)  # type: ignore[no-any-return]
+        return self.penalty(step - 1) / self.penalty(step)
 
 
 def every(interval: int, step: int | Array) -> bool | Array:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from safe_core.backends import Array
 from safe_core.layout import Layout
 from safe_core.patterns import Pattern
 from safe_core.projection import select
-from safe_core.schedules import Schedule
 from safe_core.step import Operation
 
 __all__ = ["ArrayInfo", "Constraint", "SplitState", "select_support"]
@@ -71,7 +70,7 @@ class Constraint:
     adapters rely on this interface only.
     """
 
-    penalty: ClassVar[Schedule | None] = None
+    penalty: ClassVar[Any] = None
     """The penalty parameter by step, or None. A constraint with a penalty makes it a field."""
 
     has_anchor: ClassVar[bool] = False

@@ -967,3 +967,9 @@ def test_what_is_no_method_state_or_function_is_refused_by_name():
     named = {"nope": Layout()}
     with pytest.raises(ValueError, match=r"layout names 'nope'.*they are kernel"):
         sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5), layout=named).init(params)
+
+
+def test_the_fields_of_the_state_stay():
+    """Checkpoints outlive releases: a change here needs a way to load the old ones."""
+    fields = ("step", "base", "anchor", "support", "importance", "flat_direction")
+    assert SparseOptimizerState._fields == fields

@@ -538,3 +538,25 @@ def test_a_mark_names_functions_and_not_their_addresses():
 def test_what_is_no_state_is_refused():
     with pytest.raises(ValueError, match="must hold 'state' and 'param_groups', got the keys none"):
         Run().optimizer.load_state_dict({})
+
+
+def test_the_keys_of_a_checkpoint_stay():
+    """Checkpoints outlive releases: a change here needs a way to load the old ones."""
+    run = Run(source="squared gradient", perturbation_interval=2, reuse=0.5).train(2)
+    state = run.optimizer.state_dict()
+    ours = {key for entry in state["state"].values() for key in entry if key.startswith("safe_")}
+    assert ours == {"safe_anchor", "safe_support", "safe_importance", "safe_flat_direction"}
+    group = state["param_groups"][0]
+    settings = {key: value for key, value in group.items() if key.startswith("safe_")}
+    assert settings == {
+        "safe_steps": 2,
+        "safe_frozen": False,
+        "safe_started": True,
+        "safe_base": "SGD",
+        "safe_method": (
+            "Method(sparsity=Unstructured(sparsity=0.5), "
+            "constraint=ADMM(penalty=Constant(value=0.1), dual_update_interval=3), "
+            "perturbation=SAM(rho=Constant(value=0.5), interval=2, reuse=0.5), "
+            "importance=SquaredGradient(decay=0.7))"
+        ),
+    }

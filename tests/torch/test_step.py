@@ -320,7 +320,7 @@ def work(rank, path):
             if rank == 0:
                 print("case", "agrees" if same and kept else "differs")
         narrow = backend_of(parts[0]).stochastic_bfloat16
-        for a, b in zip(narrow(whole, 3), narrow(parts, 3)):
+        for a, b in zip(narrow(whole, step=3), narrow(parts, step=3)):
             same = torch.equal(a, b.full_tensor() if hasattr(b, "full_tensor") else b)
             if rank == 0:
                 print("rounding", "agrees" if same else "differs")

@@ -155,7 +155,12 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
 
     Examples
     --------
-    See `save_safetensors`.
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2))}}
+    >>> save_safetensors(params, path)
+    >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
     from safetensors.numpy import load_file
 

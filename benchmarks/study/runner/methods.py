@@ -238,7 +238,7 @@ def _pattern(course: Any, values: dict[str, Any]) -> Any:
     pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
-        return replace(as_pattern(course), ragged=ragged)
+        return replace(as_pattern(course), ragged=ragged)  # type: ignore[call-arg]  # N:M has it
     _checks.choice("ragged", ragged, ("error", "dense"))
     return Unstructured(course, **pools) if pools else course
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import sys
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from safe_core.adapters.loading import digest, module_of
 
 __all__ = ["Own", "load", "own_method"]
 
@@ -78,7 +78,7 @@ def own_method(name: str, value: str, find: Find) -> Own:
         path = find(Path(source)).absolute()
         if not path.is_file():
             raise ValueError(f"{name} must name a file that is there, got {value!r}: no {path}")
-        return Own(str(path), function, _digest(path.read_bytes()))
+        return Own(str(path), function, digest(path.read_bytes()))
     try:
         spec = importlib.util.find_spec(source)
     except (ImportError, ValueError):
@@ -88,7 +88,7 @@ def own_method(name: str, value: str, find: Find) -> Own:
             f'{name} must name a file, "my_methods.py:function", or a module that can be imported, '
             f'"package.module:function", got {value!r}'
         )
-    return Own(source, function, _digest(Path(spec.origin).read_bytes()))
+    return Own(source, function, digest(Path(spec.origin).read_bytes()))
 
 
 @lru_cache(maxsize=64)
@@ -130,14 +130,6 @@ def load(own: Own) -> Callable[..., Any]:
 def _executed(own: Own) -> ModuleType:
     """The file as a module, without files of bytecode beside it."""
     content = Path(own.source).read_bytes()
-    if _digest(content) != own.code:
+    if digest(content) != own.code:
         raise RuntimeError("it was changed while the study ran")
-    module = ModuleType(f"{Path(own.source).stem}_{own.code}")
-    module.__file__ = own.source
-    sys.modules[module.__name__] = module  # where dataclasses look for their types
-    exec(compile(content, own.source, "exec"), module.__dict__)
-    return module
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return module_of(Path(own.source), content)

@@ -1,7 +1,8 @@
-"""What the zeros of one array look like, found from its bits in NumPy.
+"""Count the zeros of an array and name the pattern that they form.
 
-The magnitude of a floating number orders as its bits without the sign, so that arrays of
-any floating type, bfloat16 and 8 bits too, are analysed as unsigned integers of their width.
+The module reads the bits of the numbers, in NumPy. Without their sign bit, floating-point
+numbers are ordered as unsigned integers. So every floating-point type can be analysed,
+bfloat16 and the 8-bit types included, although NumPy has no arithmetic for them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GroupPattern", "GroupSearch", "TensorAnalysis", "analyse", "magnitude_bits"]
+__all__ = ["TensorAnalysis", "analyse", "magnitude_bits"]
 
-_SIZES = (2, 4, 8, 16, 32)
-_SLAB = 2**20  # entries
-_FULL = 0.9  # the share of groups that hold N, for a pattern to be more than chance
+_GROUP_SIZES = (2, 4, 8, 16, 32)
+# Entries read at once. Small slabs keep a large memory-mapped array out of memory.
+_SLAB = 2**20
+# Random zeros also keep every group at or below some N. N:M is only reported where this
+# share of the groups holds exactly N.
+_MIN_FULL_GROUPS = 0.9
 
 
-class GroupPattern(NamedTuple):
-    """At most ``n`` of every ``m`` consecutive entries along ``axis`` are not zero.
+class _GroupPattern(NamedTuple):
+    """At most ``n`` of every ``m`` consecutive entries along ``axis`` are non-zero.
 
     Examples
     --------
-    >>> str(GroupPattern(2, 4, axis=1))
+    >>> str(_GroupPattern(2, 4, axis=1))
     '2:4'
     """
 
@@ -38,25 +42,35 @@ class GroupPattern(NamedTuple):
 
 
 class TensorAnalysis(NamedTuple):
-    """The zeros of one array.
+    """The zeros of one array, as `analyse` returns them.
 
     Attributes
     ----------
     entries, zeros : int
-        Of both signs.
-    pattern : {"dense", "all zero", "N:M", "channels", "unstructured"}
-        The narrowest that holds exactly; with its numbers for ``"N:M"``, such as ``"2:4"``.
-        "channels" means that every zero is in a zero row or column.
+        Numbers of entries. Zeros include -0.
+    pattern : str
+        The most specific pattern that holds exactly: ``"dense"``, ``"all zero"``,
+        ``"channels"``, an N:M pattern such as ``"2:4"``, or ``"unstructured"``. "channels"
+        means that every zero lies in a zero row or column.
     axis : int or None
-        Along which the groups of N:M run, where that is the pattern.
+        The axis along which the groups of N:M run; None for other patterns.
     zero_rows, zero_columns : int
-        Slices along axis 0 and along axis 1 that are zero throughout; 0 for vectors.
+        Numbers of slices along axis 0 and axis 1 that hold zeros only; 0 for vectors.
     ties : int
-        Entries of the smallest magnitude that is not zero. Where there is more than one, a
-        threshold cannot tell them apart.
-    dense_bytes, compressed_bytes : int
-        As stored, and by the smaller of that and the values that are not zero with their
-        places: a bit for each entry or, for N:M, ``ceil(log2(M))`` bits for each of the N.
+        Number of entries with the smallest non-zero magnitude. If it is larger than one, no
+        threshold can separate these entries.
+    dense_bytes : int
+        Size of the array as it is stored.
+    compressed_bytes : int
+        Size of the non-zero values and their positions, or ``dense_bytes`` if that is
+        smaller. Positions take one bit per entry, or ``ceil(log2(M))`` bits for each of the
+        N values of an N:M group.
+
+    Examples
+    --------
+    >>> found = analyse(np.asarray([[0.0, 1.0], [0.0, 2.0]]))
+    >>> found.pattern, found.zero_columns, found.sparsity
+    ('channels', 1, 0.5)
     """
 
     entries: int
@@ -71,22 +85,24 @@ class TensorAnalysis(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros; 0 for an empty array."""
+        """Fraction of entries that are zero; 0 for an empty array."""
         return self.zeros / max(self.entries, 1)
 
 
 def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
-    """Return the bits of floating numbers without their signs: ``|a| < |b|`` orders as they do.
+    """Return the bits of floating-point numbers without their sign bits.
+
+    The results are ordered as the magnitudes ``|x|`` are.
 
     Parameters
     ----------
     bits : unsigned integer array
-        A view of floating numbers, such as ``x.view("u4")`` of float32.
+        A view of floating-point numbers, such as ``x.view("u4")`` of float32.
 
     Raises
     ------
     TypeError
-        If ``bits`` is of another kind.
+        If ``bits`` has another dtype.
 
     Examples
     --------
@@ -98,48 +114,51 @@ def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
     return np.bitwise_and(bits, np.asarray(2 ** (8 * bits.dtype.itemsize - 1) - 1, bits.dtype))
 
 
-class GroupSearch:
-    """Find the N:M pattern that an array follows, slab by slab along its first axis.
+class _GroupSearch:
+    """Find the N:M pattern of an array that is read slab by slab along its first axis.
 
-    For M = 2, 4, ..., 32 that divides an axis, N is the most that a group holds. It is no
-    pattern if N = M, or if fewer than nine tenths of the groups hold N, rows of zeros aside: in
-    an array with 99% random zeros no group of 4 is full either. Of the patterns that hold,
-    the one with the smallest N / M is taken, and of these the smallest M.
+    For every M of 2, 4, ..., 32 that divides an axis, N is the largest number of non-zeros in
+    a group. N:M counts as a pattern if N < M and at least nine tenths of the groups outside
+    zero rows hold N non-zeros; in an array with 99% random zeros, no group of 4 is full
+    either. Among several patterns, take the one with the smallest N / M, then the smallest M.
 
     Parameters
     ----------
     shape : tuple of int
-        Of the whole array.
+        Shape of the whole array.
 
     Examples
     --------
-    >>> search = GroupSearch((2, 8))
+    >>> search = _GroupSearch((2, 8))
     >>> search.add(np.asarray([[1, 1, 0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 0, 1, 0]], bool))
     >>> search.found()
-    GroupPattern(n=2, m=4, axis=1)
+    _GroupPattern(n=2, m=4, axis=1)
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
-        # The last axis, the input axis of a torch weight, goes first.
+        # The last axis is the input axis of a torch weight, so patterns along it win.
         self._axes = list(reversed(range(len(shape)))) if len(shape) > 1 else []
         self._most = {
-            (axis, m): _Extreme(max) for axis in self._axes for m in _SIZES if shape[axis] % m == 0
+            (axis, m): _Extreme(max)
+            for axis in self._axes
+            for m in _GROUP_SIZES
+            if shape[axis] % m == 0
         }
-        self._rows = dict.fromkeys(self._axes, 0)  # lines along an axis that are not zero
+        self._rows = dict.fromkeys(self._axes, 0)  # lines along an axis with a non-zero
         self._columns = np.zeros(shape[1:], bool)
 
     def add(self, nonzero: NDArray[np.bool_]) -> None:
-        """Take in the next slab; all but the last have a multiple of 32 rows."""
+        """Count the groups of the next slab. Every slab but the last has a multiple of 32 rows."""
         for axis in self._axes:
-            if not any((axis, m) in self._most for m in _SIZES):
+            if not any((axis, m) in self._most for m in _GROUP_SIZES):
                 continue
             if axis:
                 self._rows[axis] += int(np.count_nonzero(nonzero.any(axis=axis)))
             else:
                 self._columns |= nonzero.any(axis=0)
             counts = np.moveaxis(nonzero, axis, -1).view(np.uint8)
-            for m in _SIZES:
+            for m in _GROUP_SIZES:
                 if counts.shape[-1] % 2:
                     break
                 counts = counts[..., 0::2] + counts[..., 1::2]
@@ -152,16 +171,16 @@ class GroupSearch:
             if most.value == m:
                 del self._most[axis, m]
 
-    def found(self) -> GroupPattern | None:
-        """Return the pattern of all slabs, or None."""
+    def found(self) -> _GroupPattern | None:
+        """Return the pattern that holds in all slabs, or None."""
         for axis in self._axes:
             rows = self._rows[axis] if axis else int(np.count_nonzero(self._columns))
             patterns = [
-                (most.value / m, GroupPattern(most.value, m, axis))
+                (most.value / m, _GroupPattern(most.value, m, axis))
                 for (a, m), most in self._most.items()
                 if a == axis
                 and most.value
-                and most.times >= _FULL * rows * (self._shape[axis] // m)
+                and most.times >= _MIN_FULL_GROUPS * rows * (self._shape[axis] // m)
             ]
             if patterns:
                 return min(patterns)[1]
@@ -169,7 +188,7 @@ class GroupSearch:
 
 
 class _Extreme:
-    """The smallest or largest of many numbers, and how many times it occurs."""
+    """A running minimum or maximum, and how often it occurs."""
 
     def __init__(self, choose: Callable[[int, int], int]) -> None:
         self._choose = choose
@@ -187,14 +206,15 @@ class _Extreme:
 
 
 def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnalysis:
-    """Describe the zeros of an array.
+    """Analyse the zeros of an array.
 
     Parameters
     ----------
     array : array
-        Of any shape and of a real or boolean dtype, those of ml_dtypes too.
+        Any shape; a real or boolean dtype, those of ml_dtypes included.
     floating : bool, optional
-        Whether ``array``, of unsigned integers, holds the bits of floating numbers.
+        Whether an array of unsigned integers holds the bits of floating-point numbers. By
+        default the dtype decides.
 
     Returns
     -------
@@ -202,14 +222,14 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
 
     Notes
     -----
-    Goes through the array once, in slabs of rows of about a million entries.
+    Reads the array once, in slabs of about a million entries.
 
     Examples
     --------
     >>> found = analyse(np.asarray([[0, 3, -1, 0], [1, 0, 0, 2]], "f4"))
     >>> found.pattern, found.sparsity, found.ties
     ('1:2', 0.5, 2)
-    >>> found.dense_bytes, found.compressed_bytes  # 4 values and 4 places of 1 bit
+    >>> found.dense_bytes, found.compressed_bytes  # 4 values and 4 positions of 1 bit
     (32, 17)
     """
     if floating is None:
@@ -217,13 +237,13 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
         if floating:
             array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
     shape = array.shape
-    groups, ties = GroupSearch(shape), _Extreme(min)
+    groups, ties = _GroupSearch(shape), _Extreme(min)
     kept, rows, columns = 0, 0, np.zeros(shape[1:2], bool)
     for slab in _slabs(array.reshape(1) if array.ndim == 0 else array):
         numbers = magnitude_bits(slab) if floating else slab
         nonzero = numbers != 0
         if floating:
-            numbers -= np.asarray(1, numbers.dtype)  # 0 becomes the largest
+            numbers -= np.asarray(1, numbers.dtype)  # 0 wraps around to the largest number
             ties.add(numbers)
         kept += int(np.count_nonzero(nonzero))
         groups.add(nonzero)
@@ -238,7 +258,7 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
 
 def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     per_row = max(1, math.prod(array.shape[1:]))
-    rows = max(1, _SLAB // per_row // _SIZES[-1]) * _SIZES[-1]
+    rows = max(1, _SLAB // per_row // _GROUP_SIZES[-1]) * _GROUP_SIZES[-1]
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
 
@@ -247,7 +267,7 @@ def _described(
     array: NDArray[Any],
     kept: int,
     empty: tuple[int, int],
-    groups: GroupPattern | None,
+    groups: _GroupPattern | None,
     ties: int,
 ) -> TensorAnalysis:
     shape, entries = array.shape, array.size
