@@ -144,7 +144,7 @@ class FunctionalStep:
     ...     step = FunctionalStep(method, x, [0], info, t, gradient, base)
     ...     x, state = step.run(gradient(x), state)
     >>> method.finalize(x, info)[0].round(2)
-    array([2.95, 0.  ])
+    array([3., 0.])
     """
 
     method: Method
