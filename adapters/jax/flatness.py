@@ -150,7 +150,7 @@ class _Loss:
             known = layout_of(name, leaf, owner)
             found.append(chosen_layout(name, leaf, self._layout, known))
             if found[-1] is None and is_prunable(name, leaf, owner):
-                raise ValueError(f"layout of {name} is not known: pass layout=, got None")
+                raise ValueError(f"layout of {name} is unknown: pass layout=, got None")
         return found
 
     def value(self, arrays: Sequence[jax.Array]) -> float:
