@@ -396,7 +396,11 @@ def jax_surface_of(
         (lambda: surface_of(params={}), ValueError, "params must hold a floating tensor"),
         (lambda: surface_of(params={"w": torch.ones(2) * 1j}), TypeError, "w must be real"),
         (lambda: surface_of(batches=[]), ValueError, "batches must hold at least one"),
-        (lambda: surface_of(support={"v": 1}), ValueError, "support must name parameters, w, got 'v'"),
+        (
+            lambda: surface_of(support={"v": 1}),
+            ValueError,
+            "support must name parameters, w, got 'v'",
+        ),
         (lambda: surface_of(support=1), TypeError, "support must be 'nonzero', a mapping or None"),
         (lambda: surface_of(support="nonzero"), ValueError, "no model to find the weights of"),
         (
