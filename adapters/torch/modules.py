@@ -95,7 +95,7 @@ def statistics_kept(model: nn.Module | None) -> Iterator[None]:
     layers = [] if model is None else [m for m in model.modules() if isinstance(m, _NormBase)]
     layers = [m for m in layers if m.training and m.track_running_stats]
     batch = [m for m in layers if not isinstance(m, _InstanceNorm)]
-    # Instance normalisation writes to its buffers whatever the flag says.
+    # Instance normalisation updates its buffers even if track_running_stats is False.
     buffers = [b for m in layers if isinstance(m, _InstanceNorm) for b in m.buffers()]
     saved = [b.clone() for b in buffers]
     try:
@@ -166,7 +166,7 @@ def _first(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
                 f"{type(_inputs(first))!r}"
             )
         return first, rest
-    raise ValueError("batches must not be empty, for the statistics are reset; got none")
+    raise ValueError("batches must not be empty, because the statistics are reset, got none")
 
 
 def _inputs(batch: Any) -> Any:
