@@ -843,7 +843,9 @@ BAD_ARGUMENTS = {
     "importance is a string": ({"importance": "inputs"}, ValueError, "^importance "),
     "importance of a string": ({"importance": {"kernel": "a"}}, TypeError, "^importance of kernel"),
     "importance of no leaf": (
-        {"importance": {"kernel": 1.0, "scale": 1.0}}, ValueError, "sparse parameters, kernel, got 'scale'"
+        {"importance": {"kernel": 1.0, "scale": 1.0}},
+        ValueError,
+        "^importance must name sparse parameters, kernel, got 'scale'",
     ),
     "importance is lacking": (
         {"importance": {"kernel": None, "bias": None}}, ValueError, "^importance .*'kernel'"
