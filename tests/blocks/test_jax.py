@@ -418,7 +418,11 @@ def test_targets_may_be_given() -> None:
             ValueError,
             r"targets must have shape \(10, 5, 8\), .* got \(10, 1, 8\)",
         ),
-        ({"inputs": jnp.ones(())}, ValueError, "inputs must be arrays with the same number"),
+        (
+            {"inputs": jnp.ones(())},
+            ValueError,
+            "inputs must be arrays with the same non-zero number",
+        ),
         ({"apply_fn": None}, TypeError, "apply_fn must be a function"),
         ({"seed": -1}, ValueError, "seed"),
         ({"importance": lambda params: params}, TypeError, "importance must hold arrays"),
