@@ -1,5 +1,5 @@
-"""The command line, ``safe-core``: look at checkpoints, measure and prune transformers.
+"""The program ``safe-core``: prune transformers, inspect checkpoints and measure perplexity.
 
-Each command is a thin layer over functions that can be called from Python as well:
-`inspect_checkpoint`, `perplexity` and `prune_folder`.
+Each command calls one function, which also works from Python: `inspect_checkpoint`,
+`perplexity` or `prune_folder`.
 """

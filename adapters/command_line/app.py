@@ -1,13 +1,13 @@
 """The program ``safe-core``: every command that an installed package registers.
 
-A command is a function as typer takes it, registered as an entry point of the group
-``safe_core.commands``, in the pyproject.toml of safe_core or of any other package::
+A command is a function for typer. The pyproject.toml of safe_core, or of any other package,
+registers it as an entry point of the group ``safe_core.commands``::
 
     [project.entry-points."safe_core.commands"]
     inspect = "safe_core.command_line.commands.inspect:inspect"
 
-All commands are imported for ``safe-core --help``, so their modules import typer and little
-else; a command imports the rest as it runs. `needs` names the extras that it requires.
+``safe-core --help`` imports all commands, so their modules import little besides typer. A
+command imports the rest when it runs. The decorator `needs` names the extras that it requires.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _OWN = "safe-core"  # the distribution
 def build_app(entries: Iterable[EntryPoint]) -> typer.Typer:
     """Build the program from entry points.
 
-    The commands of safe_core come first, then those of other packages under their name. A
-    command that cannot be imported is listed and raises its error when it is run, so that it
-    does not take the others down.
+    The help lists the commands of safe_core first, then those of other packages under the name
+    of the package. A command that cannot be imported is listed too and raises its error when it
+    is run, so that the others still work.
 
     Raises
     ------
@@ -73,11 +73,11 @@ def build_app(entries: Iterable[EntryPoint]) -> typer.Typer:
 
 
 def _main() -> None:
-    """Sparse and flat neural networks, for JAX and PyTorch."""
+    """Prune transformers, inspect checkpoints, and study sparse training in PyTorch and JAX."""
 
 
 def _provider(entry: EntryPoint) -> str:
-    """Return the distribution of an entry point; ours where it has none."""
+    """Return the name of the distribution of an entry point, or our own if it has none."""
     return _OWN if entry.dist is None else entry.dist.name
 
 

@@ -1,4 +1,4 @@
-"""Files of weights, read tensor by tensor: safetensors, its shards, and those of torch."""
+"""Read weight files tensor by tensor: safetensors, sharded or not, and PyTorch checkpoints."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 __all__ = ["PACKED", "StoredTensor", "read_tensors", "weight_files"]
 
-# Unsigned integers of their width stand for floating numbers.
+# Floating-point numbers are read as unsigned integers of the same width.
 _SAFETENSORS = {
     "F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several in a byte
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several entries in a byte
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TORCH_INDEX, _TORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _LONGEST_HEADER = 100_000_000  # the limit of the format
@@ -37,14 +37,15 @@ class StoredTensor(NamedTuple):
     name : str
     shape : tuple of int
     dtype : str
-        As its format calls it.
+        Its name in the file format.
     nbytes : int
     array : array or None
-        Its entries, of floating numbers the bits as unsigned integers; mapped to memory, not
-        read. None where a dtype packs several in a byte, or is not known.
+        The entries, mapped to memory without reading them. Floating-point numbers appear as
+        unsigned integers with the same bits. None for unknown dtypes, and for dtypes that pack
+        several entries in a byte.
     floating : bool
     same_as : str or None
-        The name of an earlier tensor that is stored in the same place.
+        The name of an earlier tensor in the same memory.
     """
 
     name: str
@@ -57,18 +58,18 @@ class StoredTensor(NamedTuple):
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files of weights that a file or a folder of a model stands for.
+    """Return the weight files of a model, given a file or a folder.
 
     Parameters
     ----------
     path : pathlib.Path
-        A file, an index of shards, or a folder as ``save_pretrained`` writes it; a folder
-        without the usual names may hold any number of safetensors files.
+        A weight file, an index of shards, or a folder as ``save_pretrained`` writes it. A folder
+        without the usual file names can hold any number of safetensors files.
 
     Raises
     ------
     ValueError
-        If there is nothing at ``path``, no weights in it, or a shard is missing.
+        If ``path`` does not exist, holds no weights, or lacks a shard.
 
     Examples
     --------
@@ -79,7 +80,7 @@ def weight_files(path: Path) -> list[Path]:
     ['model.safetensors']
     """
     if not path.exists():
-        raise ValueError(f"there must be a file or folder of weights at {path}, got nothing")
+        raise ValueError(f"path must be an existing file or folder of weights, got {path}")
     if path.is_file():
         return _shards(path) if path.name.endswith(".index.json") else [path]
     for index, single in ((_INDEX, _SINGLE), (_TORCH_INDEX, _TORCH)):
@@ -90,7 +91,7 @@ def weight_files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise ValueError(
-            f"folder {path} must hold weights, {_SINGLE}, {_TORCH} or an index of shards, got none"
+            f"folder {path} must hold {_SINGLE}, {_TORCH} or an index of shards, got none of these"
         )
     return found
 
@@ -103,23 +104,23 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"all shards that {index} names must be there, got no {missing[0]}")
+        raise ValueError(f"{index} must name existing shards, but {missing[0]} is missing")
     return files
 
 
 def read_tensors(file: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of a file, one in memory at a time.
+    """Yield the tensors of a file, with one in memory at a time.
 
     Parameters
     ----------
     file : pathlib.Path
-        Of safetensors, or of torch (``torch.save``), from which nothing but tensors and plain
-        containers is taken: code in it is never run.
+        A safetensors file, or one of ``torch.save`` that holds only tensors and plain
+        containers. Code in the file never runs.
 
     Raises
     ------
     ValueError
-        If the file is broken, or of torch and not safe to read.
+        If the file is damaged, or is a PyTorch file that is not safe to read.
 
     Examples
     --------
@@ -136,17 +137,17 @@ def read_tensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def _read_safetensors(file: Path) -> Iterator[StoredTensor]:
-    # The library reads bfloat16 with torch or JAX only; the header is plain JSON.
+    # The safetensors library needs torch or JAX for bfloat16. The header is plain JSON.
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"{file} must be a whole safetensors file, got {size} bytes")
+            raise ValueError(f"{file} must be a complete safetensors file, got {size} bytes")
         try:
             header = json.loads(stream.read(length))
             entries = {k: v for k, v in header.items() if k != "__metadata__"}
         except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{file} must have a header of safetensors") from error
+            raise ValueError(f"{file} must have a safetensors header") from error
     for entry in sorted(_entry(file, name, value) for name, value in entries.items()):
         yield _stored(file, entry, 8 + length, size)
 
@@ -160,7 +161,7 @@ class _Entry(NamedTuple):
 
 
 def _entry(file: Path, name: str, value: Any) -> _Entry:
-    """What a header says of a tensor, which may be anything that JSON can hold."""
+    """Check one entry of a header, which can be any JSON value, and return it."""
     try:
         start, stop = value["data_offsets"]
         entry = _Entry(start, stop, name, tuple(value["shape"]), value["dtype"])
@@ -182,12 +183,12 @@ def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
     start, stop, name, shape, dtype = entry
     kind, nbytes = _SAFETENSORS.get(dtype), stop - start
     if not start <= stop <= size - begin:
-        raise ValueError(f"{file} must be a whole safetensors file, got {name} cut off")
+        raise ValueError(f"{file} must be a complete safetensors file, but {name} is cut off")
     array = None
     if kind is not None:
         if nbytes != math.prod(shape) * np.dtype(kind).itemsize:
             raise ValueError(
-                f"{file} must hold all of a tensor, got {nbytes} bytes for {name}, {dtype} of "
+                f"{file} must hold complete tensors, got {nbytes} bytes for {name}, {dtype} of "
                 f"shape {shape}"
             )
         try:
@@ -198,7 +199,7 @@ def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
             )
         except (ValueError, OverflowError) as error:
             raise ValueError(
-                f"{file} must hold shapes that an array can have, got {shape} for {name}"
+                f"{file} must give shapes that NumPy supports, got {shape} for {name}"
             ) from error
     return StoredTensor(name, shape, dtype, nbytes, array, dtype.startswith(("F", "BF")))
 
@@ -206,28 +207,28 @@ def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
 def _read_torch(file: Path) -> Iterator[StoredTensor]:
     import torch
 
-    mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 must be read at once
+    mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{file} must be a file of torch that holds tensors and plain containers only, for "
-            f"anything else could run code, got {found[1] if found else 'something else'}"
+            f"{file} must hold only tensors and plain containers, because anything else could run "
+            f"code, got {found[1] if found else 'another object'}"
         ) from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} must be a file of safetensors or torch weights") from error
+        raise ValueError(f"{file} must be a safetensors file or a PyTorch checkpoint") from error
     places: dict[Any, str] = {}
     for name, tensor in _flat(content, ""):
         if tensor.layout is not torch.strided:
-            raise ValueError(f"{file} must hold strided tensors, got {tensor.layout} in {name}")
+            raise ValueError(f"{file} must hold strided tensors, got {tensor.layout} for {name}")
         place = tensor.data_ptr(), tensor.shape, tensor.stride()
         first = places.setdefault(place, name) if tensor.numel() else name
         yield _of_torch(name, tensor, None if first == name else first)
 
 
 def _flat(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Tensors in nested mappings and lists, with the path to each."""
+    """Yield the tensors in nested mappings and lists, each with its path."""
     import torch
 
     if torch.is_tensor(content):

@@ -1,4 +1,4 @@
-"""Errors of a command as messages: wrong input, a missing package, too little memory."""
+"""Turn errors that the user can fix into messages: wrong input, missing packages, full memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["clear_errors", "needs", "with_clear_errors"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Packages that are imported by another name than they are installed by.
+# Packages whose import name differs from the name that pip installs.
 _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def needs(*extras: str) -> Callable[[Command], Command]:
-    """Say which extras of its distribution a command needs, for the message if one is missing.
+    """Name the extras that a command needs, for the error message if a package is missing.
 
     Examples
     --------
@@ -40,13 +40,13 @@ def needs(*extras: str) -> Callable[[Command], Command]:
 
 
 def with_clear_errors(command: Callable[..., Any], distribution: str) -> Callable[..., None]:
-    """Return the command, with `clear_errors` around it and the same signature.
+    """Return the command wrapped in `clear_errors`, with the same signature.
 
     Parameters
     ----------
     command : callable
     distribution : str
-        The distribution that provides it, and whose extras `needs` names.
+        The distribution that provides the command and that has the extras of `needs`.
     """
     extras = getattr(command, "extras", ())
     in_batches = "batch_size" in inspect.signature(command).parameters
@@ -63,16 +63,16 @@ def with_clear_errors(command: Callable[..., Any], distribution: str) -> Callabl
 def clear_errors(
     distribution: str, extras: tuple[str, ...] = (), *, in_batches: bool = False
 ) -> Iterator[None]:
-    """Show errors that the user can mend as one message, and all others with their traceback.
+    """Print errors that the user can fix as a message; let all others show their traceback.
 
     Parameters
     ----------
     distribution : str
         The distribution that provides the command.
     extras : tuple of str
-        Its extras that the command needs.
+        The extras that the command needs.
     in_batches : bool
-        Whether the command has an option ``--batch-size``, which lowers its memory.
+        Whether the command has the option ``--batch-size``, which reduces memory.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def clear_errors(
         yield
     except ModuleNotFoundError as error:
         if not _is_requirement(error.name, distribution):
-            raise  # a fault of the code, such as a misspelled import
+            raise  # a bug, such as a misspelled import
         install = f': pip install "{distribution}[{",".join(extras)}]"' if extras else ""
         _fail(f"this command needs {error.name}{install}")
     except (ValueError, TypeError, OSError) as error:
@@ -104,9 +104,9 @@ def _fail(message: str) -> None:
 
 
 def _is_requirement(module: str | None, distribution: str) -> bool:
-    """Return whether a module is a package that the distribution requires, with any extra.
+    """Return whether a module is a package that the distribution or one of its extras requires.
 
-    A submodule is none: where ``torch._C`` is missing, torch is broken rather than absent.
+    Submodules do not count: if ``torch._C`` is missing, torch is broken, not absent.
     """
     if module is None:
         return False
@@ -119,5 +119,5 @@ def _is_requirement(module: str | None, distribution: str) -> bool:
 
 
 def _normalised(name: str) -> str:
-    """Return the name of a distribution as indexes compare it."""
+    """Return the name of a distribution in the form that package indexes compare."""
     return re.sub(r"[-_.]+", "-", name).lower()

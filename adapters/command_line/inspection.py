@@ -1,4 +1,4 @@
-"""``safe-core inspect``: what is sparse in a checkpoint, and what that saves."""
+"""Analyse the sparsity of a checkpoint, for ``safe-core inspect``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class TensorFigures(NamedTuple):
     dtype : str
     nbytes : int
     analysis : TensorAnalysis or None
-        None for a dtype that packs several entries in a byte or is not known, and for a tensor
-        that shares the memory of an earlier one.
+        None for unknown dtypes, for dtypes that pack several entries in a byte, and for tensors
+        that share the memory of an earlier one.
     same_as : str or None
-        The name of that one.
+        The name of that earlier tensor.
     """
 
     name: str
@@ -44,7 +44,7 @@ class TensorFigures(NamedTuple):
     same_as: str | None
 
     def plain(self) -> dict[str, Any]:
-        """Return the figures by name, for JSON."""
+        """Return the figures by name, ready for JSON."""
         found: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
         if self.same_as is not None:
             return found | {"same_as": self.same_as}
@@ -74,17 +74,17 @@ class CheckpointReport(NamedTuple):
     tensors: list[TensorFigures]
 
     def totals(self) -> dict[str, dict[str, Any]]:
-        """Return sums over the ``"weights"`` and over ``"all"`` tensors.
+        """Return the sums over ``"weights"`` and over ``"all"`` tensors.
 
-        Weights are tensors of two axes or more, embeddings among them; all are these, biases,
-        norms and buffers. A place in memory counts once; entries and zeros are of tensors that
-        were analysed.
+        Weights are tensors of two axes or more, including embeddings. All tensors also include
+        biases, norms and buffers. Shared memory counts once. Entries and zeros only count
+        tensors that have an analysis.
         """
         own = [row for row in self.tensors if row.same_as is None]
         return {"weights": _sums(row for row in own if len(row.shape) > 1), "all": _sums(own)}
 
     def plain(self) -> dict[str, Any]:
-        """Return all figures as nested dictionaries and lists, for JSON."""
+        """Return all figures as nested dictionaries and lists, ready for JSON."""
         return {
             "files": self.files,
             "tensors": {row.name: row.plain() for row in self.tensors},

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: loading, and writing at once or not at all."""
+"""Load folders of Hugging Face models, and write new ones completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
 
 
 def chosen_device(device: str) -> torch.device:
-    """Return the device of a name, of which "auto" is a GPU with float64 where there is one.
+    """Return the named device; "auto" is a GPU that supports float64 if there is one, else the CPU.
 
     Raises
     ------
     ValueError
-        If there is no such device here.
+        If this machine has no such device.
 
     Examples
     --------
@@ -44,11 +44,11 @@ def chosen_device(device: str) -> torch.device:
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        # Sums are in float64, which other accelerators, such as that of Apple, do not have.
+        # Sums need float64, which other accelerators, such as Apple's, do not have.
         return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
     rule = (
-        'device must be "auto", "cpu" or a GPU that is here, by the name that torch has for it, '
-        f'such as "cuda", "cuda:1" or "xpu", got {device!r}'
+        'device must be "auto", "cpu" or the PyTorch name of a GPU of this machine, such as '
+        f'"cuda", "cuda:1" or "xpu", got {device!r}'
     )
     try:
         found = torch.device(device)
@@ -62,12 +62,14 @@ def chosen_device(device: str) -> torch.device:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a folder; nothing is fetched, no code of the folder runs unasked.
+    """Load the tokenizer of a folder, without downloads.
+
+    Code in the folder runs only with ``trust_remote_code``.
 
     Raises
     ------
     ValueError
-        If there is no tokenizer.
+        If the folder has no tokenizer.
 
     Examples
     --------
@@ -98,8 +100,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Raises
     ------
     ValueError
-        If there is no such model, some of its weights are missing, or it brings its own code
-        and that is not trusted.
+        If the folder holds no such model, weights are missing, or the model needs code of the
+        folder without ``trust_remote_code``.
 
     Examples
     --------
@@ -116,7 +118,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     model, info = _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, **options)
     missing = sorted(info["missing_keys"])
-    if missing:  # they would be random, such as the head of an encoder
+    if missing:  # transformers draws these at random, such as the head of an encoder
         raise ValueError(
             f"model folder must hold all weights of a causal language model, got no {missing[0]} "
             f"({len(missing)} missing) in {folder}"
@@ -125,7 +127,7 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 def _check_causal(folder: Path) -> None:
-    """Refuse encoders, which would load with a head of random weights and be saved with it."""
+    """Refuse encoders: they would be loaded, pruned and saved with a random output layer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = json.loads((folder / "config.json").read_text())
@@ -133,8 +135,8 @@ def _check_causal(folder: Path) -> None:
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if names and not config.get("auto_map") and not known.intersection(names):
         raise ValueError(
-            f"model folder must hold a causal language model, got {', '.join(names)}; prune other "
-            "models from Python, by safe_core.adapters.transformers.prune_blocks"
+            f"model folder must hold a causal language model, got {', '.join(names)}; for other "
+            "models, call safe_core.adapters.transformers.prune_blocks from Python"
         )
 
 
@@ -143,8 +145,8 @@ def _check_model_folder(folder: Path) -> None:
         named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
         hub = str(folder) if named else "ORGANISATION/NAME"
         raise ValueError(
-            f"model must be a local folder, got {folder}, where there is none. One of the Hugging "
-            f"Face Hub is fetched by `hf download {hub} --local-dir model` or, in Python, "
+            f"model must be an existing local folder, got {folder}. To download a model from the "
+            f"Hugging Face Hub, run `hf download {hub} --local-dir model` or, in Python, "
             f"huggingface_hub.snapshot_download({hub!r}, local_dir='model')"
         )
     if not (folder / "config.json").is_file():
@@ -159,22 +161,22 @@ def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **optio
     except (ValueError, OSError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"the {what} in {folder} needs code of its own, which is not run unless you ask: "
-                "read that code, then give --trust-remote-code"
+                f"the {what} in {folder} needs to run its own code: read that code, then pass "
+                "--trust-remote-code"
             ) from error
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the {what} in {folder} could not be loaded: {reason}") from error
 
 
 def check_new_folder(folder: Path, source: Path) -> None:
-    """Raise unless a copy of a model would be written to a new or empty folder with room for it.
+    """Check that a folder is new or empty, outside of the model, with disk space for a copy.
 
     Raises
     ------
     ValueError
-        If the folder is that of the model or lies in it, has something in it, or is a file.
+        If the folder is the model's or inside it, is not empty, or is a file.
     OSError
-        If there is too little room on the disk.
+        If the disk has too little free space.
 
     Examples
     --------
@@ -186,30 +188,30 @@ def check_new_folder(folder: Path, source: Path) -> None:
     whole, model = folder.resolve(), source.resolve()
     if whole == model or model in whole.parents:
         raise ValueError(
-            f"out must be outside of the model's folder, such as {source.absolute()}-sparse, got "
+            f"out must be outside of the model folder, such as {source.absolute()}-sparse, got "
             f"{folder}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out must be a new or an empty folder, got {folder}")
+        raise ValueError(f"out must be a new or empty folder, got {folder}")
     parent = next(path for path in folder.absolute().parents if path.is_dir())
     needed = sum(file.stat().st_size for file in weight_files(source))
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(
-            f"out must have room for {readable_bytes(needed)}, got {readable_bytes(free)} free "
-            f"at {parent}"
+            f"out needs {readable_bytes(needed)} of free disk space, got {readable_bytes(free)} in "
+            f"{parent}"
         )
 
 
 @dataclass
 class Draft:
-    """A folder that is being written.
+    """A folder under construction.
 
     Attributes
     ----------
     path : pathlib.Path
     keep : bool
-        Whether what is in it would be a loss. It then stays if something fails after.
+        Whether to keep the folder if a later step fails, because its contents are valuable.
     """
 
     path: Path
@@ -218,14 +220,15 @@ class Draft:
 
 @contextmanager
 def written_at_once(folder: Path) -> Iterator[Draft]:
-    """Yield a draft to write in, which becomes ``folder`` in the end.
+    """Yield a draft to write to, and rename it to ``folder`` at the end.
 
-    On a fault the draft goes, or, if it is to be kept, the error gets a note that names it.
+    After an error the draft is removed. If `Draft.keep` is set, it stays and a note on the error
+    names it.
 
     Raises
     ------
     OSError
-        At once if no folder can be made there; in the end if ``folder`` is no longer empty.
+        If the folder cannot be created, or ``folder`` is not empty at the end.
 
     Examples
     --------
@@ -244,7 +247,7 @@ def written_at_once(folder: Path) -> Iterator[Draft]:
         draft.path.mkdir(parents=True)
     except OSError as error:
         raise OSError(
-            f"out must be where a folder can be made, got {folder}: {error.strerror}"
+            f"out must be a folder that can be created, got {folder}: {error.strerror}"
         ) from error
     try:
         yield draft

@@ -9,7 +9,7 @@ import typer
 __all__ = ["Device", "Json", "Trust"]
 
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
 ]
-Device = Annotated[str, typer.Option(help='A device of torch, or "auto" for a GPU if any.')]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Device = Annotated[str, typer.Option(help='PyTorch device, or "auto" for a GPU if there is one.')]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures.")]

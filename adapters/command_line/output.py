@@ -1,4 +1,4 @@
-"""What commands print."""
+"""Print results and messages."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["quiet_transformers", "say", "show"]
 
 
 def say(text: str) -> None:
-    """Print a message to standard error, apart from the results."""
+    """Print a message to standard error, so that standard output holds only results."""
     typer.echo(text, err=True)
 
 
 def show(table: object) -> None:
-    """Print something that rich draws, such as a table, to standard output."""
+    """Print a table, or anything else that rich draws, to standard output."""
     from rich.console import Console
 
-    # Markup and emoji codes stay off: names of tensors may hold brackets and colons.
+    # Names of tensors may contain brackets and colons, which rich would read as markup and emoji.
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = 160  # a pipe has no width, and rich would cut names at 80 columns
+        console.width = 160  # a pipe has no width; rich would cut names at 80 columns
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on a text, as papers on pruning measure it."""
+"""Measure the perplexity of a language model on a text, as in papers on pruning."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Perplexity(NamedTuple):
     loss : float
         Mean negative log likelihood of a token, in nats.
     predictions : int
-        How many tokens were predicted.
+        Number of predicted tokens.
     windows : int
     unused : int
-        Tokens at the end that make no whole window.
+        Tokens at the end that do not fill a window.
     """
 
     perplexity: float
@@ -51,7 +51,7 @@ class Perplexity(NamedTuple):
 
 class _Window(NamedTuple):
     start: int
-    scored: int  # how many of its last tokens count
+    scored: int  # number of tokens at its end that count
 
 
 def perplexity(
@@ -66,30 +66,32 @@ def perplexity(
 ) -> Perplexity:
     """Measure ``exp(-mean log p(token | tokens before it in its window))``.
 
-    By default the text is cut into windows of ``length`` that do not overlap, and what is left
-    at the end is not used. The first token of a window has nothing before it, so that a window
-    makes ``length - 1`` predictions, and the mean is over exactly those. (Published programs
-    multiply the mean of a window by ``length`` and divide by ``windows * length``, which
-    is the same number.) With a smaller ``stride`` windows begin that far apart, and each scores
-    only the tokens that none before it has; the last is moved back to end with the text. Then
-    every token but the first is predicted once, from at least ``length - stride`` before it.
+    By default the text is cut into windows of ``length`` tokens without overlap, and the rest at
+    the end is not used. The first token of a window has no context, so each window makes
+    ``length - 1`` predictions, and the mean is over exactly these. (Published code multiplies the
+    mean of a window by ``length`` and divides by ``windows * length``, with the same result.)
+
+    With a smaller ``stride``, windows start that far apart, and each scores only the tokens that
+    earlier windows do not contain. The last window is moved back to end with the text. Every
+    token but the first is then predicted once, from at least ``length - stride`` tokens of
+    context.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Takes int64 token ids (batch, length), and returns logits (batch, length, vocabulary) or
-        an object with ``logits``.
+        Maps int64 token ids (batch, length) to logits (batch, length, vocabulary), or to an
+        object with ``logits``.
     tokens : int64 tensor, shape (n,)
     length : int
-        Tokens in a window, at least 2.
+        Tokens per window, at least 2.
     stride : int, optional
-        From 1 to ``length``, which is the default.
+        Tokens between the starts of windows, from 1 to ``length``. The default is ``length``.
     batch_size : int
-        Windows at a time.
+        Windows per batch.
     device : torch.device or str, optional
-        Where tokens go; that of the model's first parameter by default.
+        Device for the tokens; by default that of the model's first parameter.
     progress : callable, optional
-        Called with the number of windows done and the number of all.
+        Called with the number of finished windows and the total.
 
     Returns
     -------
@@ -98,13 +100,13 @@ def perplexity(
     Raises
     ------
     TypeError, ValueError
-        If an argument is out of its range, there are fewer tokens than ``length``, one is
-        not of the model's vocabulary, or the model gives NaN or infinity.
+        If an argument is out of range, there are fewer tokens than ``length``, a token is not in
+        the model's vocabulary, or the model returns NaN or infinity.
 
     References
     ----------
     Frantar et al. 2023, "GPTQ"; Sun et al. 2024, "A Simple and Effective Pruning Approach for
-    Large Language Models", whose numbers are of 2048 tokens without overlap.
+    Large Language Models". Both report windows of 2048 tokens without overlap.
 
     Examples
     --------
@@ -126,10 +128,10 @@ def perplexity(
         got: Any = type(tokens)
         if torch.is_tensor(tokens):
             got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
-        raise TypeError(f"tokens must be an integer tensor of one axis, got {got}")
+        raise TypeError(f"tokens must be an integer tensor with one axis, got {got}")
     if len(tokens) < length:
         raise ValueError(
-            f"tokens must be at least length={length} for one window, got {len(tokens)}: give a "
+            f"tokens must fill at least one window of length={length}, got {len(tokens)}: use a "
             "longer text or a smaller length"
         )
     check_tokens(model, [{"input_ids": tokens}])
@@ -144,14 +146,14 @@ def perplexity(
             logits = output if torch.is_tensor(output) else output.logits
             rows = zip(logits, ids, some, strict=True)
             losses = [_loss(row, target, window.scored) for row, target, window in rows]
-            total += float(torch.stack(losses).sum())  # the one wait for the device
+            total += float(torch.stack(losses).sum())  # the only wait for the device
             done += len(some)
             if progress is not None:
                 progress(done, len(windows))
     predictions = sum(w.scored for w in windows)
     loss = total / predictions
     if not math.isfinite(loss):
-        raise ValueError(f"model must give finite log likelihoods, got a mean of {-loss}")
+        raise ValueError(f"model must return finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(value, loss, predictions, len(windows), unused)
@@ -169,43 +171,42 @@ def _windows(n: int, length: int, stride: int) -> list[_Window]:
 
 
 def _loss(logits: Tensor, ids: Tensor, scored: int) -> Tensor:
-    """The sum of negative log likelihoods of the last ``scored`` tokens of a window."""
+    """Return the summed negative log likelihood of the last ``scored`` tokens of a window."""
     predicted = logits[-scored - 1 : -1].float()
     losses = nn.functional.cross_entropy(predicted, ids[-scored:], reduction="none")
     return losses.double().sum()
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Raise where windows would be longer than what the model was made for.
+    """Raise if windows are longer than the model supports.
 
     Raises
     ------
     ValueError
-        If ``length`` is more than the ``max_position_embeddings`` of the model's config.
+        If ``length`` exceeds ``max_position_embeddings`` of the model's config.
 
     Examples
     --------
-    >>> check_length(nn.Linear(2, 2), 4096)  # has no limit that is known
+    >>> check_length(nn.Linear(2, 2), 4096)  # no known limit
     """
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise ValueError(
-            f"length must be at most the model's {limit} positions, got {length}: give --length or "
-            f"length={limit}"
+            f"length must be at most the model's {limit} positions, got {length}: use "
+            f"--length {limit} or length={limit}"
         )
 
 
 def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
-    """Return the tokens of text files, joined by an empty line, as one vector.
+    """Return the tokens of text files, joined by empty lines, as one vector.
 
-    Special tokens are added as the tokenizer does by default, which puts one at the beginning
-    where the model was trained so.
+    The tokenizer adds its default special tokens, such as one at the beginning of the text.
 
     Raises
     ------
     ValueError
-        If a file is not UTF-8, or is empty.
+        If a file is empty or not UTF-8.
 
     Examples
     --------
@@ -220,7 +221,7 @@ def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
 
 
 class TextFile(NamedTuple):
-    """A file of text as it was when it was read.
+    """The contents of a text file, and what identifies them.
 
     Attributes
     ----------
@@ -228,7 +229,7 @@ class TextFile(NamedTuple):
     nbytes : int
     sha256 : str
     text : str
-        With line ends of every kind as ``"\\n"``.
+        With every kind of line end as ``"\\n"``.
     """
 
     name: str
@@ -238,7 +239,7 @@ class TextFile(NamedTuple):
 
 
 def read_text_file(file: Path) -> TextFile:
-    """Return a file of text, which must be there, be UTF-8 and hold something.
+    """Read a text file, which must exist, be UTF-8 and not be empty.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Progress on standard error, drawn by rich."""
+"""Show progress on standard error with rich."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["counted", "pruning_bar"]
 
 @contextmanager
 def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of things done of all; call what is yielded with both.
+    """Yield a function that shows progress as a bar, given how many are done and how many in total.
 
     Examples
     --------
@@ -34,9 +34,9 @@ def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
-    """A bar over all epochs of all blocks, with the loss and the time left.
+    """Yield a function that shows pruning progress: a bar with the loss and the time left.
 
-    Where nobody watches, such as in a log, one line for each block is printed instead.
+    Without a terminal, such as in a log, it prints one line per block instead.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``safe-core demo``."""
+"""The command ``safe-core demo``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = {
 
 
 class Framework(enum.StrEnum):
-    """What the demo trains with."""
+    """The framework to train with."""
 
     torch = "torch"
     jax = "jax"
@@ -31,20 +31,18 @@ class Framework(enum.StrEnum):
 @needs("torch", "jax", "demo")
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, fewer sparsities: under a minute.")
+        bool, typer.Option("--quick", help="Use one seed, three sparsities and one penalty.")
     ] = False,
-    framework: Annotated[Framework, typer.Option(help="What to train with.")] = Framework.both,
+    framework: Annotated[Framework, typer.Option(help="Framework to train with.")] = Framework.both,
     output: Annotated[
         Path, typer.Option(help="Folder for the table and the figures.", file_okay=False)
     ] = Path("demo-results"),
-    device: Annotated[
-        str, typer.Option(help="Device to train on, as the framework calls it.")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to train on, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train LeNet-300-100 on handwritten digits: dense, pruned at once, by ADMM, by SAFE.
+    """Compare dense, one-shot pruned, ADMM and SAFE networks on handwritten digits.
 
-    Compares test accuracy, sharpness and sparsity at 90, 95, 98 and 99% zero weights,
-    with clean labels and with half of them random, and draws the figures.
+    Trains LeNet-300-100 at sparsities of 90, 95, 98 and 99%, with clean labels and with half of
+    the labels random. Shows test accuracy, sharpness and zeros, and draws figures.
     """
     chosen = ("torch", "jax") if framework is Framework.both else (framework.value,)
     _require(*(package for name in chosen for package in _PACKAGES[name]), *_PACKAGES["demo"])
@@ -59,7 +57,7 @@ def demo(
 
 
 def _require(*packages: str) -> None:
-    """Raise for a missing package now rather than in a worker process."""
+    """Raise for a missing package here rather than in a worker process."""
     for package in packages:
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)

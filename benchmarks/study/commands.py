@@ -1,4 +1,4 @@
-"""``safe-core study`` and ``safe-core report``."""
+"""The commands ``safe-core study`` and ``safe-core report``."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ __all__ = ["report", "study"]
 @needs("torch", "jax", "study")
 def study(
     recipe: Annotated[
-        Path, typer.Argument(help="A TOML file, or the name of a recipe that is installed.")
+        Path, typer.Argument(help="A TOML file, or the name of an installed recipe.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results; by default study-results/ and the name."),
+        typer.Option(help="Folder for the results; by default study-results/NAME."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in its own process.")] = 1,
     data: Annotated[
-        Path | None, typer.Option(help="Where the files of the data are, in place of the recipe's.")
+        Path | None, typer.Option(help="Folder of the data files; overrides that of the recipe.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="Device to train on, as the framework calls it.")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to train on, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train and measure what a recipe asks for: method by sparsity by seed by framework.
+    """Run a study: train and measure every combination in a recipe.
 
-    A study that was stopped goes on from where it was. Then see safe-core report.
+    A recipe lists methods, sparsities, seeds and frameworks. After an interruption, the same
+    command runs what is left. Use safe-core report for tables and figures.
     """
     from safe_core.study.runner import recipe_source, run_study
 
@@ -40,18 +39,18 @@ def study(
     try:
         run_study(source, folder, folder=recipe.parent, jobs=jobs, data=data, device=device)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on with what is left", err=True)
+        typer.echo("interrupted; run the same command to continue", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"results in {folder}; tables and figures: safe-core report {folder}")
 
 
 @needs("torch", "jax", "study")
 def report(
-    folder: Annotated[Path, typer.Argument(help="The folder of a study, finished or not.")],
+    folder: Annotated[Path, typer.Argument(help="The results folder of a study, complete or not.")],
 ) -> None:
-    """Write the tables of a study as Markdown and LaTeX, and its figures as PNG and PDF."""
+    """Write the tables (Markdown, LaTeX) and figures (PNG, PDF) of a study."""
     from safe_core.study.runner import write_report
 
     files = write_report(folder)
     typer.echo((folder / "report.md").read_text(encoding="utf-8"))
-    typer.echo(f"Written in {folder}: {', '.join(file.name for file in files)}")
+    typer.echo(f"written to {folder}: {', '.join(file.name for file in files)}")

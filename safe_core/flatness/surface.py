@@ -66,12 +66,18 @@ class LossSurface:
 
     Examples
     --------
-    >>> import torch
-    >>> from safe_core.adapters.torch.flatness import loss_surface
-    >>> model, batch = torch.nn.Linear(2, 1, bias=False), torch.eye(2)
-    >>> surface = loss_surface(lambda batch: model(batch).square().sum(), model, [batch])
-    >>> [round(value, 4) for value in surface.eigenvalues(k=2).values]
-    [2.0, 2.0]
+    >>> import numpy
+    >>> class Bowl:  # f(x) = x_1^2 + 3 x_2^2
+    ...     def arrays(self):
+    ...         return [numpy.zeros(2)]
+    ...     def support(self):
+    ...         return None
+    ...     def hessian_product(self):
+    ...         return lambda v: [numpy.asarray([2.0, 6.0]) * v[0]]
+    ...     def structured(self, arrays):
+    ...         return arrays
+    >>> [round(value, 4) for value in LossSurface(Bowl()).eigenvalues(k=2).values]
+    [6.0, 2.0]
     """
 
     loss: Loss

@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 from safe_core.command_line.app import GROUP, app, build_app
 from safe_core.command_line.errors import needs
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = {"demo", "inspect", "perplexity", "prune", "report", "study"}
 
 
@@ -207,19 +206,6 @@ def test_notes_of_an_error_are_shown() -> None:
     error = ValueError("it is wrong")
     error.add_note("in this run")
     assert message("fail", program=raising(error)) == "safe-core: it is wrong\nin this run\n"
-
-
-# Documented commands
-
-
-def test_documented_commands_are_understood() -> None:
-    pages = [ROOT / "docs" / "transformers.md", ROOT / "README.md"]
-    lines = [line for page in pages for line in page.read_text().splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith("safe-core ")]
-    assert {command[0] for command in commands} == {"prune", "perplexity", "inspect"}
-    known = typer.main.get_command(app).commands
-    for name, *arguments in commands:
-        known[name].make_context(name, arguments)  # fails for what it does not know
 
 
 def test_a_wrong_choice_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import subprocess
 import sys
 import tomllib
@@ -48,9 +49,15 @@ FRAMEWORKS = ("flax", "jax", "optax", "torch", "transformers")
 
 
 def imported(file: Path, package: str) -> set[str]:
-    """Every module that a file of a package imports, in any function too."""
+    """Every module that a file of a package imports, in functions and in examples too."""
+    tree = ast.parse(file.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = [ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, documented)]
+    examples = "".join(
+        x.source for d in docstrings for x in doctest.DocTestParser().get_examples(d)
+    )
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in (*ast.walk(tree), *ast.walk(ast.parse(examples))):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -101,8 +108,9 @@ def test_imports_are_read_as_python_resolves_them(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text(
         "import a.b\nfrom . import c\nfrom .d import e\nfrom ..f import g\n"
-        "def h():\n    from safe_core import study\n"
+        "def h():\n    '>>> import i'\n    from safe_core import study\n"
     )
     assert imported(file, "p.q") == {
-        "a.b", "p.q", "p.q.c", "p.q.d", "p.q.d.e", "p.f", "p.f.g", "safe_core", "safe_core.study",
+        "a.b", "p.q", "p.q.c", "p.q.d", "p.q.d.e", "p.f", "p.f.g", "i", "safe_core",
+        "safe_core.study",
     }  # fmt: skip

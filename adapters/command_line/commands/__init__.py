@@ -1,1 +1,1 @@
-"""The commands of ``safe-core`` for checkpoints and transformers, one in each file."""
+"""The commands of ``safe-core`` for checkpoints and transformers, one per file."""

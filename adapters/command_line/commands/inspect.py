@@ -1,4 +1,4 @@
-"""``safe-core inspect``."""
+"""The command ``safe-core inspect``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["inspect"]
 @needs("transformers")
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A folder of a model, a safetensors file or one of torch.")
+        Path, typer.Argument(help="A model folder, a safetensors file or a PyTorch checkpoint.")
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what is sparse in a checkpoint, tensor by tensor, and what that saves.
+    """Show the sparsity of every tensor of a checkpoint, and how far it can be compressed.
 
-    Zeros are counted exactly, and patterns hold exactly. Ties are entries of the smallest
-    magnitude above zero.
+    Zeros are counted exactly. A pattern such as 2:4 is shown only if the whole tensor follows
+    it. Ties are the entries that share the smallest magnitude above zero.
     """
     from ..inspection import inspect_checkpoint
 

@@ -1,4 +1,4 @@
-"""``safe-core perplexity``."""
+"""The command ``safe-core perplexity``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["perplexity"]
 @needs("transformers")
 def perplexity(
     model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
-    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be given again.")],
-    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be repeated.")],
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from window to window; by default the length.")
+        int | None, typer.Option(help="Tokens between the starts of windows; by default --length.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of a model on a text.
+    """Measure the perplexity of a causal language model on a text.
 
-    The text is cut into windows without overlap, as papers on pruning do it; with a smaller
-    stride each window scores only its new tokens.
+    The text is cut into windows without overlap, as in papers on pruning. With --stride below
+    --length, windows overlap and each scores only its new tokens.
     """
     from ..model_folder import chosen_device, load_model, load_tokenizer
     from ..perplexity import check_length, text_tokens

@@ -15,7 +15,7 @@ from .own import Own, load
 from .tables import read_some, sparsity_key, text
 from .training import Training
 
-__all__ = ["METHODS", "Entry", "read_entries"]
+__all__ = ["RECIPE_METHODS", "Entry", "read_entries"]
 
 Sparsity = float | str
 
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
     Examples
     --------
-    >>> METHODS["cram_plus"].fixed
+    >>> RECIPE_METHODS["cram_plus"].fixed
     {'plus': True}
     """
 
@@ -69,7 +69,7 @@ _OF_COURSE = {
     "drawn": ("among",),
 }
 _SG = {"projected_gradient": True}
-METHODS = {
+RECIPE_METHODS = {
     "dense": Kind(None),
     "safe": Kind(safe_core.safe),
     "safe_sg": Kind(safe_core.safe, _SG),
@@ -99,7 +99,7 @@ class Entry:
     Attributes
     ----------
     method : str or Own
-        One of `METHODS`, or a user's function.
+        One of `RECIPE_METHODS`, or a user's function.
     label : str
         What tables and figures call it.
     options : tuple of (str, value)
@@ -139,7 +139,9 @@ class Entry:
     @property
     def kind(self) -> Kind:
         """What the method stands for."""
-        return Kind(load(self.method)) if isinstance(self.method, Own) else METHODS[self.method]
+        return (
+            Kind(load(self.method)) if isinstance(self.method, Own) else RECIPE_METHODS[self.method]
+        )
 
     def trained(self, training: Training) -> Training:
         """The settings of training of this method, from those of the study."""
@@ -301,9 +303,9 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
     if not isinstance(table, Mapping):
         raise TypeError(f"{place} must be a table, got {_checks.shown(table)}")
     method = table.get("method")
-    if not isinstance(method, Own) and method not in METHODS:
+    if not isinstance(method, Own) and method not in RECIPE_METHODS:
         raise ValueError(
-            f"{place}.method must be one of {', '.join(map(repr, METHODS))}, or a function, "
+            f"{place}.method must be one of {', '.join(map(repr, RECIPE_METHODS))}, or a function, "
             f'"my_methods.py:function", got {_checks.shown(method)}'
         )
     name = method.function if isinstance(method, Own) else str(method)

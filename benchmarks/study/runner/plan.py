@@ -128,7 +128,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     >>> from safe_core.study.runner import cells, read_recipe
     >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
     >>> made = plan(recipe, cells(recipe)[0])
-    >>> made.steps_per_epoch, made.method.perturbs
+    >>> made.steps_per_epoch, made.method.plan().perturbs
     (19, False)
     """
     corrupted = recipe.evaluation.corruption_folder
