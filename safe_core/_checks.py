@@ -1,4 +1,7 @@
-"""Validation shared by the public entry points: name the argument, the rule, the value."""
+"""Validate arguments of the public entry points.
+
+Every message names the argument, the rule that it breaks and the value that was given.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from fractions import Fraction
 from numbers import Integral, Rational, Real
 from typing import Any
 
-_LONGEST = 300  # characters of a value in a message
+# A mapping of all layers of a large model would fill the terminal; 300 characters show its kind.
+_LONGEST = 300
 
 
 def shown(value: Any) -> str:
-    """What a message says of a value: its repr, but of an array its type and shape only."""
+    """Return the text that stands for ``value`` in a message.
+
+    That is its repr, except that an array is shown by type and shape: the repr of an array on
+    a GPU copies it to the host, and that of a traced one is unreadable.
+    """
     shape = getattr(value, "shape", ())
     if isinstance(shape, tuple) and shape:
         return f"{type(value).__module__}.{type(value).__name__} of shape {tuple(shape)}"
@@ -28,6 +36,7 @@ def shown(value: Any) -> str:
 
 def real(name: str, value: Any, *, low: float = -math.inf) -> float:
     """Return ``value`` as a finite float of at least ``low``, or raise."""
+    # True is an int in Python; here it is more likely a misplaced flag than the number 1.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a Python number, got {shown(value)}")
     number = float(value)
@@ -47,7 +56,10 @@ def integer(name: str, value: Any, *, low: int) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return ``value``, True or False, or raise."""
+    """Return ``value``, which must be True or False, or raise.
+
+    Other truthy values are refused, because ``adaptive="no"`` would mean True.
+    """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return value
@@ -62,9 +74,10 @@ def choice(name: str, value: Any, options: tuple[str | None, ...]) -> None:
 
 
 def decimal_fraction(value: Any) -> Fraction:
-    """The exact fraction that ``value`` prints as: 0.29 is 29/100.
+    """Return the exact fraction that ``value`` prints as: 29/100 for 0.29.
 
-    In binary 0.29 * 100 is below 29, so counts taken from the float would be short.
+    The float 0.29 lies slightly below 29/100, so ``floor(0.29 * 100)`` is 28. A user who
+    writes 0.29 means 29 of 100, and the printed decimal is what the user wrote.
     """
     if isinstance(value, Rational):
         return Fraction(int(value.numerator), int(value.denominator))
@@ -72,7 +85,10 @@ def decimal_fraction(value: Any) -> Fraction:
 
 
 def sparsity(name: str, value: Any) -> Any:
-    """Return ``value``, a fraction of zeros in ``[0, 1)``, or raise."""
+    """Return ``value``, a fraction of zeros in ``[0, 1)``, or raise.
+
+    A Decimal is returned as a Fraction, because Decimal is not a `numbers.Real`.
+    """
     if isinstance(value, Decimal):
         value = Fraction(value)
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -1,4 +1,4 @@
-"""Which dtypes are taken, and in which one sums are taken."""
+"""Choose the dtypes to compute in, and check the dtypes of arguments."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 
 def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
-    """float64 if any array is float64, else float32: what scores and norms are summed in."""
+    """Return the dtype for scores and sums: float64 if any array is float64, else float32.
+
+    16-bit parameters are never summed in 16 bits: float16 overflows at 65504, and a bfloat16
+    sum stops growing after a few hundred terms.
+    """
     return xp.float64 if any(a.dtype == xp.float64 for a in arrays) else xp.float32
 
 
 def scalar_like(value: Any, x: Any) -> Any:
-    """A number as it is, and a scalar array in the dtype of ``x``, so that neither promotes it.
+    """Return ``value`` such that multiplying ``x`` by it keeps the dtype of ``x``.
 
-    Schedules of a traced step are float64 where JAX has it, though the parameters are not.
+    A Python number is returned as it is. A scalar array is cast, because the schedule of a
+    traced step is float64 where JAX has x64 enabled, and would promote float32 parameters.
     """
     if not is_array_api_obj(value):
         return value
@@ -24,7 +29,11 @@ def scalar_like(value: Any, x: Any) -> Any:
 
 
 def check_real_floating(xp: Any, x: Any, name: str) -> None:
-    """Refuse what has no bit pattern of 16, 32 or 64 bits that orders as its magnitude."""
+    """Raise TypeError unless ``x`` is real floating with 16, 32 or 64 bits.
+
+    Selection compares the bit patterns of magnitudes as integers, which needs one of these
+    widths.
+    """
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(f"{name} must be real floating, got dtype {x.dtype}")
     if xp.finfo(x.dtype).bits not in (16, 32, 64):
@@ -32,15 +41,16 @@ def check_real_floating(xp: Any, x: Any, name: str) -> None:
 
 
 def widened(xp: Any, x: Any, dtype: Any) -> Any:
-    """``x`` in a wide dtype, with subnormal float32 or float64 values as zero.
+    """Return ``x`` in ``dtype``, with float32 or float64 subnormals set to zero.
 
     XLA flushes subnormal numbers to zero in arithmetic. Flushing them everywhere gives
-    every backend the same scores.
+    every backend the same scores. float16 subnormals are kept: float32 holds them as normal
+    numbers.
     """
     x = xp.astype(x, wide_dtype(xp, [x]), copy=False)
     return xp.astype(flushed(xp, x), dtype, copy=False)
 
 
 def flushed(xp: Any, x: Any) -> Any:
-    """``x`` with subnormal values as zero."""
+    """Return ``x`` with subnormal values set to zero."""
     return xp.where(xp.abs(x) < float(xp.finfo(x.dtype).smallest_normal), xp.zeros_like(x), x)

@@ -1,4 +1,7 @@
-"""Arguments of the projection: one array or several, checked and brought into lists."""
+"""Check the arguments of the projection and bring them into lists.
+
+Callers may pass one array, a list, a tuple or a mapping; everything below works on lists.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ __all__ = [
 
 
 class Arguments(NamedTuple):
-    """Checked arguments of `project`, as lists; ``rebuild`` restores their structure."""
+    """Checked arguments of `project`, as lists.
+
+    ``rebuild`` turns a list of arrays back into the structure that the caller passed.
+    """
 
     arrays: list[Array]
     importance: list[Array | None]
@@ -61,7 +67,11 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
 
 
 def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
-    """Return the pattern for ``sparsity``; names in it are keys of ``arrays``."""
+    """Return the pattern for ``sparsity``.
+
+    A distribution by name uses the keys of ``arrays``. They are renamed to the names that
+    messages use, such as ``arrays['head']``, so that both match.
+    """
     pattern = as_pattern(sparsity)
     if pattern.named_arrays and not isinstance(arrays, Mapping):
         raise TypeError(
@@ -71,7 +81,11 @@ def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:
-    """Refuse a negative or non-finite P, where values can be read; reads one flag."""
+    """Raise ValueError if an entry of P is negative or not finite.
+
+    Traced arrays are not checked, since their values cannot be read. All arrays share one
+    read of the device.
+    """
     given = [(p, name) for p, name in zip(importance, names, strict=True) if p is not None]
     refuse(
         [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
@@ -80,7 +94,10 @@ def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -
 
 
 def refuse_filled(argument: str, names: Sequence[str], counts: Sequence[int]) -> None:
-    """Raise where arrays that must be sparse hold too many entries that are not zero."""
+    """Raise ValueError if arrays that must be sparse hold too many non-zeros.
+
+    ``counts`` holds the number of surplus non-zeros of each array.
+    """
     broken = [f"{name} ({n} too many)" for name, n in zip(names, counts, strict=True) if n]
     if broken:
         raise ValueError(f"{argument} must be sparse, got non-zeros in {', '.join(broken)}")
@@ -89,6 +106,7 @@ def refuse_filled(argument: str, names: Sequence[str], counts: Sequence[int]) ->
 def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:
     if not arrays or not all(backend_of(x).is_concrete(x) for x in arrays):
         return
+    # One read of the device says whether there is a NaN; only then look for the array.
     if backend_of(arrays[0]).has_nan(arrays):
         for x, name in zip(arrays, names, strict=True):
             if bool(array_namespace(x).any(array_namespace(x).isnan(x))):
@@ -96,10 +114,14 @@ def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:
 
 
 def refuse(checks: Sequence[tuple[Array, Array]], rules: Sequence[str]) -> None:
-    """Raise the first rule that an array breaks, with the first value that breaks it."""
+    """Raise ValueError with the first rule that is broken and the first value that breaks it.
+
+    Each check is an array and a mask of its bad entries. Nothing is raised while tracing.
+    """
     if not checks or not all(backend_of(bad).is_concrete(bad) for _, bad in checks):
         return
     xp = array_namespace(checks[0][0])
+    # Reading one flag for all arrays synchronises the device once, not once per array.
     flags = [xp.any(bad) for _, bad in checks]
     if bool(xp.any(xp.stack(flags))):
         broken = next(i for i, flag in enumerate(flags) if bool(flag))
@@ -112,7 +134,7 @@ def _first(xp: Any, x: Array, bad: Array) -> float:
 
 
 def _listed(arrays: Any) -> tuple[list[Array], list[str], Callable[[list[Array]], Any]]:
-    """The arrays as a list, their names, and the function that restores the structure."""
+    """Return the arrays as a list, their names, and a function that restores the structure."""
     if is_array_api_obj(arrays):
         return [arrays], ["arrays"], lambda listed: listed[0]
     if isinstance(arrays, Mapping):
@@ -128,7 +150,11 @@ def _listed(arrays: Any) -> tuple[list[Array], list[str], Callable[[list[Array]]
 
 
 def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> list[Any]:
-    """``given`` as a list beside the arrays: the same structure, or one for all."""
+    """Return ``given`` as a list with one entry per array.
+
+    ``given`` has the structure of ``arrays``, or is one `Layout` for all of them. A mapping
+    may leave arrays out.
+    """
     if given is None:
         return [None] * len(names)
     if argument == "layout" and is_array_api_obj(arrays) and not isinstance(given, Layout):
@@ -136,7 +162,7 @@ def _matched(argument: str, given: Any, arrays: Any, names: Sequence[str]) -> li
     if isinstance(arrays, Mapping) and isinstance(given, Mapping):
         unknown = [key for key in given if key not in arrays]
         if unknown:
-            raise ValueError(f"{argument} names {unknown[0]!r}, which arrays lacks")
+            raise ValueError(f"{argument} must name keys of arrays, got {unknown[0]!r}")
         return [given.get(key) for key in arrays]
     if isinstance(given, Layout):
         return [given] * len(names)

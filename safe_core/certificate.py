@@ -1,4 +1,4 @@
-"""A certificate that a point solves the sparse problem to first order."""
+"""Measure how far a point is from solving the sparse problem to first order."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ def stationarity_gap(
     importance: Any = None,
     layout: Any = None,
 ) -> Array:
-    """How far a point is from delta-stationarity: zero exactly there.
+    """Return how far a point is from delta-stationarity, 0 if it is delta-stationary.
 
-    ``|x - y|_P^2 - |proj(y) - y|_P^2`` with ``y = x - gradient / delta``. A
-    delta-stationary point is one of the nearest sparse points to its own gradient
-    step. ADMM at rest with a constant penalty lambda is delta-stationary for
+    The gap is ``|x - y|_P^2 - |proj(y) - y|_P^2`` with ``y = x - gradient / delta``. A
+    sparse point is delta-stationary if no sparse point is nearer to its gradient step y. A
+    fixed point of ADMM with a constant penalty lambda is delta-stationary for
     ``delta = lambda``.
 
     Parameters
     ----------
     x, gradient : array, or list, tuple or mapping of arrays
-        A point and the loss gradient there.
+        A point and the loss gradient at that point, of the same shapes.
     delta : float
-        Positive; the inverse step size, lambda at a fixed point of ADMM.
+        Inverse step size, positive. Use lambda at a fixed point of ADMM.
     sparsity, importance, layout
-        As for `project`.
+        See `project`.
 
     Returns
     -------
     array
-        A scalar, non-negative for a sparse ``x`` up to rounding.
+        A scalar. It is non-negative up to rounding if ``x`` is sparse; a dense ``x`` can make
+        it negative.
 
     Raises
     ------
@@ -82,7 +83,8 @@ def stationarity_gap(
     for a, b, nearest, p in zip(
         x_wide, y, apply_support(y, support), point.importance, strict=True
     ):
-        # One sum of differences cancels less than a difference of sums.
+        # The two squares agree on most entries. Summing their differences entry by entry
+        # cancels there exactly; a difference of two large sums would lose a small gap.
         terms = (a - b) ** 2 - (nearest - b) ** 2
         gap = gap + xp.sum(terms if p is None else xp.astype(p, dtype) * terms)
     return gap

@@ -1,7 +1,7 @@
-"""A step of a method on immutable arrays: NumPy, JAX and any array API library.
+"""Run the steps of a method on immutable arrays of any array API library.
 
 `FunctionalStep` walks the plan of a method over lists of arrays. The JAX adapter runs it on
-the leaves of a pytree, and a loop of one's own runs it on lists.
+the leaves of a pytree. Use it directly in a training loop of your own, with NumPy for example.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Gradients = Callable[[list[Array]], list[Array]]
 
 @dataclass
 class StepState:
-    """What a method keeps from step to step, for lists of arrays.
+    """State that a method keeps between steps, as lists of arrays.
 
     Attributes
     ----------
     split : SplitState
         State of the constraint, for the sparse parameters.
     importance : list of arrays or None
-        State of the importance; None if P = 1.
+        State of the importance. None if P = 1.
     flat : list of arrays
-        The direction that steps between perturbations reuse, for all parameters; empty if
-        the method reuses none.
+        Direction that steps between perturbations reuse, for all parameters. Empty if the
+        method reuses none.
     """
 
     split: SplitState
@@ -63,11 +63,11 @@ def start(
     params : sequence of arrays
         All trainable parameters.
     sparse : sequence of int
-        Positions of the sparse ones among them.
+        Positions of the sparse parameters in ``params``.
     info : ArrayInfo
         Names and layouts of the sparse parameters.
     importance : Importance, optional
-        By default that of the method.
+        Overrides the importance of the method.
 
     Returns
     -------
@@ -85,14 +85,15 @@ def start(
     flat = no_direction(params) if method.plan().reuses else []
     source = method.importance if importance is None else importance
     held = None if source is None else source.init(values)
-    # P is known before step 0 only where it never changes.
+    # The first projection uses P only if P is constant. An importance that is refreshed at
+    # dual updates has nothing to go by yet, so z starts from the plain magnitudes.
     known = None if source is None or source.reads is not None else held
     metric = method.metric(known, source=source)
     return StepState(method.init(values, info, metric), held, flat)
 
 
 def no_direction(params: Sequence[Array]) -> list[Array]:
-    """Return a zero direction for all parameters, until the first perturbation."""
+    """Return zeros for all parameters, the direction to reuse before the first perturbation."""
     return [
         array_namespace(p).zeros_like(p, dtype=wide_dtype(array_namespace(p), [p])) for p in params
     ]
@@ -100,7 +101,7 @@ def no_direction(params: Sequence[Array]) -> list[Array]:
 
 @dataclass
 class FunctionalStep:
-    """One step of a method, see `run`.
+    """One step of a method; call `run` to take it.
 
     Attributes
     ----------
@@ -108,25 +109,27 @@ class FunctionalStep:
     params : list of arrays
         All trainable parameters x.
     sparse : sequence of int
-        Positions of the sparse ones among them.
+        Positions of the sparse parameters in ``params``.
     info : ArrayInfo
         Names and layouts of the sparse parameters.
     step : int or integer array
-        t, counted from 0.
+        Step t, counted from 0. It may be traced.
     gradients_at : callable
-        ``gradients_at(params) -> gradients`` of the loss, for points other than x.
+        ``gradients_at(params) -> gradients`` of the loss. It is called for points other than
+        x; the gradients at x are passed to `run`.
     base : callable
-        ``base(gradients) -> updates``: the base optimizer, whose updates are added to x.
+        ``base(gradients) -> updates`` of the base optimizer. The updates are added to x.
     plan : StepPlan, optional
-        By default that of the method.
+        Overrides the plan of the method.
     importance : Importance, optional
-        By default that of the method.
+        Overrides the importance of the method.
     rho, penalty, learning_rate : float or scalar array, optional
-        Values at this step; rho and penalty are those of the method by default.
+        Values at this step. The schedules of the method give rho and the penalty by default;
+        a decoupled penalty needs the learning rate.
     second_moments : callable, optional
         Returns the base optimizer's second moments of the sparse parameters after its step.
     layouts : sequence of Layout or None, optional
-        Roles of the axes of all parameters, for perturbations that read them.
+        Axis roles of all parameters, for perturbations that read them.
 
     Examples
     --------
@@ -141,7 +144,7 @@ class FunctionalStep:
     ...     step = FunctionalStep(method, x, [0], info, t, gradient, base)
     ...     x, state = step.run(gradient(x), state)
     >>> method.finalize(x, info)[0].round(2)
-    array([2.95, 0.  ])
+    array([3., 0.])
     """
 
     method: Method
@@ -159,7 +162,8 @@ class FunctionalStep:
     second_moments: Callable[[], list[Array]] | None = None
     layouts: Sequence[Layout | None] | None = None
 
-    # What the operations work on.
+    # Working state. Operations take no arguments, so that the plan alone sets their order;
+    # they read and write these fields.
     _g: list[Array] = field(init=False, repr=False)
     _observed: list[Array] = field(init=False, repr=False)
     _pulls: list[Array] = field(init=False, repr=False)
@@ -171,17 +175,18 @@ class FunctionalStep:
     _source: Importance | None = field(init=False, repr=False)
 
     def run(self, gradients: list[Array], state: StepState) -> tuple[list[Array], StepState]:
-        """Return x and the state after the step, from the gradients at x."""
+        """Take the step from the gradients at x; return the new x and the new state."""
         updates, state = self.updates(gradients, state)
         return self._applied(updates), state
 
     def updates(self, gradients: list[Array], state: StepState) -> tuple[list[Array], StepState]:
-        """Return what is to be added to x, and the state after the step."""
+        """Take the step as `run` does, but return the updates to add to x, as optax does."""
         self._plan = self.method.plan() if self.plan is None else self.plan
         self._source = self.method.importance if self.importance is None else self.importance
         self._split, self._held = state.split, state.importance
         self._flat = list(state.flat)
         self._g = self._masked(gradients)
+        # The first evaluation is the gradient at x, which the caller has computed already.
         for evaluation in self._plan.evaluations[1:]:
             self._evaluate(evaluation)
         for operation in self._plan.operations:
@@ -210,6 +215,7 @@ class FunctionalStep:
         def stay(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
             return self.method.reuse(first, flat) if self._plan.reuses else first, flat
 
+        # Under jit this is lax.cond, so steps that do not perturb skip the second gradient.
         cond = backend_of(self.step).cond
         self._g, self._flat = cond(due, ascend, stay, self._g, self._flat)
 
@@ -217,7 +223,7 @@ class FunctionalStep:
         return self._masked(_cast(self.gradients_at(params), self._g))
 
     def _projected(self, params: list[Array]) -> list[Array]:
-        """Return C(params), at the sparsity of this step."""
+        """Return C(params), the projection at the sparsity of this step."""
         values = self._of(params)
         metric = self.method.metric(self._held, source=self._source)
         kept = self.method.support_at(values, self.info, self.step, metric)
@@ -228,7 +234,7 @@ class FunctionalStep:
             return gradients
         return self._replaced(gradients, apply_support(self._of(gradients), self._split.support))
 
-    # Operations, by the names of `Operation`
+    # Operations, named after the members of `Operation`
 
     def _observe_gradients(self) -> None:
         self._observed = self._of(self._g)
@@ -240,11 +246,13 @@ class FunctionalStep:
         pulled = []
         for i, pull in zip(self.sparse, self._penalty_gradients(), strict=True):
             xp, g = array_namespace(pull), self._g[i]
+            # Add in the wide dtype: a small pull would round away beside a 16-bit gradient.
             total = xp.astype(g, pull.dtype, copy=False) + pull
             pulled.append(xp.astype(total, g.dtype, copy=False))
         self._g = self._replaced(self._g, pulled)
 
     def _measure_pull(self) -> None:
+        # Measured before the base step, because the pull is that at x_t and not at x_{t+1}.
         self._pulls = [
             scalar_like(self.learning_rate, pull) * pull for pull in self._penalty_gradients()
         ]
@@ -253,6 +261,9 @@ class FunctionalStep:
         weight = self.penalty
         if weight is None:
             weight = self.method.constraint.penalty(self.step)
+        # SAFE perturbs the loss and not the penalty (Lee et al. 2025, Algorithm 1), so x is
+        # unperturbed here. The penalty's curvature is lambda everywhere: e would only shift
+        # the pull, and nothing about flatness is learnt from it.
         pairs = zip(self._of(self.params), self._split.anchor, strict=True)
         return [penalty_gradient(x, anchor, weight) for x, anchor in pairs]
 
@@ -275,6 +286,7 @@ class FunctionalStep:
         params = self._applied(self._updates)
         due = self._is_due
 
+        # Importance comes first: the projection of this update already uses the new P.
         def update(
             split: SplitState, held: list[Array] | None
         ) -> tuple[SplitState, list[Array] | None]:
@@ -312,6 +324,7 @@ class FunctionalStep:
         due = self._is_due
         support = self._split.support
         if not isinstance(due, bool):
+            # No `if` on a traced value: a step that is not due keeps every entry instead.
             support = [mask | ~array_namespace(mask).asarray(due) for mask in support]
         elif not due:
             return
@@ -324,12 +337,12 @@ class FunctionalStep:
     # Lists
 
     def _zero_off(self, support: Sequence[Array]) -> None:
-        """Make the updates such that x is zero off a support: x + (-x) is +0."""
+        """Set the updates off a support to -x, so that adding them gives exactly +0."""
         emptied = []
         for i, mask in zip(self.sparse, support, strict=True):
             x, update = self.params[i], self._updates[i]
             xp = array_namespace(x)
-            dtype = _wider(x, update)  # in which -x is exact
+            dtype = _wider(x, update)  # -x is exact in it; in a narrower dtype it might round
             kept, back = (xp.astype(a, dtype, copy=False) for a in (update, x))
             emptied.append(xp.where(mask, kept, -back))
         self._updates = self._replaced(self._updates, emptied)
@@ -361,7 +374,10 @@ def _added(x: Array, step: Array) -> Array:
 
 
 def _wider(a: Array, b: Array) -> Any:
-    """Return the dtype that holds both, without a library's own rules of promotion."""
+    """Return the dtype that represents both exactly.
+
+    Promotion rules differ between libraries, so the result must not depend on them.
+    """
     if a.dtype == b.dtype:
         return a.dtype
     xp = array_namespace(a)

@@ -1,8 +1,8 @@
-"""Importances: where the diagonal P of the generalised projection comes from.
+"""Importances supply the diagonal P of the weighted projection.
 
-An importance is a frozen dataclass with three functions of lists of arrays: `init` makes
-its state, `refresh` updates the state at dual updates, and `metric` turns it into P. It
-declares what `refresh` reads. To add one, derive from `Importance`.
+An importance is a frozen dataclass with three methods on lists of arrays: `init` makes its
+state, `refresh` updates the state at dual updates, and `metric` turns the state into P. The
+class attribute `reads` declares the input of `refresh`. To add one, derive from `Importance`.
 """
 
 from __future__ import annotations
@@ -33,45 +33,44 @@ Reads = Literal["gradients", "params", "model", "second_moments"] | None
 
 
 class Importance:
-    """Base class of importances, with the defaults of one that never changes.
+    """Base class of importances. By default P is constant.
 
-    Arrays of one call belong to the sparse parameters, in their order.
+    The arrays of one call belong to the sparse parameters, in their order.
     """
 
     reads: ClassVar[Reads] = None
-    """What `refresh` is given at a dual update.
+    """The input of `refresh` at a dual update.
 
-    "gradients": the loss gradients of the step, before the penalty. "params": the
-    sparse parameters after the step of the base optimizer. "model": all trainable
-    parameters after it. "second_moments": the base
-    optimizer's running averages of squared gradients after its step, such as Adam's. None:
-    nothing, and the state stays as it is.
+    "gradients": the loss gradients of the step, before the penalty. "params": the sparse
+    parameters after the base step. "model": all trainable parameters after the base step.
+    "second_moments": the base optimizer's running averages of squared gradients after its
+    step, such as Adam's. None: `refresh` is never called and P is constant.
     """
 
     has_state_from_start: ClassVar[bool] = True
-    """Whether `init` returns a state; without one P is 1 until the first `refresh`."""
+    """Whether `init` returns a state. If not, P is 1 until the first `refresh`."""
 
     def init(self, params: Sequence[Array]) -> list[Array] | None:
-        """Return the state before step 0, if any."""
+        """Return the state before step 0, or None if there is none yet."""
         raise NotImplementedError
 
     def refresh(self, state: Sequence[Array], values: Sequence[Array]) -> list[Array]:
-        """Return the state after a dual update; ``values`` are what the class `reads`."""
+        """Return the state after a dual update, where ``values`` is the input named by `reads`."""
         return list(state)
 
     def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
-        """Return P. ``joint`` says that all arrays compete in one pool."""
+        """Return P, where ``joint`` says that all arrays compete in one pool."""
         return list(state)
 
 
 @dataclass(frozen=True)
 class Given(Importance):
-    """P as arrays that a caller hands to an adapter; it stays as it is.
+    """Constant P, given by the user as arrays.
 
     Attributes
     ----------
     place : callable
-        Returns the arrays for given parameters, checked and with their axes.
+        ``place(params)`` returns the arrays, checked and with the axes of the parameters.
 
     Examples
     --------
@@ -83,20 +82,22 @@ class Given(Importance):
     place: Callable[[Sequence[Array]], list[Array]]
 
     def init(self, params: Sequence[Array]) -> list[Array]:
-        """Return the arrays."""
+        """Return the given arrays, with the axes of ``params``."""
         return self.place(params)
 
 
 @dataclass(frozen=True)
 class Computed(Importance):
-    """P by a caller's function of the parameters, called at dual updates; 1 before the first.
+    """P computed by the user's function of the parameters, called at dual updates.
+
+    P is 1 before the first dual update.
 
     Attributes
     ----------
     compute : callable
-        Returns P of the sparse parameters for given parameters.
+        ``compute(params)`` returns P for the sparse parameters.
     reads : {"params", "model"}
-        Whether the function is given the sparse parameters or all of them.
+        The argument of the function: the sparse parameters, or all trainable ones.
 
     Examples
     --------
@@ -111,28 +112,29 @@ class Computed(Importance):
     has_state_from_start: ClassVar[bool] = False
 
     def init(self, params: Sequence[Array]) -> list[Array] | None:
-        """Return None: the function is not called before the first dual update."""
+        """Return None, because the function is first called at a dual update."""
         return None
 
     def refresh(self, state: Sequence[Array], values: Sequence[Array]) -> list[Array]:
-        """Return what the function gives."""
+        """Return the result of the function."""
         return self.compute(values)
 
 
 @dataclass(frozen=True)
 class SquaredGradient(Importance):
-    """The squared loss gradient, averaged over dual updates.
+    """Squared loss gradient, averaged over dual updates.
 
-    ``m <- decay * m + (1 - decay) * g^2`` and ``P = m``: the diagonal of the empirical
-    Fisher information, and SNIP's saliency squared for ``decay=0``. The gradient is the
-    one at the perturbed point, unscaled and before the penalty. The average starts at
-    zero; its common factor changes no projection, so none is corrected. P is 1 until a
-    gradient has been seen, for an all-zero P would keep entries 0, 1, 2, ...
+    ``m <- decay * m + (1 - decay) * g^2`` and ``P = m``. This estimates the diagonal of the
+    empirical Fisher information; with ``decay=0`` entries rank as by SNIP. The gradient g is
+    taken at the perturbed point, unscaled and before the penalty. The average starts at zero
+    without bias correction, because a common factor changes no projection. P is 1 until a
+    gradient is seen: with an all-zero P every score ties, and the tie rule keeps the entries
+    of lowest index.
 
     Attributes
     ----------
     decay : float
-        Weight of the past, in [0, 1).
+        Weight of the previous average, in [0, 1).
 
     Raises
     ------
@@ -162,31 +164,32 @@ class SquaredGradient(Importance):
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
 
     def init(self, params: Sequence[Array]) -> list[Array]:
-        """Zeros of the shapes of ``params``, in float32 or wider."""
+        """Return zeros of the shapes of ``params``, in float32 or wider."""
         return _zeros(params)
 
     def refresh(self, state: Sequence[Array], gradients: Sequence[Array]) -> list[Array]:
-        """Average in the squares of ``gradients``; a non-finite entry changes nothing."""
+        """Return the average with ``gradients**2`` included; skip entries that are not finite."""
         refreshed = []
         for m, g in zip(state, gradients, strict=True):
             xp = array_namespace(m)
             wide = xp.astype(g, m.dtype)
             new = self.decay * m + (1 - self.decay) * (wide * wide)
+            # A loss scaler overflows now and then; one NaN must not stay in the average.
             refreshed.append(xp.where(xp.isfinite(new), new, m))
         return refreshed
 
     def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
-        """Return ``m``, or 1 where every ``m`` of a pool is still zero."""
+        """Return ``m``, or 1 for a pool whose ``m`` are all still zero."""
         return _one_until_seen(state, joint=joint)
 
 
 @dataclass(frozen=True)
 class SecondMoment(Importance):
-    """The base optimizer's running average of squared gradients: ``P = v``.
+    """Running average of squared gradients of the base optimizer, ``P = v``.
 
-    The entries then rank by ``sqrt(v) |x + u|``, the objective-aware score of ELSA. The base
-    must keep second moments, as Adam and its relatives do. A factor per tensor, such as
-    Adam's bias correction, changes no order within it.
+    Entries then rank by ``sqrt(v) |x + u|``, the objective-aware score of ELSA. The base
+    optimizer must keep second moments, as Adam does. v is used without Adam's bias
+    correction, which is one factor per tensor and changes no order within a tensor.
 
     References
     ----------
@@ -203,11 +206,11 @@ class SecondMoment(Importance):
     reads: ClassVar[Reads] = "second_moments"
 
     def init(self, params: Sequence[Array]) -> list[Array]:
-        """Zeros of the shapes of ``params``, in float32 or wider."""
+        """Return zeros of the shapes of ``params``, in float32 or wider."""
         return _zeros(params)
 
     def refresh(self, state: Sequence[Array], values: Sequence[Array]) -> list[Array]:
-        """Copy the second moments; a non-finite entry keeps its old value."""
+        """Return a copy of the second moments; non-finite entries keep their old value."""
         refreshed = []
         for old, new in zip(state, values, strict=True):
             xp = array_namespace(old)
@@ -216,7 +219,7 @@ class SecondMoment(Importance):
         return refreshed
 
     def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
-        """Return ``v``, or 1 where every ``v`` of a pool is still zero."""
+        """Return ``v``, or 1 for a pool whose ``v`` are all still zero."""
         return _one_until_seen(state, joint=joint)
 
 
@@ -227,7 +230,10 @@ def _zeros(params: Sequence[Array]) -> list[Array]:
 
 
 def _one_until_seen(state: Sequence[Array], *, joint: bool) -> list[Array]:
-    """Return the arrays, or 1 where a whole pool is zero: P = 0 would keep entries 0, 1, 2."""
+    """Return the arrays, or ones for a pool that is all zero.
+
+    With P = 0 all scores would tie, and the tie rule would keep the entries of lowest index.
+    """
     if not state:
         return []
     xp = array_namespace(*state)
@@ -239,16 +245,16 @@ def _one_until_seen(state: Sequence[Array], *, joint: bool) -> list[Array]:
 
 
 def wanda(activations: Any) -> Any:
-    """The diagonal of ``A^T A``: Wanda's importance of each input feature.
+    """Return Wanda's importance of each input feature, the diagonal of ``A^T A``.
 
-    ``P_j = sum_n A_nj^2``. With it the score ``sqrt(P_j) |w_ij|`` of an entry is
-    Wanda's ``|w_ij| * |A_j|_2``.
+    ``P_j = sum_n A_nj^2``. The score ``sqrt(P_j) |w_ij|`` of an entry is then Wanda's
+    ``|w_ij| * |A_j|_2``.
 
     Parameters
     ----------
     activations : array
-        Inputs of a layer, shape (..., features), real floating. Sums of several calls
-        add up to that of all samples.
+        Inputs of a layer, shape (..., features), real floating. To use several batches, add
+        up the results of one call per batch.
 
     Returns
     -------
@@ -282,18 +288,19 @@ def wanda(activations: Any) -> Any:
 
 
 def hutchinson(probes: Sequence[Any], products: Sequence[Any]) -> Any:
-    """The diagonal of a Hessian, estimated from products with it, negative entries as 0.
+    """Estimate the diagonal of a Hessian from Hessian-vector products; clip it at 0.
 
-    ``P = max(0, mean_s r_s * (H r_s))`` over samples s, with entries of r drawn from -1 and
-    1: the mean of every ``r_i H_ij r_j`` is zero but for ``i = j``. With it an entry ranks by
-    ``sqrt(P) |v|``, as in Optimal Brain Damage.
+    ``P = max(0, mean_s r_s * (H r_s))`` over samples s, where the entries of r are -1 or 1
+    with equal probability. The estimate is unbiased before clipping, because
+    ``E[r_i H_ij r_j]`` is zero unless ``i = j``. Entries then rank by ``sqrt(P) |v|``, as in
+    Optimal Brain Damage.
 
     Parameters
     ----------
     probes : sequence of arrays
-        The vectors ``r_s``, shaped as the parameter; at least one.
+        Vectors ``r_s``, shaped as the parameter. At least one.
     products : sequence of arrays
-        ``H r_s``, of the same shapes.
+        Products ``H r_s``, one for each probe, of the same shapes.
 
     Returns
     -------
@@ -319,12 +326,13 @@ def hutchinson(probes: Sequence[Any], products: Sequence[Any]) -> Any:
     """
     if not probes or len(probes) != len(products):
         raise ValueError(
-            f"products must be one for every probe, and at least one, got {len(products)} for "
-            f"{len(probes)}"
+            "products must hold one product for each probe, and at least one, got "
+            f"{len(products)} for {len(probes)} probes"
         )
     xp = array_namespace(*probes, *products)
     dtype = wide_dtype(xp, products)
     total = xp.zeros_like(products[0], dtype=dtype)
     for r, product in zip(probes, products, strict=True):
         total = total + xp.astype(r, dtype) * xp.astype(product, dtype)
+    # P defines a norm, so it cannot be negative. A where, not a maximum, also drops NaN.
     return xp.where(total > 0, total / len(probes), xp.zeros_like(total))

@@ -1,8 +1,8 @@
 """Count the zeros of an array and name the pattern that they form.
 
-Works in NumPy, on the bits of the numbers: without their sign bit, floating-point numbers
-are ordered as unsigned integers. So every floating-point type can be analysed, bfloat16 and
-the 8-bit types included, although NumPy has no arithmetic for them.
+The module reads the bits of the numbers, in NumPy. Without their sign bit, floating-point
+numbers are ordered as unsigned integers. So every floating-point type can be analysed,
+bfloat16 and the 8-bit types included, although NumPy has no arithmetic for them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 __all__ = ["TensorAnalysis", "analyse", "magnitude_bits"]
 
 _GROUP_SIZES = (2, 4, 8, 16, 32)
-_SLAB = 2**20  # entries read at once, so that a large array needs little more memory
+# Entries read at once. Small slabs keep a large memory-mapped array out of memory.
+_SLAB = 2**20
 # Random zeros also keep every group at or below some N. N:M is only reported where this
 # share of the groups holds exactly N.
 _MIN_FULL_GROUPS = 0.9

@@ -1,8 +1,8 @@
-"""Which axis of an array plays which role.
+"""Map the roles input, output and batch to the axes of an array.
 
-A torch weight is (output, input, ...), a Flax kernel (..., input, output), and
-neither can be told from the shape alone. Patterns therefore speak of roles, and a
-`Layout` maps roles to the axes of one array.
+A torch weight is stored as (output, input, ...) and a Flax kernel as (..., input, output).
+The shape alone cannot tell the two apart. Patterns are therefore defined on roles, and a
+`Layout` maps the roles to the axes of one array.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ __all__ = ["Layout"]
 class Layout:
     """Roles of the axes of one array.
 
-    Axes that are named in no role, such as the window of a convolution, belong to
-    every output's row but are no direction for N:M groups or blocks.
+    An axis without a role, such as the window of a convolution, is part of the row of every
+    output. N:M groups and blocks do not run along it.
 
     Attributes
     ----------
     input_axes : tuple of int
-        Axes that the weight contracts with its input, in storage order. Several for an
-        attention projection that takes (heads, head size).
+        Axes that the weight contracts with its input, in storage order. An attention
+        projection that takes (heads, head size) has two.
     output_axes : tuple of int
         Axes that index the outputs, in storage order.
     batch_axes : tuple of int
-        Axes along which independent weights are stacked: scanned layers, experts. Each
-        slice is a tensor of its own.
+        Axes along which independent weights are stacked, such as scanned layers or experts.
+        Each slice counts as a separate tensor.
 
     Negative axes count from the end, so ``Layout((-2,), (-1,))`` fits every Flax
     ``Dense`` and ``Conv`` kernel.
@@ -71,14 +71,14 @@ class Layout:
 
 
 OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))
-"""(output, input, ...): what bare arrays of two or more axes are taken for."""
+"""Layout (output, input, ...), the default for arrays of two or more axes."""
 
 ROW = Layout(input_axes=(0,))
-"""What a bare vector is taken for: the inputs of one output."""
+"""Layout of the inputs of one output, the default for vectors."""
 
 
 def default_layout(ndim: int) -> Layout | None:
-    """The layout of a bare array: (output, input, ...), or one row."""
+    """Return the layout of an array that comes without one; None for a scalar."""
     if ndim == 0:
         return None
     return ROW if ndim == 1 else OUTPUT_INPUT
@@ -92,6 +92,7 @@ def resolve(layout: Layout, ndim: int, name: str) -> Layout:
         if any(not -ndim <= axis < ndim for axis in axes):
             raise ValueError(f"{role} of {name} must lie in an array of {ndim} axes, got {axes!r}")
         positive = tuple(axis % ndim for axis in axes)
+        # Reshapes merge the axes of a role, and a reshape follows the storage order.
         if list(positive) != sorted(positive):
             raise ValueError(f"{role} of {name} must be in storage order, got {axes!r}")
         return positive
@@ -103,7 +104,7 @@ def resolve(layout: Layout, ndim: int, name: str) -> Layout:
 
 
 def merge(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> tuple[tuple[int, ...], int]:
-    """Merge adjacent ``axes`` into one: the new shape and the place of the merged axis."""
+    """Return the shape with adjacent ``axes`` merged into one, and the merged axis."""
     first, last = axes[0], axes[-1]
     if axes != tuple(range(first, last + 1)):
         raise ValueError(f"axes of one role in {name} must be adjacent, got {axes!r}")
@@ -112,18 +113,22 @@ def merge(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> tuple[tup
 
 
 def rows_first(layout: Layout, ndim: int, *, by_output: bool) -> tuple[int, ...]:
-    """The permutation that brings batch (and output) axes to the front, others in order."""
+    """Return the permutation that moves batch axes, and optionally output axes, to the front."""
     front = layout.batch_axes + (layout.output_axes if by_output else ())
     return front + tuple(axis for axis in range(ndim) if axis not in front)
 
 
 def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
-    """The permutation that undoes ``permutation``."""
+    """Return the permutation that undoes ``permutation``."""
     return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
 
 
 def chosen_layout(name: str, x: Any, given: Any, known: Layout | None) -> Layout | None:
-    """What a user's ``layout=`` says of one array, or else what is known of it."""
+    """Return the layout of one array from the user's ``layout=``, else the known layout.
+
+    ``given`` is a Layout for all arrays, a mapping of names to layouts, or a function of
+    name and array.
+    """
     if given is None or isinstance(given, Layout):
         return given or known
     found = given.get(name, known) if isinstance(given, Mapping) else given(name, x)
@@ -133,23 +138,27 @@ def chosen_layout(name: str, x: Any, given: Any, known: Layout | None) -> Layout
 
 
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
-    """Whether an array of ``shape`` is a scalar or broadcasts axis by axis."""
+    """Return whether ``shape`` is that of a scalar, or broadcasts to ``full`` axis by axis.
+
+    Shapes with fewer axes are refused, unlike in NumPy: broadcasting against the last axis
+    would silently put one value per input of a torch weight on the outputs of a Flax kernel.
+    """
     same_axes = len(shape) == len(full)
     return not shape or (same_axes and all(n in (1, m) for n, m in zip(shape, full, strict=True)))
 
 
 def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) -> Any:
-    """Give ``importance`` the axes of ``x``, so that the two broadcast.
+    """Return ``importance`` with the axes of ``x``, so that the two broadcast.
 
-    Accepted are a scalar, an array with the axes of ``x`` (size 1 broadcasts), and one
-    value per input feature, which goes to the input axes wherever they are stored.
+    It may be a scalar, an array with the axes of ``x`` (where size 1 broadcasts), or one
+    value per input feature, which is moved to the input axes of ``x``.
     """
     xp = array_namespace(x)
     if isinstance(importance, Real):
         return xp.asarray(float(importance), dtype=wide_dtype(xp, [x]))
     if not is_array_api_obj(importance) or array_namespace(importance) is not xp:
         raise TypeError(
-            f"importance of {name} must be a number or, as the array itself, of {xp.__name__}, "
+            f"importance of {name} must be a number or an array of its library {xp.__name__}, "
             f"got {type(importance)!r}"
         )
     if xp.isdtype(importance.dtype, "complex floating"):

@@ -1,7 +1,7 @@
-"""A sparsification method: the parts that it is composed of, in one value.
+"""A sparsification method, composed of parts.
 
-`Method` holds configuration and no arrays, so one object serves every framework, is
-hashable, compares by value, pickles, and can be a static argument of `jax.jit`. The
+`Method` holds configuration and no arrays. One object therefore serves every framework: it
+is hashable, compares by value, pickles, and can be a static argument of `jax.jit`. The
 adapters bind it to a training loop; `safe_core.functional` runs its steps on plain arrays.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["Method"]
 
 @dataclass(frozen=True)
 class Method:
-    """Training under a sparsity constraint, composed of parts.
+    """Method of training under a sparsity constraint, composed of parts.
 
     One step ``t = 0, 1, ...`` of SAFE is::
 
@@ -40,24 +40,25 @@ class Method:
             v = x + u
             z = proj_C^P(v);  u = v - z
 
-    It starts at ``z = proj(x_0)``, ``u = 0`` and ends with ``proj(x_T)``, which makes the
-    weights exactly sparse (Lee et al. 2025, Algorithm 1, in the order of both published
-    implementations). Other methods are made of other parts; `plan` gives the order of
-    their steps.
+    SAFE starts at ``z = proj(x_0)``, ``u = 0`` and ends with ``proj(x_T)``, which makes the
+    weights exactly sparse (Lee et al. 2025, Algorithm 1). Both published implementations use
+    this order. Other methods combine other parts; `plan` returns the order of their steps.
 
     Attributes
     ----------
     sparsity : pattern
-        The set C of allowed supports. A fraction of zeros or ``"N:M"`` is accepted.
+        Pattern that x must have at the end. It defines the set C of sparse points. A fraction
+        of zeros or ``"N:M"`` is accepted.
     constraint : Constraint
         How training brings x to C: `ADMM`, `HardThreshold`, `Mask` or `AtEnd`.
     perturbation : Perturbation or None
-        How e follows from the gradient, and at which steps; None takes no second gradient.
+        How e follows from the gradient, and at which steps. None takes no second gradient.
     importance : Importance or None
-        Where P comes from; None is P = 1. Arrays of P go to the adapter.
+        Source of P; None is P = 1. Pass arrays of P to the adapter instead, because a method
+        holds no arrays.
     evaluations : tuple of Evaluation, optional
-        The gradients of a step in order, the first at x. By default one at x, and one at
-        x + e in its place where there is a perturbation.
+        Gradients of a step, in order; the first is at x. By default the only gradient is at
+        x, or, with a perturbation, the gradient at x + e replaces it.
 
     Raises
     ------
@@ -117,18 +118,20 @@ class Method:
             raise ValueError(
                 "perturbation must not be None for a gradient at a perturbed point, got None"
             )
+        # LookSAM's direction is defined by the gradients at x and x + e alone. With a third
+        # gradient in the sum it would be the direction of something else.
         reuses = self.perturbation is not None and self.perturbation.reuse > 0
         if reuses and self.evaluations != _evaluations(self.perturbation):
             raise ValueError(
-                "reuse must be 0 beside a gradient at a projected point or an added one, got "
-                f"{self.perturbation!r}"
+                "reuse must be 0 if evaluations add a gradient or take one at a projected "
+                f"point, got {self.perturbation!r}"
             )
 
     def plan(self, *, has_radius: bool | None = None) -> StepPlan:
         """Return the order of one step, as data.
 
-        ``has_radius`` says whether e can differ from zero; by default the perturbation
-        knows.
+        ``has_radius`` says whether e can differ from zero. By default it does, unless rho is
+        the constant 0. An adapter whose param groups override rho passes it explicitly.
         """
         constraint, perturbation = self.constraint, self.perturbation
         evaluations = self.evaluations
@@ -152,7 +155,7 @@ class Method:
     # The perturbation
 
     def radius(self, step: int | Array) -> float | Array:
-        """Return rho at ``step``; 0 without a perturbation."""
+        """Return rho at ``step``, or 0 without a perturbation."""
         return 0.0 if self.perturbation is None else self.perturbation.rho(step)  # type: ignore[operator]
 
     def perturb(
@@ -186,7 +189,7 @@ class Method:
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, from the gradients at x and at x + e.
 
-        Both hold all trainable parameters at a step that perturbs. See
+        Both are gradients of all trainable parameters, at a step that perturbs. See
         `safe_core.perturbations.flat_direction`.
         """
         return flat_direction(first, second)
@@ -194,24 +197,24 @@ class Method:
     def reuse(self, gradients: Sequence[Array], flat: Sequence[Array]) -> list[Array]:
         """Return the gradients of a step that reuses the direction ``flat``.
 
-        See `safe_core.perturbations.reused`; for a step that does not perturb.
+        Call it at steps that do not perturb. See `safe_core.perturbations.reused`.
         """
         if self.perturbation is None:
-            raise ValueError(f"perturbation must not be None to be reused, got {self!r}")
+            raise ValueError(f"perturbation must not be None to reuse a direction, got {self!r}")
         return reused(gradients, flat, self.perturbation.reuse)
 
     # The importance
 
     def init_importance(self, params: Sequence[Array]) -> list[Array] | None:
-        """Return the state of the importance before step 0; None if P = 1."""
+        """Return the state of the importance before step 0, or None if P = 1."""
         return None if self.importance is None else self.importance.init(params)
 
     def metric(
         self, state: Sequence[Array] | None, *, source: Importance | None = None
     ) -> Sequence[Array] | None:
-        """Return P from the state of an importance; None if P = 1.
+        """Return P from the state of an importance, or None if P = 1.
 
-        ``source`` is the importance whose state it is, by default the method's own.
+        ``source`` is the importance that the state belongs to, by default the method's.
         """
         source = self.importance if source is None else source
         if source is None or state is None:
@@ -232,7 +235,7 @@ class Method:
     ) -> SplitState:
         """Return the state of the constraint before step 0, for the sparse parameters.
 
-        ``importance`` is P where it is known from the start.
+        ``importance`` is P if it is known from the start; None is P = 1.
         """
         return self.constraint.init(params, self.sparsity, info, importance)
 
@@ -263,7 +266,7 @@ class Method:
         step: int | Array | None,
         importance: Sequence[Array | None] | None = None,
     ) -> list[Array]:
-        """Return the support of ``C(params)`` at ``step``; None is the final sparsity."""
+        """Return the support of ``C(params)`` at ``step``, or at the final sparsity if None."""
         return select_support(params, self.sparsity, info, importance, step=step)
 
     def finalize(
@@ -280,7 +283,7 @@ class Method:
 
 
 def _evaluations(perturbation: Perturbation | None) -> tuple[Evaluation, ...]:
-    """Return the gradients of a step by default."""
+    """Return the default gradients of a step."""
     at_x = Evaluation(Point.X)
     return (at_x,) if perturbation is None else (at_x, Evaluation(Point.PERTURBED))
 

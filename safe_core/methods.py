@@ -1,4 +1,4 @@
-"""The named methods: each a constructor that composes a `Method` of parts."""
+"""Constructors of the named methods; each composes a `Method` from parts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def safe(
     decoupled: bool = False,
     projected_gradient: bool = False,
 ) -> Method:
-    """SAFE, and SAFE+ when given an importance: sparse and flat minima by ADMM.
+    """Return SAFE, which finds sparse and flat minima by ADMM; with an importance it is SAFE+.
 
-    ``min_{x in C} max_{|e| <= rho} f(x + e)``, see `Method` for the iteration. SAFE-Multi is
-    SAFE with a `safe_core.schedules.random_sparsity`.
+    SAFE solves ``min_{x in C} max_{|e| <= rho} f(x + e)``; see `Method` for the iteration.
+    For SAFE-Multi pass a `safe_core.schedules.random_sparsity` as the sparsity.
 
     Parameters
     ----------
@@ -42,29 +42,30 @@ def safe(
         A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
         `Channel`.
     rho : float or schedule
-        Perturbation radius; the paper uses 0.1 for vision and 2e-4 for language models.
+        Perturbation radius. The paper uses 0.1 for vision and 2e-4 for language models.
     penalty : float or schedule
-        lambda; the paper chooses it from 1e-4 to 1e-1, under a cosine schedule for
-        vision and constant for language models. Higher sparsity wants a higher penalty.
+        Penalty parameter lambda. The paper uses 1e-4 to 1e-1, with a cosine schedule for
+        vision and constant for language models. Higher sparsity needs a higher penalty.
     dual_update_interval : int
-        K; 32 in the paper.
+        Steps K between two dual updates. The paper uses 32.
     importance : Importance, optional
-        Where P comes from, for SAFE+.
+        Source of P, for SAFE+.
     adaptive : bool
-        Whether the radius follows the scale of each weight (ASAM).
+        Whether the perturbation scales with each weight, as in `ASAM`.
     relaxation : float
-        Over-relaxation alpha in (0, 2).
+        Over-relaxation alpha in (0, 2); 1 is plain ADMM.
     rescale_dual : bool
-        Whether u follows changes of the penalty.
+        Whether u is rescaled when the penalty changes, see `ADMM`.
     perturbation_interval, reuse : int, float
-        Take the second gradient at every n-th step only, and reuse part of it at the
-        others: ``interval`` and ``reuse`` of `SAM`.
+        ``interval`` and ``reuse`` of `SAM`: take the second gradient at every n-th step only,
+        and reuse part of it at the others.
     state_dtype : {None, "bfloat16"}
-        "bfloat16" keeps 3 bytes per sparse parameter in place of 5, see `Method`.
+        "bfloat16" needs 3 bytes of state per sparse parameter instead of 5, see `ADMM`.
     decoupled : bool
-        Whether the penalty acts beside the base step and not through the gradient.
+        Whether the penalty is a step of its own, as decoupled weight decay is, instead of
+        part of the gradient.
     projected_gradient : bool
-        Whether every step adds ``grad f(C(x))``, a third gradient: SAFE+SG.
+        Whether every step adds ``grad f(C(x))``, a third gradient (SAFE+SG).
 
     Returns
     -------
@@ -108,9 +109,11 @@ def _ball(rho: Any, adaptive: Any, **options: Any) -> Perturbation:
 
 
 def _evaluations(points: list[Point], projected_gradient: Any) -> tuple[Evaluation, ...] | None:
-    """Return gradients at ``points``, each in the place of the last, and one at C(x) added."""
+    """Return evaluations that each replace the one before, and one at C(x) that is added."""
     if not _checks.flag("projected_gradient", projected_gradient):
-        return None  # the default of these points
+        # Method derives the same points from the perturbation. With None the result equals a
+        # Method that is composed by hand.
+        return None
     return (*map(Evaluation, points), Evaluation(Point.PROJECTED, "add"))
 
 
@@ -126,16 +129,16 @@ def admm(
     decoupled: bool = False,
     projected_gradient: bool = False,
 ) -> Method:
-    """Plain ADMM pruning: SAFE without a perturbation.
+    """Return ADMM pruning, which is SAFE without a perturbation.
 
-    ``min_{x in C} f(x)``, see `Method` for the iteration.
+    ADMM solves ``min_{x in C} f(x)``; see `Method` for the iteration.
 
     Parameters
     ----------
     sparsity, penalty, dual_update_interval, importance, relaxation
-        As for `safe`.
+        See `safe`.
     rescale_dual, state_dtype, decoupled, projected_gradient
-        As for `safe`.
+        See `safe`.
 
     Returns
     -------
@@ -174,14 +177,14 @@ def admm(
 def magnitude(
     sparsity: Any, *, importance: Importance | None = None, importance_interval: int = 32
 ) -> Method:
-    """One-shot pruning: train freely, and project at the end.
+    """Return one-shot magnitude pruning: train densely and project at the end.
 
     Parameters
     ----------
     sparsity, importance
-        As for `safe`. Without an importance the entries of largest magnitude are kept.
+        See `safe`. Without an importance the entries of largest magnitude are kept.
     importance_interval : int
-        Base steps from one refresh of the importance to the next.
+        Base steps between two refreshes of the importance.
 
     Returns
     -------
@@ -205,17 +208,17 @@ def magnitude(
 
 
 def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
-    """Gradual magnitude pruning: a mask on the weights that grows while they train.
+    """Return gradual magnitude pruning (GMP), which masks more weights as training goes on.
 
-    At the steps where the sparsity changes the mask is drawn anew, among what it has kept,
-    and holds until the next.
+    The mask is recomputed at the steps where the sparsity changes. A masked weight never
+    comes back.
 
     Parameters
     ----------
     sparsity : Cubic, or pattern with one
-        From `safe_core.schedules.cubic`, or `safe_core.schedules.linear_sparsity`.
+        Schedule from `safe_core.schedules.cubic` or `safe_core.schedules.linear_sparsity`.
     importance : Importance, optional
-        As for `safe`.
+        See `safe`.
 
     Returns
     -------
@@ -248,15 +251,15 @@ def imp_sam(
     importance: Importance | None = None,
     adaptive: bool = False,
 ) -> Method:
-    """Iterative magnitude pruning with sharpness-aware steps in between: `gmp` under SAM.
+    """Return iterative magnitude pruning with SAM steps, which is `gmp` with a perturbation.
 
     Parameters
     ----------
     sparsity : Cubic, or pattern with one
-        Its ``every`` is the number of steps between two prunings. The published form rises
-        by `safe_core.schedules.linear_sparsity`; `safe_core.schedules.cubic` does better.
+        Schedule whose ``every`` is the number of steps between two prunings. The paper uses
+        `safe_core.schedules.linear_sparsity`; `safe_core.schedules.cubic` does better.
     rho, importance, adaptive
-        As for `safe`.
+        See `safe`.
 
     Returns
     -------
@@ -298,14 +301,14 @@ def iht(
     interval: int = 1,
     importance: Importance | None = None,
 ) -> Method:
-    """Iterative hard thresholding: ``x <- proj(x)`` after every ``interval`` base steps.
+    """Return iterative hard thresholding, ``x <- proj(x)`` after every ``interval`` base steps.
 
     Parameters
     ----------
     sparsity, importance
-        As for `safe`.
+        See `safe`.
     interval : int
-        Base steps from one projection to the next.
+        Base steps between two projections.
 
     Returns
     -------
@@ -336,24 +339,24 @@ def cram(
     importance: Importance | None = None,
     importance_interval: int = 32,
 ) -> Method:
-    """CrAM: train for what is left of the weights once they are pruned in one shot.
+    """Return CrAM, which trains weights that stay accurate when pruned in one shot.
 
-    ``g = grad f(C(x + rho * grad f(x)))``, and CrAM+ adds ``grad f(x)``. With a
-    `safe_core.schedules.random_sparsity`, of which every step draws C, it is CrAM-Multi or
-    CrAM+-Multi.
+    Every step uses ``g = grad f(C(x + rho * grad f(x)))``; CrAM+ adds ``grad f(x)``. With a
+    `safe_core.schedules.random_sparsity` every step draws the sparsity of C, which is
+    CrAM-Multi or CrAM+-Multi.
 
     Parameters
     ----------
     sparsity : float, str or pattern
-        As for `safe`.
+        See `safe`.
     rho : float or schedule
-        Step size of the ascent, which is not normalised.
+        Step size of the ascent. The gradient is not normalised, unlike in SAM.
     plus : bool
-        Whether the gradient at x is added.
+        Whether the gradient at x is added (CrAM+).
     importance : Importance, optional
-        As for `safe`.
+        See `safe`.
     importance_interval : int
-        Base steps from one refresh of the importance to the next.
+        Base steps between two refreshes of the importance.
 
     Returns
     -------

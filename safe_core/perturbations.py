@@ -1,4 +1,4 @@
-"""Perturbations: the step from x to the worst nearby point."""
+"""Perturbations e, which move x to a nearby point of higher loss."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ __all__ = [
 
 
 def norm(arrays: Sequence[Array]) -> Array:
-    """Euclidean norm of all entries of all arrays together.
+    """Return the Euclidean norm over all entries of all arrays.
 
-    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider. Squares are not scaled, so in
-    float32 a norm below about 1e-19 counts as zero and one above 1e19 as infinite.
+    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider. Squares are not scaled, because
+    that would take a second pass over all gradients at every step. So in float32 a norm
+    below about 1e-19 counts as zero and one above 1e19 as infinite.
 
     Parameters
     ----------
     arrays : sequence of arrays
-        At least one real floating array, of any shapes.
+        One or more real floating arrays, of any shapes.
 
     Returns
     -------
     array
-        A scalar, float64 if an array is, else float32.
+        A scalar in float64 if any array is float64, else in float32.
 
     Examples
     --------
@@ -56,14 +57,16 @@ def norm(arrays: Sequence[Array]) -> Array:
 
 
 class Direction(NamedTuple):
-    """A perturbation, ``e = factor * vectors``, before it is written out.
+    """Perturbation ``e = factor * vectors`` that is not multiplied out yet.
+
+    An adapter that updates in place adds ``factor * vectors`` to x without allocating e.
 
     Attributes
     ----------
     vectors : list of arrays
-        Shaped as the parameters.
+        Direction of e, shaped as the parameters.
     length : array
-        A scalar: the norm that the radius is divided by.
+        Scalar norm that the radius is divided by.
     rho : float or scalar array
         Perturbation radius.
 
@@ -85,10 +88,10 @@ class Direction(NamedTuple):
 
     @property
     def factor(self) -> Array:
-        """``rho / length``, and 0 where that is not usable.
+        """The quotient ``rho / length``, or 0 if the length is not usable.
 
-        The guard is a `where`, not an added epsilon: e must not change when the loss is
-        multiplied by a constant, as a loss scaler does.
+        The guard is a `where` and not an added epsilon. With an epsilon, e would change when
+        the loss is multiplied by a constant, as a loss scaler does.
         """
         xp = array_namespace(self.length)
         return xp.where(self.usable, self._quotient, xp.zeros_like(self.length))
@@ -96,11 +99,15 @@ class Direction(NamedTuple):
     @property
     def _quotient(self) -> Array:
         xp = array_namespace(self.length)
+        # Replace a bad length before dividing, so that no warning or trap is raised.
         length = xp.where(self.usable, self.length, xp.ones_like(self.length))
         return scalar_like(self.rho, length) / length
 
     def perturbation(self) -> list[Array]:
-        """Return ``e``. NaN times zero would be NaN, so the guard is a `where` here too."""
+        """Return ``e``, which is zero if the length is not usable.
+
+        A factor of 0 is not enough here: 0 times NaN is NaN.
+        """
         xp = array_namespace(self.length)
         usable, quotient = self.usable, self._quotient
         wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
@@ -108,22 +115,22 @@ class Direction(NamedTuple):
 
 
 def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
-    """The direction in which the perturbed gradient differs: the part that seeks flatness.
+    """Return the unit direction in which the perturbed gradient differs from the gradient.
 
-    ``h / |h|`` of ``h = g_s - (g_s . g_0) / |g_0|^2 * g_0``, the component of
-    ``g_s = grad f(x + e)`` orthogonal to ``g_0 = grad f(x)``; products and norms run over
-    all arrays together. Zero where a norm is zero or not finite, and where the gradients
+    The result is ``h / |h|`` with ``h = g_s - (g_s . g_0) / |g_0|^2 * g_0``, the component of
+    ``g_s = grad f(x + e)`` orthogonal to ``g_0 = grad f(x)``. Products and norms run over all
+    arrays together. The result is zero if a norm is zero or not finite, or if the gradients
     differ in direction by no more than rounding.
 
     Parameters
     ----------
     first, second : sequences of arrays
-        ``g_0`` and ``g_s``, of the same shapes.
+        Gradients ``g_0`` and ``g_s``, of the same shapes.
 
     Returns
     -------
     list of arrays
-        In float32 or wider.
+        Unit direction, in float32 or wider.
 
     References
     ----------
@@ -139,12 +146,15 @@ def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Arra
     """
     lines = [Direction(arrays, norm(arrays), 1.0) for arrays in (first, second)]
     a, b = (line.perturbation() for line in lines)
-    # Of unit vectors a and b, a . b = 1 - |b - a|^2 / 2: so h = (b - a) + |b - a|^2 / 2 a.
+    # The two gradients are nearly parallel, so subtracting the projection would cancel. For
+    # unit vectors a . b = 1 - |b - a|^2 / 2, hence h = (b - a) + |b - a|^2 / 2 * a, which
+    # only subtracts neighbouring numbers.
     between = [b_i - a_i for a_i, b_i in zip(a, b, strict=True)]
     gap = norm(between)
     xp = array_namespace(gap)
     h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
-    # Entries are half a spacing off at most, in either; the arithmetic adds a little.
+    # Rounding moves each entry by at most half a spacing in either gradient, and the
+    # arithmetic adds a little. A gap of that size is noise, which h / |h| would blow up.
     spacing = max(float(xp.finfo(g.dtype).eps) for g in (*first, *second))
     rounding = max(spacing, 4 * float(xp.finfo(gap.dtype).eps))
     differ = lines[0].usable & lines[1].usable & (gap > rounding)
@@ -152,23 +162,23 @@ def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Arra
 
 
 def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> list[Array]:
-    """The gradient of a step that does not perturb: ``g_0 + weight * |g_0| * h / |h|``.
+    """Return ``g_0 + weight * |g_0| * h / |h|``, the gradient of a step that does not perturb.
 
-    The norm runs over all arrays together; where it is not finite, g_0 stays as it is.
+    The norm runs over all arrays together. If it is not finite, g_0 is returned unchanged.
 
     Parameters
     ----------
     gradients : sequence of arrays
-        ``g_0``, at x.
+        Gradients ``g_0`` at x.
     flat : sequence of arrays
-        ``h / |h|`` of the last step that perturbed, from `flat_direction`.
+        Direction ``h / |h|`` of the last step that perturbed, from `flat_direction`.
     weight : float
-        alpha in the paper.
+        Weight of the direction, alpha in the paper.
 
     Returns
     -------
     list of arrays
-        In the dtypes of ``gradients``.
+        Gradients in the dtypes of ``gradients``.
 
     References
     ----------
@@ -195,11 +205,11 @@ def _as(x: Array, dtype: Any) -> Array:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Base class of perturbations: how e follows from the gradient at x.
+    """Base class of perturbations, which compute e from the gradient at x.
 
     A subclass overrides `direction`. With an ``interval`` n only the steps ``t`` with
-    ``t % n == 0`` perturb and pay for a second gradient. The others take the gradient
-    ``g_0`` at x or, with ``reuse``, that of LookSAM::
+    ``t % n == 0`` perturb and pay for a second gradient. The others use the gradient ``g_0``
+    at x or, with ``reuse``, that of LookSAM::
 
         h = g_s - (g_s . g_0) / |g_0|^2 * g_0    at the last step that perturbed
         g = g_0 + reuse * |g_0| / |h| * h        at the others
@@ -211,10 +221,10 @@ class Perturbation:
     rho : float or schedule
         Perturbation radius, in the unit of the parameters.
     interval : int
-        Steps from one perturbation to the next; by keyword.
+        Steps between two perturbations; keyword-only.
     reuse : float
-        Weight of the last flat direction at steps between; by keyword. If positive,
-        ``h / |h|`` is kept for every trainable parameter, in float32 or wider.
+        Weight of the last flat direction at the steps in between; keyword-only. If positive,
+        ``h / |h|`` is kept as state for every trainable parameter, in float32 or wider.
 
     Raises
     ------
@@ -250,7 +260,7 @@ class Perturbation:
         return is_zero(self.rho)
 
     def is_due(self, step: int | Array) -> bool | Array:
-        """Return whether ``step`` perturbs, as far as ``interval`` tells."""
+        """Return whether ``step`` perturbs by its ``interval``."""
         return self.interval == 1 or step % self.interval == 0
 
     def perturbation(
@@ -263,8 +273,8 @@ class Perturbation:
     ) -> list[Array]:
         """Return ``e`` for every parameter, in float32 or wider.
 
-        A gradient whose norm is zero or not finite gives zero. ``params`` and ``layouts``
-        are read by adaptive perturbations only.
+        e is zero if the norm of the gradient is zero or not finite. Only adaptive
+        perturbations read ``params`` and ``layouts``.
         """
         return self.direction(params, gradients, rho=rho, layouts=layouts).perturbation()
 
@@ -278,14 +288,16 @@ class Perturbation:
     ) -> Direction:
         """Return `perturbation` as a factor and vectors, for an adapter that adds in place.
 
-        ``layouts`` holds the roles of the axes of each parameter where they are known.
+        ``layouts`` holds the axis roles of each parameter, or None where they are unknown.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SAM(Perturbation):
-    """The ball of radius ``rho``: ``e = rho * g / |g|_2``, the norm over all parameters.
+    """Perturbation of fixed norm along the gradient, ``e = rho * g / |g|_2``.
+
+    The norm runs over all trainable parameters together, not over each tensor.
 
     Attributes
     ----------
@@ -293,7 +305,7 @@ class SAM(Perturbation):
         Perturbation radius, in the unit of the parameters.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
-        others, see `Perturbation`; by keyword.
+        others, see `Perturbation`; keyword-only.
 
     Raises
     ------
@@ -326,19 +338,19 @@ class SAM(Perturbation):
 
 @dataclass(frozen=True)
 class ASAM(Perturbation):
-    """An ellipsoid that follows the scale of each weight: ``e = rho * T^2 g / |T g|_2``.
+    """Adaptive perturbation that scales with each weight, ``e = rho * T^2 g / |T g|_2``.
 
-    ``T = |x| + eta`` on weights (arrays of two or more axes) and 1 elsewhere, so that
-    ``|T^-1 e|_2 = rho``.
+    ``T = |x| + eta`` for weights (arrays of two or more axes) and 1 for other parameters, so
+    that ``|T^-1 e|_2 = rho``.
 
     Attributes
     ----------
     rho : float or schedule
-        Perturbation radius in the metric of T, without unit on weights.
+        Perturbation radius in the norm ``|T^-1 e|_2``. It has no unit for weights.
     eta : float
-        Keeps T positive where a weight is zero.
+        Constant that keeps T positive where a weight is zero.
     interval, reuse : int, float
-        As for `Perturbation`.
+        See `Perturbation`.
 
     Raises
     ------
@@ -375,6 +387,7 @@ class ASAM(Perturbation):
     ) -> Direction:
         """Return e as a factor and vectors."""
         xp = array_namespace(*gradients)
+        # Both products run in float32 or wider: T^2 g of 16 bits would underflow.
         scaled, twice = [], []
         for x, g in zip(params, gradients, strict=True):
             wide = xp.astype(g, wide_dtype(xp, [g]))
@@ -386,17 +399,17 @@ class ASAM(Perturbation):
 
 @dataclass(frozen=True)
 class GradientAscent(Perturbation):
-    """A step along the gradient as it is: ``e = rho * g``.
+    """Step along the gradient without normalisation, ``e = rho * g``.
 
-    Its length is that of the gradient times rho, so a loss that was scaled gives another e:
-    gradients are to be unscaled first.
+    The norm of e is proportional to that of the gradient. A loss scaler would therefore
+    change e, so unscale the gradients before the perturbation.
 
     Attributes
     ----------
     rho : float or schedule
         Step size, in the unit of a learning rate.
     interval, reuse : int, float
-        As for `Perturbation`.
+        See `Perturbation`.
 
     Raises
     ------
@@ -428,5 +441,7 @@ class GradientAscent(Perturbation):
         """Return e as a factor and vectors."""
         length = norm(gradients)
         xp = array_namespace(length)
+        # The length is 1, so that the factor is rho. It is infinite if the norm is not finite,
+        # which makes the direction unusable and e zero.
         one = xp.ones_like(length)
         return Direction(gradients, xp.where(xp.isfinite(length), one, math.inf * one), rho)

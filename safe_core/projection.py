@@ -1,8 +1,8 @@
-"""The P-weighted projection onto a set of sparse arrays.
+"""Project onto the nearest sparse point in the norm of a diagonal P.
 
-P is diagonal and the set is a union of coordinate subspaces, so the nearest point
-keeps the entries on the best support and zeroes the rest. Projecting is choosing a
-support: score each unit, keep the best units of each comparison pool.
+The set C of sparse points is a union of coordinate subspaces and P is diagonal. So the
+nearest point keeps the entries on the best support unchanged and zeroes the rest. Projecting
+thus means to choose a support: score every unit and keep the best units of each pool.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Projection(NamedTuple):
     Attributes
     ----------
     values : array, or list, tuple or dict of arrays
-        The nearest sparse point, of the structure, shapes and dtypes of the argument.
-        Kept entries are the argument's own, bit for bit; the others are +0.
+        Nearest sparse point, with the structure, shapes and dtypes of the argument. Kept
+        entries equal those of the argument bit for bit; the others are +0.
     support : bool array, or list, tuple or dict of them
         True where an entry is kept. A kept entry may itself be zero.
 
@@ -55,43 +55,42 @@ def project(
 ) -> Projection:
     """Project onto the nearest sparse point in the norm of a diagonal ``P``.
 
-    ``argmin_{z in C} sum_i P_ii (z_i - v_i)**2``, where C is the set of points whose
-    support the pattern allows. Every pool of ``n`` units loses exactly
-    ``floor(sparsity * n)`` of them. Of equal scores the lowest (position of the array
-    in the list, row-major index) is kept.
+    Returns ``argmin_{z in C} sum_i P_ii (z_i - v_i)**2``, where C is the set of points whose
+    support the pattern allows. In every pool of ``n`` units exactly ``floor(sparsity * n)``
+    are zeroed. Ties are broken by position: the earlier array in the list, then the lower
+    row-major index, is kept.
 
     Parameters
     ----------
     arrays : array, or list, tuple or mapping of arrays
-        The point ``v``: real floating arrays of any array API library, of any shape.
+        Point ``v``: real floating arrays of any array API library, of any shape.
     sparsity : float, str or pattern
         A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
         `Channel`.
     importance : optional
-        The diagonal of P, finite and non-negative, in the structure of ``arrays``: for
-        each array a scalar, an array that broadcasts axis by axis, or one value per
-        input feature. P = 1 where omitted.
+        Diagonal of P, finite and non-negative, in the structure of ``arrays``: for each array
+        a scalar, an array that broadcasts axis by axis, or one value per input feature. P = 1
+        where omitted.
     layout : Layout, or list or mapping of Layout, optional
-        Roles of the axes; (output, input, ...) unless told otherwise.
+        Roles of the axes. The default is (output, input, ...).
     select_on_host : bool
-        Copy the scores to the host and select there: faster in JAX on the CPU, and one
-        transfer elsewhere. Not for sharded arrays.
+        Whether to copy the scores to the host and select there. It is faster in JAX on the
+        CPU; on an accelerator it costs one transfer. Sharded arrays are refused.
 
     Returns
     -------
     Projection
-        ``values`` and ``support`` in the structure of ``arrays``. The arrays of one call
-        may share one allocation.
+        ``values`` and ``support`` in the structure of ``arrays``. The arrays of one call may
+        be views of one allocation, so keeping one of them can keep all of them alive.
 
     Raises
     ------
     TypeError
         If an array is not real floating or ``sparsity`` is not a static value.
     ValueError
-        If an entry is NaN, an importance is negative, not finite or of the wrong shape,
-        or a pattern does not fit an array. The message names the array. Values are
-        checked where they can be read, which a traced program cannot. If
-        ``select_on_host`` is set for sharded arrays.
+        If an entry is NaN, an importance is negative, not finite or of the wrong shape, a
+        pattern does not fit an array, or ``select_on_host`` is set for sharded arrays. The
+        message names the array. Values of traced arrays are not checked.
 
     References
     ----------
@@ -121,7 +120,10 @@ def project(
 
 
 def apply_support(arrays: Sequence[Array], support: Sequence[Array]) -> list[Array]:
-    """Keep the entries on the support, bit for bit, and zero the rest."""
+    """Return the arrays with the entries on the support unchanged and the others +0.
+
+    Multiplying by the mask would turn infinity into NaN and leave -0 for negative entries.
+    """
     return backend_of(arrays[0]).where_kept(arrays, support) if arrays else []
 
 
@@ -136,8 +138,9 @@ def select(
 ) -> list[Array]:
     """Return masks of the support that maximises the sum of ``P_ii v_i**2``.
 
-    The kernel of `project`, without its checks of values, so that it can be traced.
-    ``step`` picks the stage of a sparsity that changes over time; None is its end.
+    That support minimises the distance, which is the sum over the entries it drops. This is
+    `project` without checks of values, so that it can be traced. ``step`` selects the stage
+    of a sparsity schedule; None selects the last.
     """
     if not arrays:
         return []
@@ -151,6 +154,8 @@ def select(
         None if layout is None else resolve(layout, x.ndim, name)
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
+    # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
+    # of several entries rank by a sum, which needs the squares themselves.
     if pattern.ranks == "entries":
         scores = entry_scores(arrays, importance, names, joint=pattern.joint, xp=xp)
     else:

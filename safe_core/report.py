@@ -1,4 +1,4 @@
-"""Insight into a run: how far each array is from the constraint, as tables and scalars."""
+"""Report how far each parameter is from the constraint, as a table or as scalars."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ __all__ = ["Report", "TensorReport", "outlook", "sums"]
 
 
 class TensorReport(NamedTuple):
-    """One sparse parameter, as seen from the step at hand.
+    """Figures of one sparse parameter at one step.
+
+    Some figures describe an update that has not happened: what finalizing or a dual update
+    would do now. Computing them changes no state.
 
     Attributes
     ----------
     name : str
     entries : int
     asked : float
-        The sparsity of the pattern at its end, over all that are projected together or spread
-        by a rule; of the parameter itself where a distribution names it.
+        Final sparsity of the pattern. It is that of this parameter if the distribution names
+        it, else that of all parameters together.
     achieved : float
-        The share of this parameter that finalizing would set to zero now.
+        Fraction of entries that finalizing now would set to zero. In the scope "global" it
+        differs from ``asked``, because parameters compete.
     zeros : float
-        The share of entries that are zero already.
+        Fraction of entries that are zero now.
     distance : float
-        ``|x - proj(x)|_2``, what finalizing now would remove.
+        ``|x - proj(x)|_2``, the norm of what finalizing now would remove.
     mask_change : float
-        The share of entries whose place on the support a dual update now would change,
-        since the last one.
+        Fraction of entries that a dual update now would add to the support or drop from it.
     primal_residual : float
         ``|x - z|_2``.
     dual_residual : float
-        ``lambda * |z_now - z|_2``, of a dual update now.
+        ``lambda * |z_now - z|_2``, where ``z_now`` is z after a dual update now.
     """
 
     name: str
@@ -59,9 +62,9 @@ class TensorReport(NamedTuple):
     def of(
         cls, name: str, entries: int, pattern: Pattern, found: Sequence[Any], penalty: Any
     ) -> TensorReport:
-        """Make the figures of one parameter from its `sums`."""
+        """Return the figures of one parameter, computed from its `sums`."""
         removed, zeros, distance, changed, primal, dual = found
-        n = max(entries, 1)
+        n = max(entries, 1)  # an array may be empty
         return cls(
             name=name,
             entries=entries,
@@ -76,13 +79,14 @@ class TensorReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All sparse parameters at one step.
+    """Figures of all sparse parameters at one step.
 
     Attributes
     ----------
     step : int, or integer array in JAX
-        Base steps taken.
+        Number of base steps taken.
     tensors : list of TensorReport
+        One entry per sparse parameter.
 
     Examples
     --------
@@ -95,7 +99,11 @@ class Report(NamedTuple):
     tensors: list[TensorReport]
 
     def scalars(self) -> dict[str, float]:
-        """Return totals and every figure by parameter, flat, for a logger."""
+        """Return totals and all figures of every parameter as one flat dict, for a logger.
+
+        Fractions are averaged with the number of entries as weights, and norms are added in
+        quadrature, so that totals are those of the concatenated parameters.
+        """
         entries = sum(row.entries for row in self.tensors)
         found = {
             key: sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
@@ -109,12 +117,12 @@ class Report(NamedTuple):
         return found
 
     def log(self, writer: Any, prefix: str = "safe_core") -> None:
-        """Write `scalars` to a `torch.utils.tensorboard.SummaryWriter` or its like."""
+        """Write `scalars` to a `torch.utils.tensorboard.SummaryWriter` or a compatible writer."""
         for key, value in self.scalars().items():
             writer.add_scalar(f"{prefix}/{key}", float(value), int(self.step))
 
     def table(self) -> Any:
-        """Return a `rich.table.Table`, to be printed by `rich.print`; needs rich."""
+        """Return a `rich.table.Table` for `rich.print`. It needs the package rich."""
         from rich.table import Table
 
         table = Table(title=f"step {self.step}", padding=(0, 0))
@@ -135,9 +143,10 @@ def outlook(
     importance: Sequence[Array | None] | None,
     pattern: Pattern | None = None,
 ) -> tuple[SplitState, SplitState, list[Array]]:
-    """What `sums` compares: the split, a dual update now, and the final support.
+    """Return the split, the split after a dual update now, and the final support.
 
-    In float32 or wider, so that a narrow state rounds nothing here.
+    `sums` compares the three. Anchors are in float32 or wider: a rounded state would add its
+    rounding to the residuals.
 
     Examples
     --------
@@ -150,7 +159,8 @@ def outlook(
     """
     constraint, pattern = method.constraint, pattern or method.sparsity
     final = select_support(params, pattern, info, importance, step=None)
-    if not constraint.has_anchor:  # then z is x on its support, and u zero
+    if not constraint.has_anchor:
+        # Without anchors z is x on the support and u is zero.
         wide = [array_namespace(x).astype(x, _wide(x), copy=False) for x in params]
         now = constraint.update(params, split, pattern, info, step, importance).support
         found = [SplitState(apply_support(wide, s), s) for s in (split.support, now)]
@@ -167,11 +177,12 @@ def _wide(a: Array) -> Any:
 def sums(
     values: Sequence[Array], split: SplitState, update: SplitState, final: Sequence[Array]
 ) -> list[Array]:
-    """Counts and squares of each parameter, six in a float array: of shards they add.
+    """Return six counts and squared norms for each parameter, as one float array.
 
-    Entries that ``final``, the support of the final projection, removes; zeros; the square of
-    ``distance``; places that ``update``, a dual update now, changes; squares of
-    ``primal_residual`` and of ``|z_now - z|_2``.
+    They are: entries that ``final``, the support of the final projection, removes; zeros; the
+    square of ``distance``; entries of the support that ``update``, a dual update now,
+    changes; and the squares of ``primal_residual`` and ``|z_now - z|_2``. All six are sums
+    over entries, so those of local shards add up to those of the parameter.
 
     Examples
     --------

@@ -1,9 +1,11 @@
-"""Schedules: a step counted from 0 to a value.
+"""Schedules map a step, counted from 0, to a value.
 
-Each schedule is a frozen dataclass, so that a method which holds one is hashable and
-compares by value. A schedule takes a Python integer and returns a Python float, or
-takes an integer array, traced or not, and returns a scalar array. Past its end a
-schedule holds its last value.
+Each schedule is a frozen dataclass, so that a method that holds one is hashable and compares
+by value. A schedule takes a Python integer and returns a Python float, or takes an integer
+array, traced or not, and returns a scalar array. After its end it returns its last value.
+
+Schedules of a sparsity are exact tables instead. The numbers of zeros are static integers
+then, which a compiled program looks up; floats would round them differently per library.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ __all__ = [
 
 Array = Any
 Schedule = Callable[[Any], Any]
-"""``step -> value``. Any hashable function of this form may stand in for the ones here."""
+"""A hashable callable ``step -> value``. You can pass your own."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Constant:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Least and greatest value at any step."""
+        """The least and the greatest value over all steps."""
         return self.value, self.value
 
     @property
@@ -83,18 +85,20 @@ class Linear:
     def _rise(self, step: int | Array) -> float | Array:
         if isinstance(step, int):
             return min(max(step / self.steps, 0.0), 1.0)
+        # Divide in the default float dtype, which is float32 in JAX unless x64 is enabled.
         xp = array_namespace(step)
         floating = xp.__array_namespace_info__().default_dtypes()["real floating"]
         return xp.clip(xp.astype(step, floating) / self.steps, 0.0, 1.0)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Least and greatest value at any step."""
+        """The least and the greatest value over all steps."""
         return min(self.initial, self.value), max(self.initial, self.value)
 
     @property
     def has_zero_after_start(self) -> bool:
         """Whether the value is 0 at some step later than 0."""
+        # A line that changes sign may pass through 0 at a step.
         return self.value == 0 or self.initial * self.value < 0
 
 
@@ -103,7 +107,7 @@ class Cosine(Linear):
     """Half a cosine wave from ``initial`` at step 0 to ``value`` at ``steps``."""
 
     def _rise(self, step: int | Array) -> float | Array:
-        # (1 - cos a) / 2 = sin(a / 2)^2, without the cancellation at small a.
+        # (1 - cos a) / 2 equals sin(a / 2)^2, which does not cancel at small a.
         progress = super()._rise(step)
         if isinstance(step, int):
             return math.sin(0.5 * math.pi * progress) ** 2
@@ -113,7 +117,7 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Cubic:
-    """A static table of sparsities that rises as a cubic, for gradual pruning."""
+    """Sparsity that rises as a cubic, as a static table, for gradual pruning."""
 
     value: float
     steps: int
@@ -122,7 +126,7 @@ class Cubic:
     every: int = 1
 
     is_random: ClassVar[bool] = False
-    """Whether the stage is drawn at every step."""
+    """Whether the stage is drawn at random at every step."""
 
     _power: ClassVar[int] = 3
 
@@ -139,7 +143,7 @@ class Cubic:
 
     @cached_property
     def table(self) -> tuple[Fraction, ...]:
-        """The exact sparsity of every stage; its last entry holds from then on."""
+        """The exact sparsity of every stage. The last one holds after the end."""
         initial, final = map(_checks.decimal_fraction, (self.initial, self.value))
         stages = self.steps // self.every
         return tuple(
@@ -148,7 +152,7 @@ class Cubic:
         )
 
     def stage(self, step: int | Array) -> int | Array:
-        """The index into `table` at a step."""
+        """Return the index into `table` at a step."""
         stage = (step - self.start) // self.every
         last = self.steps // self.every
         if isinstance(step, int):
@@ -161,20 +165,20 @@ class Cubic:
 
 @dataclass(frozen=True)
 class LinearSparsity(Cubic):
-    """A static table of sparsities that rises in equal steps."""
+    """Sparsity that rises in equal steps, as a static table."""
 
     _power: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
 class RandomSparsity:
-    """A static table of sparsities from which every step draws one."""
+    """Sparsity that every step draws at random from a static table."""
 
     values: tuple[float, ...]
     seed: int = 0
 
     is_random: ClassVar[bool] = True
-    """Whether the stage is drawn at every step."""
+    """Whether the stage is drawn at random at every step."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, (tuple, list)):
@@ -188,22 +192,25 @@ class RandomSparsity:
 
     @property
     def value(self) -> float:
-        """The largest, which holds at the end."""
+        """The largest sparsity, which holds at the end."""
         return max(self.values)
 
     @cached_property
     def table(self) -> tuple[Fraction, ...]:
-        """The exact sparsities to draw from, and the largest again at the end."""
+        """The exact sparsities to draw from, followed by the final one, the largest."""
         return tuple(map(_checks.decimal_fraction, (*self.values, self.value)))
 
     def stage(self, step: int | Array) -> int | Array:
-        """The index into `table` at a step."""
+        """Return the index into `table` at a step."""
+        # Scale 16 random bits to 0 .. n - 1, so the final entry of the table is never drawn.
+        # The product stays below 2**31, because n is below 2**15.
         return (self._bits(step) * len(self.values)) >> 16
 
     def _bits(self, step: int | Array) -> int | Array:
-        """16 bits that are a function of the step and the seed alone.
+        """Return 16 pseudorandom bits, a function of the step and the seed alone.
 
-        A Feistel network of products below 2**31: integers of any library are wide enough.
+        The bits are the same in every library and after a run is resumed. A Feistel network
+        needs only products below 2**31, so int32 is wide enough, the widest of JAX by default.
         """
         left, right = (step >> 16) & 0x7FFF, step & 0xFFFF
         for added, factor in self._keys:
@@ -212,7 +219,7 @@ class RandomSparsity:
 
     @cached_property
     def _keys(self) -> tuple[tuple[int, int], ...]:
-        """16 bits, and an odd number of 15 bits, for every round."""
+        """A 16-bit number and an odd 15-bit factor for every round, from a hash of the seed."""
         digest = hashlib.sha256(str(self.seed).encode()).digest()
         words = [int.from_bytes(digest[i : i + 2], "big") for i in range(0, 32, 2)]
         return tuple((a, b >> 1 | 0x4001) for a, b in zip(words[::2], words[1::2], strict=True))
@@ -222,16 +229,16 @@ class RandomSparsity:
 
 
 SparsityTable = Cubic | RandomSparsity
-"""A static table of sparsities, which a pattern may take for its ``sparsity``."""
+"""Types of a sparsity schedule, which a pattern takes as its ``sparsity``."""
 
 
 def constant(value: float) -> Constant:
-    """``value`` at every step.
+    """Return the schedule with ``value`` at every step.
 
     Parameters
     ----------
     value : float
-        Any finite number, in the unit of what it schedules.
+        Any finite number, in the unit of the scheduled quantity.
 
     Returns
     -------
@@ -252,12 +259,12 @@ def constant(value: float) -> Constant:
 
 
 def linear(value: float, steps: int, initial: float = 0.0) -> Linear:
-    """``initial + (value - initial) * min(t / steps, 1)``.
+    """Return the schedule ``initial + (value - initial) * min(t / steps, 1)``.
 
     Parameters
     ----------
     value : float
-        Value at ``steps`` and after it.
+        Value from step ``steps`` on.
     steps : int
         Length of the ramp, in optimizer steps.
     initial : float
@@ -271,7 +278,7 @@ def linear(value: float, steps: int, initial: float = 0.0) -> Linear:
     Raises
     ------
     TypeError, ValueError
-        If a value is not a finite number, or ``steps`` not a positive integer.
+        If a value is not a finite number, or ``steps`` is not a positive integer.
 
     Examples
     --------
@@ -282,19 +289,15 @@ def linear(value: float, steps: int, initial: float = 0.0) -> Linear:
 
 
 def cosine(value: float, steps: int, initial: float = 0.0) -> Cosine:
-    """``initial + (value - initial) * (1 - cos(pi * min(t / steps, 1))) / 2``.
+    """Return the schedule ``initial + (value - initial) * (1 - cos(pi * min(t / steps, 1))) / 2``.
 
-    The penalty schedule of the SAFE paper for vision (Lee et al. 2025, Table 5): it
-    lets the network train freely at first and draws it to the constraint at the end.
+    The SAFE paper uses it for the penalty in vision (Lee et al. 2025, Table 5). The network
+    trains almost freely at first and is pulled to the constraint at the end.
 
     Parameters
     ----------
-    value : float
-        Value at ``steps`` and after it.
-    steps : int
-        Length of the ramp, in optimizer steps.
-    initial : float
-        Value at step 0.
+    value, steps, initial
+        See `linear`.
 
     Returns
     -------
@@ -304,7 +307,7 @@ def cosine(value: float, steps: int, initial: float = 0.0) -> Cosine:
     Raises
     ------
     TypeError, ValueError
-        If a value is not a finite number, or ``steps`` not a positive integer.
+        If a value is not a finite number, or ``steps`` is not a positive integer.
 
     Examples
     --------
@@ -318,12 +321,12 @@ def cosine(value: float, steps: int, initial: float = 0.0) -> Cosine:
 def cubic(
     value: float, steps: int, initial: float = 0.0, start: int = 0, every: int | None = None
 ) -> Cubic:
-    """Sparsity ``value + (initial - value) * (1 - j / n)**3`` at stage ``j`` of ``n``.
+    """Return the sparsity ``value + (initial - value) * (1 - j / n)**3`` at stage ``j`` of ``n``.
 
-    The gradual schedule of Zhu and Gupta 2017, as a static table: stage
-    ``j = (t - start) // every`` of ``n = steps / every``. Every entry is an exact
-    fraction, so the number of zeros is exact at every stage and is an ordinary integer
-    that a compiled program looks up.
+    This is the gradual schedule of Zhu and Gupta 2017, as a static table: stage
+    ``j = (t - start) // every`` of ``n = steps / every``. Every entry is an exact fraction,
+    so the number of zeros of every stage is an exact integer. A compiled program looks it up
+    and does not recompile when the sparsity changes.
 
     Parameters
     ----------
@@ -334,10 +337,10 @@ def cubic(
     initial : float
         Sparsity before ``start``.
     start : int
-        The step at which the ramp starts.
+        Step at which the ramp starts.
     every : int, optional
-        Steps between two changes; it divides ``steps``. By default the smallest that
-        gives at most 100 stages.
+        Steps between two changes. It must divide ``steps``. The default is the smallest
+        divisor that gives at most 100 stages.
 
     Returns
     -------
@@ -347,8 +350,8 @@ def cubic(
     Raises
     ------
     TypeError, ValueError
-        If a sparsity is outside [0, 1), a count is not a positive integer, or
-        ``every`` does not divide ``steps``.
+        If a sparsity is outside [0, 1), a count is not a positive integer, or ``every`` does
+        not divide ``steps``.
 
     Examples
     --------
@@ -365,14 +368,14 @@ def cubic(
 def linear_sparsity(
     value: float, steps: int, initial: float = 0.0, start: int = 0, every: int | None = None
 ) -> LinearSparsity:
-    """Sparsity ``initial + (value - initial) * j / n`` at stage ``j`` of ``n``.
+    """Return the sparsity ``initial + (value - initial) * j / n`` at stage ``j`` of ``n``.
 
-    A static table of exact fractions, as of `cubic`.
+    Like `cubic`, it is a static table of exact fractions.
 
     Parameters
     ----------
     value, steps, initial, start, every
-        As for `cubic`.
+        See `cubic`.
 
     Returns
     -------
@@ -382,7 +385,7 @@ def linear_sparsity(
     Raises
     ------
     TypeError, ValueError
-        As `cubic`.
+        See `cubic`.
 
     Examples
     --------
@@ -397,22 +400,25 @@ def linear_sparsity(
 
 
 def _finest(steps: int) -> int:
-    """Steps between two changes, of a table of at most 100 stages."""
+    """Return the smallest divisor of ``steps`` that gives at most 100 stages.
+
+    Each stage costs one projection count per pool, so a table of every step would be long.
+    """
     return next(k for k in range(-(-steps // 100), steps + 1) if steps % k == 0)
 
 
 def random_sparsity(values: tuple[float, ...], seed: int = 0) -> RandomSparsity:
-    """One of ``values`` at every step, drawn at random; the largest at the end.
+    """Return a sparsity that is drawn from ``values`` at every step, and the largest at the end.
 
-    The draw is a function of step and seed alone: the same in every library, and in a run
+    The draw depends on step and seed alone. It is the same in every library, and in a run
     that is resumed.
 
     Parameters
     ----------
     values : tuple of float
-        Fractions of zeros in [0, 1). One that is listed twice is drawn twice as often.
+        Fractions of zeros in [0, 1). A value that is listed twice is drawn twice as often.
     seed : int
-        Non-negative; another one gives other draws.
+        Non-negative seed of the draws.
 
     Returns
     -------
@@ -422,7 +428,7 @@ def random_sparsity(values: tuple[float, ...], seed: int = 0) -> RandomSparsity:
     Raises
     ------
     TypeError, ValueError
-        If ``values`` is not a tuple of sparsities or ``seed`` not a non-negative integer.
+        If ``values`` is not a tuple of sparsities, or ``seed`` is not a non-negative integer.
 
     References
     ----------
@@ -438,7 +444,11 @@ def random_sparsity(values: tuple[float, ...], seed: int = 0) -> RandomSparsity:
 
 
 def as_schedule(name: str, value: Any) -> Schedule:
-    """Return a non-negative schedule for a number or a schedule, or raise naming ``name``."""
+    """Return a non-negative schedule from a number or a schedule, or raise.
+
+    Messages call the argument ``name``. The sign of a schedule of the user's own is not known
+    before it is called, so only those defined here are checked.
+    """
     if isinstance(value, Real) and not isinstance(value, bool):
         return Constant(_checks.real(name, value, low=0.0))
     if isinstance(value, SparsityTable) or not callable(value):

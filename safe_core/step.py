@@ -1,9 +1,9 @@
-"""The order of one training step, as data.
+"""Describe the order of one training step as data.
 
-`Method.plan` makes a `StepPlan` from the parts of a method. The plan says at which points
-gradients are taken, how each joins those before it, and which operations follow. Whoever
-runs the steps walks the plan: `safe_core.functional` for immutable arrays (NumPy, JAX), the
-PyTorch adapter in place. So the order is written here and nowhere else.
+`Method.plan` makes a `StepPlan` from the parts of a method. The plan lists the points at
+which gradients are taken, how they are combined, and the operations that follow. Two runners
+walk the plan: `safe_core.functional` for immutable arrays (NumPy, JAX), and the PyTorch
+adapter in place. The plan is the only place that fixes the order, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ __all__ = ["Evaluation", "Operation", "Point", "StepPlan"]
 
 
 class Point(enum.StrEnum):
-    """Where a gradient of the loss is taken; C is the projection at the sparsity of the step."""
+    """Point at which a gradient of the loss is taken.
+
+    C is the projection at the sparsity of the step.
+    """
 
     X = "x"
     PERTURBED = "x + e"
@@ -30,7 +33,7 @@ class Point(enum.StrEnum):
 
     @property
     def is_projected(self) -> bool:
-        """Whether the sparse parameters are projected there."""
+        """Whether the sparse parameters are projected at this point."""
         return self in (Point.PROJECTED, Point.PROJECTED_PERTURBED)
 
 
@@ -40,9 +43,9 @@ class Evaluation(NamedTuple):
     Attributes
     ----------
     point : Point
-        Where the gradient is taken.
+        Point at which the gradient is taken.
     combine : {"replace", "add"}
-        Whether it takes the place of the gradients before it, or is added to them.
+        Whether the gradient replaces the result of the evaluations before, or is added to it.
     """
 
     point: Point
@@ -50,9 +53,9 @@ class Evaluation(NamedTuple):
 
 
 class Operation(enum.Enum):
-    """What a step does once it has its gradients. Values say it as a formula.
+    """Operation of a step, after its gradients are known. The value is its formula.
 
-    Operations that are *due* run only after steps at which `Constraint.is_due` holds.
+    Operations marked "where due" do nothing at steps for which `Constraint.is_due` is False.
     """
 
     OBSERVE_GRADIENTS = "keep g for the importance, which is refreshed where it is due"
@@ -68,17 +71,18 @@ class Operation(enum.Enum):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of a method: its gradients in order, then its operations in order.
+    """Plan of one step: its gradients in order, then its operations in order.
 
     Attributes
     ----------
     evaluations : tuple of Evaluation
-        The first is at x.
+        Gradients of the step. The first is at x.
     operations : tuple of Operation
+        Operations that follow the gradients.
     masks_gradients : bool
-        Whether every gradient is zeroed off the support as it is taken.
+        Whether every gradient is zeroed off the support right after it is computed.
     reuses : bool
-        Whether a step that does not perturb reuses a direction of an earlier perturbed
+        Whether steps that do not perturb reuse the direction of an earlier perturbed
         gradient, see `safe_core.SAM`.
 
     Examples
@@ -103,12 +107,12 @@ class StepPlan:
 
     @property
     def perturbed(self) -> Evaluation | None:
-        """The gradient at a perturbed point, if any."""
+        """The evaluation at a perturbed point, or None."""
         return next((e for e in self.evaluations if e.point.is_perturbed), None)
 
     @property
     def projected(self) -> Evaluation | None:
-        """The gradient at C(x), if any."""
+        """The evaluation at C(x), or None."""
         return next((e for e in self.evaluations if e.point is Point.PROJECTED), None)
 
     @property
@@ -117,12 +121,21 @@ class StepPlan:
         return Operation.MEASURE_PULL in self.operations
 
     def without_radius(self) -> StepPlan:
-        """Return the plan where the radius is zero: a gradient at x + e would be the first."""
+        """Return the plan for a radius of 0, without the gradient at x + e.
+
+        With e = 0 that gradient would repeat the first one. One at C(x + e) stays, because
+        C(x) differs from x.
+        """
         kept = tuple(e for e in self.evaluations if e.point is not Point.PERTURBED)
         return replace(self, evaluations=kept, reuses=False)
 
     def frozen(self) -> StepPlan:
-        """Return the plan once the support is final: train on it, under a mask."""
+        """Return the plan for a final support, which trains the kept weights under a mask.
+
+        There is nothing left to pull towards, so the penalty and the updates of the state are
+        gone. x lies on the support already and C(x) is x, so the gradient at C(x) is dropped
+        and C(x + e) becomes x + e.
+        """
         points = {Point.PROJECTED_PERTURBED: Point.PERTURBED}
         kept = tuple(
             e._replace(point=points.get(e.point, e.point))

@@ -1,7 +1,7 @@
-"""JAX: any optax transformation, under a sparsity constraint.
+"""Train sparse networks in JAX with any optax transformation.
 
-`sparse_optimizer` wraps the transformation of a training loop, and `finalize` makes its
-parameters sparse at the end. `safe_core.adapters.jax.flax` holds what needs Flax,
+`sparse_optimizer` wraps the transformation of a training loop, and `finalize` makes the
+parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Flax, and
 `safe_core.adapters.jax.blocks` prunes a trained model block by block.
 """
 

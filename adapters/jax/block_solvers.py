@@ -1,4 +1,4 @@
-"""Solvers of one block in JAX: layer by layer, or by training the whole block."""
+"""Prune one block in JAX, layer by layer or by training the whole block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Block(NamedTuple):
     params : pytree
     grams : callable, optional
         ``grams(params, inputs)`` returns the Gram matrices of the inputs of each weight, a
-        mapping of path to `safe_core.solvers.Gram`. Only SAFE and magnitude pruning do without.
+        mapping of path to `safe_core.solvers.Gram`. Only SAFE and magnitude pruning do not need
+        it.
     """
 
     apply_fn: Callable[[PyTree, PyTree], jax.Array]
@@ -71,12 +72,12 @@ def prune_layers(
     Returns
     -------
     pytree
-        Shaped as ``params``, exactly sparse.
+        The pruned ``params``, exactly sparse.
 
     Raises
     ------
     TypeError, ValueError
-        Those of the solver, or if the Gram matrix of a leaf is missing.
+        If the solver raises, or the Gram matrix of a leaf is missing.
 
     Examples
     --------
@@ -104,7 +105,9 @@ def prune_layers(
 
 def _matrix(grams: Mapping[str, Any], name: str) -> Any:
     if name not in grams:
-        raise ValueError(f"grams must hold one for {name}, got {', '.join(grams) or 'none'}")
+        raise ValueError(
+            f"grams must hold a Gram matrix for {name}, got {', '.join(grams) or 'none'}"
+        )
     return grams[name].matrix if isinstance(grams[name], Gram) else grams[name]
 
 
@@ -113,7 +116,7 @@ class BlockSolver(Protocol):
 
     @property
     def needs(self) -> str:
-        """Which statistics of inputs are needed, as of `safe_core.solvers.Solver`."""
+        """Statistics of inputs that the solver needs, as in `safe_core.solvers.Solver`."""
 
     def prune(
         self,
@@ -127,7 +130,7 @@ class BlockSolver(Protocol):
 
 
 class _LayerByLayer:
-    """A layer-wise solver, applied to each sparse leaf of a block."""
+    """Apply a layer-wise solver to each sparse leaf of a block."""
 
     def __init__(self, solver: LayerSolver, pattern: Pattern, where: Any, layout: Any) -> None:
         self.solver, self.pattern = solver, pattern
@@ -148,7 +151,7 @@ class _LayerByLayer:
 
 
 class _Trained:
-    """SAFE on the whole block."""
+    """Train the whole block by SAFE."""
 
     def __init__(
         self, recipe: Reconstruction, pattern: Pattern, seed: int, where: Any, layout: Any
@@ -166,6 +169,7 @@ class _Trained:
         targets: jax.Array,
         grams: Mapping[str, Gram] | None,
     ) -> PyTree:
+        # One training for equal functions, so that equal blocks compile once.
         if block.apply_fn not in self._trainings:
             self._trainings[block.apply_fn] = BlockTraining(
                 block.apply_fn,
@@ -180,7 +184,7 @@ class _Trained:
 
 
 def block_solver(solver: Any, pattern: Pattern, seed: int, where: Any, layout: Any) -> BlockSolver:
-    """Return the solver of blocks that an argument of `prune_blocks` stands for."""
+    """Return the block solver for the argument ``solver`` of `prune_blocks`."""
     found = as_solver(solver)
     if isinstance(found, Reconstruction):
         return _Trained(found, pattern, seed, where, layout)

@@ -46,7 +46,7 @@ class Reconstructed(NamedTuple):
 
 
 class BlockTraining:
-    """SAFE on blocks of one function; blocks of equal shapes share compiled programs."""
+    """Train blocks of one function by SAFE; blocks of equal shapes share compiled programs."""
 
     def __init__(
         self,
@@ -62,9 +62,11 @@ class BlockTraining:
         self.method = recipe.bound(pattern)
         steps = len(batches_in_order([range(samples)], recipe.batch_size))
         rates = jnp.asarray([recipe.rate(t, steps) for t in range(recipe.epochs * steps)])
+        # A table of the rates, because a recipe computes them in Python, not in JAX.
         self._rate = lambda step: rates[step]
         self._base = optax.adam(self._rate, *recipe.betas)
-        self._tx = self._optimizer(None)  # P, if there is one, is in the state
+        # No importance here: P is in the state, so blocks with different P share a program.
+        self._tx = self._optimizer(None)
         self._epoch = jax.jit(self._steps, donate_argnums=0)
 
     def __call__(
@@ -77,7 +79,8 @@ class BlockTraining:
         seed: int,
         block: int,
     ) -> Reconstructed:
-        wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)  # their buffers are donated
+        # Copies, because the compiled epoch donates its buffers, and the caller keeps `params`.
+        wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)
         if isinstance(importance, Mapping):
             importance = self._of_grams(wide, importance)
         carried, losses = (wide, self._optimizer(importance).init(wide)), []
@@ -105,7 +108,7 @@ class BlockTraining:
         )
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
-        """Return P from the mean squares of inputs, without the Gram matrices of dense leaves."""
+        """Return P from the mean squares of inputs, and drop Gram matrices of dense leaves."""
         names = SparseTree.read(params, self.where, self.layout).info.names
         return {
             name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
@@ -114,7 +117,10 @@ class BlockTraining:
         }
 
     def _batches(self, seed: int, block: int, epoch: int) -> tuple[Any, Any]:
-        """Return the samples of full batches, shape (count, size), and of the last one."""
+        """Return the samples of full batches, of shape (count, size), and of the smaller last.
+
+        `jax.lax.scan` needs batches of equal size, so the last one is taken separately.
+        """
         size, groups = min(self.recipe.batch_size, self.samples), [range(self.samples)]
         batches = batches_at_random(groups, size, seed=seed, block=block, epoch=epoch)
         order = np.concatenate(batches)
@@ -149,14 +155,14 @@ def sample_count(inputs: PyTree) -> int:
     counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(inputs)}
     if len(counts) != 1 or counts == {()} or counts == {(0,)}:
         raise ValueError(
-            "inputs must be arrays with the same number of samples, not none, along their first "
+            "inputs must be arrays with the same non-zero number of samples along their first "
             f"axis, got {sorted(counts)}"
         )
     return int(counts.pop()[0])
 
 
 def take_rows(inputs: PyTree, rows: Any) -> PyTree:
-    """Return some samples of every leaf."""
+    """Return the samples ``rows`` of every leaf."""
     return jax.tree.map(lambda x: x[rows], inputs)
 
 

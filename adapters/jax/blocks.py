@@ -1,4 +1,4 @@
-"""Prune a trained network block by block in JAX, while its blocks keep their outputs.
+"""Prune a trained network block by block in JAX, while preserving the outputs of each block.
 
 A block is a function of parameters and inputs. A solver of `safe_core.solvers` prunes its layers
 one by one, or SAFE trains the whole block on its reconstruction error.
@@ -57,7 +57,7 @@ class PrunedBlock(NamedTuple):
     sparsity : float
         The fraction of zeros among the entries of its sparse weights.
     seconds : float
-        Time, including compilation.
+        Elapsed time, including compilation.
     """
 
     params: PyTree
@@ -92,7 +92,7 @@ def reconstruct(
     params : pytree
         Parameters of the dense block.
     inputs : pytree of arrays
-        With samples along the first axis of every leaf.
+        Arrays with samples along their first axis.
     sparsity : float, str or pattern
         As for `safe_core.project`; a number is the sparsity of each weight.
     recipe : Reconstruction, optional
@@ -115,7 +115,7 @@ def reconstruct(
     Raises
     ------
     TypeError, ValueError
-        If an argument is of another kind, targets differ in shape from the outputs of
+        If an argument has the wrong type, targets differ in shape from the outputs of
         ``apply_fn``, or a loss is not finite.
 
     References
@@ -171,7 +171,7 @@ def prune_blocks(
     settings: BlockSettings = _DEFAULTS,
     **changes: Any,
 ) -> list[PrunedBlock]:
-    """Prune blocks one after the other; each takes the outputs of the one before.
+    """Prune blocks in order; each takes the outputs of the one before.
 
     Block i with parameters x becomes sparse while minimising
 
@@ -211,7 +211,7 @@ def prune_blocks(
     Raises
     ------
     TypeError, ValueError
-        If an argument is of another kind, a block does not return one row for each sample or
+        If an argument has the wrong type, a block does not return one row for each sample or
         lacks ``grams``, or outputs are not finite.
 
     References
@@ -239,6 +239,7 @@ def prune_blocks(
     chain = _Chain(chosen, settings, where, layout)
     sample_count(inputs)
     hidden, *others = jax.tree.map(jnp.asarray, inputs if isinstance(inputs, tuple) else (inputs,))
+    # Two streams: the pruned network's activations, and the dense network's for the targets.
     dense = hidden if settings.two_streams else None
 
     def arguments(hidden: PyTree) -> PyTree:
@@ -262,7 +263,7 @@ def prune_blocks(
 
 
 class _Chain:
-    """Blocks of one call of `prune_blocks`, which share what is compiled for equal functions."""
+    """Run the blocks of one call of `prune_blocks`, with one program for equal functions."""
 
     def __init__(
         self, solver: BlockSolver, settings: BlockSettings, where: Any, layout: Any
@@ -294,7 +295,9 @@ class _Chain:
 
 def _check_finite(i: int, finite: Any) -> None:
     if not finite:
-        raise ValueError(f"inputs must lead to finite activations, got others after block {i}")
+        raise ValueError(
+            f"inputs must lead to finite activations, got NaN or infinity after block {i}"
+        )
 
 
 def _checked(i: int, block: Any, needs: str) -> Block:

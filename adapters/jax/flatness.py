@@ -1,4 +1,4 @@
-"""JAX: how flat a loss is around a pytree of parameters."""
+"""Measure how flat a loss is around a pytree of parameters in JAX."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def loss_surface(
     layout: Any = None,
     trainable: Any = None,
 ) -> LossSurface:
-    """Bind a loss, its parameters and its batches, to measure how flat it is there.
+    """Bind a loss to its parameters and batches, to measure how flat it is around them.
 
-    Products with the Hessian are forward-mode derivatives of the gradient,
-    ``jvp(grad(loss))``, one compiled program for each shape of a batch.
+    A Hessian-vector product is the forward-mode derivative of the gradient,
+    ``jvp(grad(loss))``. Each batch shape compiles one program.
 
     Parameters
     ----------
     loss : callable
-        ``loss(params, batch)`` returns a scalar, the mean over the batch. It must be a
-        function of these two alone: statistics of batch normalisation and dropout keys
-        come with the batch, or are fixed.
+        ``loss(params, batch)`` returns a scalar, the mean over the batch. It must be a pure
+        function of the two: put statistics of batch normalisation and dropout keys into the
+        batch, or fix them.
     params : pytree
-        Floating leaves are variables, others are passed on.
+        Floating leaves vary. Other leaves are passed to ``loss`` unchanged.
     batches : iterable of pytrees
-        What ``loss`` takes, one after the other. They are held, and each has the same weight.
+        Arguments of ``loss``. All are kept in memory, and each has the same weight.
     support : "nonzero" or pytree, optional
-        Entries that may vary: a pytree of the structure of ``params`` with a bool array for
-        a leaf, or None or `optax.MaskedNode` for all of it; or those that are not zero in
-        the weights of layers of Flax, Haiku and Equinox.
+        Entries that may vary: a pytree like ``params`` with a bool array for each leaf, or
+        None or `optax.MaskedNode` for a leaf that varies freely. "nonzero" selects the
+        non-zero entries of the weights of Flax, Haiku and Equinox layers.
     layout : Layout, mapping of path to Layout, or callable, optional
-        Roles of axes, as for `sparse_optimizer`; for landscapes.
+        Axis roles, as for `sparse_optimizer`. Landscapes use them.
     trainable : callable or pytree of bool, optional
-        Which floating leaves are variables: a function of path and leaf, or flags.
+        Floating leaves that vary: a function of path and leaf, or flags.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def loss_surface(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, a variable is complex, or there are none.
+        If an argument has the wrong type, a variable is complex, or no leaf varies.
 
     Examples
     --------
@@ -82,7 +82,7 @@ def loss_surface(
 
 
 class _Loss:
-    """A `safe_core.flatness.Loss` of JAX."""
+    """Implement `safe_core.flatness.Loss` in JAX."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class _Loss:
         self._owners = [owner_of(params, path) for path, _ in paths]
         self._indices = self._variables(trainable)
         self._support = self._read_support(support)
-        # Other arrays are arguments of the programs, and what is no array a constant.
+        # Pass other arrays as arguments, since constants would be copied into each program.
         self._fixed = {
             i: leaf
             for i, (_, leaf) in enumerate(self._named)
@@ -150,7 +150,7 @@ class _Loss:
             known = layout_of(name, leaf, owner)
             found.append(chosen_layout(name, leaf, self._layout, known))
             if found[-1] is None and is_prunable(name, leaf, owner):
-                raise ValueError(f"layout of {name} is not known: pass layout=, got None")
+                raise ValueError(f"layout of {name} is unknown: pass layout=, got None")
         return found
 
     def value(self, arrays: Sequence[jax.Array]) -> float:
@@ -186,7 +186,7 @@ class _Loss:
         return self._treedef.unflatten(leaves)
 
     def _variables(self, trainable: Any) -> list[int]:
-        """Places of the leaves that are differentiated by."""
+        """Return the indices of the leaves to differentiate with respect to."""
         if trainable is None or is_function(trainable):
             chosen = [trainable is None or trainable(*leaf) for leaf in self._named]
         else:

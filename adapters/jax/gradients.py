@@ -1,4 +1,4 @@
-"""Both gradients of a step from one loss function."""
+"""Compute both gradients of a step from one loss function."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def value_and_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[Any, PyTree, Callable[[PyTree], PyTree]]]:
-    """Return a function that computes what `sparse_optimizer` takes at a step.
+    """Return a function that computes the arguments of `sparse_optimizer` for a step.
 
-    ``fn(params, *args, **kwargs)`` returns the value of the loss, its gradient at ``params``
-    and ``grad_fn``, which returns the gradient at other parameters with the same arguments:
-    on the same batch, with the same dropout keys and the same batch statistics. What it
-    computes beside is dropped, so statistics come from the first pass alone.
+    ``fn(params, *args, **kwargs)`` returns the loss, its gradient at ``params``, and
+    ``grad_fn``. ``grad_fn(other_params)`` returns the gradient at other parameters with the
+    same arguments: the same batch, dropout keys and batch statistics. It drops auxiliary
+    outputs, so that batch statistics come from the first pass only.
 
     Parameters
     ----------
     loss_fn : callable
         ``loss_fn(params, *args, **kwargs)`` returns a scalar, the mean over a batch.
     has_aux : bool
-        ``loss_fn`` returns ``(loss, aux)``, and so does the value.
+        If True, ``loss_fn`` returns ``(loss, aux)``, and ``fn`` returns this pair as the loss.
     axis_name : str or tuple of str, optional
-        Average loss and both gradients over this axis of `jax.shard_map`, `jax.pmap` or
+        Average the loss and both gradients over this axis of `jax.shard_map`, `jax.pmap` or
         `jax.vmap`. ``aux`` is not averaged.
     micro_batches : int
-        Accumulate both gradients over so many parts of the batch, one after the other, which
-        needs the memory of one. The batch is the first of ``args``, a pytree with
-        examples along the first axis of every leaf; keys of dropout masks may be among
-        them. Part i takes rows ``i::micro_batches``. ``aux`` then has one more axis in front,
-        of the parts. Sums are in float32 or wider.
+        Number of micro-batches for gradient accumulation. Both gradients then need the memory
+        of one micro-batch. The batch is the first of ``args``, a pytree with examples along
+        the first axis of every leaf, which may include dropout keys. Micro-batch i takes rows
+        ``i::micro_batches``. ``aux`` gets a leading axis over micro-batches. Sums are in
+        float32 or wider.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def value_and_gradients(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, or the parts do not divide the batch.
+        If an argument has the wrong type, or ``micro_batches`` does not divide the batch.
 
     Examples
     --------
@@ -90,10 +90,10 @@ def value_and_gradients(
 def carrying_gradients(
     loss_fn: Callable[..., Any], *, axis_name: Any, micro_batches: int
 ) -> Callable[..., tuple[tuple[Any, Any, Any], PyTree]]:
-    """Gradients of ``loss_fn(params, carried, *args, **kwargs) -> (loss, aux, carried)``.
+    """Differentiate ``loss_fn(params, carried, *args, **kwargs) -> (loss, aux, carried)``.
 
-    What is carried goes from one part of a batch to the next, and comes back behind the
-    last; over the devices of an axis its floating arrays are averaged.
+    Each micro-batch gets ``carried`` from the one before, and the last one's is returned.
+    Its floating arrays are averaged over the devices of an axis.
     """
     _checks.integer("micro_batches", micro_batches, low=1)
 
@@ -115,7 +115,7 @@ def carrying_gradients(
         params: PyTree, carried: Any, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, Any, Any], PyTree]:
         if not args:
-            raise TypeError("the batch must be the first argument behind params, got none there")
+            raise TypeError("batch must be the first argument after params, got no argument")
         batch, *args = args  # type: ignore[assignment]
         parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
 
@@ -134,7 +134,7 @@ def carrying_gradients(
 
 
 def _averaged(tree: PyTree, axis_name: Any) -> PyTree:
-    """The mean over an axis of every floating array."""
+    """Return the mean of every floating array over an axis."""
     if axis_name is None:
         return tree
 
@@ -146,7 +146,7 @@ def _averaged(tree: PyTree, axis_name: Any) -> PyTree:
 
 
 def check_loss(loss_fn: Any, has_aux: Any) -> None:
-    """Refuse what is no loss function, or says unclearly what it returns."""
+    """Raise if ``loss_fn`` is not a function or ``has_aux`` is not a bool."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
     if not isinstance(has_aux, bool):
@@ -154,10 +154,10 @@ def check_loss(loss_fn: Any, has_aux: Any) -> None:
 
 
 def _varying(params: PyTree, axis_name: Any) -> PyTree:
-    """Parameters that differ between devices, as far as differentiation knows.
+    """Mark parameters as varying between devices.
 
-    The gradient by a value that all devices of a `jax.shard_map` share is a sum over them
-    already, which an average would leave as it is.
+    The gradient with respect to a value that all devices of a `jax.shard_map` share is already
+    summed over them. Averaging this sum would leave a gradient that is too large.
     """
     if axis_name is None:
         return params
@@ -165,7 +165,7 @@ def _varying(params: PyTree, axis_name: Any) -> PyTree:
 
     def cast(x: Any) -> Any:
         kind = jax.typeof(x)
-        # JAX has called it by both names.
+        # The attribute's name depends on the version of JAX.
         held = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
         missing = tuple((names & set(kind.sharding.mesh.manual_axes)) - set(held))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
@@ -179,5 +179,5 @@ def _cut(x: Any, parts: int) -> Any:
             f"micro_batches must divide the first axis of every array of the batch, got {parts} "
             f"and shape {x.shape}"
         )
-    # Every part takes rows from all over the batch, and so from all devices that hold it.
+    # Take every n-th row, so that a micro-batch of a sharded batch uses all devices.
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -1,4 +1,4 @@
-"""Importances: what a user hands in, the base optimizer's second moments, and the Hessian."""
+"""Read importances from the user, the base optimizer's second moments or the Hessian."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ PyTree = Any
 def hessian_diagonal(
     loss_fn: Callable[..., Any], params: PyTree, *args: Any, key: jax.Array, samples: int = 1
 ) -> PyTree:
-    """Estimate the diagonal of the Hessian of a loss, negative entries as 0: OBD's importance.
+    """Estimate the diagonal of the Hessian of a loss, with negative entries set to 0.
 
-    Hutchinson's estimate, see `safe_core.importance.hutchinson`, with products by forward
-    over reverse differentiation. For ``importance=`` of `sparse_optimizer`, which calls its
-    function at dual updates, with the loss on a batch at hand.
+    This is the importance of Optimal Brain Damage. It uses Hutchinson's estimator, see
+    `safe_core.importance.hutchinson`, and computes each Hessian-vector product by
+    forward-over-reverse differentiation. Call it in a function that you pass as
+    ``importance=`` of `sparse_optimizer`, which calls that function at dual updates.
 
     Parameters
     ----------
     loss_fn : callable
-        ``loss_fn(params, *args)`` returns a scalar, twice differentiable.
+        ``loss_fn(params, *args)`` returns a scalar. It must be twice differentiable.
     params : pytree of floating arrays
     args : optional
-        Passed on to ``loss_fn``.
+        Further arguments of ``loss_fn``.
     key : array
-        A key of `jax.random`, from which the vectors are drawn.
+        A key of `jax.random`, to draw the random vectors.
     samples : int
-        Vectors to average over; each costs a gradient and its derivative.
+        Number of random vectors to average over. Each costs a gradient and its derivative.
 
     Returns
     -------
     pytree
-        As ``params``, in float32 or wider.
+        The structure of ``params``, in float32 or wider.
 
     Raises
     ------
     TypeError, ValueError
-        If ``loss_fn`` is not a function or ``samples`` not a positive integer.
+        If ``loss_fn`` is not a function or ``samples`` is not a positive integer.
 
     References
     ----------
@@ -92,9 +93,9 @@ def hessian_diagonal(
 def importance_in_use(
     handed: Any, method: Method, tree: SparseTree, *, known: bool = False
 ) -> Importance | None:
-    """Return the importance of a run: what the user handed in, or that of the method.
+    """Return the importance of a run: the one that the user passed, or that of the method.
 
-    ``known`` says that a state holds P already, which may have been handed in before.
+    ``known`` means that the state already holds a P, for example from a checkpoint.
     """
     if handed is None and method.importance is None and known:
         return Given(lambda values: [])
@@ -107,7 +108,7 @@ def importance_in_use(
             return placed(handed(params), tree.sparse(params), tree)
 
         return Computed(compute, reads="model")
-    # Copies: the caller's arrays must outlive a state that is donated.
+    # Copy, because donating the state to a compiled step would delete the caller's arrays.
     return Given(
         lambda values: [jnp.array(p, copy=True) for p in placed(handed, list(values), tree)]
     )
@@ -116,15 +117,18 @@ def importance_in_use(
 def initial_importance(
     handed: Any, source: Importance | None, params: PyTree, base_state: PyTree, tree: SparseTree
 ) -> list[Any] | None:
-    """Return the state of an importance before step 0; its structure never changes after."""
+    """Return the state of an importance before step 0.
+
+    Its structure and dtypes never change later, because a compiled step requires this.
+    """
     values = tree.sparse(params)
     if source is None:
         return None
     if source.reads == "second_moments":
-        second_moments(base_state, tree)  # raises now where the base has none
+        second_moments(base_state, tree)  # raise now if the base has none
     if not is_function(handed):
         return source.init(values)
-    # Only shapes are known before the first call, and P is 1 until then.
+    # P is 1 until the first dual update calls the function, so only its shapes are needed.
     shapes = jax.eval_shape(lambda p: placed(handed(p), tree.sparse(p), tree), params)
     return [
         jnp.ones_like(x, dtype=shape.dtype)
@@ -135,9 +139,9 @@ def initial_importance(
 
 
 def second_moments(base_state: PyTree, tree: SparseTree) -> list[Any]:
-    """Return the base's running averages of squared gradients, for the sparse leaves.
+    """Return the base's running averages of squared gradients for the sparse leaves.
 
-    optax keeps them in a field ``nu``, a tree like the parameters.
+    optax stores them in a field ``nu``, a pytree like the parameters.
     """
 
     def has_moments(node: Any) -> bool:
@@ -167,7 +171,7 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
         unknown = sorted(set(importance) - set(names))
         if unknown:
             raise ValueError(
-                f"importance names {unknown[0]!r}, which is no sparse parameter"
+                f"importance must name sparse parameters, {', '.join(names)}, got {unknown[0]!r}"
             ) from None
         given = [importance.get(name) for name in names]
     found = []

@@ -1,4 +1,4 @@
-"""The report of the sparse leaves of a parameter tree."""
+"""Report on the sparse leaves of a parameter tree."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PyTree = Any
 def report(
     params: PyTree, state: PyTree, method: Method, *, penalty: Any = None, layout: Any = None
 ) -> Report:
-    """Return what the constraint looks like from here, leaf by leaf.
+    """Return the distance to the constraint and other figures for each sparse leaf.
 
-    Computes a projection and a dual update, and changes nothing. Under `jax.jit` return
-    its `Report.scalars`, a flat dictionary for a metric writer.
+    This computes a projection and a dual update and changes no state. Under `jax.jit`, return
+    `Report.scalars`, a flat dictionary for a metric writer.
 
     Parameters
     ----------
     params : pytree
     state : pytree
-        An optimizer state that holds ours anywhere within.
+        An optimizer state that contains one `SparseOptimizerState`, possibly nested.
     method : Method
-        The method that is trained with.
+        The method of the run.
     penalty : float, array or schedule, optional
         As passed to `sparse_optimizer`.
     layout : optional
@@ -43,7 +43,7 @@ def report(
     Raises
     ------
     TypeError, ValueError
-        As `finalize`.
+        As for `finalize`.
 
     Examples
     --------

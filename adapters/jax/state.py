@@ -1,4 +1,4 @@
-"""The state of `sparse_optimizer`, and the checks that it belongs to a method and a model."""
+"""Define the state of `sparse_optimizer`, and check that it fits a method and a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SparseOptimizerState(NamedTuple):
     Attributes
     ----------
     step : int32 scalar
-        Base steps taken.
+        Number of base steps taken.
     base : pytree
         State of the base transformation.
     anchor : pytree of arrays, or None
@@ -62,7 +62,7 @@ class SparseOptimizerState(NamedTuple):
 
 
 def find_state(state: PyTree) -> SparseOptimizerState:
-    """Return the one `SparseOptimizerState` within an optimizer state.
+    """Return the only `SparseOptimizerState` inside an optimizer state.
 
     Parameters
     ----------
@@ -106,12 +106,15 @@ def split_of(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
 
 
 def trained_tree(params: PyTree, state: SparseOptimizerState, layout: Layouts) -> SparseTree:
-    """Return the sparse leaves of ``params`` as ``state`` knows them."""
+    """Return the selection of sparse leaves of ``params`` that ``state`` was made with.
+
+    The state shows which leaves are sparse, so `finalize` needs no ``where=``.
+    """
     sparse = is_sparse_in(state.support)
     known: Any = jax.tree.structure(sparse)
     if known != jax.tree.structure(params):
         raise ValueError(
-            "params must have the structure of those that state was made of (of NNX pass "
+            "params must have the structure of those that state was made of (for NNX, pass "
             f"nnx.as_pure of both), {known}, got {jax.tree.structure(params)}"
         )
     tree = SparseTree.read(params, sparse, layout)
@@ -120,7 +123,7 @@ def trained_tree(params: PyTree, state: SparseOptimizerState, layout: Layouts) -
 
 
 def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
-    """Refuse parameters that a state was not made of."""
+    """Raise if the shapes of sparse leaves differ from those of the state."""
     pairs = zip(tree.info.names, tree.sparse(params), tree.sparse(state.support), strict=True)
     for name, x, support in pairs:
         if x.shape != support.shape:
@@ -133,7 +136,11 @@ def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) 
 def check_state(
     state: SparseOptimizerState, method: Method, tree: SparseTree, *, reuses: bool
 ) -> None:
-    """Refuse the state of a method with another state, before a branch of a condition does."""
+    """Raise if the state belongs to a method with other state arrays.
+
+    Without this check `jax.lax.cond` would raise, since its branches would return different
+    structures, and its message would not name the cause.
+    """
     if reuses != (state.flat_direction is not None):
         raise ValueError(
             f"state.flat_direction must {'' if reuses else 'not '}be there for a method with "
@@ -152,7 +159,7 @@ def check_state(
 
 
 def check_anchor(state: SparseOptimizerState, method: Method) -> None:
-    """Refuse a state that lacks the anchors of a method, or has too many."""
+    """Raise if the state lacks the anchors of a method, or has anchors that it does not use."""
     wanted = method.constraint.has_anchor
     if wanted != (state.anchor is not None):
         raise ValueError(
@@ -162,7 +169,12 @@ def check_anchor(state: SparseOptimizerState, method: Method) -> None:
 
 
 def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
-    """Refuse a layout other than the one that was trained with, where values can be read."""
+    """Raise if the support does not fit the method and layout.
+
+    A layout is not stored in the state, so a wrong one is detected by the support. Traced
+    values cannot be read, and a schedule changes the sparsity of past supports: do not check
+    these.
+    """
     concrete = all(backend_of(mask).is_concrete(mask) for mask in support)
     if method.sparsity.schedule is not None or not concrete:
         return

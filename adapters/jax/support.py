@@ -1,4 +1,4 @@
-"""Sparse parameters after training: keep their support, and check it."""
+"""Keep the support of sparse parameters after training, and check it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FixedSupportState(NamedTuple):
     base : pytree
         State of the base transformation.
     support : pytree of bool arrays
-        Where sparse leaves may be non-zero, with `optax.MaskedNode` for the others.
+        Where sparse leaves may be non-zero. Dense leaves are `optax.MaskedNode`.
     """
 
     base: PyTree
@@ -37,17 +37,17 @@ class FixedSupportState(NamedTuple):
 def fixed_support(
     base: optax.GradientTransformation, *, where: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Fine-tune sparse parameters: what is zero at the start stays exactly zero.
+    """Fine-tune sparse parameters with a fixed mask: zeros stay exactly zero.
 
-    The gradients of zeros are set to zero before ``base``, and what ``base`` makes of them is
-    undone, so weight decay and momentum fill none.
+    Gradients of zeros are set to zero before ``base``, and its updates of zeros are discarded.
+    So neither weight decay nor momentum makes a zero non-zero.
 
     Parameters
     ----------
     base : optax.GradientTransformation
-        Extra arguments of ``update`` are passed on to it.
+        It receives the extra arguments of ``update``.
     where : callable or pytree of bool, optional
-        Which leaves are sparse, as for `sparse_optimizer`; the others train freely.
+        Selects the sparse leaves, as for `sparse_optimizer`. The others train freely.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def fixed_support(
     Raises
     ------
     TypeError, ValueError
-        If ``base`` is no transformation, no leaf is sparse or ``params`` are missing.
+        If ``base`` is not a transformation, no leaf is sparse, or ``params`` is missing.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def fixed_support(
         )
         out, base_state = inner.update(masked, state.base, params, **extra_args)
         steps = tree.leaves(out)
-        # Parameters that were filled since are emptied: x + (-x) is +0.
+        # -x rather than 0, so that an entry that became non-zero is reset: x + (-x) is +0.
         kept = [
             jnp.where(mask, steps[i].astype(x.dtype), -x)
             for i, x, mask in zip(tree.indices, tree.sparse(params), support, strict=True)
@@ -105,10 +105,10 @@ def fixed_support(
 
 
 def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: Any = None) -> None:
-    """Raise unless the parameters are as sparse as asked.
+    """Raise unless the parameters have the given sparsity.
 
-    Call it before a model is saved or served: merging an adapter such as LoRA, or another
-    optimizer, fills zeros silently.
+    Call this before saving or serving a model: another optimizer, or merging an adapter such
+    as LoRA, makes zeros non-zero without warning.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     """
     tree = SparseTree.read(params, where, layout)
     values = tree.sparse(params)
-    # Which of the entries are zero decides, not how small the others are.
+    # Only zero or non-zero matters: a projection by magnitude would call any small entry wrong.
     filled_in = [(x != 0).astype(jnp.float32) for x in values]
     support = select_support(filled_in, as_pattern(sparsity), tree.info, None, step=None)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]

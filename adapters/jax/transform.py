@@ -1,7 +1,7 @@
-"""JAX: any optax transformation, under a sparsity constraint.
+"""Wrap any optax transformation to train under a sparsity constraint.
 
-`sparse_optimizer` contains no numerics. It flattens pytrees to lists, hands them to
-`safe_core.functional.FunctionalStep`, and puts what comes back into pytrees.
+`sparse_optimizer` contains no numerics. It flattens pytrees to lists, passes them to
+`safe_core.functional.FunctionalStep`, and restores the pytrees.
 """
 
 from __future__ import annotations
@@ -50,56 +50,55 @@ def sparse_optimizer(
     importance: Callable[[PyTree], PyTree] | PyTree | None = None,
     select_on_host: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Train with a base transformation towards parameters that are exactly sparse.
+    """Train towards exactly sparse parameters with any optax transformation.
 
-    Written out, one step is that of `safe_core.Method`. ``update(grads, state, params,
-    grad_fn=...)`` takes the gradients at ``params`` and, where the method perturbs,
-    ``grad_fn``, a function of parameters to gradients on the same batch. At steps that
-    perturb, ``grads`` serves the ascent alone and may be of a part of the batch, unless the
-    method adds it; at others, see `safe_core.SAM`, ``grad_fn`` is not called. A method that
-    adds a projected gradient calls it at every step once more. Gradients must be unscaled
-    where the perturbation is not scale-free, as of `safe_core.cram`.
+    `safe_core.Method` writes out one step. ``update(grads, state, params, grad_fn=...)`` takes
+    the gradients at ``params``. If the method perturbs, it also takes ``grad_fn``, which maps
+    parameters to gradients on the same batch. At steps that perturb, ``grads`` may come from a
+    part of the batch, because it only gives the direction of ascent, unless the method adds
+    it. At other steps (see `safe_core.SAM`), ``grad_fn`` is not called. A method that adds a
+    projected gradient calls ``grad_fn`` once more per step. With loss scaling, unscale the
+    gradients if the perturbation is not scale-free, as in `safe_core.cram`.
 
-    Use it as the last transformation: what follows it would change the step that z and u
-    have seen. Gradient clipping belongs before it and into ``grad_fn``; within ``base``
-    it would act on the penalty too. To accumulate gradients, average them before
-    ``update`` and within ``grad_fn``: `optax.MultiSteps` would do the former only.
+    Put it last in a chain, because a later transformation would change the step that z and u
+    are updated with. Put gradient clipping before it and into ``grad_fn``; within ``base``,
+    clipping would also act on the penalty. For gradient accumulation, average the gradients
+    before ``update`` and within ``grad_fn``. `optax.MultiSteps` would average only the first.
 
     Parameters
     ----------
     base : optax.GradientTransformation
-        Turns the gradient of loss and penalty into an update. Extra arguments of
-        ``update`` are passed on to it.
+        Turns the gradient of loss and penalty into an update. It receives the extra
+        arguments of ``update``.
     method : Method
         From `safe_core.safe` or another function of `safe_core`.
     rho, penalty : float, array or schedule, optional
-        Override the method's; may be traced, as under `optax.inject_hyperparams`.
+        Override the method's values. They may be traced, as in `optax.inject_hyperparams`.
     learning_rate : float, array or schedule
-        That of ``base``, for a method with a decoupled penalty; not for others.
+        The learning rate of ``base``. Pass it only for a method with a decoupled penalty.
     where : callable or pytree of bool, optional
-        Which leaves are sparse: ``where(path, leaf)``, with the keys of the path joined
-        by ``/``. By default the weights of linear, convolution, attention and recurrent
-        layers of Flax, Haiku and Equinox, see `safe_core.adapters.jax.weights`.
+        Selects the sparse leaves: ``where(path, leaf)``, with the keys of the path joined
+        by ``/``. The default selects the weights of linear, convolution, attention and
+        recurrent layers of Flax, Haiku and Equinox, see `safe_core.adapters.jax.weights`.
     layout : Layout, mapping of path to Layout, or callable, optional
-        Roles of the axes, over what the path tells; ``layout(path, leaf)`` may return
-        None for unknown.
+        Axis roles, which override those inferred from the path. ``layout(path, leaf)`` may
+        return None for unknown.
     importance : pytree, mapping of path to array, or callable, optional
-        P of the sparse leaves: per entry, broadcastable, or per input feature. A
-        function ``importance(params)`` is called at dual updates, and P is 1 before the
-        first.
+        P of the sparse leaves: per entry, broadcastable, or per input feature. A function
+        ``importance(params)`` is called at each dual update, and P is 1 before the first.
     select_on_host : bool
-        Select by a host callback in place of counting in the compiled program: faster on
-        the CPU. Not for sharded parameters.
+        Select by a host callback instead of counting in the compiled program. This is
+        faster on the CPU, and does not support sharded parameters.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        Jits, scans and maps; keeps state for sparse leaves only.
+        It works under `jax.jit`, `jax.lax.scan` and `jax.vmap`. Only sparse leaves need state.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, no leaf is sparse, ``params`` or ``grad_fn``
+        If an argument has the wrong type, no leaf is sparse, ``params`` or ``grad_fn``
         is missing, or a pattern does not fit a leaf. The message names it.
 
     Examples
@@ -168,6 +167,8 @@ def sparse_optimizer(
 
         base_state = state.base
 
+        # The step calls this once, outside any `jax.lax.cond`: a value assigned to
+        # `base_state` inside a branch would be a leaked tracer.
         def base_updates(gradients: list[Any]) -> list[Any]:
             nonlocal base_state
             total = tree.treedef.unflatten(gradients)
@@ -203,7 +204,7 @@ def sparse_optimizer(
 def _packed(
     step: jax.Array, base: PyTree, state: StepState, tree: SparseTree, method: Method
 ) -> SparseOptimizerState:
-    """Return lists over the sparse leaves as a state of pytrees."""
+    """Return the state as pytrees, from lists over the sparse leaves."""
     return SparseOptimizerState(
         step=step,
         base=base,
@@ -215,7 +216,7 @@ def _packed(
 
 
 def _unpacked(state: SparseOptimizerState, tree: SparseTree) -> StepState:
-    """Return a state of pytrees as lists."""
+    """Return the state as lists over the sparse leaves, from pytrees."""
     held = None if state.importance is None else tree.sparse(state.importance)
     flat = []
     if state.flat_direction is not None:
@@ -234,32 +235,32 @@ def finalize(
 ) -> PyTree:
     """Return the projected parameters, ``proj(x)``, after the last step.
 
-    Kept entries are unchanged, bit for bit; the others become +0, exactly as many as
-    the method asks.
+    Kept entries do not change, bit for bit. The others become +0, exactly as many as the
+    method's sparsity requires.
 
     Parameters
     ----------
     params : pytree
         Parameters after the last step.
     state : pytree
-        An optimizer state that holds ours anywhere within.
+        An optimizer state that contains one `SparseOptimizerState`, possibly nested.
     method : Method
-        The method that was trained with.
+        The method of the run.
     importance : optional
-        By default the P last in use. None is P = 1, as Algorithm 1 of the paper prints
-        it. A pytree or mapping of path to array is used as it is.
+        The default is the last P of the run. None means P = 1, as in Algorithm 1 of the
+        paper. A pytree or mapping of path to array replaces P.
     layout, select_on_host : optional
         As passed to `sparse_optimizer`.
 
     Returns
     -------
     pytree
-        As ``params``, exactly sparse.
+        The projected ``params``, exactly sparse.
 
     Raises
     ------
     TypeError, ValueError
-        If ``state`` does not hold exactly one state of `sparse_optimizer`, or an
+        If ``state`` does not contain exactly one state of `sparse_optimizer`, or an
         argument does not fit the parameters.
 
     Examples
@@ -286,7 +287,7 @@ def finalize(
 
 
 def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -> Any:
-    """Return the P last in use: of the method's importance, or as it was handed in."""
+    """Return the last P of the run, from the method's importance or the user's."""
     if state.importance is None:
         return None
     held = tree.sparse(state.importance)
@@ -306,8 +307,8 @@ def _check_grad_fn(grad_fn: Any) -> None:
     if grad_fn is None:
         raise ValueError(
             "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-            "function of params to gradients, for the method has rho > 0 or takes a gradient at "
-            "projected parameters; got None"
+            "function of params to gradients, because the method has rho > 0 or takes a gradient "
+            "at projected parameters, got None"
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")

@@ -1,4 +1,4 @@
-"""How the leaves of a parameter tree map to the lists that a method takes."""
+"""Map the leaves of a parameter tree to the lists that a method takes, and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ PyTree = Any
 
 
 class SparseTree(NamedTuple):
-    """How the leaves of a parameter tree map to the lists that the method takes."""
+    """Structure of a parameter tree, and the selection of its sparse leaves.
+
+    It holds no arrays, so reading it under `jax.jit` costs time at tracing only.
+    """
 
     treedef: Any
     paths: list[str]  # of all leaves
@@ -53,14 +56,17 @@ class SparseTree(NamedTuple):
         else:
             chosen = [_read_flag(flag) for flag in leaves_like("where", where, treedef)]
         indices = [i for i, flag in enumerate(chosen) if flag]
-        if named and not indices:  # `optax.tree.map_params` looks at a tree without leaves
+        if named and not indices:  # `optax.tree.map_params` passes a tree without leaves
             raise ValueError(
-                "no parameter is sparse: pass where=, a function of path and leaf or a pytree of "
-                f"bool; the paths are {', '.join(name for name, _ in named)}"
+                "where must select a leaf, got no sparse parameter: pass where=, a function of "
+                "path and leaf or a pytree of bool; the paths are "
+                f"{', '.join(name for name, _ in named)}"
             )
         for name, leaf in named:
             if jnp.iscomplexobj(leaf):
-                raise TypeError(f"{name} must be real, for the norm is over all, got {leaf.dtype}")
+                raise TypeError(
+                    f"{name} must be real, because the norm is over all leaves, got {leaf.dtype}"
+                )
         for i in indices:
             if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
                 raise TypeError(
@@ -75,18 +81,21 @@ class SparseTree(NamedTuple):
 
     @property
     def layouts(self) -> list[Layout | None]:
-        """Roles of the axes of all leaves; None where a leaf is not sparse."""
+        """Layouts of all leaves; None for a leaf that is not sparse."""
         found: list[Layout | None] = [None] * self.treedef.num_leaves
         for i, layout in zip(self.indices, self.info.layouts, strict=True):
             found[i] = layout
         return found
 
     def leaves(self, tree: PyTree) -> list[Any]:
-        """All leaves of a tree of the structure of the parameters."""
+        """Return all leaves of a tree with the structure of the parameters."""
         return list(self.treedef.flatten_up_to(tree))
 
     def gradients(self, argument: str, tree: PyTree, params: PyTree) -> list[Any]:
-        """All leaves of gradients, of the shapes of the parameters: none may broadcast."""
+        """Return all leaves of gradients; raise unless they have the shapes of the parameters.
+
+        Otherwise a gradient of another shape would broadcast without an error.
+        """
         leaves = leaves_like(argument, tree, self.treedef)
         for path, leaf, p in zip(self.paths, leaves, self.leaves(params), strict=True):
             if jnp.shape(leaf) != jnp.shape(p):
@@ -97,24 +106,24 @@ class SparseTree(NamedTuple):
         return leaves
 
     def sparse(self, tree: PyTree) -> list[Any]:
-        """The sparse leaves of such a tree."""
+        """Return the sparse leaves of a tree with the structure of the parameters."""
         leaves = self.leaves(tree)
         return [leaves[i] for i in self.indices]
 
     def replaced(self, leaves: Sequence[Any], sparse: Sequence[Any]) -> PyTree:
-        """A tree of ``leaves``, with the sparse ones replaced."""
+        """Return a tree of ``leaves`` in which ``sparse`` replaces the sparse ones."""
         found = list(leaves)
         for i, leaf in zip(self.indices, sparse, strict=True):
             found[i] = leaf
         return self.treedef.unflatten(found)
 
     def masked(self, sparse: Sequence[Any]) -> PyTree:
-        """A tree of the sparse leaves, masked elsewhere."""
+        """Return a tree of the sparse leaves, with `optax.MaskedNode` for the others."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
 
 
 def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None:
-    """Raise where a mapping of layouts names a path that there is not."""
+    """Raise if a mapping of layouts names a path that does not exist."""
     strange = sorted(set(layout) - set(paths)) if isinstance(layout, Mapping) else []
     if strange:
         raise ValueError(
@@ -124,12 +133,13 @@ def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None
 
 
 def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
-    """Whether this is a function, and not a pytree that can be called, as modules can."""
+    """Return whether this is a function, and not a pytree with ``__call__`` such as a module."""
     is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
     return callable(value) and (is_leaf or isinstance(value, jax.tree_util.Partial))
 
 
 def is_masked(node: Any) -> bool:
+    """Return whether a node stands for a leaf that is not sparse."""
     return isinstance(node, optax.MaskedNode)
 
 
@@ -140,11 +150,11 @@ def _read_flag(flag: Any) -> bool:
 
 
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
-    """The leaves of a tree that must have the structure of the parameters."""
+    """Return the leaves of a tree; raise unless it has the structure of the parameters."""
     try:
         return list(treedef.flatten_up_to(tree))
     except (ValueError, TypeError):
-        # Not JAX's message, which prints every array.
+        # JAX's own message would print every array.
         given = jax.tree.structure(tree)
         raise ValueError(
             f"{argument} must have the structure of params, {treedef}, got {given}"
@@ -152,5 +162,5 @@ def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
 
 
 def is_sparse_in(held: PyTree) -> PyTree:
-    """A tree of bool that is true where a tree of our state holds an array."""
+    """Return a tree of bool that is True where a tree of our state holds an array."""
     return jax.tree.map(lambda leaf: not is_masked(leaf), held, is_leaf=is_masked)

@@ -1,9 +1,9 @@
-"""Which leaves of a JAX model are weights to prune, and the roles of their axes.
+"""Find the leaves of a JAX model that can be pruned, and the roles of their axes.
 
-A leaf does not say what module it belongs to. Flax and Haiku tell by its path: Flax names
-the weight of every linear, convolution and attention layer ``kernel``, Haiku ``w``, and both
-store it as (..., input, output). Equinox calls weights and embeddings alike ``weight``, but
-its parameters are the modules themselves, so there the type of the module decides.
+A leaf does not know its module. In Flax and Haiku the path decides: Flax names the weight of every
+linear, convolution and attention layer ``kernel``, and Haiku names it ``w``. Both store it as
+(..., input, output). Equinox names weights and embeddings alike ``weight``, but its parameter
+tree is the module itself, so the type of the module decides.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ _EQUINOX = {
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """The keys of a path joined by ``/``, without the box in which Flax holds an array.
+    """Return the keys of a path joined by ``/``, without Flax's box around an array.
 
-    So a leaf has one name, within `nnx.Optimizer` and in ``nnx.as_pure(...)``.
+    Without the box, a leaf has the same name in `nnx.Optimizer` and in ``nnx.as_pure(...)``.
     """
     boxed = len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name in _BOXES
     return keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
 
 def owner_of(tree: Any, path: tuple[Any, ...]) -> Any:
-    """The Equinox module that holds the leaf at a path of keys; None if another thing does."""
+    """Return the Equinox module that holds the leaf at a path; None for other containers."""
+    # No tree holds Equinox modules unless Equinox is imported, and we must not import it.
     if "equinox" not in sys.modules:
         return None
     for key in path[:-1]:
@@ -56,7 +57,7 @@ def owner_of(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def is_prunable(path: str, array: Any, owner: Any = None) -> bool:
-    """Whether a leaf is the weight of a linear, convolution, attention or recurrent layer.
+    """Return whether a leaf is a weight of a linear, convolution, attention or recurrent layer.
 
     Parameters
     ----------
@@ -84,18 +85,19 @@ def is_prunable(path: str, array: Any, owner: Any = None) -> bool:
 
 
 def layout_of(path: str, array: Any, owner: Any = None) -> Layout | None:
-    """Roles of the axes of a weight; None where path and owner do not tell them.
+    """Return the axis roles of a weight; None if path and owner do not determine them.
 
-    In Flax and Haiku a weight of two axes is (input, output). With more axes the module's
-    name decides: a convolution is (window..., input, output), in Haiku a transposed one
-    (window..., output, input); the query, key and value of attention in Flax are (input,
-    heads, head size), and its output projection (heads, head size, output). In Equinox weights
-    are (output, input, window...), with the axes of `jax.vmap` in front. A depthwise
+    In Flax and Haiku a weight with two axes is (input, output). With more axes the module's
+    name decides. A convolution is (window..., input, output); a transposed one in Haiku is
+    (window..., output, input). The query, key and value of attention in Flax are (input,
+    heads, head size), and its output projection is (heads, head size, output). In Equinox
+    weights are (output, input, window...), with the axes of `jax.vmap` in front. A depthwise
     convolution has one input for each output.
 
-    Not told apart are a stack of convolutions and one of a larger window, and a
-    ``ConvTranspose`` of Flax with ``transpose_kernel=True``: pass ``layout=``. The same holds
-    for a convolution of NNX whose attribute is not named so.
+    Pass ``layout=`` for weights that neither path nor shape can identify: a stack of
+    convolutions, which looks like one with a larger window; a ``ConvTranspose`` of Flax with
+    ``transpose_kernel=True``; and a convolution of NNX in an attribute without "conv" in its
+    name.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def layout_of(path: str, array: Any, owner: Any = None) -> Layout | None:
 
 
 def _equinox_kind(module: Any) -> str | None:
-    """The layer of Equinox that a module is or derives from."""
+    """Return the name of the Equinox layer that a module is or derives from, or None."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith("equinox.nn") and kind.__name__ in _EQUINOX:
             return kind.__name__

@@ -1,8 +1,9 @@
-"""PyTorch: any torch.optim optimizer, under a sparsity constraint.
+"""Train sparse networks in PyTorch with any optimizer of torch.optim.
 
-`SparseOptimizer` wraps the optimizer of a training loop. The other names serve the loop
-around it: trainers, batch normalization, replayed random numbers, importances, flatness.
-`safe_core.adapters.torch.blocks` prunes a trained model block by block.
+`SparseOptimizer` wraps the optimizer of a training loop. The other names help the loop around
+it: they support trainers, recalibrate batch normalisation, replay random numbers, compute
+importances and measure flatness. `safe_core.adapters.torch.blocks` prunes a trained model block
+by block.
 """
 
 from .flatness import loss_surface

@@ -1,4 +1,4 @@
-"""Our entries in the state dict of an optimizer, beside those of the base."""
+"""Merge our entries into the state dict of a base optimizer, and take them out again."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ State = dict[Tensor, dict[str, Tensor]]
 
 
 class Unpacked(NamedTuple):
-    """What `unpack` finds.
+    """The result of `unpack`.
 
     Attributes
     ----------
     base : dict
         The state dict of the base optimizer.
     own : dict of parameter to entries
-        Ours, on the devices of the parameters and in dtypes of their own.
+        Our tensors, on the devices of the parameters. Their dtypes may differ from them.
     steps : int
-        Base steps taken.
+        Number of base steps taken.
     frozen : bool
-        Whether the support is.
+        Whether the support is final.
     """
 
     base: dict[str, Any]
@@ -60,10 +60,10 @@ def pack(
     frozen: bool,
     started: bool,
 ) -> dict[str, Any]:
-    """Return the state dict of ``base`` with our entries in it, each named ``safe_...``.
+    """Return the state dict of ``base`` with our entries added, each named ``safe_...``.
 
-    Step count, method and the like go into every group. Before z and u have ``started``
-    their entries only show what will be there.
+    Every group holds the step count, the method and the flags. Before z and u have ``started``,
+    their entries are placeholders with the right shapes, and `unpack` ignores them.
     """
     packed = base.state_dict()
     state = {index: dict(entry) for index, entry in packed["state"].items()}
@@ -71,6 +71,7 @@ def pack(
         named = {_PREFIX + key: value for key, value in own.get(parameter, {}).items()}
         if parameter in own:
             state.setdefault(index, {}).update(named)
+    # In the groups, because torch.distributed.checkpoint keeps only "state" and "param_groups".
     ours = {_STEPS: steps, _FROZEN: frozen, _STARTED: started, _BASE: type(base).__qualname__}
     groups = [
         {**_plain_options(saved, base), **ours, _METHOD: _method_of(group, base, method)}
@@ -90,9 +91,9 @@ def unpack(
     method: Method,
     importance: Importance | None,
 ) -> Unpacked:
-    """Take a state dict of `pack` apart, or raise a ValueError that says what does not fit.
+    """Split a state dict of `pack`, or raise a ValueError that names what does not fit.
 
-    ``importance`` is the one in use: the method's own, or what the user handed in.
+    ``importance`` is the method's own, or the one that the user passed.
     """
     groups, steps, frozen, started = _read_groups(loaded, base, method)
     theirs: dict[Any, Any] = {}
@@ -124,7 +125,7 @@ def unpack(
 def _read_groups(
     loaded: dict[str, Any], base: Optimizer, method: Method
 ) -> tuple[list[dict[str, Any]], int, bool, bool]:
-    """Param groups as the base has them, step count, whether supports are frozen and z began."""
+    """Return the base's param groups, the step count, and the flags ``frozen`` and ``started``."""
     if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
         raise ValueError(
             "state_dict must hold 'state' and 'param_groups', got the keys "
@@ -141,7 +142,7 @@ def _read_groups(
     if not steps or not isinstance(steps[0], int):
         raise ValueError(
             f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}, which a flattened "
-            "state of torch.distributed.checkpoint loses"
+            "state dict of torch.distributed.checkpoint loses"
         )
     frozen, started = (bool(groups[0].get(key, key == _STARTED)) for key in (_FROZEN, _STARTED))
     for group, current in zip(groups, base.param_groups, strict=True):
@@ -153,8 +154,8 @@ def _read_groups(
             if found != wanted:
                 raise ValueError(
                     f"state_dict must be that of an optimizer with the same "
-                    f"{key.removeprefix(_PREFIX)}: this is {wanted}, got {found}. To go on with "
-                    f"another on purpose, drop {key!r} from its param_groups"
+                    f"{key.removeprefix(_PREFIX)}: this is {wanted}, got {found}. To continue "
+                    f"with another on purpose, delete {key!r} from its param_groups"
                 )
         group.update({k: v for k, v in settings_of(current, base).items() if k not in group})
     return groups, steps[0], frozen, started
@@ -168,7 +169,7 @@ def _read_entries(
     importance: Importance | None,
     frozen: bool,
 ) -> dict[str, Tensor]:
-    """The entries of one sparse parameter, checked and cast."""
+    """Return the entries of one sparse parameter, checked and cast."""
     full = tuple(parameter.shape)
     has_anchor = method.constraint.has_anchor and not frozen
     for key in ("anchor", "support") if has_anchor else ("support",):
@@ -182,7 +183,7 @@ def _read_entries(
             f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
             f"got shape {tuple(entries['importance'].shape)}"
         )
-    # A user's function gives P from the first dual update on: there both are right.
+    # A user's function returns P from the first dual update on, so a state may lack it.
     needed = importance is not None and not frozen
     starts_later = importance is not None and not importance.has_state_from_start
     if needed != ("importance" in entries) and not starts_later:
@@ -191,6 +192,7 @@ def _read_entries(
             f"this optimizer has {'an' if needed else 'no'} importance"
         )
     wide = wide_dtype(torch, [parameter])
+    # Not the parameter's dtype, which may be too narrow for the anchor.
     narrow = method.constraint.anchor_dtype is not None
     dtypes = {"anchor": torch.bfloat16 if narrow else wide, "support": torch.bool}
     return {
@@ -200,7 +202,7 @@ def _read_entries(
 
 
 def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tensor | None:
-    """A direction to reuse, on the device of its parameter."""
+    """Return a direction to reuse, on the device of its parameter."""
     if flat is None:
         return None
     if flat.shape != parameter.shape:
@@ -212,7 +214,11 @@ def _read_direction(parameter: Tensor, flat: Tensor | None, index: Any) -> Tenso
 
 
 def _plain_options(group: dict[str, Any], base: Optimizer) -> dict[str, Any]:
-    """A packed param group without settings that are no numbers: they belong to the code."""
+    """Return a packed param group without our options that are not numbers.
+
+    Schedules and patterns are objects of the user's code. They would not survive
+    ``torch.load(weights_only=True)``, and on loading the current group supplies them.
+    """
     ours = settings_of(group, base)
     return {
         key: value
@@ -222,9 +228,9 @@ def _plain_options(group: dict[str, Any], base: Optimizer) -> dict[str, Any]:
 
 
 def described(value: Any) -> str:
-    """Return a text of a method that is the same in every process.
+    """Return a description of a method that is the same in every process.
 
-    Functions go by their names, for their addresses change.
+    It shows functions by name, because their ``repr`` contains an address.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a closure does to the gradients that it finds."""
+"""Detect whether a closure clears, accumulates or ignores existing gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ __all__ = ["ClosureProbe"]
 class ClosureProbe:
     """Tell a closure that clears the gradients from one that adds to them or ignores them.
 
-    In the place of the smallest gradient it finds a number so large that sums with it are
-    itself. The number is looked for only where the closure has kept that tensor, as
+    A step calls its closure again, so a closure that accumulates would count its first
+    gradients twice. Optimizers cannot see what a closure does, so the probe replaces the
+    smallest gradient by a number that is too large for a sum to change. After the call it looks
+    for that number, but only if the closure kept the tensor, as
     ``zero_grad(set_to_none=False)`` does.
 
     Examples
@@ -34,6 +36,7 @@ class ClosureProbe:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         found = {p: p.grad for p in params if p.grad is not None}
+        # The smallest gradient costs least to replace and to look at.
         sizes = {p: local(g).numel() for p, g in found.items() if not g.is_sparse}
         self._parameter = min((p for p in sizes if sizes[p]), key=sizes.__getitem__, default=None)
         if self._parameter is not None:
@@ -41,11 +44,13 @@ class ClosureProbe:
             self._large = torch.finfo(self._gradient.dtype).max / 2
             found[self._parameter] = torch.full_like(self._gradient, self._large)
             self._parameter.grad = self._mark = found[self._parameter]
+        # torch counts in-place writes in `_version`, so a closure that wrote to no gradient
+        # shows the same numbers afterwards.
         self._versions = {p: (g, g._version) for p, g in found.items()}
 
     @property
     def ignored(self) -> bool:
-        """Whether no gradient was touched."""
+        """Whether the closure left all gradients untouched."""
         return self._kept and all(
             p.grad is gradient and gradient._version == version
             for p, (gradient, version) in self._versions.items()
@@ -53,7 +58,7 @@ class ClosureProbe:
 
     @property
     def added(self) -> bool:
-        """Whether gradients were added to those that were not cleared."""
+        """Whether the closure added to existing gradients, in-place, without clearing them."""
         return self._kept and not self.ignored
 
     @property
@@ -61,10 +66,10 @@ class ClosureProbe:
         gradient = None if self._parameter is None else self._parameter.grad
         if gradient is None or (gradient is not self._mark and gradient is not self._gradient):
             return False
-        # An average over processes may have come over the mark.
+        # DDP may have averaged the number with those of other processes: allow a factor.
         return bool((local(gradient).abs() >= self._large / 64).all())
 
     def put_back(self) -> None:
-        """Undo the mark, unless the closure has."""
+        """Put the replaced gradient back, unless the closure cleared or replaced it."""
         if self._parameter is not None and self._kept:
             self._parameter.grad = self._gradient

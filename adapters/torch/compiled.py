@@ -1,4 +1,4 @@
-"""The two programs of a step under `torch.compile`."""
+"""Compile the two parts of a step by `torch.compile`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ __all__ = ["CompiledStep"]
 
 
 class CompiledStep:
-    """The perturbation, and the penalty together with the step of a base optimizer."""
+    """Run the perturbation, and the penalty fused with the base step, as compiled programs."""
 
     def __init__(self, base: Optimizer) -> None:
         self.ascend = torch.compile(kernels.move_traced_)
         self._base = base
+        # Two programs: `_bare` calls the step below its decorators, which compiles without a
+        # graph break; `_hooked` keeps them for a base whose hooks must run.
         self._bare = torch.compile(partial(_descend, inspect.unwrap(type(base).step)))
         self._hooked = torch.compile(partial(_descend, _hooked_step))
 
@@ -36,7 +38,7 @@ class CompiledStep:
         penalties: Mapping[Tensor, float],
         copies: Sequence[Tensor | None] | None,
     ) -> None:
-        """Restore x, add the gradient of the penalty and take a step of the base."""
+        """Restore x, add the gradient of the penalty and take a base step."""
         program = self._bare if _is_bare(self._base) else self._hooked
         program(self._base, gradients, params, anchors, _scalars(penalties, params), copies)
 
@@ -61,8 +63,8 @@ def _hooked_step(base: Optimizer) -> None:
 def _is_bare(base: Optimizer) -> bool:
     """Return whether `base.step` has no hooks or wrappers.
 
-    Hooks, and the counting that a scheduler patches in, lie in wrappers that would cut the
-    compiled program in two.
+    Hooks, and the step counter that a scheduler patches in, are Python wrappers. They cause a
+    graph break, which would split the compiled program in two.
     """
     hooks = (
         base._optimizer_step_pre_hooks,
@@ -74,7 +76,11 @@ def _is_bare(base: Optimizer) -> bool:
 
 
 def _scalars(values: Mapping[Tensor, float], params: Sequence[Tensor]) -> list[Tensor]:
-    """Numbers that a compiled program takes as arguments, not as constants."""
+    """Return numbers as tensors, so that a compiled program takes them as arguments.
+
+    A Python number would be a constant of the program, and each new value would recompile it.
+    Parameters with the same value, dtype and device share one tensor.
+    """
     made: dict[Any, Tensor] = {}
     keys = [(values[p], wide_dtype(torch, [p]), p.device) for p in params]
     for value, dtype, device in dict.fromkeys(keys):

@@ -1,4 +1,4 @@
-"""PyTorch: how flat the loss of a module is, or of a function of tensors."""
+"""Measure how flat the loss of a module, or of a function of tensors, is in PyTorch."""
 
 from __future__ import annotations
 
@@ -29,34 +29,32 @@ def loss_surface(
     layout: Any = None,
     model: nn.Module | None = None,
 ) -> LossSurface:
-    """Bind a loss, its parameters and its batches, to measure how flat it is there.
+    """Bind a loss to its parameters and batches, to measure how flat it is around them.
 
-    Products with the Hessian are two backward passes. Nothing is left changed: parameters that
-    are moved are restored bit for bit, ``grad`` is not touched, random numbers go on as if
-    none had been drawn, and every evaluation draws the same ones, such as dropout masks. Batch
-    normalisation acts by the mode that the model is in: in training mode by the statistics
-    of the batch, which are then part of the loss, and running statistics do not move.
-    Attention runs by its math kernel, the one that can be differentiated twice.
+    A Hessian-vector product takes two backward passes. Measuring changes nothing: parameters
+    are restored bit for bit, ``grad`` is not touched, running statistics stay fixed, and the
+    state of the random number generators is restored. Every evaluation draws the same random
+    numbers, such as dropout masks. Batch normalisation follows the mode of the model: in
+    training mode it uses the statistics of the batch, which are then part of the loss.
+    Attention uses its math kernel, the only one that can be differentiated twice.
 
     Parameters
     ----------
     loss : callable
-        ``loss(batch)``, a function over a module; or ``loss(params, batch)`` where ``params``
-        is a mapping, by `torch.func.functional_call` for example. It returns a scalar, the
-        mean over the batch.
+        ``loss(batch)`` for a module, or ``loss(params, batch)`` for a mapping, for example by
+        `torch.func.functional_call`. It returns a scalar, the mean over the batch.
     params : torch.nn.Module, or mapping of str to tensor
-        Variables are the floating parameters of a module that require gradients, as they are
-        when something is measured; or the floating tensors of a mapping, which are not
-        written to.
+        A module varies in its parameters that require gradients, at their values when
+        something is measured. A mapping varies in its floating tensors and is not written to.
     batches : iterable
-        What ``loss`` takes, one after the other. They are held, and each has the same weight.
+        Arguments of ``loss``. All are kept in memory, and each has the same weight.
     support : "nonzero" or mapping of str to bool tensor, optional
-        Entries that may vary: by the name of a parameter, or those that are not zero among
-        the weights of linear, convolution and attention layers. What is not named varies.
+        Entries that may vary, by parameter name. "nonzero" selects the non-zero entries of
+        the weights of linear, convolution and attention layers. Other parameters vary freely.
     layout : Layout, mapping of name to Layout, or callable, optional
-        Roles of axes, as for `SparseOptimizer`; for landscapes.
+        Axis roles, as for `SparseOptimizer`. Landscapes use them.
     model : torch.nn.Module, optional
-        The module behind a loss of a mapping, for its layers.
+        The module that uses a mapping of parameters, to find its layers.
 
     Returns
     -------
@@ -65,8 +63,7 @@ def loss_surface(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, parameters are complex or sharded, or there are
-        none.
+        If an argument has the wrong type, or parameters are complex, sharded or missing.
 
     Examples
     --------
@@ -97,7 +94,7 @@ def loss_surface(
 
 
 class _OfModule:
-    """A loss that reads the parameters of a module, which are moved in place."""
+    """A loss of a module, whose parameters are moved in-place."""
 
     def __init__(
         self, loss: Callable[..., Tensor], module: nn.Module, named: Mapping[str, Tensor]
@@ -106,7 +103,7 @@ class _OfModule:
 
     @contextmanager
     def at(self, arrays: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Parameters at ``arrays`` within the block."""
+        """Move the parameters to ``arrays`` within the block, and restore them on exit."""
         params = list(self.named.values())
         with torch.no_grad():
             before = [p.clone() for p in params]
@@ -123,7 +120,7 @@ class _OfModule:
         forget_copies(self.module)
 
     def variables(self) -> list[Tensor]:
-        """Tensors to differentiate by, at the parameters now."""
+        """Return the tensors to differentiate with respect to, at the current parameters."""
         return list(self.named.values())
 
     def __call__(self, variables: Sequence[Tensor], batch: Any) -> Tensor:
@@ -131,7 +128,7 @@ class _OfModule:
 
 
 class _OfMapping:
-    """A loss that is handed its parameters."""
+    """A loss that takes its parameters as an argument."""
 
     def __init__(
         self,
@@ -154,7 +151,7 @@ class _OfMapping:
 
 
 class _Loss:
-    """A `safe_core.flatness.Loss` of torch."""
+    """Implement `safe_core.flatness.Loss` in PyTorch."""
 
     def __init__(
         self,
@@ -166,8 +163,9 @@ class _Loss:
     ) -> None:
         self._bound, self._model, self._held = bound, model, held
         self._support, self._layout = support, layout
+        # One state for all evaluations: differences of losses must not show new dropout masks.
         self._random = RandomState.record()
-        self.support()
+        self.support()  # raise for a bad argument now, not at the first measurement
 
     @property
     def batches(self) -> int:
@@ -184,7 +182,7 @@ class _Loss:
             weights = self._weights()
             if not weights:
                 raise ValueError(
-                    "support must be a mapping where no model tells which parameters are weights, "
+                    "support must be a mapping if there is no model to find the weights of, "
                     "got 'nonzero'"
                 )
             return [p.detach() != 0 if name in weights else None for name, p in named.items()]
@@ -193,7 +191,7 @@ class _Loss:
         strange = sorted(set(given) - set(named))
         if strange:
             raise ValueError(
-                f"support names {strange[0]!r}, which is no parameter; they are {', '.join(named)}"
+                f"support must name parameters, {', '.join(named)}, got {strange[0]!r}"
             )
         return [given.get(name) for name in named]
 
@@ -203,7 +201,7 @@ class _Loss:
         for name, p in self._bound.named.items():
             found.append(chosen_layout(name, p, self._layout, weights.get(name)))
             if found[-1] is None and name in weights:
-                raise ValueError(f"layout of {name} is not known: pass layout=, got None")
+                raise ValueError(f"layout of {name} is unknown: pass layout=, got None")
         return found
 
     def value(self, arrays: Sequence[Tensor]) -> float:
@@ -219,7 +217,8 @@ class _Loss:
 
     def hessian_product(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         variables, count = self._bound.variables(), len(self._held)
-        # The graph of one batch is kept from product to product; of several each is made anew.
+        # Keep the graph of a single batch between products. The graphs of several batches
+        # would not fit in memory together, so each product builds them again.
         kept = self._gradient(variables, self._held[0], graph=True)[1] if count == 1 else None
 
         def product(vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -245,7 +244,7 @@ class _Loss:
         return dict(zip(self._bound.named, arrays, strict=True))
 
     def _weights(self) -> dict[str, Layout | None]:
-        """Layouts of the weights that the layers of the model hold, by name."""
+        """Return the layouts of the model's prunable weights by name."""
         if self._model is None:
             return {}
         layouts = prunable_weights(self._model)
@@ -272,7 +271,7 @@ class _Loss:
             if not value.requires_grad:
                 raise ValueError(
                     "loss must depend on the parameters by differentiable operations, got a value "
-                    "without a graph"
+                    "that does not require a gradient"
                 )
             gradient = torch.autograd.grad(
                 value, variables, create_graph=graph, materialize_grads=True
@@ -287,7 +286,7 @@ def _along(
     *,
     keep: bool,
 ) -> list[Tensor]:
-    """The derivative of a gradient that has a graph along vectors, in their dtypes."""
+    """Return the derivative of a gradient with a graph along vectors, in their dtypes."""
     curved = [(g, v.to(g.dtype)) for g, v in zip(gradient, vectors, strict=True) if g.requires_grad]
     if not curved:  # the loss is linear
         return [torch.zeros_like(v) for v in vectors]

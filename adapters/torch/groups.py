@@ -1,4 +1,4 @@
-"""What the param groups of an optimizer ask of the method."""
+"""Read the options of param groups that override those of the method."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ _SETTINGS = ("rho", "penalty", "sparsity", "sparsify")
 
 
 def settings_of(group: Mapping[str, Any], base: Optimizer) -> dict[str, Any]:
-    """Return the options of a param group that are ours: Adadelta has a ``rho`` of its own."""
+    """Return the options of a param group that are ours.
+
+    An option of the base with the same name is not ours: Adadelta has its own ``rho``.
+    """
     return {key: group[key] for key in _SETTINGS if key in group and key not in base.defaults}
 
 
 class GroupRules(NamedTuple):
-    """Radius and penalty that a param group sets, or else those of the method.
+    """Radius and penalty of a param group; the default is the method's.
 
     Examples
     --------
@@ -37,7 +40,7 @@ class GroupRules(NamedTuple):
 
     @property
     def perturbs(self) -> bool:
-        """Whether the radius is not known to be 0 at every step."""
+        """Whether the radius may be non-zero at some step."""
         return not is_zero(self.rho)
 
     def at(self, setting: str, step: int) -> float:
@@ -47,7 +50,7 @@ class GroupRules(NamedTuple):
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], method: Method) -> GroupRules:
-        """Read `settings_of` anew, since options may be changed between steps."""
+        """Read the result of `settings_of`; call it at every step, as options may change."""
         if "rho" in settings and method.perturbation is None:
             raise ValueError(
                 "rho of a param group must be left out for a method without perturbation, got "
@@ -72,7 +75,7 @@ class GroupRules(NamedTuple):
 
 
 def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
-    """Return the pattern that a param group sets, or else that of the method."""
+    """Return the pattern of a param group; the default is the method's."""
     if "sparsity" not in settings:
         return method.sparsity
     try:
@@ -84,6 +87,6 @@ def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
 def numbered(
     packed: list[dict[str, Any]], groups: list[dict[str, Any]]
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the number that a packed state gives each parameter, and the parameter."""
+    """Yield each parameter after its index in a packed state dict."""
     for saved, group in zip(packed, groups, strict=True):
         yield from zip(saved["params"], group["params"], strict=True)

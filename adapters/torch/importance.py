@@ -1,4 +1,4 @@
-"""Importances: what a user hands in, the base optimizer's second moments, and the Hessian."""
+"""Read importances from the user, the base optimizer's second moments or the Hessian."""
 
 from __future__ import annotations
 
@@ -27,33 +27,35 @@ def hessian_diagonal(
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Estimate the diagonal of the Hessian of a loss, negative entries as 0: OBD's importance.
+    """Estimate the diagonal of the Hessian of a loss, with negative entries set to 0.
 
-    Hutchinson's estimate, see `safe_core.importance.hutchinson`, with products by a second
-    backward pass. For ``importance=`` of `SparseOptimizer`, which calls its function at dual
-    updates, with the loss on a batch at hand.
+    This is the importance of Optimal Brain Damage. It uses Hutchinson's estimator, see
+    `safe_core.importance.hutchinson`, and computes each Hessian-vector product by a second
+    backward pass. Call it in a function that you pass as ``importance=`` of `SparseOptimizer`,
+    which calls that function at dual updates.
 
     Parameters
     ----------
     loss_fn : callable
-        ``loss_fn()`` computes a scalar loss at the present parameters, twice differentiable.
+        ``loss_fn()`` returns a scalar loss at the current parameters, for example on the
+        current batch. It must be twice differentiable.
     params : mapping of name to tensor
-        As `SparseOptimizer.sparse_parameters` returns it.
+        Such as the result of `SparseOptimizer.sparse_parameters`.
     samples : int
-        Vectors to average over; each costs a backward pass.
+        Number of random vectors to average over. Each costs a backward pass.
     generator : torch.Generator, optional
-        Where the vectors are drawn from; on the device of the parameters.
+        Draws the random vectors. It must be on the device of the parameters.
 
     Returns
     -------
     dict of name to tensor
-        Float32 or wider.
+        In float32 or wider.
 
     Raises
     ------
     TypeError, ValueError
-        If ``loss_fn`` is not a function, ``samples`` not a positive integer, or there is no
-        parameter.
+        If ``loss_fn`` is not a function, ``samples`` is not a positive integer, or ``params``
+        is empty.
 
     References
     ----------
@@ -89,7 +91,7 @@ def _signs(p: Tensor, generator: Any) -> Tensor:
 def _products(
     gradients: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """``H r``, of gradients that have a graph."""
+    """Return the Hessian-vector products ``H r``, from gradients that have a graph."""
     depends = [(g, r) for g, r in zip(gradients, vectors, strict=True) if g.requires_grad]
     if not depends:  # a linear loss
         return [torch.zeros_like(p) for p in params]
@@ -100,9 +102,9 @@ def _products(
 def importance_in_use(
     handed: Any, method: Method, parameters: Callable[[], ParameterState]
 ) -> Importance | None:
-    """Return the importance of a run: what the user handed in, or that of the method.
+    """Return the importance of a run: the one that the user passed, or that of the method.
 
-    ``parameters`` returns the present selection, which may change between steps.
+    ``parameters`` is a function, because the selection may change between steps.
     """
     if handed is None:
         return method.importance
@@ -120,10 +122,7 @@ def importance_in_use(
 def second_moments(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
     """Return the base's running averages of squared gradients.
 
-    Raises
-    ------
-    ValueError
-        If the base keeps none for a parameter.
+    Raise a ValueError if the base keeps none for a parameter, as SGD does not.
     """
     found = []
     for p in params:

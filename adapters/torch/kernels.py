@@ -1,7 +1,8 @@
-"""The arithmetic of a step over lists of tensors, in place, by foreach kernels.
+"""Compute a step in-place over lists of tensors, by foreach kernels.
 
-The formulas are those of `safe_core.perturbations` and `safe_core.constraints.splitting`.
-They allocate no array for values that are only added.
+`safe_core.perturbations` and `safe_core.constraints.splitting` define the formulas. The kernels
+allocate no tensors for values that are only added. They act on local shards, because each
+operation on a DTensor would pay for its dispatch, and these need no communication.
 """
 
 from __future__ import annotations
@@ -28,17 +29,22 @@ __all__ = [
     "subtract_",
 ]
 
-_GROUP = 2**19  # entries that a CPU's cache holds between two passes over them
-_LARGE_GROUP = 2**26  # entries for which an accelerator may keep what is only added
+# Entries per foreach call. A foreach operation reads a whole list before the next one starts.
+# On the CPU a group must fit in cache, else each operation reads it from memory again. On an
+# accelerator large groups save kernel launches, and a limit bounds the temporary memory.
+_GROUP = 2**19
+_LARGE_GROUP = 2**26
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MovedParameters:
-    """Parameters at ``x + e``, and what is needed to restore x bit for bit.
+    """Copies of parameters that were moved to ``x + e``, to restore x bit for bit.
 
-    On the CPU the copies are kept from step to step, for page faults would cost more than
-    copying; an accelerator's allocator keeps memory by itself. Of sharded parameters the
-    copies are plain tensors of the shards at hand.
+    Subtracting e again would round, so x is copied. It is copied back into the same storage:
+    swapping storages would break views, DDP buckets and compiled programs that refer to it.
+    On the CPU, the memory of the copies is kept between steps, because page faults of new
+    memory would cost more than the copying. An accelerator's allocator caches memory by
+    itself. The copies of sharded parameters are plain tensors of the local shards.
     """
 
     def __init__(self) -> None:
@@ -46,7 +52,7 @@ class MovedParameters:
         self._saved: dict[Tensor, Tensor] = {}
 
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return tensors for the copies of ``params``."""
+        """Return uninitialised tensors for the copies of ``params``."""
         copies = []
         for p in params:
             x, kept = local(p.detach()), self._memory.get(p)
@@ -56,11 +62,11 @@ class MovedParameters:
         return copies
 
     def release(self) -> None:
-        """Drop the memory of copies, as of parameters that may be gone."""
+        """Free the kept memory, for example when parameters were replaced."""
         self._memory = {}
 
     def hold(self, params: Sequence[Tensor]) -> None:
-        """Copy ``params``, which are about to be changed in place."""
+        """Copy ``params`` before the caller changes them in-place."""
         params = list(params)
         copies = self.prepare(params)
         copy_(copies, params)
@@ -69,18 +75,18 @@ class MovedParameters:
     def move(
         self, params: Sequence[Tensor], copies: Sequence[Tensor], direction: Direction
     ) -> None:
-        """Copy ``params`` into ``copies``, from `prepare`, and add e to them."""
+        """Copy ``params`` into ``copies``, the result of `prepare`, and add e to ``params``."""
         params, copies = list(params), list(copies)
         values, vectors = local_shards(params), local_shards(direction.vectors)
         on_host = direction.length.device.type == "cpu"
-        # Not read from an accelerator, which would wait for it.
+        # Reading a value from an accelerator would wait for all its pending work.
         scale = float(direction.factor) if on_host else 0.0
         for i in _groups(values):
             torch._foreach_copy_(copies[i], values[i])
             self.mark_saved(params[i], copies[i])
             if not on_host:
                 torch._foreach_add_(values[i], _written_out(vectors[i], direction))
-            elif scale:  # else the gradient may hold NaN
+            elif scale:  # 0 marks an unusable gradient, and 0 * NaN would be NaN
                 torch._foreach_add_(values[i], vectors[i], alpha=scale)
 
     def mark_saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -88,21 +94,24 @@ class MovedParameters:
         self._saved.update(zip(params, copies, strict=True))
 
     def workspace(self, params: Sequence[Tensor]) -> list[Tensor] | None:
-        """The memory of the copies of ``params``, where it is kept and in 32 bits or more."""
+        """Return the kept memory of the copies of ``params`` as scratch space.
+
+        Return None unless it exists for all of them, unsharded and in 32 bits or more.
+        """
         plain = [p for p in params if p.element_size() > 2 and not is_sharded(p)]
         kept = [(p, self._memory.get(p)) for p in plain]
         found = [copy for p, copy in kept if copy is not None and _fits(copy, p)]
         return found if len(found) == len(params) else None
 
     def restore(self, but: Sequence[Tensor] = ()) -> None:
-        """Bring back x where it was saved, for all ``but`` some."""
+        """Restore x for all saved parameters ``but`` some, which stay saved."""
         left = {p: self._saved.pop(p) for p in but if p in self._saved}
         saved, self._saved = self._saved, left
         if saved:
             copy_(list(saved), list(saved.values()))
 
     def copies(self, params: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """The copies of those of ``params`` that are to be restored; None if none is."""
+        """Return a copy, or None, for each of ``params``; None if nothing is saved."""
         return [self._saved.get(p) for p in params] if self._saved else None
 
     def mark_restored(self, params: Sequence[Tensor]) -> None:
@@ -118,9 +127,10 @@ def add_penalty_(
     penalty: float,
     copies: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """``x <- copy`` where there is one, then ``g <- g + penalty * (x - anchor)``.
+    """Restore x from its copy, if any, then add the gradient of the penalty.
 
-    Both in one pass over x, computed in float32 or wider.
+    This computes ``x <- copy`` and ``g <- g + penalty * (x - anchor)`` in one pass over x, in
+    float32 or wider.
     """
     found = [None] * len(params) if copies is None else copies
     gradients, params, anchors = (local_shards(tensors) for tensors in (gradients, params, anchors))
@@ -136,7 +146,7 @@ def add_penalty_(
 def pulls(
     params: Sequence[Tensor], anchors: Sequence[Tensor], factor: float | Tensor
 ) -> list[Tensor]:
-    """``factor * (x - anchor)`` of the shards at hand, in float32 or wider."""
+    """Return ``factor * (x - anchor)`` of the local shards, in float32 or wider."""
     params, anchors = local_shards(params), local_shards(anchors)
     differences = torch._foreach_sub([_widened(x) for x in params], anchors)
     torch._foreach_mul_(differences, factor)
@@ -144,13 +154,13 @@ def pulls(
 
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
-    """``x <- x - pull``, computed in the dtype of the pull."""
+    """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
     for x, pull in zip(local_shards(params), pulled, strict=True):
         x.copy_(_widened(x) - pull)
 
 
 def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:
-    """``tensor <- tensor + added``, of tensors that are sharded alike."""
+    """Add to tensors in-place. Both lists must be sharded alike."""
     if tensors:
         torch._foreach_add_(local_shards(tensors), local_shards(added))
 
@@ -162,7 +172,10 @@ def add_penalty_traced_(
     penalties: Sequence[Tensor],
     copies: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """`add_penalty_` in the form that a compiler fuses, for penalties that may change."""
+    """Do the same as `add_penalty_`, in a form that the compiler fuses.
+
+    Penalties are tensors, so that a new value does not recompile the program.
+    """
     found = [None] * len(params) if copies is None else copies
     lists = (gradients, params, anchors, penalties, found)
     for g, x, anchor, penalty, copy in zip(*lists, strict=True):
@@ -178,36 +191,41 @@ def move_traced_(
     factors: Sequence[Tensor],
     usable: Tensor,
 ) -> None:
-    """`MovedParameters.move` in the form that a compiler fuses."""
+    """Do the same as `MovedParameters.move`, in a form that the compiler fuses."""
     for x, copy, vector, factor in zip(params, copies, vectors, factors, strict=True):
         copy.copy_(x)
         x.add_(torch.where(usable, factor * vector, 0.0))
 
 
 def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
-    """e on an accelerator, zero where the direction is not usable."""
+    """Return e on an accelerator; e is zero if the direction is not usable."""
     factor = direction.factor
     steps = torch._foreach_mul([v.to(factor.dtype) for v in vectors], factor)
-    # NaN times zero is NaN, but its bits times zero are zero.
+    # NaN * 0 is NaN, but the bits of NaN, read as an integer, times 0 are 0. This needs no
+    # branch on a value that the host would have to read.
     bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
     torch._foreach_mul_(bits, direction.usable.to(bits[0].dtype))
     return list(steps)
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """``target <- source``, of tensors that are sharded alike, or shards at hand."""
+    """Copy sources into targets. Both must be sharded alike, or be local shards."""
     if targets:
         torch._foreach_copy_(local_shards(targets), local_shards(sources))
 
 
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set tensors to +0 where their masks are false."""
+    """Set tensors to +0 where their masks are False."""
+    # Not a product with the mask, which would leave -0 and NaN.
     for tensor, mask in zip(local_shards(tensors), local_shards(masks), strict=True):
         tensor.masked_fill_(~mask, 0)
 
 
 def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:
-    """How many entries off its mask each tensor holds that are not zero; reads once."""
+    """Return the number of non-zero entries outside the mask for each tensor.
+
+    All counts are read from the device at once.
+    """
     if not tensors:
         return []
     pairs = zip(local_shards(tensors), local_shards(masks), strict=True)
@@ -217,7 +235,7 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The entries at hand of each tensor."""
+    """Return the local shard of each tensor, detached; a plain tensor is its own shard."""
     return [local(x.detach()) for x in tensors]
 
 
@@ -226,7 +244,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
-    """Lists of tensors of equal shapes, with large ones on the CPU cut into views."""
+    """Cut large CPU tensors into views that fit in cache, alike in every list."""
     cut: list[list[Tensor]] = [[] for _ in lists]
     for tensors in zip(*lists, strict=True):
         pieces: Sequence[Sequence[Tensor]] = [[x] for x in tensors]
@@ -239,7 +257,7 @@ def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of a list, of as many entries as suit its device."""
+    """Yield slices of a list that group tensors up to the size that suits their device."""
     start, size = 0, 0
     for stop, tensor in enumerate(tensors, 1):
         size += tensor.numel()

@@ -1,4 +1,4 @@
-"""What a model must not do twice because a step runs it twice, and after training."""
+"""Keep running statistics and random state fixed in the second pass; recalibrate batch norm."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["RandomState", "forget_copies", "recalibrate", "statistics_kept"]
 
 
 class RandomState(NamedTuple):
-    """The states of torch's random number generators, to draw the same numbers again.
+    """States of torch's random number generators, to draw the same numbers again.
 
     Attributes
     ----------
     cpu : uint8 tensor
     cuda : list of uint8 tensors
-        By device; empty where CUDA is not in use.
+        One state per device; empty if CUDA is not initialised.
 
     Examples
     --------
@@ -43,16 +43,17 @@ class RandomState(NamedTuple):
 
     @classmethod
     def record(cls) -> RandomState:
-        """Return the present states."""
+        """Return the current states."""
+        # Asking for CUDA states would initialise CUDA, which takes memory and time.
         on_device = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_device else [])
 
     @staticmethod
     @contextmanager
     def replayed(state: RandomState | None) -> Iterator[None]:
-        """Draw from ``state`` on within the block, and go on from the present ones after it.
+        """Draw from ``state`` within the block, and restore the current states on exit.
 
-        None draws on.
+        With None, do nothing.
         """
         if state is None:
             yield
@@ -71,12 +72,13 @@ class RandomState(NamedTuple):
 
 
 def forget_copies(model: nn.Module | None) -> None:
-    """Let the next forward pass read the parameters themselves, which were moved in place.
+    """Drop cached copies of parameters after they were moved in-place.
 
-    Autocast keeps their 16-bit casts until its outermost block ends, and FSDP, where asked
-    to, the parameters that it has gathered.
+    Otherwise the next forward pass would use the old values: autocast caches 16-bit casts until
+    its outermost block ends, and FSDP can keep the parameters that it has gathered.
     """
     torch.clear_autocast_cache()
+    # No model is sharded by FSDP unless its module is imported, and importing it is slow.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if model is not None and fsdp is not None:
         for module in model.modules():
@@ -86,14 +88,14 @@ def forget_copies(model: nn.Module | None) -> None:
 
 @contextmanager
 def statistics_kept(model: nn.Module | None) -> Iterator[None]:
-    """Let no forward pass change the running statistics of normalisation layers.
+    """Keep the running statistics of normalisation layers fixed within the block.
 
-    The layers normalise as they do in training, by the statistics of the batch.
+    The layers still normalise by the statistics of the batch, as in training mode.
     """
     layers = [] if model is None else [m for m in model.modules() if isinstance(m, _NormBase)]
     layers = [m for m in layers if m.training and m.track_running_stats]
     batch = [m for m in layers if not isinstance(m, _InstanceNorm)]
-    # Instance normalisation writes to its buffers whatever the flag says.
+    # Instance normalisation updates its buffers even if track_running_stats is False.
     buffers = [b for m in layers if isinstance(m, _InstanceNorm) for b in m.buffers()]
     saved = [b.clone() for b in buffers]
     try:
@@ -114,28 +116,26 @@ def recalibrate(
     samples: int | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Estimate the running statistics of batch normalisation anew, after `finalize`.
+    """Recompute the running statistics of batch normalisation after `finalize`.
 
-    Pruning shifts the activations, and the statistics gathered before do not fit them any
-    more. They are reset and become the plain averages over ``batches``, by
-    `torch.optim.swa_utils.update_bn`.
+    Pruning shifts the activations, so the old statistics no longer fit. This resets them to
+    the plain averages over ``batches``, by `torch.optim.swa_utils.update_bn`.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Without batch normalisation it is left alone.
+        A model without batch normalisation does not change.
     batches : iterable
-        Of input tensors, or of tuples or lists whose first entry is the input.
+        Input tensors, or tuples or lists whose first entry is the input.
     samples : int, optional
-        Stop after the batch with which this number of inputs is reached; by default after
-        the last batch.
+        Stop after the batch that reaches this number of inputs. The default uses all batches.
     device : torch.device, optional
-        Where to move inputs to.
+        Move the inputs to this device.
 
     Raises
     ------
     TypeError, ValueError
-        If ``samples`` is not a positive integer, or ``batches`` hold nothing or no tensors.
+        If ``samples`` is not a positive integer, or ``batches`` is empty or holds no tensors.
 
     References
     ----------
@@ -166,7 +166,7 @@ def _first(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
                 f"{type(_inputs(first))!r}"
             )
         return first, rest
-    raise ValueError("batches must not be empty, for the statistics are reset; got none")
+    raise ValueError("batches must not be empty, because the statistics are reset, got none")
 
 
 def _inputs(batch: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Any torch.optim optimizer, under a sparsity constraint.
+"""Wrap any torch.optim optimizer to train under a sparsity constraint.
 
-`SparseOptimizer` honours the contract of torch.optim. What it holds is in `run`, the points
-at which gradients are taken are in `phases`, and the operations of a step in `step`.
+`SparseOptimizer` implements the interface of `torch.optim.Optimizer`. The module `run` holds
+its data, `phases` moves the parameters to where gradients are taken, and `step` takes the step.
 """
 
 from __future__ import annotations
@@ -33,64 +33,63 @@ __all__ = ["SparseOptimizer"]
 
 
 class SparseOptimizer(Optimizer):
-    """Train with a base optimizer towards weights that are exactly sparse.
+    """Train towards exactly sparse weights with any optimizer of torch.optim.
 
-    Wraps an optimizer of torch.optim and shares its ``param_groups``, so learning-rate
-    schedulers work on either. Written out, one step is that of `safe_core.Method`.
+    It shares the ``param_groups`` of the base, so learning-rate schedulers work on either.
+    `safe_core.Method` writes out one step.
 
     Parameters
     ----------
     base : torch.optim.Optimizer
-        An instance that holds the parameters. Its own state stays apart from ours.
+        An instance that holds the parameters. It keeps its own state.
     method : Method
-        From `safe_core.safe` or another function of `safe_core`. One with a decoupled penalty
+        From `safe_core.safe` or another function of `safe_core`. A decoupled penalty
         reads the ``"lr"`` of the groups.
     model : torch.nn.Module, optional
         Makes the weights of its linear, convolution and attention layers sparse, not
-        biases, norms and embeddings, and supplies their names and layouts.
+        biases, norms and embeddings. It also supplies names and layouts.
     where : callable, optional
         ``where(name, parameter) -> bool`` chooses the sparse parameters instead.
         Without ``model``, names come from a base made with ``named_parameters()``.
     layout : Layout, mapping of name to Layout, or callable, optional
-        Roles of the axes, over what ``model`` says; ``layout(name, parameter)`` may
+        Axis roles, which override those of ``model``; ``layout(name, parameter)`` may
         return None for unknown.
     importance : mapping of name to tensor, or callable, optional
         P of the sparse parameters: per entry, broadcastable, or per input feature. A
-        function ``importance({name: parameter}) -> {name: tensor}`` is called at dual
-        updates, after the base optimizer's step, and P is 1 before the first.
+        function ``importance({name: parameter}) -> {name: tensor}`` is called at each dual
+        update, after the base step; P is 1 before the first.
     allow_unperturbed : bool
-        Let `step` run without a perturbed gradient, or one at the projected parameters.
+        Let `step` run without the gradients of `perturbed` and `projected`.
     compile : bool
-        Run the perturbation, and the penalty together with the base optimizer's step, as
-        two programs of `torch.compile`. Needs a base that compiles, with a learning rate
-        in a tensor if it changes. The step count and the dual update stay outside.
+        Compile the perturbation, and the penalty fused with the base step, by
+        `torch.compile`. If the learning rate changes, it must be a tensor. The step count
+        and the dual update are not compiled.
     replay_rng : bool
-        Give the second call of a closure the random numbers of the first, so that dropout
-        draws the same masks. Phase by phase, hand `perturbed` a `RandomState`.
+        Replay the random numbers of the first closure call in later ones, so that dropout
+        draws the same masks. Without a closure, pass `perturbed` a `RandomState`.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, nothing says which parameters are sparse, or
-        a pattern does not fit a parameter. The message names it.
+        If an argument has the wrong type, no argument selects sparse parameters, or a
+        pattern does not fit a parameter. The message names it.
 
     Notes
     -----
-    A param group may opt out with ``"sparsify": False``; without ``model`` and
-    ``where``, groups with ``"sparsify": True`` are taken whole. Its ``"rho"``, ``"penalty"``
-    and ``"sparsity"`` stand for those of the method: ``e_i = rho_i g_i / |g|`` with the norm
-    over all parameters, and groups of one sparsity are projected together. A parameter
-    that is not sparse costs no state, one that is frozen is left alone.
+    A param group opts out with ``"sparsify": False``. Without ``model`` and ``where``, only
+    groups with ``"sparsify": True`` are sparse. ``"rho"``, ``"penalty"`` and ``"sparsity"``
+    of a group override the method's. The perturbation is ``e_i = rho_i g_i / |g|`` with the
+    norm over all groups, and groups of equal sparsity are projected together. Parameters
+    that are dense or frozen need no state.
 
-    With ``model``, normalisation layers keep their running statistics in the second pass:
-    they are updated once a step, at x.
+    With ``model``, batch normalisation updates its running statistics once per step, at x.
 
-    `step` adds the penalty to ``.grad`` in place. Clip gradients before it. z and u start
-    from the parameters that the first step finds.
+    `step` adds the penalty to ``.grad`` in place, so clip gradients before it. z and u are
+    initialised from the parameters at the first step.
 
     Examples
     --------
-    With a closure, as torch.optim.LBFGS wants it:
+    With a closure, as for torch.optim.LBFGS:
 
     >>> import safe_core
     >>> _ = torch.manual_seed(0)
@@ -107,7 +106,8 @@ class SparseOptimizer(Optimizer):
     >>> for _ in range(10):
     ...     loss = optimizer.step(closure)
 
-    Or phase by phase:
+    Or with the two passes written out. Guard the block by ``if optimizer.perturbs:`` if the
+    method does not perturb at every step, and add a `projected` block if it `projects`:
 
     >>> optimizer.zero_grad()
     >>> nn.functional.mse_loss(model(x), y).backward()
@@ -115,8 +115,7 @@ class SparseOptimizer(Optimizer):
     ...     nn.functional.mse_loss(model(x), y).backward()
     >>> optimizer.step()
 
-    (within ``if optimizer.perturbs:`` where the method does not perturb at every step, and
-    with `projected` for a method that `projects`). In the end the weights are made sparse:
+    After the last step, make the weights exactly sparse:
 
     >>> optimizer.finalize()
     >>> int((model.weight == 0).sum())
@@ -149,7 +148,10 @@ class SparseOptimizer(Optimizer):
         ):
             _checks.flag(name, flag)
         super().__init__(base.param_groups, base.defaults)
+        # The same list, not a copy: schedulers change it through either optimizer.
         self.param_groups = base.param_groups
+        # `self.state`, not `base.state`: optimizers of torch initialise a parameter only if
+        # its state is empty, so an entry of ours there would break Adam.
         self._run = Run(
             base,
             method,
@@ -162,7 +164,7 @@ class SparseOptimizer(Optimizer):
         )
         self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
 
-    # What the run holds
+    # Properties
 
     @property
     def base(self) -> Optimizer:
@@ -176,7 +178,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def steps(self) -> int:
-        """Base steps taken."""
+        """Number of base steps taken."""
         return self._run.steps
 
     @property
@@ -186,7 +188,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def allow_unperturbed(self) -> bool:
-        """Whether `step` may run without the gradients of its phases."""
+        """Whether `step` may run without the gradients of `perturbed` and `projected`."""
         return self._phases.allow_unperturbed
 
     @allow_unperturbed.setter
@@ -197,39 +199,39 @@ class SparseOptimizer(Optimizer):
 
     @property
     def perturbs(self) -> bool:
-        """Whether the step to come takes a second gradient, within `perturbed`."""
+        """Whether the next step needs a second gradient, from within `perturbed`."""
         return self._run.perturbed is not None
 
     @property
     def projects(self) -> bool:
-        """Whether the step to come takes a gradient within `projected`."""
+        """Whether the next step needs a gradient from within `projected`."""
         return self._run.plan.projected is not None
 
     @contextmanager
     def perturbed(
         self, replay: RandomState | None = None, *, loss_scale: float = 1.0
     ) -> Iterator[None]:
-        """Hold the parameters at ``x + e``; restore x bit for bit on the way out.
+        """Move the parameters to ``x + e`` within the block; restore x bit for bit on exit.
 
-        ``e`` follows from the gradients of the first backward pass, which are cleared
-        on entry: compute the loss and call ``backward()`` again inside. Restores too
-        when the block raises. At a step that does not perturb, the parameters stay at x. The
-        first gradients serve the ascent alone, and may be of a part of the batch, unless the
-        method reuses a direction or adds them: then they are added as the block ends.
+        The gradients of the first backward pass give ``e`` and are cleared on entry.
+        Compute the loss and call ``backward()`` again inside. x is also restored if the
+        block raises. At a step that does not perturb, the parameters stay at x. The first
+        gradients may come from a part of the batch, unless the method reuses their direction
+        or adds them. Gradients that the method adds are added back on exit.
 
         Parameters
         ----------
         replay : RandomState, optional
-            From `RandomState.record` before the first forward pass: the block draws the
-            same random numbers, such as dropout masks.
+            From `RandomState.record` before the first forward pass. The block then draws
+            the same random numbers, such as dropout masks.
         loss_scale : float
-            What the loss was multiplied by, as ``scaler.get_scale()``. Read where e depends
-            on it, as of `safe_core.cram`; e of `safe_core.safe` does not.
+            The factor of loss scaling, such as ``scaler.get_scale()``. It matters only if e
+            depends on the gradient's norm, as in `safe_core.cram` but not `safe_core.safe`.
 
         Raises
         ------
         ValueError
-            If no parameter has a gradient, one is sparse, or a block is open.
+            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open.
         """
         phases = self._phases
         phases.check_block("perturbed()", replay)
@@ -241,21 +243,17 @@ class SparseOptimizer(Optimizer):
 
     @contextmanager
     def projected(self, replay: RandomState | None = None) -> Iterator[None]:
-        """Hold the parameters at ``C(x)``; restore x bit for bit on the way out.
+        """Move the parameters to ``C(x)`` within the block; restore x bit for bit on exit.
 
-        The third phase of a method that adds a projected gradient, after `perturbed`: compute
-        the loss and call ``backward()`` inside. The gradients from before are set aside on
-        entry and added as the block ends, so that what clips or unscales sees the sum.
-
-        Parameters
-        ----------
-        replay : RandomState, optional
-            As for `perturbed`.
+        A method that adds a projected gradient needs this block after `perturbed`. Compute
+        the loss and call ``backward()`` inside. Existing gradients are saved on entry and
+        added back on exit, so that clipping and unscaling act on the sum. ``replay`` is as
+        for `perturbed`.
 
         Raises
         ------
         ValueError
-            If the method adds no such gradient, those before it are missing, or a block is
+            If the method adds no such gradient, earlier gradients are missing, or a block is
             open.
         """
         phases = self._phases
@@ -281,25 +279,24 @@ class SparseOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any]) -> Any: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the method, with a closure or after the phases.
+        """Take one step, with a closure or after the `perturbed` and `projected` blocks.
 
         Parameters
         ----------
         closure : callable, optional
             Clears the gradients, computes the loss, calls ``backward()`` and returns
-            the loss. It is called at x and, where the step takes gradients there, at x + e
+            the loss. It is called at x and, if the step needs those gradients, at x + e
             and at C(x).
 
         Returns
         -------
         loss
-            What the closure returned at x; None without one.
+            The closure's result at x; None without a closure.
 
         Raises
         ------
         ValueError
-            If there is neither a closure nor the phases that the step needs before it, or if
-            it is called within one.
+            If a gradient that the step needs is missing, or a block is open.
         """
         phases = self._phases
         phases.refuse_within_block("step()")
@@ -320,25 +317,24 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def finalize(self, importance: Any = LAST, *, freeze: bool = False) -> None:
-        """Project the parameters, ``x <- proj(x)``, after the last step.
+        """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
-        Kept entries are unchanged, bit for bit; the others become +0, exactly as many
-        as the method asks.
+        Kept entries do not change, bit for bit. The others become +0, exactly as many as
+        the method's sparsity requires.
 
         Parameters
         ----------
-        freeze : bool
-            Keep this support from now on, to fine-tune further: gradients and parameters
-            are masked at every step; the penalty, the dual variable and a direction to
-            reuse are dropped.
         importance : optional
-            By default the P last in use. None is P = 1, as Algorithm 1 of the paper
-            prints it. A mapping of name to tensor is used as it is.
+            The default is the last P of the run. None means P = 1, as in Algorithm 1 of the
+            paper. A mapping of name to tensor replaces P.
+        freeze : bool
+            Keep this support, to fine-tune: every later step masks gradients and parameters,
+            and the penalty, the dual variable and reused directions are dropped.
 
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, or within a perturbed block.
+            If ``importance`` does not fit the parameters, or a block is open.
         """
         self._phases.refuse_within_block("finalize()")
         _checks.flag("freeze", freeze)
@@ -354,7 +350,8 @@ class SparseOptimizer(Optimizer):
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
                 self.state[p] = {"support": mask}
-                # Momentum of a base that sums it otherwise than per entry would fill zeros.
+                # Stale momentum of pruned entries would pull them away from zero, and a base
+                # that mixes entries, such as Muon, would spread it to the kept ones.
                 held = self.base.state.get(p, {}).values()
                 likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
                 kernels.mask_(likes, [mask] * len(likes))
@@ -362,16 +359,11 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def check_sparsity(self) -> None:
-        """Raise unless the parameters are as sparse as the method asks.
+        """Raise a ValueError unless the parameters have the method's sparsity.
 
-        What sparse means is the method's pattern or, once the support is frozen, that
-        support. Call it before a model is saved or served: merging an adapter such as
-        LoRA, or an optimizer of another kind, fills zeros silently.
-
-        Raises
-        ------
-        ValueError
-            If an entry that must be zero is not. The message names the parameters.
+        The error names the parameters with too many non-zeros. A frozen support replaces the
+        method's pattern. Call this before saving or serving a model: another optimizer, or
+        merging an adapter such as LoRA, makes zeros non-zero without warning.
         """
         run = self._run
         with run.as_started() as sparse:
@@ -381,10 +373,10 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def report(self) -> Report:
-        """Return what the constraint looks like from here, tensor by tensor.
+        """Return the distance to the constraint and other figures for each sparse tensor.
 
-        Computes a projection and a dual update on copies, and changes nothing. See
-        `TensorReport` for the figures.
+        This computes a projection and a dual update on copies and changes no state.
+        `TensorReport` documents the figures.
         """
         self._phases.refuse_within_block("report()")
         run = self._run
@@ -406,7 +398,7 @@ class SparseOptimizer(Optimizer):
         return {self._run.selected[p].name: p for p in self._run.active()}
 
     def split(self) -> SplitState:
-        """Return copies of anchors and supports, in the order of `sparse_parameters`."""
+        """Return copies of the anchors ``z - u`` and supports, ordered as `sparse_parameters`."""
         if self.frozen:
             raise ValueError("split() must come before the support is frozen, got frozen=True")
         with self._run.as_started() as sparse:
@@ -419,16 +411,13 @@ class SparseOptimizer(Optimizer):
         return f"{type(self).__name__}({self.method!r}, steps={self.steps})\n{self.base!r}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as `torch.optim.Optimizer.zero_grad` does.
-
-        After a phase this gives up the step that the phase was for.
-        """
+        """Clear the gradients; after a block, also discard the step that it began."""
         super().zero_grad(set_to_none)
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
             self._phases.reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base optimizer, and select among them as at the start."""
+        """Add parameters to the base optimizer, and select the sparse ones among them."""
         if "_run" not in self.__dict__:  # called by Optimizer.__init__
             super().add_param_group(param_group)
             return
@@ -449,10 +438,9 @@ class SparseOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and ours, in torch's format.
 
-        Our tensors stand beside the base's as ``safe_anchor``, ``safe_support`` and
-        ``safe_importance``, where the method reuses a direction ``safe_flat_direction``,
-        and the step count and the method in each group as ``safe_steps`` and
-        ``safe_method``.
+        Our entries of a parameter are ``safe_anchor``, ``safe_support``, ``safe_importance``
+        and, if the method reuses a direction, ``safe_flat_direction``. Each group also holds
+        ``safe_steps`` and ``safe_method``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -460,12 +448,13 @@ class SparseOptimizer(Optimizer):
         run = self._run
         started = any("support" in entries for entries in self.state.values())
         with run.as_started():
-            # Every parameter has an entry, for torch.distributed.checkpoint wants one.
+            # torch.distributed.checkpoint requires an entry for every parameter.
             own: dict[Tensor, dict[str, Any]] = {p: {} for p in run.trainable()}
             own |= {p: dict(entries) for p, entries in self.state.items()}
         if run.plan.reuses:
             for p in run.trainable():
-                # Zero until it is known, so that a checkpoint has a place for it.
+                # Zero before the first step, because torch.distributed.checkpoint loads
+                # only into entries that exist already.
                 wide = wide_dtype(torch, [p])
                 empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
                 own[p].setdefault("flat_direction", empty)
@@ -483,18 +472,16 @@ class SparseOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; nothing changes if it does not fit.
+        """Load a state from `state_dict`, or raise before anything changes.
 
-        Where the support is frozen, parameters are masked by it.
-
-        Anchors and supports keep dtypes of their own, which the loading of a plain
-        optimizer would cast to the parameter's.
+        A frozen support also masks the parameters. Anchors and supports keep their dtypes;
+        `torch.optim.Optimizer.load_state_dict` would cast them to the parameter's.
 
         Raises
         ------
         ValueError
-            If the state lacks our entries, or they are those of other parameters or of an
-            optimizer with another importance, method or base.
+            If our entries are missing, or belong to other parameters or to an optimizer with
+            another importance, method or base.
         """
         self._phases.refuse_within_block("load_state_dict()")
         if not isinstance(state_dict, Mapping):

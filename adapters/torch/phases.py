@@ -1,7 +1,7 @@
-"""The points of a step at which gradients are taken, and the order of visits to them.
+"""Move the parameters to the points of a step where gradients are taken, in order.
 
-The plan of the method names the points. A user visits them phase by phase, with
-`SparseOptimizer.perturbed` and `SparseOptimizer.projected`; a closure is called at each.
+The plan of the method names the points. A user visits them by the blocks
+`SparseOptimizer.perturbed` and `SparseOptimizer.projected`. A closure is called at each point.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Phase", "Phases"]
 
 
 class Phase(enum.Enum):
-    """How far the gradients of a step have come."""
+    """State of the gradients of a step."""
 
     START = "before any block"
     PERTURBED = "within perturbed()"
@@ -45,7 +45,7 @@ class Phases:
     run : Run
     phase : Phase
     first : dict of parameter to tensor
-        Gradients at x, where a direction of the perturbed gradient is reused.
+        Gradients at x, if the method reuses a direction; otherwise empty.
     """
 
     def __init__(self, run: Run, *, allow_unperturbed: bool, replay_rng: bool) -> None:
@@ -55,15 +55,16 @@ class Phases:
         self.reset()
 
     def reset(self) -> None:
-        """Give up the gradients of the step."""
+        """Discard the gradients of the step."""
         self.phase = Phase.START
         self.first: dict[Tensor, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy starts before the first block: its parameters have no gradients.
         return {**self.__dict__, "phase": Phase.START, "first": {}}
 
     def take_first(self) -> dict[Tensor, Tensor]:
-        """Hand over the gradients at x, and begin anew."""
+        """Return the gradients at x, and reset for the next step."""
         first = self.first
         self.reset()
         return first
@@ -76,12 +77,12 @@ class Phases:
         return {Phase.PERTURBED: "perturbed", Phase.PROJECTED: "projected"}.get(self.phase, "")
 
     def refuse_within_block(self, call: str) -> None:
-        """Raise where a block is open."""
+        """Raise if a block is open, because the parameters are not at x."""
         if self.block:
             raise ValueError(f"{call} must come after the {self.block}() block, not within it")
 
     def check_block(self, call: str, replay: Any) -> None:
-        """Refuse to open a block within another, or to replay what is no state."""
+        """Raise if a block is open already, or ``replay`` is not a RandomState."""
         if self.block:
             raise ValueError(f"{call} must not be entered within {self.block}()")
         if replay is not None and not isinstance(replay, RandomState):
@@ -89,7 +90,7 @@ class Phases:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Bring x back on exit, bit for bit, after an error too."""
+        """Restore x on exit, bit for bit, also after an error."""
         try:
             yield
         finally:
@@ -101,15 +102,15 @@ class Phases:
     def at_perturbed_point(
         self, replay: RandomState | None, loss_scale: float = 1.0
     ) -> Iterator[None]:
-        """Body of `SparseOptimizer.perturbed`; the caller restores x."""
+        """Implement `SparseOptimizer.perturbed`; the caller restores x."""
         run = self.run
         params = [p for p in run.trainable() if p.grad is not None]
         if not params:
             raise ValueError(
                 "perturbed() needs the gradients of a first loss.backward(), got None for "
-                "every parameter; an optimizer must be made after its model is wrapped or sharded"
+                "every parameter; create the optimizer after its model is wrapped or sharded"
             )
-        sparse = run.sparse()  # z and u start from x, not from x + e
+        sparse = run.sparse()  # initialise z and u from x, not from x + e
         added: dict[Tensor, Tensor] = {}
         try:
             if run.perturbed is not None:
@@ -123,7 +124,7 @@ class Phases:
             self.reset()
             raise
         else:
-            # A block that only looked leaves the step without its gradient.
+            # Without backward() in the block, the step still lacks its gradient.
             if all(p.grad is None for p in params):
                 self.reset()
             else:
@@ -140,7 +141,7 @@ class Phases:
     ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
         """Move to the perturbed point; return what moved, and gradients to add afterwards."""
         run = self.run
-        if evaluation.point.is_projected:  # which moves parameters without a gradient too
+        if evaluation.point.is_projected:  # the projection also moves those without a gradient
             fill_gradients(sparse)
             params = [p for p in run.trainable() if p.grad is not None]
         run.mask_gradients(sparse)
@@ -156,7 +157,7 @@ class Phases:
 
     @contextmanager
     def at_projected_point(self, replay: RandomState | None) -> Iterator[None]:
-        """Body of `SparseOptimizer.projected`; the caller restores x."""
+        """Implement `SparseOptimizer.projected`; the caller restores x."""
         run, before = self.run, self.phase
         try:
             held = self._set_aside()
@@ -176,9 +177,10 @@ class Phases:
             _add_back(held)
 
     def _set_aside(self) -> dict[Tensor, Tensor]:
-        """Clear the gradients, and return copies.
+        """Clear the gradients, and return clones of them.
 
-        Copies, because a reducer may write the next gradients to the same memory.
+        Clones, because DDP's gradients can be views of its buckets: the next backward pass
+        writes to the same memory.
         """
         held = {p: p.grad.clone() for p in self.run.trainable() if p.grad is not None}
         self.run.zero_grad()
@@ -193,7 +195,7 @@ class Phases:
             kernels.mask_([p.detach() for p in members], kept)
 
     def _ascend(self, params: list[Tensor], loss_scale: float) -> None:
-        """Move the parameters to x + e, uphill in the loss."""
+        """Move the parameters to x + e, where the loss is higher."""
         run = self.run
         radii = self._radii(loss_scale)
         gradients = [p.grad for p in params if p.grad is not None]
@@ -203,6 +205,7 @@ class Phases:
         direction = run.method.direction(
             params, gradients, run.steps, layouts=self._layouts(params)
         )
+        # One call per radius: the norm is shared by all groups, only the length differs.
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
         copies = run.moved.prepare(params)
         if run.compiled is not None:
@@ -224,7 +227,10 @@ class Phases:
         return [selected[p].layout if p in selected else None for p in params]
 
     def _radii(self, loss_scale: float) -> dict[Tensor, float]:
-        """Return the radius of every parameter, for gradients of a scaled loss."""
+        """Return the radius of every parameter, corrected for loss scaling.
+
+        If e is proportional to the gradient, it also carries the loss scale.
+        """
         radii, perturbation = self.run.signed("rho"), self.run.method.perturbation
         if perturbation is None or perturbation.is_scale_free:
             return radii
@@ -233,7 +239,7 @@ class Phases:
     def _warn_of_rounding(
         self, params: list[Tensor], gradients: list[Tensor], radii: dict[Tensor, float]
     ) -> None:
-        """Warn once, at the first perturbation, where 16-bit parameters round it away."""
+        """Warn once, at the first perturbation, if rounding to 16 bits removes most of it."""
         run = self.run
         if run.checked_rounding or all(p.element_size() > 2 for p in params):
             return
@@ -243,7 +249,7 @@ class Phases:
         layouts = self._layouts(params)
         steps = run.method.perturb(params, gradients, run.steps, rho=widest, layouts=layouts)
         length = float(norm(steps))
-        if length == 0:  # as of a gradient that is zero or not finite
+        if length == 0:  # the gradient is zero or not finite: check at a later step
             return
         run.checked_rounding = True
         moves = [(p + e).to(p.dtype).float() - p for p, e in zip(params, steps, strict=True)]
@@ -258,7 +264,11 @@ class Phases:
     # Closures
 
     def call(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure at every point of the step, and stay at the last."""
+        """Call a closure at every point of the step, and stay at the last one.
+
+        x is not restored here, because the base step restores it in the same pass over memory
+        that adds the penalty.
+        """
         run = self.run
         perturbs, projects = run.perturbed is not None, run.plan.projected is not None
         if not perturbs and not projects:
@@ -272,15 +282,15 @@ class Phases:
             ignored, added = probe.ignored, probe.added
         finally:
             probe.put_back()
-        if ignored:  # as by that of a trainer that has called backward() by itself
+        if ignored:  # a trainer has called backward() itself and passes a closure without it
             self.check_step()
             return loss
         if added:
             raise ValueError(
-                "closure must clear the gradients before backward(), got one that adds to "
-                "those before it. The second gradient of an accumulated batch needs all its "
-                "parts again: take the phases, with `with optimizer.perturbed():`, which in "
-                "Lightning means manual optimization"
+                "closure must clear the gradients before backward(), got one that accumulates. "
+                "For gradient accumulation, the second pass must replay all micro-batches: write "
+                "it out in `with optimizer.perturbed():`, which in Lightning requires "
+                "manual optimization"
             )
         if perturbs and run.has_gradient():
             with torch.enable_grad(), self.at_perturbed_point(replay):
@@ -294,38 +304,41 @@ class Phases:
     # Checks
 
     def check_step(self) -> None:
-        """Refuse a step without its closure and phases."""
+        """Raise if the step has neither a closure nor the gradients that it needs."""
         if self.phase is Phase.COMPLETE or self._may_go_unperturbed():
             return
         if self.phase is not Phase.READY:
             self.check_perturbed("step()")
         if self.run.plan.projected is not None:
             raise ValueError(
-                "step() needs a gradient at the projected point, for the method adds it: pass "
+                "step() needs a gradient at the projected point, because the method adds it: pass "
                 "step(closure=...), or call loss.backward() within `with optimizer.projected():` "
-                "last; allow_unperturbed=True lifts this. Got closure=None"
+                "last; allow_unperturbed=True turns this check off. Got closure=None"
             )
 
     def check_perturbed(self, call: str) -> None:
-        """Refuse to go on without the perturbed gradient."""
+        """Raise if the perturbed gradient is missing."""
         if self.run.perturbed is not None and not self._may_go_unperturbed():
             raise ValueError(
-                f"{call} needs a gradient at the perturbed point, for the method has rho > 0: "
+                f"{call} needs a gradient at the perturbed point, because the method has rho > 0: "
                 "pass step(closure=...), or call loss.backward() within "
-                "`with optimizer.perturbed():` first, of an optimizer that a trainer has wrapped "
-                "`with perturbed(optimizer):` from safe_core.adapters.torch, with Hugging "
-                "Face its SparseTrainerMixin; allow_unperturbed=True lifts this. Got closure=None"
+                "`with optimizer.perturbed():` first. If a trainer wraps the optimizer, use "
+                "`with perturbed(optimizer):` from safe_core.adapters.torch; for Hugging Face "
+                "use its SparseTrainerMixin. allow_unperturbed=True turns this check off. "
+                "Got closure=None"
             )
 
     def _may_go_unperturbed(self) -> bool:
+        # With zero learning rates the parameters do not move: warm-ups and checkpointing
+        # libraries take such steps.
         return self.allow_unperturbed or self.run.has_zero_rates()
 
     def only_initialises(self) -> bool:
-        """Return whether a step would only make the base optimizer create its state.
+        """Return whether a step would only initialise the state of the base optimizer.
 
-        torch.distributed.checkpoint takes one with zero learning rates and gradients
-        before it saves or loads, unless `state` holds something. It is no step of the
-        method.
+        torch.distributed.checkpoint takes a step with zero learning rates and gradients
+        before it saves or loads, unless `state` is filled. It must not count as a step, nor
+        fix where z and u start.
         """
         run = self.run
         return (
@@ -338,7 +351,7 @@ class Phases:
 
 @torch.no_grad()
 def _add_back(held: dict[Tensor, Tensor]) -> None:
-    """Add gradients that were set aside to those that are there."""
+    """Add the saved gradients to the current ones."""
     met = {p: g for p, g in held.items() if p.grad is not None}
     kernels.add_(gradients_of(met), list(met.values()))
     for p in held.keys() - met.keys():
@@ -346,7 +359,7 @@ def _add_back(held: dict[Tensor, Tensor]) -> None:
 
 
 def _level_of_caller() -> int:
-    """Return the stack level of the first frame outside this package and contextlib."""
+    """Return the stack level of the user's code, so that a warning points there."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__", ""))

@@ -1,4 +1,4 @@
-"""The report of sparse parameters, which may be sharded."""
+"""Report on sparse parameters, which may be sharded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def tensor_reports(
     step: int,
     penalties: Sequence[float],
 ) -> list[TensorReport]:
-    """Return the figures of parameters that are projected together, with one host read."""
+    """Return the figures of parameters that are projected together, with one host read.
+
+    Sums are computed over local shards and then added over the processes.
+    """
     values, info = [p.detach() for p in params], state.info(params)
     held = state.importance(params)
     metric = None if source is None or held is None else source.metric(held, joint=pattern.joint)

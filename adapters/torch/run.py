@@ -1,4 +1,4 @@
-"""A training run: what `SparseOptimizer` holds besides the contract of torch.optim."""
+"""Hold the data of a training run, apart from the interface of torch.optim."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ LAST = "last"
 
 
 class Run:
-    """The parts of a run: base, method, selection, state and kernels.
+    """Hold the parts of a run: base, method, selection, state and kernels.
 
     Attributes
     ----------
     base : torch.optim.Optimizer
     method : Method
     model, where, layout
-        What chooses the sparse parameters, as for `SparseOptimizer`.
+        Arguments of `SparseOptimizer` that select the sparse parameters.
     handed : mapping, callable or None
-        The importance that the user handed in.
+        The importance that the user passed.
     state : dict of parameter to entries
-        That of the `SparseOptimizer`, changed in place.
+        The state of the `SparseOptimizer`, changed in-place. It is not ``base.state``, whose
+        optimizer takes a parameter with any entry there for initialised.
     steps : int
-        Base steps taken.
+        Number of base steps taken.
     frozen : bool
         Whether the support is final.
     selected : dict of parameter to Selected
     moved : kernels.MovedParameters
-        The parameters that are away from x, and their copies.
+        Copies of the parameters that are not at x.
     compiled : CompiledStep or None
     """
 
@@ -78,12 +79,13 @@ class Run:
         self.select()
 
     def _prepare(self) -> None:
-        """Make the parts that hold no state of the training and cannot be pickled."""
+        """Create the parts that hold no training state and are not pickled."""
         self.moved = kernels.MovedParameters()
         self.compiled = CompiledStep(self.base) if self.compile else None
         self._plans: dict[tuple[bool, bool], StepPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # `_seen` holds ids of parameters, which differ in a copy.
         left_out = ("moved", "compiled", "_plans", "_seen")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
@@ -94,10 +96,10 @@ class Run:
 
     @property
     def source(self) -> Importance | None:
-        """The importance in use.
+        """The importance in use; None where P = 1.
 
-        Made anew at each call: stored here it would refer back to the run, and the tensors of
-        a run that is over would wait for the garbage collector.
+        It is created at each call. If stored, it would refer back to the run, and this
+        reference cycle would keep the tensors of a finished run until garbage collection.
         """
         return importance_in_use(self.handed, self.method, lambda: self.parameters)
 
@@ -105,7 +107,8 @@ class Run:
 
     @property
     def plan(self) -> StepPlan:
-        """The order of the step to come."""
+        """The plan of the next step: its gradients and operations, in order."""
+        # Options of groups may change between steps, so the plan is looked up each time.
         key = (any(rules.perturbs for rules in map(self.rules_of, self.groups)), self.frozen)
         if key not in self._plans:
             plan = self.method.plan(has_radius=key[0])
@@ -114,7 +117,7 @@ class Run:
 
     @property
     def perturbed(self) -> Evaluation | None:
-        """The gradient at a perturbed point that the step to come takes, if any."""
+        """The evaluation at a perturbed point in the next step; None if it has none."""
         perturbation, evaluation = self.method.perturbation, self.plan.perturbed
         if perturbation is None or not perturbation.is_due(self.steps):
             return None
@@ -126,11 +129,14 @@ class Run:
         return self.base.param_groups
 
     def rules_of(self, group: dict[str, Any]) -> GroupRules:
-        """Return radius and penalty of a param group."""
+        """Return the radius and penalty of a param group."""
         return GroupRules.read(settings_of(group, self.base), self.method)
 
     def signed(self, setting: str) -> dict[Tensor, float]:
-        """Return rho or penalty of every parameter, negative where the loss is maximised."""
+        """Return rho or penalty of every parameter, negative in groups with ``maximize``.
+
+        Such a group steps along its gradient, so ascent and penalty need the opposite sign.
+        """
         found: dict[Tensor, float] = {}
         for group in self.groups:
             value = self.rules_of(group).at(setting, self.steps)
@@ -146,7 +152,7 @@ class Run:
         return ParameterState(self.state, self.selected)
 
     def trainable(self) -> list[Tensor]:
-        """Return all parameters that take gradients."""
+        """Return all parameters that require gradients."""
         return [p for group in self.groups for p in group["params"] if p.requires_grad]
 
     def has_gradient(self) -> bool:
@@ -154,11 +160,11 @@ class Run:
         return any(p.grad is not None for p in self.trainable())
 
     def active(self) -> list[Tensor]:
-        """Return the selected parameters that take gradients."""
+        """Return the selected parameters that require gradients."""
         return [p for p in self.selected if p.requires_grad]
 
     def sparse(self) -> list[Tensor]:
-        """Return the active parameters, and start the state of new ones."""
+        """Return the active parameters, and initialise the state of new ones."""
         self.follow_groups()
         sparse = self.active()
         new = [p for p in sparse if not self.parameters.has(p)]
@@ -168,10 +174,10 @@ class Run:
 
     @contextmanager
     def as_started(self) -> Iterator[list[Tensor]]:
-        """Yield the active parameters with a state, which is dropped again where it is new.
+        """Yield the active parameters with initialised state; drop new state on exit.
 
-        Looking at an optimizer must not fix where z and u start: weights may still be
-        loaded into the model.
+        Reading an optimizer must not fix where z and u start, because weights may still be
+        loaded into the model before the first step.
         """
         self.follow_groups()
         new = [p for p in self.active() if not self.parameters.has(p)]
@@ -213,7 +219,7 @@ class Run:
     # The selection
 
     def select(self) -> None:
-        """Choose the sparse parameters among the groups as they are."""
+        """Select the sparse parameters among the current groups."""
         self.selected = select_parameters(
             self.base, self.method, self.model, self.where, self.layout
         )
@@ -224,7 +230,7 @@ class Run:
             raise ValueError("compile must be False for sharded parameters, got True")
 
     def undo_selection(self, selected: dict[Tensor, Selected]) -> None:
-        """Return to a selection of before, after a group was taken back."""
+        """Restore an earlier selection after a group was removed again."""
         self.selected, self._seen = selected, self._groups_now()
 
     def _groups_now(self) -> list[Any]:
@@ -234,15 +240,15 @@ class Run:
         ]
 
     def follow_groups(self) -> None:
-        """Select anew where settings were changed, or a trainer has exchanged parameters."""
+        """Select again if options changed or a trainer replaced parameters."""
         if self._seen == self._groups_now():
             return
         here = {p for group in self.groups for p in group["params"]}
         gone = [p for p in self.state if p not in here]
         if any(self.state[p] for p in gone):
             raise ValueError(
-                "param_groups must keep the parameters that training has begun with, got others "
-                f"in the place of {len(gone)}: make the optimizer after its model is wrapped or "
+                "param_groups must keep the parameters that training began with, got others "
+                f"in place of {len(gone)}: create the optimizer after its model is wrapped or "
                 "sharded"
             )
         self.moved.release()
@@ -254,38 +260,41 @@ class Run:
                 self.state[p].pop(key, None)
 
     def _check_fit(self) -> None:
-        """Raise now what would be raised at the first step, at no cost in memory."""
+        """Raise errors of the first step early, without allocating memory.
+
+        Tensors on the meta device have shapes and dtypes but no data.
+        """
         params, parameters = self.active(), self.parameters
         if isinstance(self.handed, Mapping):
             known = {chosen.name for chosen in self.selected.values()}
             unknown = sorted(set(self.handed) - known)
             if unknown:
                 raise ValueError(
-                    f"importance names {unknown[0]!r}, which is no sparse parameter; they are "
-                    f"{', '.join(sorted(known))}"
+                    f"importance must name sparse parameters, {', '.join(sorted(known))}, got "
+                    f"{unknown[0]!r}"
                 )
             parameters.placed(self.handed, params)
         for pattern, members in parameters.pools(params):
             shapes = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in members]
             self.method.constraint.init(shapes, pattern, parameters.info(members))
 
-    # What every part of a step needs
+    # Operations that several parts of a step share
 
     def zero_grad(self) -> None:
-        """Clear the gradients, and leave the phase as it is."""
+        """Clear the gradients; unlike `SparseOptimizer.zero_grad`, keep the phase."""
         Optimizer.zero_grad(self.base)
 
     def forget_copies(self) -> None:
-        """Drop cached casts and gathered shards, which hold values of another point."""
+        """Drop cached casts and gathered shards, which hold the values of another point."""
         forget_copies(self.model if self.sharded else None)
 
     def mask(self, tensors: list[Tensor], params: list[Tensor]) -> None:
-        """Set tensors to zero off the support of their parameters."""
+        """Set tensors to zero outside the support of their parameters."""
         supports = [self.state[p]["support"] for p in params]
         kernels.mask_([t.detach() for t in tensors], supports)
 
     def mask_gradients(self, sparse: list[Tensor]) -> None:
-        """Set gradients to zero off the support where the plan says so."""
+        """Set gradients to zero outside the support if the plan masks gradients."""
         if self.plan.masks_gradients:
             known = [p for p in sparse if p.grad is not None]
             self.mask([p.grad for p in known if p.grad is not None], known)
@@ -310,7 +319,7 @@ class Run:
     def support_at(
         self, pattern: Any, members: list[Tensor], step: int | None, metric: Any
     ) -> list[Tensor]:
-        """Return the support of ``C(x)`` at a step, for parameters of one pool."""
+        """Return the support of ``C(x)`` at a step, for parameters projected together."""
         values = [p.detach() for p in members]
         return select_support(values, pattern, self.parameters.info(members), metric, step=step)
 
@@ -323,5 +332,5 @@ def fill_gradients(params: Iterable[Tensor]) -> None:
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
-    """Return gradients, zero where there is none."""
+    """Return the gradients, with zeros for parameters that have none."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]

@@ -1,4 +1,4 @@
-"""Which parameters of an optimizer are sparse."""
+"""Select the sparse parameters of an optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Selected", "refuse_flat_parameters", "select_parameters"]
 
 
 class Selected(NamedTuple):
-    """What the projection must know of one selected parameter."""
+    """Name, axis roles and pattern of one sparse parameter."""
 
     name: str
     layout: Layout | None
@@ -39,9 +39,9 @@ def select_parameters(
     known = {} if model is None else {p: name for name, p in model.named_parameters()}
     if model is None and where is None and not any(group.get("sparsify") for group in groups):
         raise ValueError(
-            "which parameters are sparse is unknown: pass model= (its linear and convolution "
-            "weights are taken) or where= (a function of name and parameter), or set "
-            '"sparsify": True on a param group'
+            "sparse parameters must be selected: pass model= (selects its linear and convolution "
+            "weights) or where= (a function of name and parameter), or set "
+            '"sparsify": True on a param group, got none of them'
         )
     selected: dict[Tensor, Selected] = {}
     names_seen = set(known.values())
@@ -51,7 +51,7 @@ def select_parameters(
         if method.plan().needs_learning_rate and "lr" not in group:
             raise ValueError(
                 "base must have a learning rate, 'lr', in its param groups for a decoupled "
-                f"penalty, got {type(base).__qualname__} without"
+                f"penalty, got {type(base).__qualname__} without one"
             )
         sparsify = settings.get("sparsify")
         if sparsify is not None and not isinstance(sparsify, bool):
@@ -63,7 +63,10 @@ def select_parameters(
             name = known.get(p, given)
             names_seen.add(name)
             if p.is_complex():
-                raise TypeError(f"{name} must be real, for the norm is over all, got {p.dtype}")
+                raise TypeError(
+                    f"{name} must be real, because the norm is over all parameters, got {p.dtype}"
+                )
+            # An option of the group wins over `where`, and `where` over the model.
             if sparsify is False:
                 chosen = False
             elif where is not None:
@@ -88,7 +91,10 @@ def select_parameters(
 
 
 def refuse_flat_parameters(model: nn.Module | None) -> None:
-    """Raise for a model under the first FSDP, whose parameters are flat pieces."""
+    """Raise for a model under the first version of FSDP.
+
+    It flattens and concatenates parameters, so their axes and names are lost.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if model is None or fsdp is None:
         return

@@ -1,4 +1,4 @@
-"""Anchors, supports and importance of the sparse parameters, in an optimizer's state."""
+"""Read and write anchors, supports and importances in the state of an optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ParameterState(NamedTuple):
     Attributes
     ----------
     state : dict of parameter to entries
-        ``anchor``, ``support`` and ``importance``, changed in place.
+        ``anchor``, ``support`` and ``importance``, changed in-place.
     selected : mapping of parameter to Selected
 
     Examples
@@ -40,17 +40,17 @@ class ParameterState(NamedTuple):
     selected: Mapping[Tensor, Selected]
 
     def has(self, p: Tensor) -> bool:
-        """Whether z and u of a parameter are there."""
+        """Return whether z and u of a parameter are initialised."""
         return p in self.state and "support" in self.state[p]
 
     def split(self, params: Sequence[Tensor]) -> SplitState:
-        """Return the split of ``params``, without anchors where there are none."""
+        """Return anchors and supports of ``params``; no anchors if the method has none."""
         entries = [self.state[p] for p in params]
         anchors = [e["anchor"] for e in entries if "anchor" in e]
         return SplitState(anchors, [e["support"] for e in entries])
 
     def store(self, params: Sequence[Tensor], split: SplitState) -> None:
-        """Keep the split of ``params``."""
+        """Store anchors and supports of ``params``."""
         for p, support in zip(params, split.support, strict=True):
             self.state[p]["support"] = support
         for p, anchor in zip(params, split.anchor, strict=bool(split.anchor)):
@@ -62,7 +62,7 @@ class ParameterState(NamedTuple):
         return found if len(found) == len(params) else None
 
     def store_importance(self, params: Sequence[Tensor], found: Sequence[Tensor] | None) -> None:
-        """Keep what `importance` returns."""
+        """Store the state of the importance, as `importance` returns it."""
         if found is not None:
             for p, importance in zip(params, found, strict=True):
                 self.state[p]["importance"] = importance
@@ -80,7 +80,7 @@ class ParameterState(NamedTuple):
         yield from pools.items()
 
     def placed(self, importance: Any, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return P of each parameter, checked, given its axes and sharded like it."""
+        """Return P of each parameter, checked, with its axes and sharded like it."""
         if not isinstance(importance, Mapping):
             raise TypeError(
                 f"importance must be a mapping of name to tensor, got {_checks.shown(importance)}"
@@ -99,4 +99,5 @@ class ParameterState(NamedTuple):
             placed.append(place_importance(given, p.detach(), layout, name))
         check_importance(placed, [self.selected[p].name for p in params])
         pairs = zip(params, placed, strict=True)
+        # Copies: the caller may change its tensors in-place later.
         return [sharded_like(p.detach(), own).clone() for p, own in pairs]

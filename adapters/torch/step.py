@@ -1,4 +1,4 @@
-"""The operations of a step, in place, in the order of the plan."""
+"""Take the operations of a step in-place, in the order of the plan."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["take_step"]
 
 @torch.no_grad()
 def take_step(run: Run, first: dict[Tensor, Tensor]) -> None:
-    """Take everything of a step that follows its gradients; brings x back where it is away.
+    """Take the operations of a step after its gradients are known, and restore x.
 
-    ``first`` holds the gradients at x where a direction is to be reused.
+    ``first`` holds the gradients at x if the method reuses a direction.
     """
     if not run.has_gradient():
-        return  # as optimizers of torch do
+        return  # optimizers of torch also skip parameters without a gradient
     _Step(run).take(first)
     run.steps += 1
 
 
 class _Step:
-    """One step. Its methods have the names of `safe_core.Operation`."""
+    """Take one step. Public methods are named after the members of `safe_core.Operation`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -45,7 +45,7 @@ class _Step:
             getattr(self, operation.name.lower())()
 
     def _due(self) -> list[Tensor]:
-        """Return the parameters whose state is updated after this step."""
+        """Return the parameters whose constraint state this step updates."""
         run = self.run
         constraint, parameters = run.method.constraint, run.parameters
         found = {
@@ -57,7 +57,7 @@ class _Step:
         return [p for p in self.sparse if p in found]
 
     def _reuse_direction(self, first: dict[Tensor, Tensor]) -> None:
-        """Keep the direction of a perturbed gradient, or add it to a plain one."""
+        """Store the direction of a perturbed gradient, or add the stored one to the gradient."""
         run, method = self.run, self.run.method
         if first:
             flat = method.flat_direction(list(first.values()), gradients_of(first))
@@ -87,9 +87,11 @@ class _Step:
     def add_penalty(self) -> None:
         run = self.run
         self.penalties = run.signed("penalty")
-        fill_gradients(self.sparse)  # the penalty acts without a gradient too, else u winds up
+        # Without a gradient the base would skip the parameter. The penalty would then not act,
+        # while u would grow at every dual update.
+        fill_gradients(self.sparse)
         if run.compiled is not None:
-            return  # one program with the base step
+            return  # `base_step` adds it, in one program with the base step
         for penalty in {self.penalties[p] for p in self.sparse}:
             mine = [p for p in self.sparse if self.penalties[p] == penalty]
             gradients, anchors = gradients_of(mine), run.parameters.split(mine).anchor
@@ -100,18 +102,19 @@ class _Step:
 
     def measure_pull(self) -> None:
         run, selected = self.run, self.run.selected
+        # Measure at x, before the base step changes it.
         self.penalties = run.signed("penalty")
         fill_gradients(self.sparse)
         run.moved.restore()
         for group in run.groups:
             mine = [p for p in group["params"] if p in selected and p.requires_grad]
             if mine:
-                rate = group["lr"]  # torch takes a tensor of one entry, of any number of axes
+                rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
                 factor = rate * abs(self.penalties[mine[0]])
                 found = kernels.pulls(mine, run.parameters.split(mine).anchor, factor)
                 self.pulls.update(zip(mine, found, strict=True))
-        self.penalties = {}
+        self.penalties = {}  # else a compiled base step would add the penalty again
 
     def base_step(self) -> None:
         run = self.run
@@ -155,10 +158,11 @@ class _Step:
         self.run.mask(self.due, self.due)
 
     def _refresh_importance(self, *kinds: str) -> None:
-        """Refresh the importance of what is due, if it reads values of these kinds."""
+        """Refresh the importance of due parameters, if it reads values of these kinds."""
         run, source = self.run, self.run.source
         if source is None or source.reads not in kinds or not self.due:
             return
+        # Functions, because most of these lists would be built in vain.
         values: dict[str, Callable[[], list[Tensor]]] = {
             "gradients": lambda: gradients_of(self.due),
             "params": lambda: self.due,

@@ -1,6 +1,6 @@
-"""Trainers that wrap optimizers, or run the loop themselves: Accelerate, Hugging Face.
+"""Support trainers that wrap the optimizer or own the loop: Accelerate and Hugging Face.
 
-Lightning needs nothing of this: `configure_optimizers` returns a `SparseOptimizer`.
+Lightning needs none of this: return a `SparseOptimizer` from `configure_optimizers`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ __all__ = ["SparseTrainerMixin", "perturbed", "unwrap"]
 
 
 def unwrap(optimizer: Any) -> SparseOptimizer:
-    """Return the `SparseOptimizer` within an optimizer that a trainer has wrapped.
+    """Return the `SparseOptimizer` inside a trainer's wrapper.
+
+    A wrapper can hide the attributes of the optimizer, such as `SparseOptimizer.finalize`.
 
     Parameters
     ----------
     optimizer : SparseOptimizer, or a wrapper with an attribute ``optimizer``
-        As `accelerate.Accelerator.prepare` returns it.
+        Such as the result of `accelerate.Accelerator.prepare`.
 
     Returns
     -------
@@ -31,7 +33,7 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
     Raises
     ------
     TypeError
-        If there is none within.
+        If it wraps no `SparseOptimizer`.
 
     Examples
     --------
@@ -41,7 +43,8 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
     TypeError: optimizer must be or wrap a SparseOptimizer, got <class 'object'>
     """
     inner = optimizer
-    # Lightning's wrapper is a copy of ours that has ours within.
+    # Lightning's wrapper copies our class and attributes, so isinstance cannot tell it from
+    # ours; only its attribute `optimizer` shows that it is a wrapper.
     while getattr(inner, "optimizer", inner) not in (None, inner):
         inner = inner.optimizer
     if not isinstance(inner, SparseOptimizer):
@@ -55,7 +58,7 @@ def unwrap(optimizer: Any) -> SparseOptimizer:
 def perturbed(
     optimizer: Any, replay: RandomState | None = None, *, loss_scale: float | None = None
 ) -> AbstractContextManager[None, bool | None]:
-    """`SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped.
+    """Enter `SparseOptimizer.perturbed` of an optimizer that a trainer has wrapped.
 
     Parameters
     ----------
@@ -63,8 +66,8 @@ def perturbed(
     replay : RandomState, optional
         As for `SparseOptimizer.perturbed`.
     loss_scale : float, optional
-        As there. By default that of the scaler that Accelerate puts beside the optimizer;
-        Lightning keeps it apart, as ``trainer.precision_plugin.scaler``.
+        As for `SparseOptimizer.perturbed`. The default is the scale of Accelerate's gradient
+        scaler. In Lightning, pass that of ``trainer.precision_plugin.scaler``.
 
     Returns
     -------
@@ -73,8 +76,8 @@ def perturbed(
     Raises
     ------
     TypeError, ValueError
-        As `unwrap` and `SparseOptimizer.perturbed`. If Accelerate is in the middle of an
-        accumulated batch: the block must replay all of it, when gradients are synchronised.
+        As for `unwrap` and `SparseOptimizer.perturbed`; also if Accelerate is within an
+        accumulated batch. Enter the block after its last micro-batch, and replay all of them.
 
     Examples
     --------
@@ -86,40 +89,40 @@ def perturbed(
     state = getattr(optimizer, "gradient_state", None)
     if state is not None and not state.sync_gradients:
         raise ValueError(
-            "perturbed() must come once an accumulated batch, with all its micro-batches replayed "
-            "in the block, got it where accelerator.sync_gradients is False"
+            "perturbed() must be entered once per accumulated batch and replay all of its "
+            "micro-batches, got accelerator.sync_gradients=False"
         )
     inner, scaler = unwrap(optimizer), getattr(optimizer, "scaler", None)
     perturbation = inner.method.perturbation
     if loss_scale is None:
         loss_scale = 1.0
-        # Not read where e does not depend on it: an accelerator would be waited for.
+        # Read only if e depends on it, because reading waits for the accelerator.
         if scaler is not None and perturbation is not None and not perturbation.is_scale_free:
             loss_scale = scaler.get_scale()
     return inner.perturbed(replay, loss_scale=loss_scale)
 
 
 class SparseTrainerMixin:
-    """Let `transformers.Trainer` take every gradient of a step, over all accumulated batches.
+    """Let `transformers.Trainer` compute every gradient of a step, with gradient accumulation.
 
-    ``class SparseTrainer(SparseTrainerMixin, Trainer): pass``, made with
-    ``optimizers=(SparseOptimizer(...), scheduler)``. When `train` returns the weights are
-    projected. Checkpoints written before hold the weights from before: load one together
-    with its optimizer state, and call `SparseOptimizer.finalize`.
+    Declare ``class SparseTrainer(SparseTrainerMixin, Trainer): pass`` and pass it
+    ``optimizers=(SparseOptimizer(...), scheduler)``. `train` projects the weights at the end.
+    Checkpoints written during training hold unprojected weights: load one together with its
+    optimizer state, and call `SparseOptimizer.finalize`.
 
     Raises
     ------
     TypeError
-        At the first step, if the trainer's optimizer is no `SparseOptimizer`.
+        At the first step, if the trainer's optimizer is not a `SparseOptimizer`.
     """
 
     _micro_batches: list[Any]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Compute the gradients of one micro-batch; after the last replay all elsewhere."""
+        """Compute the gradient of one micro-batch; after the last, replay all at x + e or C(x)."""
         step, accelerator = super().training_step, self.accelerator  # type: ignore[misc, attr-defined]
         seen = [*getattr(self, "_micro_batches", []), (inputs, num_items_in_batch)]
-        self._micro_batches = []  # also if what follows raises
+        self._micro_batches = []  # an error must not leave batches for the next step
         loss = step(model, inputs, num_items_in_batch)
         if not accelerator.sync_gradients:
             self._micro_batches = seen

@@ -1,4 +1,8 @@
-"""Which parameters of a torch model are weights to prune, and the roles of their axes."""
+"""Find the weights of a torch model that can be pruned, and the roles of their axes.
+
+The type of the module decides. The shape of a weight cannot tell which axis holds the inputs, and
+its name is ``weight`` in layers, norms and embeddings alike.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 
 
 def _module_weights(module: nn.Module) -> dict[str, Layout | None]:
-    """Attribute names of the weights of one module, with their layouts."""
+    """Return the layouts of one module's own weights by attribute name."""
     if isinstance(module, _PLAIN):
         return {"weight": OUTPUT_INPUT}
     if isinstance(module, _TRANSPOSED):
@@ -26,15 +30,16 @@ def _module_weights(module: nn.Module) -> dict[str, Layout | None]:
     if isinstance(module, nn.MultiheadAttention):
         return dict.fromkeys(_ATTENTION, OUTPUT_INPUT)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return {"weight": _INPUT_OUTPUT}  # GPT-2's linear layer in transformers
+        # GPT-2's linear layer in transformers, known by name because we must not import it.
+        return {"weight": _INPUT_OUTPUT}
     return {}
 
 
 def prunable_weights(model: nn.Module) -> dict[nn.Parameter, Layout | None]:
-    """Weights of linear, convolution and attention layers, with the roles of their axes.
+    """Return the weights of linear, convolution and attention layers with their layouts.
 
-    Biases, norms and embeddings are left out, and so is a weight that is tied to an
-    embedding, or that a parametrization such as weight normalisation computes.
+    Biases, norms and embeddings are excluded. So is a weight that is tied to an embedding, or
+    that a parametrization computes, such as weight normalisation.
 
     Parameters
     ----------
@@ -43,7 +48,7 @@ def prunable_weights(model: nn.Module) -> dict[nn.Parameter, Layout | None]:
     Returns
     -------
     dict of Parameter to Layout or None
-        Each tied weight once; None where no layout can say the roles.
+        Each tied weight appears once. None means that no layout can express the axis roles.
 
     Examples
     --------
@@ -60,6 +65,8 @@ def prunable_weights(model: nn.Module) -> dict[nn.Parameter, Layout | None]:
     weights: dict[nn.Parameter, Layout | None] = {}
     for module in modules:
         for attribute, layout in _module_weights(module).items():
+            # `_parameters`, because getattr would also return a parametrized weight, which is
+            # computed anew at each access.
             weight = module._parameters.get(attribute)
             if weight is not None and id(weight) not in embedded:
                 weights.setdefault(weight, layout)

@@ -22,7 +22,7 @@ LENGTH = 64
 
 
 class Source(Dataset[dict[str, torch.Tensor]]):
-    """Byte sequences from the source of Python's standard library."""
+    """Hold byte sequences from the source of Python's standard library."""
 
     def __init__(self, pieces: int) -> None:
         text = Path(argparse.__file__).read_bytes() + Path(tempfile.__file__).read_bytes()

@@ -1,8 +1,8 @@
-"""Constraints: how training brings the weights x to the set C of allowed supports.
+"""Constraints bring the weights x to the set C of sparse points during training.
 
-A constraint carries its own state, says when it is due and what it then does to x, and
-which operations it adds to a step (see `safe_core.step`). To add one, derive from
-`Constraint` and export it here.
+A constraint defines its state, the steps after which the state is updated, and the operations
+that it adds to a step (see `safe_core.step`). To add one, derive from `Constraint` and export
+it here.
 """
 
 from .admm import ADMM

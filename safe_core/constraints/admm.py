@@ -1,4 +1,4 @@
-"""ADMM: a penalty pulls x to a sparse copy, which follows x at dual updates."""
+"""ADMM: a penalty pulls x towards a sparse copy z, which dual updates move after x."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ __all__ = ["ADMM"]
 
 @dataclass(frozen=True)
 class ADMM(Constraint):
-    """Split x from a sparse copy z, and couple the two by a penalty and a dual variable u.
+    """Constraint that couples x to a sparse copy z by a penalty and a dual variable u.
 
-    Every step adds ``penalty(t) * (x - z + u)`` to the gradient. A dual update every
-    ``dual_update_interval`` steps computes::
+    Every step adds ``penalty(t) * (x - z + u)`` to the gradient. After every
+    ``dual_update_interval`` steps a dual update computes::
 
         v = relaxation * x + (1 - relaxation) * z + u
         z = proj_C^P(v);  u = v - z
 
-    from ``z = proj(x_0)`` and ``u = 0`` at the start.
+    The start is ``z = proj(x_0)`` and ``u = 0``.
 
     Attributes
     ----------
     penalty : schedule
-        The penalty parameter lambda by step. A non-negative number is accepted.
+        Penalty parameter lambda by step. A non-negative number is accepted.
     dual_update_interval : int
-        K, steps between two dual updates.
+        Steps K between two dual updates.
     relaxation : float
         Over-relaxation alpha in (0, 2); 1 is plain ADMM.
     rescale_dual : bool
-        Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` when the penalty changes,
-        which keeps the unscaled dual variable.
+        Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` when the penalty changes.
+        u is the dual variable divided by lambda, so this keeps the dual variable itself.
     state_dtype : {None, "bfloat16"}
-        The dtype of ``z - u``. None is float32, or the parameter's dtype if that is wider:
-        5 bytes per sparse float32 parameter, with the support. "bfloat16" takes 3 and rounds
-        stochastically at dual updates. NumPy has no bfloat16, and ``rescale_dual`` excludes it.
+        Dtype of the stored ``z - u``. None is float32, or the dtype of the parameter if that
+        is wider: 5 bytes per float32 parameter, with the support. "bfloat16" needs 3 bytes
+        and rounds stochastically at dual updates. NumPy has no bfloat16. It cannot be
+        combined with ``rescale_dual``.
     decoupled : bool
         Whether the penalty is a step of its own, ``x -= learning rate * penalty(t) *
-        (x_t - z + u)``, beside the base step: Algorithm 1, line 13.
+        (x_t - z + u)``, next to the base step (Algorithm 1, line 13). An adaptive base
+        optimizer then does not rescale the penalty.
 
     Raises
     ------
     TypeError, ValueError
-        If an attribute is not of its kind or out of its range.
+        If an attribute has the wrong type or is out of range.
 
     References
     ----------
@@ -87,8 +89,8 @@ class ADMM(Constraint):
             _checks.flag(name, getattr(self, name))
         if self.rescale_dual and getattr(self.penalty, "has_zero_after_start", True):
             raise ValueError(
-                "rescale_dual divides by the penalty, which must be known to stay positive after "
-                f"step 0, got penalty={self.penalty!r}"
+                "penalty must be known to stay positive after step 0, because rescale_dual "
+                f"divides by it, got {self.penalty!r}"
             )
         _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
         if self.rescale_dual and self.state_dtype is not None:
@@ -104,19 +106,19 @@ class ADMM(Constraint):
 
     @property
     def allows_other_penalty(self) -> bool:  # type: ignore[override]
-        """Rescaling needs the next value of the penalty, which only its own schedule tells."""
+        """False with `rescale_dual`, whose ratio comes from the schedule of the penalty."""
         return not self.rescale_dual
 
     @property
     def before_base(self) -> tuple[Operation, ...]:
-        """Rescale the dual variable if asked, then take the penalty in."""
+        """Operations before the base step: rescale u if asked, then apply the penalty."""
         rescale = (Operation.RESCALE_DUAL,) if self.rescale_dual else ()
         penalty = Operation.MEASURE_PULL if self.decoupled else Operation.ADD_PENALTY
         return (*rescale, penalty)
 
     @property
     def after_base(self) -> tuple[Operation, ...]:
-        """With a decoupled penalty, apply its pull."""
+        """Operations after the base step: apply the pull of a decoupled penalty."""
         return (Operation.APPLY_PULL,) if self.decoupled else ()
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
@@ -130,7 +132,7 @@ class ADMM(Constraint):
         info: ArrayInfo,
         importance: Sequence[Array | None] | None = None,
     ) -> SplitState:
-        """Return ``z = proj(x_0)`` and ``u = 0``."""
+        """Return the state with ``z = proj(x_0)`` and ``u = 0``."""
         return splitting.init(
             params, pattern, info, importance=importance, state_dtype=self.state_dtype
         )
@@ -146,7 +148,7 @@ class ADMM(Constraint):
         *,
         workspace: Sequence[Array] | None = None,
     ) -> SplitState:
-        """Return z and u after the dual update that follows ``step``."""
+        """Return the state after the dual update that follows ``step``."""
         return splitting.dual_update(
             params,
             split,
@@ -164,7 +166,8 @@ class ADMM(Constraint):
         return replace(self, state_dtype=None)
 
     def rescale(self, split: SplitState, step: int | Array) -> SplitState:
-        """Return the split with u scaled for the penalty of ``step``."""
+        """Return the state with u rescaled for the penalty of ``step``."""
+        # Step 0 has no penalty before it; its schedule may even start at 0.
         if not self.rescale_dual:
             return split
         if isinstance(step, int):
@@ -178,5 +181,5 @@ class ADMM(Constraint):
 
 
 def every(interval: int, step: int | Array) -> bool | Array:
-    """Return whether ``step`` ends a round of ``interval`` steps."""
+    """Return whether ``step`` is the last of ``interval`` steps, as steps K - 1, 2 K - 1, ..."""
     return interval == 1 or (step + 1) % interval == 0

@@ -1,4 +1,4 @@
-"""No constraint during training: the projection comes at the end."""
+"""Train without a constraint and project at the end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["AtEnd"]
 
 @dataclass(frozen=True)
 class AtEnd(Constraint):
-    """Train freely, and project x once, at the end.
+    """Constraint that leaves training alone and projects x once, at the end.
 
     Attributes
     ----------
     importance_interval : int
-        Base steps from one refresh of the importance, and of the support that reports show,
-        to the next.
+        Base steps between two refreshes of the importance and of the support. The support is
+        only shown in reports until the end.
 
     Raises
     ------

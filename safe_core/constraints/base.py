@@ -1,4 +1,4 @@
-"""What every constraint says of itself, and the state that it keeps."""
+"""Base class of constraints, and their state."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["ArrayInfo", "Constraint", "SplitState", "select_support"]
 
 
 class SplitState(NamedTuple):
-    """State of a constraint for a list of arrays: with ADMM, both of its variables.
+    """State of a constraint for a list of arrays. With ADMM it holds both z and u.
 
     Attributes
     ----------
     anchor : list of arrays
-        What the penalty pulls x towards: ``z - u`` of ADMM, shaped as the parameter, in its
-        dtype or float32 if that is wider. Rounding to the nearest of 16 bits would lose
-        small increments of u, so bfloat16 anchors are rounded stochastically. Empty for a
-        constraint without a penalty.
+        Points that the penalty pulls x towards, ``z - u`` of ADMM. Each is shaped as its
+        parameter, in float32 or the dtype of the parameter if that is wider, or in bfloat16
+        by request. Rounding bfloat16 to nearest would lose small increments of u, so it is
+        rounded stochastically. Empty for a constraint without a penalty.
     support : list of bool arrays
-        Where z may be non-zero; u is zero there. Without z and u, the support of the last
-        projection.
+        Support of the last projection. With ADMM z may be non-zero only on it, and u only off
+        it; see `safe_core.constraints.splitting`.
 
     Examples
     --------
@@ -43,14 +43,14 @@ class SplitState(NamedTuple):
 
 
 class ArrayInfo(NamedTuple):
-    """What a projection must know of arrays besides their values.
+    """Static facts about arrays that a projection needs besides their values.
 
     Attributes
     ----------
     names : tuple of str
-        Names for messages, one per array.
+        Names, one per array, for messages and for distributions by name.
     layouts : tuple of Layout or None
-        Roles of the axes, one per array; None where they are unknown.
+        Axis roles, one per array, or None where they are unknown.
 
     Examples
     --------
@@ -66,12 +66,12 @@ class ArrayInfo(NamedTuple):
 class Constraint:
     """Base class of constraints.
 
-    Defaults are those of a constraint that leaves x alone during training. A subclass
-    overrides what it does otherwise, and adapters need to know nothing more of it.
+    The defaults leave x alone during training. A subclass overrides what it does differently;
+    adapters rely on this interface only.
     """
 
     penalty: ClassVar[Any] = None
-    """The penalty parameter by step, where ``x - anchor`` is penalised; a field there."""
+    """The penalty parameter by step, or None. A constraint with a penalty makes it a field."""
 
     has_anchor: ClassVar[bool] = False
     """Whether the state holds anchors."""
@@ -80,7 +80,7 @@ class Constraint:
     """The dtype of anchors; None is float32, or the parameter's dtype if that is wider."""
 
     allows_other_penalty: ClassVar[bool] = True
-    """Whether an adapter may replace the penalty, for a param group for example."""
+    """Whether an adapter may override the penalty, for example for one param group."""
 
     @property
     def before_base(self) -> tuple[Operation, ...]:
@@ -103,10 +103,10 @@ class Constraint:
         return False
 
     def check(self, pattern: Pattern) -> None:
-        """Raise ValueError where the constraint does not work with a pattern."""
+        """Raise ValueError if the constraint does not work with ``pattern``."""
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
-        """Return whether the state, and the importance, are updated after ``step``."""
+        """Return whether the state and the importance are updated after ``step``."""
         return False
 
     def init(
@@ -135,6 +135,7 @@ class Constraint:
         ``importance`` is P; None is P = 1. ``workspace`` holds arrays of the shapes and
         dtypes of the parameters that may be overwritten to save memory.
         """
+        # The state serves the next step, so it has the sparsity of that step.
         return SplitState([], select_support(params, pattern, info, importance, step=step + 1))
 
     def exact(self) -> Constraint:
@@ -154,7 +155,7 @@ def select_support(
     *,
     step: int | Array | None,
 ) -> list[Array]:
-    """Return the support of ``proj(params)`` at ``step``; None is the final sparsity."""
+    """Return the support of ``proj(params)`` at ``step``, or at the final sparsity if None."""
     return select(
         params,
         pattern,

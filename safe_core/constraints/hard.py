@@ -1,4 +1,4 @@
-"""Iterative hard thresholding: x itself is projected as training goes on."""
+"""Project x itself during training (iterative hard thresholding)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["HardThreshold"]
 
 @dataclass(frozen=True)
 class HardThreshold(Constraint):
-    """Project x itself, ``x <- proj(x)``, after every ``interval`` base steps.
+    """Constraint that projects x itself, ``x <- proj(x)``, after every ``interval`` base steps.
 
     Attributes
     ----------
     interval : int
-        Base steps from one projection to the next.
+        Base steps between two projections. In between, x may be dense.
 
     Raises
     ------
@@ -47,7 +47,7 @@ class HardThreshold(Constraint):
 
     @property
     def after_update(self) -> tuple[Operation, ...]:
-        """Zero x off the new support."""
+        """Operations after the update of the state: zero x off the new support."""
         return (Operation.PROJECT_PARAMETERS,)
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:

@@ -1,4 +1,4 @@
-"""A mask on the weights that grows while they train."""
+"""Mask weights permanently, more of them as training goes on (gradual pruning)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Mask"]
 
 @dataclass(frozen=True)
 class Mask(Constraint):
-    """Keep x and its gradients zero off a mask that never lets a weight come back.
+    """Constraint that keeps x and its gradients zero off a mask. No weight ever comes back.
 
-    The mask is recomputed where a sparsity that changes over time changes, among the
-    weights that it has kept. With a fixed sparsity it stays that of ``proj(x_0)``.
+    The mask is recomputed after steps at which the sparsity changes, among the weights that
+    it has kept so far. With a fixed sparsity it stays that of ``proj(x_0)``.
 
     Raises
     ------
     ValueError
-        With a pattern whose sparsity is drawn at random.
+        If the sparsity of the pattern is drawn at random.
 
     References
     ----------
@@ -45,21 +45,21 @@ class Mask(Constraint):
 
     @property
     def masks_gradients(self) -> bool:
-        """Gradients are zeroed off the mask."""
+        """True: gradients are zeroed off the mask."""
         return True
 
     @property
     def after_base(self) -> tuple[Operation, ...]:
-        """Undo what momentum and weight decay made of masked weights."""
+        """Operations after the base step: zero masked weights, which momentum can move."""
         return (Operation.MASK_PARAMETERS,)
 
     @property
     def after_update(self) -> tuple[Operation, ...]:
-        """Zero what a new mask removes."""
+        """Operations after the update of the state: zero what a new mask removes."""
         return (Operation.PROJECT_PARAMETERS,)
 
     def check(self, pattern: Pattern) -> None:
-        """Raise ValueError for a sparsity that is drawn at random."""
+        """Raise ValueError if the sparsity is drawn at random, since it must never decrease."""
         if pattern.schedule is not None and pattern.schedule.is_random:
             raise ValueError(
                 "sparsity must not be drawn at random for a mask, which never lets a weight come "
@@ -83,13 +83,14 @@ class Mask(Constraint):
         *,
         workspace: Sequence[Array] | None = None,
     ) -> SplitState:
-        """Return the mask after ``step``, a subset of the one before."""
+        """Return the mask after ``step``, a subset of the mask before."""
+        # Zeroed weights score 0 and rank last, so no masked weight is selected again.
         kept = apply_support(params, split.support)
         known = [p for p in importance or () if p is not None]
         if importance is None or not known:
             importance = None
         else:
-            # P of 0 must still rank above what is gone, whose score is 0 too.
+            # A kept weight with P = 0 must still rank above masked ones, whose score is 0 too.
             raised = iter(positive(known, xp=array_namespace(*known)))
             importance = [None if p is None else next(raised) for p in importance]
         return SplitState([], select_support(kept, pattern, info, importance, step=step + 1))

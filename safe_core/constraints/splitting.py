@@ -1,10 +1,15 @@
-"""The ADMM state machine over one stored array instead of two.
+"""State of ADMM, stored as one array and a mask instead of two arrays.
 
-ADMM splits the weights x from a sparse copy z and couples the two by a scaled dual
-variable u. Right after a dual update ``u = v - z`` with ``z = proj(v)``: z lives on
-the support and u off it. So one array ``anchor = z - u`` and a boolean ``support``
-hold both, exactly, and the gradient of the penalty ``lambda/2 |x - z + u|^2`` is
-``lambda * (x - anchor)``.
+ADMM splits the weights x from a sparse copy z and couples the two by a scaled dual variable
+u. A dual update sets ``z = proj(v)`` and ``u = v - z``. The projection keeps entries of v or
+zeroes them, so z is zero off the support and u is zero on it. One array ``anchor = z - u``
+and a boolean ``support`` therefore hold both exactly::
+
+    on the support:   z = anchor,  u = 0
+    off the support:  z = 0,       u = -anchor
+
+That saves a float per parameter, and the gradient of the penalty ``lambda/2 |x - z + u|^2``
+is simply ``lambda * (x - anchor)``.
 """
 
 from __future__ import annotations
@@ -43,20 +48,20 @@ def init(
     importance: Sequence[Array | None] | None = None,
     state_dtype: str | None = None,
 ) -> SplitState:
-    """Start at ``z = proj(x_0)`` and ``u = 0``.
+    """Return the state with ``z = proj(x_0)`` and ``u = 0``.
 
     Parameters
     ----------
     params : sequence of arrays
-        The parameters ``x_0`` to be made sparse.
+        Parameters ``x_0`` that are to become sparse.
     pattern : pattern
-        The constraint; the initial sparsity of one that changes over time.
+        Sparsity pattern. A sparsity schedule is taken at step 0.
     info : ArrayInfo
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
         P, broadcastable to the parameters; 1 where None.
     state_dtype : {None, "bfloat16"}
-        What anchors are stored in; None is float32 or the parameter's wider dtype.
+        Dtype of the anchors. None is float32, or the dtype of the parameter if wider.
 
     Returns
     -------
@@ -84,14 +89,15 @@ def init(
 
 
 def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
-    """``penalty * (x - anchor)``, the gradient of ``penalty / 2 * |x - z + u|^2``.
+    """Return ``penalty * (x - anchor)``, the gradient of ``penalty / 2 * |x - z + u|^2``.
 
     Parameters
     ----------
     x, anchor : array
-        One parameter, unperturbed, and its anchor.
+        One parameter and its anchor. x is unperturbed: SAFE perturbs the loss, not the
+        penalty (Lee et al. 2025, Algorithm 1).
     penalty : float or scalar array
-        The penalty parameter lambda.
+        Penalty parameter lambda.
 
     Returns
     -------
@@ -112,7 +118,7 @@ def penalty_gradient(x: Array, anchor: Array, penalty: float | Array) -> Array:
 
 
 def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
-    """Return z and u.
+    """Return z and u from the state.
 
     ``z = where(support, anchor, 0)`` and ``u = where(support, 0, -anchor)``.
 
@@ -123,7 +129,7 @@ def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
     Returns
     -------
     z, u : lists of arrays
-        Shapes and dtypes of the anchors.
+        Arrays with the shapes and dtypes of the anchors.
 
     Examples
     --------
@@ -152,24 +158,23 @@ def dual_update(
     state_dtype: str | None = None,
     workspace: Sequence[Array] | None = None,
 ) -> SplitState:
-    """``v = alpha x + (1 - alpha) z + u``, then ``z = proj(v)`` and ``u = v - z``.
+    """Return the state after ``v = alpha x + (1 - alpha) z + u; z = proj(v); u = v - z``.
 
-    Where x is not finite, z stands in for it: no NaN reaches anchor or support.
+    Where x is not finite, z is used in its place, so that no NaN reaches anchor or support.
 
-    With a ``state_dtype`` of "bfloat16" v is computed and the support chosen as without,
-    and then ``z - u`` is rounded up or down at random, with the probabilities that make
-    its mean right: so u grows at the right pace by increments that rounding to the
-    nearest would lose. The draw is a hash of v and the step, and a run repeats bit for
-    bit.
+    With ``state_dtype="bfloat16"`` v and the support are computed in full precision. Then
+    ``z - u`` is rounded up or down at random such that its expectation is exact. u thus grows
+    at the right pace even by increments that rounding to nearest would lose. The random bits
+    are a hash of v and the step, so a run repeats bit for bit.
 
     Parameters
     ----------
     params : sequence of arrays
-        The parameters x after the step of the base optimizer.
+        Parameters x after the base step.
     state : SplitState
-        The split before the update.
+        State before the update.
     pattern : pattern
-        The constraint.
+        Sparsity pattern.
     info : ArrayInfo
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
@@ -177,13 +182,13 @@ def dual_update(
     relaxation : float
         Over-relaxation alpha; 1 is plain ADMM.
     step : int or integer array, optional
-        The stage of a sparsity that changes over time; None is its end. A
-        ``state_dtype`` needs it.
+        Step that selects the stage of a sparsity schedule; None selects the last stage. It is
+        required with a ``state_dtype``.
     state_dtype : {None, "bfloat16"}
-        What anchors are stored in, as in `init`.
+        Dtype of the anchors, as in `init`.
     workspace : sequence of arrays, optional
-        Of the shapes of the parameters and the dtypes of v, to be written over. Given,
-        the split is updated in place where arrays can be.
+        Arrays with the shapes of the parameters and the dtypes of v, which are overwritten.
+        If given, the anchors of ``state`` are overwritten too, where arrays are mutable.
 
     Returns
     -------
@@ -218,6 +223,7 @@ def dual_update(
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
     v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
     support = select_support(v, pattern, info, importance, step=step)
+    # v was the last reader of the old anchors, so the new ones may overwrite them.
     in_place = None if workspace is None else state.anchor
     if state_dtype is None:
         return SplitState(backend.blockwise(_anchor, v, support, out=in_place), support)
@@ -226,7 +232,8 @@ def dual_update(
 
 
 def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: Array) -> Array:
-    """``v = alpha x + (1 - alpha) z + u``, and z + u where x is not finite."""
+    """Return ``v = alpha x + (1 - alpha) z + u``, or ``z + u`` where x is not finite."""
+    # z and u are never written out: z is the anchor on the support, u minus the anchor off it.
     xp = array_namespace(x)
     anchor = xp.astype(anchor, x.dtype, copy=False)
     if relaxation == 1:
@@ -235,19 +242,19 @@ def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: 
         v = relaxation * x + xp.where(support, (1 - relaxation) * anchor, -anchor)
     if finite:
         return v
-    # Where the base optimizer let a NaN into x, the split stays with x = z.
+    # If the base optimizer let a NaN into x, an entry keeps its z and u as if x were z.
     return xp.where(xp.isfinite(v), v, xp.where(support, anchor, -anchor))
 
 
 def _anchor(v: Array, support: Array) -> Array:
-    """``z - u`` with ``z = proj(v)`` and ``u = v - z``."""
+    """Return ``z - u`` with ``z = proj(v)`` and ``u = v - z``."""
     return array_namespace(v).where(support, v, -v)
 
 
 def _rounded(
     anchor: Sequence[Array], step: int | Array | None, out: Sequence[Array] | None = None
 ) -> list[Array]:
-    """Anchors in bfloat16, rounded stochastically."""
+    """Return the anchors in bfloat16, rounded stochastically."""
     if not anchor:
         return []
     single = [array_namespace(a).astype(a, array_namespace(a).float32, copy=False) for a in anchor]
@@ -255,7 +262,7 @@ def _rounded(
 
 
 def _check_storable(params: Sequence[Array], state_dtype: str | None) -> None:
-    """Raise where ``state_dtype`` is set and the library of the parameters has no bfloat16."""
+    """Raise TypeError if ``state_dtype`` is set and the array library has no bfloat16."""
     if state_dtype is not None and params and not backend_of(params[0]).has_bfloat16():
         raise TypeError(
             "state_dtype must be None where the library has no bfloat16, got "
@@ -264,16 +271,17 @@ def _check_storable(params: Sequence[Array], state_dtype: str | None) -> None:
 
 
 def is_projected(support: Sequence[Array], pattern: Pattern, info: ArrayInfo) -> bool:
-    """Whether supports are exactly what the pattern allows, with these layouts.
+    """Return whether the supports are allowed by the pattern with these layouts.
 
-    The support of its own indicator is itself then, and another one otherwise.
+    Projecting the indicator of an allowed support (1 on it, 0 off it) selects that support
+    again. Any other mask changes, for example one that was made with another layout.
 
     Parameters
     ----------
     support : sequence of bool arrays
-        Concrete, of the parameters that ``info`` describes.
+        Supports of the parameters that ``info`` describes. They must not be traced.
     pattern : pattern
-        The constraint, at its final sparsity.
+        Sparsity pattern; a sparsity schedule is taken at its end.
     info : ArrayInfo
         Names and layouts of the parameters.
 
@@ -297,7 +305,7 @@ def is_projected(support: Sequence[Array], pattern: Pattern, info: ArrayInfo) ->
 
 
 def _scaled(ratio: float | Array, a: Array) -> Array:
-    """``ratio * a`` in the dtype of a, computed in float32 or wider."""
+    """Return ``ratio * a`` in the dtype of a, computed in float32 or wider."""
     xp = array_namespace(a)
     wide = xp.astype(a, wide_dtype(xp, [a]), copy=False)
     return xp.astype(scalar_like(ratio, wide) * wide, a.dtype, copy=False)
@@ -306,14 +314,14 @@ def _scaled(ratio: float | Array, a: Array) -> Array:
 def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
     """Multiply u by ``ratio = lambda_old / lambda_new``.
 
-    u is the dual variable divided by lambda; when lambda changes, this keeps the dual
+    u is the dual variable divided by lambda. When lambda changes, rescaling u keeps the dual
     variable itself (Boyd et al. 2011, section 3.4.1).
 
     Parameters
     ----------
     state : SplitState
     ratio : float or scalar array
-        Finite; 1 leaves every bit as it is.
+        Finite ratio. A ratio of 1 changes no bit.
 
     Returns
     -------
@@ -334,7 +342,7 @@ def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:
 
 
 def primal_residual(params: Sequence[Array], state: SplitState) -> Array:
-    """``|x - z|_2``: how far the weights are from their sparse copy.
+    """Return ``|x - z|_2``, the distance of the weights from their sparse copy.
 
     Parameters
     ----------
@@ -358,14 +366,14 @@ def primal_residual(params: Sequence[Array], state: SplitState) -> Array:
 
 
 def dual_residual(state: SplitState, previous: SplitState, penalty: float | Array) -> Array:
-    """``lambda * |z - z_previous|_2``: how far the sparse copy moved in a dual update.
+    """Return ``lambda * |z - z_previous|_2``, the move of the sparse copy in a dual update.
 
     Parameters
     ----------
     state, previous : SplitState
-        After and before the update.
+        States after and before the update.
     penalty : float or scalar array
-        The penalty parameter lambda.
+        Penalty parameter lambda.
 
     Returns
     -------
@@ -385,7 +393,7 @@ def dual_residual(state: SplitState, previous: SplitState, penalty: float | Arra
 
 
 def _widened(params: Sequence[Array]) -> list[Array]:
-    """16-bit parameters in float32, others as they are."""
+    """Return 16-bit parameters in float32 and others unchanged."""
     return [
         array_namespace(x).astype(x, wide_dtype(array_namespace(x), [x]), copy=False)
         for x in params

@@ -1,12 +1,11 @@
-"""How flat the loss is around a network: curvature, sharpness and landscape.
+"""Measure how flat the loss is around a network: curvature, sharpness and landscape.
 
-A network that was found by a method that seeks flatness should show it: in the largest
-eigenvalues and the trace of the Hessian, in the rise of the loss within a ball, and in its
-values along lines and planes. The functions here take lists of arrays of any library and
-products with the Hessian, the loss or its gradient as callables; arrays stay on their
-device, to which no vector is sent. ``loss_surface`` in `safe_core.adapters.torch.flatness` and
-`safe_core.adapters.jax.flatness` makes these callables of a loss, and a `LossSurface` of them.
-Figures are drawn by `safe_core.flatness.figures`, which needs matplotlib.
+The functions compute the largest eigenvalues and the trace of the Hessian, the rise of the
+loss within a ball, and the loss along lines and planes. They take lists of arrays of any
+library, and callables for Hessian-vector products, the loss or its gradient. All vectors stay
+on the device of the arrays. ``loss_surface`` in `safe_core.adapters.torch.flatness` and
+`safe_core.adapters.jax.flatness` makes a `LossSurface`, which supplies these callables.
+`safe_core.flatness.figures` draws figures and needs matplotlib.
 
 Examples
 --------

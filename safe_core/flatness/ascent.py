@@ -1,4 +1,4 @@
-"""Sharpness: how much the loss can rise within a ball."""
+"""Measure sharpness, the largest rise of the loss within a ball."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .vectors import Coordinates, check_seed
 __all__ = ["Sharpness", "ValueAndGradient", "moved", "sharpness"]
 
 ValueAndGradient = Callable[[Sequence[Array]], tuple[Array, Sequence[Array]]]
-"""From parameters to the loss there, a scalar, and its gradient."""
+"""Function from parameters to the scalar loss at them, and its gradient."""
 
 
 class Sharpness(NamedTuple):
-    """The sharpness on several batches, in the unit of the loss.
+    """Sharpness on several batches, in the unit of the loss.
 
     Attributes
     ----------
     by_batch : list of float
-        ``max_{|e| <= rho} f_b(x + e) - f_b(x)``, approximately, for the loss f_b of each
-        batch with a perturbation of its own.
+        Approximation of ``max_{|e| <= rho} f_b(x + e) - f_b(x)`` for the loss f_b of each
+        batch. Each batch has its own perturbation e.
 
     Examples
     --------
@@ -41,12 +41,12 @@ class Sharpness(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The m-sharpness of Foret et al. 2021, m the size of a batch."""
+        """The mean, which is the m-sharpness of Foret et al. 2021 for batches of size m."""
         return float(np.mean(self.by_batch))
 
     @property
     def worst(self) -> float:
-        """The largest over the batches."""
+        """The largest value over the batches."""
         return float(np.max(self.by_batch))
 
 
@@ -59,42 +59,43 @@ def sharpness(
     seed: int = 0,
     support: Sequence[Array | None] | None = None,
 ) -> float:
-    """How much the loss can rise within a distance: ``max_{|e| <= rho} f(x + e) - f(x)``.
+    """Return the largest rise of the loss found within a distance rho of x.
 
-    One step is that of SAM, ``e_1 = rho * g / |g|`` with g the gradient at x. More are projected
-    gradient ascent::
+    It approximates ``max_{|e| <= rho} f(x + e) - f(x)`` from below. The first step is that of
+    SAM, ``e_1 = rho * g / |g|`` with the gradient g at x. Further steps are projected gradient
+    ascent::
 
         e_t = proj(e_{t-1} + rho / sqrt(t) * g / |g|),    g = grad f(x + e_{t-1})
 
-    of which the largest rise met counts, so that more steps never find less. Where the
-    gradient at x is zero one step finds 0, and more begin with a random ``|e_1| = rho``.
+    The largest rise over all steps is returned, so that more steps never find less. If the
+    gradient at x is zero, one step finds 0; several steps start from a random ``|e_1| = rho``.
 
     Parameters
     ----------
     value_and_gradient : callable
-        ``value_and_gradient(arrays) -> (loss, gradient)``, called ``steps + 1`` times.
+        ``value_and_gradient(arrays) -> (loss, gradient)``. It is called ``steps + 1`` times.
     arrays : list of arrays
-        x, real floating.
+        Point x, real floating.
     rho : float
-        Positive, in the unit of the parameters; norms are over all arrays.
+        Positive radius, in the unit of the parameters. The norm runs over all arrays.
     steps : int
-        Of the ascent, at least 1.
+        Number of ascent steps, at least 1.
     seed : int
-        Of the random start, in ``[0, 2**32)``.
+        Seed of the random start, in ``[0, 2**32)``.
     support : list of bool arrays or None, optional
-        Entries that may move, None for all of an array.
+        Entries that may move. None for an array lets all its entries move.
 
     Returns
     -------
     float
-        In the unit of the loss; NaN if the loss is at any point met, or if a gradient that
-        is followed has no finite norm.
+        Rise in the unit of the loss. NaN if the loss is NaN at any point visited, or if the
+        norm of a gradient is not finite.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, or ``rho`` is so small that rounding to the dtypes
-        of the parameters takes most of the first step away.
+        If an argument has the wrong type or is out of range, or if rounding to the dtypes of
+        the parameters removes more than half of the norm of the first step.
 
     References
     ----------
@@ -136,7 +137,7 @@ def sharpness(
 
 
 def moved(arrays: Sequence[Array], steps: Sequence[Array]) -> list[Array]:
-    """``x + step``, added in the dtype of the steps and rounded to that of x.
+    """Return ``x + step``, added in the dtype of the steps and rounded to the dtype of x.
 
     Examples
     --------
@@ -152,11 +153,15 @@ def moved(arrays: Sequence[Array], steps: Sequence[Array]) -> list[Array]:
 
 
 def _ascent(coordinates: Coordinates, gradient: Sequence[Array], length: float) -> Array:
-    """The vector of a length along the gradient: zero where that is zero, NaN if not finite."""
+    """Return the vector of norm ``length`` along the gradient.
+
+    It is zero if the gradient is zero, and NaN if the norm of the gradient is not finite.
+    """
     g = coordinates.pack(gradient, "gradient")
     direction = SAM().direction([g], [g], rho=length)
     (e,) = direction.perturbation()
-    # What is not finite gives SAM no step, but here a step of zero would pass for flatness.
+    # In training SAM skips the perturbation if the norm is not finite. Here a zero step would
+    # report a diverged network as flat.
     xp = array_namespace(e)
     return xp.where(xp.isfinite(direction.length), e, xp.full_like(e, math.nan))
 
@@ -164,14 +169,17 @@ def _ascent(coordinates: Coordinates, gradient: Sequence[Array], length: float) 
 def _check_distance(
     coordinates: Coordinates, arrays: Sequence[Array], at: Sequence[Array], e: Array, rho: float
 ) -> None:
-    """Refuse a step that rounding to the dtypes of the parameters takes away."""
+    """Raise ValueError if rounding removes more than half of the norm of a step.
+
+    In 16 bits a small rho moves few parameters or none, and the network would look flat.
+    """
     wanted = float(norm([e]))
     reached = float(norm([coordinates.pack(at) - coordinates.pack(arrays)]))
     if reached < wanted / 2:
         raise ValueError(
             "rho must be large enough to move parameters in their dtypes, "
             f"{', '.join(sorted({str(x.dtype) for x in arrays}))}, got {rho!r}, which rounding "
-            f"makes {reached:g}"
+            f"turns into {reached:g}"
         )
 
 

@@ -1,7 +1,7 @@
-"""Landscapes in print: lines of several networks in one plot, and contours side by side.
+"""Plot landscapes: lines of several networks in one plot, and contours side by side.
 
-matplotlib is imported where something is drawn. No window is opened and no global setting
-changed: functions return a `matplotlib.figure.Figure`.
+matplotlib is imported on first use. Functions return a `matplotlib.figure.Figure`; they open
+no window and change no global setting.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_contours", "plot_lines", "save"]
 
-# Of Okabe and Ito 2008, told apart by the colour-blind; dashes tell lines apart in grey.
+# The palette of Okabe and Ito 2008, which colour-blind readers can tell apart. Dashes
+# distinguish the lines in a greyscale print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
-_COLUMN = 3.25  # inches, of a page in two columns
-_SMALL = 8.0  # points
+_COLUMN = 3.25  # width of a column on a two-column page, in inches
+_SMALL = 8.0  # font size, in points
 
 
 def plot_lines(
@@ -40,12 +41,13 @@ def plot_lines(
     Parameters
     ----------
     landscapes : mapping of str to Landscape
-        Lines by the name of the network.
+        Landscapes along one direction, by the name of the network.
     width : float
-        Of the figure, in inches.
+        Width of the figure, in inches.
     log : bool
-        A logarithmic axis of the loss.
+        Whether the axis of the loss is logarithmic.
     ylabel : str
+        Label of the axis of the loss.
 
     Returns
     -------
@@ -54,7 +56,7 @@ def plot_lines(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------
@@ -96,15 +98,16 @@ def plot_contours(
     Parameters
     ----------
     landscapes : mapping of str to Landscape
-        Planes by the name of the network, which is the title of its panel.
+        Landscapes on planes, by the name of the network, which is the title of its panel.
     width : float, optional
-        Of the figure, in inches; by default a column for one panel and a page for more.
+        Width of the figure, in inches. The default is one column for one panel and a page
+        for more.
     levels : int
-        How many contours, from the least to the greatest loss of all planes.
+        Number of contour levels, from the least to the greatest loss of all planes.
     log : bool
-        Levels whose logarithms, not values, are evenly spaced.
+        Whether the logarithms of the levels are evenly spaced, instead of the levels.
     label : str
-        Of the bar of colours.
+        Label of the colour bar.
 
     Returns
     -------
@@ -113,7 +116,7 @@ def plot_contours(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------
@@ -131,9 +134,9 @@ def plot_contours(
     figure, panels = _panels(landscapes, 2, width, 0.86 * width / count)
     edges, norm = _levels([values for _, values in landscapes.values()], levels, log)
     for axes, (name, (places, values)) in zip(panels, landscapes.items(), strict=True):
-        # Rows of a contour plot are its vertical axis.
+        # contourf draws rows along the vertical axis, but the first direction is horizontal.
         filled = axes.contourf(places, places, values.T, edges, norm=norm, cmap="viridis")
-        filled.set_rasterized(False)
+        filled.set_rasterized(False)  # keep vectors, which print at any size
         axes.contour(places, places, values.T, edges, colors="white", linewidths=0.4)
         axes.plot(0, 0, marker="+", color="white", markersize=6)
         axes.set_title(name, fontsize=_SMALL)
@@ -147,20 +150,20 @@ def plot_contours(
 
 
 def save(figure: Figure, path: Any) -> list[Path]:
-    """Write a figure as vectors, ``path.pdf``, and as points, ``path.png``.
+    """Write a figure to ``path.pdf`` as vectors and to ``path.png`` as pixels.
 
-    Text stays text: fonts are embedded as TrueType, as publishers ask.
+    Fonts are embedded as TrueType, which publishers require and which keeps text searchable.
 
     Parameters
     ----------
     figure : matplotlib.figure.Figure
     path : str or path
-        Without a suffix, in a folder that exists.
+        Path without a suffix. The folder must exist.
 
     Returns
     -------
     list of Path
-        The files.
+        Paths of the two files.
 
     Examples
     --------
@@ -182,7 +185,7 @@ def save(figure: Figure, path: Any) -> list[Path]:
 def _panels(
     landscapes: Mapping[str, Landscape], ndim: int, width: float, height: float
 ) -> tuple[Figure, list[Any]]:
-    """A figure with a panel, or with one for each plane, after checking what it shows."""
+    """Return a figure with one panel for lines, or one per plane, after checking arguments."""
     if not isinstance(landscapes, Mapping) or not landscapes:
         raise TypeError(
             f"landscapes must be a mapping of at least one name to a Landscape, got {landscapes!r}"
@@ -206,7 +209,7 @@ def _panels(
 
 
 def _levels(values: list[Any], count: int, log: bool) -> tuple[Any, Any]:
-    """Levels over all finite values, and how they map to colours."""
+    """Return contour levels over all finite values, and the norm that maps them to colours."""
     from matplotlib.colors import LogNorm, Normalize
 
     finite = np.concatenate([v[np.isfinite(v)] for v in values])
@@ -215,8 +218,8 @@ def _levels(values: list[Any], count: int, log: bool) -> tuple[Any, Any]:
     low, high = float(finite.min()), float(finite.max())
     if log and low <= 0:
         raise ValueError(f"landscapes must be positive for log=True, got a loss of {low:g}")
-    if high == low:  # a level plane
+    if high == low:  # contourf needs increasing levels, also for a constant loss
         high = low + max(abs(low), 1.0) * 1e-6
     edges = np.geomspace(low, high, count) if log else np.linspace(low, high, count)
-    edges[0], edges[-1] = low, high
+    edges[0], edges[-1] = low, high  # geomspace rounds, and would leave out the extremes
     return edges, LogNorm(low, high) if log else Normalize(low, high)

@@ -1,4 +1,4 @@
-"""The loss along lines and planes through a network, with directions scaled by filter."""
+"""Evaluate the loss along lines and planes, with filter-normalised directions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Landscape", "filter_direction", "landscape"]
 
 
 class Landscape(NamedTuple):
-    """The loss on a grid, on the host.
+    """Loss on a grid, as NumPy arrays on the host.
 
     Attributes
     ----------
     coordinates : float64 array, (points,)
         Steps along each direction, ``a`` and ``b`` in ``x + a * d1 + b * d2``.
     values : float64 array, (points,) or (points, points)
-        The loss, ``values[i, j]`` at ``a = coordinates[i]`` and ``b = coordinates[j]``.
+        Losses, where ``values[i, j]`` is at ``a = coordinates[i]`` and ``b = coordinates[j]``.
     """
 
     coordinates: NDArray[np.float64]
@@ -43,36 +43,38 @@ def filter_direction(
     vectors: bool = False,
     support: Sequence[Array | None] | None = None,
 ) -> list[Array]:
-    """A random direction in which every filter has the norm that it has in the network.
+    """Return a random filter-normalised direction.
 
-    ``d_f <- d_f * |w_f| / |d_f|`` for every filter f, the weights of one output unit, with d
-    drawn from a normal distribution. So networks that differ in the scale of their weights
-    only, which normalisation layers make up for, show the same landscape.
+    d is drawn from a normal distribution and scaled as ``d_f <- d_f * |w_f| / |d_f|`` for
+    every filter f, the weights of one output unit. Networks that differ only in the scale of
+    their weights, which normalisation layers undo, then show the same landscape.
 
     Parameters
     ----------
     arrays : list of arrays
-        The network's parameters, real floating.
+        Parameters of the network, real floating.
     layouts : list of Layout or None
-        Which axes index the outputs, and independent weights that are stacked; None for what
-        has no filters, such as biases and the parameters of norms.
+        Axis roles: output and batch axes define the filters. None for arrays without filters,
+        such as biases and the parameters of normalisation layers.
     seed, index : int
-        Which direction: those of a plane share a seed in ``[0, 2**32)`` and differ in index.
+        Identify the direction. The two directions of a plane share a seed in ``[0, 2**32)``
+        and differ in index.
     vectors : bool
-        Move what has no filters too, each array as one filter; zero by default, as biases and
-        norms weigh much in few entries.
+        Whether arrays without filters move too, each as one filter. By default they stay,
+        because few entries of biases and norms have a large effect on the loss.
     support : list of bool arrays or None, optional
-        Entries that may move, None for all of an array. Both norms are taken on it.
+        Entries that may move. None for an array lets all its entries move. Norms run over
+        the support.
 
     Returns
     -------
     list of arrays
-        In float32 or wider.
+        Direction, in float32 or wider.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, or nothing would move.
+        If an argument has the wrong type or is out of range, or nothing would move.
 
     References
     ----------
@@ -115,20 +117,20 @@ def landscape(
     radius: float = 1.0,
     points: int = 51,
 ) -> Landscape:
-    """The loss at ``x + a d1``, or at ``x + a d1 + b d2``, on a grid.
+    """Evaluate the loss at ``x + a d1``, or at ``x + a d1 + b d2``, on a grid.
 
     Parameters
     ----------
     value : callable
-        ``value(arrays) -> loss``, a scalar; called at every point.
+        ``value(arrays) -> loss``, a scalar. It is called once per grid point.
     arrays : list of arrays
-        x, in the middle of the grid.
+        Point x in the middle of the grid.
     directions : list of one or two lists of arrays
-        Shaped as ``arrays``, from `filter_direction` for example.
+        Directions shaped as ``arrays``, for example from `filter_direction`.
     radius : float
-        Positive: a and b go from ``-radius`` to ``radius``.
+        Positive half-width of the grid: a and b run from ``-radius`` to ``radius``.
     points : int
-        Along each direction; of an odd number one lies at x exactly.
+        Grid points along each direction, at least 2. If odd, one lies exactly at x.
 
     Returns
     -------
@@ -137,7 +139,7 @@ def landscape(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------
@@ -153,7 +155,7 @@ def landscape(
         raise ValueError(f"directions must be one or two, got {len(directions)}")
     coordinates = Coordinates.of(arrays)
     first, *others = [coordinates.pack(d, "direction") for d in directions]
-    # Not linspace, whose middle may miss 0 by rounding.
+    # With linspace the middle point may miss 0 by rounding.
     places = radius * (2 * np.arange(points) - (points - 1)) / (points - 1)
 
     def loss(a: float, b: float = 0.0) -> float:
@@ -167,7 +169,7 @@ def landscape(
 
 
 def _scaled(d: Array, x: Array, layout: Layout | None, name: str) -> Array:
-    """``d`` with the norm of ``x`` in every filter; zero where either is."""
+    """Return ``d`` with the norm of ``x`` in every filter, and zero where either norm is."""
     xp = array_namespace(d)
     roles = resolve(layout or Layout(), x.ndim, name)
     unit = roles.batch_axes + roles.output_axes
@@ -178,5 +180,5 @@ def _scaled(d: Array, x: Array, layout: Layout | None, name: str) -> Array:
 
 
 def _norms(xp: Any, x: Array, axes: tuple[int, ...]) -> Array:
-    # Of no axes some libraries sum all.
+    # Some libraries read an empty tuple of axes as all axes.
     return xp.linalg.vector_norm(x, axis=axes, keepdims=True) if axes else xp.abs(x)

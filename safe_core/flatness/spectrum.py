@@ -1,4 +1,4 @@
-"""The spectrum of a Hessian from its products with vectors: eigenvalues and trace."""
+"""Estimate eigenvalues and the trace of a Hessian from Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from .vectors import Coordinates, Operator, check_seed, dot, operator_on, orthog
 
 __all__ = ["Eigenvalues", "Trace", "eigenvalues", "trace"]
 
-_SPANNED = 100  # units of rounding of |H| below which a new direction is none
+# A new basis vector shorter than this many roundings of |H| is noise: the span is complete.
+_SPANNED = 100
 
 
 class Eigenvalues(NamedTuple):
-    """What `eigenvalues` found, in the order asked for.
+    """Result of `eigenvalues`, in the order of its argument ``which``.
 
     Attributes
     ----------
     values : list of float
-        In the unit of the loss over the unit of the parameters squared.
+        Eigenvalues, in the unit of the loss divided by that of the parameters squared.
     errors : list of float
-        ``|H y - value * y|_2``: within this distance of each value lies an eigenvalue.
+        Residuals ``|H y - value * y|_2``. An eigenvalue of H lies within this distance of
+        each value.
     vectors : list
-        For each value a unit eigenvector y, in arrays shaped as the parameters.
+        Unit eigenvector y of each value, as arrays shaped as the parameters.
     products : int
-        Hessian-vector products that were taken.
+        Number of Hessian-vector products computed.
     """
 
     values: list[float]
@@ -42,16 +44,16 @@ class Eigenvalues(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What `trace` found, in the unit of `Eigenvalues`.
+    """Result of `trace`, in the unit of `Eigenvalues`.
 
     Attributes
     ----------
     value : float
-        The mean of the samples, an unbiased estimate.
+        Mean of the samples, an unbiased estimate of the trace.
     standard_error : float
-        Its standard deviation, estimated from the samples.
+        Standard deviation of the mean, estimated from the samples.
     samples : list of float
-        Estimates from one vector each, what a sketch takes exactly included.
+        Estimates from one random vector each. Each includes the exact part of a sketch.
     """
 
     value: float
@@ -70,48 +72,47 @@ def eigenvalues(
     seed: int = 0,
     support: Sequence[Array | None] | None = None,
 ) -> Eigenvalues:
-    """The k largest eigenvalues of a symmetric operator, by block Lanczos iteration.
+    """Return k extreme eigenvalues of a symmetric operator, by block Lanczos iteration.
 
-    From a block of k random vectors, every product with a basis vector extends the basis,
-    and the eigenvalues of H on its span, ``Q^T H Q``, approach those of H from within. Every
-    product is orthogonalised against the whole basis, twice, so none appears again as a
-    ghost. A block of k finds an eigenvalue as often as it occurs, up to k times: the Hessian
-    of least squares with several outputs repeats each. For ``k=1`` this is the iteration
-    of Lanczos.
+    The iteration starts from a block of k random vectors. Every product with a basis vector
+    extends the basis, and the eigenvalues of ``Q^T H Q``, H on the span, approach those of H
+    from within. A block of k finds an eigenvalue of multiplicity up to k, which single-vector
+    Lanczos cannot: the Hessian of least squares with several outputs repeats each one. For
+    ``k=1`` this is Lanczos iteration with full reorthogonalisation.
 
     Parameters
     ----------
     product : callable
-        ``product(vectors) -> vectors``, lists of arrays shaped as ``arrays``: ``v -> H v`` of
-        a symmetric H. It is called with float32, or float64 where an array is.
+        ``product(vectors) -> vectors``, the map ``v -> H v`` of a symmetric H on lists of
+        arrays shaped as ``arrays``. The vectors are float64 if any array is, else float32.
     arrays : list of arrays
-        Real floating; only their shapes, dtypes and places matter.
+        Real floating arrays. Only their shapes, dtypes and devices are used.
     k : int
-        How many eigenvalues.
+        Number of eigenvalues.
     which : {"largest", "smallest", "magnitude"}
-        The largest, the smallest or the largest in magnitude first.
+        Order of the eigenvalues: the largest, the smallest or the largest magnitude first.
     iterations : int
-        At least k: at most so many products, and k more for the errors. The basis is kept:
-        one vector in a wide dtype for each, of the entries on the support.
+        Maximum number of products, at least k. The errors take k more. Memory grows with it:
+        each iteration keeps one vector in float32 or wider.
     tolerance : float
-        Stop as soon as each error is at most this share of the largest magnitude found. Of
-        an eigenvalue apart from the others the true error goes with its square.
+        Stop once every error is at most ``tolerance`` times the largest magnitude found. For a
+        well separated eigenvalue the true error is far smaller: it goes with the square.
     seed : int
-        Of the random block, in ``[0, 2**32)``: the same numbers in every library.
+        Seed of the random block, in ``[0, 2**32)``. All libraries draw the same numbers.
     support : list of bool arrays or None, optional
-        Entries that may vary, None for all of an array: the spectrum of the rows and
-        columns of H that belong to them.
+        Entries that may vary. None for an array lets all its entries vary. The spectrum is
+        that of the submatrix of H on the support.
 
     Returns
     -------
     Eigenvalues
-        Its errors say how far the iteration came.
+        Check its errors: the iteration also stops, without an error, after ``iterations``.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, there are fewer than k entries or a product is not
-        finite.
+        If an argument has the wrong type or is out of range, ``arrays`` have fewer than k
+        entries, or a product is not finite.
 
     References
     ----------
@@ -138,7 +139,8 @@ def eigenvalues(
     iterations = min(iterations, coordinates.size)
     rounding = _SPANNED * _spacing(coordinates)
     basis = _random_block(coordinates, k, seed)
-    # Row i, column j: q_i . H q_j. Basis vectors have a row before they have a column.
+    # Entry (i, j) is q_i . H q_j. A vector enters the basis, and gets a row, before its product
+    # is taken, which fills its column.
     projected = np.zeros((iterations + k, iterations))
     scale, done, exhausted = 0.0, 0, False
     while done < iterations and not exhausted:
@@ -150,6 +152,7 @@ def eigenvalues(
             basis.append(rest / length)
         done += 1
         exhausted = done == len(basis)
+        # Test convergence once per block: each test solves an eigenproblem of size `done`.
         if exhausted or done % k == 0 or done == iterations:
             values, mixing, errors, peak = _ritz(projected, done, k, which)
             if np.all(errors <= tolerance * peak):
@@ -173,24 +176,25 @@ def trace(
     seed: int = 0,
     support: Sequence[Array | None] | None = None,
 ) -> Trace:
-    """The trace of a symmetric operator, from random vectors.
+    """Estimate the trace of a symmetric operator from random vectors.
 
-    Hutchinson's estimate is the mean of ``v . H v`` over vectors v of independent signs. With
-    a ``sketch`` it is Hutch++: with Q an orthonormal basis of the products of H with as many
-    random vectors::
+    Hutchinson's estimate is the mean of ``v . H v`` over vectors v of random signs. With a
+    ``sketch`` it is Hutch++, where Q is an orthonormal basis of the products of H with
+    ``sketch`` random vectors::
 
         tr(H) = tr(Q^T H Q) + E[w . H w],    w = v - Q Q^T v
 
-    where the first part is exact: worth its products where few eigenvalues stand out.
+    The first part is computed exactly. That lowers the variance if a few eigenvalues are much
+    larger than the others.
 
     Parameters
     ----------
     product, arrays, seed, support
-        As for `eigenvalues`.
+        See `eigenvalues`.
     samples : int
-        At least 2; a product for each.
+        Number of random vectors, at least 2. Each takes one product.
     sketch : int
-        The size of Q; two products for each.
+        Number of vectors in the sketch. Each takes two products.
 
     Returns
     -------
@@ -199,7 +203,7 @@ def trace(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind or a product is not finite.
+        If an argument has the wrong type or is out of range, or a product is not finite.
 
     References
     ----------
@@ -236,13 +240,16 @@ def trace(
 
 
 def _ritz(projected: Any, done: int, k: int, which: str) -> tuple[Any, Any, Any, float]:
-    """Of H on the span: eigenvalues, coefficients of vectors, errors, largest magnitude."""
+    """Return k Ritz values, their vectors' coefficients, their errors, and the largest magnitude.
+
+    The values are eigenvalues of H on the span of the first ``done`` basis vectors.
+    """
     square = projected[:done, :done]
     values, mixing = np.linalg.eigh((square + square.T) / 2)
     order = {"largest": -values, "smallest": values, "magnitude": -np.abs(values)}[which]
     chosen = np.argsort(order, kind="stable")[:k]
     mixing = mixing[:, chosen]
-    # The errors are what the products hold beyond the span.
+    # The error of a Ritz vector is the part of its product outside the span.
     errors = np.linalg.norm(projected[done:, :done] @ mixing, axis=0)
     return values[chosen], mixing, errors, float(np.abs(values).max())
 
@@ -256,7 +263,7 @@ def _random_block(coordinates: Coordinates, k: int, seed: int) -> list[Array]:
 
 
 def _combined(basis: Sequence[Array], coefficients: Any) -> Array:
-    """The unit vector along ``sum_i coefficients_i q_i``."""
+    """Return the unit vector along ``sum_i coefficients_i q_i``."""
     total = sum(c * q for q, c in zip(basis, coefficients.tolist(), strict=False))
     return total / math.sqrt(float(dot(total, total)))
 

@@ -1,4 +1,4 @@
-"""A loss around one point, and everything that is measured there."""
+"""Bind the measurements of flatness to a loss around one point."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ __all__ = ["Loss", "LossSurface"]
 
 
 class Loss(Protocol):
-    """A loss of some parameters on some batches, as an adapter hands it over."""
+    """Interface of a loss on some batches, which an adapter implements."""
 
     @property
     def batches(self) -> int:
-        """How many batches there are."""
+        """The number of batches."""
 
     def arrays(self) -> list[Array]:
-        """The parameters now, those that are trained."""
+        """Return the trainable parameters at present."""
 
     def support(self) -> list[Array | None] | None:
-        """The entries that may vary, None for all of an array or of all arrays."""
+        """Return masks of the entries that may vary; None means all of an array, or of all."""
 
     def layouts(self) -> list[Layout | None]:
-        """The roles of the axes of each array, None where it has no filters."""
+        """Return the axis roles of each array, None for arrays without filters."""
 
     def value(self, arrays: Sequence[Array]) -> Any:
-        """The mean loss over the batches at other parameters."""
+        """Return the mean loss over the batches at ``arrays``."""
 
     def value_and_gradient(
         self, arrays: Sequence[Array], batch: int
     ) -> tuple[Any, Sequence[Array]]:
-        """The loss of one batch at other parameters, and its gradient."""
+        """Return the loss of one batch at ``arrays``, and its gradient."""
 
     def hessian_product(self) -> Operator:
-        """``v -> H v``, H the Hessian of the mean loss at the parameters now."""
+        """Return ``v -> H v``, where H is the Hessian of the mean loss at the parameters."""
 
     def listed(self, structure: Any) -> list[Array]:
-        """The arrays of a structure such as the user's parameters."""
+        """Return the arrays of a structure like that of the user's parameters."""
 
     def structured(self, arrays: Sequence[Array]) -> Any:
-        """Arrays in the structure of the user's parameters."""
+        """Return arrays in the structure of the user's parameters."""
 
 
 @dataclass(frozen=True)
 class LossSurface:
-    """The loss around a network, from ``loss_surface`` of an adapter.
+    """Loss around a network; ``loss_surface`` of an adapter makes it.
 
-    ``f(x)`` is the mean over the batches, each with the same weight, as a function of the
-    parameters that are trained. Given a support, only entries on it are variables: f is then
-    a function of the kept weights.
+    ``f(x)`` is the mean over the batches as a function of the trainable parameters. Every
+    batch has the same weight, whatever its size. With a support, f is a function of the kept
+    weights only.
 
     Attributes
     ----------
     loss : Loss
-        The binding to a framework.
+        Binding to a framework.
 
     Examples
     --------
@@ -91,9 +91,9 @@ class LossSurface:
         tolerance: float = 1e-3,
         seed: int = 0,
     ) -> Eigenvalues:
-        """Return the k largest eigenvalues of the Hessian, with errors and vectors.
+        """Return k extreme eigenvalues of the Hessian, with errors and vectors.
 
-        As `safe_core.flatness.eigenvalues`. The vectors have the structure of the parameters.
+        See `safe_core.flatness.eigenvalues`. The vectors have the structure of the parameters.
         """
         found = eigenvalues(
             self.loss.hessian_product(),
@@ -108,7 +108,7 @@ class LossSurface:
         return found._replace(vectors=[self.loss.structured(v) for v in found.vectors])
 
     def trace(self, samples: int = 100, *, sketch: int = 0, seed: int = 0) -> Trace:
-        """Return an estimate of the trace of the Hessian, as `safe_core.flatness.trace`."""
+        """Estimate the trace of the Hessian; see `safe_core.flatness.trace`."""
         return trace(
             self.loss.hessian_product(),
             self.loss.arrays(),
@@ -119,9 +119,9 @@ class LossSurface:
         )
 
     def sharpness(self, rho: float, *, steps: int = 1, seed: int = 0) -> Sharpness:
-        """Return the rise of the loss within a ball, batch by batch.
+        """Return the largest rise of the loss within a ball, for every batch alone.
 
-        As `safe_core.flatness.sharpness` of the loss of each batch alone.
+        See `safe_core.flatness.sharpness`.
         """
         arrays, support = self.loss.arrays(), self.loss.support()
         found = []
@@ -147,19 +147,19 @@ class LossSurface:
         seed: int = 0,
         vectors: bool = False,
     ) -> Landscape:
-        """Return the loss along a line or on a plane, as `safe_core.flatness.landscape`.
+        """Evaluate the loss along a line or on a plane; see `safe_core.flatness.landscape`.
 
         Parameters
         ----------
         directions : int or list
-            1 or 2 random directions from `safe_core.flatness.filter_direction`, or the
-            directions themselves in the structure of the parameters, such as eigenvectors. Of
-            these the part on the support counts.
+            Number of random directions from `safe_core.flatness.filter_direction`, 1 or 2, or
+            the directions themselves in the structure of the parameters, such as
+            eigenvectors. Entries of directions off the support are ignored.
         radius, points
-            Of the grid.
+            Half-width and resolution of the grid.
         seed, vectors
-            Of random directions. Networks of the same parameters and support meet the same
-            normal draws under one seed.
+            Arguments of `safe_core.flatness.filter_direction`. One seed gives the same draws
+            for networks with parameters of the same shapes and the same support.
         """
         arrays, support = self.loss.arrays(), self.loss.support()
         if isinstance(directions, int):

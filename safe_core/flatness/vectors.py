@@ -1,4 +1,4 @@
-"""Several arrays, or the entries of them that are kept, as one vector; and random vectors."""
+"""View several arrays, or their kept entries, as one vector; draw random vectors."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Operator = Callable[[Sequence[Array]], Sequence[Array]]
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """The entries of several arrays in a row, array by array, as a vector in a wide dtype.
+    """Map between several arrays and one vector of all their entries, in array order.
 
-    With a support only the entries on it are coordinates: `pack` leaves the others out, and
-    `unpack` puts zeros there. So what is computed with vectors is computed on the support,
-    in memory for it alone.
+    With a support, only entries on it are coordinates: `pack` leaves the others out and
+    `unpack` fills them with zeros. Vectors then need memory for the support only.
 
     Attributes
     ----------
     shapes : tuple of tuple of int
+        Shapes of the arrays.
     dtype : dtype
-        float64 if an array is, else float32.
+        Dtype of vectors: float64 if any array is float64, else float32.
     counter : int32 array, (size,)
-        0, 1, 2, ...
+        Positions 0, 1, 2, ..., on the device of the arrays.
     kept : integer array, (size,), or None
-        The place of each coordinate among all entries; None where all are coordinates.
+        Index of each coordinate among all entries. None if all entries are coordinates.
     place : int32 array, (entries,), or None
-        The coordinate of each entry, and -1 where it is none.
+        Coordinate of each entry, or -1 for an entry off the support.
 
     Examples
     --------
@@ -62,7 +62,7 @@ class Coordinates:
     def of(
         cls, arrays: Sequence[Array], support: Sequence[Array | None] | None = None
     ) -> Coordinates:
-        """Take note of the shapes of ``arrays`` and of the entries that are kept."""
+        """Return the coordinates for ``arrays`` and the entries that ``support`` keeps."""
         if not isinstance(arrays, (list, tuple)) or not arrays:
             raise ValueError(f"arrays must be a list of at least one array, got {arrays!r}")
         xp = array_namespace(*arrays)
@@ -72,7 +72,7 @@ class Coordinates:
         shapes = tuple(tuple(x.shape) for x in arrays)
         kept = place = None
         if support is None:
-            # Of ones, and not `arange`, so as to be where the arrays are.
+            # Counting ones puts the result on the device of the arrays; arange would not.
             counter = _counted(xp, xp.ones_like(_flat(xp, arrays, dtype), dtype=xp.int32))
         else:
             mask = _mask(xp, arrays, support)
@@ -90,7 +90,7 @@ class Coordinates:
         return math.prod(self.counter.shape)
 
     def pack(self, arrays: Sequence[Array], name: str = "arrays") -> Array:
-        """Return the vector of the coordinates of ``arrays``."""
+        """Return the entries of ``arrays`` as a vector, without those off the support."""
         shapes = tuple(tuple(x.shape) for x in arrays)
         if shapes != self.shapes:
             raise ValueError(f"{name} must have the shapes {self.shapes}, got {shapes}")
@@ -99,8 +99,9 @@ class Coordinates:
         return values if self.kept is None else array_namespace(values).take(values, self.kept)
 
     def unpack(self, vector: Array) -> list[Array]:
-        """Return the arrays of the coordinates in ``vector``, zero elsewhere."""
+        """Return the entries of ``vector`` as arrays, with zeros off the support."""
         xp = array_namespace(vector)
+        # Gather and mask, because the array API has no scatter.
         if self.place is not None:
             values = xp.take(vector, xp.maximum(self.place, xp.zeros_like(self.place)))
             vector = xp.where(self.place >= 0, values, xp.zeros_like(values))
@@ -118,29 +119,30 @@ class Coordinates:
         return xp.where(self._bits(seed, 3 * index) < 0, -ones, ones)
 
     def normal(self, seed: int, index: int) -> Array:
-        """Return a vector of standard normal numbers, by the method of Box and Muller."""
+        """Return a vector of standard normal numbers, by the Box-Muller transform."""
         xp = array_namespace(self.counter)
         first, second = (self._uniform(seed, 3 * index + i) for i in (1, 2))
         return xp.sqrt(-2 * xp.log(first)) * xp.cos(2 * math.pi * second)
 
     def _uniform(self, seed: int, stream: int) -> Array:
-        """Numbers in (0, 1): odd multiples of ``2**-24``."""
+        """Return numbers in (0, 1), odd multiples of ``2**-24``."""
         xp = array_namespace(self.counter)
+        # 23 bits and the half are exact in float32, and never 0, whose logarithm is infinite.
         bits = (self._bits(seed, stream) >> 9) & 0x7FFFFF
         return (xp.astype(bits, self.dtype) + 0.5) * 2.0**-23
 
     def _bits(self, seed: int, stream: int) -> Array:
-        """32 random bits for every coordinate: a hash of seed, stream and position.
+        """Return 32 random bits for every coordinate, a hash of seed, stream and position.
 
-        By integer arithmetic on the device of the arrays: the same in every library, and
-        nothing is sent there.
+        Integer arithmetic gives the same bits in every library, and runs on the device of the
+        arrays. A generator of each library would give other numbers in each.
         """
         salt = _mixed_int(_mixed_int(seed) ^ stream)
         return hashing.mix(hashing.mix(self.counter) ^ (salt - 2**32 if salt >= 2**31 else salt))
 
 
 def operator_on(coordinates: Coordinates, product: Operator) -> Callable[[Array], Array]:
-    """``product`` as a map of vectors.
+    """Return ``product`` as a function from vector to vector.
 
     Examples
     --------
@@ -157,7 +159,9 @@ def operator_on(coordinates: Coordinates, product: Operator) -> Callable[[Array]
 
 
 def dot(a: Array, b: Array) -> Array:
-    """``a . b``, by no matrix unit, which might round the factors.
+    """Return ``a . b`` as a sum of products.
+
+    A matrix product might run on tensor cores, which round the factors to TF32.
 
     Examples
     --------
@@ -169,30 +173,31 @@ def dot(a: Array, b: Array) -> Array:
 
 
 def orthogonalised(vector: Array, basis: Sequence[Array]) -> tuple[list[float], Array, float]:
-    """Split ``vector`` into its parts along an orthonormal basis and the rest.
+    """Split ``vector`` into components along an orthonormal basis and a remainder.
 
-    ``vector = sum_i c_i q_i + rest``, by two passes of modified Gram-Schmidt, after which the
-    rest is orthogonal to rounding (Giraud et al. 2005, "twice is enough").
+    ``vector = sum_i c_i q_i + rest``, by two passes of modified Gram-Schmidt. After one pass
+    rounding can leave the remainder far from orthogonal; after two it is orthogonal up to
+    rounding (Giraud et al. 2005, "twice is enough").
 
     Parameters
     ----------
     vector : array, (n,)
     basis : sequence of arrays, (n,)
-        Orthonormal.
+        Orthonormal vectors.
 
     Returns
     -------
     list of float
-        The coefficients c.
+        Coefficients c.
     array
-        The rest.
+        Remainder, orthogonal to the basis.
     float
-        Its norm.
+        Norm of the remainder.
 
     Raises
     ------
     ValueError
-        If that is not finite.
+        If the norm is not finite.
 
     Examples
     --------
@@ -214,7 +219,7 @@ def orthogonalised(vector: Array, basis: Sequence[Array]) -> tuple[list[float], 
 
 
 def check_seed(seed: int) -> None:
-    """Refuse what the hash does not take as it is."""
+    """Raise unless ``seed`` is an integer in ``[0, 2**32)``, the range of the hash."""
     if _checks.integer("seed", seed, low=0) >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {seed!r}")
 
@@ -241,10 +246,10 @@ def _mask(xp: Any, arrays: Sequence[Array], support: Sequence[Array | None]) -> 
 
 
 def _counted(xp: Any, flags: Array) -> Array:
-    """How many flags of 0 or 1 precede each."""
+    """Return the running count of flags of 0 or 1, less one: positions among those that are 1."""
     return xp.cumulative_sum(flags, dtype=xp.int32) - 1
 
 
 def _mixed_int(h: int) -> int:
-    """Return the hash of ``h`` moved by a constant, for the hash of zero is zero."""
+    """Return the hash of ``h`` plus a constant; the hash of 0 itself would be 0."""
     return hashing.mix_int((h + 0x9E3779B9) & 0xFFFFFFFF)

@@ -1,8 +1,9 @@
-"""Patterns: which sets of weights may be zero.
+"""Sparsity patterns define which sets of weights may be zero.
 
-A pattern says which units (entries, groups, blocks, channels) are zeroed whole and which
-of them compete. It is a frozen dataclass that holds no arrays and knows no framework. To
-add one, derive from `Pattern` or `FractionPattern` and export it here.
+A pattern defines the units that are kept or zeroed whole (entries, groups, blocks, channels)
+and the pools in which units compete. It is a frozen dataclass that holds no arrays and
+depends on no framework. To add one, derive from `Pattern` or `FractionPattern` and export it
+here.
 """
 
 from .base import FractionPattern, Pattern, Units

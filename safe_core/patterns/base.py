@@ -1,4 +1,4 @@
-"""What every pattern says of itself."""
+"""Base classes of sparsity patterns."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["FractionPattern", "Pattern", "Units"]
 
 
 class Units(NamedTuple):
-    """The units of one array, ready to be selected among.
+    """Units of one array and their scores.
 
     Attributes
     ----------
     scores : array
-        One score per unit. The units of largest magnitude are kept.
+        One score per unit. Units with the largest ``|score|`` are kept.
     layout : Layout or None
-        Roles of the axes of ``scores``, with non-negative axes.
+        Axis roles of ``scores``, with non-negative axes.
     expand : callable
-        Turns a mask of units into a mask of entries.
+        Function from a mask of units to a mask of entries.
     """
 
     scores: Array
@@ -39,19 +39,19 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Base class of patterns: which supports are allowed.
+    """Base class of sparsity patterns, which define the allowed supports.
 
-    Projecting onto a pattern takes four steps: score the entries, combine the scores of
-    each unit (`units`), keep the best units of each pool (`keep`), and expand the mask of
-    units to entries. A subclass says how, and everything else follows from it: both
-    adapters, block-wise pruning, recipes and reports.
+    Projecting onto a pattern takes four steps: score the entries, combine the scores of each
+    unit (`units`), keep the best units of each pool (`keep`), and expand the mask of units to
+    entries. A subclass defines `units` and `keep`. Both adapters, block-wise pruning, recipes
+    and reports then work with it.
     """
 
     ranks: ClassVar[Literal["entries", "units"]] = "entries"
-    """Whether scores are ``sqrt(P) |v|`` of single entries, or ``P v^2`` to be summed."""
+    """The scores that `units` gets: ``sqrt(P) |v|`` to rank entries, or ``P v^2`` to sum up."""
 
     group: ClassVar[int | None] = None
-    """How many consecutive inputs are decided together, such as m of N:M; None for any."""
+    """The number of consecutive inputs decided together, such as m of N:M, or None."""
 
     @property
     def joint(self) -> bool:
@@ -60,7 +60,7 @@ class Pattern:
 
     @property
     def by_output(self) -> bool:
-        """Whether the units of each output compete among themselves."""
+        """Whether the units of each output form a pool of their own."""
         return False
 
     @property
@@ -70,21 +70,21 @@ class Pattern:
 
     @property
     def schedule(self) -> SparsityTable | None:
-        """The table of a sparsity that changes over time, or None."""
+        """The sparsity schedule, or None if the sparsity is constant."""
         return None
 
     def fractions(self) -> tuple[Fraction, ...]:
-        """Return the fraction of zeros at every stage, as exact fractions."""
+        """Return the fraction of zeros at every stage of the schedule, exactly."""
         raise NotImplementedError
 
     def stage(self, step: int | Array | None) -> int | Array:
-        """Return the index into `fractions` at ``step``; None asks for the last stage."""
+        """Return the index into `fractions` at ``step``, or the last index if None."""
         if self.schedule is None:
             return 0
         return len(self.schedule.table) - 1 if step is None else self.schedule.stage(step)
 
     def sparsity_of(self, name: str) -> float:
-        """Return the final fraction of zeros that is asked of the array ``name``."""
+        """Return the final fraction of zeros required of the array ``name``."""
         return float(self.fractions()[-1])
 
     def describe(self) -> str:
@@ -92,19 +92,19 @@ class Pattern:
         return repr(self)
 
     def renamed(self, rename: Callable[[str], str]) -> Pattern:
-        """Return the pattern with the array names that it holds passed through ``rename``."""
+        """Return the pattern with ``rename`` applied to the array names that it holds."""
         return self
 
     @property
     def named_arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that the pattern treats apart."""
+        """Names of the arrays that have a sparsity of their own."""
         return ()
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
-        """Raise ValueError where the pattern does not fit an array of this shape and layout.
+        """Raise ValueError if the pattern does not fit an array of this shape and layout.
 
-        ``layout`` has non-negative axes. A check needs no values, so it runs when an
-        optimizer is made and not in the middle of a run.
+        ``layout`` has non-negative axes. A check needs no values, so it can run when the
+        optimizer is constructed, before any training.
         """
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
@@ -120,11 +120,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class FractionPattern(Pattern):
-    """Base class of patterns that zero a fraction of the units of each pool.
+    """Base class of patterns that zero a fraction of the units in each pool.
 
-    A subclass has the fields ``sparsity``, a fraction of zeros or a table of
-    `safe_core.schedules`, and ``scope``: "global" (all arrays together), "tensor", or,
-    where units are entries, "row".
+    A subclass has two fields. ``sparsity`` is a fraction of zeros or a sparsity schedule.
+    ``scope`` is "global" (all arrays form one pool), "tensor", or, for patterns of single
+    entries, "row".
     """
 
     @property
@@ -134,7 +134,7 @@ class FractionPattern(Pattern):
 
     @property
     def by_output(self) -> bool:
-        """Whether the units of each output compete among themselves."""
+        """Whether the units of each output form a pool of their own."""
         return bool(self._scope == "row")
 
     @property
@@ -147,11 +147,11 @@ class FractionPattern(Pattern):
 
     @property
     def schedule(self) -> SparsityTable | None:
-        """The table of a sparsity that changes over time, or None."""
+        """The sparsity schedule, or None if the sparsity is constant."""
         return self._sparsity if isinstance(self._sparsity, SparsityTable) else None
 
     def fractions(self) -> tuple[Fraction, ...]:
-        """Return the fraction of zeros at every stage, as exact fractions."""
+        """Return the fraction of zeros at every stage of the schedule, exactly."""
         if self.schedule is not None:
             return tuple(self.schedule.table)
         return (_checks.decimal_fraction(self._sparsity),)
@@ -166,7 +166,10 @@ class FractionPattern(Pattern):
         layouts: Sequence[Layout | None],
         names: Sequence[str],
     ) -> Sequence[tuple[Fraction, ...]]:
-        """Return the fraction of zeros of every array at every stage; by default alike."""
+        """Return the fraction of zeros of every array at every stage.
+
+        By default all arrays get the same. Override it to distribute sparsity over arrays.
+        """
         return [self.fractions()] * len(names)
 
     def keep(
@@ -176,6 +179,7 @@ class FractionPattern(Pattern):
         scores = [unit.scores for unit in units]
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
+            # The stage may be traced, so counts of all stages go along and are looked up.
             return backend_of(scores[0]).keep_largest(scores, counts=counts, stage=stage)
         layouts = [unit.layout for unit in units]
         shapes = [tuple(s.shape) for s in scores]
@@ -187,6 +191,6 @@ class FractionPattern(Pattern):
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """Refuse what is neither a fraction of zeros nor a table of them."""
+    """Raise unless ``value`` is a fraction of zeros or a sparsity schedule."""
     if not isinstance(value, SparsityTable):
         _checks.sparsity(name, value)

@@ -1,4 +1,4 @@
-"""Blocks of outputs by inputs."""
+"""Zero blocks of outputs by inputs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ __all__ = ["Block"]
 
 @dataclass(frozen=True)
 class Block(FractionPattern):
-    """Blocks of ``shape`` (outputs, inputs), kept or zeroed whole.
+    """Pattern that keeps or zeroes whole blocks of ``shape`` (outputs, inputs).
 
-    Blocks rank by the sum of ``P_ii * v_i**2`` over their entries.
+    Blocks rank by the sum of ``P_ii * v_i**2`` over their entries. That sum is what zeroing
+    the block adds to the squared distance.
 
     Attributes
     ----------
     shape : tuple of two int
         Size of a block along the output and the input axis.
-    sparsity : float or table of `safe_core.schedules`
+    sparsity : float or sparsity schedule
         Fraction of blocks that are zero, in [0, 1).
     scope : {"tensor", "global"}
-        Whether blocks compete within each tensor or all together.
+        Whether blocks compete within each tensor or across all tensors.
     ragged : {"error", "dense"}
-        What to do where blocks do not divide an axis: raise, or leave the tail dense
+        Behaviour if the block size does not divide an axis: raise, or keep the tail dense
         and count whole blocks only.
 
     Raises
@@ -65,13 +66,16 @@ class Block(FractionPattern):
         _checks.choice("ragged", self.ragged, ("error", "dense"))
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
-        """Raise ValueError where blocks do not divide an axis, or the axes are unknown."""
+        """Raise ValueError if blocks do not divide an axis or the axis roles are unknown."""
         layout = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
             whole_units(size, unit, self.ragged, name, role)
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
-        """Sum ``P v^2`` over every block; the units keep their storage order."""
+        """Return the sums of ``P v^2`` over every block, in storage order.
+
+        The storage order makes ties fall the same way as in a flat array.
+        """
         self.check(scores.shape, layout, name)
         roles = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
         plan = _BlockPlan.of(scores.shape, self, roles, name)
@@ -98,15 +102,20 @@ class Block(FractionPattern):
 
 
 class _BlockPlan(NamedTuple):
-    """How an array of one shape is cut into blocks."""
+    """Shapes that cut an array into blocks.
 
-    merged: tuple[int, ...]  # shape with each role on one axis
-    wholes: tuple[int, ...]  # the same, less the ragged tails
-    split: tuple[int, ...]  # wholes, with each role cut into (blocks, block)
+    ``merged`` puts each role on one axis, ``wholes`` drops the ragged tails, and ``split``
+    turns each role into the axes (blocks, block size). Only reshapes are needed, so units
+    keep the storage order.
+    """
+
+    merged: tuple[int, ...]  # shape with each role merged to one axis
+    wholes: tuple[int, ...]  # merged, without the ragged tails
+    split: tuple[int, ...]  # wholes, with each role split into (blocks, block size)
     inner: tuple[int, ...]  # axes of split that run within a block
     batch: tuple[int, ...]  # axes of split along which tensors are stacked
-    places: dict[int, int]  # axis to axis of split, where it may be cut by shards
-    blocks: dict[int, tuple[int, int, str]]  # first axis of a role: its size, a block's, its name
+    places: dict[int, int]  # axes that shards may cut, and their axes of split
+    blocks: dict[int, tuple[int, int, str]]  # first axis of a role: (size, block size, role)
 
     @classmethod
     def of(cls, shape: Sequence[int], pattern: Block, layout: Layout, name: str) -> _BlockPlan:
@@ -126,6 +135,7 @@ class _BlockPlan(NamedTuple):
                 unit = units[role]
                 size = merge(shape, axes_of[role], name)[0][axis]
                 blocks[axis] = (size, unit, role)
+                # A merged axis mixes several storage axes, so shards must not cut those.
                 if len(axes_of[role]) == 1:
                     places[axis] = len(split)
                 merged.append(size)
@@ -143,6 +153,6 @@ class _BlockPlan(NamedTuple):
         return cls(tuple(merged), tuple(wholes), tuple(split), *axes, places, blocks)
 
     def units(self, ndim: int) -> dict[int, int]:
-        """Lengths along the axes that shards must not cut, 0 for the whole axis."""
+        """Return the length along each axis that a shard must not cut, 0 for the whole axis."""
         alone = {axis: self.blocks[axis][1] if axis in self.blocks else 1 for axis in self.places}
         return {axis: alone.get(axis, 0) for axis in range(ndim)}

@@ -1,4 +1,4 @@
-"""Whole output channels."""
+"""Zero whole output channels."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ __all__ = ["Channel"]
 
 @dataclass(frozen=True)
 class Channel(FractionPattern):
-    """Whole output channels, kept or zeroed together.
+    """Pattern that keeps or zeroes whole output channels.
 
-    Channels rank by the sum of ``P_ii * v_i**2`` over their entries.
+    Channels rank by the sum of ``P_ii * v_i**2`` over their entries. In the scope "global"
+    channels of large layers therefore tend to win over those of small layers. The outputs of
+    a classifier are channels too; exclude that layer, or its classes are pruned.
 
     Attributes
     ----------
-    sparsity : float or table of `safe_core.schedules`
+    sparsity : float or sparsity schedule
         Fraction of output channels that are zero, in [0, 1).
     scope : {"tensor", "global"}
-        Whether channels compete within each tensor or all together.
+        Whether channels compete within each tensor or across all tensors.
 
     Raises
     ------
@@ -52,11 +54,11 @@ class Channel(FractionPattern):
         _checks.choice("scope", self.scope, ("tensor", "global"))
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
-        """Raise ValueError where the output axes are unknown."""
+        """Raise ValueError if the output axes are unknown."""
         require_roles(layout, name, "a Channel pattern", outputs=True)
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
-        """Sum ``P v^2`` over every output channel."""
+        """Return the sums of ``P v^2`` over every output channel."""
         layout = require_roles(layout, name, "a Channel pattern", outputs=True)
         kept = layout.output_axes + layout.batch_axes
         axes = tuple(axis for axis in range(scores.ndim) if axis not in kept)

@@ -1,4 +1,4 @@
-"""How many units are kept, in exact arithmetic."""
+"""Count the units to keep, in exact arithmetic, and check that units fit an array."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ __all__ = ["kept_counts", "require_roles", "whole_units"]
 
 
 def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
-    """Return how many of ``units`` are kept at every stage: ``units - floor(fraction * units)``."""
+    """Return how many of ``units`` are kept at every stage: ``units - floor(fraction * units)``.
+
+    The number of zeros is rounded down, so the sparsity never exceeds the one asked for.
+    """
+    # Fractions, because float products may fall just below an integer that they should hit.
     return tuple(units - int(Fraction(units) * fraction) for fraction in stages)
 
 
 def whole_units(size: int, unit: int, ragged: str, name: str, role: str) -> int:
-    """Return the length of the whole units along an axis, or raise for a ragged tail."""
+    """Return the length that whole units cover along an axis, or raise for a ragged tail."""
     if size % unit and ragged == "error":
         raise ValueError(
             f"the {role} axis of {name} has {size} entries, which {unit} does not divide; "
@@ -28,7 +32,7 @@ def whole_units(size: int, unit: int, ragged: str, name: str, role: str) -> int:
 def require_roles(
     layout: Layout | None, name: str, what: str, *, inputs: bool = False, outputs: bool = False
 ) -> Layout:
-    """Return the layout, or raise where it does not say what a pattern needs."""
+    """Return the layout, or raise ValueError if it lacks a role that the pattern needs."""
     if layout is None:
         raise ValueError(
             f"layout of {name} is unknown, and {what} needs the roles of its axes; "

@@ -1,6 +1,7 @@
-"""The distribution of a sparsity over tensors that do not compete with one another.
+"""Distribute a sparsity over tensors that do not compete with one another.
 
-Everything here is exact arithmetic on shapes, done before any array is touched.
+All arithmetic is on shapes and exact, so that the counts are static and tensors together
+have exactly the zeros asked for.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ Shape = tuple[int, ...]
 
 
 def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
-    """Spread zeros over tensors by the Erdos-Renyi-Kernel rule.
+    """Distribute zeros over tensors by the Erdos-Renyi-Kernel rule.
 
-    The density of a tensor whose axes are ``n_1, ..., n_k`` long is::
+    The density of a tensor with axes of lengths ``n_1, ..., n_k`` is::
 
         min(1, c * (n_1 + ... + n_k) / (n_1 * ... * n_k))
 
-    where c is such that the tensors together have ``zeros`` zeros. So inputs, outputs and
-    the axes of a convolution's window count alike, and small tensors stay denser. Fractions
-    of an entry go to the tensors where they are largest, the earlier one of two equals.
+    where c is chosen such that the tensors together have ``zeros`` zeros. Inputs, outputs and
+    the axes of a convolution window count alike, and small tensors are pruned less. Counts
+    are rounded by largest remainder; of equal remainders the earlier tensor gets the zero.
 
     Parameters
     ----------
     sizes : sequence of tuples of int
-        The lengths of the axes of each tensor.
+        Lengths of the axes of each tensor.
     zeros : int
-        From 0 to the number of all entries.
+        Total number of zeros, from 0 to the number of entries.
 
     Returns
     -------
     list of int
-        Zeros of each tensor; they sum to ``zeros``.
+        Number of zeros of each tensor. They sum to ``zeros``.
 
     Raises
     ------
     TypeError, ValueError
-        If ``zeros`` is no integer within its bounds.
+        If ``zeros`` is not an integer within these bounds.
 
     References
     ----------
@@ -60,7 +61,8 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     kept = sum(entries) - _checks.integer("zeros", zeros, low=0)
     if kept < 0:
         raise ValueError(f"zeros must be at most the {sum(entries)} entries, got {zeros!r}")
-    # Entries kept in a tensor are c * (n_1 + ... + n_k), up to all of them.
+    # A tensor keeps c * (n_1 + ... + n_k) entries, at most all of them. Fill up tensors that
+    # c would overfill and solve for c again: it only grows, so full tensors stay full.
     open_ = {i for i, n in enumerate(entries) if n}
     share = Fraction(0)
     while open_:
@@ -85,9 +87,9 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
 def by_names(
     stages: tuple[Fraction, ...], named: Mapping[str, Any], names: Sequence[str]
 ) -> list[tuple[Fraction, ...]]:
-    """Return the fractions of every array, of some by name and of the others ``stages``.
+    """Return the fractions of every array: those in ``named``, and ``stages`` for the others.
 
-    Where the sparsity changes over time, those by name change in proportion.
+    Under a sparsity schedule, fractions by name rise in proportion to it.
 
     Raises
     ------
@@ -114,7 +116,9 @@ def by_names(
 def by_rule(
     stages: tuple[Fraction, ...], shapes: Sequence[Shape], layouts: Sequence[Layout | None]
 ) -> list[tuple[Fraction, ...]]:
-    """Return the fractions of every array by `erdos_renyi_kernel`; layouts are resolved.
+    """Return the fractions of every array by `erdos_renyi_kernel`.
+
+    ``layouts`` have non-negative axes.
 
     Examples
     --------
@@ -124,11 +128,16 @@ def by_rule(
     return list(_by_rule(stages, tuple(map(_sizes, shapes, layouts))))
 
 
+# Cached, because the shapes are those of the model and the same at every projection.
 @lru_cache(maxsize=64)
 def _by_rule(
     stages: tuple[Fraction, ...], sizes: tuple[tuple[Shape, int], ...]
 ) -> tuple[tuple[Fraction, ...], ...]:
-    """Return fractions by Erdos-Renyi-Kernel; each of stacked tensors counts."""
+    """Return fractions by Erdos-Renyi-Kernel.
+
+    ``sizes`` pairs the axes of a tensor with the number of tensors that an array stacks. Each
+    stacked tensor counts in the rule, but the array gets one fraction for all of them.
+    """
     apart = [size for size, count in sizes for _ in range(count)]
     entries = [math.prod(size) for size in apart]
     zeros = [erdos_renyi_kernel(apart, int(stage * sum(entries))) for stage in stages]
@@ -143,7 +152,7 @@ def _by_rule(
 
 
 def _sizes(shape: Shape, layout: Layout | None) -> tuple[Shape, int]:
-    """Return the lengths of the axes, one per role, and how many tensors are stacked."""
+    """Return the lengths of the axes, one per role, and the number of stacked tensors."""
     roles = layout or Layout()
     named = [axes for axes in (roles.output_axes, roles.input_axes) if axes]
     used = {*roles.output_axes, *roles.input_axes, *roles.batch_axes}

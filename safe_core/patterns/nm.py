@@ -1,4 +1,4 @@
-"""N of every M consecutive inputs."""
+"""Keep N of every M consecutive inputs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["NM"]
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """Keep ``n`` of every ``m`` consecutive entries along the input axis.
+    """Pattern that keeps ``n`` of every ``m`` consecutive entries along the input axis.
 
     Attributes
     ----------
     n, m : int
-        Entries kept, and entries in a group; ``1 <= n <= m``. 2:4 is what NVIDIA's
-        sparse tensor cores run.
+        Entries kept and entries in a group, ``1 <= n <= m``. NVIDIA's sparse tensor cores run
+        2:4. Note that n counts kept entries, not zeros.
     ragged : {"error", "dense"}
-        What to do where ``m`` does not divide the input axis: raise, or leave the last,
-        shorter group dense.
+        Behaviour if ``m`` does not divide the input axis: raise, or keep the last, shorter
+        group dense.
 
     Raises
     ------
@@ -56,19 +56,19 @@ class NM(Pattern):
 
     @property
     def group(self) -> int:  # type: ignore[override]
-        """How many consecutive inputs are decided together: m."""
+        """The number of consecutive inputs decided together, m."""
         return self.m
 
     def fractions(self) -> tuple[Fraction, ...]:
-        """Return the one fraction of zeros, ``1 - n/m``."""
+        """Return the fraction of zeros, ``1 - n/m``, as the only stage."""
         return (1 - Fraction(self.n, self.m),)
 
     def describe(self) -> str:
-        """Return ``"n:m"``."""
+        """Return the text ``"n:m"``, for tables."""
         return f"{self.n}:{self.m}"
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
-        """Raise ValueError where ``m`` does not divide the input axis, or no axis is known."""
+        """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
         layout = require_roles(layout, name, "an N:M pattern", inputs=True)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
         whole_units(merged[axis], self.m, self.ragged, name, "input")
@@ -82,6 +82,7 @@ class NM(Pattern):
             self.check(unit.scores.shape, unit.layout, name)
             axes = unit.layout.input_axes  # type: ignore[union-attr]
             within = partial(self._keep_in_groups, axes, name, xp)
+            # Shards may cut a single input axis between groups, but not merged axes.
             size = self.m if len(axes) == 1 else 0
             masks.append(on_whole_units(within, unit.scores, dict.fromkeys(axes, size)))
         return masks

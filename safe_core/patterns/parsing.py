@@ -1,4 +1,4 @@
-"""A pattern from what a user writes."""
+"""Convert the user's ``sparsity`` argument to a pattern."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["as_pattern"]
 
 
 def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global") -> Pattern:
-    """Return a pattern from a pattern, a fraction of zeros, a table of them, or ``"N:M"``.
+    """Return a pattern from a pattern, a fraction of zeros, a sparsity schedule, or ``"N:M"``.
 
-    ``scope`` is that of a fraction or a table.
+    ``scope`` applies to a fraction and to a schedule.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Selection within one array: all of it, each of its rows, or small groups."""
+"""Select units within one array: in the whole array, in each row, or in small groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .counts import kept_counts, require_roles
 
 __all__ = ["expansion", "keep_in_groups", "keep_within", "on_whole_units", "pad_kept", "take"]
 
-_RANKED_GROUP = 16  # up to this size comparing all pairs is faster than selecting
+# Up to this size comparing all pairs of a group is faster than selecting its largest entries.
+_RANKED_GROUP = 16
 
 
 def keep_within(
@@ -27,13 +28,18 @@ def keep_within(
     by_output: bool,
     xp: Any,
 ) -> Array:
-    """Return the mask of one array by fractions of zeros, of all of it or of each row."""
+    """Return the mask of one array, with a fraction of zeros in each tensor or each row.
+
+    ``stages`` holds the fraction of every stage of the sparsity schedule. Tensors stacked
+    along batch axes are separate pools.
+    """
     if by_output:
         layout = require_roles(layout, name, "scope 'row'")
     order = rows_first(layout or Layout(), scores.ndim, by_output=by_output)
     pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
     n = math.prod(scores.shape[axis] for axis in order[pools:])
     counts = kept_counts(stages, n)
+    # A single pool needs no table of rows, whose transposition would copy the array.
     if math.prod(scores.shape[axis] for axis in order[:pools]) == 1:
         return backend_of(scores).keep_largest([scores], counts=counts, stage=stage)[0]
 
@@ -47,9 +53,10 @@ def keep_within(
 
 
 def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[int, int]) -> Array:
-    """Apply ``fn`` such that each shard it sees holds whole units only.
+    """Return ``fn(scores)``, where each local shard that ``fn`` gets holds whole units only.
 
-    ``units`` maps an axis to the length of a unit along it, 0 for the whole axis.
+    ``units`` maps an axis to the length of a unit along it, 0 for the whole axis. Shards that
+    cut a unit are resharded first. Arrays that are not sharded are passed unchanged.
     """
     backend = backend_of(scores)
     whole = backend.regrouped(scores, units=units)
@@ -59,17 +66,17 @@ def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[i
 def expansion(
     scores: Array, whole: Array, cover: Callable[[Array, Array], Array]
 ) -> Callable[[Array], Array]:
-    """Return the function from a mask of units to one of entries.
+    """Return the function that expands a mask of units to a mask of entries.
 
-    ``cover(part, mask)`` expands the mask of one shard; ``whole`` is ``scores`` with shards
-    that cut no unit.
+    ``cover(part, mask)`` expands the mask of one local shard. ``whole`` is ``scores``,
+    resharded such that no shard cuts a unit.
     """
     backend = backend_of(scores)
     return lambda mask: backend.resharded_as(scores, backend.shardwise(cover, whole, mask))
 
 
 def keep_in_groups(scores: Array, axis: int, n: int, *, xp: Any) -> Array:
-    """Return the mask of the ``n`` largest entries along ``axis``, which holds one group."""
+    """Return the mask of the ``n`` entries of largest magnitude along ``axis``, one group."""
     m = scores.shape[axis]
     if m > _RANKED_GROUP:
         order = (*(a for a in range(scores.ndim) if a != axis), axis)
@@ -83,7 +90,7 @@ def keep_in_groups(scores: Array, axis: int, n: int, *, xp: Any) -> Array:
     for i, key in enumerate(entries):
         rank = xp.zeros_like(key, dtype=xp.int32)
         for j, other in enumerate(entries):
-            # Entry j goes before entry i if it is larger, or equal and lower in index.
+            # Entry j ranks before entry i if it is larger, or equal and lower in index.
             if j != i:
                 rank = rank + xp.astype(other >= key if j < i else other > key, xp.int32)
         masks.append(rank < n)
@@ -96,7 +103,7 @@ def take(x: Array, axis: int, stop: int, start: int = 0) -> Array:
 
 
 def pad_kept(mask: Array, axis: int, like: Array, *, xp: Any) -> Array:
-    """Append kept entries along an axis, up to the size that ``like`` has there."""
+    """Append kept entries along an axis, up to the size of ``like`` along it."""
     if mask.shape[axis] == like.shape[axis]:
         return mask
     tail = tuple(

@@ -1,4 +1,4 @@
-"""Single entries."""
+"""Zero single entries."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["Unstructured"]
 
 @dataclass(frozen=True)
 class Unstructured(FractionPattern):
-    """Single entries: the ``floor(sparsity * n)`` lowest of each pool are zero.
+    """Pattern that zeroes the ``floor(sparsity * n)`` lowest of the n entries in each pool.
 
     Attributes
     ----------
-    sparsity : float or table of `safe_core.schedules`
-        Fraction of zeros in [0, 1), taken as the decimal it prints as.
+    sparsity : float or sparsity schedule
+        Fraction of zeros in [0, 1). A float is read as its printed decimal, 0.29 as 29/100.
     scope : {"global", "tensor", "row"}
-        The pool in which entries compete: all tensors together, each tensor, or the
-        entries of each output of each tensor.
+        Pool in which entries compete: all tensors together, each tensor, or each output of
+        each tensor.
     distribution : None, "erdos_renyi_kernel", or mapping of str to float
-        What each tensor has, where tensors do not compete. None: ``sparsity`` each.
-        "erdos_renyi_kernel": densities in proportion to the sum of a tensor's axes by
-        their product, such that all have ``sparsity`` together, exactly but for rounding
-        down in each row or stacked tensor, see `safe_core.distributions.erdos_renyi_kernel`.
-        A mapping: the sparsity of tensors by their names, as in reports, and ``sparsity``
-        for the rest; where ``sparsity`` changes over time, these change in proportion.
+        Sparsity of each tensor, for scopes in which tensors do not compete. None gives
+        ``sparsity`` to each. "erdos_renyi_kernel" prunes small tensors less, such that all
+        together have ``sparsity``, up to rounding down in each row or stacked tensor; see
+        `safe_core.patterns.erdos_renyi_kernel`. A mapping gives the sparsity of tensors by
+        the names that reports show, and ``sparsity`` to the rest. Under a sparsity schedule
+        the values of the mapping rise in proportion to it.
 
     Raises
     ------
@@ -80,14 +80,14 @@ class Unstructured(FractionPattern):
         return dict(self.distribution) if isinstance(self.distribution, tuple) else {}
 
     def renamed(self, rename: Callable[[str], str]) -> Unstructured:
-        """Return the pattern with the names of its distribution passed through ``rename``."""
+        """Return the pattern with ``rename`` applied to the names of its distribution."""
         if not self._by_name:
             return self
         named = {rename(name): value for name, value in self._by_name.items()}
         return replace(self, distribution=named)
 
     def sparsity_of(self, name: str) -> float:
-        """Return the final fraction of zeros that is asked of the array ``name``."""
+        """Return the final fraction of zeros required of the array ``name``."""
         return float(self._by_name.get(name, self.fractions()[-1]))
 
     def describe(self) -> str:
@@ -96,7 +96,7 @@ class Unstructured(FractionPattern):
         return f"{float(self.fractions()[-1]):g}, scope {self.scope}{rule}"
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
-        """Raise ValueError for the scope "row" of an array whose layout is unknown."""
+        """Raise ValueError in the scope "row" if the layout of the array is unknown."""
         if self.by_output:
             require_roles(layout, name, "scope 'row'")
 
@@ -113,7 +113,7 @@ class Unstructured(FractionPattern):
 
 
 def _frozen(given: Any) -> str | tuple[tuple[str, Any], ...]:
-    """Return a distribution as a hashable value."""
+    """Return a distribution as a hashable value, so that methods stay hashable."""
     if isinstance(given, str):
         _checks.choice("distribution", given, (None, "erdos_renyi_kernel"))
         return given

@@ -396,9 +396,13 @@ def jax_surface_of(
         (lambda: surface_of(params={}), ValueError, "params must hold a floating tensor"),
         (lambda: surface_of(params={"w": torch.ones(2) * 1j}), TypeError, "w must be real"),
         (lambda: surface_of(batches=[]), ValueError, "batches must hold at least one"),
-        (lambda: surface_of(support={"v": 1}), ValueError, "support names 'v'.* they are w"),
+        (
+            lambda: surface_of(support={"v": 1}),
+            ValueError,
+            "support must name parameters, w, got 'v'",
+        ),
         (lambda: surface_of(support=1), TypeError, "support must be 'nonzero', a mapping or None"),
-        (lambda: surface_of(support="nonzero"), ValueError, "where no model tells"),
+        (lambda: surface_of(support="nonzero"), ValueError, "no model to find the weights of"),
         (
             lambda: surface_of(lambda p, b: p["w"]).eigenvalues(),
             ValueError,
@@ -415,7 +419,7 @@ def jax_surface_of(
         (
             lambda: surface_of(params=nn.ConvTranspose2d(2, 2, 1, groups=2)).landscape(),
             ValueError,
-            "layout of weight is not known: pass layout=",
+            "layout of weight is unknown: pass layout=",
         ),
         (lambda: jax_surface_of(loss=3), TypeError, "loss must be a function, got 3"),
         (lambda: jax_surface_of(params={"w": jnp.arange(2)}), ValueError, "params must hold a fl"),
@@ -432,7 +436,7 @@ def jax_surface_of(
         (
             lambda: jax_surface_of(params={"kernel": jnp.ones((2, 2, 2))}).landscape(),
             ValueError,
-            "layout of kernel is not known: pass layout=",
+            "layout of kernel is unknown: pass layout=",
         ),
     ],
 )

@@ -843,7 +843,9 @@ BAD_ARGUMENTS = {
     "importance is a string": ({"importance": "inputs"}, ValueError, "^importance "),
     "importance of a string": ({"importance": {"kernel": "a"}}, TypeError, "^importance of kernel"),
     "importance of no leaf": (
-        {"importance": {"kernel": 1.0, "scale": 1.0}}, ValueError, "^importance names 'scale'"
+        {"importance": {"kernel": 1.0, "scale": 1.0}},
+        ValueError,
+        "^importance must name sparse parameters, kernel, got 'scale'",
     ),
     "importance is lacking": (
         {"importance": {"kernel": None, "bias": None}}, ValueError, "^importance .*'kernel'"
@@ -932,7 +934,10 @@ def test_gradients_must_have_the_structure_of_params():
     [
         ({"importance": "first"}, "^importance "),
         ({"importance": {"first/kernel": jnp.ones(6)}}, "lacks 'second/kernel'"),
-        ({"importance": {"first/kernel": 1.0, "first/bias": 1.0}}, "names 'first/bias'"),
+        (
+            {"importance": {"first/kernel": 1.0, "first/bias": 1.0}},
+            "must name sparse parameters, .*got 'first/bias'",
+        ),
     ],
 )
 def test_a_bad_importance_of_finalize_is_named(options, message):

@@ -694,8 +694,11 @@ def test_the_boxes_of_nnx_go_unnamed(tmp_path: Path) -> None:
     ("tree", "message"),
     [
         ({"ConvTranspose_0": {"kernel": jnp.ones((3, 3, 2, 2))}}, "must not be of a transposed"),
-        ({"stack": {"kernel": jnp.ones((3, 2, 2))}}, "must tell the axes"),
-        ({"a": {"kernel": jnp.ones((2, 2))}, "a.weight": jnp.ones(2)}, "got two of 'a.weight'"),
+        ({"stack": {"kernel": jnp.ones((3, 2, 2))}}, "must determine the axes"),
+        (
+            {"a": {"kernel": jnp.ones((2, 2))}, "a.weight": jnp.ones(2)},
+            "got two arrays named 'a.weight'",
+        ),
     ],
 )
 def test_what_has_no_name_in_pytorch_is_refused(tree: Any, message: str) -> None:

@@ -439,7 +439,7 @@ def test_parameters_may_be_exchanged_before_training_and_not_after() -> None:
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())
         optimizer.param_groups[0]["params"] = list(model.parameters())
         if steps:
-            with pytest.raises(ValueError, match="got others in the place of 1: make the opt"):
+            with pytest.raises(ValueError, match="got others in place of 1: create the opt"):
                 step(model, optimizer)
         else:
             step(model, optimizer)

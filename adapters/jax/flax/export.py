@@ -1,4 +1,4 @@
-"""Sparse parameters for other programs: BCOO matrices, and files that a torch user loads."""
+"""Export sparse parameters as BCOO matrices, or as files that PyTorch can load."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def to_bcoo(params: PyTree, *, where: Any = None) -> PyTree:
     Parameters
     ----------
     params : pytree
-        After `finalize`.
+        The result of `finalize`.
     where : callable or pytree of bool, optional
-        Which leaves, as for `sparse_optimizer`.
+        Selects the leaves to convert, as for `sparse_optimizer`.
 
     Returns
     -------
     pytree
-        Each such leaf holds its non-zero entries, exactly; the others are as given.
+        The same tree. A converted leaf holds exactly its non-zero entries.
 
     Examples
     --------
@@ -59,20 +59,21 @@ def to_bcoo(params: PyTree, *, where: Any = None) -> PyTree:
 
 
 def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the arrays of Flax modules by the names and in the axes of PyTorch's.
+    """Return the arrays of Flax modules with PyTorch's names and axis order.
 
-    ``Dense_0/kernel`` becomes ``Dense_0.weight`` with the outputs first: axes of outputs, of
-    inputs, then of the window; several axes of one role, as the heads of attention, become
-    one. ``scale`` and ``embedding`` become ``weight``, ``mean`` and ``var``
-    ``running_mean`` and ``running_var``. The collections ``params`` and ``batch_stats`` go
-    unnamed. Weights after a flattened image follow the order of Flax, channels last.
+    ``Dense_0/kernel`` becomes ``Dense_0.weight`` with axes (output, input, window...). Several
+    axes of one role, such as the heads of attention, are merged into one. ``scale`` and
+    ``embedding`` become ``weight``; ``mean`` and ``var`` become ``running_mean`` and
+    ``running_var``. The names of the collections ``params`` and ``batch_stats`` are dropped.
+    A dense layer after a flattened image keeps the input order of Flax, channels last, which
+    differs from PyTorch's.
 
     Parameters
     ----------
     variables : pytree of arrays
-        Nested mappings, such as of ``model.init`` or its ``params``.
+        Nested mappings, such as the result of ``model.init`` or its ``params``.
     layout : Layout, mapping of path to Layout, or callable, optional
-        Roles of the axes of kernels, over what the path tells, as for `sparse_optimizer`.
+        Axis roles of kernels, which override those inferred from the path.
 
     Returns
     -------
@@ -81,9 +82,9 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     Raises
     ------
     ValueError
-        If the path of a kernel does not tell its axes, a convolution is transposed, whose
-        window PyTorch mirrors, two arrays come to one name, or ``layout`` names a path that is
-        none of the variables.
+        If the path of a kernel does not determine its axes, a convolution is transposed
+        (PyTorch mirrors its window), two arrays get the same name, or ``layout`` names an
+        unknown path.
 
     Examples
     --------
@@ -95,29 +96,29 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     for path, x in _named(variables, layout):
         name = _torch_name(path)
         if name in found:
-            raise ValueError(f"variables must come to different names, got two of {name!r}")
+            raise ValueError(f"variables must get different names, got two arrays named {name!r}")
         order, shape, _ = _axes(path, x, layout)
         found[name] = np.ascontiguousarray(np.asarray(x).transpose(order).reshape(shape))
     return found
 
 
 def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None) -> None:
-    """Write `to_torch_names` of ``variables`` to a file; needs safetensors.
+    """Write the result of `to_torch_names` to a file, by the package safetensors.
 
-    In PyTorch ``model.load_state_dict(safetensors.torch.load_file(path))`` reads it, for a
-    model whose modules have the same names.
+    In PyTorch, ``model.load_state_dict(safetensors.torch.load_file(path))`` reads it if the
+    modules of the model have the same names.
 
     Parameters
     ----------
     variables : pytree of arrays
     path : str or Path
     layout : optional
-        As of `to_torch_names`.
+        As for `to_torch_names`.
 
     Raises
     ------
     ValueError
-        As `to_torch_names`.
+        As for `to_torch_names`.
 
     Examples
     --------
@@ -134,15 +135,15 @@ def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None)
 
 
 def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> PyTree:
-    """Read a file of `save_safetensors`, or of a PyTorch model of the same names.
+    """Read a file from `save_safetensors`, or from a PyTorch model with the same names.
 
     Parameters
     ----------
     path : str or Path
     like : pytree of arrays
-        The variables to fill, for structure, shapes and dtypes.
+        Variables with the structure, shapes and dtypes of the result.
     layout : optional
-        As of `to_torch_names`.
+        As for `to_torch_names`.
 
     Returns
     -------
@@ -193,7 +194,7 @@ def _torch_name(path: str) -> str:
 def _axes(
     path: str, x: Any, given: Any
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The order of axes in torch, the shape there, and that before axes of a role merge."""
+    """Return torch's axis order, torch's shape, and the permuted shape before axes merge."""
     axes, keys = tuple(range(x.ndim)), path.split("/")
     if not is_prunable(path, x):
         heads = keys[-1] == "bias" and x.ndim == 2 and keys[-2:-1] in _INTO_HEADS
@@ -203,8 +204,8 @@ def _axes(
     known = chosen_layout(path, x, given, layout_of(path, x))
     if known is None:
         raise ValueError(
-            f"the path {path!r} must tell the axes of its kernel, or layout= name them, got shape "
-            f"{x.shape}"
+            f"the path {path!r} must determine the axes of its kernel, or layout= name them, got "
+            f"shape {x.shape}"
         )
     layout: Layout = resolve(known, x.ndim, path)
     roles = (layout.output_axes, layout.input_axes)

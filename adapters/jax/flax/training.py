@@ -1,4 +1,4 @@
-"""Flax: train states and NNX optimizers that pass both gradients, and batch statistics."""
+"""Train with both gradients in Flax Linen and NNX, and recalibrate batch normalisation."""
 
 from __future__ import annotations
 
@@ -51,20 +51,25 @@ class SparseTrainState(TrainState):  # type: ignore[no-untyped-call]
     ) -> SparseTrainState:
         """Take a step, and replace the attributes in ``kwargs``.
 
-        ``grads`` and ``grad_fn`` are as for ``update`` of `sparse_optimizer`, which raises
-        where the method perturbs and ``grad_fn`` is None; other arguments of the optimizer's
-        ``update``, such as ``value``, go into ``update_args``. The statistics of Flax's fp8
-        layers are those of the first pass.
+        ``grads`` and ``grad_fn`` are as for ``update`` of `sparse_optimizer`, which raises if
+        the method perturbs and ``grad_fn`` is None. Pass other arguments of the optimizer's
+        ``update``, such as ``value``, in ``update_args``. Statistics of Flax's fp8 layers come
+        from the first pass.
         """
         passed = dict(update_args or {})
         if grad_fn is not None:
             passed["grad_fn"] = self._of_weights(grad_fn, grads)
+        # Flax's `apply_gradients` passes no extra arguments to the optimizer, so bind them.
         bound = self.replace(tx=self.tx._replace(update=partial(self.tx.update, **passed)))
         step = cast(Any, super(SparseTrainState, bound)).apply_gradients
         return step(grads=grads, **kwargs).replace(tx=self.tx)
 
     def _of_weights(self, grad_fn: Callable[[PyTree], PyTree], grads: PyTree) -> Any:
-        """``grad_fn`` of what the optimizer sees, which for fp8 layers is a part."""
+        """Return ``grad_fn`` for the part of the parameters that the optimizer updates.
+
+        With fp8 layers, Flax passes it only ``params``, and overwrites the fp8 statistics by
+        their gradients.
+        """
         if OVERWRITE_WITH_GRADIENT not in grads:
             return grad_fn
         return lambda moved: grad_fn({**self.params, "params": moved})["params"]
@@ -78,24 +83,25 @@ def nnx_value_and_gradients(
     axis_name: Any = None,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[Any, PyTree, Callable[[PyTree], PyTree]]]:
-    """`value_and_gradients` for a loss of an NNX module, to be called under `nnx.jit`.
+    """Return `value_and_gradients` for a loss of an NNX module; call it under `nnx.jit`.
 
-    ``fn(model, *args, **kwargs)`` returns what ``optimizer.update(model, gradients,
-    grad_fn=grad_fn)`` of an `nnx.Optimizer` takes. Batch statistics and the counts of random
-    streams are those of the first pass; the second draws the same dropout masks. What a pass
-    sows into the module is not kept: capture it within ``loss_fn``, and return it.
+    ``fn(model, *args, **kwargs)`` returns the loss and the arguments of
+    ``optimizer.update(model, gradients, grad_fn=grad_fn)`` of an `nnx.Optimizer`. Batch
+    statistics and the counts of random streams come from the first pass; the second pass
+    draws the same dropout masks. Values that a pass sows into the module are dropped, so
+    return them from ``loss_fn``.
 
     Parameters
     ----------
     loss_fn : callable
         ``loss_fn(model, *args, **kwargs)`` returns a scalar.
     wrt : filter
-        What to differentiate by, as of the optimizer.
+        Variables to differentiate with respect to, the same as for the optimizer.
     has_aux : bool
-        ``loss_fn`` returns ``(loss, aux)``, and so does the value.
+        If True, ``loss_fn`` returns ``(loss, aux)``, and ``fn`` returns this pair as the loss.
     axis_name, micro_batches : optional
-        As of `value_and_gradients`. Batch statistics, too, are averaged over the axis, and
-        go from one part of the batch to the next.
+        As for `value_and_gradients`. Batch statistics are averaged over the axis, too, and
+        each micro-batch continues from those of the one before.
 
     Returns
     -------
@@ -104,7 +110,7 @@ def nnx_value_and_gradients(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not of its kind, or the parts do not divide the batch.
+        If an argument has the wrong type, or ``micro_batches`` does not divide the batch.
 
     Examples
     --------
@@ -138,7 +144,8 @@ def nnx_value_and_gradients(
             return value, aux, nnx.as_pure(nnx.from_flat_state(kept))
 
         compute = carrying_gradients(loss, axis_name=axis_name, micro_batches=micro_batches)
-        before = nnx.as_pure(rest)  # arrays, which no pass can write to
+        # Plain arrays: a pass would write to variables, and the second must start as the first.
+        before = nnx.as_pure(rest)
         (value, aux, after), gradients = compute(params, before, *args, **kwargs)
         nnx.update(model, after)
 
@@ -157,37 +164,37 @@ def recalibrate(
     *,
     samples: int | None = None,
 ) -> PyTree:
-    """Estimate the running statistics of batch normalisation anew, after `finalize`.
+    """Recompute the running statistics of batch normalisation after `finalize`.
 
-    Pruning shifts the activations, and the statistics gathered before do not fit them any
-    more. Returned are the averages over ``batches``, weighted by their sizes, for layers that
-    average exponentially, ``new = momentum * old + (1 - momentum) * batch`` with any
-    momentum below 1.
+    Pruning shifts the activations, so the old statistics no longer fit. This returns the
+    averages over ``batches``, weighted by batch size. It supports layers that average
+    exponentially, ``new = momentum * old + (1 - momentum) * batch``, with any momentum below
+    1, which need not be known.
 
     Parameters
     ----------
     update_fn : callable
         ``update_fn(statistics, batch)`` returns the statistics after a forward pass in
-        training mode. In Flax Linen ``model.apply({"params": params, "batch_stats":
-        statistics}, batch, mutable=["batch_stats"])[1]["batch_stats"]``. It is compiled.
+        training mode; it is compiled. In Flax Linen it is ``model.apply({"params": params,
+        "batch_stats": statistics}, batch, mutable=["batch_stats"])[1]["batch_stats"]``.
     statistics : pytree of arrays
-        The present ones, for their shapes. Arrays of integers, such as counters, stay.
+        The current statistics, for their shapes. Integer arrays, such as counters, are kept.
     batches : iterable of pytrees
-        Each leaf with the examples along its first axis.
+        Batches whose leaves have examples along their first axis.
     samples : int, optional
-        Stop after the batch with which this number of examples is reached; by default after
-        the last batch.
+        Stop after the batch that reaches this number of examples. The default uses all
+        batches.
 
     Returns
     -------
     pytree
-        As ``statistics``.
+        The new statistics.
 
     Raises
     ------
     TypeError, ValueError
-        If ``samples`` is not a positive integer, there is no batch, or the statistics do not
-        follow the batch.
+        If ``samples`` is not a positive integer, ``batches`` is empty, or the statistics do not
+        change with the batch.
 
     References
     ----------
@@ -207,17 +214,21 @@ def recalibrate(
     averaged = [jnp.issubdtype(s.dtype, jnp.floating) for s in leaves]
 
     def filled(values: Iterable[Any]) -> PyTree:
-        """The statistics with ``values`` for those that are averages."""
+        """Return the statistics with ``values`` in place of the averages."""
         found = zip(leaves, averaged, values, strict=True)
         return treedef.unflatten([value if flag else s for s, flag, value in found])
 
     def after(value: float, batch: Any) -> PyTree:
-        """The statistics after a batch, of ones that begin with one value."""
+        """Return the statistics after a batch, if every average starts at ``value``."""
         return update_fn(filled(jnp.full_like(s, value) for s in leaves), batch)
 
     @jax.jit
     def of_batch(batch: Any) -> PyTree:
-        """The statistics of a batch alone."""
+        """Return the statistics of a batch alone.
+
+        The momentum m of a layer is not known here. Two updates from zero give two equations
+        for m and the batch's own average b.
+        """
         low = jax.tree.leaves(after(0.0, batch))  # (1 - m) b
         high = jax.tree.leaves(update_fn(filled(low), batch))  # (1 + m) (1 - m) b
         found = zip(averaged, low, high, strict=True)
@@ -225,7 +236,10 @@ def recalibrate(
 
     @jax.jit
     def follow(batch: Any) -> PyTree:
-        """Whether each array of the statistics follows a batch."""
+        """Return whether each array of the statistics changes with a batch.
+
+        In evaluation mode 0 would stay 0 and 1 would stay 1.
+        """
         ends = zip(averaged, *(jax.tree.leaves(after(v, batch)) for v in (0.0, 1.0)), strict=True)
         return treedef.unflatten(
             [~(jnp.all(a == 0) & jnp.all(b == 1)) if flag else True for flag, a, b in ends]
@@ -240,7 +254,9 @@ def recalibrate(
             _check_follows(follow(batch))
         rows = jnp.shape(jax.tree.leaves(batch)[0])[:1]
         if not rows:
-            raise ValueError("batches must hold arrays with the examples along their first axis")
+            raise ValueError(
+                "batches must hold arrays with the examples along their first axis, got a scalar"
+            )
         count = rows[0]
         total = jax.tree.map(lambda a, b, n=count: a + n * b, total, of_batch(batch))
         seen += count
@@ -259,23 +275,23 @@ def nnx_recalibrate(
     *,
     samples: int | None = None,
 ) -> None:
-    """`recalibrate` for an NNX module: its batch statistics are written anew, in place.
+    """Recompute the batch statistics of an NNX module in-place, as `recalibrate` does.
 
     Parameters
     ----------
     model : nnx.Module
-        In training mode, as of ``model.train()``. Nothing else of it changes.
+        A module in training mode, set by ``model.train()``. Only its batch statistics change.
     forward : callable
-        ``forward(model, batch)`` runs a forward pass; what it returns is not used.
+        ``forward(model, batch)`` runs a forward pass. Its result is not used.
     batches : iterable of pytrees
-        Each leaf with the examples along its first axis.
+        Batches whose leaves have examples along their first axis.
     samples : int, optional
-        As of `recalibrate`.
+        As for `recalibrate`.
 
     Raises
     ------
     TypeError, ValueError
-        As `recalibrate`, and if ``model`` has no batch statistics.
+        As for `recalibrate`, and if ``model`` has no batch statistics.
 
     Examples
     --------
@@ -288,7 +304,7 @@ def nnx_recalibrate(
     graph, found, rest = nnx.split(model, nnx.BatchStat, ...)  # type: ignore[misc]
     statistics, others = nnx.as_pure(found), nnx.as_pure(rest)
     if not jax.tree.leaves(statistics):
-        raise ValueError(f"model must have batch statistics, got {type(model)!r} without")
+        raise ValueError(f"model must have batch statistics, got {type(model)!r} without any")
 
     def update(statistics: PyTree, batch: Any) -> PyTree:
         module = nnx.merge(graph, statistics, others)
@@ -299,7 +315,10 @@ def nnx_recalibrate(
 
 
 def _unaveraged(low: jax.Array, high: jax.Array) -> jax.Array:
-    """b of ``low = (1 - m) b`` and ``high = (1 + m) low``, by the largest entry's m."""
+    """Solve ``low = (1 - m) b`` and ``high = (1 + m) low`` for b.
+
+    m is the same for all entries, so the largest one gives it with the least rounding error.
+    """
     low, high = (a.astype(wide_dtype(jnp, [a])) for a in (low, high))
     place = jnp.argmax(jnp.abs(low))
     a, b = low.ravel()[place], high.ravel()[place]
@@ -312,6 +331,6 @@ def _check_follows(follows: PyTree) -> None:
         if not flag:
             name = name_of(path)
             raise ValueError(
-                f"update_fn must average {name} with a batch, got what it was given: is the model "
-                "in training mode?"
+                f"update_fn must average {name} with a batch, got what it was given, unchanged: "
+                "is the model in training mode?"
             )
