@@ -187,7 +187,7 @@ def test_layers_are_pruned_by_a_solver() -> None:
         prune_layers(params, grams, "safe", "2:4")
     missing = {name: gram for name, gram in grams.items() if "1" not in name}
     with pytest.raises(
-        ValueError, match=r"must hold a Gram matrix for Dense_1/kernel, got Dense_0"
+        ValueError, match=r"grams must hold a Gram matrix for Dense_1/kernel, got Dense_0"
     ):
         prune_layers(params, missing, Wanda(), "2:4")
 
