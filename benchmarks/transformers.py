@@ -162,7 +162,7 @@ def _embeddings(model: nn.Module, rows: Tensor) -> np.ndarray[Any, Any]:
 
 @torch.no_grad()
 def _drift(model: nn.Module, dense: nn.Module, rows: Tensor) -> list[float]:
-    """How far hidden states are from the dense model's behind each block, over their squares."""
+    """Return the relative squared error of the hidden states after each block."""
     sums = None
     for part in rows.split(16):
         pairs = zip(

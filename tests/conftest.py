@@ -12,7 +12,9 @@ import jax
 import pytest
 import torch
 
-pytest.register_assert_rewrite("array_backends", "command_line", "linear_problem", "reference")
+pytest.register_assert_rewrite(
+    "array_backends", "command_line", "linear_problem", "reference", "small_recipe"
+)
 
 jax.config.update("jax_enable_x64", True)
 # On a GPU, JAX multiplies float32 matrices in TF32 by default, which keeps only three digits.

@@ -128,7 +128,7 @@ class Entry:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the method prunes nothing, so that no sparsity applies."""
+        """True for dense training, to which no sparsity applies."""
         return self.method == "dense"
 
     @property

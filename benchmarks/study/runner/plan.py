@@ -133,7 +133,9 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     """
     corrupted = recipe.evaluation.corruption_folder
     if corrupted is not None and not Path(corrupted).is_dir():
-        raise ValueError(f"evaluation.corruption_folder must exist, got {corrupted!r}")
+        raise ValueError(
+            f"evaluation.corruption_folder must be an existing folder, got {corrupted!r}"
+        )
     clean = _loaded(recipe.data.name, folder or recipe.data.folder)
     images = clean.train.images[: recipe.data.train_images]
     labels = clean.train.labels[: recipe.data.train_images]

@@ -1,0 +1,183 @@
+"""Reports of studies: tables, figures, and quotes from the paper."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from small_recipe import TINY, changed
+from typer.testing import CliRunner
+
+import safe_core.study.runner.figures as figures
+from safe_core.command_line.app import app
+from safe_core.study.runner import cells, parse_recipe, write_report
+from safe_core.study.runner.cells import Cell, append_result, read_results
+from safe_core.study.runner.statistics import agreement
+
+
+def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        changed("seeds = [0, 1]", "seeds = [0]")
+        .replace("[0.8, 0.9]", "[0.9]")
+        .replace(", 0.5]", "]")
+        + "[evaluation]\nhistory_epochs = 1\nweight_bins = 5\nlandscape_points = 3\n"
+    )
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["study", str(path), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "2/2 SAFE at 0.9, seed 0, torch" in result.stderr
+    recipe = parse_recipe(path.read_text())
+    found = read_results(out / "results.jsonl", recipe)
+    safe = found[Cell("torch", 0.0, "SAFE", 0.9, 0)]
+    assert safe["zeros"] == int(0.9 * safe["weights"])
+    assert [point["epoch"] for point in safe["history"]] == [1, 2]
+    assert safe["history"][-1]["accuracy"] == safe["accuracy"]
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"| SAFE | {safe['accuracy']:.2f} |" in result.stdout
+    figures = {p.name for p in out.glob("*.p[dn][fg]")}
+    wanted = {"accuracy", "history_distance_0.9", "landscape", "weights"}
+    assert {f"{name}.{kind}" for name in wanted for kind in ("png", "pdf")} <= figures
+    refused = CliRunner().invoke(app, ["study", "table-99"])
+    assert refused.exit_code == 1
+    assert "recipe must be an existing file, or one of figure-1, " in refused.stderr
+
+
+def made_results(out: Path) -> None:
+    """Three methods, two seeds and a quote; one seed of the last method diverged."""
+    source = TINY.replace(", 0.5]", "]") + '[[methods]]\nmethod = "admm"\nlabel = "AD_MM"\n'
+    quote = '[[quoted]]\nsource = "Lee"\nmethod = "{0}"\nnoise = {1}\nvalues = {2}\n'
+    source += quote.format("PBW", 0, '{"0.90" = [99.0, 0.25]}')
+    source += quote.format("Elsewhere", 0.25, '{"0.9" = 1}') + quote.format("At", 0, '{"0.7" = 1}')
+    (out / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    means = {"dense": 98.0, "SAFE": 97.0, "AD_MM": 95.0}
+    for cell in cells(recipe):
+        result: dict[str, Any] = {"accuracy": means[cell.method] + cell.seed}
+        if cell.method == "AD_MM" and cell.sparsity == 0.9 and cell.seed:
+            result = {"diverged": True, "losses": []}
+        append_result(out / "results.jsonl", recipe, cell, result)
+
+
+def test_report(tmp_path: Path) -> None:
+    made_results(tmp_path)
+    files = write_report(tmp_path)
+    assert all(file.stat().st_size for file in files)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| dense | 98.50 ± 0.50 | 98.50 ± 0.50 |" in markdown
+    assert "| SAFE | **97.50 ± 0.50** | **97.50 ± 0.50** |" in markdown
+    assert "| AD_MM | <u>95.50 ± 0.50</u> | <u>95.00 (1)</u> |" in markdown
+    assert "| PBW (quoted 1) | - | 99.00 ± 0.25 |" in markdown
+    assert "Elsewhere" not in markdown
+    assert "At (quoted" not in markdown
+    assert "\nMean and standard error over 2 seeds;" in markdown
+    assert "quoted 1: from Lee, not measured here" in markdown
+    latex = (tmp_path / "report.tex").read_text()
+    assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
+    assert r"AD\_MM & $\underline{95.50} \pm 0.50$ & $\underline{95.00}$ (1) \\" in latex
+    assert r"method & 80\% & 90\% \\" in latex
+
+
+def test_figures_of_sweeps(tmp_path: Path) -> None:
+    swept = '[[methods]]\nmethod = "admm"\nlabel = "{0}"\nscope = "{1}"\nsweep = {2}\n'
+    source = TINY.split("[[methods]]")[0].replace(", 0.5]", "]") + '[[methods]]\nmethod = "dense"\n'
+    source += swept.format("A", "global", "{ penalty = [0.1, 1, 10] }")
+    source += swept.format("B", "row", "{ penalty = [1, 0.1] }")
+    source += swept.format("C", "row", "{ relaxation = [0.5, 1] }")
+    recipe = parse_recipe(source)
+    by_label = {entry.label: 50.0 + i for i, entry in enumerate(recipe.methods)}
+    assert [entry.family for entry in recipe.methods] == ["dense", *"AAABBCC"]
+    results = {c: {"accuracy": by_label[c.method], "distance": 1.0} for c in cells(recipe)}
+    results |= {c: {"diverged": True} for c in results if c.method == "B, penalty = 0.1"}
+    found = figures._metrics(recipe, results, "")
+    assert list(found) == ["accuracy_by_penalty", "accuracy_by_relaxation"]
+    (axes,) = found["accuracy_by_penalty"].axes
+    lines = {c.get_label(): c.lines[0].get_xydata().tolist() for c in axes.containers}
+    assert lines["A, 80%"] == [[0.1, 51.0], [1.0, 52.0], [10.0, 53.0]]
+    np.testing.assert_equal(lines["B, 90%"], [[1.0, 54.0], [0.1, np.nan]])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "1", "10"]
+    half = {c: r for c, r in results.items() if c.method in ("dense", "A, penalty = 1")}
+    (axes,) = figures._metrics(recipe, half, "")["accuracy_by_penalty"].axes
+    assert [c.get_label() for c in axes.containers] == ["A, 80%", "A, 90%"]
+
+
+def test_report_of_a_part(tmp_path: Path) -> None:
+    source = changed('"SAFE"', '"S|{_}^2\\\\"').replace(", 0.5]", "]")
+    (tmp_path / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    for cell in cells(recipe)[:3]:
+        append_result(tmp_path / "results.jsonl", recipe, cell, {"accuracy": 50.0})
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| S\\|{_}^2\\ | 50.00 | - |" in markdown
+    assert "\nMean and standard error over 1 to 2 of 2 seeds." in markdown
+    name = r"S\textbar{}\{\_\}\textasciicircum{}2\textbackslash{} &"
+    assert name in (tmp_path / "report.tex").read_text()
+
+
+def test_report_by_noise_and_metric(tmp_path: Path) -> None:
+    source = TINY + '[report]\nrows = ["sparsity", "method"]\ncolumns = "noise"\n'
+    source += 'metrics = ["accuracy", "distance"]\n'
+    (tmp_path / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    for cell in cells(recipe):
+        result = {"accuracy": 50 + 10 * cell.noise + cell.seed, "distance": 0.0123}
+        append_result(tmp_path / "results.jsonl", recipe, cell, result)
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "**Tiny: accuracy, %**" in markdown
+    assert "| sparsity | method | 0% label noise | 50% label noise |" in markdown
+    assert "| 80% | SAFE | 50.50 ± 0.50 | 55.50 ± 0.50 |" in markdown
+    assert "| 80% | SAFE | 0.01230 ± 0.00000 | 0.01230 ± 0.00000 |" in markdown
+
+
+def test_report_tells_where_the_frameworks_differ(tmp_path: Path) -> None:
+    source = TINY.replace('["torch"]', '["torch", "jax"]').replace(", 0.5]", "]")
+    recipe = parse_recipe(source)
+    means = {  # (PyTorch, JAX) of the first seed; that of the second is 2 higher
+        ("dense", None): (98.0, 98.9),
+        ("SAFE", 0.8): (90.0, 94.3),  # three joint standard errors are 4.24
+        ("SAFE", 0.9): (90.0, 94.2),
+    }
+    results = {
+        cell: {
+            "accuracy": means[cell.method, cell.sparsity][cell.framework == "jax"] + 2 * cell.seed
+        }
+        for cell in cells(recipe)
+    }
+    found = agreement(recipe, results)
+    assert (found.compared, round(found.largest, 9), found.apart) == (3, 4.3, ["SAFE at 80%"])
+    alone = {cell: result for cell, result in results.items() if cell.framework == "torch"}
+    assert agreement(recipe, alone) is None
+    exact = {cell: {"accuracy": means[cell.method, cell.sparsity][0]} for cell in cells(recipe)}
+    lost = {cell: {} if cell.method == "dense" else result for cell, result in exact.items()}
+    assert agreement(recipe, lost).apart == []  # all seeds of both diverged
+    key = next(c for c in lost if c.method == "SAFE" and c.framework == "jax")
+    again = {**lost, **{c: {} for c in lost if c._replace(seed=0) == key._replace(seed=0)}}
+    assert agreement(recipe, again).apart == [f"SAFE at {100 * key.sparsity:g}%"]
+    for cell, result in results.items():
+        append_result(tmp_path / "results.jsonl", recipe, cell, result)
+    (tmp_path / "recipe.toml").write_text(source)
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "PyTorch and JAX agree in 2 of 3 accuracies" in markdown
+    assert markdown.endswith("They do not in: SAFE at 80%.\n")
+
+
+def test_quotes_are_what_the_paper_prints() -> None:
+    content = tomllib.loads((files("safe_core.study") / "recipes" / "table-2.toml").read_text())
+    safe = [q for q in content["quoted"] if q["method"] == "SAFE" and q["noise"] == 0.75]
+    assert safe[0]["values"]["0.9"] == [64.72, 0.61]
+
+
+def test_a_report_leaves_a_line_that_is_being_written(tmp_path: Path) -> None:
+    made_results(tmp_path)
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"recipe": "be')
+    before = file.read_bytes()
+    write_report(tmp_path)
+    assert file.read_bytes() == before
