@@ -6,6 +6,6 @@ from importlib.util import find_spec
 # together. Python finds the clone's safe_core/ before an installed wheel if it is started there.
 if find_spec("safe_core.backends") is None:
     raise ImportError(
-        "safe_core/ of a clone is not the whole package: run `pip install -e .` in the clone, "
-        "or start Python in another folder"
+        "the folder safe_core/ of a clone holds only a part of the package: "
+        "start Python in another folder, or run `pip install -e .` in the clone"
     )

@@ -293,7 +293,14 @@ REGROUPED = """[
 def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED.format(axis_type=axis_type, cases=cases)],
+        [
+            sys.executable,
+            "-P",
+            "-W",
+            "error",
+            "-c",
+            SHARDED.format(axis_type=axis_type, cases=cases),
+        ],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

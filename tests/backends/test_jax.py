@@ -159,7 +159,7 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
 def in_eight_devices(program: str) -> str:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-P", "-W", "error", "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

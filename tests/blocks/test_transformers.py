@@ -782,7 +782,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> Non
         program = KILLED.format(
             tests=str(Path(__file__).parent), chain=chain, at=at, file=file, work=work
         )
-        finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        finished = subprocess.run(
+            [sys.executable, "-P", "-c", program], capture_output=True, text=True
+        )
         assert finished.returncode == -signal.SIGKILL, finished.stderr
     assert (tmp_path / "work" / "block-00002.safetensors").exists()
     prune_blocks(resumed, DATA, SHORT, 0.5, work_dir=work, progress=seen.append)

@@ -72,7 +72,7 @@ def test_help_is_quick_and_lists_all_commands() -> None:
         "except SystemExit: print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.rstrip().endswith("[]")
     words = {line.split()[1] for line in result.stdout.splitlines() if len(line.split()) > 2}
@@ -183,7 +183,7 @@ def test_real_commands_name_missing_packages(
 def test_without_typer_the_extras_are_named() -> None:
     program = "import sys; sys.modules['typer'] = None; import safe_core.command_line.app"
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     assert result.stderr.startswith("safe-core: the command line needs typer: pip install ")

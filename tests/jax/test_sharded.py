@@ -153,7 +153,7 @@ with ocp.StandardCheckpointer() as checkpointer:
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script, str(tmp_path)],
+        [sys.executable, "-P", "-c", PREAMBLE + script, str(tmp_path)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,

@@ -69,7 +69,7 @@ def test_equivalence_tests_are_collected_without_other_packages(
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     needed = "safe-core,torch,jax,optax,flax,numpy,array-api-compat,pytest"
     finished = subprocess.run(
-        [sys.executable, "-c", COLLECT, needed], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-P", "-c", COLLECT, needed], cwd=ROOT, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     hidden, _, collected = finished.stdout.partition("\n")

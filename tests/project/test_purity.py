@@ -22,7 +22,7 @@ print(sorted({"jax", "jaxlib", "torch", "flax", "optax", "tensorflow", "cupy"} &
 
 def test_the_core_imports_no_framework() -> None:
     finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM], capture_output=True, text=True
+        [sys.executable, "-P", "-W", "error", "-c", PROGRAM], capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "[]"

@@ -250,7 +250,7 @@ def test_a_dual_update_makes_no_new_anchor_on_the_cpu() -> None:
 @pytest.fixture(scope="module")
 def sharded_output() -> list[str]:
     finished = subprocess.run(
-        [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=240
+        [sys.executable, "-P", "-c", SHARDED], capture_output=True, text=True, timeout=240
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.split("\n")
