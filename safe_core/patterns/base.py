@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from safe_core import _checks
 from safe_core.backends import Array, backend_of
 from safe_core.layout import Layout
-from safe_core.schedules import SparsityTable
+from safe_core.sparsity_tables import SparsityTable
 
 from .counts import kept_counts
 from .pools import keep_within

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from safe_core import _checks
 from safe_core.backends import Array, backend_of
 from safe_core.layout import Layout, merge
-from safe_core.schedules import SparsityTable
+from safe_core.sparsity_tables import SparsityTable
 
 from .base import FractionPattern, Units, check_fraction
 from .counts import require_roles, whole_units

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from safe_core import _checks
-from safe_core.schedules import SparsityTable
+from safe_core.sparsity_tables import SparsityTable
 
 from .base import Pattern
 from .nm import NM

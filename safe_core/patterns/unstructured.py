@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from safe_core import _checks
 from safe_core.layout import Layout
-from safe_core.schedules import SparsityTable
+from safe_core.sparsity_tables import SparsityTable
 
 from .base import FractionPattern, check_fraction
 from .counts import require_roles
