@@ -14,6 +14,7 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
+from . import _checks
 from ._dtypes import scalar_like, wide_dtype
 from .constraints import ArrayInfo, SplitState
 from .constraints.splitting import penalty_gradient
@@ -73,6 +74,11 @@ def start(
     -------
     StepState
 
+    Raises
+    ------
+    ValueError
+        If ``sparse`` or ``info`` does not match ``params``, or a pattern does not fit.
+
     Examples
     --------
     >>> import numpy
@@ -81,15 +87,27 @@ def start(
     >>> start(safe_core.admm(0.5), [numpy.asarray([1.0, 3.0])], [0], info).split.support
     [array([False,  True])]
     """
+    _check_sparse(params, sparse, info)
     values = [params[i] for i in sparse]
     flat = no_direction(params) if method.plan().reuses else []
     source = method.importance if importance is None else importance
     held = None if source is None else source.init(values)
-    # The first projection uses P only if P is constant. An importance that is refreshed at
-    # dual updates has nothing to go by yet, so z starts from the plain magnitudes.
-    known = None if source is None or source.reads is not None else held
-    metric = method.metric(known, source=source)
+    joint = method.sparsity.joint
+    metric = None if source is None else source.first_metric(held, joint=joint)
     return StepState(method.init(values, info, metric), held, flat)
+
+
+def _check_sparse(params: Sequence[Array], sparse: Sequence[int], info: ArrayInfo) -> None:
+    """Refuse positions that are not those of parameters, or of which ``info`` knows nothing."""
+    if not all(0 <= i < len(params) for i in sparse):
+        raise ValueError(
+            f"sparse must hold positions among {len(params)} parameters, got {list(sparse)!r}"
+        )
+    if len(info.names) != len(sparse) or len(info.layouts) != len(sparse):
+        raise ValueError(
+            f"info must name {len(sparse)} sparse parameters and their layouts, got "
+            f"{_checks.shown(info)}"
+        )
 
 
 def no_direction(params: Sequence[Array]) -> list[Array]:
@@ -130,6 +148,12 @@ class FunctionalStep:
         Returns the base optimizer's second moments of the sparse parameters after its step.
     layouts : sequence of Layout or None, optional
         Axis roles of all parameters, for perturbations that read them.
+
+    Raises
+    ------
+    ValueError
+        By `run` and `updates`, if lists do not match in length, or the plan needs a learning
+        rate or second moments that are not given.
 
     Examples
     --------
@@ -181,6 +205,7 @@ class FunctionalStep:
 
     def updates(self, gradients: list[Array], state: StepState) -> tuple[list[Array], StepState]:
         """Take the step as `run` does, but return the updates to add to x, as optax does."""
+        self._check(gradients)
         self._plan = self.method.plan() if self.plan is None else self.plan
         self._source = self.method.importance if self.importance is None else self.importance
         self._split, self._held = state.split, state.importance
@@ -192,6 +217,15 @@ class FunctionalStep:
         for operation in self._plan.operations:
             getattr(self, f"_{operation.name.lower()}")()
         return self._updates, StepState(self._split, self._held, self._flat)
+
+    def _check(self, gradients: Sequence[Array]) -> None:
+        """Refuse lists that do not match, which would fail later without a name."""
+        _check_sparse(self.params, self.sparse, self.info)
+        if len(gradients) != len(self.params):
+            raise ValueError(
+                f"gradients must hold one array per parameter, {len(self.params)}, got "
+                f"{len(gradients)}"
+            )
 
     # Gradients
 
@@ -252,6 +286,8 @@ class FunctionalStep:
         self._g = self._replaced(self._g, pulled)
 
     def _measure_pull(self) -> None:
+        if self.learning_rate is None:
+            raise ValueError("learning_rate must be given for a decoupled penalty, got None")
         # Measured before the base step, because the pull is that at x_t and not at x_{t+1}.
         self._pulls = [
             scalar_like(self.learning_rate, pull) * pull for pull in self._penalty_gradients()

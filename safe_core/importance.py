@@ -54,6 +54,16 @@ class Importance:
         """Return the state before step 0, or None if there is none yet."""
         raise NotImplementedError
 
+    def first_metric(self, state: Sequence[Array] | None, *, joint: bool) -> list[Array] | None:
+        """Return P for the first projection; None where it is 1.
+
+        Only a constant P is known then. One that is refreshed at dual updates has seen nothing
+        yet, so z starts from the plain magnitudes.
+        """
+        if state is None or self.reads is not None:
+            return None
+        return self.metric(state, joint=joint)
+
     def refresh(self, state: Sequence[Array], values: Sequence[Array]) -> list[Array]:
         """Return the state after a dual update, where ``values`` is the input named by `reads`."""
         return list(state)

@@ -133,9 +133,8 @@ def sparse_optimizer(
         base_state = inner.init(params)
         source = importance_in_use(importance, method, tree)
         held = initial_importance(importance, source, params, base_state, tree)
-        known = None
-        if held is not None and source is not None and source.reads != "model":
-            known = method.metric(held, source=source)
+        joint = method.sparsity.joint
+        known = None if source is None else source.first_metric(held, joint=joint)
         with selecting_on_host(select_on_host):
             split = method.init(values, tree.info, known)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []

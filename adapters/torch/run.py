@@ -202,8 +202,8 @@ class Run:
             source = self.source
             held = None if source is None else source.init(members)
             known = None
-            if source is not None and source.reads is None and held is not None:
-                known = source.metric(held, joint=pattern.joint)
+            if source is not None:
+                known = source.first_metric(held, joint=pattern.joint)
             info = parameters.info(members)
             split = self.method.constraint.init(values, pattern, info, known)
             parameters.store(members, split)

@@ -34,7 +34,7 @@ class _Step:
         self.plan = run.plan
         self.sparse = run.sparse()
         self.due = self._due()
-        self.penalties: dict[Tensor, float] = {}
+        self.penalties: dict[Tensor, float] = {}  # what a compiled base step is to add
         self.pulls: dict[Tensor, Tensor] = {}
 
     def take(self, first: dict[Tensor, Tensor]) -> None:
@@ -103,7 +103,7 @@ class _Step:
     def measure_pull(self) -> None:
         run, selected = self.run, self.run.selected
         # Measure at x, before the base step changes it.
-        self.penalties = run.signed("penalty")
+        penalties = run.signed("penalty")
         fill_gradients(self.sparse)
         run.moved.restore()
         for group in run.groups:
@@ -111,10 +111,9 @@ class _Step:
             if mine:
                 rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
-                factor = rate * abs(self.penalties[mine[0]])
+                factor = rate * abs(penalties[mine[0]])
                 found = kernels.pulls(mine, run.parameters.split(mine).anchor, factor)
                 self.pulls.update(zip(mine, found, strict=True))
-        self.penalties = {}  # else a compiled base step would add the penalty again
 
     def base_step(self) -> None:
         run = self.run

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import safe_core
-from safe_core import Method, Operation, Point, schedules
+from safe_core import ArrayInfo, Method, Operation, Point, schedules
 from safe_core.adapters.torch import step as torch_step
-from safe_core.functional import FunctionalStep
+from safe_core.functional import FunctionalStep, start
 
 RISING = schedules.cubic(0.5, steps=4)
 
@@ -87,3 +88,32 @@ def test_a_frozen_plan_trains_under_the_final_mask() -> None:
 def test_a_zero_radius_leaves_out_the_perturbed_point_unless_it_is_projected() -> None:
     assert not safe_core.safe(0.5).plan(has_radius=False).perturbs
     assert safe_core.cram(0.5).plan(has_radius=False).perturbs
+
+
+def one_step(
+    method: Method, sparse: tuple[int, ...] = (0,), names: tuple[str, ...] = ("x",), given: int = 2
+) -> None:
+    """Take a step of two parameters, of which some are sparse."""
+    params, info = [np.ones(4), np.ones(2)], ArrayInfo(names, (None,) * len(names))
+    state = start(method, params, [0], ArrayInfo(("x",), (None,)))
+    step = FunctionalStep(method, params, sparse, info, 0, lambda x: x, lambda g: g)
+    step.run([np.ones(4), np.ones(2)][:given], state)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: one_step(safe_core.admm(0.5, decoupled=True)), "learning_rate must be given"),
+        (lambda: one_step(safe_core.admm(0.5), sparse=(2,)), r"sparse must hold .*, got \[2\]"),
+        (lambda: one_step(safe_core.admm(0.5), names=("x", "y")), "info must name 1 sparse"),
+        (lambda: one_step(safe_core.admm(0.5), given=1), "gradients must hold one .* 2, got 1"),
+        (
+            lambda: start(safe_core.admm(0.5), [np.ones(2)], [1], ArrayInfo(("x",), (None,))),
+            r"sparse must hold positions among 1 parameters, got \[1\]",
+        ),
+    ],
+    ids=["rate", "position", "name", "gradient", "start"],
+)
+def test_a_loop_of_ones_own_gets_errors_with_names(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
