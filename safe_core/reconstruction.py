@@ -1,4 +1,4 @@
-"""What pruning block by block shares across frameworks: settings, recipe, order of samples."""
+"""Share settings, recipe and sample order of block-wise pruning across frameworks."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Perplexity(NamedTuple):
-    """How well a model predicts a text.
+    """Hold the perplexity of a model on a text, and the counts behind it.
 
     Attributes
     ----------

@@ -120,7 +120,7 @@ def find_solver(method: str) -> Solver:
 
 @dataclass(frozen=True)
 class PruningJob:
-    """What to prune and how, in plain values.
+    """Hold the settings of one pruning, in plain values.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What every solver says of itself: its name, what it needs, its memory."""
+"""Define the base classes of solvers: name, needed statistics, memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Needs = Literal["nothing", "squares", "gram"]
 
 
 class Solver:
-    """What `prune_blocks` and the command line know of a solver, whatever it prunes.
+    """Base class of solvers, with all that `prune_blocks` and the command line need to know.
 
     A solver is a `LayerSolver`, which prunes one layer at a time, or prunes a whole block, as
     `safe_core.reconstruction.Reconstruction` does.

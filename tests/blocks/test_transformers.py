@@ -917,7 +917,7 @@ def test_solvers_that_differ_are_told_apart() -> None:
 
 
 def test_a_run_does_not_go_on_by_other_defaults(tmp_path: Path, monkeypatch: Any) -> None:
-    """What a later release decides in the place of None is another run."""
+    """A default that a later release changes makes another run."""
     solver = SafeReconstruction(epochs=1)
     prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)
     monkeypatch.setattr(

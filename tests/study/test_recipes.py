@@ -99,7 +99,7 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["table-3", "table-7", "table-8", "figure-1", "figure-4"])
 def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
-    """As they are, but for a narrow network that sees one batch an epoch."""
+    """Every recipe runs as it is, with a narrow network and one batch an epoch."""
     whole = read_recipe(files("safe_core.study") / "recipes" / f"{name}-digits.toml")
     recipe = replace(
         whole,

@@ -18,7 +18,7 @@ __all__ = ["prune"]
 
 
 class Scope(enum.StrEnum):
-    """Where entries compete."""
+    """Name the pool that entries compete in."""
 
     tensor = "tensor"
     row = "row"
@@ -32,7 +32,7 @@ class Blocks(enum.StrEnum):
 
 
 class Offload(enum.StrEnum):
-    """Where activations are kept."""
+    """Name the place that activations are kept in."""
 
     cpu = "cpu"
     disk = "disk"

@@ -1,4 +1,4 @@
-"""What needs Flax: training states, modules as blocks, and files for other libraries."""
+"""Train, prune and export Flax modules."""
 
 from .blocks import linen_block, linen_grams, nnx_block, nnx_grams
 from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names

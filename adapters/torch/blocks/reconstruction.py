@@ -69,7 +69,7 @@ dual_update_interval
 
     @property
     def watches(self) -> Literal["nothing", "squares"]:  # type: ignore[override]
-        """What is recorded of the inputs of weights: their squares for SAFE+."""
+        """The statistics of inputs to record: sums of squares for SAFE+."""
         return "squares" if self.importance else "nothing"
 
     def described(self, pattern: Pattern) -> dict[str, str]:

@@ -136,7 +136,7 @@ class LayerByLayer(BlockSolver):
 
     @property
     def watches(self) -> Literal["tokens", "squares", "gram"]:  # type: ignore[override]
-        """What is recorded of inputs: what the solver needs, and at least their number."""
+        """The statistics of inputs to record: those that the solver needs, or their count."""
         return "tokens" if self.solver.needs == "nothing" else self.solver.needs
 
     def described(self, pattern: Pattern) -> dict[str, str]:

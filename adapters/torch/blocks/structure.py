@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """How a model calls its blocks.
+    """Describe the calls of blocks in a model.
 
     Attributes
     ----------

@@ -35,7 +35,7 @@ NO_CAST = (torch.float32, torch.float32)
 
 
 class Task(NamedTuple):
-    """What is pruned and how.
+    """Hold the blocks to prune, the samples and the settings.
 
     Attributes
     ----------

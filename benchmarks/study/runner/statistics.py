@@ -116,7 +116,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 class Agreement(NamedTuple):
-    """How well the accuracies of the two frameworks agree.
+    """Compare the accuracies of the two frameworks.
 
     Attributes
     ----------
