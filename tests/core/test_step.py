@@ -67,7 +67,13 @@ def test_the_base_step_comes_between_what_reads_gradients_and_what_reads_paramet
     for method, _, _ in PLANS.values():
         order = method.plan().operations
         base = order.index(Operation.BASE_STEP)
-        assert order.index(Operation.OBSERVE_GRADIENTS) < base < order.index(Operation.UPDATE_STATE)
+        update = order.index(Operation.UPDATE_STATE)
+        assert order.index(Operation.OBSERVE_GRADIENTS) < base < update
+        # x is projected onto the new support, and masked by the old one before.
+        if Operation.PROJECT_PARAMETERS in order:
+            assert update < order.index(Operation.PROJECT_PARAMETERS)
+        if Operation.MASK_PARAMETERS in order:
+            assert base < order.index(Operation.MASK_PARAMETERS) < update
 
 
 @pytest.mark.parametrize("walker", [FunctionalStep, torch_step._Step], ids=["functional", "torch"])

@@ -54,8 +54,8 @@ INPUTS, TARGETS = RNG.standard_normal((32, 8)), RNG.standard_normal((32, 4))
 WEIGHT = RNG.standard_normal((4, 8))
 
 
-def train_in_torch(method: Method) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The weight after training, projected, and the names of a report's figures."""
+def train_in_torch(method: Method) -> tuple[np.ndarray, np.ndarray, list[str], Any]:
+    """The trained weight, its projection, names of a report's figures, and the importance."""
     model = nn.Linear(8, 4).double()
     with torch.no_grad():
         model.weight.copy_(torch.from_numpy(WEIGHT))
@@ -73,13 +73,14 @@ def train_in_torch(method: Method) -> tuple[np.ndarray, np.ndarray, list[str]]:
     for _ in range(20):
         optimizer.step(closure)
     figures = list(optimizer.report().scalars())
+    held = optimizer.state[model.weight].get("importance")
     trained = model.weight.detach().numpy().copy()
     optimizer.finalize()
     optimizer.check_sparsity()
-    return trained, model.weight.detach().numpy(), figures
+    return trained, model.weight.detach().numpy(), figures, held
 
 
-def train_in_jax(method: Method) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def train_in_jax(method: Method) -> tuple[np.ndarray, np.ndarray, list[str], Any]:
     """The same in optax, in the layout of PyTorch."""
     params = {"kernel": jnp.asarray(WEIGHT.T), "bias": jnp.zeros(4)}
     tx = sparse_optimizer(optax.sgd(0.05, momentum=0.9), method)
@@ -98,7 +99,8 @@ def train_in_jax(method: Method) -> tuple[np.ndarray, np.ndarray, list[str]]:
         params, state = step(params, state)
     figures = list(report(params, state, method).scalars())
     projected = finalize(params, state, method)
-    return np.asarray(params["kernel"]).T, np.asarray(projected["kernel"]).T, figures
+    held = None if state.importance is None else state.importance["kernel"].T
+    return np.asarray(params["kernel"]).T, np.asarray(projected["kernel"]).T, figures, held
 
 
 def test_all_five_parts_are_shown() -> None:
@@ -118,6 +120,13 @@ def test_both_frameworks_train_with_the_part_alike(name: str) -> None:
     assert figures == {figure.partition("/")[0] for figure in in_jax[2]} >= {"distance", "zeros"}
 
 
+def test_the_importance_follows_the_parameters_in_both_frameworks() -> None:
+    *_, in_torch = train_in_torch(method_of("moving_magnitude"))
+    *_, in_jax = train_in_jax(method_of("moving_magnitude"))
+    np.testing.assert_allclose(in_torch, in_jax, rtol=1e-10)
+    assert not np.allclose(in_torch, np.abs(WEIGHT), rtol=1e-3)
+
+
 def test_the_pattern_zeroes_whole_groups(xp: Any) -> None:
     pattern = part("input_groups").PATTERN
 
@@ -131,8 +140,8 @@ def test_the_pattern_zeroes_whole_groups(xp: Any) -> None:
 
 
 def test_the_penalty_of_the_constraint_pulls_to_the_projection() -> None:
-    trained, projected, _ = train_in_torch(method_of("quadratic_penalty"))
-    free, cut, _ = train_in_torch(safe_core.magnitude(0.5))
+    trained, projected, *_ = train_in_torch(method_of("quadratic_penalty"))
+    free, cut, *_ = train_in_torch(safe_core.magnitude(0.5))
     assert np.linalg.norm(trained - projected) < np.linalg.norm(free - cut)
 
 
