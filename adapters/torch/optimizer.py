@@ -320,7 +320,8 @@ class SparseOptimizer(Optimizer):
         """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
         Kept entries do not change, bit for bit. The others become +0, exactly as many as
-        the method's sparsity requires.
+        the method's sparsity requires. This includes parameters whose ``requires_grad`` was
+        switched off after the optimizer was made.
 
         Parameters
         ----------
@@ -395,7 +396,7 @@ class SparseOptimizer(Optimizer):
 
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
-        return {self._run.selected[p].name: p for p in self._run.active()}
+        return {self._run.selected[p].name: p for p in self._run.constrained()}
 
     def split(self) -> SplitState:
         """Return copies of the anchors ``z - u`` and supports, ordered as `sparse_parameters`."""
@@ -499,7 +500,8 @@ class SparseOptimizer(Optimizer):
         run.steps, run.frozen = found.steps, found.frozen
         self._phases.reset()
         if run.frozen:
-            run.mask(run.active(), run.active())
+            sparse = [p for p in run.constrained() if run.parameters.has(p)]
+            run.mask(sparse, sparse)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -46,6 +46,8 @@ class Run:
     frozen : bool
         Whether the support is final.
     selected : dict of parameter to Selected
+    trained : set of parameter
+        The selected parameters that required gradients when they were selected.
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
     compiled : CompiledStep or None
@@ -75,6 +77,7 @@ class Run:
         self.frozen = False
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
+        self.trained: set[Tensor] = set()
         self._prepare()
         self.select()
 
@@ -160,8 +163,17 @@ class Run:
         return any(p.grad is not None for p in self.trainable())
 
     def active(self) -> list[Tensor]:
-        """Return the selected parameters that require gradients."""
+        """Return the selected parameters that require gradients, which a step changes."""
         return [p for p in self.selected if p.requires_grad]
+
+    def constrained(self) -> list[Tensor]:
+        """Return the parameters that `finalize` projects and `check_sparsity` checks.
+
+        Freezing a model for export must not exempt it. Exempt is only a parameter that was
+        frozen from the start.
+        """
+        has, trained = self.parameters.has, self.trained
+        return [p for p in self.selected if p.requires_grad or p in trained or has(p)]
 
     def sparse(self) -> list[Tensor]:
         """Return the active parameters, and initialise the state of new ones."""
@@ -174,16 +186,19 @@ class Run:
 
     @contextmanager
     def as_started(self) -> Iterator[list[Tensor]]:
-        """Yield the active parameters with initialised state; drop new state on exit.
+        """Yield the constrained parameters with initialised state; drop new state on exit.
 
         Reading an optimizer must not fix where z and u start, because weights may still be
         loaded into the model before the first step.
         """
         self.follow_groups()
-        new = [p for p in self.active() if not self.parameters.has(p)]
+        constrained = self.constrained()
+        new = [p for p in constrained if not self.parameters.has(p)]
         before = {p: dict(self.state[p]) for p in new if p in self.state}
         try:
-            yield self.sparse()
+            if new:
+                self._start(new)
+            yield constrained
         finally:
             for p in new:
                 self.state.pop(p, None)
@@ -223,6 +238,13 @@ class Run:
         self.selected = select_parameters(
             self.base, self.method, self.model, self.where, self.layout
         )
+        self.trained = {p for p in self.selected if p.requires_grad or p in self.trained}
+        if not self.constrained():
+            names = ", ".join(chosen.name for chosen in self.selected.values())
+            raise ValueError(
+                f"base must hold a sparse parameter that is trainable, got {names} with "
+                "requires_grad=False"
+            )
         self._check_fit()
         self._seen = self._groups_now()
         self.sharded = any(is_sharded(p) for group in self.groups for p in group["params"])
@@ -264,7 +286,7 @@ class Run:
 
         Tensors on the meta device have shapes and dtypes but no data.
         """
-        params, parameters = self.active(), self.parameters
+        params, parameters = self.constrained(), self.parameters
         if isinstance(self.handed, Mapping):
             known = {chosen.name for chosen in self.selected.values()}
             unknown = sorted(set(self.handed) - known)
