@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Evaluation, Importance, Method, StepPlan
+from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
 
 from . import kernels
 from .compiled import CompiledStep
+from .coverage import coverage_of
 from .groups import GroupRules, settings_of
 from .importance import importance_in_use
 from .modules import forget_copies
-from .selection import Selected, select_parameters
+from .selection import Selected, Selection
 from .state import ParameterState
 
 __all__ = ["Run", "fill_gradients", "gradients_of"]
@@ -35,7 +36,8 @@ class Run:
     base : torch.optim.Optimizer
     method : Method
     model, where, layout
-        Arguments of `SparseOptimizer` that select the sparse parameters.
+        Arguments of `SparseOptimizer` that select the sparse parameters; several modules are
+        one, see `modules.joined`.
     handed : mapping, callable or None
         The importance that the user passed.
     state : dict of parameter to entries
@@ -233,11 +235,18 @@ class Run:
 
     # The selection
 
+    @property
+    def selection(self) -> Selection:
+        """The rules of the selection."""
+        return Selection(self.base, self.method, self.model, self.where, self.layout)
+
+    def coverage(self) -> Coverage:
+        """Return which weights are sparse, by the last selection."""
+        return coverage_of(self.selection, self.selected, self.constrained())
+
     def select(self) -> None:
         """Select the sparse parameters among the current groups."""
-        self.selected = select_parameters(
-            self.base, self.method, self.model, self.where, self.layout
-        )
+        self.selected = self.selection.selected()
         self.trained = {p for p in self.selected if p.requires_grad or p in self.trained}
         if not self.constrained():
             names = ", ".join(chosen.name for chosen in self.selected.values())
