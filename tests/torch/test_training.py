@@ -124,7 +124,7 @@ def test_groups_of_one_sparsity_are_projected_together() -> None:
     [
         ({"rho": -1}, METHOD, "rho of a param group must be a finite number"),
         ({"penalty": "high"}, METHOD, "penalty of a param group must be a non-negative Python"),
-        ({"sparsity": 1.5}, METHOD, "sparsity must be a fraction"),
+        ({"sparsity": 1.5}, METHOD, "sparsity of a param group must be a fraction"),
         ({"rho": 0.1}, safe_core.admm(0.5), "rho of a param group must be left out for a method"),
         (
             {"penalty": 0.1},
@@ -450,7 +450,7 @@ def test_parameters_may_be_exchanged_before_training_and_not_after() -> None:
     ("settings", "error", "message"),
     [
         ({"sparsify": 0}, TypeError, r"sparsify of param_groups\[0\] must be True or False, got 0"),
-        ({"sparsity": 1.5}, ValueError, "of a param group, sparsity must be a fraction"),
+        ({"sparsity": 1.5}, ValueError, "sparsity of a param group must be a fraction"),
     ],
 )
 def test_a_wrong_selection_by_a_group_is_named(
