@@ -11,6 +11,7 @@ from torch import Tensor
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
 
 from .groups import settings_of
+from .modules import JoinedModules
 from .selection import Selection
 from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
 
@@ -34,13 +35,18 @@ def coverage_of(selection: Selection, selected: Any, constrained: Collection[Ten
         for group in selection.base.param_groups
         for p in group["params"]
     }
-    chosen, rows = set(constrained), []
+    chosen, elsewhere, rows = set(constrained), _trained_elsewhere(selection.model, held), []
     for p, name in selection.names().items():
+        listed = p in selected or is_matrix(p) or (p in known and not known[p].reason)
         if p in chosen:
-            rows.append(WeightCoverage(name, tuple(p.shape)))
-        elif p in selected or is_matrix(p) or (p in known and not known[p].reason):
+            reason, expected = "", True
+        elif not listed:
+            continue
+        elif p in elsewhere:
+            reason, expected = "base holds nothing of its module", True
+        else:
             reason, expected = _why_dense(selection, name, p, known.get(p), held, p in selected)
-            rows.append(WeightCoverage(name, tuple(p.shape), reason, expected))
+        rows.append(WeightCoverage(name, tuple(p.shape), reason, expected))
     if selection.model is not None:
         expected = selection.where is not None
         rows += [
@@ -49,6 +55,17 @@ def coverage_of(selection: Selection, selected: Any, constrained: Collection[Ten
             if hidden.shape and not hidden.sources
         ]
     return Coverage(tuple(rows))
+
+
+def _trained_elsewhere(model: Any, held: Collection[Tensor]) -> set[Tensor]:
+    """Return the parameters of modules, among several, of which the base holds none.
+
+    Such a module is given for its buffers, as the other network of a GAN is.
+    """
+    if not isinstance(model, JoinedModules):
+        return set()
+    parts = [set(module.parameters()) for module in model.children()]
+    return {p for part in parts if part.isdisjoint(held) for p in part}
 
 
 def _why_dense(
