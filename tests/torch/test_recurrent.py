@@ -10,7 +10,6 @@ import safe_core
 from safe_core import NM, Channel, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
