@@ -33,7 +33,7 @@ def report(
     penalty : float, array or schedule, optional
         As passed to `sparse_optimizer`.
     layout : optional
-        As passed to `sparse_optimizer`.
+        Not needed: the state holds the axis roles. If given, it must be that of the run.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def report(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    tree = trained_tree(params, ours, layout)
+    tree = trained_tree(params, ours, method, layout)
     values = tree.sparse(params)
     check_anchor(ours, method)
     split = split_of(ours, tree)

@@ -6,25 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from safe_core import Layout, Method, _checks
+from safe_core import Method
 from safe_core.backends import selecting_on_host
 from safe_core.functional import FunctionalStep, StepState, no_direction
 
+from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
 from .importance import importance_in_use, initial_importance, placed, second_moments
+from .setup import StateSetup, register_with_flax
 from .state import (
     Layouts,
     SparseOptimizerState,
     check_layout,
-    check_shapes,
-    check_state,
+    check_update,
     find_state,
     split_of,
     trained_tree,
@@ -123,14 +123,15 @@ def sparse_optimizer(
     >>> int((params["kernel"] == 0).sum())
     12
     """
-    _check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
+    check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
     inner = optax.with_extra_args_support(base)
-    plan = method.plan(has_radius=None if rho is None else not _is_static_zero(rho))
+    plan = method.plan(has_radius=None if rho is None else not is_static_zero(rho))
 
     def init(params: PyTree) -> SparseOptimizerState:
         tree = SparseTree.read(params, where, layout)
         values = tree.sparse(params)
         base_state = inner.init(params)
+        check_base_state(base_state)
         source = importance_in_use(importance, method, tree)
         held = initial_importance(importance, source, params, base_state, tree)
         joint = method.sparsity.joint
@@ -139,7 +140,11 @@ def sparse_optimizer(
             split = method.init(values, tree.info, known)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
-        return _packed(step, base_state, StepState(split, held, flat), tree, method)
+        register_with_flax()
+        # `optax.tree.map_params` passes params without leaves to see which fields are like them.
+        # It keeps a field of the real state where it sees a leaf that is no parameter here.
+        setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
+        return _packed(step, base_state, StepState(split, held, flat), tree, method, setup)
 
     def update(
         updates: PyTree,
@@ -154,11 +159,10 @@ def sparse_optimizer(
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = SparseTree.read(params, where, layout)
-        check_state(state, method, tree, reuses=plan.reuses)
-        check_shapes(params, state, tree)
+        check_update(state, method, importance, params, tree, reuses=plan.reuses)
         gradients = tree.gradients("updates", updates, params)
         if plan.perturbs or plan.projected:
-            _check_grad_fn(grad_fn)
+            check_grad_fn(grad_fn)
 
         def gradients_at(leaves: list[Any]) -> list[Any]:
             point = tree.treedef.unflatten(leaves)
@@ -194,14 +198,20 @@ def sparse_optimizer(
         )
         with selecting_on_host(select_on_host):
             out, found = step.updates(gradients, _unpacked(state, tree))
-        new_state = _packed(optax.safe_increment(state.step), base_state, found, tree, method)
+        count = optax.safe_increment(state.step)
+        new_state = _packed(count, base_state, found, tree, method, state.setup)
         return tree.treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _packed(
-    step: jax.Array, base: PyTree, state: StepState, tree: SparseTree, method: Method
+    step: jax.Array,
+    base: PyTree,
+    state: StepState,
+    tree: SparseTree,
+    method: Method,
+    setup: Any,
 ) -> SparseOptimizerState:
     """Return the state as pytrees, from lists over the sparse leaves."""
     return SparseOptimizerState(
@@ -211,6 +221,7 @@ def _packed(
         support=tree.masked(state.split.support),
         importance=None if state.importance is None else tree.masked(state.importance),
         flat_direction=tree.treedef.unflatten(state.flat) if state.flat else None,
+        setup=setup,
     )
 
 
@@ -248,7 +259,9 @@ def finalize(
     importance : optional
         The default is the last P of the run. None means P = 1, as in Algorithm 1 of the
         paper. A pytree or mapping of path to array replaces P.
-    layout, select_on_host : optional
+    layout : optional
+        Not needed: the state holds the axis roles. If given, it must be that of the run.
+    select_on_host : optional
         As passed to `sparse_optimizer`.
 
     Returns
@@ -259,8 +272,9 @@ def finalize(
     Raises
     ------
     TypeError, ValueError
-        If ``state`` does not contain exactly one state of `sparse_optimizer`, or an
-        argument does not fit the parameters.
+        If ``state`` does not contain exactly one state of `sparse_optimizer`, is that of an
+        ensemble, or is that of another method or layout, or if an argument does not fit the
+        parameters. Apart from values, traced code is checked alike.
 
     Examples
     --------
@@ -274,7 +288,7 @@ def finalize(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     ours = find_state(state)
-    tree = trained_tree(params, ours, layout)
+    tree = trained_tree(params, ours, method, layout)
     values = tree.sparse(params)
     if isinstance(importance, str) and importance == _LAST:
         metric = last_metric(method, ours, tree)
@@ -296,60 +310,3 @@ def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -
 def at_step(value: Any, step: jax.Array) -> Any:
     """Return a number, or the value of a schedule at a step."""
     return value(step) if callable(value) else value
-
-
-def _is_static_zero(rho: Any) -> bool:
-    return isinstance(rho, (int, float)) and rho == 0
-
-
-def _check_grad_fn(grad_fn: Any) -> None:
-    if grad_fn is None:
-        raise ValueError(
-            "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-            "function of params to gradients, because the method has rho > 0 or takes a gradient "
-            "at projected parameters, got None"
-        )
-    if not callable(grad_fn):
-        raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
-
-
-def _check_arguments(
-    base: Any,
-    method: Any,
-    rho: Any,
-    penalty: Any,
-    learning_rate: Any,
-    layout: Any,
-    importance: Any,
-) -> None:
-    if not isinstance(base, optax.GradientTransformation):
-        raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    if rho is not None and method.perturbation is None:
-        raise ValueError(f"rho must be None for a method without perturbation, got {rho!r}")
-    decoupled = method.plan().needs_learning_rate
-    if decoupled != (learning_rate is not None):
-        raise ValueError(
-            f"learning_rate must {'be given' if decoupled else 'be None'} for a method with "
-            f"decoupled={decoupled!r}, got {learning_rate!r}"
-        )
-    if penalty is not None and method.constraint.penalty is None:
-        raise ValueError(f"penalty must be None for a method without z and u, got {penalty!r}")
-    for name, value in (("rho", rho), ("penalty", penalty), ("learning_rate", learning_rate)):
-        if isinstance(value, (np.ndarray, jax.Array)):
-            if value.shape != ():
-                raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
-        elif value is not None and not callable(value):
-            _checks.real(name, value, low=0.0)
-    if penalty is not None and not method.constraint.allows_other_penalty:
-        raise ValueError(
-            "penalty must be the method's own under rescale_dual, which needs to know its next "
-            f"value, got {penalty!r}"
-        )
-    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
-        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
-    if importance is not None and method.importance is not None:
-        raise ValueError(
-            f"importance must be given once: the method has {method.importance!r} already"
-        )
