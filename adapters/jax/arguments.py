@@ -16,6 +16,7 @@ __all__ = [
     "check_base",
     "check_base_state",
     "check_grad_fn",
+    "check_number",
     "is_static_zero",
 ]
 
@@ -53,6 +54,15 @@ def check_base_state(base_state: Any) -> None:
             "base must work on one copy of the parameters, but optax.lookahead needs a fast and a "
             f"slow one, got the state {found[0]}"
         )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is None, a schedule, a scalar array or a number of at least 0."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
+    elif value is not None and not callable(value):
+        _checks.real(name, value, low=0.0)
 
 
 def is_static_zero(rho: Any) -> bool:
@@ -97,11 +107,7 @@ def check_arguments(
     if penalty is not None and method.constraint.penalty is None:
         raise ValueError(f"penalty must be None for a method without z and u, got {penalty!r}")
     for name, value in (("rho", rho), ("penalty", penalty), ("learning_rate", learning_rate)):
-        if isinstance(value, (np.ndarray, jax.Array)):
-            if value.shape != ():
-                raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
-        elif value is not None and not callable(value):
-            _checks.real(name, value, low=0.0)
+        check_number(name, value)
     if penalty is not None and not method.constraint.allows_other_penalty:
         raise ValueError(
             "penalty must be the method's own under rescale_dual, which needs to know its next "

@@ -11,8 +11,11 @@ import numpy as np
 
 from safe_core import _checks
 
+from .weights import name_of
+
 __all__ = [
     "check_arrays",
+    "check_differentiable",
     "check_gradient",
     "check_one_copy",
     "check_storable",
@@ -43,6 +46,19 @@ def check_arrays(argument: str, named: Sequence[tuple[str, Any]]) -> None:
             raise TypeError(
                 f"{argument} must hold numeric arrays, got a PRNG key at {name or 'the root'}: "
                 "keep keys out, or store jax.random.key_data of them"
+            )
+
+
+def check_differentiable(argument: str, tree: PyTree) -> None:
+    """Raise unless every leaf is a floating array, which `jax.grad` requires."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    named = [(name_of(path), leaf) for path, leaf in paths]
+    check_arrays(argument, named)
+    for name, leaf in named:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"{argument} must hold floating arrays to differentiate by, got {leaf.dtype} at "
+                f"{name or 'the root'}: {_FILTER}"
             )
 
 

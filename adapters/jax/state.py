@@ -22,10 +22,12 @@ __all__ = [
     "check_anchor",
     "check_importance",
     "check_layout",
+    "check_selection",
     "check_shapes",
     "check_single",
     "check_update",
     "find_state",
+    "sparse_leaves",
     "split_of",
     "trained_tree",
 ]
@@ -130,7 +132,7 @@ def trained_tree(
     """
     check_single(state)
     check_one_copy(params)
-    sparse = _sparse_leaves(params, state)
+    sparse = sparse_leaves(params, state)
     setup = state.known_setup
     if setup is not None and layout is None:
         layout = dict(zip(setup.names, setup.layouts, strict=True))
@@ -143,7 +145,7 @@ def trained_tree(
     return tree
 
 
-def _sparse_leaves(params: PyTree, state: SparseOptimizerState) -> PyTree:
+def sparse_leaves(params: PyTree, state: Any) -> PyTree:
     """Return a tree of bool, True for sparse leaves; raise if the state is of another model."""
     sparse = is_sparse_in(state.support)
     if jax.tree.structure(sparse) != jax.tree.structure(params):
@@ -152,6 +154,17 @@ def _sparse_leaves(params: PyTree, state: SparseOptimizerState) -> PyTree:
             f"nnx.as_pure of both), but params {difference(sparse, params)}"
         )
     return sparse
+
+
+def check_selection(sparse: PyTree, tree: SparseTree) -> None:
+    """Raise unless the flags of a state's sparse leaves are those of the selection."""
+    flags = zip(tree.paths, tree.leaves(sparse), tree.leaves(tree.flags()), strict=True)
+    for path, own, given in flags:
+        if own != given:
+            raise ValueError(
+                "where must select the leaves that state was made with, which "
+                f"{'has' if own else 'lacks'} {path}, got {given} for it"
+            )
 
 
 def check_single(state: SparseOptimizerState) -> None:
@@ -181,14 +194,23 @@ def check_importance(state: SparseOptimizerState, method: Method, passed: Any = 
         )
 
 
-def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
-    """Raise if the shapes of sparse leaves differ from those of the state."""
+def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
+    """Raise if the shapes of sparse leaves differ from those of the state.
+
+    The state is any that holds a ``support``. A mask of integers, which a wrapper makes by
+    arithmetic on states, would index where it should select.
+    """
     pairs = zip(tree.info.names, tree.sparse(params), tree.sparse(state.support), strict=True)
     for name, x, support in pairs:
         if x.shape != support.shape:
             raise ValueError(
                 f"params must have the shapes of those that state was made of, which is "
                 f"{support.shape} for {name}, got {x.shape}"
+            )
+        if support.dtype != bool:
+            raise TypeError(
+                f"state.support of {name} must be bool, got {support.dtype}: no wrapper may do "
+                "arithmetic on the state, as optax.lookahead does with reset_state=True"
             )
 
 
@@ -204,12 +226,7 @@ def check_update(
     """Raise if a step cannot continue from the state: that of another method, model or layout."""
     register_with_flax()
     check_single(state)
-    for i, flag in enumerate(tree.leaves(_sparse_leaves(params, state))):
-        if flag != (i in tree.indices):
-            raise ValueError(
-                "where must select the leaves that state was made with, which "
-                f"{'has' if flag else 'lacks'} {tree.paths[i]}, got {not flag} for it"
-            )
+    check_selection(sparse_leaves(params, state), tree)
     _check_arrays(state, method, tree, reuses)
     check_shapes(params, state, tree)
     if state.known_setup is not None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from safe_core import Method
+from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
 from safe_core.functional import FunctionalStep, StepState, no_direction
 
@@ -123,6 +123,7 @@ def sparse_optimizer(
     >>> int((params["kernel"] == 0).sum())
     12
     """
+    _checks.flag("select_on_host", select_on_host)
     check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
     inner = optax.with_extra_args_support(base)
     plan = method.plan(has_radius=None if rho is None else not is_static_zero(rho))
@@ -287,6 +288,7 @@ def finalize(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
+    _checks.flag("select_on_host", select_on_host)
     ours = find_state(state)
     tree = trained_tree(params, ours, method, layout)
     values = tree.sparse(params)

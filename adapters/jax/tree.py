@@ -94,6 +94,11 @@ class SparseTree(NamedTuple):
             found[i] = layout
         return found
 
+    def flags(self) -> PyTree:
+        """Return a tree of bool, True for the sparse leaves."""
+        chosen = set(self.indices)
+        return self.treedef.unflatten([i in chosen for i in range(self.treedef.num_leaves)])
+
     def leaves(self, tree: PyTree) -> list[Any]:
         """Return all leaves of a tree with the structure of the parameters."""
         return list(self.treedef.flatten_up_to(tree))
