@@ -68,7 +68,7 @@ def check_storable(name: str, leaf: Any) -> None:
     Selection compares the bits of magnitudes, which it can do for these widths.
     """
     dtype = leaf.dtype
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits not in (16, 32, 64):
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in (2, 4, 8):
         raise TypeError(
             f"{name} must be real floating with 16, 32 or 64 bits to be sparse, got {dtype}"
         )

@@ -13,7 +13,7 @@ from safe_core.backends import backend_of
 from safe_core.constraints.splitting import is_projected
 
 from .leaves import check_one_copy, difference
-from .setup import StateSetup, register_with_flax, source_text
+from .state_setup import StateSetup, register_with_flax, source_text
 from .tree import SparseTree, is_sparse_in
 
 __all__ = [
@@ -148,7 +148,8 @@ def trained_tree(
 def sparse_leaves(params: PyTree, state: Any) -> PyTree:
     """Return a tree of bool, True for sparse leaves; raise if the state is of another model."""
     sparse = is_sparse_in(state.support)
-    if jax.tree.structure(sparse) != jax.tree.structure(params):
+    known: Any = jax.tree.structure(sparse)
+    if known != jax.tree.structure(params):
         raise ValueError(
             "params must have the structure of those that state was made of (for NNX, pass "
             f"nnx.as_pure of both), but params {difference(sparse, params)}"

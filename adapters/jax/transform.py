@@ -19,7 +19,6 @@ from safe_core.functional import FunctionalStep, StepState, no_direction
 
 from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
 from .importance import importance_in_use, initial_importance, placed, second_moments
-from .setup import StateSetup, register_with_flax
 from .state import (
     Layouts,
     SparseOptimizerState,
@@ -29,6 +28,7 @@ from .state import (
     split_of,
     trained_tree,
 )
+from .state_setup import StateSetup, register_with_flax
 from .tree import SparseTree, leaves_like
 
 __all__ = ["at_step", "finalize", "sparse_optimizer"]

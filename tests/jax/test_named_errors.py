@@ -24,6 +24,9 @@ from safe_core.adapters.optax import (
     value_and_gradients,
 )
 
+# The runs end far from the constraint, which `finalize` may warn about.
+pytestmark = pytest.mark.filterwarnings("ignore:finalize:UserWarning")
+
 METHOD = safe_core.admm(0.5)
 PARAMS = {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
 BIG = {f"layer_{i}": PARAMS for i in range(100)}

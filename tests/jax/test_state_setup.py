@@ -20,6 +20,9 @@ from safe_core.adapters.jax import report
 from safe_core.adapters.jax.flax import SparseTrainState
 from safe_core.adapters.optax import SparseOptimizerState, finalize, find_state, sparse_optimizer
 
+# The runs end far from the constraint, which `finalize` may warn about.
+pytestmark = pytest.mark.filterwarnings("ignore:finalize:UserWarning")
+
 METHOD = safe_core.admm(0.5, penalty=0.1, dual_update_interval=1)
 SOURCE = safe_core.admm(0.5, penalty=0.1, dual_update_interval=1, importance=SquaredGradient(0.5))
 OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))

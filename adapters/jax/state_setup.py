@@ -89,9 +89,9 @@ class StateSetup:
             own, given = _listed(self.names), _listed(tree.info.names)
             raise self._other("selection of sparse leaves", own, given)
         pairs = zip(self.names, self.layouts, _positive(tree, params), strict=True)
-        for name, own, given in pairs:
-            if own != given:
-                raise self._other(f"layout of {name}", own, given)
+        for name, roles, others in pairs:
+            if roles != others:
+                raise self._other(f"layout of {name}", roles, others)
 
     def _check_method(self, method: Method) -> None:
         for name, own, given in (
