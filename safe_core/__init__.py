@@ -7,6 +7,7 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
 from .certificate import stationarity_gap
 from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
+from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
@@ -28,6 +29,7 @@ __all__ = [
     "Constraint",
     "Direction",
     "Evaluation",
+    "FinalizeWarning",
     "FractionPattern",
     "GradientAscent",
     "HardThreshold",

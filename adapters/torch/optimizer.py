@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 from safe_core import Layout, Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
-from safe_core.backends import backend_of
+from safe_core.finalization import Finalized, warn
 from safe_core.report import Report, TensorReport
 
 from . import kernels
 from .checkpoint import pack, unpack
 from .modules import RandomState
 from .phases import Phase, Phases
-from .reporting import tensor_reports
+from .reporting import describe_final, tensor_reports
 from .run import LAST, Run
 from .selection import refuse_flat_parameters
 from .step import take_step
@@ -187,6 +187,11 @@ class SparseOptimizer(Optimizer):
         return self._run.frozen
 
     @property
+    def finalized(self) -> Finalized | None:
+        """What the last call of `finalize` did, in total and by parameter; None before it."""
+        return self._run.finalized
+
+    @property
     def allow_unperturbed(self) -> bool:
         """Whether `step` may run without the gradients of `perturbed` and `projected`."""
         return self._phases.allow_unperturbed
@@ -320,7 +325,7 @@ class SparseOptimizer(Optimizer):
         """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
         Kept entries do not change, bit for bit. The others become +0, exactly as many as
-        the method's sparsity requires.
+        the method's sparsity requires. `finalized` then holds what changed.
 
         Parameters
         ----------
@@ -334,18 +339,26 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, or a block is open.
+            If ``importance`` does not fit the parameters, a parameter holds NaN or infinity, or
+            a block is open.
+
+        Warns
+        -----
+        safe_core.FinalizeWarning
+            If the run was too short for the method to act (no dual update, a schedule that has
+            not reached its end), the projection removes more than a tenth of the norm of the
+            weights, or a parameter becomes zero as a whole.
         """
         self._phases.refuse_within_block("finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
         with run.as_started() as sparse:
-            values = [p.detach() for p in sparse]
-            if values and backend_of(values[0]).has_nan(values):
-                bad = [run.selected[p].name for p in sparse if bool(p.isnan().any())]
-                raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
             support = run.final_support(sparse, importance)
-        kernels.mask_(values, support)
+            patterns = list(run.parameters.pools(sparse))
+        run.finalized = describe_final(run.parameters, sparse, support, run.steps)
+        kernels.mask_([p.detach() for p in sparse], support)
+        source = run.source if isinstance(importance, str) else None
+        warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
         if freeze and not run.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
@@ -496,7 +509,7 @@ class SparseOptimizer(Optimizer):
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(found.own)
-        run.steps, run.frozen = found.steps, found.frozen
+        run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
         self._phases.reset()
         if run.frozen:
             run.mask(run.active(), run.active())

@@ -7,7 +7,6 @@ The plan of the method names the points. A user visits them by the blocks
 from __future__ import annotations
 
 import enum
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Evaluation
+from safe_core._calls import level_of_caller
 from safe_core.perturbations import norm
 
 from . import kernels
@@ -258,7 +258,7 @@ class Phases:
             warnings.warn(
                 f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
                 f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
 
     # Closures
@@ -356,14 +356,3 @@ def _add_back(held: dict[Tensor, Tensor]) -> None:
     kernels.add_(gradients_of(met), list(met.values()))
     for p in held.keys() - met.keys():
         p.grad = held[p]
-
-
-def _level_of_caller() -> int:
-    """Return the stack level of the user's code, so that a warning points there."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not name.startswith(("safe_core.", "contextlib", "torch.")):
-            break
-        level, frame = level + 1, frame.f_back
-    return level
