@@ -233,7 +233,7 @@ def _large(found: Finalized, constraint: Constraint) -> list[str]:
     most = _listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
-        f"({most}), so x was far from C: raise the penalty or train longer"
+        f"({most}), so x was far from C (raise the penalty or train longer)"
     ]
 
 

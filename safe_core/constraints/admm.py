@@ -132,7 +132,7 @@ class ADMM(Constraint):
         return (
             f"no dual update happened in {steps} steps, fewer than dual_update_interval="
             f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
-            "first weights; train longer or choose a smaller interval"
+            "first weights (train longer or choose a smaller interval)"
         )
 
     def init(

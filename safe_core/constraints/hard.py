@@ -59,6 +59,6 @@ class HardThreshold(Constraint):
         if steps >= self.interval:
             return ""
         return (
-            f"x was never projected in {steps} steps, fewer than interval={self.interval}; train "
-            "longer or choose a smaller interval"
+            f"x was never projected in {steps} steps, fewer than interval={self.interval} (train "
+            "longer or choose a smaller interval)"
         )
