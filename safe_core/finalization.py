@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from array_api_compat import array_namespace
@@ -27,6 +28,7 @@ __all__ = [
     "FinalizedTensor",
     "describe",
     "measure",
+    "pruning_a_block",
     "warn",
 ]
 
@@ -192,6 +194,28 @@ def warn(
     if texts:
         text = "finalize: " + "; ".join(texts)
         warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
+
+
+@contextmanager
+def pruning_a_block(constraint: Constraint, pattern: Pattern, steps: int) -> Iterator[None]:
+    """Warn of a run too short for its method, and of nothing else that `finalize` finds.
+
+    Pruning a block of a network reports the error of the block, so the distance needs no
+    warning. The text is the same for all blocks, so Python shows it once.
+
+    Examples
+    --------
+    >>> from safe_core import ADMM, Unstructured
+    >>> with pruning_a_block(ADMM(), Unstructured(0.5), 100):
+    ...     warn(Finalized(0, []), ADMM(), [Unstructured(0.5)])
+    """
+    text = constraint.unfinished(pattern, steps)
+    if text:
+        text = f"pruning a block: {text}"
+        warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FinalizeWarning)
+        yield
 
 
 def _unfinished(

@@ -110,7 +110,7 @@ def sparse_optimizer(
     >>> y = jax.random.normal(jax.random.key(1), (16, 2))
     >>> def loss(params, x, y):
     ...     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> tx = sparse_optimizer(optax.sgd(0.1), method)
     >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)}
     >>> state = tx.init(params)
@@ -119,7 +119,7 @@ def sparse_optimizer(
     ...     grad_fn = lambda params: jax.grad(loss)(params, x, y)
     ...     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     ...     return optax.apply_updates(params, updates), state
-    >>> for _ in range(10):
+    >>> for _ in range(100):
     ...     params, state = step(params, state)
     >>> params = finalize(params, state, method)
     >>> int((params["kernel"] == 0).sum())

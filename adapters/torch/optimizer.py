@@ -95,7 +95,7 @@ class SparseOptimizer(Optimizer):
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(8, 2)
     >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> optimizer = SparseOptimizer(base, method, model=model)
     >>> def closure():
@@ -103,7 +103,7 @@ class SparseOptimizer(Optimizer):
     ...     loss = nn.functional.mse_loss(model(x), y)
     ...     loss.backward()
     ...     return loss
-    >>> for _ in range(10):
+    >>> for _ in range(100):
     ...     loss = optimizer.step(closure)
 
     Or with the two passes written out. Guard the block by ``if optimizer.perturbs:`` if the
@@ -236,15 +236,20 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open.
+            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open. In
+            the first steps also if the gradients were added to those of the last step, or a
+            second block would discard the gradients of the first.
         """
         phases = self._phases
         phases.check_block("perturbed()", replay)
         if not _checks.real("loss_scale", loss_scale) > 0:
             raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
+        phases.refuse_stale_gradients("perturbed()")
+        phases.refuse_second_block()
         phases.reset()
         with phases.restoring(), phases.at_perturbed_point(replay, loss_scale):
             yield
+        phases.watch_gradients()
 
     @contextmanager
     def projected(self, replay: RandomState | None = None) -> Iterator[None]:
@@ -275,8 +280,12 @@ class SparseOptimizer(Optimizer):
                 "projected() needs the gradients of a backward pass before it, to which it adds "
                 "its own, got None for every parameter"
             )
+        phases.refuse_stale_gradients("projected()")
+        phases.refuse_lost_gradients("projected()")
+        phases.stop_watching()
         with phases.restoring(), phases.at_projected_point(replay):
             yield
+        phases.watch_gradients()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -301,7 +310,9 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If a gradient that the step needs is missing, or a block is open.
+            If a gradient that the step needs is missing, or a block is open. In the first steps
+            also if the gradients were added to those of the last step, or the gradients of a
+            block were cleared after it.
         """
         phases = self._phases
         phases.refuse_within_block("step()")
@@ -314,7 +325,9 @@ class SparseOptimizer(Optimizer):
                 return None
             phases.check_step()
             take_step(self._run, phases.take_first())
+            phases.count_step()
             return None
+        phases.stop_watching()
         with phases.restoring():
             loss = phases.call(closure)
             take_step(self._run, phases.take_first())
@@ -426,6 +439,7 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
         super().zero_grad(set_to_none)
+        self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
             self._phases.reset()
 
@@ -533,6 +547,11 @@ def _check_arguments(
         raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
     if isinstance(base, SparseOptimizer):
         raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            "base must not be differentiable, because masks and projections change parameters in "
+            f"place, got {type(base).__name__} with differentiable=True"
+        )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base must not need a closure of its own, got LBFGS")
     if not isinstance(method, Method):

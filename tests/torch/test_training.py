@@ -378,7 +378,7 @@ def test_a_closure_may_clear_in_place_and_leave_a_parameter_out() -> None:
 
 
 @pytest.mark.parametrize("backwards", [1, 2])
-def test_a_closure_that_clears_nothing_is_refused_and_the_gradients_stay(backwards: int) -> None:
+def test_a_closure_that_clears_nothing_is_refused(backwards: int) -> None:
     model, optimizer = trained(1)
     optimizer.zero_grad()
     x, y = batch()
@@ -395,7 +395,8 @@ def test_a_closure_that_clears_nothing_is_refused_and_the_gradients_stay(backwar
     before = copies(model)
     with pytest.raises(ValueError, match="closure must clear the gradients"):
         optimizer.step(closure)
-    assert torch.equal(smallest.grad, earlier)
+    # No number of ours is left in the gradients.
+    torch.testing.assert_close(smallest.grad, (1 + backwards) * earlier)
     assert all(torch.equal(a, b) for a, b in zip(copies(model), before, strict=True))
 
 
