@@ -119,7 +119,7 @@ def sparse_optimizer(
     ...     grad_fn = lambda params: jax.grad(loss)(params, x, y)
     ...     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     ...     return optax.apply_updates(params, updates), state
-    >>> for _ in range(100):
+    >>> for _ in range(200):
     ...     params, state = step(params, state)
     >>> params = finalize(params, state, method)
     >>> int((params["kernel"] == 0).sum())

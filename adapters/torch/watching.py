@@ -86,7 +86,7 @@ class _Sample:
         # The first hook also runs for `torch.autograd.grad`, which accumulates nothing.
         self._hooks = [
             p.register_hook(self._look),  # type: ignore[no-untyped-call]
-            p.register_post_accumulate_grad_hook(self._accept),
+            p.register_post_accumulate_grad_hook(self._accept),  # type: ignore[no-untyped-call]
         ]
 
     @property
