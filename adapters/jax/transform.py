@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from safe_core import Method, _checks
+from safe_core import Importance, Method, _checks
 from safe_core.backends import selecting_on_host
+from safe_core.finalization import describe, measure, warn
 from safe_core.functional import FunctionalStep, StepState, no_direction
+from safe_core.projection import apply_support
 
 from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
 from .importance import importance_in_use, initial_importance, placed, second_moments
@@ -108,7 +110,7 @@ def sparse_optimizer(
     >>> y = jax.random.normal(jax.random.key(1), (16, 2))
     >>> def loss(params, x, y):
     ...     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> tx = sparse_optimizer(optax.sgd(0.1), method)
     >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)}
     >>> state = tx.init(params)
@@ -117,7 +119,7 @@ def sparse_optimizer(
     ...     grad_fn = lambda params: jax.grad(loss)(params, x, y)
     ...     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     ...     return optax.apply_updates(params, updates), state
-    >>> for _ in range(10):
+    >>> for _ in range(200):
     ...     params, state = step(params, state)
     >>> params = finalize(params, state, method)
     >>> int((params["kernel"] == 0).sum())
@@ -275,12 +277,20 @@ def finalize(
     TypeError, ValueError
         If ``state`` does not contain exactly one state of `sparse_optimizer`, is that of an
         ensemble, or is that of another method or layout, or if an argument does not fit the
-        parameters. Apart from values, traced code is checked alike.
+        parameters. If ``params`` is not traced, also if a sparse leaf holds NaN or infinity.
+        The other checks are the same in traced code.
+
+    Warns
+    -----
+    safe_core.FinalizeWarning
+        If ``params`` is not traced, and the run was too short for the method to act (no dual
+        update, a schedule that has not reached its end), the projection removes more than a
+        tenth of the norm of the weights, or a leaf becomes zero as a whole.
 
     Examples
     --------
     >>> import safe_core
-    >>> method = safe_core.admm(0.5)
+    >>> method = safe_core.magnitude(0.5)
     >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
     >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
     >>> finalize(params, state, method)["kernel"].tolist()
@@ -298,7 +308,27 @@ def finalize(
         metric = None if importance is None else placed(importance, values, tree)
     with selecting_on_host(select_on_host):
         check_layout(tree.sparse(ours.support), method, tree)
-        return tree.replaced(tree.leaves(params), method.finalize(values, tree.info, metric))
+        support = method.support_at(values, tree.info, None, metric)
+    source = method.importance if isinstance(importance, str) else None
+    _warn_of(values, support, ours.step, tree, method, source)
+    return tree.replaced(tree.leaves(params), apply_support(values, support))
+
+
+def _warn_of(
+    values: list[Any],
+    support: list[Any],
+    step: Any,
+    tree: SparseTree,
+    method: Method,
+    source: Importance | None,
+) -> None:
+    """Warn about what `finalize` removes, and refuse what is not finite, unless traced."""
+    if any(isinstance(x, jax.core.Tracer) for x in (step, *values, *support)):
+        return
+    numbers = [measure(x, kept) for x, kept in zip(values, support, strict=True)]
+    steps, read = jax.device_get((step, numbers))
+    found = describe(int(steps), tree.info.names, [x.size for x in values], read)
+    warn(found, method.constraint, [method.sparsity], source)
 
 
 def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -> Any:

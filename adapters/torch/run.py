@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from safe_core import Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
+from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
@@ -45,6 +46,8 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    finalized : Finalized or None
+        What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
@@ -73,6 +76,7 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
+        self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
         self._prepare()
