@@ -8,6 +8,7 @@ from . import _installed, importance, schedules  # noqa: F401 - a check comes fi
 from .certificate import stationarity_gap
 from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
 from .coverage import Coverage, DenseWeightWarning, WeightCoverage
+from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
@@ -31,6 +32,7 @@ __all__ = [
     "DenseWeightWarning",
     "Direction",
     "Evaluation",
+    "FinalizeWarning",
     "FractionPattern",
     "GradientAscent",
     "HardThreshold",

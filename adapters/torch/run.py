@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
+from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
@@ -47,6 +48,8 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    finalized : Finalized or None
+        What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
     trained : set of parameter
         The selected parameters that required gradients when they were selected.
@@ -77,6 +80,7 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
+        self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
         self.trained: set[Tensor] = set()

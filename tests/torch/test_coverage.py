@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -235,6 +236,7 @@ def test_a_parametrized_embedding_stays_dense_without_a_warning():
 # Options of groups
 
 
+@short_run
 def test_true_on_a_group_selects_matrices_of_any_module():
     model = network()
     own, rest = [*model[3].parameters()], [*model[:3].parameters()]
@@ -245,6 +247,7 @@ def test_true_on_a_group_selects_matrices_of_any_module():
     assert int((model[3].matrix == 0).sum() + (model[3].token == 0).sum()) == 5
 
 
+@short_run
 def test_true_on_a_group_uses_the_layouts_of_model_and_layout():
     model = network()
     groups = [

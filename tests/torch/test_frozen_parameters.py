@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -37,6 +38,7 @@ def zeros(model):
     return sum(int((model[i].weight == 0).sum()) for i in (0, 2))
 
 
+@short_run
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("pattern", [0.5, "2:4"])
 def test_finalize_projects_what_was_frozen_for_export(pattern, steps):
@@ -47,6 +49,7 @@ def test_finalize_projects_what_was_frozen_for_export(pattern, steps):
     assert zeros(model) == 32
 
 
+@short_run
 @pytest.mark.parametrize("steps", [0, 3])
 def test_check_sparsity_checks_what_is_frozen(steps):
     model, optimizer, _ = trained(steps)
@@ -60,6 +63,7 @@ def test_check_sparsity_checks_what_is_frozen(steps):
         optimizer.check_sparsity()
 
 
+@short_run
 def test_a_layer_frozen_midway_is_still_projected():
     model, optimizer, closure = trained()
     model[0].requires_grad_(False)
@@ -72,6 +76,7 @@ def test_a_layer_frozen_midway_is_still_projected():
     assert zeros(model) == 32
 
 
+@short_run
 def test_a_frozen_support_also_masks_a_layer_that_does_not_train():
     model, optimizer, closure = trained()
     model[0].requires_grad_(False)
@@ -85,6 +90,7 @@ def test_a_frozen_support_also_masks_a_layer_that_does_not_train():
     optimizer.check_sparsity()
 
 
+@short_run
 def test_a_copy_remembers_what_was_trainable():
     model, optimizer, _ = trained(steps=0)
     model.requires_grad_(False)
@@ -93,6 +99,7 @@ def test_a_copy_remembers_what_was_trainable():
     assert zeros(model) == 32
 
 
+@short_run
 def test_new_group_options_do_not_forget_what_was_trainable():
     model, optimizer, _ = trained(steps=0)
     model.requires_grad_(False)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
 from safe_core import NM, Channel, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    short_run,
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 
 class Sequence(nn.Module):
