@@ -45,6 +45,7 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
         return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
         "sparsity must be a fraction in [0, 1), a string such as '2:4', a pattern "
-        f"(Unstructured, NM, Block, Channel) or a mapping of names to them, got {_checks.shown(value)}; an array or a traced "
-        "value is refused because float32 arithmetic gets the number of zeros wrong"
+        "(Unstructured, NM, Block, Channel) or a mapping of names to them, got "
+        f"{_checks.shown(value)}; an array or a traced value is refused because float32 "
+        "arithmetic gets the number of zeros wrong"
     )
