@@ -30,6 +30,14 @@ class Backend(Protocol):
 
     # What is known of values
 
+    def unreadable(self, x: Array) -> str:
+        """Return what ``x`` must be instead, or "" if the other functions can read it.
+
+        Some kinds of arrays hold more than their values say, or store them in another way:
+        masked, sparse, nested and quantized arrays, or random keys. The text ends with what
+        was given.
+        """
+
     def is_concrete(self, x: Array) -> bool:
         """Return whether the values of ``x`` can be read now: it is not traced and not meta."""
 

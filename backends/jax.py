@@ -38,12 +38,19 @@ __all__ = [
     "resharded_as",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 _SIGN = 0x80000000
 _LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
+
+
+def unreadable(x: Array) -> str:
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return f"an array of numbers, got dtype {x.dtype}"
+    return ""
 
 
 def is_concrete(x: Array) -> bool:

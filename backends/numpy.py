@@ -55,6 +55,7 @@ __all__ = [
     "resharded_as",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
@@ -65,11 +66,20 @@ _PIECE = 2**17
 _SAMPLE = 2**16
 
 
+def unreadable(x: Array) -> str:
+    if isinstance(x, np.ma.MaskedArray):
+        return "an array without a mask, such as numpy.ma.filled(x, 0), got a masked array"
+    if x.dtype.type.__module__ != "numpy":
+        # Such as bfloat16 and float8 of ml_dtypes, which NumPy's own functions do not know.
+        return f"of a dtype of NumPy itself, such as float32, got dtype {x.dtype}"
+    return ""
+
+
 def ordering_key(x: Array, *, out: Array | None = None) -> Array:
     # IEEE 754 places the exponent above the mantissa, so non-negative floats order as their
     # bits do. Clearing the sign bit takes the magnitude.
-    integer = _integer(x)
-    return np.bitwise_and(x.view(integer), np.iinfo(integer).max, out=out)
+    bits = x.view(_integer(x))
+    return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out, dtype=_native_integer(x))
 
 
 def frexp(x: Array) -> tuple[Array, Array]:
@@ -147,6 +157,15 @@ def allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[A
 
 
 def _integer(x: Array) -> Any:
+    """Return the integer dtype that views the bits of ``x``.
+
+    Files of some formats hold numbers in the other byte order. Viewed in the order of the
+    machine, their bytes would be other numbers.
+    """
+    return _native_integer(x).newbyteorder(x.dtype.byteorder)
+
+
+def _native_integer(x: Array) -> Any:
     return np.dtype(f"i{x.dtype.itemsize}")
 
 
@@ -161,7 +180,7 @@ def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> 
     low, high = _bracket(scores, k, n)
     pieces = [piece for x, mask in zip(scores, masks, strict=True) for piece in _pieces(x, mask)]
     size = max(a.size for a, _ in pieces)
-    some_keys, some_flags = np.empty(size, _integer(scores[0])), np.empty(size, bool)
+    some_keys, some_flags = np.empty(size, _native_integer(scores[0])), np.empty(size, bool)
     places, candidates, kept, left = [], [], 0, n // 8 + _SAMPLE
     for a, above in pieces:
         keys = ordering_key(a, out=some_keys[: a.size].reshape(a.shape))

@@ -37,8 +37,13 @@ __all__ = [
     "resharded_as",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
+
+
+def unreadable(x: Array) -> str:
+    return ""
 
 
 def is_concrete(x: Array) -> bool:

@@ -47,6 +47,7 @@ __all__ = [
     "resharded_as",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
@@ -60,6 +61,16 @@ _LARGEST = 0x7F7FFFFF
 # Sort at most this many candidates, or an eighth of all entries if that is more. Counting
 # is faster than sorting a larger share.
 _CANDIDATES = 2**14
+
+
+def unreadable(x: Tensor) -> str:
+    # A nested tensor has a strided layout too, but rows of several lengths.
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        return f"a dense tensor, such as x.to_dense(), got layout {kind}"
+    if x.is_quantized:
+        return f"a dequantized tensor, such as x.dequantize(), got dtype {x.dtype}"
+    return ""
 
 
 def is_concrete(x: Tensor) -> bool:
@@ -271,8 +282,9 @@ def _is_plain(x: Tensor) -> bool:
 
 def _numpy(x: Tensor) -> Any:
     # NumPy has no bfloat16. Seen as int16 its magnitudes order alike, and NumPy's backend
-    # handles all scores as integers of their bits.
-    x = x.cpu()
+    # handles all scores as integers of their bits. A tensor whose sign is still to be changed,
+    # such as the imaginary part of a conjugate, has no memory that NumPy could read.
+    x = x.cpu().resolve_neg()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
