@@ -39,7 +39,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -53,6 +54,7 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
     "unreadable",
@@ -82,9 +84,23 @@ def ordering_key(x: Array, *, out: Array | None = None) -> Array:
     return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out, dtype=_native_integer(x))
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
-    mantissa, exponent = np.frexp(x)
-    return mantissa, exponent
+def exponents(arrays: Sequence[Array]) -> Array:
+    return np.concatenate([exponents_along(x.reshape(-1), axes=(0,)) for x in arrays])
+
+
+def exponents_along(x: Array, *, axes: tuple[int, ...]) -> Array:
+    peaks = np.max(np.abs(x), axis=axes, keepdims=True, initial=0)
+    if np.isinf(peaks).any():  # which is rare, and takes another pass
+        peaks = np.max(np.where(np.isinf(x), 0, np.abs(x)), axis=axes, keepdims=True)
+    return np.where(peaks > 0, np.frexp(peaks)[1], threshold.NO_EXPONENT)
+
+
+def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
+    x = np.abs(x).astype(dtype, copy=False)
+    with np.errstate(over="ignore", under="ignore"):
+        for part in threshold.parts(exponents, wide=x.dtype == np.float64, xp=np):
+            x = x * np.ldexp(np.ones((), dtype), -part).astype(dtype, copy=False)
+    return np.where(x < np.finfo(x.dtype).smallest_normal, np.zeros((), dtype), x)
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:

@@ -31,7 +31,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -45,6 +46,7 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
     "unreadable",
@@ -93,9 +95,31 @@ def has_nan(arrays: Sequence[Tensor]) -> bool:
     return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
 
 
-def frexp(x: Tensor) -> tuple[Tensor, Tensor]:
-    mantissa, exponent = torch.frexp(x)
-    return mantissa, exponent
+def exponents(arrays: Sequence[Tensor]) -> Tensor:
+    return _exponents(peaks([_finite(x) for x in arrays]))
+
+
+def exponents_along(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
+    return _exponents(_finite(x).abs().amax(axes, keepdim=True))
+
+
+def _finite(x: Tensor) -> Tensor:
+    x = x.detach()
+    return torch.where(x.isinf(), 0, x)
+
+
+def _exponents(peaks: Tensor) -> Tensor:
+    return torch.where(peaks > 0, torch.frexp(peaks)[1], threshold.NO_EXPONENT)
+
+
+def scaled(x: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
+    x = x.detach().abs().to(dtype)
+    wide = dtype == torch.float64
+    integer, bias, shift = (torch.int64, 1023, 52) if wide else (torch.int32, 127, 23)
+    for part in threshold.parts(exponents.to(integer), wide=wide, xp=torch):
+        # Powers from their bits are exact, which those of the library need not be on a GPU.
+        x = x * ((bias - part) << shift).view(dtype)
+    return torch.where(x < torch.finfo(dtype).smallest_normal, 0, x)
 
 
 def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:

@@ -157,9 +157,9 @@ def select(
     # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
     # of several entries rank by a sum, which needs the squares themselves.
     if pattern.ranks == "entries":
-        scores = entry_scores(arrays, importance, names, joint=pattern.joint, xp=xp)
+        scores = entry_scores(arrays, importance, pattern, resolved, names, xp=xp)
     else:
-        scores = unit_squares(arrays, importance, joint=pattern.joint, xp=xp)
+        scores = unit_squares(arrays, importance, pattern, resolved, names, xp=xp)
     units = [
         pattern.units(score, layout, name, xp=xp)
         for score, layout, name in zip(scores, resolved, names, strict=True)
