@@ -131,9 +131,11 @@ def blockwise(
 ) -> list[Array]:
     if out is None:
         out = allocate([x.shape for x in lists[0]], [x.dtype for x in lists[0]])
-    for arrays in zip(*lists, out, strict=True):
-        for *pieces, result in _pieces(*arrays):
-            result[...] = fn(*pieces)
+    # Results that overflow are the caller's to find, as in the other libraries.
+    with np.errstate(over="ignore"):
+        for arrays in zip(*lists, out, strict=True):
+            for *pieces, result in _pieces(*arrays):
+                result[...] = fn(*pieces)
     return list(out)
 
 

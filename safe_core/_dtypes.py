@@ -10,6 +10,9 @@ from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import backend_of
 
+# The smallest and the largest positive float32.
+_LEAST, _LARGEST = 2.0**-149, float(np.finfo(np.float32).max)
+
 
 def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
     """Return the dtype for scores and sums: float64 if any array is float64, else float32.
@@ -18,6 +21,22 @@ def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
     sum stops growing after a few hundred terms.
     """
     return xp.float64 if any(_native(a.dtype) == xp.float64 for a in arrays) else xp.float32
+
+
+def number_like(xp: Any, number: float, x: Any, name: str) -> Any:
+    """Return a positive number or zero as a scalar array that can be computed with ``x``.
+
+    It is float32 or, where float32 is too narrow for it or ``x`` is wider, float64.
+    """
+    dtype = wide_dtype(xp, [x])
+    if dtype == xp.float32 and number and not _LEAST <= number <= _LARGEST:
+        dtype = xp.float64
+        if "float64" not in xp.__array_namespace_info__().dtypes(kind="real floating"):
+            raise ValueError(
+                f"{name} must be 0 or between {_LEAST:.1e} and {_LARGEST:.1e} where there is no "
+                f"float64, got {number!r}"
+            )
+    return xp.asarray(number, dtype=dtype)
 
 
 def _native(dtype: Any) -> Any:

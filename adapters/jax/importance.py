@@ -180,6 +180,7 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
             raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
-        found.append(place_importance(jnp.asarray(p), x, layout, name))
+        number = isinstance(p, (int, float))
+        found.append(place_importance(p if number else jnp.asarray(p), x, layout, name))
     check_importance(found, names)
     return found

@@ -5,13 +5,19 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import torch
 from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_core import NM, Block, Channel, Layout, Unstructured
+import safe_core
+from safe_core import NM, Block, Channel, Layout, Unstructured, project
+from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.torch import SparseOptimizer
 
 ENTRIES = [
     Unstructured(0.5),
@@ -127,6 +133,36 @@ def test_stacked_tensors_are_scaled_apart(xp: Backend, pattern: Any) -> None:
     scale = 2.0 ** np.round(np.log2(scale)).astype("f4")
     run = projector(pattern, STACKED)
     np.testing.assert_array_equal(xp.run(run, x, p * scale).support, xp.run(run, x, p).support)
+
+
+def test_a_number_beyond_float32_is_an_importance_like_others() -> None:
+    for xp in (np, torch):
+        x = [xp.asarray([1.0, 2.0], dtype=xp.float32), xp.asarray([3.0, 4.0], dtype=xp.float32)]
+        got = project(x, 0.5, importance=[1e-50, 1e-54])
+        assert [mask.tolist() for mask in got.support] == [[True, True], [False, False]]
+        got = project(x[0], 0.5, importance=1e50)
+        assert got.support.tolist() == [False, True]
+
+
+def test_a_number_that_jax_cannot_hold_is_refused(single_precision: None) -> None:
+    x = jnp.asarray([1.0, 2.0], jnp.float32)
+    assert project(x, 0.5, importance=1e-44).support.tolist() == [False, True]
+    for number in (1e-50, 1e50):
+        with pytest.raises(ValueError, match="importance of arrays must be 0 or") as error:
+            project(x, 0.5, importance=number)
+        assert str(error.value).endswith(f"got {number!r}")
+
+
+def test_adapters_take_numbers_beyond_float32(single_precision: None) -> None:
+    layer, method = torch.nn.Linear(2, 2, bias=False), safe_core.admm(0.5)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = SparseOptimizer(sgd, method, model=layer, importance={"weight": 1e-50})
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0], [4.0, 3.0]]))
+    optimizer.finalize()
+    assert layer.weight.tolist() == [[0.0, 0.0], [4.0, 3.0]]
+    params = {"kernel": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="got 1e-50"):
+        sparse_optimizer(optax.sgd(0.1), method, importance={"kernel": 1e-50}).init(params)
 
 
 def test_dtypes_that_compete_keep_their_smallest_numbers(xp: Backend) -> None:
