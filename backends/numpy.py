@@ -71,6 +71,8 @@ _SAMPLE = 2**16
 def unreadable(x: Array) -> str:
     if isinstance(x, np.ma.MaskedArray):
         return "an array without a mask, such as numpy.ma.filled(x, 0), got a masked array"
+    if isinstance(x, np.matrix):  # which keeps two axes when it is flattened
+        return "an array, such as numpy.asarray(x), got a numpy.matrix"
     if x.dtype.type.__module__ != "numpy":
         # Such as bfloat16 and float8 of ml_dtypes, which NumPy's own functions do not know.
         return f"of a dtype of NumPy itself, such as float32, got dtype {x.dtype}"
