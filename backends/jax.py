@@ -217,7 +217,7 @@ def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
     for part in threshold.parts(lifted.astype(integer), wide=wide, xp=jnp):
         power = lax.bitcast_convert_type((bias - part) << shift, dtype)
         magnitude = magnitude * power
-    least = float(jnp.finfo(dtype).smallest_normal)
+    least = 2.0 ** (1 - bias)  # the smallest normal number
     return jnp.where(magnitude < least, jnp.zeros_like(magnitude), magnitude)
 
 

@@ -34,7 +34,7 @@ LABELS = {
     "dense": "dense",
 }
 MARKERS = {"torch": "o", "jax": "x"}
-LINES = {"torch": "-", "jax": ":"}
+LINES: dict[str, Any] = {"torch": "-", "jax": ":"}
 SHOWN = 0.9  # the sparsity of Figure 1
 
 
@@ -72,7 +72,7 @@ def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
         axes.set_title("clean labels" if noise == 0 else f"{100 * noise:g}% label noise")
     frameworks = list(dict.fromkeys(cell.framework for cell in cells))
     methods = [Line2D([], [], color=COLOURS[m], linewidth=2, label=LABELS[m]) for m in LABELS]
-    styles = [
+    styles: list[Any] = [
         Line2D([], [], color="black", linestyle=LINES[f], marker=MARKERS[f], label=FRAMEWORKS[f])
         for f in frameworks
     ]

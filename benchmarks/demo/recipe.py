@@ -81,6 +81,8 @@ class Recipe:
         It is SAFE with a cosine penalty, ADMM with a constant one, or for "fine-tuned" training
         under the mask of the largest weights, which are those that training starts from.
         """
+        if run.sparsity is None:
+            raise ValueError(f"sparsity must be given for a sparse run, got {run!r}")
         if run.method == "fine-tuned":
             largest = safe_core.schedules.linear_sparsity(run.sparsity, 1, initial=run.sparsity)
             return safe_core.gmp(largest)
