@@ -31,7 +31,7 @@ class Framework(enum.StrEnum):
 @needs("torch", "jax", "demo")
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Use one seed and three sparsities.")
+        bool, typer.Option("--quick", help="Use one seed and two sparsities.")
     ] = False,
     framework: Annotated[Framework, typer.Option(help="Framework to train with.")] = Framework.both,
     output: Annotated[

@@ -71,7 +71,12 @@ def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
         _draw_errors(axes, [cell for cell in cells if cell.noise == noise], recipe)
         axes.set_title("clean labels" if noise == 0 else f"{100 * noise:g}% label noise")
     frameworks = list(dict.fromkeys(cell.framework for cell in cells))
-    methods = [Line2D([], [], color=COLOURS[m], linewidth=2, label=LABELS[m]) for m in LABELS]
+    present = {cell.method for cell in cells}
+    methods = [
+        Line2D([], [], color=COLOURS[method], linewidth=2, label=label)
+        for method, label in LABELS.items()
+        if method in present
+    ]
     styles: list[Any] = [
         Line2D([], [], color="black", linestyle=LINES[f], marker=MARKERS[f], label=FRAMEWORKS[f])
         for f in frameworks
@@ -86,6 +91,8 @@ def _draw_errors(axes: Any, cells: Sequence[Cell], recipe: Recipe) -> None:
     positions = {sparsity: i for i, sparsity in enumerate(recipe.sparsities)}
     for framework, method in itertools.product(dict.fromkeys(c.framework for c in cells), LABELS):
         chosen = [c for c in cells if c.framework == framework and c.method == method]
+        if not chosen:
+            continue
         statistics = [mean_and_error(c.accuracy) for c in chosen]
         means = [100 - mean for mean, _ in statistics]
         style = {"color": COLOURS[method], "linestyle": LINES[framework]}
