@@ -220,6 +220,11 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
     -------
     TensorAnalysis
 
+    Raises
+    ------
+    TypeError
+        If ``array`` is no NumPy array, has a mask, or has a dtype without real numbers.
+
     Notes
     -----
     Reads the array once, in slabs of about a million entries.
@@ -232,10 +237,13 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
     >>> found.dense_bytes, found.compressed_bytes  # 4 values and 4 positions of 1 bit
     (32, 17)
     """
+    array = _checked(array)
     if floating is None:
         floating = array.dtype.kind not in "biu"
         if floating:
-            array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            # The bytes of numbers from some files are in the other order than the machine's.
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+            array = native.view(f"u{array.dtype.itemsize}")
     shape = array.shape
     groups, ties = _GroupSearch(shape), _Extreme(min)
     kept, rows, columns = 0, 0, np.zeros(shape[1:2], bool)
@@ -254,6 +262,17 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
     if array.ndim > 1 and array.size:
         empty = shape[0] - rows, len(columns) - int(np.count_nonzero(columns))
     return _described(array, kept, empty, groups.found(), ties.times if floating and kept else 0)
+
+
+def _checked(array: Any) -> NDArray[Any]:
+    """Return a plain NumPy array of real numbers, or raise TypeError."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"array must be a NumPy array without a mask, got {type(array)!r}")
+    # The 8-bit types of ml_dtypes are of kind V, as structured types are, which have names.
+    real = array.dtype.kind in "biufV" and not array.dtype.names
+    if not real or array.dtype.itemsize not in (1, 2, 4, 8):
+        raise TypeError(f"array must be real with at most 64 bits, got dtype {array.dtype}")
+    return np.asarray(array)  # drop subclasses, such as numpy.matrix
 
 
 def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -14,7 +14,7 @@ from safe_core.layout import Layout
 from safe_core.sparsity_tables import SparsityTable
 
 from .counts import kept_counts
-from .pools import keep_within
+from .pools import in_pools, keep_within
 
 __all__ = ["FractionPattern", "Pattern", "Units"]
 
@@ -123,6 +123,22 @@ class Pattern:
     ) -> list[Array]:
         """Return masks of the units to keep, one per array."""
         raise NotImplementedError
+
+    def in_pools(
+        self,
+        fn: Callable[[Array, tuple[int, ...] | None], Array],
+        x: Array,
+        layout: Layout | None,
+        name: str,
+        *,
+        xp: Any,
+    ) -> Array:
+        """Return ``fn(x, axes)``, where the entries of x along ``axes`` form one pool.
+
+        Scores are scaled in each pool. A pattern overrides this if its pools are smaller than
+        an array and than the rows of `by_output`. ``axes`` is None if x is one pool.
+        """
+        return in_pools(fn, x, layout, by_output=self.by_output)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -174,7 +175,8 @@ def test_real_commands_name_missing_packages(
     monkeypatch.setitem(sys.modules, "torch", None)
     found = message("inspect", tmp_path / "model.pt")
     assert 'needs torch: pip install "safe-core[transformers]"' in found
-    monkeypatch.setattr("safe_core.demo.command.find_spec", lambda name: name != "optax" or None)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "optax", None)
     found = message("demo", "--output", tmp_path / "demo")
     assert 'needs optax: pip install "safe-core[torch,jax,demo]"' in found
     assert not (tmp_path / "demo").exists()

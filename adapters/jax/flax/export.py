@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from safe_core._installed import require
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
 from ..leaves import check_arrays
@@ -130,6 +131,7 @@ def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None)
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].shape
     (3, 2)
     """
+    require("save_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import save_file
 
     save_file(to_torch_names(variables, layout=layout), path)
@@ -164,6 +166,7 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    require("load_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import load_file
 
     held = load_file(path)

@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from safe_core._installed import require
+
 __all__ = ["WorkFolder"]
 
 _MANIFEST = "manifest.json"
@@ -108,6 +110,7 @@ class WorkFolder:
         ValueError
             If its file is missing or was changed.
         """
+        require("work_dir", "safetensors", extra="transformers")
         from safetensors.torch import load
 
         path = self._file(index)
@@ -128,6 +131,7 @@ class WorkFolder:
         OSError
             If it cannot be written, as on a full disk. Earlier blocks stay.
         """
+        require("work_dir", "safetensors", extra="transformers")
         from safetensors.torch import save
 
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
