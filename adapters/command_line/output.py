@@ -6,7 +6,18 @@ import sys
 
 import typer
 
-__all__ = ["quiet_transformers", "say", "show"]
+__all__ = ["printable", "quiet_transformers", "say", "show"]
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped: names in files could command a terminal.
+
+    Examples
+    --------
+    >>> printable("a\\x1b[2Jb"), printable("naïve")
+    ('a\\\\x1b[2Jb', 'naïve')
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
