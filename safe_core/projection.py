@@ -149,6 +149,27 @@ def select(
             "select_on_host must be False for arrays on several devices, got True and an array "
             f"of shape {tuple(arrays[0].shape)}"
         )
+    pattern.check_names(names)
+    masks: list[Array] = list(arrays)
+    by_pattern: dict[Pattern, list[int]] = {}
+    for i, name in enumerate(names):
+        by_pattern.setdefault(pattern.of(name), []).append(i)
+    for own, members in by_pattern.items():
+        chosen = [[each[i] for i in members] for each in (arrays, importance, layouts, names)]
+        for i, mask in zip(members, _select(*chosen, own, step), strict=True):
+            masks[i] = mask
+    return masks
+
+
+def _select(
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    layouts: Sequence[Layout | None],
+    names: Sequence[str],
+    pattern: Pattern,
+    step: int | Array | None,
+) -> list[Array]:
+    """Return masks of the support of arrays that have one pattern."""
     xp = array_namespace(*arrays)
     resolved = [
         None if layout is None else resolve(layout, x.ndim, name)

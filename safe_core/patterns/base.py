@@ -95,10 +95,17 @@ class Pattern:
         """Return the pattern with ``rename`` applied to the array names that it holds."""
         return self
 
+    def of(self, name: str) -> Pattern:
+        """Return the pattern of the array ``name``; arrays of equal ones are projected together."""
+        return self
+
     @property
     def named_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that have a sparsity of their own."""
         return ()
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the pattern names an array that is not among ``names``."""
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if the pattern does not fit an array of this shape and layout.

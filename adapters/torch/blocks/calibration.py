@@ -123,11 +123,31 @@ def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
     if not tensors:
         raise TypeError(f"batches must be tensors or mappings of tensors, got {type(batch)!r}")
     rows = len(tensors[0])
+    _refuse_ambiguous(named, tensors[0])
     for i in range(rows):
         yield {
             key: v[i : i + 1] if torch.is_tensor(v) and v.ndim and len(v) == rows else v
             for key, v in named.items()
         }
+
+
+def _refuse_ambiguous(named: Mapping[str | None, Any], first: Tensor) -> None:
+    """Raise where a tensor may have one row for each sample, or be shared by all samples.
+
+    A float tensor whose axes are all as long as the batch, such as a bias between positions,
+    would be cut into rows without an error.
+    """
+    rows = len(first)
+    if rows == 1 or first.ndim < 2 or first.shape[1] != rows:
+        return
+    for key, v in named.items():
+        square = torch.is_tensor(v) and v.ndim >= 2 and set(v.shape) == {rows}
+        if square and v is not first and v.is_floating_point():
+            raise ValueError(
+                f"batches must show which tensors all samples share, got {key!r} of shape "
+                f"{tuple(v.shape)} in a batch of {rows} samples of length {rows}: pass batches "
+                "of another size"
+            )
 
 
 def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) -> None:
