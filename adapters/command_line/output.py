@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -37,7 +38,8 @@ def show(table: object) -> None:
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars of transformers, unless standard error is a terminal."""
+    """Keep transformers off the network, and its progress bars off files and pipes."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
