@@ -171,8 +171,8 @@ def prune_folder(
         data = texts or _input_calibration(job, model)
         plan = _planned(job, model, data, device)
         say(
-            f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of {plan.name} "
-            f"on {device}, memory beside the model: {plan.memory}"
+            f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
+            f"{plan.name} on {device}, memory beside the model: {plan.memory}"
         )
         report = _applied(plan, job, progress, say)
         result = PruningResult(target, str(device), report, _rows(model, report))
@@ -286,11 +286,13 @@ def _applied(
     work_dir = job.settings.work_dir
     found = _finished_blocks(work_dir)
     if found:
-        say(f"found {found} finished blocks in {work_dir}; the run resumes after them")
+        say(f"found {found} finished blocks in {work_dir}: resuming after them")
     try:
         return plan.apply(progress)
     except BaseException as error:
-        error.__notes__ = [_kept(work_dir)]  # that of the library is about a model in memory
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", ()):
+            # The note of the library, in its place, is about a model in memory.
+            error.__notes__ = [_kept(work_dir)]
         raise
 
 
