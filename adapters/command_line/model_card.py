@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .output import printable
+from .output import by_option, printable
 
 if TYPE_CHECKING:
     from .input_files import InputFile
@@ -68,7 +68,7 @@ def model_card(
         (code(w.name), " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
-    dense = [(code(name), escaped(reason)) for name, reason in report.dense.items()]
+    dense = [(code(name), escaped(by_option(reason))) for name, reason in report.dense.items()]
     left = ["## Dense matrices of the blocks", "", markdown_table(("matrix", "because"), dense), ""]
     return "\n".join(
         [

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-__all__ = ["printable", "quiet_transformers", "say", "show"]
+__all__ = ["by_option", "printable", "quiet_transformers", "say", "show"]
 
 
 def printable(text: str) -> str:
@@ -19,6 +19,18 @@ def printable(text: str) -> str:
     ('a\\\\x1b[2Jb', 'naïve')
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def by_option(reason: str) -> str:
+    """Return why a matrix stays dense, in the words of the command line.
+
+    Examples
+    --------
+    >>> by_option("where= leaves it out")
+    '--only or --ignore leaves it out'
+    """
+    plain = reason.replace("where=", "--only or --ignore")
+    return plain.replace("sparsity gives it", "--sparsity gives it")
 
 
 def say(text: str) -> None:

@@ -243,6 +243,4 @@ def test_a_window_that_the_model_cannot_take_is_no_traceback(tmp_path: Path, tex
         "prune", tmp_path / "model", "--calibration", text, "--out", tmp_path / "out",
         "--samples", 2, "--length", 34,
     )  # fmt: skip
-    assert (
-        "RobertaModel must run on a window of 34 tokens, but fails: index 34" in message
-    )
+    assert "RobertaModel must run on a window of 34 tokens, but fails: index 34" in message

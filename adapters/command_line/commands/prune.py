@@ -13,7 +13,7 @@ from safe_core.solvers import named_solvers
 
 from ..errors import needs
 from ..options import Device, TextField, Trust
-from ..output import printable, quiet_transformers, say, show
+from ..output import by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
 
@@ -50,10 +50,7 @@ def by_reason(dense: Mapping[str, str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, reason in dense.items():
-        ours = reason.replace("where=", "--only or --ignore").replace(
-            "sparsity gives it", "--sparsity gives it"
-        )
-        found.setdefault(ours, []).append(name)
+        found.setdefault(by_option(reason), []).append(name)
     return found
 
 

@@ -168,10 +168,20 @@ def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
         return "with other batches"
     if key == "weights" and was and got:
         return f"with {_other_weight(was, got)}"
-    return f"with {key}={was}, got {key}={got}"
+    return f"with {key}={_excerpt(was, got)}, got {key}={_excerpt(got, was)}"
+
+
+def _excerpt(text: str | None, other: str | None) -> str | None:
+    """Return a text, shortened to the part where it begins to differ from another."""
+    if text is None or len(text) <= _LONG:
+        return text
+    same = len(os.path.commonprefix([text, other or ""]))
+    start = max(0, same - _LONG // 4)
+    return f"{'...' if start else ''}{text[start : start + _LONG]}..."
 
 
 _FOLLOWING = {"batches": 1, "weights": -1}
+_LONG = 200  # characters
 
 
 def _other_weight(was: str, got: str) -> str:
