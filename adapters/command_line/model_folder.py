@@ -87,8 +87,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     check_model_folder(folder)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(
-            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}; for a model "
-            "that takes no text, pass --inputs"
+            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}; for a "
+            "model that takes no text, pass --inputs"
         )
     return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code)
 

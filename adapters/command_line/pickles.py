@@ -125,8 +125,10 @@ class _Machine:
         self.at += n
         return found
 
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def number(self, form: struct.Struct) -> Any:
+        (found,) = form.unpack_from(self.data, self.at)  # type: ignore[arg-type]
+        self.at += form.size
+        return found
 
     def line(self) -> bytes:
         limit = self.at + 1000
@@ -196,19 +198,23 @@ def _text_number(m: _Machine) -> int | bool:
 
 
 def _sized(form: str, *, text: bool) -> Callable[[_Machine], None]:
+    size = struct.Struct(form)
+
     def step(m: _Machine) -> None:
-        found = m.take(m.number(form))
+        found = m.take(m.number(size))
         m.push(found.decode("utf-8", "surrogatepass") if text else found)
 
     return step
 
 
 def _numbered(form: str, use: Callable[[_Machine, Any], None]) -> Callable[[_Machine], None]:
-    return lambda m: use(m, m.number(form))
+    number = struct.Struct(form)
+    return lambda m: use(m, m.number(number))
 
 
 def _integer(form: str) -> Callable[[_Machine], None]:
-    return lambda m: m.push(int.from_bytes(m.take(m.number(form)), "little", signed=True))
+    size = struct.Struct(form)
+    return lambda m: m.push(int.from_bytes(m.take(m.number(size)), "little", signed=True))
 
 
 def _get(m: _Machine, i: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ def read_safetensors(file: Path) -> Iterator[StoredTensor]:
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise DamagedFileError(f"{file} must be a complete safetensors file, got {size} bytes")
         header = stream.read(length)
+        # It is closed with the last array that refers to it.
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if sum(header.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:
         raise DamagedFileError(f"{file} must have a header of at most {_MOST_VALUES:,} values")
     try:
@@ -67,7 +70,7 @@ def read_safetensors(file: Path) -> Iterator[StoredTensor]:
                 f"{file} must hold tensors that do not overlap, but {entry.name} does"
             )
         stop = entry.stop
-        yield _stored(file, entry, 8 + length, size)
+        yield _stored(file, entry, 8 + length, data)
 
 
 class _Entry(NamedTuple):
@@ -101,11 +104,11 @@ def _entry(file: Path, name: str, value: Any) -> _Entry:
     return entry
 
 
-def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
+def _stored(file: Path, entry: _Entry, begin: int, data: mmap.mmap) -> StoredTensor:
     start, stop, name, shape, dtype = entry
     form: Format | None = FORMATS.get(_NAMES.get(dtype, ""))
     nbytes = stop - start
-    if not start <= stop <= size - begin:
+    if not start <= stop <= len(data) - begin:
         raise DamagedFileError(f"{file} must be a complete safetensors file, but {name} is cut off")
     array = None
     if form is not None:
@@ -115,7 +118,7 @@ def _stored(file: Path, entry: _Entry, begin: int, size: int) -> StoredTensor:
                 f"shape {shape}"
             )
         try:
-            array = mapped(file, form, begin + start, shape)
+            array = mapped(data, form, begin + start, shape)
         except (ValueError, OverflowError) as error:
             raise DamagedFileError(
                 f"{file} must give shapes that NumPy supports, got {shape} for {name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,8 +108,10 @@ class StoredTensor(NamedTuple):
     format: str | None = None
 
 
-def mapped(file: Any, form: Format, offset: int, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return entries of a file as an array without reading them.
+def mapped(
+    data: mmap.mmap | None, form: Format, offset: int, shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """Return entries of a memory-mapped file as an array without reading them.
 
     Raises
     ------
@@ -115,6 +119,6 @@ def mapped(file: Any, form: Format, offset: int, shape: tuple[int, ...]) -> NDAr
         If NumPy does not support the shape.
     """
     kind = np.dtype(f"<{form.kind}")
-    if 0 in shape:
+    if data is None or 0 in shape:
         return np.zeros(shape, kind)  # there is nothing to map
-    return np.memmap(file, kind, "r", offset, shape)
+    return np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape)

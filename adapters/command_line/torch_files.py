@@ -13,7 +13,6 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -93,10 +92,9 @@ def read_torch(file: Path) -> Iterator[StoredTensor]:
     size = file.stat().st_size
     if not size:
         raise _wrong(file, "an empty file")
-    with (
-        file.open("rb") as stream,
-        closing(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)) as data,
-    ):
+    with file.open("rb") as stream:
+        # It is closed with the last array that refers to it.
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         reader = _Reader(file, data)
         content = reader.of_archive(stream) if data[:2] == b"PK" else reader.of_pickles()
     first: dict[_View, str] = {}
@@ -111,7 +109,7 @@ def read_torch(file: Path) -> Iterator[StoredTensor]:
             elif budget < 0:
                 raise _wrong(file, f"views of more than {_TIMES} times its size, with {name}")
             elif tensor.form.kind is not None:
-                stored = stored._replace(array=_array(file, tensor, content.places))
+                stored = stored._replace(array=_array(data, tensor, content.places))
         yield stored
 
 
@@ -373,12 +371,13 @@ def _described(file: Path, name: str, tensor: Any) -> StoredTensor:
     )  # fmt: skip
 
 
-def _array(file: Path, tensor: _View, places: dict[str, int]) -> NDArray[Any]:
+def _array(data: mmap.mmap, tensor: _View, places: dict[str, int]) -> NDArray[Any]:
     """Return the entries of a tensor, whose numbers are checked, without reading them."""
     if 0 in tensor.shape:
-        return mapped(file, tensor.form, 0, tensor.shape)
+        return mapped(None, tensor.form, 0, tensor.shape)
     width = tensor.form.width
-    whole = mapped(file, tensor.form, places[tensor.storage.key], (tensor.storage.nbytes // width,))
+    count = tensor.storage.nbytes // width
+    whole = mapped(data, tensor.form, places[tensor.storage.key], (count,))
     return np.lib.stride_tricks.as_strided(
         whole[tensor.offset :],
         tensor.shape,

@@ -14,16 +14,15 @@ from safe_core.command_line.sparsities import parse_rules
 
 
 def test_the_first_rule_that_matches_counts() -> None:
-    rules = parse_rules([r"layers\.0=2:4", "0.5", "down=0.75", "=x=0.25"], "row")
+    texts = [r"layers\.0=2:4", "0.5", "down=0.75", "=x=0.25"]
+    rules = parse_rules(texts, "row")
     assert rules.default == Unstructured(0.5, scope="row")
     assert rules("layers.0.down") == NM(2, 4)
     assert rules("layers.1.down") == Unstructured(0.75, scope="row")
     assert rules("layers.1.up") == Unstructured(0.5, scope="row")
     assert rules("a=x") == Unstructured(0.25, scope="row")
     assert parse_rules(["down=0.75"])("up") is None
-    assert hash(rules) == hash(
-        parse_rules([r"layers\.0=2:4", "0.5", "down=0.75", "=x=0.25"], "row")
-    )
+    assert hash(rules) == hash(parse_rules(texts, "row"))
 
 
 def test_wrong_rules_are_refused() -> None:
@@ -49,7 +48,7 @@ def test_weights_get_their_own_sparsity(
     epochs = ["--epochs", 1] if method == "safe" else []
     result = run(
         "prune", folder, "--calibration", text, "--out", out, *SHORT, "--method", method, *epochs,
-        "--sparsity", "0.5", "--sparsity", "down_proj=2:4", "--sparsity", r"layers\.1\..*_proj=0.75",
+        "--sparsity", "0.5", "--sparsity", "down_proj=2:4", "--sparsity", r"layers\.1\..*=0.75",
         "--ignore", r"q_proj|layers\.0\.mlp\.up",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -92,9 +91,8 @@ def test_expressions_that_match_nothing_are_refused(
         assert f"{argument} must match the name of a weight, got 'mpl': names are such" in message
     message = failed(*prune, "--sparsity", "0.5", "--sparsity", "embed=0.9")
     assert "sparsity must match the name of a weight, got 'embed': names are such as" in message
-    assert "ignore must be a regular expression of a name, got an empty" in refused(
-        *prune, "--ignore", ""
-    )
+    message = refused(*prune, "--ignore", "")
+    assert "ignore must be a regular expression of a name, got an empty" in message
     message = failed(*prune, "--sparsity", "0.5", "--sparsity", "down=3:12")
     assert "--sparsity 3:12 must divide the inputs of every weight, got 32" in message
 

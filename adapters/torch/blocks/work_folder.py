@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -175,7 +176,8 @@ def _excerpt(text: str | None, other: str | None) -> str | None:
     """Return a text, shortened to the part where it begins to differ from another."""
     if text is None or len(text) <= _LONG:
         return text
-    same = len(os.path.commonprefix([text, other or ""]))
+    pairs = itertools.zip_longest(text, other or "")
+    same = next(i for i, (a, b) in enumerate(pairs) if a != b)
     start = max(0, same - _LONG // 4)
     return f"{'...' if start else ''}{text[start : start + _LONG]}..."
 
