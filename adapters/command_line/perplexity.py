@@ -198,8 +198,9 @@ def check_length(model: nn.Module, length: int) -> None:
     """
     config = getattr(model, "config", None)
     parts = [config, *(getattr(config, key, None) for key in ("text_config", "llm_config"))]
-    if callable(getattr(config, "get_text_config", None)):
-        parts.append(config.get_text_config(decoder=True))
+    text_config = getattr(config, "get_text_config", None)
+    if callable(text_config):
+        parts.append(text_config(decoder=True))
     found = [
         getattr(part, key, None)
         for part in parts

@@ -234,7 +234,8 @@ def _input_calibration(job: PruningJob, model: nn.Module) -> _Calibration:
     file = read_input_file(Path(job.inputs))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     samples = file.samples(job.samples, job.settings.seed, dtype)
-    return _Calibration([file], samples, {**samples[0]}, f"a row of {file.name}")
+    probe: dict[str | None, Any] = dict(samples[0].items())
+    return _Calibration([file], samples, probe, f"a row of {file.name}")
 
 
 def _planned(
@@ -290,7 +291,7 @@ def _applied(
     try:
         return plan.apply(progress)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", ()):
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):
             # The note of the library, in its place, is about a model in memory.
             error.__notes__ = [_kept(work_dir)]
         raise
