@@ -71,7 +71,8 @@ def prune_blocks(
         ``|block_x(h) - target|^2``,  ``target = block_dense(h')``,
 
     over the calibration samples. Everything outside the blocks stays dense, such as embeddings
-    and the head. So do weights that are tied to them, biases, norms, convolutions and routers.
+    and the head. So do weights that are tied to them, biases, norms, convolutions, and routers,
+    whose outputs choose experts or weigh them. The report lists the dense matrices of the blocks.
 
     Parameters
     ----------
@@ -88,10 +89,12 @@ def prune_blocks(
         function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which
         gets each weight in float32 or wider and ``gram = X^T X`` (inputs, inputs) of its inputs
         in the dense block.
-    sparsity : float, str or pattern
+    sparsity : float, str, pattern, mapping or callable
         As for `safe_core.project`. A number is the sparsity of each weight, or of each output of
         each weight for the name "wanda", as published. A pattern must not compare entries of
-        different weights (``scope="global"``).
+        different weights (``scope="global"``). A mapping of full names to sparsities, or a
+        function ``sparsity(name, parameter)`` that returns a sparsity or None, gives weights
+        their own; the others stay dense.
     settings : PruningSettings, optional
         All other settings.
     progress : callable, optional
@@ -123,8 +126,9 @@ def prune_blocks(
     blocks before it, and its targets are its own dense outputs for them.
 
     Parameters are trained in float32 or wider and written back in their own dtype, zeros
-    exactly. SAFE trains biases and norms of a block too. Parameters with
-    ``requires_grad=False`` keep their bits, unless they are pruned.
+    exactly. SAFE trains biases, norms and dense weights of a block too; matrices keep the zeros
+    that they have. Parameters with ``requires_grad=False`` keep their bits, unless they are
+    pruned. Autocast and inference mode around the call are switched off within it.
 
     References
     ----------
