@@ -174,7 +174,7 @@ def prune_folder(
             f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
             f"{plan.name} on {device}, memory beside the model: {plan.memory}"
         )
-        report = _applied(plan, job, progress, say)
+        report = _applied(model, plan, job, progress, say)
         result = PruningResult(target, str(device), report, _rows(model, report))
         imprint = Imprint.of(model, data.probe)
         del plan
@@ -255,6 +255,8 @@ def _planned(
         raise ValueError(_other_groups(error)) from None
     except Exception as error:
         if _is_ours(error) or isinstance(error, MemoryError):
+            if str(error).startswith("blocks must"):
+                error.add_note(_other_blocks(model))
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         parameters = inspect.signature(model.forward).parameters.values()
@@ -277,7 +279,15 @@ def _is_ours(error: BaseException) -> bool:
     return name.partition(".")[0] == "safe_core"
 
 
+def _other_blocks(model: nn.Module) -> str:
+    """Return a line with the lists of blocks of a model, longest first."""
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
+    names = sorted(lists, key=lambda name: -lists[name])[:8]
+    return f"--blocks can name another list of blocks, of {', '.join(names)}"
+
+
 def _applied(
+    model: nn.Module,
     plan: PruningPlan,
     job: PruningJob,
     progress: Callable[[Progress], object] | None,
@@ -294,7 +304,12 @@ def _applied(
         if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):
             # The note of the library, in its place, is about a model in memory.
             error.__notes__ = [_kept(work_dir)]
-        raise
+        if not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        clear = ValueError(f"blocks must run one after the other, but {plan.name} fails: {reason}")
+        clear.__notes__ = [_other_blocks(model), *getattr(error, "__notes__", ())]
+        raise clear from error
 
 
 def _kept(work_dir: str | os.PathLike[str] | None) -> str:

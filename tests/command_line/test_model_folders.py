@@ -104,6 +104,25 @@ def test_shards_and_index_that_disagree(copy: Path, text: Path) -> None:
         assert "must name shards inside its folder" in message
 
 
+def test_checkpoints_of_torch_are_pruned_and_checked(
+    copy: Path, text: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    out = tmp_path / "sparse"
+    result = run("prune", copy, "--calibration", text, "--out", out, *SHORT, "--method", "wanda")
+    assert result.exit_code == 0, result.output
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    whole = (copy / "pytorch_model.bin").read_bytes()
+    (copy / "pytorch_model.bin").write_bytes(whole[:-200])
+    for message in (*both(copy, text), refused("inspect", copy)):
+        assert "pytorch_model.bin must be a complete PyTorch checkpoint" in message
+    (copy / "pytorch_model.bin").write_bytes(b"hello world")
+    for message in (*both(copy, text), refused("inspect", copy)):
+        assert "must be a safetensors file or a PyTorch checkpoint" in message
+
+
 def test_missing_weights_are_named(copy: Path, text: Path) -> None:
     changed_weights(copy, lambda tensors: tensors.pop("model.norm.weight"))
     for message in both(copy, text):

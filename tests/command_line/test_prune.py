@@ -293,6 +293,8 @@ def test_prune_refuses_before_it_begins(
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
+    assert "must hold model.safetensors" in message(model=bare)
+    (bare / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     assert "must hold a tokenizer" in message(model=bare)
     empty = tmp_path / "empty.txt"
     empty.touch()

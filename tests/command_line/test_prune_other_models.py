@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import SHORT, byte_tokenizer, refused, run
+from command_line import SHORT, byte_tokenizer, failed, refused, run
 from safetensors.torch import save_file
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -40,6 +40,11 @@ def wav2vec2() -> tuple[Any, dict[str, torch.Tensor]]:
     return transformers.Wav2Vec2ForCTC(config), {"input_values": torch.randn(6, 400)}
 
 
+def convnext() -> tuple[Any, dict[str, torch.Tensor]]:
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 2, 1])
+    return transformers.ConvNextModel(config), {"pixel_values": torch.randn(6, 3, 32, 32)}
+
+
 def t5() -> tuple[Any, dict[str, torch.Tensor]]:
     config = transformers.T5Config(
         vocab_size=256, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
@@ -55,6 +60,7 @@ def t5() -> tuple[Any, dict[str, torch.Tensor]]:
         (vit, None, "mlp.fc1.weight"),
         (clip, "vision_model.encoder.layers", "mlp.fc1.weight"),
         (wav2vec2, None, "intermediate_dense.weight"),
+        (convnext, "encoder.stages.2.layers", "pwconv1.weight"),
         (t5, "encoder.block", "wi.weight"),
     ],
 )
@@ -118,6 +124,19 @@ def test_a_text_for_a_model_that_takes_other_arguments(tmp_path: Path, text: Pat
     assert "pass --inputs with its arguments, of pixel_values, bool_masked_pos" in message
     assert "safe_core.adapters.transformers.prune_blocks" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_form_no_chain_are_no_traceback(tmp_path: Path) -> None:
+    model, inputs = convnext()
+    model.save_pretrained(tmp_path / "model")
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    message = failed(
+        "prune", tmp_path / "model", "--inputs", tmp_path / "inputs.safetensors", "--out",
+        tmp_path / "out", "--method", "magnitude",
+    )  # fmt: skip
+    assert message.startswith("safe-core: blocks must ")
+    assert "--blocks can name another list of blocks, of encoder." in message
+    assert "encoder.stages.2.layers" in message
 
 
 def test_inputs_are_checked(folder: Path, text: Path, tmp_path: Path) -> None:
