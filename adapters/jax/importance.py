@@ -192,8 +192,8 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
             raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
         # A number stays one: as a float32 array, a small one would become zero.
-        given = p if isinstance(p, (int, float)) else jnp.asarray(p)
+        value = p if isinstance(p, (int, float)) else jnp.asarray(p)
         check_arrays("importance", [(name, jnp.asarray(p))])
-        found.append(place_importance(given, x, layout, name))
+        found.append(place_importance(value, x, layout, name))
     check_importance(found, names)
     return found
