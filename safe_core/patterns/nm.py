@@ -71,7 +71,7 @@ class NM(Pattern):
         """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
         layout = require_roles(layout, name, "an N:M pattern", inputs=True)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
-        whole_units(merged[axis], self.m, self.ragged, name, "input")
+        whole_units(merged[axis], self.m, self, name, "input")
 
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any

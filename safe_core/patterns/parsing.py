@@ -33,10 +33,11 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
         return value
     if isinstance(value, str):
         n, colon, m = value.partition(":")
-        if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
+        numbers = colon and n.strip().isdecimal() and m.strip().isdecimal()
+        if not (numbers and 1 <= int(n) <= int(m)):
             raise ValueError(
-                'sparsity must be a number such as 0.95, or of the form "N:M" if a string, got '
-                f"{value!r}"
+                'sparsity must be a number such as 0.95, or a string "N:M" that keeps N of every M '
+                f"with 1 <= N <= M, got {value!r}"
             )
         return NM(int(n), int(m))
     if isinstance(value, Mapping):
