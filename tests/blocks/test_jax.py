@@ -466,6 +466,7 @@ def _some_blocks(count: int = 2) -> list[Any]:
     ]
 
 
+@short_run
 def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
     inputs = jax.random.normal(jax.random.key(1), (6, 8))
     solver = Reconstruction(epochs=2, batch_size=2, learning_rate=1e-2)
@@ -484,6 +485,7 @@ def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
         assert int((after.params["down"]["kernel"] == 0).sum()) == 96
 
 
+@short_run
 @pytest.mark.parametrize("solver", ["magnitude", Reconstruction(epochs=2, batch_size=2)])
 def test_weights_can_have_sparsities_of_their_own(solver: Any) -> None:
     inputs = jax.random.normal(jax.random.key(1), (6, 8))

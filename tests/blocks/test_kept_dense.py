@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import Tensor, nn
 
 from safe_core import NM, Unstructured
@@ -14,6 +15,8 @@ from safe_core.adapters.torch.blocks.pruning import (
     plan_pruning,
     prune_blocks,
 )
+
+pytestmark = short_run  # what stays dense does not depend on how long a block is trained
 
 SAFE = SafeReconstruction(epochs=2, batch_size=2, learning_rate=1e-2)
 
