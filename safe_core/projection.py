@@ -157,8 +157,15 @@ def select(
     for i, name in enumerate(names):
         by_pattern.setdefault(pattern.of(name), []).append(i)
     for own, members in by_pattern.items():
-        chosen = [[each[i] for i in members] for each in (arrays, importance, layouts, names)]
-        for i, mask in zip(members, _select(*chosen, own, step), strict=True):
+        found = _select(
+            [arrays[i] for i in members],
+            [importance[i] for i in members],
+            [layouts[i] for i in members],
+            [names[i] for i in members],
+            own,
+            step,
+        )
+        for i, mask in zip(members, found, strict=True):
             masks[i] = mask
     return masks
 

@@ -153,10 +153,11 @@ class BlockTraining:
 
         def loss_of(params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
             # Gradients of masked entries are zero, so neither Adam nor the ascent moves them.
-            leaves, treedef = jax.tree.flatten(params)
+            leaves = jax.tree.leaves(params)
             for i, mask in kept.items():
                 leaves[i] = jnp.where(mask, leaves[i], jnp.zeros_like(leaves[i]))
-            return self._loss(treedef.unflatten(leaves), batch, target)
+            whole = jax.tree.unflatten(jax.tree.structure(params), leaves)
+            return self._loss(whole, batch, target)
 
         def take(carried: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carried

@@ -120,7 +120,7 @@ class ByName(Pattern):
 
     def renamed(self, rename: Callable[[str], str]) -> ByName:
         """Return the pattern with ``rename`` applied to its names."""
-        named = {rename(name): pattern.renamed(rename) for name, pattern in self.patterns}
+        named = {rename(name): pattern.renamed(rename) for name, pattern in self._by_name.items()}
         default = None if self.default is None else self.default.renamed(rename)
         return ByName(named, default, self.scope)
 

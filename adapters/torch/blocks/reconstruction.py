@@ -233,7 +233,9 @@ def _keep_zeros(params: Iterable[Tensor]) -> None:
     for p in params:
         if p.ndim >= 2 and p.requires_grad and bool((p == 0).any()):
             kept = p != 0
-            p.register_hook(lambda g, kept=kept: torch.where(kept, g, torch.zeros_like(g)))
+            p.register_hook(  # type: ignore[no-untyped-call]
+                lambda g, kept=kept: torch.where(kept, g, torch.zeros_like(g))
+            )
 
 
 def wide_mse(output: Tensor, target: Tensor) -> Tensor:
