@@ -160,7 +160,10 @@ def test_every_run_is_counted_and_fine_tuning_starts_from_the_dense_network(reci
     tuned = [run for run in runs if run.method == "fine-tuned"]
     assert len(tuned) == len(recipe.noises)
     for run in tuned:
-        assert starts[run] is trained[Run("dense", run.noise, run.seed)]
+        dense = trained[Run("dense", run.noise, run.seed)]
+        for layer, wanted in zip(starts[run], dense, strict=True):
+            np.testing.assert_array_equal(layer.weight, wanted.weight)
+            np.testing.assert_array_equal(layer.bias, wanted.bias)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
