@@ -3,9 +3,9 @@
 `is_sharded`, `local`, `sharded_like` and `summed` are the interface for the PyTorch
 adapter. The other functions serve the backend.
 
-Parameters are not gathered, unless units of a pattern fit no shards. Each process computes with its local shard, and one number
-per tensor is reduced over the process groups that hold the other shards. Functions accept
-plain tensors too, which they treat as a single shard.
+Each process computes with its local shard, and one number per tensor is reduced over the
+process groups that hold the other shards. A tensor is gathered only if the units of a pattern
+fit no shards. Functions accept plain tensors too, which they treat as a single shard.
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ def regrouped(x: Any, *, units: Mapping[int, int]) -> Tensor:
     """
     if not is_sharded(x):
         return x
-    from torch.distributed.tensor import Shard
-
     cut = {p.dim for p in x.placements if _is_shard(p) and _cuts(x, p, units.get(p.dim, 1))}
     if not cut:
         return x
