@@ -44,9 +44,9 @@ class Evidence:
         if self._vectors is None:
             self._vectors = {}
             for other, shape in self.shapes.items():
-                # Haiku's norms have leading axes of length 1.
-                if shape and math.prod(shape) == shape[-1]:
-                    self._vectors.setdefault(_parent(other), set()).add(shape[-1])
+                # Haiku's norms have further axes, of length 1.
+                if shape and math.prod(shape) == max(shape):
+                    self._vectors.setdefault(_parent(other), set()).add(max(shape))
         return self._vectors.get(_parent(path), set())
 
 

@@ -163,7 +163,7 @@ def _shapes(named: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, ...]]:
 
 
 def _known(path: str, array: Any, owner: Any, evidence: Evidence) -> Layout | None:
-    if not is_prunable(path, array, owner):
+    if not hasattr(array, "ndim") or not is_prunable(path, array, owner):
         return None
     if owner is None:
         return infer_layout(path, evidence)

@@ -201,15 +201,15 @@ def _read(variables: PyTree, layout: Any) -> list[tuple[str, Any, _Axes]]:
 
 def _kernel_layout(path: str, x: Any, known: Layout | None) -> Layout:
     """Return the layout of a kernel that torch can hold; raise for others."""
-    if known is None:
+    transposed = any(word in path.lower() for word in ("transpose", "deconv"))
+    if known is None and not transposed:
         raise ValueError(
-            f"layout of {path} is unknown, which has shape {x.shape}; pass layout={{{path!r}: "
-            "safe_core.Layout(...)}, or layout=layouts_of(model, inputs)"
+            f"layout of {path} must be known, whose shape is {tuple(x.shape)}: pass layout="
+            f"{{{path!r}: safe_core.Layout(...)}}, or that of layouts_of(model, inputs), got None"
         )
-    layout = resolve(known, x.ndim, path)
-    names = any(word in path.lower() for word in ("transpose", "deconv"))
+    layout = resolve(known or Layout(), x.ndim, path)
     window = x.ndim > sum(map(len, (layout.input_axes, layout.output_axes, layout.batch_axes)))
-    if names or (window and layout.output_axes < layout.input_axes):
+    if transposed or (window and layout.output_axes < layout.input_axes):
         raise ValueError(f"{path} must not be of a transposed convolution, got shape {x.shape}")
     return layout
 
