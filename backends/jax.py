@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import jax
@@ -85,23 +86,36 @@ def regrouped(x: Array, *, units: Mapping[int, int]) -> Array:
     cut = {axis for axis, names in enumerate(spec) if names and _cuts(x, axis, names, units)}
     if not cut:
         return x
-    names = tuple(name for axis in sorted(cut) for name in spec[axis])
+    moving = [name for axis in sorted(cut) for name in spec[axis]]
+    kept = [() if axis in cut else names for axis, names in enumerate(spec)]
+    return _resharded(x, _spread(x, kept, moving, units))
+
+
+def _spread(
+    x: Array, kept: Sequence[tuple[str, ...]], moving: Sequence[str], units: Mapping[int, int]
+) -> list[tuple[str, ...]]:
+    """Return ``kept`` with the mesh axes ``moving`` on axes of ``x`` where shards cut no unit.
+
+    Mesh axes for which there is no such place are left out, so their devices hold copies. Of
+    all choices the one with the most shards wins.
+    """
     mesh = jax.typeof(x).sharding.mesh
-
-    def divides(axis: int) -> bool:
-        return x.shape[axis] % math.prod(mesh.shape[name] for name in spec[axis] + names) == 0
-
-    free = [axis for axis in range(x.ndim) if units.get(axis, 1) == 1 and divides(axis)]
-    if not free:
-        raise ValueError(
-            f"axes {sorted(cut)} of an array of shape {x.shape} must be sharded at multiples of "
-            f"the pattern's units, or not at all, got {jax.typeof(x).sharding}"
-        )
-    # Prefer an axis that is not sharded yet, and then the longest.
-    target = max(free, key=lambda axis: (not spec[axis], x.shape[axis]))
-    moved = [() if axis in cut else held for axis, held in enumerate(spec)]
-    moved[target] += names
-    return _resharded(x, moved)
+    found, best = list(kept), (0, 0, 0)
+    # Arrays and meshes have few axes, so all choices can be tried. The last place is "nowhere".
+    for places in product(range(x.ndim + 1), repeat=len(moving)):
+        spec, shards = [list(names) for names in (*kept, ())], 1
+        for name, place in zip(moving, places, strict=True):
+            spec[place].append(name)
+            shards *= 1 if place == x.ndim else mesh.shape[name]
+        taken = sorted({place for place in places if place != x.ndim})
+        if any(_cuts(x, axis, spec[axis], units, even=True) for axis in taken):
+            continue
+        # Prefer axes that are not sharded yet, and then long ones.
+        shared = sum(bool(kept[axis]) for axis in taken)
+        rank = (shards, -shared, max((x.shape[axis] for axis in taken), default=0))
+        if rank > best:
+            found, best = [tuple(names) for names in spec[:-1]], rank
+    return found
 
 
 def resharded_as(x: Array, result: Array) -> Array:
@@ -160,11 +174,13 @@ def _explicit_spec(x: Array) -> list[tuple[str, ...]]:
     return spec
 
 
-def _cuts(x: Array, axis: int, names: Sequence[str], units: Mapping[int, int]) -> bool:
-    """Return whether a shard can begin within a unit."""
+def _cuts(
+    x: Array, axis: int, names: Sequence[str], units: Mapping[int, int], even: bool = False
+) -> bool:
+    """Return whether a shard can begin within a unit, or, if ``even``, shards differ in size."""
     unit, mesh = units.get(axis, 1), jax.typeof(x).sharding.mesh
     count = math.prod(mesh.shape[name] for name in names)
-    return unit == 0 or (unit > 1 and x.shape[axis] % (unit * count) != 0)
+    return unit == 0 or ((even or unit > 1) and x.shape[axis] % (unit * count) != 0)
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:
