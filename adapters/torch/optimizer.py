@@ -22,6 +22,7 @@ from safe_core.report import Report, TensorReport
 
 from . import kernels
 from .checkpoint import pack, unpack
+from .evaluation import refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState
 from .phases import Phase, Phases
 from .reporting import tensor_reports
@@ -195,6 +196,58 @@ class SparseOptimizer(Optimizer):
     def allow_unperturbed(self, flag: bool) -> None:
         self._phases.allow_unperturbed = _checks.flag("allow_unperturbed", flag)
 
+    # Evaluation during training
+
+    @contextmanager
+    def sparse_weights(self) -> Iterator[None]:
+        """Set the parameters to C(x), the result of `finalize`, within the block.
+
+        Evaluate or export the sparse network inside; training continues after it as if the
+        block had not been. On exit x is restored bit for bit, also after an error. A tensor
+        that outlives the block must be a copy: ``model.state_dict()`` refers to the
+        parameters, so clone its entries, or save them to a file inside.
+
+        Only `check_sparsity`, `zero_grad` and `split` may be called inside. `split` returns the
+        state of training. Buffers, such as batch statistics, are those of x. With sharded
+        parameters, pass ``model`` to the constructor and enter the block in every process.
+
+        Raises
+        ------
+        ValueError
+            If a block is open, a parameter holds NaN or infinity, parameters changed within
+            the block, or the base needs `eval` first.
+
+        Examples
+        --------
+        >>> import safe_core
+        >>> model = nn.Linear(8, 2)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = SparseOptimizer(base, safe_core.admm(0.75), model=model)
+        >>> with optimizer.sparse_weights():
+        ...     int((model.weight == 0).sum())
+        12
+        >>> int((model.weight == 0).sum())
+        0
+        """
+        with sparse_weights(self._run, self._phases):
+            yield
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """Call ``train()`` of the base optimizer; exists only where the base has it.
+
+        A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
+        the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
+        optimizer and not on the base. Calling it raises a ValueError for a method that moves
+        the parameters beside the base step, such as one with a decoupled penalty.
+        """
+        return switch_of(self._run, self._phases, "train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Call ``eval()`` of the base optimizer; exists only where the base has it."""
+        return switch_of(self._run, self._phases, "eval")
+
     # The step
 
     @property
@@ -334,9 +387,11 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, or a block is open.
+            If ``importance`` does not fit the parameters, a block is open, or the base needs
+            `eval` first.
         """
         self._phases.refuse_within_block("finalize()")
+        refuse_training_mode(self._run, "finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
         with run.as_started() as sparse:
@@ -497,6 +552,7 @@ class SparseOptimizer(Optimizer):
         self.state.clear()
         self.state.update(found.own)
         run.steps, run.frozen = found.steps, found.frozen
+        run.evaluated_at = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
             run.mask(run.active(), run.active())

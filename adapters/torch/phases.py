@@ -46,12 +46,15 @@ class Phases:
     phase : Phase
     first : dict of parameter to tensor
         Gradients at x, if the method reuses a direction; otherwise empty.
+    shows_sparse : bool
+        Whether `SparseOptimizer.sparse_weights` is open.
     """
 
     def __init__(self, run: Run, *, allow_unperturbed: bool, replay_rng: bool) -> None:
         self.run = run
         self.allow_unperturbed = allow_unperturbed
         self.replay_rng = replay_rng
+        self.shows_sparse = False
         self.reset()
 
     def reset(self) -> None:
@@ -74,6 +77,8 @@ class Phases:
     @property
     def block(self) -> str:
         """The name of the block that is open, or an empty string."""
+        if self.shows_sparse:
+            return "sparse_weights"
         return {Phase.PERTURBED: "perturbed", Phase.PROJECTED: "projected"}.get(self.phase, "")
 
     def refuse_within_block(self, call: str) -> None:

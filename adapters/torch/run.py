@@ -45,6 +45,8 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    evaluated_at : int or None
+        Step count at the last `SparseOptimizer.eval`; None after `SparseOptimizer.train`.
     selected : dict of parameter to Selected
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
@@ -73,6 +75,7 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
+        self.evaluated_at: int | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
         self._prepare()
