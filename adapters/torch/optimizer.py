@@ -401,6 +401,7 @@ class SparseOptimizer(Optimizer):
                 raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
             support = run.final_support(sparse, importance)
         kernels.mask_(values, support)
+        run.forget_copies()
         if freeze and not run.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
@@ -556,6 +557,7 @@ class SparseOptimizer(Optimizer):
         self._phases.reset()
         if run.frozen:
             run.mask(run.active(), run.active())
+            run.forget_copies()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
