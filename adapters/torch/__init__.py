@@ -8,6 +8,7 @@ by block.
 
 from .flatness import loss_surface
 from .importance import hessian_diagonal
+from .lightning_callback import SparseCallbackMixin
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
 from .trainers import SparseTrainerMixin, perturbed, unwrap
@@ -15,6 +16,7 @@ from .weights import prunable_weights
 
 __all__ = [
     "RandomState",
+    "SparseCallbackMixin",
     "SparseOptimizer",
     "SparseTrainerMixin",
     "hessian_diagonal",

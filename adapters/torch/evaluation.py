@@ -15,7 +15,7 @@ from . import kernels
 from .phases import Phases
 from .run import LAST, Run
 
-__all__ = ["refuse_training_mode", "sparse_weights", "switch_of"]
+__all__ = ["is_evaluating", "refuse_training_mode", "sparse_weights", "switch_of"]
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def switch_of(run: Run, phases: Phases, name: str) -> Callable[[], None]:
 
     def call() -> None:
         evaluates = name == "eval"
-        if evaluates and run.evaluated_at == run.steps:
+        if evaluates and is_evaluating(run):
             return  # also within sparse_weights(), where trainers call it once more
         phases.refuse_within_block(f"{name}()")
         if not evaluates:
@@ -111,9 +111,14 @@ def switch_of(run: Run, phases: Phases, name: str) -> Callable[[], None]:
     return call
 
 
+def is_evaluating(run: Run) -> bool:
+    """Return whether `SparseOptimizer.eval` was called since the last step."""
+    return run.evaluated_at == run.steps
+
+
 def refuse_training_mode(run: Run, call: str) -> None:
     """Raise if the parameters are those that the base trains and not those that it evaluates."""
-    if callable(getattr(run.base, "eval", None)) and run.evaluated_at != run.steps:
+    if callable(getattr(run.base, "eval", None)) and not is_evaluating(run):
         raise ValueError(
             f"{call} must come after eval() of this optimizer, because "
             f"{type(run.base).__name__} trains other parameters than it evaluates"

@@ -22,7 +22,7 @@ from safe_core.report import Report, TensorReport
 
 from . import kernels
 from .checkpoint import pack, unpack
-from .evaluation import refuse_training_mode, sparse_weights, switch_of
+from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState
 from .phases import Phase, Phases
 from .reporting import tensor_reports
@@ -247,6 +247,11 @@ class SparseOptimizer(Optimizer):
     def eval(self) -> Callable[[], None]:
         """Call ``eval()`` of the base optimizer; exists only where the base has it."""
         return switch_of(self._run, self._phases, "eval")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether `eval` was called since the last step."""
+        return is_evaluating(self._run)
 
     # The step
 

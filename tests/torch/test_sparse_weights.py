@@ -119,11 +119,8 @@ def test_x_returns_after_an_error(error: type[BaseException]) -> None:
     optimizer = optimizer_of(model)
     x = copies(model.parameters())
 
-    def fail() -> None:
-        with optimizer.sparse_weights():
-            raise error
-
-    pytest.raises(error, fail)
+    with pytest.raises(error), optimizer.sparse_weights():
+        raise error
     assert_same_bits(model.parameters(), x)
     train(model, optimizer, 1)
 
@@ -133,8 +130,10 @@ def test_signs_of_zeros_and_storages_return() -> None:
     with torch.no_grad():
         model[0].weight[0] = -0.0
     optimizer = optimizer_of(model)
-    view, place, x = model[0].weight.view(-1), model[0].weight.data_ptr(), copies(
-        model.parameters()
+    view, place, x = (
+        model[0].weight.view(-1),
+        model[0].weight.data_ptr(),
+        copies(model.parameters()),
     )
     with optimizer.sparse_weights():
         assert model[0].weight.data_ptr() == place
