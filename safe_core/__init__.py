@@ -7,6 +7,8 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
 from .certificate import stationarity_gap
 from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
+from .coverage import Coverage, DenseWeightWarning, WeightCoverage
+from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
@@ -26,8 +28,11 @@ __all__ = [
     "Block",
     "Channel",
     "Constraint",
+    "Coverage",
+    "DenseWeightWarning",
     "Direction",
     "Evaluation",
+    "FinalizeWarning",
     "FractionPattern",
     "GradientAscent",
     "HardThreshold",
@@ -46,6 +51,7 @@ __all__ = [
     "StepPlan",
     "Units",
     "Unstructured",
+    "WeightCoverage",
     "admm",
     "cram",
     "gmp",

@@ -5,6 +5,7 @@ parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Fla
 `safe_core.adapters.jax.blocks` prunes a trained model block by block.
 """
 
+from .coverage import coverage
 from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
@@ -18,6 +19,7 @@ __all__ = [
     "FixedSupportState",
     "SparseOptimizerState",
     "check_sparsity",
+    "coverage",
     "finalize",
     "find_state",
     "fixed_support",

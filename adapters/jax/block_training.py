@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from safe_core._dtypes import wide_dtype
+from safe_core.finalization import pruning_a_block
 from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction, batches_at_random, batches_in_order
 from safe_core.solvers import Gram
@@ -94,7 +95,9 @@ class BlockTraining:
                     f"{self.recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k} of "
                     f"block {block}"
                 )
-        found = finalize(*carried, self.method, layout=self.layout)
+        steps = self.recipe.epochs * -(-self.samples // self.recipe.batch_size)
+        with pruning_a_block(self.method.constraint, self.method.sparsity, steps):
+            found = finalize(*carried, self.method, layout=self.layout)
         return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
 
     def _optimizer(self, importance: Any) -> optax.GradientTransformationExtraArgs:

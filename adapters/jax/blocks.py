@@ -128,7 +128,8 @@ def reconstruct(
     ...     return jnp.tanh(x @ params["kernel"])
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> found = reconstruct(block, params, inputs, 0.5, recipe=Reconstruction(epochs=2))
+    >>> recipe = Reconstruction(epochs=2, dual_update_interval=2)
+    >>> found = reconstruct(block, params, inputs, 0.5, recipe=recipe)
     >>> int((found.params["kernel"] == 0).sum())
     16
     """
@@ -227,7 +228,7 @@ def prune_blocks(
     >>> weights = jax.random.normal(jax.random.key(0), (3, 8, 8)) / 8
     >>> blocks = [Block(block, {"kernel": kernel}, grams) for kernel in weights]
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> solver = Reconstruction(importance="wanda", epochs=2)
+    >>> solver = Reconstruction(importance="wanda", epochs=2, dual_update_interval=2)
     >>> [pruned.sparsity for pruned in prune_blocks(blocks, inputs, solver, "2:4")]
     [0.5, 0.5, 0.5]
     """

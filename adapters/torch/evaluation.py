@@ -13,6 +13,7 @@ from safe_core.backends.torch_sharding import local, summed
 
 from . import kernels
 from .phases import Phases
+from .reporting import describe_final
 from .run import LAST, Run
 
 __all__ = ["is_evaluating", "refuse_training_mode", "sparse_weights", "switch_of"]
@@ -29,8 +30,8 @@ def sparse_weights(run: Run, phases: Phases) -> Iterator[None]:
     with ExitStack() as started:
         with _own_mode():
             params = started.enter_context(run.as_started())
-            _refuse_non_finite(run, params)
             support = run.final_support(params, LAST)
+            describe_final(run.parameters, params, support, run.steps)  # refuses NaN and infinity
             # Into the same storage: views, DDP buckets and compiled programs refer to it.
             copies = [local(p.detach()).clone() for p in params]
             kernels.mask_([p.detach() for p in params], support)
@@ -61,13 +62,6 @@ def _own_mode() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def _refuse_non_finite(run: Run, params: list[Tensor]) -> None:
-    bad = _counts([~torch.isfinite(local(p.detach())) for p in params], params)
-    names = [run.selected[p].name for p, count in zip(params, bad, strict=True) if count]
-    if names:
-        raise ValueError(f"parameters must be finite, got NaN or infinity in {', '.join(names)}")
 
 
 def _changed(params: list[Tensor], copies: list[Tensor], support: list[Tensor]) -> list[int]:

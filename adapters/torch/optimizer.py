@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from safe_core import Layout, Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
-from safe_core.backends import backend_of
+from safe_core.finalization import Finalized, warn
 from safe_core.report import Report, TensorReport
 
 from . import kernels
@@ -25,7 +25,7 @@ from .checkpoint import pack, unpack
 from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState
 from .phases import Phase, Phases
-from .reporting import tensor_reports
+from .reporting import describe_final, tensor_reports
 from .run import LAST, Run
 from .selection import refuse_flat_parameters
 from .step import take_step
@@ -96,7 +96,7 @@ class SparseOptimizer(Optimizer):
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(8, 2)
     >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> optimizer = SparseOptimizer(base, method, model=model)
     >>> def closure():
@@ -104,7 +104,7 @@ class SparseOptimizer(Optimizer):
     ...     loss = nn.functional.mse_loss(model(x), y)
     ...     loss.backward()
     ...     return loss
-    >>> for _ in range(10):
+    >>> for _ in range(100):
     ...     loss = optimizer.step(closure)
 
     Or with the two passes written out. Guard the block by ``if optimizer.perturbs:`` if the
@@ -186,6 +186,11 @@ class SparseOptimizer(Optimizer):
     def frozen(self) -> bool:
         """Whether the support is final, see `finalize`."""
         return self._run.frozen
+
+    @property
+    def finalized(self) -> Finalized | None:
+        """What the last call of `finalize` did, in total and by parameter; None before it."""
+        return self._run.finalized
 
     @property
     def allow_unperturbed(self) -> bool:
@@ -289,15 +294,20 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open.
+            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open. In
+            the first steps also if the gradients were added to those of the last step, or a
+            second block would discard the gradients of the first.
         """
         phases = self._phases
         phases.check_block("perturbed()", replay)
         if not _checks.real("loss_scale", loss_scale) > 0:
             raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
+        phases.refuse_stale_gradients("perturbed()")
+        phases.refuse_second_block()
         phases.reset()
         with phases.restoring(), phases.at_perturbed_point(replay, loss_scale):
             yield
+        phases.watch_gradients()
 
     @contextmanager
     def projected(self, replay: RandomState | None = None) -> Iterator[None]:
@@ -328,8 +338,12 @@ class SparseOptimizer(Optimizer):
                 "projected() needs the gradients of a backward pass before it, to which it adds "
                 "its own, got None for every parameter"
             )
+        phases.refuse_stale_gradients("projected()")
+        phases.refuse_lost_gradients("projected()")
+        phases.stop_watching()
         with phases.restoring(), phases.at_projected_point(replay):
             yield
+        phases.watch_gradients()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -354,7 +368,9 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If a gradient that the step needs is missing, or a block is open.
+            If a gradient that the step needs is missing, or a block is open. In the first steps
+            also if the gradients were added to those of the last step, or the gradients of a
+            block were cleared after it.
         """
         phases = self._phases
         phases.refuse_within_block("step()")
@@ -367,7 +383,9 @@ class SparseOptimizer(Optimizer):
                 return None
             phases.check_step()
             take_step(self._run, phases.take_first())
+            phases.count_step()
             return None
+        phases.stop_watching()
         with phases.restoring():
             loss = phases.call(closure)
             take_step(self._run, phases.take_first())
@@ -378,7 +396,7 @@ class SparseOptimizer(Optimizer):
         """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
         Kept entries do not change, bit for bit. The others become +0, exactly as many as
-        the method's sparsity requires.
+        the method's sparsity requires. `finalized` then holds what changed.
 
         Parameters
         ----------
@@ -392,21 +410,28 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, a block is open, or the base needs
-            `eval` first.
+            If ``importance`` does not fit the parameters, a parameter holds NaN or infinity, a
+            block is open, or the base needs `eval` first.
+
+        Warns
+        -----
+        safe_core.FinalizeWarning
+            If the run was too short for the method to act (no dual update, a schedule that has
+            not reached its end), the projection removes more than a tenth of the norm of the
+            weights, or a parameter becomes zero as a whole.
         """
         self._phases.refuse_within_block("finalize()")
         refuse_training_mode(self._run, "finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
         with run.as_started() as sparse:
-            values = [p.detach() for p in sparse]
-            if values and backend_of(values[0]).has_nan(values):
-                bad = [run.selected[p].name for p in sparse if bool(p.isnan().any())]
-                raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
             support = run.final_support(sparse, importance)
-        kernels.mask_(values, support)
+            patterns = list(run.parameters.pools(sparse))
+        run.finalized = describe_final(run.parameters, sparse, support, run.steps)
+        kernels.mask_([p.detach() for p in sparse], support)
         run.forget_copies()
+        source = run.source if isinstance(importance, str) else None
+        warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
         if freeze and not run.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
@@ -474,6 +499,7 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
         super().zero_grad(set_to_none)
+        self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
             self._phases.reset()
 
@@ -557,7 +583,7 @@ class SparseOptimizer(Optimizer):
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(found.own)
-        run.steps, run.frozen = found.steps, found.frozen
+        run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
         run.evaluated_at = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
@@ -583,6 +609,11 @@ def _check_arguments(
         raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
     if isinstance(base, SparseOptimizer):
         raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            "base must not be differentiable, because masks and projections change parameters in "
+            f"place, got {type(base).__name__} with differentiable=True"
+        )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base must not need a closure of its own, got LBFGS")
     if not isinstance(method, Method):

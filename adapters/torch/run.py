@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from safe_core import Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
+from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
@@ -47,6 +48,8 @@ class Run:
         Whether the support is final.
     evaluated_at : int or None
         Step count at the last `SparseOptimizer.eval`; None after `SparseOptimizer.train`.
+    finalized : Finalized or None
+        What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
@@ -76,6 +79,7 @@ class Run:
         self.steps = 0
         self.frozen = False
         self.evaluated_at: int | None = None
+        self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
         self._prepare()

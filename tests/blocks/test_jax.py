@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from short_runs import short_run
 
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks, prune_layers, reconstruct
@@ -192,6 +193,7 @@ def test_layers_are_pruned_by_a_solver() -> None:
         prune_layers(params, missing, Wanda(), "2:4")
 
 
+@short_run
 @pytest.mark.parametrize("importance", [None, "wanda"])
 def test_reconstruction_beats_the_projection(importance: Any) -> None:
     params = parameters(Layers())
@@ -245,6 +247,7 @@ def test_blocks_are_pruned_on_what_comes_before(target_inputs: Any, propagate: A
     assert second.sparsity == 0.5
 
 
+@short_run
 @pytest.mark.parametrize("solver", [Wanda(), Reconstruction(importance="wanda", epochs=2)])
 def test_blocks_of_equal_modules_compile_once(solver: Any) -> None:
     def traces(blocks: int) -> int:
@@ -278,6 +281,7 @@ def test_equal_modules_are_one_function() -> None:
     assert nnx_block(nnx.Linear(8, 4, rngs=nnx.Rngs(0))).apply_fn != layers[0].apply_fn
 
 
+@short_run
 def test_methods_go_by_name() -> None:
     named = prune_blocks(chain(), inputs(), "wanda", 0.5)
     for block in named:  # compared within each output, as published
@@ -317,6 +321,7 @@ def test_a_solver_gets_the_statistics_that_it_needs() -> None:
     np.testing.assert_array_equal(solvers["squares"].seen[0], jnp.diagonal(solvers["gram"].seen[0]))
 
 
+@short_run
 def test_the_first_block_is_reconstructed_as_alone() -> None:
     (apply_fn, params, _), *_ = chain()
     recipe = Reconstruction(learning_rate=1e-2, epochs=2, batch_size=4)
@@ -328,6 +333,7 @@ def test_the_first_block_is_reconstructed_as_alone() -> None:
     assert (other[0].params["kernel"] != first.params["kernel"]).any()
 
 
+@short_run
 def test_a_decoupled_penalty_has_the_rate_of_the_recipe() -> None:
     apply_fn, params, _ = chain(1)[0]
     method = safe_core.admm(0.5, penalty=5.0, decoupled=True)
@@ -338,6 +344,7 @@ def test_a_decoupled_penalty_has_the_rate_of_the_recipe() -> None:
     np.testing.assert_array_equal(found.params["kernel"] != 0, start)
 
 
+@short_run
 def test_grams_of_dense_leaves_are_left_out() -> None:
     params, x = parameters(Layers()), inputs()
     recipe = Reconstruction(importance="wanda", epochs=1, warmup_epochs=0)
@@ -391,6 +398,7 @@ def test_a_bad_argument_of_a_chain_is_named(options: Any, error: Any, message: s
         prune_blocks(**{**given, **options})
 
 
+@short_run
 def test_a_narrow_block_is_trained_in_float32_and_returned_as_it_was() -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4), jnp.bfloat16)}
     recipe = Reconstruction(learning_rate=1e-4, epochs=3)

@@ -16,6 +16,7 @@ import torch
 from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -189,6 +190,7 @@ class Network:
         return jax.jit(partial(jax_adapter.finalize, method=method))(params, state)
 
 
+@short_run
 def test_both_frameworks_end_on_the_same_distribution() -> None:
     network = Network()
     method = safe_core.safe(
@@ -209,6 +211,7 @@ def test_both_frameworks_end_on_the_same_distribution() -> None:
     optimizer.check_sparsity()
 
 
+@short_run
 def test_a_distribution_by_name_goes_through_reports_and_checkpoints() -> None:
     method = safe_core.admm(
         Unstructured(0.5, "tensor", {"2.weight": 0.75}), penalty=0.1, dual_update_interval=2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import Tensor, nn
 
 import safe_core
@@ -55,7 +57,9 @@ def assert_same_bits(got: Iterator[Tensor], wanted: list[Tensor]) -> None:
 def finalized(model: nn.Module, optimizer: SparseOptimizer) -> list[Tensor]:
     """What `finalize` makes of a copy."""
     twin, own = copy.deepcopy((model, optimizer))
-    own.finalize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", safe_core.FinalizeWarning)  # sparse_weights gives none
+        own.finalize()
     return copies(twin.parameters())
 
 
@@ -141,6 +145,7 @@ def test_signs_of_zeros_and_storages_return() -> None:
     assert_same_bits(model.parameters(), x)
 
 
+@short_run
 def test_a_block_in_inference_mode_leaves_tensors_that_train() -> None:
     """Lightning checks the validation in inference mode before the first step."""
     model = network()
@@ -154,6 +159,7 @@ def test_a_block_in_inference_mode_leaves_tensors_that_train() -> None:
     optimizer.finalize()
 
 
+@short_run
 def test_a_frozen_support_is_the_mask() -> None:
     model = network()
     optimizer = optimizer_of(model)

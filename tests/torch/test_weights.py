@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -178,6 +179,7 @@ class Run:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
 
+@short_run
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(pattern):
     run = Run(safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=2))
@@ -207,6 +209,7 @@ def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(pattern):
     assert all(torch.equal(p, once[name]) for name, p in run.params().items())
 
 
+@short_run
 def test_the_penalty_acts_on_the_weights_alone():
     run = Run(safe_core.admm(0.5, penalty=2.0, dual_update_interval=1))
     run.scale = 0.0
@@ -232,6 +235,7 @@ def test_only_sparse_parameters_cost_state():
     assert per_entry == 5
 
 
+@short_run
 def test_a_tied_weight_is_counted_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
@@ -245,6 +249,7 @@ def test_a_tied_weight_is_counted_once():
 # Frozen and unused parameters
 
 
+@short_run
 def test_frozen_parameters_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -272,6 +277,7 @@ def test_frozen_parameters_are_left_alone():
     assert int((model[1].weight == 0).sum()) == 8
 
 
+@short_run
 def test_a_parameter_unfrozen_later_joins():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -341,6 +347,7 @@ def test_where_chooses_by_name_and_parameter():
     assert all(p is q for (_, p), q in zip(seen, model.parameters(), strict=True))
 
 
+@short_run
 def test_where_may_choose_what_the_model_would_not():
     model, base = model_and_sgd()
     optimizer = SparseOptimizer(
@@ -375,6 +382,7 @@ def test_a_group_may_opt_out():
         assert names_of(optimizer) == ["2.weight"]
 
 
+@short_run
 def test_a_group_may_opt_in_whole():
     def groups(model):
         first, *rest = model.parameters()
@@ -421,6 +429,7 @@ def is_2_4(weight, axis):
     return bool(((groups != 0).sum(axis=1) == 2).all())
 
 
+@short_run
 @pytest.mark.parametrize(
     "layout",
     [
@@ -436,12 +445,14 @@ def test_layout_overrides_what_the_module_says(layout):
     assert not is_2_4(pruned(layout), axis=1)
 
 
+@short_run
 @pytest.mark.parametrize("layout", [None, {}, {"bias": INPUT_OUTPUT}])
 def test_layout_of_the_module_holds_otherwise(layout):
     assert is_2_4(pruned(layout), axis=1)
     assert not is_2_4(pruned(layout), axis=0)
 
 
+@short_run
 @pytest.mark.parametrize(
     ("layout", "module"),
     [
@@ -458,6 +469,7 @@ def test_an_unknown_layout_is_an_error_only_where_it_is_needed(layout, module):
     assert (pruned(layout, module, 0.5) == 0).sum() == math.prod(module.weight.shape) // 2
 
 
+@short_run
 def test_importance_per_input_follows_the_layout():
     module = nn.ConvTranspose1d(8, 6, 1, bias=False)
     base = torch.optim.SGD(module.parameters(), lr=0.1)

@@ -13,6 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
+from ..leaves import check_arrays
 from ..tree import SparseTree, check_layout_paths
 from ..weights import is_prunable, layout_of, name_of
 
@@ -181,6 +182,7 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
 def _named(variables: PyTree, layout: Any) -> list[tuple[str, Any]]:
     paths = jax.tree_util.tree_leaves_with_path(variables)
     named = [(name_of(path), x) for path, x in paths]
+    check_arrays("variables", named)
     check_layout_paths(layout, [name for name, _ in named], "variables")
     return named
 

@@ -135,7 +135,9 @@ def prune_blocks(
     ...             x = block(x)
     ...         return x
     >>> model = Tiny()
-    >>> solver = SafeReconstruction(importance="wanda", epochs=3, batch_size=2)
+    >>> solver = SafeReconstruction(
+    ...     importance="wanda", epochs=3, batch_size=2, dual_update_interval=4
+    ... )
     >>> report = prune_blocks(model, torch.randn(8, 8), solver, 0.5)
     >>> report.sparsity, int((model.blocks[0].weight == 0).sum())
     (0.5, 32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
+from safe_core.finalization import pruning_a_block
 from safe_core.layout import Layout
 from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
@@ -153,7 +154,9 @@ dual_update_interval
         """
         optimizer = self._optimizer(block, weights, importance, sparsity)
         self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
-        optimizer.finalize(freeze=True)
+        method = optimizer.method
+        with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
+            optimizer.finalize(freeze=True)
         named = optimizer.sparse_parameters()
         return {name: optimizer.state[p]["support"] for name, p in named.items()}
 

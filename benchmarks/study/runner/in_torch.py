@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from safe_core import FinalizeWarning
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
 from safe_core.adapters.torch.modules import recalibrate
@@ -79,7 +81,10 @@ class TorchLearner:
             return self.variables()
         sparse = self._optimizer.sparse_parameters()
         before = {name: p.detach().clone() for name, p in sparse.items()}
-        self._optimizer.finalize()
+        with warnings.catch_warnings():
+            # The tables report the distance, and a run is measured long before its end.
+            warnings.simplefilter("ignore", FinalizeWarning)
+            self._optimizer.finalize()
         found = self.variables()
         with torch.no_grad():
             for name, p in sparse.items():
