@@ -6,6 +6,7 @@ parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Fla
 """
 
 from .coverage import coverage
+from .evaluation import sparse_weights
 from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
@@ -29,5 +30,6 @@ __all__ = [
     "loss_surface",
     "report",
     "sparse_optimizer",
+    "sparse_weights",
     "value_and_gradients",
 ]
