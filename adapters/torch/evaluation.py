@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from safe_core import Operation
 from safe_core.backends.torch_sharding import local, summed
 
 from . import kernels
@@ -97,7 +96,7 @@ def switch_of(run: Run, phases: Phases, name: str) -> Callable[[], None]:
             return  # also within sparse_weights(), where trainers call it once more
         phases.refuse_within_block(f"{name}()")
         if not evaluates:
-            _refuse_moves(run)
+            _refuse_pull(run)
         switch()
         run.forget_copies()
         run.evaluated_at = run.steps if evaluates else None
@@ -119,17 +118,14 @@ def refuse_training_mode(run: Run, call: str) -> None:
         )
 
 
-def _refuse_moves(run: Run) -> None:
-    """Raise if the method moves the parameters beside the base step.
+def _refuse_pull(run: Run) -> None:
+    """Raise for a decoupled penalty, which moves the parameters beside the base step.
 
-    The base would not carry such a move over to its other sequence of parameters. A frozen
-    support masks both.
+    The base does not know of the pull, and moves the other way what it evaluates. A mask does no
+    such harm, because it also masks the gradients.
     """
-    moves = (Operation.APPLY_PULL, Operation.MASK_PARAMETERS, Operation.PROJECT_PARAMETERS)
-    found = [o.name for o in run.method.plan().operations if o in moves]
-    if found and not run.frozen:
+    if run.method.plan().needs_learning_rate and not run.frozen:
         raise ValueError(
-            f"method must change only gradients with {type(run.base).__name__}, which trains "
-            "other parameters than it evaluates: use safe() or admm() with decoupled=False, got "
-            f"{', '.join(found)} in {run.method!r}"
+            f"method must have decoupled=False with {type(run.base).__name__}, which evaluates "
+            f"other parameters than it trains, got {run.method!r}"
         )

@@ -243,8 +243,8 @@ class SparseOptimizer(Optimizer):
 
         A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
         the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
-        optimizer and not on the base. Calling it raises a ValueError for a method that moves
-        the parameters beside the base step, such as one with a decoupled penalty.
+        optimizer and not on the base. Calling it raises a ValueError for a method with a
+        decoupled penalty, which the base could not average.
         """
         return switch_of(self._run, self._phases, "train")
 
