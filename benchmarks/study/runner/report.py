@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .cells import cells, read_results
-from .recipe import RECIPE, kept_recipe
-from .run import RESULTS
+from .cells import cells
+from .recipe_files import RECIPE, kept_recipe
+from .results import read_results
 from .statistics import Entry, Table, agreement, tables
 
 __all__ = ["as_latex", "as_markdown", "write_report"]
@@ -51,7 +51,7 @@ def write_report(out: Path) -> list[Path]:
         raise FileNotFoundError(f"{out} must be the folder of a study, with its {RECIPE}")
     recipe = kept_recipe(out)
     planned = cells(recipe)
-    results = read_results(out / RESULTS, recipe)
+    results = read_results(out, recipe).results
     if not results:
         raise ValueError(f"{out} must hold at least one finished run, got none")
     made = tables(recipe, results)
