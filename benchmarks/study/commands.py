@@ -53,7 +53,7 @@ def study(
     Python code beside it, which this command runs: read both before you run those of others.
     """
     from safe_core.study.runner import (
-        FailedRuns,
+        FailedRunsError,
         installed_recipes,
         planned_runs,
         recipe_source,
@@ -65,9 +65,7 @@ def study(
             typer.echo(f"{name}: {title}")
         return
     if recipe is None:
-        raise ValueError(
-            "recipe must be a TOML file or the name of an installed recipe (see --list)"
-        )
+        raise ValueError("recipe must be a TOML file or an installed recipe; see --list")
     name, source = recipe_source(recipe)
     folder = Path("study-results", name) if out is None else out
     beside = recipe.parent
@@ -88,7 +86,7 @@ def study(
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command to continue", err=True)
         raise typer.Exit(130) from None
-    except FailedRuns as error:
+    except FailedRunsError as error:
         typer.echo(f"safe-core: {error}\nthe tracebacks are in {folder}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"results in {folder}; tables and figures: safe-core report {folder}")

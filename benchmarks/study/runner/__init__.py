@@ -13,11 +13,11 @@ from .cells import Cell, cells
 from .recipe import Recipe
 from .recipe_files import installed_recipes, parse_recipe, read_recipe, recipe_source
 from .report import write_report
-from .run import FailedRuns, planned_runs, run_study
+from .run import FailedRunsError, planned_runs, run_study
 
 __all__ = [
     "Cell",
-    "FailedRuns",
+    "FailedRunsError",
     "Recipe",
     "cells",
     "installed_recipes",

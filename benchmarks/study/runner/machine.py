@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -44,10 +45,8 @@ def _processor() -> str:
 
 def reset_peak_memory() -> None:
     """Start a new measurement of `peak_memory`, where the system allows it."""
-    try:
+    with contextlib.suppress(OSError):  # then the peak is that of the process
         (_PROC / "clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak is that of the process
 
 
 def peak_memory() -> float | None:

@@ -298,13 +298,13 @@ class Recipe:
         """
         entry = self.entry(label)
         found: dict[str, Any] = {"method": entry.method}
-        for table, part in (
+        for place, part in (
             ("data", self.data),
             ("model", self.model),
             ("training", self.training_of(label)),
             ("evaluation", self.evaluation),
         ):
-            found |= {f"{table}.{f.name}": getattr(part, f.name) for f in fields(part)}
+            found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
         if target is not None:
             found |= {f"method.{name}": value for name, value in entry.values(target).items()}
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):

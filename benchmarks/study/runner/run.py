@@ -19,12 +19,12 @@ from .train import run_unit
 from .units import Unit, check, units
 from .workers import Outcome, checked_in_process, failure, in_processes
 
-__all__ = ["FailedRuns", "planned_runs", "run_study"]
+__all__ = ["FailedRunsError", "planned_runs", "run_study"]
 
 Advance = Callable[[], None]
 
 
-class FailedRuns(RuntimeError):
+class FailedRunsError(RuntimeError):
     """Some runs of a study failed. All others are done.
 
     Attributes
@@ -34,7 +34,7 @@ class FailedRuns(RuntimeError):
 
     Examples
     --------
-    >>> print(FailedRuns({Cell("jax", 0.0, "SAFE", 0.9, 1): "ValueError: no such file"}))
+    >>> print(FailedRunsError({Cell("jax", 0.0, "SAFE", 0.9, 1): "ValueError: no such file"}))
     1 run failed; the same command tries it again:
       SAFE at 0.9, seed 1, jax: ValueError: no such file
     """
@@ -98,7 +98,7 @@ def run_study(
     ------
     ValueError
         If the recipe is invalid, or ``out`` is in use or holds something else.
-    FailedRuns
+    FailedRunsError
         If runs failed. It is raised after all others are done.
 
     Examples
@@ -150,7 +150,7 @@ def run_study(
                     if isinstance(result, str):
                         failures[cell] = result
         if failures:
-            raise FailedRuns(failures)
+            raise FailedRunsError(failures)
         return read_results(out, recipe).results
 
 
