@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,11 @@ _OF_RESULT = {
     "diverged": bool, "losses": list, "history": list, "landscape": dict,
     "weights_histogram": dict, "versions": dict, "machine": dict,
 }  # fmt: skip
+# What figures draw: the name, its arrays, and whether their shapes fit.
+_PLOTS: tuple[tuple[str, tuple[str, str], Callable[[Any, Any], bool]], ...] = (
+    ("weights_histogram", ("counts", "edges"), lambda n, m: n[1:] == () and m == (n[0] + 1,)),
+    ("landscape", ("coordinates", "values"), lambda n, m: n[1:] == () and m == (n[0], n[0])),
+)
 
 
 class Found(NamedTuple):
@@ -172,17 +177,25 @@ def _checked(result: dict[str, Any], metrics: tuple[str, ...]) -> dict[str, Any]
     for point in result.get("history", []):
         _typed("history", point, dict)
         _numbers("history", [point[k] for k in ("epoch", "accuracy", "dense_accuracy", "distance")])
-    for name, keys in (("weights_histogram", ("counts", "edges")), ("landscape", ())):
-        for key in keys or result.get(name, {}):
-            if name in result:
-                _numbers(f"{name}.{key}", _flat(_typed(f"{name}.{key}", result[name][key], list)))
+    for name, keys, sizes in _PLOTS:
+        if name in result:
+            shapes = [_shape(f"{name}.{key}", result[name][key]) for key in keys]
+            if not sizes(*shapes):
+                raise ValueError(f"{name} has arrays of shapes {shapes} that do not fit")
     if not result.get("diverged") and "accuracy" not in result:
         raise ValueError("accuracy is missing")
     return result
 
 
-def _flat(values: list[Any]) -> list[Any]:
-    return [x for value in values for x in (value if isinstance(value, list) else [value])]
+def _shape(name: str, values: Any) -> tuple[int, ...]:
+    """Return the shape of numbers in a list, or in lists of one length."""
+    rows = _typed(name, values, list)
+    if rows and all(isinstance(row, list) for row in rows):
+        for row in rows:
+            _numbers(name, row)
+        return (len(rows), *{len(row) for row in rows})
+    _numbers(name, rows)
+    return (len(rows),)
 
 
 def _numbers(name: str, values: list[Any]) -> None:
