@@ -111,11 +111,11 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
         data=replace(whole.data, train_images=64),
         model=replace(whole.model, width=0.1),
         evaluation=replace(whole.evaluation, flatness_images=64),
-        sparsities=whole.sparsities[-1:],
         seeds=(0,),
         frameworks=("torch",),
     )
-    results = {cell: run_cell(recipe, cell) for cell in cells(recipe)}
+    last = (None, whole.sparsities[-1])
+    results = {cell: run_cell(recipe, cell) for cell in cells(recipe) if cell.sparsity in last}
     assert len(results) == len(recipe.methods)
     for cell, found in results.items():
         assert set(recipe.evaluation.metrics()) <= found.keys()
@@ -211,8 +211,10 @@ def test_a_method_may_be_a_function_of_ones_own(
     assert "the code of mine.py:in_rounds changed" in capsys.readouterr().err
     with (out / "code" / "mine.py").open("a") as file:
         file.write("raise SystemExit('a report runs nothing')\n")
-    with pytest.raises(ValueError, match="at least one finished run"):  # another version of it
-        write_report(out)
+    write_report(out)
+    assert (
+        "The results of 8 runs with other settings do not count" in (out / "report.md").read_text()
+    )
     (out / "code" / "mine.py").write_bytes((sub / "mine.py").read_bytes())
     (sub / "mine.py").unlink()
     write_report(out)
@@ -285,7 +287,7 @@ def test_a_method_may_have_settings_of_training_of_its_own(tmp_path: Path) -> No
     (tmp_path / "recipe.toml").write_text(OWN)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
-    assert "; SAFE trained with epochs = 3, batch_size = 16." in markdown
+    assert r"; SAFE trained with epochs = 3, batch\_size = 16." in markdown
 
 
 def test_learning_rates() -> None:
