@@ -1,4 +1,4 @@
-"""Compare pruning methods on digits with the same tuning for each, and write the table and the figure.
+"""Compare pruning methods on digits with the same tuning for each.
 
 Every method of `TUNED` has one parameter and four values of it. At each sparsity and noise the
 value with the highest accuracy on held-out training images is used, over three seeds that the
@@ -9,12 +9,16 @@ images.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error, percent
+
+from .report import machine, machine_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.95, 0.99)
