@@ -11,6 +11,7 @@ from .jax import (
     hessian_diagonal,
     report,
     sparse_optimizer,
+    sparse_weights,
     value_and_gradients,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "hessian_diagonal",
     "report",
     "sparse_optimizer",
+    "sparse_weights",
     "value_and_gradients",
 ]

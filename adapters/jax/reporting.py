@@ -8,8 +8,9 @@ from safe_core import Method
 from safe_core.report import Report, TensorReport, outlook, sums
 
 from .arguments import check_number
+from .evaluation import last_metric
 from .state import check_anchor, check_layout, find_state, split_of, trained_tree
-from .transform import at_step, last_metric
+from .transform import at_step
 
 __all__ = ["report"]
 

@@ -13,29 +13,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from safe_core import Importance, Method, _checks
+from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
-from safe_core.finalization import describe, measure, warn
+from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState, no_direction
-from safe_core.projection import apply_support
 
 from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
-from .importance import importance_in_use, initial_importance, placed, second_moments
+from .evaluation import LAST, final_projection
+from .importance import importance_in_use, initial_importance, second_moments
 from .state import (
     Layouts,
     SparseOptimizerState,
-    check_layout,
     check_update,
-    find_state,
     split_of,
-    trained_tree,
 )
 from .state_setup import StateSetup, register_with_flax
 from .tree import SparseTree, leaves_like
 
 __all__ = ["at_step", "finalize", "sparse_optimizer"]
 
-_LAST = "last"
 PyTree = Any
 Schedule = Callable[[Any], Any]
 
@@ -242,7 +238,7 @@ def finalize(
     state: PyTree,
     method: Method,
     *,
-    importance: Any = _LAST,
+    importance: Any = LAST,
     layout: Layouts = None,
     select_on_host: bool = False,
 ) -> PyTree:
@@ -296,47 +292,12 @@ def finalize(
     >>> finalize(params, state, method)["kernel"].tolist()
     [[0.0, 4.0], [3.0, 0.0]]
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    _checks.flag("select_on_host", select_on_host)
-    ours = find_state(state)
-    tree = trained_tree(params, ours, method, layout)
-    values = tree.sparse(params)
-    if isinstance(importance, str) and importance == _LAST:
-        metric = last_metric(method, ours, tree)
-    else:
-        metric = None if importance is None else placed(importance, values, tree)
-    with selecting_on_host(select_on_host):
-        check_layout(tree.sparse(ours.support), method, tree)
-        support = method.support_at(values, tree.info, None, metric)
-    source = method.importance if isinstance(importance, str) else None
-    _warn_of(values, support, ours.step, tree, method, source)
-    return tree.replaced(tree.leaves(params), apply_support(values, support))
-
-
-def _warn_of(
-    values: list[Any],
-    support: list[Any],
-    step: Any,
-    tree: SparseTree,
-    method: Method,
-    source: Importance | None,
-) -> None:
-    """Warn about what `finalize` removes, and refuse what is not finite, unless traced."""
-    if any(isinstance(x, jax.core.Tracer) for x in (step, *values, *support)):
-        return
-    numbers = [measure(x, kept) for x, kept in zip(values, support, strict=True)]
-    steps, read = jax.device_get((step, numbers))
-    found = describe(int(steps), tree.info.names, [x.size for x in values], read)
-    warn(found, method.constraint, [method.sparsity], source)
-
-
-def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -> Any:
-    """Return the last P of the run, from the method's importance or the user's."""
-    if state.importance is None:
-        return None
-    held = tree.sparse(state.importance)
-    return held if method.importance is None else method.metric(held)
+    projection = final_projection(params, state, method, importance, layout, select_on_host)
+    found = projection.describe()
+    if found is not None:
+        source = method.importance if isinstance(importance, str) else None
+        warn(found, method.constraint, [method.sparsity], source)
+    return projection.result()
 
 
 def at_step(value: Any, step: jax.Array) -> Any:

@@ -24,6 +24,7 @@ from . import kernels
 from .arguments import check_arguments
 from .checkpoint import pack, unpack
 from .coverage import warn_of_dense
+from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState, joined
 from .phases import Phase, Phases
 from .reporting import describe_final, tensor_reports
@@ -214,6 +215,63 @@ class SparseOptimizer(Optimizer):
     def allow_unperturbed(self, flag: bool) -> None:
         self._phases.allow_unperturbed = _checks.flag("allow_unperturbed", flag)
 
+    # Evaluation during training
+
+    @contextmanager
+    def sparse_weights(self) -> Iterator[None]:
+        """Set the parameters to C(x), the result of `finalize`, within the block.
+
+        Evaluate or export the sparse network inside; training continues after it as if the
+        block had not been. On exit x is restored bit for bit, also after an error. A tensor
+        that outlives the block must be a copy: ``model.state_dict()`` refers to the
+        parameters, so clone its entries, or save them to a file inside.
+
+        Only `check_sparsity`, `zero_grad` and `split` may be called inside. `split` returns the
+        state of training. Buffers, such as batch statistics, are those of x. With sharded
+        parameters, pass ``model`` to the constructor and enter the block in every process.
+
+        Raises
+        ------
+        ValueError
+            If a block is open, a parameter holds NaN or infinity, parameters changed within
+            the block, or the base needs `eval` first.
+
+        Examples
+        --------
+        >>> import safe_core
+        >>> model = nn.Linear(8, 2)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = SparseOptimizer(base, safe_core.admm(0.75), model=model)
+        >>> with optimizer.sparse_weights():
+        ...     int((model.weight == 0).sum())
+        12
+        >>> int((model.weight == 0).sum())
+        0
+        """
+        with sparse_weights(self._run, self._phases):
+            yield
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """Call ``train()`` of the base optimizer; exists only where the base has it.
+
+        A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
+        the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
+        optimizer and not on the base. Calling it raises a ValueError for a method with a
+        decoupled penalty, which the base could not average.
+        """
+        return switch_of(self._run, self._phases, "train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Call ``eval()`` of the base optimizer; exists only where the base has it."""
+        return switch_of(self._run, self._phases, "eval")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether `eval` was called since the last step."""
+        return is_evaluating(self._run)
+
     # The step
 
     @property
@@ -367,8 +425,8 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, a parameter holds NaN or infinity, or
-            a block is open.
+            If ``importance`` does not fit the parameters, a parameter holds NaN or infinity, a
+            block is open, or the base needs `eval` first.
 
         Warns
         -----
@@ -378,6 +436,7 @@ class SparseOptimizer(Optimizer):
             weights, or a parameter becomes zero as a whole.
         """
         self._phases.refuse_within_block("finalize()")
+        refuse_training_mode(self._run, "finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
         with run.as_started() as sparse:
@@ -385,6 +444,7 @@ class SparseOptimizer(Optimizer):
             patterns = list(run.parameters.pools(sparse))
         run.finalized = describe_final(run.parameters, sparse, support, run.steps)
         kernels.mask_([p.detach() for p in sparse], support)
+        run.forget_copies()
         source = run.source if isinstance(importance, str) else None
         warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
         if freeze and not run.frozen:
@@ -552,10 +612,12 @@ class SparseOptimizer(Optimizer):
         self.state.clear()
         self.state.update(found.own)
         run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
+        run.evaluated_at = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
             sparse = [p for p in run.constrained() if run.parameters.has(p)]
             run.mask(sparse, sparse)
+            run.forget_copies()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

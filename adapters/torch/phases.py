@@ -50,6 +50,8 @@ class Phases:
     phase : Phase
     first : dict of parameter to tensor
         Gradients at x, if the method reuses a direction; otherwise empty.
+    shows_sparse : bool
+        Whether `SparseOptimizer.sparse_weights` is open.
     watch : GradientWatch or None
         Watches whether the gradients of the last block or step are cleared, in the first steps
         without a closure.
@@ -59,6 +61,7 @@ class Phases:
         self.run = run
         self.allow_unperturbed = allow_unperturbed
         self.replay_rng = replay_rng
+        self.shows_sparse = False
         self.watch: GradientWatch | None = None
         self._steps = 0
         self.reset()
@@ -147,6 +150,8 @@ class Phases:
     @property
     def block(self) -> str:
         """The name of the block that is open, or an empty string."""
+        if self.shows_sparse:
+            return "sparse_weights"
         return {Phase.PERTURBED: "perturbed", Phase.PROJECTED: "projected"}.get(self.phase, "")
 
     def refuse_within_block(self, call: str) -> None:

@@ -48,6 +48,8 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    evaluated_at : int or None
+        Step count at the last `SparseOptimizer.eval`; None after `SparseOptimizer.train`.
     finalized : Finalized or None
         What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
@@ -80,6 +82,7 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
+        self.evaluated_at: int | None = None
         self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
