@@ -103,9 +103,10 @@ class NM(Pattern):
         def grouped(part: Array) -> Array:
             head, full, axis = self._groups(part, axes, name, xp)
             done = xp.reshape(fn(head, (axis + 1,)), self._head(full, axis).shape)
-            rest = take(full, axis, full.shape[axis], start=done.shape[axis])
-            joined = xp.concat([done, xp.astype(rest, done.dtype)], axis=axis)
-            return xp.reshape(joined, part.shape)
+            if done.shape[axis] < full.shape[axis]:
+                rest = take(full, axis, full.shape[axis], start=done.shape[axis])
+                done = xp.concat([done, xp.astype(rest, done.dtype)], axis=axis)
+            return xp.reshape(done, part.shape)
 
         return on_whole_units(grouped, x, dict.fromkeys(axes, self.m if len(axes) == 1 else 0))
 
