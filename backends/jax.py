@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import Array, hashing, jax_counting, selects_on_host
+from . import Array, hashing, jax_counting, selects_on_host, threshold
 from . import numpy as numpy_backend
 from .standard import detached, peaks
 
@@ -23,7 +23,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -37,14 +38,23 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+_FORMAT = {4: (127, 23), 8: (1023, 52)}  # bias of the exponent, and bits of the mantissa
 _SIGN = 0x80000000
 _LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
+
+
+def unreadable(x: Array) -> str:
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return f"an array of numbers, got dtype {x.dtype}"
+    return ""
 
 
 def is_concrete(x: Array) -> bool:
@@ -192,8 +202,39 @@ def ordering_key(x: Array) -> Array:
     return bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
-    return jnp.frexp(x)
+def exponents(arrays: Sequence[Array]) -> Array:
+    found = [exponents_along(x, axes=tuple(range(x.ndim))) for x in arrays]
+    return jnp.stack([jnp.reshape(exponent, ()) for exponent in found])
+
+
+def exponents_along(x: Array, *, axes: tuple[int, ...]) -> Array:
+    # XLA takes subnormal numbers for zero in a maximum, so take that of their bits.
+    keys, infinity = ordering_key(x), ordering_key(jnp.full_like(x, jnp.inf, shape=()))
+    finite = jnp.where(keys < infinity, keys, jnp.zeros_like(keys))
+    peak = jnp.max(finite, axis=axes, keepdims=True, initial=0)
+    bias, shift = _FORMAT[x.dtype.itemsize]
+    # A number without the implicit leading bit is n * 2**(1 - bias - shift).
+    length = 8 * x.dtype.itemsize - lax.clz(peak)
+    subnormal = peak < 2**shift
+    found = jnp.where(subnormal, length + (1 - bias - shift), (peak >> shift) - bias + 1)
+    return found.astype(jnp.int32)
+
+
+def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
+    bias, shift = _FORMAT[x.dtype.itemsize]
+    bits = ordering_key(x)
+    subnormal = bits < 2**shift
+    # XLA takes subnormal numbers for zero, so read n of n * 2**(1 - bias - shift) as an integer.
+    magnitude = jnp.where(subnormal, bits.astype(dtype), jnp.abs(x).astype(dtype))
+    lifted = jnp.where(subnormal, exponents - (1 - bias - shift), exponents)
+    integer = _INTEGER[jnp.dtype(dtype).itemsize]
+    bias, shift = _FORMAT[jnp.dtype(dtype).itemsize]
+    wide = jnp.dtype(dtype).itemsize == 8
+    for part in threshold.parts(lifted.astype(integer), wide=wide, xp=jnp):
+        power = lax.bitcast_convert_type((bias - part) << shift, dtype)
+        magnitude = magnitude * power
+    least = 2.0 ** (1 - bias)  # the smallest normal number
+    return jnp.where(magnitude < least, jnp.zeros_like(magnitude), magnitude)
 
 
 def has_bfloat16() -> bool:

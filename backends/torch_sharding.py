@@ -172,7 +172,8 @@ def peaks(arrays: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each tensor, 0 for one without entries."""
     parts = [local(x.detach()) for x in arrays]
     found = [part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts]
-    values = torch.stack([value.to(found[0].device) for value in found])
+    widest = max((value.dtype for value in found), key=lambda dtype: dtype.itemsize)
+    values = torch.stack([value.to(found[0].device, widest) for value in found])
     return _reduced(values, arrays, "MAX")
 
 

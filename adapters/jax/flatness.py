@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_core import _checks
 from safe_core.flatness import LossSurface
 from safe_core.layout import Layout, chosen_layout
 
+from .leaves import flag_of
 from .tree import is_function, is_masked, layout_by_path, leaves_like
 from .weights import is_prunable, known_layouts, name_of, owner_of
 
@@ -192,6 +194,8 @@ class _Loss:
             chosen = [trainable is None or trainable(*leaf) for leaf in self._named]
         else:
             chosen = leaves_like("trainable", trainable, self._treedef)
+        for (name, _), flag in zip(self._named, chosen, strict=True):
+            flag_of("trainable", name, flag)
         found = []
         for i, ((name, leaf), flag) in enumerate(zip(self._named, chosen, strict=True)):
             if not flag or not isinstance(leaf, (jax.Array, np.ndarray)):
@@ -220,4 +224,19 @@ class _Loss:
         else:
             leaves = leaves_like("support", given, self._treedef)
             weights = [None if is_masked(leaf) else leaf for leaf in leaves]
+            for (name, leaf), mask in zip(self._named, weights, strict=True):
+                _check_mask(name, leaf, mask)
         return [weights[i] for i in self._indices]
+
+
+def _check_mask(name: str, leaf: Any, mask: Any) -> None:
+    """Raise unless ``mask`` is None or a bool array of the shape of its leaf."""
+    if mask is None:
+        return
+    if not jnp.issubdtype(getattr(mask, "dtype", int), jnp.bool_):
+        shown = _checks.shown(mask)
+        raise TypeError(f"support of {name} must be a bool array or None, got {shown}")
+    if jnp.shape(mask) != jnp.shape(leaf):
+        raise ValueError(
+            f"support of {name} must have its shape {jnp.shape(leaf)}, got {jnp.shape(mask)}"
+        )

@@ -7,12 +7,19 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
 
+from .leaves import (
+    check_arrays,
+    check_gradient,
+    check_one_copy,
+    check_storable,
+    difference,
+    flag_of,
+)
 from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
@@ -46,15 +53,18 @@ class SparseTree(NamedTuple):
                 "params must not be masked: wrap only base in masked or multi_transform; choose "
                 "the sparse leaves with where="
             )
+        check_one_copy(params)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         named = [(name_of(path), leaf) for path, leaf in paths]
+        check_arrays("params", named)
         owners = [owner_of(params, path) for path, _ in paths]
         if where is None:
             chosen = [is_prunable(*leaf, owner) for leaf, owner in zip(named, owners, strict=True)]
         elif is_function(where):
-            chosen = [bool(where(name, leaf)) for name, leaf in named]
+            chosen = [flag_of("where", name, where(name, leaf)) for name, leaf in named]
         else:
-            chosen = [_read_flag(flag) for flag in leaves_like("where", where, treedef)]
+            flags = zip(named, leaves_like("where", where, treedef), strict=True)
+            chosen = [flag_of("where", name, flag) for (name, _), flag in flags]
         indices = [i for i, flag in enumerate(chosen) if flag]
         if named and not indices:  # `optax.tree.map_params` passes a tree without leaves
             raise ValueError(
@@ -68,10 +78,7 @@ class SparseTree(NamedTuple):
                     f"{name} must be real, because the norm is over all leaves, got {leaf.dtype}"
                 )
         for i in indices:
-            if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
-                raise TypeError(
-                    f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
-                )
+            check_storable(*named[i])
         given = layout_by_path(layout, [name for name, _ in named], "params")
         known = known_layouts(named, owners, params)
         layouts = tuple(chosen_layout(*named[i], given, known[i]) for i in indices)
@@ -86,22 +93,20 @@ class SparseTree(NamedTuple):
             found[i] = layout
         return found
 
+    def flags(self) -> PyTree:
+        """Return a tree of bool, True for the sparse leaves."""
+        chosen = set(self.indices)
+        return self.treedef.unflatten([i in chosen for i in range(self.treedef.num_leaves)])
+
     def leaves(self, tree: PyTree) -> list[Any]:
         """Return all leaves of a tree with the structure of the parameters."""
         return list(self.treedef.flatten_up_to(tree))
 
     def gradients(self, argument: str, tree: PyTree, params: PyTree) -> list[Any]:
-        """Return all leaves of gradients; raise unless they have the shapes of the parameters.
-
-        Otherwise a gradient of another shape would broadcast without an error.
-        """
+        """Return all leaves of gradients; raise unless each is a gradient of its parameter."""
         leaves = leaves_like(argument, tree, self.treedef)
         for path, leaf, p in zip(self.paths, leaves, self.leaves(params), strict=True):
-            if jnp.shape(leaf) != jnp.shape(p):
-                raise ValueError(
-                    f"{argument} must have the shapes of params, which is {jnp.shape(p)} for "
-                    f"{path}, got {jnp.shape(leaf)}"
-                )
+            check_gradient(argument, path, leaf, p)
         return leaves
 
     def sparse(self, tree: PyTree) -> list[Any]:
@@ -152,21 +157,15 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _read_flag(flag: Any) -> bool:
-    if not isinstance(flag, (bool, np.bool_)):
-        raise TypeError(f"where must be a function, or hold True or False, got {flag!r}")
-    return bool(flag)
-
-
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
     """Return the leaves of a tree; raise unless it has the structure of the parameters."""
     try:
         return list(treedef.flatten_up_to(tree))
     except (ValueError, TypeError):
         # JAX's own message would print every array.
-        given = jax.tree.structure(tree)
+        params = treedef.unflatten([0] * treedef.num_leaves)
         raise ValueError(
-            f"{argument} must have the structure of params, {treedef}, got {given}"
+            f"{argument} must have the structure of params, but {difference(params, tree)}"
         ) from None
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from short_runs import short_run
 
 import safe_core
 from safe_core import Layout
@@ -103,6 +104,7 @@ def test_an_ensemble_of_equinox_has_batch_axes() -> None:
     assert layouts(params) == {f"layers/{i}/weight": stacked for i in range(2)}
 
 
+@short_run
 def test_a_model_of_equinox_trains_to_groups() -> None:
     """Its trees can be called, and are taken for trees where a function could be meant."""
     model = eqx.nn.Sequential(
@@ -157,6 +159,7 @@ def test_weights_of_haiku_are_told_by_their_paths() -> None:
     assert set(found) == {*attention, *others, "mlp/~/linear_0/w", "mlp/~/linear_1/w"}
 
 
+@short_run
 def test_a_model_of_haiku_trains_to_channels() -> None:
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 4])(x)))
     x = jax.random.normal(jax.random.key(2), (16, 8))
@@ -195,6 +198,7 @@ BASES = {
 }
 
 
+@short_run
 @pytest.mark.parametrize("base", list(BASES))
 def test_any_base_keeps_the_contract(base: str) -> None:
     """Unknown arguments pass, nothing changes shape or dtype, a step is traced once.

@@ -10,6 +10,7 @@ import optax
 import pytest
 import reference
 from flax import nnx
+from short_runs import short_run
 
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
@@ -175,6 +176,7 @@ def test_layouts_name_the_axes_that_modules_contract():
     assert outputs == {**dict.fromkeys(into, (2, 6)), "out": (6,)}
 
 
+@short_run
 def test_a_stack_of_layers_needs_a_layout():
     params = {"layers": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 8)))}}
     method = safe_core.safe("2:4")
@@ -202,6 +204,7 @@ class NNXNet(nnx.Module):
         return jnp.mean(hidden**2) + jnp.mean(self.norm(self.conv(images)) ** 2)
 
 
+@short_run
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
 def test_a_model_of_nnx_trains(pattern):
     model = NNXNet(nnx.Rngs(0))
@@ -239,6 +242,7 @@ def test_a_model_of_nnx_trains(pattern):
         assert sum(bool(flat[i][j]) for [(i, j)] in pool.units) == pool.kept
 
 
+@short_run
 def test_partitioned_kernels_are_found():
     init = linen.with_partitioning(linen.initializers.normal(), ("in", "out"))
     params = linen.Dense(4, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 8)))

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from safe_core._installed import require
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
+from ..leaves import check_arrays
 from ..tree import SparseTree, layout_by_path
 from ..weights import is_prunable, known_layouts, name_of
 
@@ -129,6 +131,7 @@ def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None)
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].shape
     (3, 2)
     """
+    require("save_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import save_file
 
     save_file(to_torch_names(variables, layout=layout), path)
@@ -163,6 +166,7 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    require("load_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import load_file
 
     held = load_file(path)
@@ -189,6 +193,7 @@ def _read(variables: PyTree, layout: Any) -> list[tuple[str, Any, _Axes]]:
     """Return path, array and torch's axes of every leaf."""
     paths = jax.tree_util.tree_leaves_with_path(variables)
     named = [(name_of(path), x) for path, x in paths]
+    check_arrays("variables", named)
     given = layout_by_path(layout, [name for name, _ in named], "variables")
     known = known_layouts(named, [None] * len(named))
     layouts = {

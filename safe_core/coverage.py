@@ -1,0 +1,112 @@
+"""List the weights of a model that a method makes sparse, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = ["Coverage", "DenseWeightWarning", "WeightCoverage"]
+
+_SHOWN = 3  # names per reason in one line
+
+
+class DenseWeightWarning(UserWarning):
+    """Warn that weights of a model stay dense although nobody chose so."""
+
+
+class WeightCoverage(NamedTuple):
+    """State whether one weight is sparse.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    reason : str
+        Why the weight stays dense, as the end of "because ..."; empty if it is sparse.
+    expected : bool
+        Whether staying dense was chosen or documented, so that no warning is due. True for
+        a sparse weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str = ""
+    expected: bool = True
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the method makes this weight sparse."""
+        return not self.reason
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+class Coverage(NamedTuple):
+    """The weights of a model, sparse and dense. A weight has two or more axes.
+
+    ``str`` gives one line: how many weights and entries are sparse, and the dense weights
+    by reason.
+
+    Attributes
+    ----------
+    weights : tuple of WeightCoverage
+        In the order of the model.
+
+    Examples
+    --------
+    >>> head = WeightCoverage("head.weight", (4, 8), "its param group opts out")
+    >>> print(Coverage((WeightCoverage("body.weight", (8, 8)), head)))
+    sparse: 1 of 2 weights, 64 of 96 entries; dense: head.weight, because its param group opts out
+    """
+
+    weights: tuple[WeightCoverage, ...]
+
+    @property
+    def sparse(self) -> tuple[WeightCoverage, ...]:
+        """The weights that the method makes sparse."""
+        return tuple(w for w in self.weights if w.is_sparse)
+
+    @property
+    def dense(self) -> tuple[WeightCoverage, ...]:
+        """The weights that stay dense."""
+        return tuple(w for w in self.weights if not w.is_sparse)
+
+    @property
+    def unexpected(self) -> tuple[WeightCoverage, ...]:
+        """The dense weights for which a warning is due."""
+        return tuple(w for w in self.weights if not w.expected)
+
+    def __str__(self) -> str:
+        sparse = self.sparse
+        line = (
+            f"sparse: {len(sparse):,} of {len(self.weights):,} weights, "
+            f"{_entries(sparse):,} of {_entries(self.weights):,} entries"
+        )
+        return f"{line}; dense: {by_reason(self.dense)}" if self.dense else line
+
+
+def by_reason(weights: Iterable[WeightCoverage]) -> str:
+    """Return dense weights in one line, grouped by reason, with a few names for each.
+
+    Examples
+    --------
+    >>> rows = [WeightCoverage(f"{i}.weight", (2, 2), "it is frozen") for i in range(5)]
+    >>> by_reason(rows)
+    '0.weight, 1.weight, 2.weight and 2 more, because it is frozen'
+    """
+    groups: dict[str, list[str]] = {}
+    for weight in weights:
+        groups.setdefault(weight.reason, []).append(weight.name)
+    parts = []
+    for reason, names in groups.items():
+        more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+        parts.append(f"{', '.join(names[:_SHOWN])}{more}, because {reason}")
+    return "; ".join(parts)
+
+
+def _entries(weights: Iterable[WeightCoverage]) -> int:
+    return sum(weight.entries for weight in weights)
