@@ -13,7 +13,7 @@ from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
 from .methods import admm, cram, gmp, iht, imp_sam, magnitude, safe
-from .patterns import NM, Block, Channel, FractionPattern, Pattern, Units, Unstructured
+from .patterns import NM, Block, ByName, Channel, FractionPattern, Pattern, Units, Unstructured
 from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
 from .projection import Projection, project
 from .step import Evaluation, Operation, Point, StepPlan
@@ -26,6 +26,7 @@ __all__ = [
     "ArrayInfo",
     "AtEnd",
     "Block",
+    "ByName",
     "Channel",
     "Constraint",
     "Coverage",

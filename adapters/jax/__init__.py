@@ -5,6 +5,10 @@ parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Fla
 `safe_core.adapters.jax.blocks` prunes a trained model block by block.
 """
 
+from safe_core._installed import require
+
+require(__name__, "jax", "optax", extra="jax")
+
 from .coverage import coverage
 from .evaluation import sparse_weights
 from .flatness import loss_surface

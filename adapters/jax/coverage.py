@@ -11,8 +11,8 @@ from safe_core.coverage import Coverage, WeightCoverage
 from safe_core.layout import chosen_layout
 
 from .leaves import check_arrays, check_one_copy, flag_of
-from .tree import check_layout_paths, is_function, leaves_like
-from .weights import is_prunable, layout_of, name_of, owner_of
+from .tree import is_function, layout_by_path, leaves_like
+from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = ["coverage"]
 
@@ -55,16 +55,17 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     named = [(name_of(path), leaf) for path, leaf in paths]
     check_arrays("params", named)
-    check_layout_paths(layout, [name for name, _ in named], "params")
+    given = layout_by_path(layout, [name for name, _ in named], "params")
     if where is None or is_function(where):
         flags = [None if where is None else where(*leaf) for leaf in named]
     else:
         flags = leaves_like("where", where, treedef)
     found = []
-    for (path, _), (name, leaf), flag in zip(paths, named, flags, strict=True):
-        owner = owner_of(params, path)
+    owners = [owner_of(params, path) for path, _ in paths]
+    known = known_layouts(named, owners, params)
+    for (name, leaf), owner, own, flag in zip(named, owners, known, flags, strict=True):
         chosen = is_prunable(name, leaf, owner) if where is None else flag_of("where", name, flag)
-        axes = chosen_layout(name, leaf, layout, layout_of(name, leaf, owner))
+        axes = chosen_layout(name, leaf, given, own)
         stacked = 0 if axes is None else len(axes.batch_axes)
         if leaf.ndim - stacked >= 2 or chosen:
             reason, expected = ("", True) if chosen else _reason(name, leaf, where)

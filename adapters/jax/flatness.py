@@ -14,8 +14,8 @@ from safe_core.flatness import LossSurface
 from safe_core.layout import Layout, chosen_layout
 
 from .leaves import flag_of
-from .tree import is_function, is_masked, leaves_like
-from .weights import is_prunable, layout_of, name_of, owner_of
+from .tree import is_function, is_masked, layout_by_path, leaves_like
+from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = ["loss_surface"]
 
@@ -100,6 +100,7 @@ class _Loss:
         self._held, self._layout = held, layout
         self._named = [(name_of(path), leaf) for path, leaf in paths]
         self._owners = [owner_of(params, path) for path, _ in paths]
+        self._known = known_layouts(self._named, self._owners, params)
         self._indices = self._variables(trainable)
         self._support = self._read_support(support)
         # Pass other arrays as arguments, since constants would be copied into each program.
@@ -147,10 +148,10 @@ class _Loss:
 
     def layouts(self) -> list[Layout | None]:
         found = []
+        given = layout_by_path(self._layout, [name for name, _ in self._named], "params")
         for i in self._indices:
             name, leaf, owner = *self._named[i], self._owners[i]
-            known = layout_of(name, leaf, owner)
-            found.append(chosen_layout(name, leaf, self._layout, known))
+            found.append(chosen_layout(name, leaf, given, self._known[i]))
             if found[-1] is None and is_prunable(name, leaf, owner):
                 raise ValueError(f"layout of {name} is unknown: pass layout=, got None")
         return found

@@ -191,7 +191,9 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
             raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
+        # A number stays one: as a float32 array, a small one would become zero.
+        value = p if isinstance(p, (int, float)) else jnp.asarray(p)
         check_arrays("importance", [(name, jnp.asarray(p))])
-        found.append(place_importance(jnp.asarray(p), x, layout, name))
+        found.append(place_importance(value, x, layout, name))
     check_importance(found, names)
     return found

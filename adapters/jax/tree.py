@@ -20,14 +20,14 @@ from .leaves import (
     difference,
     flag_of,
 )
-from .weights import is_prunable, layout_of, name_of, owner_of
+from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
     "SparseTree",
-    "check_layout_paths",
     "is_function",
     "is_masked",
     "is_sparse_in",
+    "layout_by_path",
     "leaves_like",
 ]
 
@@ -79,10 +79,9 @@ class SparseTree(NamedTuple):
                 )
         for i in indices:
             check_storable(*named[i])
-        check_layout_paths(layout, [name for name, _ in named], "params")
-        layouts = tuple(
-            chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
-        )
+        given = layout_by_path(layout, [name for name, _ in named], "params")
+        known = known_layouts(named, owners, params)
+        layouts = tuple(chosen_layout(*named[i], given, known[i]) for i in indices)
         names = tuple(named[i][0] for i in indices)
         return cls(treedef, [name for name, _ in named], indices, ArrayInfo(names, layouts))
 
@@ -127,14 +126,24 @@ class SparseTree(NamedTuple):
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
 
 
-def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None:
-    """Raise if a mapping of layouts names a path that does not exist."""
-    strange = sorted(set(layout) - set(paths)) if isinstance(layout, Mapping) else []
-    if strange:
-        raise ValueError(
-            f"layout names {strange[0]!r}, which is no path of {argument}; they are "
-            f"{', '.join(paths)}"
-        )
+def layout_by_path(layout: Any, paths: Sequence[str], argument: str) -> Any:
+    """Return ``layout=``, a mapping with the paths of ``argument``.
+
+    A mapping may leave out the collection ``params`` of Flax, which paths begin with if users
+    pass all variables. Raise if it names a path that does not exist.
+    """
+    if not isinstance(layout, Mapping):
+        return layout
+    known, found = set(paths), {}
+    for name, value in layout.items():
+        path = name if name in known else f"params/{name}"
+        if path not in known:
+            raise ValueError(
+                f"layout names {name!r}, which is no path of {argument}; they are "
+                f"{', '.join(paths)}"
+            )
+        found[path] = value
+    return found
 
 
 def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:

@@ -6,6 +6,10 @@ importances and measure flatness. `safe_core.adapters.torch.blocks` prunes a tra
 by block.
 """
 
+from safe_core._installed import require
+
+require(__name__, "torch", extra="torch")
+
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin

@@ -6,7 +6,7 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import Layout, Method, SplitState, _checks
+from safe_core import Coverage, Layout, Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
 from safe_core.finalization import Finalized, warn
 from safe_core.report import Report, TensorReport
 
 from . import kernels
+from .arguments import check_arguments
 from .checkpoint import pack, unpack
+from .coverage import warn_of_dense
 from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
-from .modules import RandomState
+from .modules import RandomState, joined
 from .phases import Phase, Phases
 from .reporting import describe_final, tensor_reports
 from .run import LAST, Run
-from .selection import refuse_flat_parameters
 from .step import take_step
 
 __all__ = ["SparseOptimizer"]
@@ -46,9 +47,10 @@ class SparseOptimizer(Optimizer):
     method : Method
         From `safe_core.safe` or another function of `safe_core`. A decoupled penalty
         reads the ``"lr"`` of the groups.
-    model : torch.nn.Module, optional
-        Makes the weights of its linear, convolution and attention layers sparse, not
-        biases, norms and embeddings. It also supplies names and layouts.
+    model : torch.nn.Module, or list or mapping of modules, optional
+        Makes the weights of its linear, convolution, attention and recurrent layers sparse,
+        not biases, norms and embeddings. It also supplies names and layouts. Of several
+        modules, such as both networks of a GAN, those in ``base`` are trained.
     where : callable, optional
         ``where(name, parameter) -> bool`` chooses the sparse parameters instead.
         Without ``model``, names come from a base made with ``named_parameters()``.
@@ -72,18 +74,26 @@ class SparseOptimizer(Optimizer):
     Raises
     ------
     TypeError, ValueError
-        If an argument has the wrong type, no argument selects sparse parameters, or a
-        pattern does not fit a parameter. The message names it.
+        If an argument has the wrong type, no argument selects sparse parameters, none of them
+        is trainable, a pattern does not fit a parameter, or a layer that ``model`` selects
+        computes its weight, as under `torch.nn.utils.prune`. The message names it.
+
+    Warns
+    -----
+    DenseWeightWarning
+        If weights of ``model`` with two or more axes stay dense although neither ``where`` nor
+        ``"sparsify"`` chose so: the type of their module is unknown, ``base`` does not hold
+        them, or they are frozen. See `coverage`.
 
     Notes
     -----
-    A param group opts out with ``"sparsify": False``. Without ``model`` and ``where``, only
-    groups with ``"sparsify": True`` are sparse. ``"rho"``, ``"penalty"`` and ``"sparsity"``
-    of a group override the method's. The perturbation is ``e_i = rho_i g_i / |g|`` with the
-    norm over all groups, and groups of equal sparsity are projected together. Parameters
-    that are dense or frozen need no state.
+    A param group opts out with ``"sparsify": False``. With True, all its parameters of two or
+    more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
+    ``"sparsity"`` of a group override the method's. The perturbation is
+    ``e_i = rho_i g_i / |g|`` with the norm over all groups, and groups of equal sparsity are
+    projected together. Parameters that are dense or frozen need no state.
 
-    With ``model``, batch normalisation updates its running statistics once per step, at x.
+    The buffers of ``model``, such as running statistics, are updated once per step, at x.
 
     `step` adds the penalty to ``.grad`` in place, so clip gradients before it. z and u are
     initialised from the parameters at the first step.
@@ -128,7 +138,7 @@ class SparseOptimizer(Optimizer):
         base: Optimizer,
         method: Method,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
         where: Callable[[str, Tensor], bool] | None = None,
         layout: Layout
         | Mapping[str, Layout | None]
@@ -141,7 +151,10 @@ class SparseOptimizer(Optimizer):
         compile: bool = False,
         replay_rng: bool = False,
     ) -> None:
-        _check_arguments(base, method, model, where, layout, importance)
+        if isinstance(base, SparseOptimizer):
+            raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
+        model = joined(model)
+        check_arguments(base, method, model, where, layout, importance)
         for name, flag in (
             ("allow_unperturbed", allow_unperturbed),
             ("compile", compile),
@@ -164,6 +177,7 @@ class SparseOptimizer(Optimizer):
             compile=compile,
         )
         self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
+        warn_of_dense(self._run.coverage(), stacklevel=3)
 
     # Properties
 
@@ -396,7 +410,8 @@ class SparseOptimizer(Optimizer):
         """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
         Kept entries do not change, bit for bit. The others become +0, exactly as many as
-        the method's sparsity requires. `finalized` then holds what changed.
+        the method's sparsity requires, also in parameters whose ``requires_grad`` was switched
+        off after the optimizer was made. `finalized` then holds what changed.
 
         Parameters
         ----------
@@ -479,9 +494,18 @@ class SparseOptimizer(Optimizer):
                 found.update(zip(members, rows, strict=True))
         return Report(run.steps, [found[p] for p in sparse])
 
+    def coverage(self) -> Coverage:
+        """Return which weights are sparse, and why the others stay dense.
+
+        This lists the parameters of ``model`` with two or more axes, or without a model those
+        of the base. ``print(optimizer.coverage())`` shows them in one line.
+        """
+        self._run.follow_groups()
+        return self._run.coverage()
+
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
-        return {self._run.selected[p].name: p for p in self._run.active()}
+        return {self._run.selected[p].name: p for p in self._run.constrained()}
 
     def split(self) -> SplitState:
         """Return copies of the anchors ``z - u`` and supports, ordered as `sparse_parameters`."""
@@ -494,7 +518,8 @@ class SparseOptimizer(Optimizer):
     # The optimizer contract
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.method!r}, steps={self.steps})\n{self.base!r}"
+        title = f"{type(self).__name__}({self.method!r}, steps={self.steps})"
+        return f"{title}\n{self._run.coverage()}\n{self.base!r}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
@@ -521,6 +546,9 @@ class SparseOptimizer(Optimizer):
             self.param_groups.pop()
             run.undo_selection(before)
             raise
+        rows, names = run.coverage().weights, run.selection.names()
+        added = {names[p] for p in self.param_groups[-1]["params"]}
+        warn_of_dense(Coverage(tuple(w for w in rows if w.name in added)), stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and ours, in torch's format.
@@ -587,7 +615,8 @@ class SparseOptimizer(Optimizer):
         run.evaluated_at = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
-            run.mask(run.active(), run.active())
+            sparse = [p for p in run.constrained() if run.parameters.has(p)]
+            run.mask(sparse, sparse)
             run.forget_copies()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -595,39 +624,3 @@ class SparseOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._phases.refuse_within_block("a copy")
         return {**super().__getstate__(), "_run": self._run, "_phases": self._phases}
-
-
-def _check_arguments(
-    base: Any,
-    method: Any,
-    model: Any,
-    where: Any,
-    layout: Any,
-    importance: Any,
-) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
-    if isinstance(base, SparseOptimizer):
-        raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
-    if any(group.get("differentiable") for group in base.param_groups):
-        raise ValueError(
-            "base must not be differentiable, because masks and projections change parameters in "
-            f"place, got {type(base).__name__} with differentiable=True"
-        )
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("base must not need a closure of its own, got LBFGS")
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    refuse_flat_parameters(model)
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a function of name and parameter, got {where!r}")
-    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
-        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
-    if importance is not None and method.importance is not None:
-        raise ValueError(
-            f"importance must be given once: the method has {method.importance!r} already"
-        )
-    if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
-        raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")

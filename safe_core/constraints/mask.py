@@ -95,6 +95,6 @@ class Mask(Constraint):
             importance = None
         else:
             # A kept weight with P = 0 must still rank above masked ones, whose score is 0 too.
-            raised = iter(positive(known, xp=array_namespace(*known)))
+            raised = iter(positive(known, pattern, xp=array_namespace(*known)))
             importance = [None if p is None else next(raised) for p in importance]
         return SplitState([], select_support(kept, pattern, info, importance, step=step + 1))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safe_core import _checks
+from safe_core._installed import require
 
 from .landscape import Landscape
 
@@ -127,6 +128,8 @@ def plot_contours(
     >>> [axes.get_title() for axes in figure.axes]
     ['ADMM', 'SAFE', '']
     """
+    from matplotlib.ticker import MaxNLocator
+
     _checks.integer("levels", levels, low=2)
     count = max(1, len(landscapes))
     if width is None:
@@ -143,7 +146,9 @@ def plot_contours(
         axes.set_xlabel("first direction", fontsize=_SMALL)
         axes.set_aspect("equal")
     panels[0].set_ylabel("second direction", fontsize=_SMALL)
-    bar = figure.colorbar(filled, ax=panels, format="%.3g")
+    # Round numbers, of which a reader can read off others; the levels are none.
+    ticks = None if log else MaxNLocator(6)
+    bar = figure.colorbar(filled, ax=panels, ticks=ticks, format="%.3g")
     bar.set_label(label, fontsize=_SMALL)
     bar.ax.tick_params(labelsize=_SMALL - 1)
     return figure
@@ -198,6 +203,7 @@ def _panels(
             )
     if _checks.real("width", width, low=0.0) == 0:
         raise ValueError(f"width must be positive, got {width!r}")
+    require("a figure", "matplotlib", extra="demo")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -446,3 +446,53 @@ def test_a_bad_argument_is_named(options: Any, error: Any, message: str) -> None
     given |= {"inputs": inputs(), "sparsity": 0.5}
     with pytest.raises(error, match=message):
         reconstruct(**{**given, **options})
+
+
+def _two_kernels(params: Any, x: jax.Array) -> jax.Array:
+    return x + jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+def _some_blocks(count: int = 2) -> list[Any]:
+    keys = jax.random.split(jax.random.key(0), 2 * count)
+    return [
+        (
+            _two_kernels,
+            {
+                "up": {"kernel": jax.random.normal(keys[2 * i], (8, 16)) / 4},
+                "down": {"kernel": jax.random.normal(keys[2 * i + 1], (16, 8)) / 4},
+            },
+        )
+        for i in range(count)
+    ]
+
+
+@short_run
+def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
+    inputs = jax.random.normal(jax.random.key(1), (6, 8))
+    solver = Reconstruction(epochs=2, batch_size=2, learning_rate=1e-2)
+    first = prune_blocks(
+        _some_blocks(), inputs, solver, "2:4", where=lambda name, x: name.startswith("up")
+    )
+    blocks = [(_two_kernels, found.params) for found in first]
+    second = prune_blocks(
+        blocks, inputs, solver, 0.75, where=lambda name, x: name.startswith("down")
+    )
+    for before, after in zip(first, second, strict=True):
+        kept = np.asarray(before.params["up"]["kernel"]) == 0
+        assert kept.sum() == 64
+        assert np.array_equal(np.asarray(after.params["up"]["kernel"]) == 0, kept)
+        assert not np.array_equal(after.params["up"]["kernel"], before.params["up"]["kernel"])
+        assert int((after.params["down"]["kernel"] == 0).sum()) == 96
+
+
+@short_run
+@pytest.mark.parametrize("solver", ["magnitude", Reconstruction(epochs=2, batch_size=2)])
+def test_weights_can_have_sparsities_of_their_own(solver: Any) -> None:
+    inputs = jax.random.normal(jax.random.key(1), (6, 8))
+    sparsity = {"up/kernel": "2:4", "down/kernel": 0.75}
+    for found in prune_blocks(_some_blocks(), inputs, solver, sparsity):
+        up, down = (np.asarray(found.params[name]["kernel"]) for name in ("up", "down"))
+        assert ((up != 0).reshape(2, 4, 16).sum(1) == 2).all()
+        assert (down == 0).sum() == 96
+    with pytest.raises(ValueError, match=r"sparsity must name sparse arrays.*got up$"):
+        prune_blocks(_some_blocks(), inputs, solver, {**sparsity, "up": 0.5})

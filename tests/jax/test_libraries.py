@@ -16,7 +16,7 @@ from short_runs import short_run
 import safe_core
 from safe_core import Layout
 from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.weights import is_prunable, layout_of, owner_of
+from safe_core.adapters.jax.weights import is_prunable, layout_of, name_of, owner_of
 from safe_core.adapters.optax import finalize, sparse_optimizer
 
 pytestmark = pytest.mark.usefixtures("single_precision")
@@ -27,11 +27,12 @@ OUTPUT_INPUT = Layout((-1,), (-2,))
 
 def layouts(params: Any) -> dict[str, Layout | None]:
     """Layouts of the leaves that are sparse by default, by path."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, owner = jax.tree_util.keystr(path, simple=True, separator="/"), owner_of(params, path)
+    found, paths = {}, jax.tree_util.tree_leaves_with_path(params)
+    leaves = {name_of(path): leaf for path, leaf in paths}
+    for path, leaf in paths:
+        name, owner = name_of(path), owner_of(params, path)
         if is_prunable(name, leaf, owner):
-            found[name] = layout_of(name, leaf, owner)
+            found[name] = layout_of(name, leaf, owner, leaves=leaves)
     return found
 
 

@@ -234,7 +234,7 @@ def test_the_command_line_takes_the_part(
 
 def test_a_recipe_takes_the_part(model: Path) -> None:
     recipe = parse_recipe(
-        f"""
+        """
         title = "A part of one's own"
         sparsities = [0.5]
         seeds = [0]
@@ -247,8 +247,9 @@ def test_a_recipe_takes_the_part(model: Path) -> None:
         batch_size = 64
         learning_rate = 0.1
         [[methods]]
-        method = "{model}/quadratic_penalty.py:quadratic_penalty"
-        """
+        method = "quadratic_penalty.py:quadratic_penalty"
+        """,
+        folder=model,
     )
     (entry,) = recipe.methods
     built = entry.build(0.5, epochs=1, steps_per_epoch=5, seed=0)

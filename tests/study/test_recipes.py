@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ import safe_core.study.runner.figures as figures
 import safe_core.study.runner.run as runner
 from safe_core import NM, Unstructured, schedules
 from safe_core.study.runner import cells, parse_recipe, read_recipe, run_study, write_report
-from safe_core.study.runner.cells import append_result
 from safe_core.study.runner.methods import read_entries
 from safe_core.study.runner.plan import plan
+from safe_core.study.runner.results import append_line
 from safe_core.study.runner.statistics import tables
 from safe_core.study.runner.train import run_cell
 from safe_core.study.runner.training import Training
@@ -32,7 +33,7 @@ from safe_core.study.runner.training import Training
         ("colour = 3\n" + TINY, "colour is not a key of recipe, which takes: title, data, model"),
         (
             changed("width", "depth"),
-            r"model\.depth is not a key of model, which takes: name, width",
+            r"model\.depth is not a key of model, which takes: name, options, width",
         ),
         (changed('"digits"', '"svhn"'), r"data\.name must be one of 'digits', 'mnist'.*'svhn'"),
         (changed("[0.8, 0.9]", "[0.8, 1.0]"), r"sparsities\[1\] must be a fraction.*got 1\.0"),
@@ -47,7 +48,11 @@ from safe_core.study.runner.training import Training
             changed("penalty_schedule", "rise"),
             r"methods\[1\]\.rise is not a parameter of safe, which",
         ),
-        (changed("default", '"0.95"'), r'penalty must have a value for sparsity "0\.9"'),
+        (
+            changed("default", '"0.91"'),
+            r'penalty \(SAFE\) must have keys that are sparsities of the study, 0\.8, .*"0\.91"',
+        ),
+        (changed(", default = 1e-1", ""), r'penalty must have a value for sparsity "0\.9"'),
         (changed("interval = 2", "interval = 0"), r"methods\[1\] \(SAFE\) at sparsity 0\.8: dual_"),
         (changed("[0.8, 0.9]", '[0.8, "4:2"]'), r"sparsities\[1\]: n must be at most m=2, got 4"),
         (changed('"0.8" = 1e-2', '"0.8x" = 1'), r"methods\[1\]\.penalty must have sparsities as k"),
@@ -106,11 +111,11 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
         data=replace(whole.data, train_images=64),
         model=replace(whole.model, width=0.1),
         evaluation=replace(whole.evaluation, flatness_images=64),
-        sparsities=whole.sparsities[-1:],
         seeds=(0,),
         frameworks=("torch",),
     )
-    results = {cell: run_cell(recipe, cell) for cell in cells(recipe)}
+    last = (None, whole.sparsities[-1])
+    results = {cell: run_cell(recipe, cell) for cell in cells(recipe) if cell.sparsity in last}
     assert len(results) == len(recipe.methods)
     for cell, found in results.items():
         assert set(recipe.evaluation.metrics()) <= found.keys()
@@ -170,7 +175,10 @@ def sub(tmp_path: Path) -> Path:
 
 
 def test_a_method_may_be_a_function_of_ones_own(
-    tmp_path: Path, sub: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    sub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = parse_recipe(BY_HAND, tmp_path)
     entry = recipe.methods[0]
@@ -180,14 +188,34 @@ def test_a_method_may_be_a_function_of_ones_own(
     assert found.perturbation.rho(0) == 0.3
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     monkeypatch.chdir(tmp_path)
-    assert parse_recipe(BY_HAND).digest("in_rounds", 0.9) == recipe.digest("in_rounds", 0.9)
-    monkeypatch.setattr(runner, "run_cell", lambda *_, **__: {"accuracy": 50.0, "losses": [1.0]})
+    settings = recipe.settings("in_rounds", 0.9)
+    assert parse_recipe(BY_HAND).settings("in_rounds", 0.9) == settings
+
+    def fake(_: Any, unit: Any, **__: Any) -> Any:
+        ran.append(unit)
+        return {cell: {"accuracy": 50.0, "losses": [1.0]} for cell in unit}
+
+    ran: list[Any] = []
+    monkeypatch.setattr(runner, "run_unit", fake)
     out = tmp_path / "out"
     run_study(BY_HAND, out, folder=tmp_path)
-    (sub / "mine.py").write_text(METHODS + "# another line")
-    assert parse_recipe(BY_HAND).digest("in_rounds", 0.9) != recipe.digest("in_rounds", 0.9)
-    with pytest.raises(ValueError, match="and the method files of this"):
-        run_study(BY_HAND, out)
+    own, everything = 2 * 2 * 2, len(ran)
+    (sub / "mine.py").write_text(METHODS.replace("return None", "return 1") + "# another line")
+    assert parse_recipe(BY_HAND).settings("in_rounds", 0.9) == settings
+    run_study(BY_HAND, out)
+    assert len(ran) == everything
+    (sub / "mine.py").write_text(METHODS.replace("rounds=2", "rounds=3"))
+    assert parse_recipe(BY_HAND).settings("in_rounds", 0.9) != settings
+    run_study(BY_HAND, out)
+    assert [unit[0].method for unit in ran[everything:]] == ["in_rounds"] * own
+    assert "the code of mine.py:in_rounds changed" in capsys.readouterr().err
+    with (out / "code" / "mine.py").open("a") as file:
+        file.write("raise SystemExit('a report runs nothing')\n")
+    write_report(out)
+    assert (
+        "The results of 8 runs with other settings do not count" in (out / "report.md").read_text()
+    )
+    (out / "code" / "mine.py").write_bytes((sub / "mine.py").read_bytes())
     (sub / "mine.py").unlink()
     write_report(out)
     assert "| in_rounds | **50.00 ± 0.00** |" in (out / "report.md").read_text()
@@ -251,15 +279,15 @@ def test_a_method_may_have_settings_of_training_of_its_own(tmp_path: Path) -> No
     assert safe.training.weight_decay == 1e-4
     assert safe.method.constraint.penalty == schedules.cosine(1e-2, steps=18)
     other = parse_recipe(OWN.replace("epochs = 3", "epochs = 4"))
-    assert recipe.digest("SAFE", 0.8) != other.digest("SAFE", 0.8)
-    assert recipe.digest("dense", None) == other.digest("dense", None)
+    assert recipe.settings("SAFE", 0.8) != other.settings("SAFE", 0.8)
+    assert recipe.settings("dense", None) == other.settings("dense", None)
     by_hand = {"accuracy": 50.0, "losses": [1.0]}
     for cell in cells(recipe):
-        append_result(tmp_path / "results.jsonl", recipe, cell, by_hand)
+        append_line(tmp_path / "results.jsonl", recipe, cell, by_hand)
     (tmp_path / "recipe.toml").write_text(OWN)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
-    assert "; SAFE trained with epochs = 3, batch_size = 16." in markdown
+    assert r"; SAFE trained with epochs = 3, batch\_size = 16." in markdown
 
 
 def test_learning_rates() -> None:

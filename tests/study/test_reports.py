@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from small_recipe import TINY, changed
 from typer.testing import CliRunner
 
 import safe_core.study.runner.figures as figures
 from safe_core.command_line.app import app
 from safe_core.study.runner import cells, parse_recipe, write_report
-from safe_core.study.runner.cells import Cell, append_result, read_results
+from safe_core.study.runner.cells import Cell
+from safe_core.study.runner.results import append_line, read_results
 from safe_core.study.runner.statistics import agreement
 
 
@@ -24,6 +26,7 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
         changed("seeds = [0, 1]", "seeds = [0]")
         .replace("[0.8, 0.9]", "[0.9]")
         .replace(", 0.5]", "]")
+        .replace('"0.8" = 1e-2, ', "")
         + "[evaluation]\nhistory_epochs = 1\nweight_bins = 5\nlandscape_points = 3\n"
     )
     out = tmp_path / "out"
@@ -31,7 +34,7 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2/2 SAFE at 0.9, seed 0, torch" in result.stderr
     recipe = parse_recipe(path.read_text())
-    found = read_results(out / "results.jsonl", recipe)
+    found = read_results(out, recipe).results
     safe = found[Cell("torch", 0.0, "SAFE", 0.9, 0)]
     assert safe["zeros"] == int(0.9 * safe["weights"])
     assert [point["epoch"] for point in safe["history"]] == [1, 2]
@@ -60,7 +63,7 @@ def made_results(out: Path) -> None:
         result: dict[str, Any] = {"accuracy": means[cell.method] + cell.seed}
         if cell.method == "AD_MM" and cell.sparsity == 0.9 and cell.seed:
             result = {"diverged": True, "losses": []}
-        append_result(out / "results.jsonl", recipe, cell, result)
+        append_line(out / "results.jsonl", recipe, cell, result)
 
 
 def test_report(tmp_path: Path) -> None:
@@ -70,16 +73,18 @@ def test_report(tmp_path: Path) -> None:
     markdown = (tmp_path / "report.md").read_text()
     assert "| dense | 98.50 ± 0.50 | 98.50 ± 0.50 |" in markdown
     assert "| SAFE | **97.50 ± 0.50** | **97.50 ± 0.50** |" in markdown
-    assert "| AD_MM | <u>95.50 ± 0.50</u> | <u>95.00 (1)</u> |" in markdown
+    assert r"| AD\_MM | 95.50 ± 0.50 | 95.00 (1) |" in markdown
     assert "| PBW (quoted 1) | - | 99.00 ± 0.25 |" in markdown
     assert "Elsewhere" not in markdown
     assert "At (quoted" not in markdown
     assert "\nMean and standard error over 2 seeds;" in markdown
     assert "quoted 1: from Lee, not measured here" in markdown
     latex = (tmp_path / "report.tex").read_text()
-    assert r"SAFE & $\mathbf{97.50} \pm 0.50$ & $\mathbf{97.50} \pm 0.50$ \\" in latex
-    assert r"AD\_MM & $\underline{95.50} \pm 0.50$ & $\underline{95.00}$ (1) \\" in latex
-    assert r"method & 80\% & 90\% \\" in latex
+    assert r"SAFE & $\mathbf{97.50}$ & $0.50$ & $\mathbf{97.50}$ & $0.50$ \\" in latex
+    assert r"AD\_MM & $95.50$ & $0.50$ & \multicolumn{1}{r@{}}{$95.00$} & (1) \\" in latex
+    assert r"method & \multicolumn{2}{c}{80\%} & \multicolumn{2}{c}{90\%} \\" in latex
+    assert r"\label{tab:tiny-accuracy}" in latex
+    assert (tmp_path / "results.csv").read_text().count("AD_MM,0.9") == 2
 
 
 def test_figures_of_sweeps(tmp_path: Path) -> None:
@@ -110,13 +115,123 @@ def test_report_of_a_part(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(source)
     recipe = parse_recipe(source)
     for cell in cells(recipe)[:3]:
-        append_result(tmp_path / "results.jsonl", recipe, cell, {"accuracy": 50.0})
+        append_line(tmp_path / "results.jsonl", recipe, cell, {"accuracy": 50.0})
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
-    assert "| S\\|{_}^2\\ | 50.00 | - |" in markdown
+    assert r"| S\|{\_}^2\\ | 50.00 | - |" in markdown
     assert "\nMean and standard error over 1 to 2 of 2 seeds." in markdown
     name = r"S\textbar{}\{\_\}\textasciicircum{}2\textbackslash{} &"
     assert name in (tmp_path / "report.tex").read_text()
+
+
+def test_methods_within_the_error_of_the_best_are_marked_alike(tmp_path: Path) -> None:
+    source = TINY.replace(", 0.5]", "]") + "".join(
+        f'[[methods]]\nmethod = "admm"\nlabel = "{name}"\n' for name in ("close", "far")
+    )
+    metrics = '[report]\nmetrics = ["accuracy", "distance", "seconds"]\n'
+    means = {"dense": 99.0, "SAFE": 97.0, "close": 96.5, "far": 95.0}
+    made(
+        tmp_path,
+        source + metrics,
+        lambda c: {"accuracy": means[c.method] + c.seed, "distance": 1.0 + c.seed, "seconds": 3.0},
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert "| SAFE | **97.50 ± 0.50** |" in report
+    assert "| close | **97.00 ± 0.50** |" in report
+    assert "| far | 95.50 ± 0.50 |" in report
+    assert "**1.50" not in report
+    assert "**3.00" not in report
+    ranked = metrics + 'ranked = ["seconds"]\n'
+    (tmp_path / "recipe.toml").write_text(source + ranked)
+    write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "**97.50" not in report
+    assert "**3.00 ± 0.00**" in report
+
+
+def made(out: Path, source: str, result: Any) -> None:
+    """Write a study with a result for every run, and its report."""
+    (out / "recipe.toml").write_text(source)
+    recipe = parse_recipe(source)
+    for cell in cells(recipe):
+        append_line(out / "results.jsonl", recipe, cell, result(cell))
+    write_report(out)
+
+
+def test_a_column_has_one_number_of_decimals(tmp_path: Path) -> None:
+    source = TINY.replace(", 0.5]", "]") + '[report]\nmetrics = ["distance"]\n'
+    sizes = {"dense": 0.0, "SAFE": 0.0456}
+    made(tmp_path, source, lambda c: {"accuracy": 9.0, "distance": sizes[c.method] + 12 * c.seed})
+    report = (tmp_path / "report.md").read_text()
+    assert "| dense | 6.00 ± 6.00 |" in report
+    assert "| SAFE | 6.05 ± 6.00 |" in report
+
+
+HOSTILE = "<script>x</script> *a* [l](http://x) `c` $b$ a|b _u_ \\\\input{x} #1 & %"
+
+
+def test_names_and_titles_are_shown_as_they_are(tmp_path: Path) -> None:
+    source = TINY.replace('"SAFE"', f'"{HOSTILE}"').replace('"Tiny"', f'"{HOSTILE}"')
+    source += "[evaluation]\nhistory_epochs = 1\nweight_bins = 2\nlandscape_points = 2\n"
+    plane = {"coordinates": [-1, 1], "values": [[0, 1], [1, 2]]}
+    points = [
+        {"epoch": i, "accuracy": 50.0, "dense_accuracy": 50.0, "distance": 1.0} for i in (1, 2)
+    ]
+    result = {
+        "accuracy": 50.0,
+        "history": points,
+        "weights_histogram": {"counts": [1, 2], "edges": [-1, 0, 1]},
+        "landscape": plane,
+    }
+    made(tmp_path, source, lambda _: result)
+    report = (tmp_path / "report.md").read_text()
+    assert "<script>" not in report
+    assert (
+        report.count(r"&lt;script&gt;x&lt;/script&gt; \*a\* \[l\](http://x) \`c\` \$b\$ a\|b") >= 3
+    )
+    latex = (tmp_path / "report.tex").read_text()
+    assert r"\input" not in latex
+    assert r"\textbackslash{}input\{x\} \#1 \& \%" in latex
+    for bad in ("two\\nlines", "bell\\u0007", "\\u202Eturned"):
+        with pytest.raises(ValueError, match="must be one line of printable characters"):
+            parse_recipe(changed('"Tiny"', f'"{bad}"'))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1, 2]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"settings": {}, "cell": {"framework": "torch"}, "result": {}}',
+        {"accuracy": "97"},
+        {"accuracy": None},
+        {"accuracy": True},
+        {"accuracy": 101.0},
+        {"accuracy": [97.0]},
+        {},
+        {"accuracy": 97.0, "distance": {}},
+        {"accuracy": 97.0, "history": [{"epoch": 1}]},
+        {"accuracy": 97.0, "losses": ["low"]},
+        {"accuracy": 97.0, "landscape": {"coordinates": [0, 1], "values": [[1, 2], [3]]}},
+        {"accuracy": 97.0, "landscape": {"coordinates": "here"}},
+        {"accuracy": 97.0, "weights_histogram": {"counts": [1]}},
+        {"accuracy": 10**400},
+    ],
+    ids=str,
+)
+def test_garbage_in_results_names_file_and_line(tmp_path: Path, line: Any) -> None:
+    (tmp_path / "recipe.toml").write_text(TINY)
+    recipe = parse_recipe(TINY)
+    file, (first, second, *_) = tmp_path / "results.jsonl", cells(recipe)
+    append_line(file, recipe, first, {"accuracy": 50.0})
+    if isinstance(line, bytes):
+        file.write_bytes(file.read_bytes() + line[:200_000] + b"\n")
+    else:
+        append_line(file, recipe, second, line)
+    with pytest.raises(ValueError, match=r"results\.jsonl must hold one result .* line 2 is not"):
+        write_report(tmp_path)
 
 
 def test_report_by_noise_and_metric(tmp_path: Path) -> None:
@@ -126,20 +241,20 @@ def test_report_by_noise_and_metric(tmp_path: Path) -> None:
     recipe = parse_recipe(source)
     for cell in cells(recipe):
         result = {"accuracy": 50 + 10 * cell.noise + cell.seed, "distance": 0.0123}
-        append_result(tmp_path / "results.jsonl", recipe, cell, result)
+        append_line(tmp_path / "results.jsonl", recipe, cell, result)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()
     assert "**Tiny: accuracy, %**" in markdown
     assert "| sparsity | method | 0% label noise | 50% label noise |" in markdown
     assert "| 80% | SAFE | 50.50 ± 0.50 | 55.50 ± 0.50 |" in markdown
-    assert "| 80% | SAFE | 0.01230 ± 0.00000 | 0.01230 ± 0.00000 |" in markdown
+    assert "| 80% | SAFE | 0.0123 ± 0.0000 | 0.0123 ± 0.0000 |" in markdown
 
 
 def test_report_tells_where_the_frameworks_differ(tmp_path: Path) -> None:
     source = TINY.replace('["torch"]', '["torch", "jax"]').replace(", 0.5]", "]")
     recipe = parse_recipe(source)
     means = {  # (PyTorch, JAX) of the first seed; that of the second is 2 higher
-        ("dense", None): (98.0, 98.9),
+        ("dense", None): (93.0, 93.9),
         ("SAFE", 0.8): (90.0, 94.3),  # three joint standard errors are 4.24
         ("SAFE", 0.9): (90.0, 94.2),
     }
@@ -160,7 +275,7 @@ def test_report_tells_where_the_frameworks_differ(tmp_path: Path) -> None:
     again = {**lost, **{c: {} for c in lost if c._replace(seed=0) == key._replace(seed=0)}}
     assert agreement(recipe, again).apart == [f"SAFE at {100 * key.sparsity:g}%"]
     for cell, result in results.items():
-        append_result(tmp_path / "results.jsonl", recipe, cell, result)
+        append_line(tmp_path / "results.jsonl", recipe, cell, result)
     (tmp_path / "recipe.toml").write_text(source)
     write_report(tmp_path)
     markdown = (tmp_path / "report.md").read_text()

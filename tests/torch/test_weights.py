@@ -12,7 +12,7 @@ from short_runs import short_run
 from torch import nn
 
 import safe_core
-from safe_core import NM, Block, Channel, Layout, Unstructured
+from safe_core import NM, Block, Channel, DenseWeightWarning, Layout, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.weights import prunable_weights
 
@@ -54,6 +54,24 @@ def found(model):
                 "v_proj_weight": OUTPUT_INPUT,
                 "out_proj.weight": OUTPUT_INPUT,
             },
+        ),
+        (
+            nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3),
+            {
+                f"weight_{kind}_l{layer}{end}": OUTPUT_INPUT
+                for layer in (0, 1)
+                for end in ("", "_reverse")
+                for kind in ("ih", "hh", "hr")
+            },
+        ),
+        (nn.GRU(4, 6), {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT}),
+        (nn.RNN(4, 6), {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT}),
+        (nn.LSTMCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (nn.GRUCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (nn.RNNCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (
+            type("Own", (nn.LSTM,), {})(4, 6),
+            {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT},
         ),
         (nn.Embedding(5, 4), {}),
         (nn.EmbeddingBag(5, 4), {}),
@@ -254,11 +272,12 @@ def test_frozen_parameters_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     frozen = [p.detach().clone() for p in model[0].parameters()]
-    optimizer = SparseOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1),
-        safe_core.safe(0.5, rho=0.5, dual_update_interval=1),
-        model=model,
-    )
+    with pytest.warns(DenseWeightWarning, match=r"0\.weight, because requires_grad is False"):
+        optimizer = SparseOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1),
+            safe_core.safe(0.5, rho=0.5, dual_update_interval=1),
+            model=model,
+        )
     inputs = torch.randn(8, 4)
 
     def closure():
@@ -282,8 +301,10 @@ def test_a_parameter_unfrozen_later_joins():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = SparseOptimizer(base, safe_core.safe(0.5), model=model)
+    with pytest.warns(DenseWeightWarning, match=r"0\.weight"):
+        optimizer = SparseOptimizer(base, safe_core.safe(0.5), model=model)
     model[0].requires_grad_(True)
+    assert not optimizer.coverage().dense
     assert list(optimizer.sparse_parameters()) == ["0.weight", "1.weight"]
     optimizer.finalize()
     assert sum(int((layer.weight == 0).sum()) for layer in model) == 16

@@ -101,6 +101,7 @@ dual_update_interval
                 key: found.importance(tuple(params[key].shape))
                 for key, found in problem.statistics.items()
             }
+        _keep_zeros(p for key, p in params.items() if key not in problem.statistics)
         epoch, steps = problem.batches(self.batch_size, wide)
         supports = self.solve(
             block,
@@ -220,6 +221,21 @@ dual_update_interval
             layout=dict(weights),
             importance=importance,
         )
+
+
+@torch.no_grad()
+def _keep_zeros(params: Iterable[Tensor]) -> None:
+    """Let matrices keep the zeros that they have, by gradients of zero there.
+
+    Their zeros were put there on purpose, such as by an earlier call. Adam does not move an
+    entry whose gradients are all zero, nor does the perturbation.
+    """
+    for p in params:
+        if p.ndim >= 2 and p.requires_grad and bool((p == 0).any()):
+            kept = p != 0
+            p.register_hook(  # type: ignore[no-untyped-call]
+                lambda g, kept=kept: torch.where(kept, g, torch.zeros_like(g))
+            )
 
 
 def wide_mse(output: Tensor, target: Tensor) -> Tensor:

@@ -10,15 +10,19 @@ combination in PyTorch or JAX, and `write_report` makes tables and figures of th
 """
 
 from .cells import Cell, cells
-from .recipe import Recipe, parse_recipe, read_recipe, recipe_source
+from .recipe import Recipe
+from .recipe_files import installed_recipes, parse_recipe, read_recipe, recipe_source
 from .report import write_report
-from .run import run_study
+from .run import FailedRunsError, planned_runs, run_study
 
 __all__ = [
     "Cell",
+    "FailedRunsError",
     "Recipe",
     "cells",
+    "installed_recipes",
     "parse_recipe",
+    "planned_runs",
     "read_recipe",
     "recipe_source",
     "run_study",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -24,6 +26,9 @@ from .tables import sparsity_key
 __all__ = ["draw"]
 
 _MARKERS = "osD^vPX*"
+_DASHES = ("-", "--", "-.", ":")
+_COLUMN = 3.3  # width of a column on a two-column page, in inches
+_FONT = 8  # points
 
 
 def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
@@ -72,45 +77,94 @@ def _metrics(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(_COLUMN, 0.75 * _COLUMN), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel, fontsize=_FONT)
+    axes.set_ylabel(ylabel, fontsize=_FONT)
+    axes.tick_params(labelsize=_FONT - 1)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _colour(recipe: Recipe, label: str) -> Any:
+    """Return the colour that a method has in every figure; methods of one sweep share it."""
+    if label in recipe.dense:
+        return "0.4"
+    families = list(dict.fromkeys(e.family for e in recipe.methods if not e.is_dense))
+    family = next((e.family for e in recipe.methods if e.label == label), label)
+    if family not in families:
+        return "0.6"  # a method that is only quoted
+    return colormaps["tab10" if len(families) <= 10 else "tab20"](families.index(family))
+
+
+def _shown(label: str) -> str:
+    """Return a label as matplotlib draws it: without formulas, and with a first underscore.
+
+    Examples
+    --------
+    >>> _shown("$x$"), _shown("_y")
+    ('\\\\$x\\\\$', ' _y')
+    """
+    text = label.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _legend(figure: Figure, axes: Any) -> None:
     """Add a legend, below the axes if it is long enough to cover lines."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 6:
-        figure.set_figheight(figure.get_figheight() + 0.09 * len(labels))
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
+    if len(labels) > 4:
+        columns = 2 if max(map(len, labels)) < 24 else 1
+        rows = -(-len(labels) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.16 * rows)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, fontsize=_FONT - 1.5
+        )
     elif labels:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=_FONT - 1.5)
 
 
 def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
     """Draw a line per method, with equal steps between sparsities, because they crowd near 1."""
+    if len(recipe.sparsities) == 1:
+        return _by_method(recipe, results, metric)
     figure, axes = _axes("zero weights", NAMES.get(metric, metric))
     places = {s: i for i, s in enumerate(recipe.sparsities)}
     _dense(axes, recipe, results, metric)
     for i, entry in enumerate(recipe.methods):
         if not entry.is_dense:
             found = [_statistics(results, entry.label, s, metric) for s in places]
-            _errorbar(axes, list(places.values()), found, i, entry.label)
+            colour = _colour(recipe, entry.label)
+            _errorbar(axes, list(places.values()), found, i, entry.label, colour)
     labels = [entry.label for entry in recipe.methods]
     for i, (method, points) in enumerate(_quoted(recipe, results, metric).items()):
         # Like the measured line, but hollow and dotted.
         i = labels.index(method) if method in labels else i
         axes.plot(
-            [places[s] for s in points], list(points.values()), ":", label=f"{method} (quoted)",
-            color=f"C{i % 10}" if method in labels else "0.5", marker=_MARKERS[i % 8],
-            markersize=4, markerfacecolor="none", linewidth=1.2,
+            [places[s] for s in points], list(points.values()), ":",
+            label=f"{_shown(method)} (quoted)", color=_colour(recipe, method),
+            marker=_MARKERS[i % 8], markersize=4, markerfacecolor="none", linewidth=1.2,
         )  # fmt: skip
     axes.set_xticks(list(places.values()), [percent(s) for s in places])
     _scale(axes, metric)
     _legend(figure, axes)
+    return figure
+
+
+def _by_method(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
+    """Draw a point per method, for the one sparsity of a study."""
+    (sparsity,) = recipe.sparsities
+    figure, axes = _axes(f"{NAMES.get(metric, metric)}, at {percent(sparsity)}", "")
+    entries = list(reversed(recipe.methods))
+    for i, entry in enumerate(entries):
+        found = _statistics(results, entry.label, None if entry.is_dense else sparsity, metric)
+        if found is not None:
+            axes.errorbar(
+                found[0], i, xerr=found[1], color=_colour(recipe, entry.label), marker="o",
+                markersize=4, capsize=2, linestyle="none",
+            )  # fmt: skip
+    axes.set_yticks(range(len(entries)), [_shown(entry.label) for entry in entries])
+    axes.set_ylim(-0.5, len(entries) - 0.5)
+    figure.set_figheight(0.9 + 0.2 * len(entries))
     return figure
 
 
@@ -129,7 +183,9 @@ def _by_swept(
         x = [places[values.index(str(entry.swept[1]))] for entry in own if entry.swept]
         found = [_statistics(results, entry.label, sparsity, metric) for entry in own]
         name = f"{family}, {percent(sparsity)}" if len(families) > 1 else percent(sparsity)
-        _errorbar(axes, x, found, i, name)
+        shade = recipe.sparsities.index(sparsity) / len(recipe.sparsities)
+        colour = _lighter(_colour(recipe, own[0].label), 0.75 * shade)
+        _errorbar(axes, x, found, i, name, colour, _DASHES[list(families).index(family) % 4])
     if places != list(range(len(places))):
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -137,6 +193,11 @@ def _by_swept(
     _scale(axes, metric)
     _legend(figure, axes)
     return figure
+
+
+def _lighter(colour: Any, share: float) -> tuple[float, ...]:
+    """Return a colour mixed with white, for the sparsities of one method."""
+    return tuple(1 - (1 - part) * (1 - share) for part in to_rgb(colour))
 
 
 def _places(values: list[Any]) -> list[float]:
@@ -151,7 +212,7 @@ def _dense(axes: Any, recipe: Recipe, results: Mapping[Cell, Any], metric: str) 
     for entry in recipe.methods:
         mean, _ = _statistics(results, entry.label, None, metric) or (math.nan, 0)
         if entry.is_dense and math.isfinite(mean):
-            axes.axhline(mean, color="0.4", linestyle="--", label=entry.label)
+            axes.axhline(mean, color="0.4", linestyle="--", label=_shown(entry.label))
 
 
 def _scale(axes: Any, metric: str) -> None:
@@ -171,20 +232,33 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
         for metric in ("accuracy", "dense_accuracy", "distance"):
             figure, axes = _axes("epoch", NAMES[metric])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            for i, entry in enumerate(recipe.methods):
+            for entry in recipe.methods:
                 of_seeds = [
                     [(point["epoch"], point[metric]) for point in history]
                     for c, history in kept.items()
                     if c.method == entry.label and c.sparsity in (sparsity, None)
                 ]
                 if of_seeds:
-                    points = np.mean(np.asarray(of_seeds), axis=0)
-                    style = {"color": "0.4", "linestyle": "--"} if entry.is_dense else {}
-                    line = {"color": f"C{i % 10}", **style}
-                    axes.plot(points[:, 0], points[:, 1], label=entry.label, **line)
+                    _history(axes, of_seeds, recipe, entry)
+            if not axes.lines:  # one point is no history
+                continue
             _legend(figure, axes)
             found[f"history_{metric}_{str(sparsity).replace(':', 'of')}{tail}"] = figure
     return found
+
+
+def _history(axes: Any, of_seeds: list[Any], recipe: Recipe, entry: Entry) -> None:
+    """Draw the mean over seeds as a line, and a standard error on each side as a band."""
+    points = np.asarray(of_seeds, float)
+    if points.shape[1] < 2:
+        return
+    epochs, mean = points[0, :, 0], points[:, :, 1].mean(axis=0)
+    colour = _colour(recipe, entry.label)
+    style = "--" if entry.is_dense else "-"
+    axes.plot(epochs, mean, style, label=_shown(entry.label), color=colour, linewidth=1.2)
+    if len(points) > 1:
+        error = points[:, :, 1].std(axis=0, ddof=1) / np.sqrt(len(points))
+        axes.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
 
 
 def _of_first_seed(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
@@ -210,7 +284,8 @@ def _of_first_seed(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> di
 
 
 def _titled(method: str, result: Mapping[str, Any]) -> str:
-    return f"{method}\neigenvalue {result['eigenvalue']:.3g}" if "eigenvalue" in result else method
+    name = _shown(method)
+    return f"{name}\neigenvalue {result['eigenvalue']:.3g}" if "eigenvalue" in result else name
 
 
 def _plane(result: Mapping[str, Any]) -> Landscape:
@@ -219,11 +294,11 @@ def _plane(result: Mapping[str, Any]) -> Landscape:
 
 def _weights(recipe: Recipe, histograms: Mapping[str, Any]) -> Figure:
     figure, axes = _axes("weight before the last projection", "count")
-    for i, entry in enumerate(recipe.methods):
+    for entry in recipe.methods:
         if entry.label in histograms:
-            histogram = histograms[entry.label]
-            color = "0.4" if entry.is_dense else f"C{i % 10}"
-            axes.stairs(histogram["counts"], histogram["edges"], label=entry.label, color=color)
+            held = histograms[entry.label]
+            colour = _colour(recipe, entry.label)
+            axes.stairs(held["counts"], held["edges"], label=_shown(entry.label), color=colour)
     axes.set_yscale("log")
     _legend(figure, axes)
     return figure
@@ -240,7 +315,13 @@ def _statistics(
 
 
 def _errorbar(
-    axes: Any, x: Sequence[float], found: Sequence[tuple[float, float] | None], i: int, label: str
+    axes: Any,
+    x: Sequence[float],
+    found: Sequence[tuple[float, float] | None],
+    i: int,
+    label: str,
+    colour: Any,
+    dashes: str = "-",
 ) -> None:
     """Draw a line through the available points; mark a method whose runs all diverged."""
     held = [point for point in zip(x, found, strict=True) if point[1] is not None]
@@ -250,8 +331,9 @@ def _errorbar(
     means, errors = zip(*pairs, strict=True)
     lost = all(map(math.isnan, means))
     axes.errorbar(
-        x, means, yerr=errors, color=f"C{i % 10}", marker=_MARKERS[i % 8], markersize=4,
-        linewidth=1.2, capsize=2, label=f"{label} (diverged)" if lost else label,
+        x, means, yerr=errors, color=colour, marker=_MARKERS[i % 8], markersize=4, linewidth=1.2,
+        linestyle=dashes if len(held) > 1 else "none", capsize=2,
+        label=f"{_shown(label)} (diverged)" if lost else _shown(label),
     )  # fmt: skip
 
 

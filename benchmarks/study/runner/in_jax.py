@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +26,11 @@ from safe_core.study.models.flax import Network, normalised
 from safe_core.study.robustness import PGD
 from safe_core.study.robustness.jax import attacker
 
+from .networks import OwnNetwork
 from .plan import Plan
 from .training import Training
 
-__all__ = ["JaxLearner", "JaxSubject"]
+__all__ = ["JaxLearner", "JaxSubject", "check", "device_name", "peak_memory"]
 
 
 class State(NamedTuple):
@@ -46,6 +49,9 @@ class Program(NamedTuple):
     project: Callable[[State], Any]
 
 
+Net = Architecture | OwnNetwork
+
+
 class JaxLearner:
     """A network trained by `sparse_optimizer`.
 
@@ -59,12 +65,12 @@ class JaxLearner:
     >>> plan = Plan(load("digits"), network, training, safe(0.75), seed=0, augment=False)
     >>> learner = JaxLearner(plan)
     >>> _ = learner.step(*next(plan.batches(0)))
-    >>> float((learner.projected()["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
+    >>> float((learner.projected(plan.method)["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
     True
     """
 
     def __init__(self, plan: Plan, device: str = "cpu") -> None:
-        self._device = _device(device)
+        self._device, self._method = _device(device), plan.method
         self._program = _program(
             plan.architecture,
             plan.normalisation,
@@ -73,7 +79,7 @@ class JaxLearner:
             plan.steps_per_epoch,
         )
         with jax.default_device(self._device):
-            variables = jax.tree.map(jnp.asarray, plan.initial_variables())
+            variables = _initial(plan)
             params = variables["params"]
             self._state = State(
                 params, variables.get("batch_stats", {}), self._program.init(params)
@@ -89,16 +95,19 @@ class JaxLearner:
         """Return the current weights as NumPy arrays."""
         return _variables(self._state.params, self._state.statistics)
 
-    def projected(self) -> Variables:
-        """Return the weights after a final projection, without changing the network."""
+    def projected(self, method: Method | None) -> Variables:
+        """Return the weights after the final projection; see `Learner.projected`."""
         with jax.default_device(self._device):
-            params = self._program.project(self._state)
+            if method is None or self._method is not None:
+                params = self._program.project(self._state)
+            else:
+                params = _projection(method)(self._state.params)
         return _variables(params, self._state.statistics)
 
 
 @lru_cache(maxsize=4)
 def _program(
-    architecture: Architecture,
+    architecture: Net,
     normalisation: Normalisation,
     training: Training,
     method: Method | None,
@@ -143,6 +152,13 @@ def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.Gradien
     return optax.chain(optax.add_decayed_weights(training.weight_decay), rule)
 
 
+@lru_cache(maxsize=16)
+def _projection(method: Method) -> Callable[[Any], Any]:
+    """Return the compiled final projection of a method that does nothing before it."""
+    tx = sparse_optimizer(optax.identity(), method)
+    return jax.jit(lambda params: finalize(params, tx.init(params), method))
+
+
 class JaxSubject:
     """A network in evaluation mode.
 
@@ -159,7 +175,7 @@ class JaxSubject:
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: Net,
         normalisation: Normalisation,
         variables: Mapping[str, Any],
         device: str = "cpu",
@@ -213,24 +229,22 @@ class JaxSubject:
 
 
 @lru_cache(maxsize=4)
-def _evaluation(architecture: Architecture, normalisation: Normalisation) -> Callable[..., Any]:
+def _evaluation(architecture: Net, normalisation: Normalisation) -> Callable[..., Any]:
     """Return the compiled function ``(images, variables) -> logits``."""
 
     def logits(images: Any, variables: Any) -> Any:
-        return Network(architecture).apply(variables, images)
+        return _applied(architecture, variables, images, train=False)[0]
 
     return jax.jit(normalised(logits, *normalisation))
 
 
 @lru_cache(maxsize=8)
-def _attacker(
-    architecture: Architecture, normalisation: Normalisation, attack: PGD
-) -> Callable[..., Any]:
+def _attacker(architecture: Net, normalisation: Normalisation, attack: PGD) -> Callable[..., Any]:
     return attacker(_evaluation(architecture, normalisation), attack)
 
 
 def _train_logits(
-    architecture: Architecture,
+    architecture: Net,
     normalisation: Normalisation,
     params: Any,
     statistics: Any,
@@ -240,17 +254,78 @@ def _train_logits(
 
     def forward(images: Any) -> Any:
         variables = {"params": params, "batch_stats": statistics}
-        return Network(architecture).apply(variables, images, train=True, mutable=["batch_stats"])
+        return _applied(architecture, variables, images, train=True)
 
     logits, after = normalised(forward, *normalisation)(images)
     return logits, after.get("batch_stats", {})
 
 
+def _applied(architecture: Net, variables: Any, images: Any, *, train: bool) -> tuple[Any, Any]:
+    """Return the logits, and the collections that training changes."""
+    network = _network(architecture)
+    mode = {"train": train} if "train" in inspect.signature(network.__call__).parameters else {}
+    if train:
+        found: tuple[Any, Any] = network.apply(variables, images, mutable=["batch_stats"], **mode)
+        return found
+    return network.apply(variables, images, **mode), {}
+
+
+def _network(architecture: Net) -> Any:
+    if isinstance(architecture, OwnNetwork):
+        return architecture.make(flax.linen.Module)
+    return Network(architecture)
+
+
+def _initial(plan: Plan) -> Any:
+    """Return the initial variables on the default device."""
+    network = plan.architecture
+    if not isinstance(network, OwnNetwork):
+        return jax.tree.map(jnp.asarray, plan.initial_variables())
+    module = _network(network)
+    mode = {"train": False} if "train" in inspect.signature(module.__call__).parameters else {}
+    images = jnp.zeros((2, *network.image), jnp.float32)
+    found = module.init(jax.random.key(plan.weight_seed), images, **mode)
+    return {name: found[name] for name in ("params", "batch_stats") if name in found}
+
+
+def check(plan: Plan, device: str) -> None:
+    """Trace everything that a run needs, and take no step.
+
+    Raises
+    ------
+    Exception
+        As the run would.
+    """
+    with jax.default_device(_device(device)):
+        program = _program(
+            plan.architecture,
+            plan.normalisation,
+            plan.training,
+            plan.method,
+            plan.steps_per_epoch,
+        )
+        jax.eval_shape(program.init, _initial(plan)["params"])
+
+
+def peak_memory(device: str) -> int | None:
+    """Return the peak of the memory of a device in this process; None for processors."""
+    found = _device(device).memory_stats() or {}
+    peak: int | None = found.get("peak_bytes_in_use")
+    return peak
+
+
+def device_name(device: str) -> str | None:
+    """Return the name of an accelerator; None for processors."""
+    found = _device(device)
+    return None if found.platform == "cpu" else str(found.device_kind)
+
+
 def _device(name: str) -> Any:
-    """Return the JAX device for a name such as ``"cpu"`` or ``"cuda"``."""
+    """Return the JAX device for a name such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    kind, _, number = name.partition(":")
     try:
-        return jax.devices(name)[0]
-    except RuntimeError as error:
+        return jax.devices(kind)[int(number or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
         raise ValueError(f"device must be available to JAX, got {name!r}: {error}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from safe_core import FinalizeWarning
+from safe_core import Method
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
 from safe_core.adapters.torch.modules import recalibrate
@@ -23,9 +22,10 @@ from safe_core.study.models.torch import Normalised, build
 from safe_core.study.robustness import PGD
 from safe_core.study.robustness.torch import attacker
 
+from .networks import OwnNetwork
 from .plan import Plan
 
-__all__ = ["TorchLearner", "TorchSubject"]
+__all__ = ["TorchLearner", "TorchSubject", "check", "device_name", "peak_memory"]
 
 
 class TorchLearner:
@@ -42,13 +42,13 @@ class TorchLearner:
     >>> plan = Plan(load("digits"), network, training, safe(0.75), seed=0, augment=False)
     >>> learner = TorchLearner(plan)
     >>> _ = learner.step(*next(plan.batches(0)))
-    >>> float((learner.projected()["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
+    >>> float((learner.projected(plan.method)["params"]["dense1"]["kernel"] == 0).mean()) > 0.5
     True
     """
 
     def __init__(self, plan: Plan, device: str = "cpu") -> None:
         self._architecture, self._device = plan.architecture, _checked(device)
-        network = build(plan.architecture, plan.initial_variables())
+        network = _initial(plan)
         self._model = Normalised(network, *plan.normalisation).to(device).train()
         self._rates = plan.rates()
         self._step = 0
@@ -75,21 +75,16 @@ class TorchLearner:
         """Return the current weights as NumPy arrays."""
         return _variables(self._architecture, self._model.model)
 
-    def projected(self) -> Variables:
-        """Return the weights after a final projection, without changing the network."""
-        if not isinstance(self._optimizer, SparseOptimizer):
+    def projected(self, method: Method | None) -> Variables:
+        """Return the weights after the final projection; see `Learner.projected`."""
+        optimizer = self._optimizer
+        if not isinstance(optimizer, SparseOptimizer):
+            if method is None:
+                return self.variables()
+            base = torch.optim.SGD(self._model.parameters(), lr=0.0)
+            optimizer = SparseOptimizer(base, method, model=self._model)
+        with optimizer.sparse_weights():
             return self.variables()
-        sparse = self._optimizer.sparse_parameters()
-        before = {name: p.detach().clone() for name, p in sparse.items()}
-        with warnings.catch_warnings():
-            # The tables report the distance, and a run is measured long before its end.
-            warnings.simplefilter("ignore", FinalizeWarning)
-            self._optimizer.finalize()
-        found = self.variables()
-        with torch.no_grad():
-            for name, p in sparse.items():
-                p.copy_(before[name])
-        return found
 
 
 class TorchSubject:
@@ -108,13 +103,13 @@ class TorchSubject:
 
     def __init__(
         self,
-        architecture: Architecture,
+        architecture: Architecture | OwnNetwork,
         normalisation: Normalisation,
         variables: Mapping[str, Any],
         device: str = "cpu",
     ) -> None:
         self._architecture, self._device = architecture, device
-        network = build(architecture, variables)
+        network = _built(architecture, variables)
         self._model = Normalised(network, *normalisation).to(device).eval()
 
     @torch.no_grad()
@@ -177,6 +172,58 @@ def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:
     return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
 
 
-def _variables(architecture: Architecture, network: nn.Module) -> Variables:
+def _initial(plan: Plan) -> nn.Module:
+    """Return the network with its initial weights."""
+    if not isinstance(plan.architecture, OwnNetwork):
+        return build(plan.architecture, plan.initial_variables())
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.weight_seed)
+        made: nn.Module = plan.architecture.make(nn.Module)
+    return made
+
+
+def _built(architecture: Architecture | OwnNetwork, variables: Mapping[str, Any]) -> nn.Module:
+    """Return the network with these weights."""
+    if not isinstance(architecture, OwnNetwork):
+        return build(architecture, variables)
+    with torch.random.fork_rng():
+        made: nn.Module = architecture.make(nn.Module)
+    state = {**variables["params"], **variables.get("batch_stats", {})}
+    made.load_state_dict({name: torch.from_numpy(np.asarray(x)) for name, x in state.items()})
+    return made
+
+
+def _variables(architecture: Architecture | OwnNetwork, network: nn.Module) -> Variables:
     state = {name: x.cpu().numpy().copy() for name, x in network.state_dict().items()}
-    return from_state_dict(architecture, state)
+    if not isinstance(architecture, OwnNetwork):
+        return from_state_dict(architecture, state)
+    trained = dict(network.named_parameters())
+    return {
+        "params": {name: x for name, x in state.items() if name in trained},
+        "batch_stats": {name: x for name, x in state.items() if name not in trained},
+    }
+
+
+def check(plan: Plan, device: str) -> None:
+    """Build everything that a run needs, and take no step.
+
+    Raises
+    ------
+    Exception
+        As the run would.
+    """
+    TorchLearner(plan, device)
+
+
+def peak_memory(device: str) -> int | None:
+    """Return the peak of the memory of a device since the last call; None for processors."""
+    if torch.device(device).type != "cuda":
+        return None
+    found = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def device_name(device: str) -> str | None:
+    """Return the name of an accelerator; None for processors."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None

@@ -143,6 +143,21 @@ class Entry:
             Kind(load(self.method)) if isinstance(self.method, Own) else RECIPE_METHODS[self.method]
         )
 
+    @property
+    def runs(self) -> bool:
+        """Whether the method can be built here; False for code that is only read."""
+        return not isinstance(self.method, Own) or self.method.runs
+
+    def check_sparsities(self, sparsities: tuple[Sparsity, ...]) -> None:
+        """Refuse parameters for sparsities that the study does not have."""
+        for name, value in self.options:
+            for key, _ in value.pairs if isinstance(value, BySparsity) else ():
+                if key != "default" and sparsity_key(name, key) not in sparsities:
+                    raise ValueError(
+                        f"{self.place}.{name} ({self.label}) must have keys that are sparsities of "
+                        f'the study, {", ".join(map(str, sparsities))}, or "default", got "{key}"'
+                    )
+
     def trained(self, training: Training) -> Training:
         """Return the training settings of this method, given those of the study."""
         try:
@@ -310,12 +325,14 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
         )
     name = method.function if isinstance(method, Own) else str(method)
     label = text(f"{place}.label", table.get("label", name))
-    accepted = _options(place, name, method)
+    # Code that may not run was checked when it ran.
+    unknown = isinstance(method, Own) and not method.runs
+    accepted = tuple(table) if unknown else _options(place, name, method)
     given = {k: v for k, v in table.items() if k not in _OF_ENTRY}
     sweep = table.get("sweep", {})
     if not isinstance(sweep, Mapping) or len(sweep) > 1:
         raise TypeError(f"{place}.sweep must be a table of one list, got {_checks.shown(sweep)}")
-    for key in (*given, *sweep):
+    for key in (*given, *(() if unknown else sweep)):
         if key not in accepted:
             takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")

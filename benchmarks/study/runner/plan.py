@@ -17,7 +17,9 @@ from safe_core.study.models import Architecture, Variables, architecture, initia
 from safe_core.study.noise import symmetric_label_noise
 
 from .cells import Cell
-from .recipe import Recipe
+from .networks import OwnNetwork, own_dataset
+from .own import Own
+from .recipe import Data, Recipe
 from .training import Training
 
 __all__ = ["Learner", "Plan", "Subject", "plan"]
@@ -34,7 +36,7 @@ class Plan:
     ----------
     data : Dataset
         With label noise in its training labels.
-    architecture : Architecture
+    architecture : Architecture or OwnNetwork
     training : Training
     method : Method or None
         None for dense training.
@@ -43,7 +45,7 @@ class Plan:
     """
 
     data: Dataset
-    architecture: Architecture
+    architecture: Architecture | OwnNetwork
     training: Training
     method: Method | None
     seed: int
@@ -59,8 +61,21 @@ class Plan:
         """Mean and standard deviation of the pixels."""
         return self.data.normalisation
 
+    @property
+    def dual_updates(self) -> int | None:
+        """Number of dual updates in the run; None for methods that have none."""
+        interval = getattr(getattr(self.method, "constraint", None), "dual_update_interval", None)
+        return None if interval is None else self.steps_per_epoch * self.training.epochs // interval
+
+    @property
+    def weight_seed(self) -> int:
+        """A seed of the initial weights, for networks of your own."""
+        return int(np.random.SeedSequence([self.seed, _WEIGHTS]).generate_state(1)[0])
+
     def initial_variables(self) -> Variables:
-        """Draw the initial weights."""
+        """Draw the initial weights of a network of the library."""
+        if isinstance(self.architecture, OwnNetwork):
+            raise TypeError("a network of your own draws its weights in its framework")
         return initial_variables(self.architecture, [self.seed, _WEIGHTS])
 
     def rates(self) -> NDArray[np.float64]:
@@ -91,8 +106,11 @@ class Learner(Protocol):
     def variables(self) -> Variables:
         """Return the current weights as NumPy arrays."""
 
-    def projected(self) -> Variables:
-        """Return the weights after a final projection, without changing the network."""
+    def projected(self, method: Method | None) -> Variables:
+        """Return the weights after the final projection, without changing the network.
+
+        A network that was trained without a method is projected by the one that is given.
+        """
 
 
 class Subject(Protocol):
@@ -136,7 +154,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
         raise ValueError(
             f"evaluation.corruption_folder must be an existing folder, got {corrupted!r}"
         )
-    clean = _loaded(recipe.data.name, folder or recipe.data.folder)
+    clean = _loaded(recipe.data, folder or recipe.data.folder)
     images = clean.train.images[: recipe.data.train_images]
     labels = clean.train.labels[: recipe.data.train_images]
     if recipe.data.validation:
@@ -154,12 +172,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     )
     return Plan(
         data=clean._replace(train=Split(images, noisy)),
-        architecture=architecture(
-            recipe.model.name,
-            classes=clean.classes,
-            image=images.shape[1:],
-            width=recipe.model.width,
-        ),
+        architecture=_network(recipe, cell.framework, clean.classes, images.shape[1:]),
         training=training,
         method=recipe.entry(cell.method).build(
             cell.sparsity,
@@ -172,6 +185,17 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     )
 
 
+def _network(
+    recipe: Recipe, framework: str, classes: int, image: tuple[int, int, int]
+) -> Architecture | OwnNetwork:
+    model = recipe.model
+    if isinstance(model.name, Own):
+        return OwnNetwork(model.name, model.options, framework, classes, image)
+    return architecture(model.name, classes=classes, image=image, width=model.width)
+
+
 @lru_cache(maxsize=1)
-def _loaded(name: str, folder: Path | str | None) -> Dataset:
-    return load(name, folder)
+def _loaded(data: Data, folder: Path | str | None) -> Dataset:
+    if isinstance(data.name, Own):
+        return own_dataset(data.name, data.options, folder)
+    return load(data.name, folder)

@@ -50,18 +50,25 @@ class StudyBar:
         """Record the end of an epoch."""
         self._progress.advance(self._task)
 
-    def finished(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Record the end of a run. Without a terminal, such as in a log, print a line."""
+    def finished(self, cell: Cell, result: dict[str, Any] | str) -> None:
+        """Record the end of a run. Without a terminal, such as in a log, print a line.
+
+        A text is the error of a run that failed, which is always printed.
+        """
         epochs = self._left.pop(cell)
         self._run += epochs
-        # A run that diverged skips the rest of its epochs.
-        skipped = epochs - len(result["losses"]) if result.get("diverged") else 0
+        # A run that diverged or failed skips the rest of its epochs.
+        if isinstance(result, str):
+            skipped, found = 0, f"failed, {result.splitlines()[0]}"
+        elif result.get("diverged"):
+            skipped, found = max(0, epochs - len(result["losses"])), "diverged"
+        else:
+            skipped, found = 0, f"{result['accuracy']:.2f}%"
         self._progress.update(self._task, advance=skipped, runs=f"{self.done}/{self._runs}")
-        if self._progress.console.is_terminal:
+        if self._progress.console.is_terminal and not isinstance(result, str):
             return
-        each = (time.monotonic() - self._start) / self._run
+        each = (time.monotonic() - self._start) / max(1, self._run)
         left = readable_seconds(each * sum(self._left.values()))
-        found = "diverged" if result.get("diverged") else f"{result['accuracy']:.2f}%"
         line = f"{self.done}/{self._runs} {cell.title}: {found}, {left} left"
         self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

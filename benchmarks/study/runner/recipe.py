@@ -1,28 +1,24 @@
-"""Read the recipes of studies: TOML files as frozen dataclasses."""
+"""The recipes of studies as frozen dataclasses."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from safe_core import _checks
 
 from .methods import Entry, Sparsity, read_entries
-from .own import Find, Own, own_method
+from .own import Own
 from .tables import (
     choice,
+    either,
     flag,
     integer,
     key,
     number,
-    read,
+    options,
     several,
     sparsity,
     sparsity_key,
@@ -32,11 +28,9 @@ from .tables import (
 from .training import Training
 
 __all__ = [
-    "AXES", "RECIPE", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
-    "keep_recipe", "kept_recipe", "parse_recipe", "read_recipe", "recipe_source",
+    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
 ]  # fmt: skip
 
-RECIPE = "recipe.toml"
 _STEPS = 60  # per epoch, when methods are built only to check them
 AXES = ("method", "sparsity", "noise", "framework", "metric")
 
@@ -46,7 +40,8 @@ class Data:
     """``[data]``: the images, and the fraction of training labels drawn at random.
 
     If ``validation`` is positive, that fraction of the training images, the last ones, replaces
-    the test images.
+    the test images. A function of your own, called with ``options``, returns a
+    `safe_core.study.data.Dataset`.
 
     Examples
     --------
@@ -54,26 +49,44 @@ class Data:
     (0.0, 0.5)
     """
 
-    name: str = key(choice("digits", "mnist", "cifar-10", "cifar-100"))
+    name: str | Own = key(either(Own, choice("digits", "mnist", "cifar-10", "cifar-100")))
+    options: tuple[tuple[str, Any], ...] = key(options, ())
     folder: str | None = key(text, None)
     augment: bool = key(flag, False)
     label_noise: tuple[float, ...] = key(several(number(0, 1)), (0.0,))
     train_images: int | None = key(integer(1), None)
     validation: float = key(number(0, 1), 0.0)
 
+    def __post_init__(self) -> None:
+        _only_for_functions("data", self.name, self.options)
+
 
 @dataclass(frozen=True)
 class Model:
-    """``[model]``: a network of `safe_core.study.models`.
+    """``[model]``: a network of `safe_core.study.models`, or a function of your own.
 
     Examples
     --------
-    >>> read(Model, "model", {"name": "resnet-20", "width": 2})
-    Model(name='resnet-20', width=2.0)
+    >>> read(Model, "model", {"name": "resnet-20", "width": 2}).width
+    2.0
     """
 
-    name: str = key(choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19"))
+    name: str | Own = key(either(Own, choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19")))
+    options: tuple[tuple[str, Any], ...] = key(options, ())
     width: float = key(number(0, excluded=0), 1.0)
+
+    def __post_init__(self) -> None:
+        _only_for_functions("model", self.name, self.options)
+        if isinstance(self.name, Own) and self.width != 1:
+            raise ValueError("model.width must be an option of a network of your own")
+
+
+def _only_for_functions(table_: str, name: str | Own, given: tuple[Any, ...]) -> None:
+    if given and not isinstance(name, Own):
+        raise ValueError(
+            f'{table_}.options must be given for a function, "my_{table_}.py:function", only, '
+            f"got them for {name!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,8 @@ class Evaluation:
     --------
     >>> found = read(Evaluation, "evaluation", {"flatness": ["eigenvalue"], "corruptions": [3]})
     >>> found.metrics()
-    ('accuracy', 'dense_accuracy', 'distance', 'seconds', 'eigenvalue', 'corruption_3')
+    ('accuracy', 'dense_accuracy', 'distance', 'seconds', 'eigenvalue', 'corruption_3',
+     'peak_memory')
     """
 
     batch_norm_tuning: bool = key(flag, False)
@@ -137,6 +151,7 @@ class Evaluation:
             *self.flatness,
             *(f"corruption_{severity}" for severity in self.corruptions),
             *(f"pgd_{attack.norm}" for attack in self.attacks),
+            "peak_memory",
         )
 
 
@@ -153,6 +168,7 @@ class Report:
     rows: tuple[str, ...] = key(several(choice(*AXES)), ("method",))
     columns: str = key(choice(*AXES), "sparsity")
     metrics: tuple[str, ...] = key(several(text), ("accuracy",))
+    ranked: tuple[str, ...] | None = key(several(text, empty=True), None)
 
     def __post_init__(self) -> None:
         if "method" not in (*self.rows, self.columns) or self.columns in self.rows:
@@ -243,16 +259,24 @@ class Recipe:
                     f"quoted[{i}].metric must be measured: {', '.join(measured)}; got "
                     f"{quote.metric!r}"
                 )
-        files = {m.file for e in self.methods if isinstance(m := e.method, Own) and m.file}
+        files = self.files
         if len({file.name for file in files}) < len(files):
             raise ValueError(
-                "methods must come from files with different names, because copies share a folder, "
-                f"got {', '.join(sorted(map(str, files)))}"
+                "files of code must have different names, because copies share a folder, "
+                f"got {', '.join(map(str, files))}"
             )
         for entry in self.methods:
+            entry.check_sparsities(self.sparsities)
             epochs = entry.trained(self.training).epochs
-            for s in self.sparsities:
+            for s in self.sparsities if entry.runs else ():
                 entry.build(s, epochs=epochs, steps_per_epoch=_STEPS, seed=0)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of code that the recipe names."""
+        named = [self.data.name, self.model.name, *(entry.method for entry in self.methods)]
+        files = {own.file for own in named if isinstance(own, Own) and own.file}
+        return tuple(sorted(files))
 
     @property
     def dense(self) -> frozenset[str]:
@@ -267,124 +291,31 @@ class Recipe:
         """Return the training settings of the method with a label."""
         return self.entry(label).trained(self.training)
 
-    def digest(self, label: str, target: Sparsity | None) -> str:
-        """Return a digest of everything that the results of a method at a sparsity depend on.
+    def settings(self, label: str, target: Sparsity | None) -> dict[str, Any]:
+        """Return everything that the results of a method at a sparsity depend on, by name.
 
         Other methods, the report and folders do not count.
         """
         entry = self.entry(label)
-        method = entry.method.identity() if isinstance(entry.method, Own) else entry.method
-        content: dict[str, Any] = {
-            "data": asdict(self.data),
-            "model": asdict(self.model),
-            "training": asdict(self.training_of(label)),
-            "evaluation": asdict(self.evaluation),
-            "method": [method, {} if target is None else entry.values(target)],
-        }
-        for name in ("folder", "label_noise"):
-            del content["data"][name]
-        del content["evaluation"]["corruption_folder"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        found: dict[str, Any] = {"method": entry.method}
+        for place, part in (
+            ("data", self.data),
+            ("model", self.model),
+            ("training", self.training_of(label)),
+            ("evaluation", self.evaluation),
+        ):
+            found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
+        if target is not None:
+            found |= {f"method.{name}": value for name, value in entry.values(target).items()}
+        for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
+            del found[name]
+        return {name: _as_json(value) for name, value in found.items()}
 
 
-def parse_recipe(source: str, folder: Path | None = None) -> Recipe:
-    """Return the recipe that a TOML text describes.
-
-    Parameters
-    ----------
-    source : str
-    folder : Path, optional
-        Folder to look up files of methods in, before the current folder.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If the text is not TOML, or a key is missing, unknown or of the wrong type. The message
-        names the key and what it accepts.
-
-    Examples
-    --------
-    >>> parse_recipe('title = "mine"')
-    Traceback (most recent call last):
-        ...
-    ValueError: data is missing in recipe
-    """
-
-    def find(path: Path) -> Path:
-        beside = (folder or Path()) / path
-        return beside if beside.is_file() else path
-
-    return _parsed(source, find)
-
-
-def kept_recipe(out: Path) -> Recipe:
-    """Return the recipe in the folder of a study, with the copies of method files kept there."""
-    return _parsed((out / RECIPE).read_text(encoding="utf-8"), lambda path: out / path.name)
-
-
-def keep_recipe(recipe: Recipe, source: str, out: Path) -> Recipe:
-    """Copy a recipe and its method files to the folder of a study; return the recipe there."""
-    for method in {entry.method for entry in recipe.methods}:
-        if isinstance(method, Own) and method.file:
-            (out / method.file.name).write_bytes(method.file.read_bytes())
-    (out / RECIPE).write_text(source, encoding="utf-8")
-    return kept_recipe(out)
-
-
-def _parsed(source: str, find: Find) -> Recipe:
-    try:
-        content = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"recipe must be TOML: {error}") from None
-    for i, method in enumerate(_tables(content.get("methods"))):
-        value = method.get("method")
-        if isinstance(value, str) and ":" in value:
-            method["method"] = own_method(f"methods[{i}].method", value, find)
-    return read(Recipe, "recipe", content)
-
-
-def _tables(value: Any) -> list[dict[str, Any]]:
-    """Return the tables in a list. Other values are refused elsewhere."""
-    return [x for x in value if isinstance(x, dict)] if isinstance(value, list) else []
-
-
-def read_recipe(path: Path | Traversable) -> Recipe:
-    """Return the recipe in a file; see `parse_recipe`.
-
-    Examples
-    --------
-    >>> from importlib.resources import files
-    >>> read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml").model
-    Model(name='lenet-300-100', width=1.0)
-    """
-    folder = path.parent if isinstance(path, Path) else None
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), folder)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from None
-
-
-def recipe_source(path: Path) -> tuple[str, str]:
-    """Return the name and the text of a recipe, given a file or the name of an installed recipe.
-
-    Raises
-    ------
-    ValueError
-        If there is no such file or recipe.
-
-    Examples
-    --------
-    >>> name, source = recipe_source(Path("table-2-digits"))
-    >>> name, parse_recipe(source).title
-    ('table-2-digits', 'Noisy labels, digits')
-    """
-    if path.is_file():
-        return path.stem, path.read_text(encoding="utf-8")
-    folder = files("safe_core.study") / "recipes"
-    shipped = {file.name.removesuffix(".toml"): file for file in folder.iterdir()}
-    if path.name != str(path) or path.stem not in shipped:
-        raise ValueError(
-            f"recipe must be an existing file, or one of {', '.join(sorted(shipped))}, got "
-            f"{str(path)!r}"
-        )
-    return path.stem, shipped[path.stem].read_text(encoding="utf-8")
+def _as_json(value: Any) -> Any:
+    """Return a setting as JSON gives it back."""
+    if isinstance(value, Own):
+        return value.identity()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return [_as_json(v) for v in value] if isinstance(value, tuple) else value

@@ -12,16 +12,21 @@ from .cells import Cell
 from .recipe import AXES, Recipe
 from .tables import sparsity_key
 
-__all__ = ["Agreement", "Entry", "Table", "agreement", "mean_and_error", "percent", "tables"]
+__all__ = [
+    "Agreement", "Entry", "Table", "agreement", "decimals", "mean_and_error", "percent", "tables",
+]  # fmt: skip
 
 Place = tuple[Any, ...]  # along AXES
-LOWER_IS_BETTER = ("distance", "seconds", "eigenvalue", "trace", "sharpness")
+LOWER_IS_BETTER = ("distance", "seconds", "peak_memory", "eigenvalue", "trace", "sharpness")
+# These say how a method works, or what it costs where it ran; they make no method better.
+_NOT_RANKED = ("distance", "seconds", "peak_memory")
 NAMES = {
     "accuracy": "accuracy, %",
     "accuracy_untuned": "accuracy without batch-norm tuning, %",
     "dense_accuracy": "accuracy before the projection, %",
     "distance": "distance from the constraint",
     "seconds": "time of training, s",
+    "peak_memory": "peak memory, MiB",
     "eigenvalue": "largest Hessian eigenvalue",
     "trace": "Hessian trace",
     "sharpness": "sharpness",
@@ -43,12 +48,14 @@ class Entry:
         Standard error of the mean; None for a single value.
     diverged : int
         Number of seeds that diverged. They do not count in the mean.
-    rank : {0, 1, 2}
-        1 for the best method, 2 for the second best, else 0.
+    best : bool
+        True for the best method, and for those that are within one joint standard error of it.
     quoted : int
         Number of the source, from 1; 0 for measured entries.
     seeds : int
         Number of runs, including those that diverged.
+    digits : int
+        Number of decimals, the same for a metric in one column.
 
     Examples
     --------
@@ -59,21 +66,34 @@ class Entry:
     mean: float
     error: float | None = None
     diverged: int = 0
-    rank: int = 0
+    best: bool = False
     quoted: int = 0
     seeds: int = 1
+    digits: int = 2
 
     def text(self, join: str = " ± ") -> str:
-        """Return the mean and its error with two decimals; small numbers get more."""
+        """Return the mean and its error."""
         if math.isnan(self.mean):
             return "diverged"
-        digits = 2 if abs(self.mean) >= 1 else max(2, 3 - math.floor(_exponent(self.mean)))
-        text = f"{self.mean:.{digits}f}"
-        return text if self.error is None else f"{text}{join}{self.error:.{digits}f}"
+        text = f"{self.mean:.{self.digits}f}"
+        return text if self.error is None else f"{text}{join}{self.error:.{self.digits}f}"
 
 
-def _exponent(x: float) -> float:
-    return math.log10(abs(x)) if x else 0.0
+def decimals(values: Sequence[float]) -> int:
+    """Return the number of decimals that shows three digits of the smallest value.
+
+    It is from 2 to 4, or as many as the largest value needs.
+
+    Examples
+    --------
+    >>> decimals([97.5, 98.0]), decimals([0.0123, 2330.0]), decimals([0.00001, 0.00002])
+    (2, 4, 7)
+    """
+    sizes = [abs(v) for v in values if math.isfinite(v) and v]
+    if not sizes:
+        return 2
+    small, large = (2 - math.floor(math.log10(size)) for size in (min(sizes), max(sizes)))
+    return min(max(2, small), max(4, large))
 
 
 @dataclass(frozen=True)
@@ -248,18 +268,24 @@ def _means(
 
 
 def _ranked(found: dict[Place, Entry], recipe: Recipe) -> dict[Place, Entry]:
-    """Rank the best and the second best method of each comparison. Equal means share a rank."""
+    """Mark the best method of each comparison, and all that are within its error."""
+    chosen = recipe.report.ranked
+    by_default = [metric for metric in recipe.report.metrics if metric not in _NOT_RANKED]
     ranked = dict(found)
     for rest in dict.fromkeys(place[1:] for place in found):
-        group = {p: e for p, e in found.items() if p[1:] == rest and p[0] not in recipe.dense}
         sign = 1 if rest[-1] in LOWER_IS_BETTER else -1
-        means = sorted({sign * round(e.mean, 9) for e in group.values() if not math.isnan(e.mean)})
-        if len(group) < 2:
+        group = {
+            p: e
+            for p, e in found.items()
+            if p[1:] == rest and p[0] not in recipe.dense and not math.isnan(e.mean)
+        }
+        if len(group) < 2 or rest[-1] not in (by_default if chosen is None else chosen):
             continue
+        best = min(group.values(), key=lambda entry: (sign * entry.mean, entry.error or 0.0))
         for place, entry in group.items():
-            value = sign * round(entry.mean, 9)
-            if value in means[:2]:
-                ranked[place] = replace(entry, rank=means.index(value) + 1)
+            behind = abs(entry.mean - best.mean)
+            if behind <= math.hypot(entry.error or 0.0, best.error or 0.0) + 1e-9:
+                ranked[place] = replace(entry, best=True)
     return ranked
 
 
@@ -285,8 +311,14 @@ def _table(recipe: Recipe, entries: Mapping[Place, Entry], apart: list[str]) -> 
     column_axis = AXES.index(recipe.report.columns)
     rows = sorted({tuple(p[i] for i in row_axes) for p in entries}, key=_order(recipe, row_axes))
     columns = sorted({(p[column_axis],) for p in entries}, key=_order(recipe, [column_axis]))
+    of_column: dict[Any, list[Entry]] = {}
+    for place, entry in entries.items():
+        of_column.setdefault((place[column_axis], place[-1]), []).append(entry)
+    digits = {key: decimals([entry.mean for entry in held]) for key, held in of_column.items()}
     placed = {
-        (rows.index(tuple(p[i] for i in row_axes)), columns.index((p[column_axis],))): entry
+        (rows.index(tuple(p[i] for i in row_axes)), columns.index((p[column_axis],))): replace(
+            entry, digits=digits[p[column_axis], p[-1]]
+        )
         for p, entry in entries.items()
     }
     return Table(
@@ -334,8 +366,8 @@ def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
         yield f"Mean and standard error over {numbers} of {len(recipe.seeds)} seeds"
     elif len(recipe.seeds) > 1:
         yield f"Mean and standard error over {len(recipe.seeds)} seeds"
-    if any(entry.rank for entry in held):
-        yield "best measured result in bold, second best underlined"
+    if any(entry.best for entry in held):
+        yield "in bold: the best mean that was measured, and all within one joint standard error"
     if any(entry.diverged for entry in held):
         yield "in brackets: number of seeds that diverged, which do not count in the mean"
     own: dict[Any, list[str]] = {}

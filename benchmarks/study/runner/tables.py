@@ -11,8 +11,8 @@ from safe_core import _checks
 from safe_core.patterns import as_pattern
 
 __all__ = [
-    "choice", "flag", "integer", "key", "number", "read", "read_some", "several", "sparsity",
-    "sparsity_key", "text",
+    "choice", "either", "flag", "integer", "key", "number", "options", "read", "read_some",
+    "several", "sparsity", "sparsity_key", "text",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -105,9 +105,41 @@ def text(name: str, value: Any) -> str:
     >>> text("title", "Table 4")
     'Table 4'
     """
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise TypeError(f"{name} must be a non-empty string, got {_checks.shown(value)}")
+    if not value.isprintable():
+        raise ValueError(f"{name} must be one line of printable characters, got {value!r}")
     return value
+
+
+def options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """Read the arguments of a function as pairs.
+
+    Examples
+    --------
+    >>> options("model.options", {"depth": 3, "units": [8, 8]})
+    (('depth', 3), ('units', (8, 8)))
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a table, got {_checks.shown(value)}")
+
+    def frozen(found: Any) -> Any:
+        if isinstance(found, Mapping):
+            raise TypeError(f"{name} must hold no tables, got {_checks.shown(found)}")
+        return tuple(map(frozen, found)) if isinstance(found, list) else found
+
+    return tuple((key, frozen(found)) for key, found in value.items())
+
+
+def either(cls: type[Any], reader: Reader) -> Reader:
+    """Return a reader that lets values of a class pass.
+
+    Examples
+    --------
+    >>> either(int, text)("name", 3)
+    3
+    """
+    return lambda name, value: value if isinstance(value, cls) else reader(name, value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -1,54 +1,40 @@
-"""Train and measure one run."""
+"""Train and measure one run, or several that share their training."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safe_core import Method
+
 from .cells import Cell
+from .machine import machine, peak_memory, reset_peak_memory
 from .measure import MakeSubject, accuracy, constraint_distance, is_finite, measure
 from .plan import Learner, Plan, plan
 from .recipe import Evaluation, Recipe
+from .units import side, trains_dense
 
-__all__ = ["run_cell"]
+__all__ = ["run_cell", "run_unit"]
 
-_SIDES = {"torch": ("in_torch", "Torch"), "jax": ("in_jax", "Jax")}
+_NAMES = {"torch": "Torch", "jax": "Jax"}
+Result = dict[str, Any]
 
 
-def run_cell(
-    recipe: Recipe,
-    cell: Cell,
-    *,
-    folder: Path | None = None,
-    device: str = "cpu",
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Train and measure one network.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    cell : Cell
-        One of its `cells`.
-    folder : Path, optional
-        Folder of the data files; by default that of the recipe.
-    device : str
-        Device to train on, such as "cpu" or "cuda".
-    advance : callable
-        Called after each epoch.
+def run_cell(recipe: Recipe, cell: Cell, **settings: Any) -> Result:
+    """Train and measure one network; see `run_unit`.
 
     Returns
     -------
     dict
-        The measurements by name, ``seconds`` of training, ``losses`` by epoch, ``versions``, and
-        ``history`` if the recipe asks for it. A run whose loss becomes infinite or NaN has
-        ``diverged`` instead of measurements.
+        The measurements by name, ``seconds`` of training, ``losses`` by epoch, ``versions``,
+        ``machine``, and ``history`` if the recipe asks for it. A run whose loss becomes infinite
+        or NaN has ``diverged`` instead of measurements.
 
     Examples
     --------
@@ -67,26 +53,75 @@ def run_cell(
     >>> found["zeros"], found["weights"]
     (2088, 2320)
     """
-    made = plan(recipe, cell, folder)
-    module, prefix = _SIDES[cell.framework]
-    side = importlib.import_module(f".{module}", __package__)
-    learner: Learner = getattr(side, f"{prefix}Learner")(made, device)
-    subject = getattr(side, f"{prefix}Subject")
-    make: MakeSubject = partial(_subject, subject, made, device)
-    found = _trained(recipe.evaluation, made, learner, make, advance)
-    found["versions"] = {name: version(name) for name in ("safe-core", cell.framework)}
-    return found
+    return run_unit(recipe, (cell,), **settings)[cell]
+
+
+def run_unit(
+    recipe: Recipe,
+    unit: tuple[Cell, ...],
+    *,
+    folder: Path | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[Cell, Result]:
+    """Train one network, project it by each method of the unit, and measure each.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    unit : tuple of Cell
+        One of its `units`.
+    folder : Path, optional
+        Folder of the data files; by default that of the recipe.
+    device : str
+        Device to train on, such as "cpu" or "cuda".
+    jobs : int
+        Number of processes that share the machine, which the results record.
+    advance : callable
+        Called after each epoch.
+    """
+    made = [plan(recipe, cell, folder) for cell in unit]
+    first, framework = made[0], unit[0].framework
+    if trains_dense(first.method):
+        first = replace(first, method=None)
+    there = side(framework)
+    make_learner = getattr(there, f"{_NAMES[framework]}Learner")
+    _warm_up(make_learner, first, device)
+    reset_peak_memory()
+    there.peak_memory(device)
+    learner: Learner = make_learner(first, device)
+    subject = getattr(there, f"{_NAMES[framework]}Subject")
+    make: MakeSubject = partial(_subject, subject, first, device)
+    methods = {cell: p.method for cell, p in zip(unit, made, strict=True)}
+    found = _trained(recipe.evaluation, first, learner, methods, make, advance)
+    on_device = there.peak_memory(device)
+    common = {
+        "peak_memory": peak_memory() if on_device is None else on_device / 2**20,
+        "versions": {name: version(name) for name in ("safe-core", framework)},
+        "machine": machine(device, there.device_name(device), jobs),
+    }
+    if common["peak_memory"] is None:
+        del common["peak_memory"]
+    return {cell: {**result, **common} for cell, result in found.items()}
+
+
+def _warm_up(make_learner: Any, made: Plan, device: str) -> None:
+    """Take one step of a network that is thrown away, so that no run's time has compilation."""
+    loss = make_learner(made, device).step(*next(iter(made.batches(0))))
+    float(loss)
 
 
 def _trained(
     evaluation: Evaluation,
     made: Plan,
     learner: Learner,
+    methods: dict[Cell, Method | None],
     make: MakeSubject,
     advance: Callable[[], None],
-) -> dict[str, Any]:
+) -> dict[Cell, Result]:
     losses: list[float] = []
-    history: list[dict[str, float]] = []
+    histories: dict[Cell, list[dict[str, float]]] = {cell: [] for cell in methods}
     seconds = 0.0
     for epoch in range(made.training.epochs):
         start = time.perf_counter()
@@ -94,22 +129,30 @@ def _trained(
         losses.append(sum(map(float, of_epoch)) / len(of_epoch))
         seconds += time.perf_counter() - start
         if not math.isfinite(losses[-1]):
-            return {"diverged": True, "losses": losses[:-1], "seconds": seconds}
+            lost = {"diverged": True, "losses": losses[:-1], "seconds": seconds}
+            return {cell: dict(lost) for cell in methods}
         if evaluation.history_epochs and (epoch + 1) % evaluation.history_epochs == 0:
-            history.append({"epoch": epoch + 1, **_snapshot(made, learner, make)})
+            for cell, method in methods.items():
+                snapshot = _snapshot(made, learner, method, make)
+                histories[cell].append({"epoch": epoch + 1, **snapshot})
         advance()
     dense = learner.variables()
     if not is_finite(dense):  # because of the last step
-        return {"diverged": True, "losses": losses, "seconds": seconds}
-    sparse = learner.projected()
-    found = measure(evaluation, made, make, dense, sparse)
-    found |= {"seconds": seconds, "losses": losses}
-    return found | ({"history": history} if history else {})
+        lost = {"diverged": True, "losses": losses, "seconds": seconds}
+        return {cell: dict(lost) for cell in methods}
+    found = {}
+    for cell, method in methods.items():
+        result = measure(evaluation, made, make, dense, learner.projected(method))
+        result |= {"seconds": seconds, "losses": losses}
+        found[cell] = result | ({"history": histories[cell]} if histories[cell] else {})
+    return found
 
 
-def _snapshot(made: Plan, learner: Learner, make: MakeSubject) -> dict[str, float]:
+def _snapshot(
+    made: Plan, learner: Learner, method: Method | None, make: MakeSubject
+) -> dict[str, float]:
     """Measure the network during training, before and after a projection of a copy."""
-    dense, sparse = learner.variables(), learner.projected()
+    dense, sparse = learner.variables(), learner.projected(method)
     return {
         "accuracy": accuracy(make(sparse), made.data.test),
         "dense_accuracy": accuracy(make(dense), made.data.test),

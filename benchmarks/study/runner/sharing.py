@@ -1,0 +1,125 @@
+"""Hold the folder of a study: which folders are studies, and who works in them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from .recipe_files import RECIPE, replace_file
+
+__all__ = ["held", "read_shard", "refuse_foreign", "stopped_by_signal"]
+
+MARKER = ".safe-core-study"  # which is also the lock
+Shard = tuple[int, int]
+
+
+def read_shard(value: str) -> Shard:
+    """Return the part of a study that ``"2/8"`` names: the second of eight.
+
+    Examples
+    --------
+    >>> read_shard("2/8")
+    (2, 8)
+    """
+    part, _, count = value.partition("/")
+    if not (part.isdecimal() and count.isdecimal() and 1 <= int(part) <= int(count)):
+        raise ValueError(f'shard must be "i/n" with i from 1 to n, such as "2/8", got {value!r}')
+    return int(part), int(count)
+
+
+@contextmanager
+def held(out: Path, source: str, shard: Shard | None) -> Iterator[None]:
+    """Hold a folder for a study, or for one part of it beside others with the same recipe.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds anything but a study, or another process works in it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    refuse_foreign(out)
+    with ExitStack() as stack:
+        lock = stack.enter_context((out / MARKER).open("a"))
+        if shard is None:
+            if not _locked(lock, shared=False):
+                raise ValueError(
+                    f"{out} is in use by another study; processes can share a folder if each "
+                    'takes a part, shard="1/2" and so on'
+                )
+        else:
+            if not _locked(lock, shared=True):
+                raise ValueError(f"{out} is in use by a study that is not in parts")
+            name = f"{MARKER}-{shard[0]}-of-{shard[1]}"
+            if not _locked(stack.enter_context((out / name).open("a")), shared=False):
+                raise ValueError(f"part {shard[0]}/{shard[1]} of {out} is in use")
+            _refuse_other_recipe(out, source, lock)
+        yield
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds anything but a study.
+
+    Raises
+    ------
+    ValueError
+        With what the folder holds.
+    """
+    content = sorted(path.name for path in out.iterdir())
+    if content and MARKER not in content:
+        shown = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
+        raise ValueError(
+            f"out must be a new or empty folder, or that of an earlier study, got {out}, which "
+            f"holds {shown}"
+        )
+
+
+def _refuse_other_recipe(out: Path, source: str, lock: IO[Any]) -> None:
+    """Allow a new recipe only where no other process works with the old one."""
+    kept = out / RECIPE
+    if not kept.is_file() or kept.read_bytes() == source.encode():
+        return
+    if not _locked(lock, shared=False):
+        raise ValueError(f"{out} is in use by parts of a study with another recipe")
+    replace_file(kept, source.encode())
+    _locked(lock, shared=True)
+
+
+def _locked(file: IO[Any], *, shared: bool) -> bool:
+    """Lock a file until it is closed; return whether that worked.
+
+    The system frees the lock when a process ends. Where files cannot be locked, as on some
+    network drives, nothing is held.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def stopped_by_signal() -> Iterator[None]:
+    """Let SIGTERM stop a study as Ctrl-C does, as schedulers send it at the end of their time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

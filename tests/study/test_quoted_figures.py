@@ -1,0 +1,203 @@
+"""Figures that the pages quote are those of the tables that they come from."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import safe_core
+
+ROOT = Path(__file__).parents[2]
+Rows = dict[str, dict[str, tuple[float, float]]]
+
+
+def page(name: str) -> str:
+    """The text of a page, with its lines joined."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def table(name: str, caption: str) -> Rows:
+    """Means and errors by row and column of the first table below a caption."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count(f"**{caption}**") == 1, caption
+    lines = text.split(f"**{caption}**", 1)[1].strip().splitlines()
+    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    found: Rows = {}
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        numbers = {h: number(c) for h, c in zip(heads, cells, strict=True) if number(c)}
+        names = [c for h, c in zip(heads, cells, strict=True) if h not in numbers]
+        found[" ".join(name for name in names if name)] = numbers  # type: ignore[assignment]
+    return found
+
+
+def number(text: str) -> tuple[float, float] | None:
+    matched = re.fullmatch(r"(\d[\d,.]*)(?: ± ([\d.]+))?", text.strip(" *"))
+    return (float(matched[1].replace(",", "")), float(matched[2] or 0)) if matched else None
+
+
+def digits(study: str, metric: str = "accuracy, %") -> Rows:
+    return table("docs/digits_tables.md", f"{study}, digits: {metric}")
+
+
+STUDY = page("docs/digits_study.md")
+
+
+def test_label_noise() -> None:
+    rows = digits("Noisy labels")
+    leads = {
+        (s, noise): rows[f"{s} SAFE"][noise][0] - rows[f"{s} ADMM"][noise][0]
+        for s in ("70%", "80%", "90%", "95%")
+        for noise in ("25% label noise", "50% label noise", "75% label noise")
+    }
+    ahead = [lead for lead in leads.values() if lead > 0]
+    assert f"ahead of ADMM in {len(ahead)} of {len(leads)} cells" in STUDY
+    assert f"by up to {max(ahead):.0f} points" in STUDY
+    assert leads["95%", "75% label noise"] == min(leads.values())
+    assert f"ADMM is ahead by {-min(leads.values()):.0f} points" in STUDY
+
+
+def test_corruptions_and_attacks() -> None:
+    rows = table("docs/digits_tables.md", "Corrupted images, digits")
+    columns = {
+        name: [
+            rows[f"{s} SAFE"][name][0] - rows[f"{s} ADMM"][name][0] for s in ("90%", "95%", "98%")
+        ]
+        for name in rows["90% SAFE"]
+    }
+    attacks = [lead for name, leads in columns.items() if "PGD" in name for lead in leads]
+    assert f"{math.floor(min(attacks))} to {math.floor(max(attacks))} points ahead" in STUDY
+    strong = columns["accuracy on corruptions, intensity 5, %"]
+    behind = [math.floor(-lead) for lead in strong]
+    assert f"at intensity 5 ADMM is ahead by {min(behind)} to {max(behind)} points" in STUDY
+    signs = [lead > 0 for lead in columns["accuracy on corruptions, intensity 3, %"]]
+    assert signs == [True, False, True]
+    assert "At intensity 3 SAFE is ahead at 90% and 98%, but not at 95%" in STUDY
+
+
+def test_pruners_that_use_sam() -> None:
+    rows = digits("SAM-based pruners")
+    by_accuracy = sorted(rows, key=lambda name: -rows[name]["99%"][0])
+    wanted = ["SAFE+SG", "CrAM+", "SAFE", "IMP+SAM cubic", "CrAM", "IMP+SAM linear"]
+    assert by_accuracy == wanted
+    gains = {s: rows["SAFE+SG"][s][0] - rows["SAFE"][s][0] for s in rows["SAFE"]}
+    assert max(gains, key=gains.__getitem__) == "99%"
+    quoted = table("docs/digits_tables.md", "SAM-based pruners, ResNet-20 on CIFAR-10: accuracy, %")
+    by_accuracy = sorted(quoted, key=lambda name: -quoted[name]["99%"][0])
+    assert [name.removesuffix(" (quoted 1)") for name in by_accuracy] == wanted
+
+
+def test_multi_variants() -> None:
+    rows = digits("Variants of CrAM and SAFE")
+    for s, before in (("98%", 56), ("99%", 20)):
+        assert round(rows["CrAM"][s][0]) == before
+        assert round(rows["CrAM Multi"][s][0]) == 97
+        assert abs(rows["CrAM+ Multi"][s][0] - rows["CrAM+"][s][0]) < 1
+        assert rows["SAFE"][s][0] - rows["SAFE Multi"][s][0] >= 18
+        assert abs(rows["SAFE+SG Multi"][s][0] - rows["SAFE+SG"][s][0]) < 2
+    assert "from 56% and 20% to 97%" in STUDY
+    assert "loses 18 points or more" in STUDY
+
+
+def test_penalty_schedules() -> None:
+    rows = digits("Penalty schedules")
+    for s, (constant, _) in rows["Constant"].items():
+        assert min(rows["Linear"][s][0], rows["Cosine"][s][0]) > constant
+        assert (rows["Linear"][s][0] > rows["Cosine"][s][0]) == (s in ("95%", "98%"))
+    leads = [rows[name]["98%"][0] - rows["Constant"]["98%"][0] for name in ("Linear", "Cosine")]
+    assert [round(lead) for lead in leads] == [4, 4]
+    assert "by about four points at 98%" in STUDY
+
+
+def test_flatness() -> None:
+    rows = digits("Sparse and flat minima", "largest Hessian eigenvalue")
+    found = {name: of["90%"][0] for name, of in rows.items()}
+    assert found["SAFE"] < found["ADMM"] / 3
+    assert found["dense"] < found["SAFE"]
+    assert "less than a third of that at ADMM's. The dense network is flatter than both" in STUDY
+
+
+def test_dual_update_interval() -> None:
+    rows = digits("Dual-update interval")
+    named = {int(name.split("= ")[1]): of for name, of in rows.items()}
+    short = [[named[k][s][0] for k in (1, 8, 32)] for s in ("70%", "90%", "95%")]
+    assert max(max(of) - min(of) for of in short) < 1.5
+    losses = [max(of[s][0] for of in named.values()) - named[128][s][0] for s in ("90%", "95%")]
+    assert f"{losses[0]:.2f} points behind the best at 90%, and {losses[1]:.0f} points" in STUDY
+    updates = 760 // 128
+    text = f"with {updates} dual updates, [SAFE on digits](digits_study.md) loses"
+    guide = page("docs/guide.md")
+    assert f"{text} {losses[0]:.2f} points at 90% sparsity and {losses[1]:.0f} points" in guide
+
+
+def test_gradual_magnitude_pruning() -> None:
+    rows = digits("Accuracy by sparsity")
+    gmp, safe = rows["GMP"], rows["SAFE"]
+    leads = {s: gmp[s][0] - safe[s][0] for s in gmp}
+    assert [s for s, lead in leads.items() if lead > 0] == ["90%", "95%", "99%"]
+    assert round(leads["99%"]) == 2
+    within = [s for s in gmp if abs(leads[s]) <= math.hypot(gmp[s][1], safe[s][1])]
+    assert within == ["95%", "98%"]
+    assert "At 95% and 98% the difference is within the error" in STUDY
+
+
+def test_the_penalties_of_the_paper_are_one_range() -> None:
+    values = set()
+    for file in (ROOT / "benchmarks" / "study" / "recipes").glob("table-7-cifar*.toml"):
+        for line in re.findall(r"^penalty = (.*)$", file.read_text(), re.MULTILINE):
+            values |= {float(v) for v in re.findall(r"(?<!\")\b\d+e-\d+", line)}
+    assert (min(values), max(values)) == (1e-4, 1e-2)
+    for name in ("docs/digits_study.md", "docs/guide.md"):
+        assert "vision are 1e-4 to 1e-2" in page(name)
+        assert "from 1e-4 to 1e-1" in page(name)
+
+
+def test_the_totals_of_the_erdos_renyi_rule() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in ((300, 784), (100, 300), (10, 100))]
+    n = sum(x.size for x in arrays)
+    zeros = {}
+    for scope in ("tensor", "row"):
+        pattern = safe_core.Unstructured(0.937, scope, distribution="erdos_renyi_kernel")
+        support = safe_core.project(arrays, pattern).support
+        zeros[scope] = n - sum(int(mask.sum()) for mask in support)
+    assert zeros["tensor"] == math.floor(0.937 * n)
+    assert zeros["row"] < zeros["tensor"]
+
+
+def test_speed() -> None:
+    name = "docs/benchmarks_table.md"
+    rows = table(name, "projection of 10,000,000 float32 in 100 tensors, 95% global")
+    ours = [r["ratio"][0] for n, r in rows.items() if n.startswith("safe_core") and "bf" not in n]
+    assert f"takes {min(ours):.1f} to {max(ours):.1f} times as long" in page("README.md")
+    sizes = [table(name, f"size {n}") for n in (10_000_000, 100_000_000)]
+    growth = {n: sizes[1][n]["median, ms"][0] / sizes[0][n]["median, ms"][0] for n in sizes[0]}
+    text = page("docs/performance.md")
+    assert f"counting in JAX {growth['safe_core, JAX jit, counting']:.0f} times" in text
+    assert f"PyTorch {growth['safe_core, PyTorch']:.0f} times" in text
+    assert f"`numpy.partition` itself {growth['numpy.partition alone']:.0f} times" in text
+    assert f"our NumPy backend {growth['safe_core, NumPy']:.0f} times" in text
+    steps = table(name, "the optimizer's own time per step in PyTorch, shapes of ResNet-50")
+    ratio = {n: r["ratio"][0] for n, r in steps.items()}
+    assert 1.15 <= ratio["safe_core + SGD"] <= 1.4
+    assert 1.135 <= ratio["safe_core + Adam"] <= 1.165
+    for base in ("SGD", "Adam"):
+        assert ratio[f"safe_core + {base}, compiled"] < 1
+    assert ratio["safe_core + SGD, compiled"] > ratio["minimal SAM + SGD, compiled"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/guide.md"])
+def test_state_is_claimed_as_measured(name: str) -> None:
+    rows = table("docs/benchmarks_table.md", "memory per float32 parameter, all of them sparse")
+    measured = {n: r["median, B"][0] for n, r in rows.items()}
+    assert measured["state, safe_core in PyTorch"] == measured["state, safe_core in JAX"] == 5
+    assert measured["state in bfloat16, safe_core in JAX"] == 3
+    for found in re.findall(r"needs (\d) bytes of state, or (\d)", page(name)):
+        assert found == ("5", "3")
+    assert "costs no state" not in page(name)
