@@ -1,12 +1,13 @@
 """Check the library: lint, types, docs, tests and equivalence; run the demo and benchmarks.
 
-``nox`` runs the five checks. With ``--no-venv``, sessions install nothing and use the
-current environment.
+``nox`` runs the five checks; ``nox -s lowest`` tests the lowest versions. With ``--no-venv``,
+sessions install nothing and use the current environment.
 """
 
 from __future__ import annotations
 
 import tempfile
+import tomllib
 from pathlib import Path
 
 import nox
@@ -76,6 +77,37 @@ def types(session: nox.Session) -> None:
         session.chdir(site)  # where no folder of the repository shadows the package
         env = {"MYPYPATH": site}
         session.run("mypy", "--config-file", config, "--package", "safe_core", env=env)
+
+
+# Tests of every backend, compiled and eager, and of both adapters; about a minute and a half.
+LOWEST_TESTS = (
+    "tests/core/test_array_kinds.py",
+    "tests/core/test_distribution.py",
+    "tests/core/test_schedules.py",
+    "tests/jax/test_optax_adapter.py",
+    "tests/torch/test_adapter.py",
+)
+LOWEST_TOOLS = ("array-api-strict", "expecttest", "hypothesis", "ml-dtypes", "pytest")
+
+
+def lowest_versions() -> list[str]:
+    """Return the lowest version of each package that pyproject.toml admits, as pins for pip."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["jax"], *extras["dev"]]
+    pins = [line.replace(">=", "==") for line in wanted if ">=" in line]
+    # PyPI has the lowest torch for CUDA only, which takes gigabytes: test with that of the CI.
+    pinned = Path("constraints.txt").read_text().splitlines()
+    return [*pins, *(line for line in pinned if line.startswith("torch=="))]
+
+
+@nox.session(venv_backend="venv")
+def lowest(session: nox.Session) -> None:
+    """Run a part of the tests with the lowest versions of all packages but torch."""
+    pins = Path(session.create_tmp()) / "lowest.txt"
+    pins.write_text("\n".join(lowest_versions()) + "\n")
+    session.install("-c", str(pins), ".[torch,jax]", *LOWEST_TOOLS)
+    session.run("pytest", *(session.posargs or LOWEST_TESTS), env=COMPILE_JAX_FAST)
 
 
 @nox.session

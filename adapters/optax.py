@@ -4,12 +4,14 @@ from .jax import (
     FixedSupportState,
     SparseOptimizerState,
     check_sparsity,
+    coverage,
     finalize,
     find_state,
     fixed_support,
     hessian_diagonal,
     report,
     sparse_optimizer,
+    sparse_weights,
     value_and_gradients,
 )
 
@@ -17,11 +19,13 @@ __all__ = [
     "FixedSupportState",
     "SparseOptimizerState",
     "check_sparsity",
+    "coverage",
     "finalize",
     "find_state",
     "fixed_support",
     "hessian_diagonal",
     "report",
     "sparse_optimizer",
+    "sparse_weights",
     "value_and_gradients",
 ]

@@ -30,6 +30,14 @@ class Backend(Protocol):
 
     # What is known of values
 
+    def unreadable(self, x: Array) -> str:
+        """Return what ``x`` must be instead, or "" if the other functions can read it.
+
+        Some kinds of arrays hold more than their values say, or store them in another way:
+        masked, sparse, nested and quantized arrays, or random keys. The text ends with what
+        was given.
+        """
+
     def is_concrete(self, x: Array) -> bool:
         """Return whether the values of ``x`` can be read now: it is not traced and not meta."""
 
@@ -50,8 +58,22 @@ class Backend(Protocol):
         A traced program cannot refuse NaN. There it orders above infinity.
         """
 
-    def frexp(self, x: Array) -> tuple[Array, Array]:
-        """Return m and the integer k with ``x = m * 2**k`` and ``1/2 <= m < 1``, for a scalar."""
+    def exponents(self, arrays: Sequence[Array]) -> Array:
+        """Return the least integer k with ``|x| < 2**k`` for all finite entries of each array.
+
+        It is exact for subnormal numbers too. Where all entries are zero or infinite, k is at
+        most that of the smallest number. Arrays are float32 or float64.
+        """
+
+    def exponents_along(self, x: Array, *, axes: tuple[int, ...]) -> Array:
+        """Return `exponents` of the entries along ``axes``, which stay with length 1."""
+
+    def scaled(self, x: Array, exponents: Array, *, dtype: Any) -> Array:
+        """Return ``|x| * 2**-exponents`` in float32 or float64, zero where it would be subnormal.
+
+        Nothing else is rounded, and subnormal x count. ``exponents`` broadcast to x, which is
+        float32 or float64 and no wider than ``dtype``.
+        """
 
     def norms(self, arrays: Sequence[Array], *, dtype: Any) -> Array:
         """Return the Euclidean norm of each array, summed in ``dtype``, as one array."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import Array, hashing, jax_counting, selects_on_host
+from . import Array, hashing, jax_counting, selects_on_host, threshold
 from . import numpy as numpy_backend
 from .standard import detached, peaks
 
@@ -22,7 +23,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -36,14 +38,23 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+_FORMAT = {4: (127, 23), 8: (1023, 52)}  # bias of the exponent, and bits of the mantissa
 _SIGN = 0x80000000
 _LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
+
+
+def unreadable(x: Array) -> str:
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return f"an array of numbers, got dtype {x.dtype}"
+    return ""
 
 
 def is_concrete(x: Array) -> bool:
@@ -75,23 +86,36 @@ def regrouped(x: Array, *, units: Mapping[int, int]) -> Array:
     cut = {axis for axis, names in enumerate(spec) if names and _cuts(x, axis, names, units)}
     if not cut:
         return x
-    names = tuple(name for axis in sorted(cut) for name in spec[axis])
+    moving = [name for axis in sorted(cut) for name in spec[axis]]
+    kept = [() if axis in cut else names for axis, names in enumerate(spec)]
+    return _resharded(x, _spread(x, kept, moving, units))
+
+
+def _spread(
+    x: Array, kept: Sequence[tuple[str, ...]], moving: Sequence[str], units: Mapping[int, int]
+) -> list[tuple[str, ...]]:
+    """Return ``kept`` with the mesh axes ``moving`` on axes of ``x`` where shards cut no unit.
+
+    Mesh axes for which there is no such place are left out, so their devices hold copies. Of
+    all choices the one with the most shards wins.
+    """
     mesh = jax.typeof(x).sharding.mesh
-
-    def divides(axis: int) -> bool:
-        return x.shape[axis] % math.prod(mesh.shape[name] for name in spec[axis] + names) == 0
-
-    free = [axis for axis in range(x.ndim) if units.get(axis, 1) == 1 and divides(axis)]
-    if not free:
-        raise ValueError(
-            f"axes {sorted(cut)} of an array of shape {x.shape} must be sharded at multiples of "
-            f"the pattern's units, or not at all, got {jax.typeof(x).sharding}"
-        )
-    # Prefer an axis that is not sharded yet, and then the longest.
-    target = max(free, key=lambda axis: (not spec[axis], x.shape[axis]))
-    moved = [() if axis in cut else held for axis, held in enumerate(spec)]
-    moved[target] += names
-    return _resharded(x, moved)
+    found, best = list(kept), (0, 0, 0)
+    # Arrays and meshes have few axes, so all choices can be tried. The last place is "nowhere".
+    for places in product(range(x.ndim + 1), repeat=len(moving)):
+        spec, shards = [list(names) for names in (*kept, ())], 1
+        for name, place in zip(moving, places, strict=True):
+            spec[place].append(name)
+            shards *= 1 if place == x.ndim else mesh.shape[name]
+        taken = sorted({place for place in places if place != x.ndim})
+        if any(_cuts(x, axis, spec[axis], units, even=True) for axis in taken):
+            continue
+        # Prefer axes that are not sharded yet, and then long ones.
+        shared = sum(bool(kept[axis]) for axis in taken)
+        rank = (shards, -shared, max((x.shape[axis] for axis in taken), default=0))
+        if rank > best:
+            found, best = [tuple(names) for names in spec[:-1]], rank
+    return found
 
 
 def resharded_as(x: Array, result: Array) -> Array:
@@ -150,11 +174,13 @@ def _explicit_spec(x: Array) -> list[tuple[str, ...]]:
     return spec
 
 
-def _cuts(x: Array, axis: int, names: Sequence[str], units: Mapping[int, int]) -> bool:
-    """Return whether a shard can begin within a unit."""
+def _cuts(
+    x: Array, axis: int, names: Sequence[str], units: Mapping[int, int], even: bool = False
+) -> bool:
+    """Return whether a shard can begin within a unit, or, if ``even``, shards differ in size."""
     unit, mesh = units.get(axis, 1), jax.typeof(x).sharding.mesh
     count = math.prod(mesh.shape[name] for name in names)
-    return unit == 0 or (unit > 1 and x.shape[axis] % (unit * count) != 0)
+    return unit == 0 or ((even or unit > 1) and x.shape[axis] % (unit * count) != 0)
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:
@@ -176,8 +202,39 @@ def ordering_key(x: Array) -> Array:
     return bits & (2 ** (8 * x.dtype.itemsize - 1) - 1)
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
-    return jnp.frexp(x)
+def exponents(arrays: Sequence[Array]) -> Array:
+    found = [exponents_along(x, axes=tuple(range(x.ndim))) for x in arrays]
+    return jnp.stack([jnp.reshape(exponent, ()) for exponent in found])
+
+
+def exponents_along(x: Array, *, axes: tuple[int, ...]) -> Array:
+    # XLA takes subnormal numbers for zero in a maximum, so take that of their bits.
+    keys, infinity = ordering_key(x), ordering_key(jnp.full_like(x, jnp.inf, shape=()))
+    finite = jnp.where(keys < infinity, keys, jnp.zeros_like(keys))
+    peak = jnp.max(finite, axis=axes, keepdims=True, initial=0)
+    bias, shift = _FORMAT[x.dtype.itemsize]
+    # A number without the implicit leading bit is n * 2**(1 - bias - shift).
+    length = 8 * x.dtype.itemsize - lax.clz(peak)
+    subnormal = peak < 2**shift
+    found = jnp.where(subnormal, length + (1 - bias - shift), (peak >> shift) - bias + 1)
+    return found.astype(jnp.int32)
+
+
+def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
+    bias, shift = _FORMAT[x.dtype.itemsize]
+    bits = ordering_key(x)
+    subnormal = bits < 2**shift
+    # XLA takes subnormal numbers for zero, so read n of n * 2**(1 - bias - shift) as an integer.
+    magnitude = jnp.where(subnormal, bits.astype(dtype), jnp.abs(x).astype(dtype))
+    lifted = jnp.where(subnormal, exponents - (1 - bias - shift), exponents)
+    integer = _INTEGER[jnp.dtype(dtype).itemsize]
+    bias, shift = _FORMAT[jnp.dtype(dtype).itemsize]
+    wide = jnp.dtype(dtype).itemsize == 8
+    for part in threshold.parts(lifted.astype(integer), wide=wide, xp=jnp):
+        power = lax.bitcast_convert_type((bias - part) << shift, dtype)
+        magnitude = magnitude * power
+    least = 2.0 ** (1 - bias)  # the smallest normal number
+    return jnp.where(magnitude < least, jnp.zeros_like(magnitude), magnitude)
 
 
 def has_bfloat16() -> bool:

@@ -39,7 +39,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -53,8 +54,10 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
@@ -65,16 +68,41 @@ _PIECE = 2**17
 _SAMPLE = 2**16
 
 
+def unreadable(x: Array) -> str:
+    if isinstance(x, np.ma.MaskedArray):
+        return "an array without a mask, such as numpy.ma.filled(x, 0), got a masked array"
+    if isinstance(x, np.matrix):  # which keeps two axes when it is flattened
+        return "an array, such as numpy.asarray(x), got a numpy.matrix"
+    if x.dtype.type.__module__ != "numpy":
+        # Such as bfloat16 and float8 of ml_dtypes, which NumPy's own functions do not know.
+        return f"of a dtype of NumPy itself, such as float32, got dtype {x.dtype}"
+    return ""
+
+
 def ordering_key(x: Array, *, out: Array | None = None) -> Array:
     # IEEE 754 places the exponent above the mantissa, so non-negative floats order as their
     # bits do. Clearing the sign bit takes the magnitude.
-    integer = _integer(x)
-    return np.bitwise_and(x.view(integer), np.iinfo(integer).max, out=out)
+    bits = x.view(_integer(x))
+    return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out, dtype=_native_integer(x))
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
-    mantissa, exponent = np.frexp(x)
-    return mantissa, exponent
+def exponents(arrays: Sequence[Array]) -> Array:
+    return np.concatenate([exponents_along(x.reshape(-1), axes=(0,)) for x in arrays])
+
+
+def exponents_along(x: Array, *, axes: tuple[int, ...]) -> Array:
+    peaks = np.max(np.abs(x), axis=axes, keepdims=True, initial=0)
+    if np.isinf(peaks).any():  # which is rare, and takes another pass
+        peaks = np.max(np.where(np.isinf(x), 0, np.abs(x)), axis=axes, keepdims=True)
+    return np.where(peaks > 0, np.frexp(peaks)[1], threshold.NO_EXPONENT)
+
+
+def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
+    x = np.abs(x).astype(dtype, copy=False)
+    with np.errstate(over="ignore", under="ignore"):
+        for part in threshold.parts(exponents, wide=x.dtype == np.float64, xp=np):
+            x = x * np.ldexp(np.ones((), dtype), -part).astype(dtype, copy=False)
+    return np.where(x < np.finfo(x.dtype).smallest_normal, np.zeros((), dtype), x)
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:
@@ -105,9 +133,11 @@ def blockwise(
 ) -> list[Array]:
     if out is None:
         out = allocate([x.shape for x in lists[0]], [x.dtype for x in lists[0]])
-    for arrays in zip(*lists, out, strict=True):
-        for *pieces, result in _pieces(*arrays):
-            result[...] = fn(*pieces)
+    # Results that overflow are the caller's to find, as in the other libraries.
+    with np.errstate(over="ignore"):
+        for arrays in zip(*lists, out, strict=True):
+            for *pieces, result in _pieces(*arrays):
+                result[...] = fn(*pieces)
     return list(out)
 
 
@@ -147,6 +177,15 @@ def allocate(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[Any]) -> list[A
 
 
 def _integer(x: Array) -> Any:
+    """Return the integer dtype that views the bits of ``x``.
+
+    Files of some formats hold numbers in the other byte order. Viewed in the order of the
+    machine, their bytes would be other numbers.
+    """
+    return _native_integer(x).newbyteorder(x.dtype.byteorder)
+
+
+def _native_integer(x: Array) -> Any:
     return np.dtype(f"i{x.dtype.itemsize}")
 
 
@@ -161,7 +200,7 @@ def _keep_by_sample(scores: Sequence[Array], k: int, masks: Sequence[Array]) -> 
     low, high = _bracket(scores, k, n)
     pieces = [piece for x, mask in zip(scores, masks, strict=True) for piece in _pieces(x, mask)]
     size = max(a.size for a, _ in pieces)
-    some_keys, some_flags = np.empty(size, _integer(scores[0])), np.empty(size, bool)
+    some_keys, some_flags = np.empty(size, _native_integer(scores[0])), np.empty(size, bool)
     places, candidates, kept, left = [], [], 0, n // 8 + _SAMPLE
     for a, above in pieces:
         keys = ordering_key(a, out=some_keys[: a.size].reshape(a.shape))

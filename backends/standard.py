@@ -21,7 +21,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -35,10 +36,16 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
+
+
+def unreadable(x: Array) -> str:
+    return ""
 
 
 def is_concrete(x: Array) -> bool:
@@ -64,11 +71,32 @@ def ordering_key(x: Array) -> Array:
     return array_namespace(x).abs(x)
 
 
-def frexp(x: Array) -> tuple[Array, Array]:
-    # The standard has no frexp, so Python computes it for the scalar.
+def exponents(arrays: Sequence[Array]) -> Array:
+    xp = array_namespace(*arrays)
+    zero = xp.zeros((1,), dtype=arrays[0].dtype)  # `max` refuses an array without entries
+    rows = [xp.concat([zero, xp.reshape(x, (-1,))]) for x in arrays]
+    return xp.concat([exponents_along(row, axes=(0,)) for row in rows])
+
+
+def exponents_along(x: Array, *, axes: tuple[int, ...]) -> Array:
     xp = array_namespace(x)
-    mantissa, exponent = math.frexp(float(x))
-    return xp.asarray(mantissa, dtype=x.dtype), xp.asarray(exponent)
+    finite = xp.where(xp.isinf(x), xp.zeros_like(x), xp.abs(x))
+    peaks = xp.max(finite, axis=axes, keepdims=True)
+    # The standard has no frexp, so Python computes it, entry by entry.
+    flat = xp.reshape(peaks, (-1,))
+    numbers = [float(flat[i]) for i in range(flat.shape[0])]
+    found = [math.frexp(n)[1] if n else threshold.NO_EXPONENT for n in numbers]
+    return xp.reshape(xp.asarray(found, dtype=xp.int32), peaks.shape)
+
+
+def scaled(x: Array, exponents: Array, *, dtype: Any) -> Array:
+    xp = array_namespace(x)
+    x = xp.astype(xp.abs(x), dtype, copy=False)
+    for part in threshold.parts(exponents, wide=dtype == xp.float64, xp=xp):
+        flat = xp.reshape(part, (-1,))
+        powers = [2.0 ** -int(flat[i]) for i in range(flat.shape[0])]
+        x = x * xp.reshape(xp.asarray(powers, dtype=dtype), part.shape)
+    return xp.where(x < float(xp.finfo(dtype).smallest_normal), xp.zeros_like(x), x)
 
 
 def norms(arrays: Sequence[Array], *, dtype: Any) -> Array:

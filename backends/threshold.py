@@ -1,4 +1,4 @@
-"""Select the largest entries of each row by a threshold, in libraries that run eagerly."""
+"""Numerics that backends share: the threshold of each row, and exponents of floats."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from typing import Any
 
 from . import Array
 
-__all__ = ["keep_largest_per_row"]
+__all__ = ["NO_EXPONENT", "keep_largest_per_row", "parts"]
+
+NO_EXPONENT = -1100
+"""The exponent where there is no finite number but zero: below that of every float64."""
 
 KthLargest = Callable[[Array, int], Array]
 """``(keys of shape (rows, n), k) -> k-th largest key of each row, shape (rows, 1)``."""
+
+
+def parts(exponents: Array, *, wide: bool, xp: Any) -> tuple[Array, Array, Array]:
+    """Return three integer arrays that sum to ``exponents``; 2 to each is a normal float.
+
+    One factor from the smallest to the largest float64 or, if not ``wide``, float32 would itself
+    overflow. Exponents beyond all quotients of two numbers are clipped.
+    """
+    bound = 3 * 1000 if wide else 3 * 120
+    clipped = xp.clip(exponents, -bound, bound)
+    part = clipped // 3
+    return part, part, clipped - 2 * part
 
 
 def keep_largest_per_row(

@@ -31,7 +31,8 @@ __all__ = [
     "blockwise",
     "cond",
     "detached",
-    "frexp",
+    "exponents",
+    "exponents_along",
     "has_bfloat16",
     "has_nan",
     "is_concrete",
@@ -45,8 +46,10 @@ __all__ = [
     "peaks",
     "regrouped",
     "resharded_as",
+    "scaled",
     "shardwise",
     "stochastic_bfloat16",
+    "unreadable",
     "where_kept",
 ]
 
@@ -60,6 +63,16 @@ _LARGEST = 0x7F7FFFFF
 # Sort at most this many candidates, or an eighth of all entries if that is more. Counting
 # is faster than sorting a larger share.
 _CANDIDATES = 2**14
+
+
+def unreadable(x: Tensor) -> str:
+    # A nested tensor has a strided layout too, but rows of several lengths.
+    if x.layout != torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout)
+        return f"a dense tensor, such as x.to_dense(), got layout {kind}"
+    if x.is_quantized:
+        return f"a dequantized tensor, such as x.dequantize(), got dtype {x.dtype}"
+    return ""
 
 
 def is_concrete(x: Tensor) -> bool:
@@ -82,9 +95,31 @@ def has_nan(arrays: Sequence[Tensor]) -> bool:
     return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
 
 
-def frexp(x: Tensor) -> tuple[Tensor, Tensor]:
-    mantissa, exponent = torch.frexp(x)
-    return mantissa, exponent
+def exponents(arrays: Sequence[Tensor]) -> Tensor:
+    return _exponents(peaks([_finite(x) for x in arrays]))
+
+
+def exponents_along(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
+    return _exponents(_finite(x).abs().amax(axes, keepdim=True))
+
+
+def _finite(x: Tensor) -> Tensor:
+    x = x.detach()
+    return torch.where(x.isinf(), 0, x)
+
+
+def _exponents(peaks: Tensor) -> Tensor:
+    return torch.where(peaks > 0, torch.frexp(peaks)[1], threshold.NO_EXPONENT)
+
+
+def scaled(x: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
+    x = x.detach().abs().to(dtype)
+    wide = dtype == torch.float64
+    integer, bias, shift = (torch.int64, 1023, 52) if wide else (torch.int32, 127, 23)
+    for part in threshold.parts(exponents.to(integer), wide=wide, xp=torch):
+        # Powers from their bits are exact, which those of the library need not be on a GPU.
+        x = x * ((bias - part) << shift).view(dtype)
+    return torch.where(x < torch.finfo(dtype).smallest_normal, 0, x)
 
 
 def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
@@ -271,8 +306,9 @@ def _is_plain(x: Tensor) -> bool:
 
 def _numpy(x: Tensor) -> Any:
     # NumPy has no bfloat16. Seen as int16 its magnitudes order alike, and NumPy's backend
-    # handles all scores as integers of their bits.
-    x = x.cpu()
+    # handles all scores as integers of their bits. A tensor whose sign is still to be changed,
+    # such as the imaginary part of a conjugate, has no memory that NumPy could read.
+    x = x.cpu().resolve_neg()
     return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

@@ -3,14 +3,14 @@
 `is_sharded`, `local`, `sharded_like` and `summed` are the interface for the PyTorch
 adapter. The other functions serve the backend.
 
-Parameters are never gathered. Each process computes with its local shard, and one number
-per tensor is reduced over the process groups that hold the other shards. Functions accept
-plain tensors too, which they treat as a single shard.
+Each process computes with its local shard, and one number per tensor is reduced over the
+process groups that hold the other shards. A tensor is gathered only if the units of a pattern
+fit no shards. Functions accept plain tensors too, which they treat as a single shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,20 +101,30 @@ def regrouped(x: Any, *, units: Mapping[int, int]) -> Tensor:
     """
     if not is_sharded(x):
         return x
-    from torch.distributed.tensor import Shard
-
     cut = {p.dim for p in x.placements if _is_shard(p) and _cuts(x, p, units.get(p.dim, 1))}
     if not cut:
         return x
-    free = [axis for axis in range(x.ndim) if units.get(axis, 1) == 1]
-    if not free:
-        raise ValueError(
-            f"axes {sorted(cut)} of a tensor of shape {tuple(x.shape)} must be sharded at "
-            f"multiples of the pattern's units, or not at all, got {x.placements}"
-        )
-    target = max(free, key=lambda axis: x.shape[axis])
-    moved = [Shard(target) if _is_shard(p) and p.dim in cut else p for p in x.placements]
-    return x.redistribute(placements=moved)
+    return x.redistribute(placements=_uncut(x, cut, units))
+
+
+def _uncut(x: Any, cut: Container[int], units: Mapping[int, int]) -> list[Any]:
+    """Return placements for which no shard cuts a unit, the same for all axes in ``cut``.
+
+    If there is no axis that units allow to shard, the processes hold copies.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    def placed(new: Any) -> list[Any]:
+        return [new if _is_shard(p) and p.dim in cut else p for p in x.placements]
+
+    # Prefer an axis that may be cut anywhere, and then the longest.
+    order = sorted(range(x.ndim), key=lambda axis: (units.get(axis, 1) != 1, -x.shape[axis]))
+    for axis in order:
+        found = placed(Shard(axis))
+        held = [i for i, p in enumerate(found) if _is_shard(p) and p.dim == axis]
+        if not any(_cuts(x, found[i], units.get(axis, 1), found) for i in held):
+            return found
+    return placed(Replicate())
 
 
 def resharded_as(x: Any, result: Tensor) -> Tensor:
@@ -162,7 +172,8 @@ def peaks(arrays: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each tensor, 0 for one without entries."""
     parts = [local(x.detach()) for x in arrays]
     found = [part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts]
-    values = torch.stack([value.to(found[0].device) for value in found])
+    widest = max((value.dtype for value in found), key=lambda dtype: dtype.itemsize)
+    values = torch.stack([value.to(found[0].device, widest) for value in found])
     return _reduced(values, arrays, "MAX")
 
 
@@ -203,16 +214,17 @@ def _moved(placement: Any, axis: int) -> Any:
     return type(placement)(axis, split_factor=placement.split_factor)
 
 
-def _cuts(x: Any, placement: Any, unit: int) -> bool:
-    """Return whether a shard can begin within a unit."""
+def _cuts(x: Any, placement: Any, unit: int, placements: Sequence[Any] | None = None) -> bool:
+    """Return whether a shard can begin within a unit, under ``placements`` or those of x."""
+    placements = list(x.placements) if placements is None else list(placements)
     if unit == 1:
         return False
-    size, along = x.shape[placement.dim], [p for p in x.placements if _is_shard(p)]
+    size, along = x.shape[placement.dim], [p for p in placements if _is_shard(p)]
     alone = placement.is_shard() and sum(p.dim == placement.dim for p in along) == 1
     if unit == 0 or not alone or size % unit:
         return True
     # PyTorch gives every process but the last ceil(size / count) entries.
-    count = x.device_mesh.size(list(x.placements).index(placement))
+    count = x.device_mesh.size(placements.index(placement))
     return bool(-(-size // count) % unit)
 
 

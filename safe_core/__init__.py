@@ -8,11 +8,12 @@ from . import _installed, importance, schedules  # noqa: F401 - a check comes fi
 from .certificate import stationarity_gap
 from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
 from .coverage import Coverage, DenseWeightWarning, WeightCoverage
+from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
 from .methods import admm, cram, gmp, iht, imp_sam, magnitude, safe
-from .patterns import NM, Block, Channel, FractionPattern, Pattern, Units, Unstructured
+from .patterns import NM, Block, ByName, Channel, FractionPattern, Pattern, Units, Unstructured
 from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
 from .projection import Projection, project
 from .step import Evaluation, Operation, Point, StepPlan
@@ -25,12 +26,14 @@ __all__ = [
     "ArrayInfo",
     "AtEnd",
     "Block",
+    "ByName",
     "Channel",
     "Constraint",
     "Coverage",
     "DenseWeightWarning",
     "Direction",
     "Evaluation",
+    "FinalizeWarning",
     "FractionPattern",
     "GradientAscent",
     "HardThreshold",

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, is_array_api_obj
+
+from safe_core.backends import backend_of
+
+# The smallest and the largest positive float32.
+_LEAST, _LARGEST = 2.0**-149, float(np.finfo(np.float32).max)
 
 
 def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
@@ -14,7 +20,28 @@ def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
     16-bit parameters are never summed in 16 bits: float16 overflows at 65504, and a bfloat16
     sum stops growing after a few hundred terms.
     """
-    return xp.float64 if any(a.dtype == xp.float64 for a in arrays) else xp.float32
+    return xp.float64 if any(_native(a.dtype) == xp.float64 for a in arrays) else xp.float32
+
+
+def number_like(xp: Any, number: float, x: Any, name: str) -> Any:
+    """Return a positive number or zero as a scalar array that can be computed with ``x``.
+
+    It is float32 or, where float32 is too narrow for it or ``x`` is wider, float64.
+    """
+    dtype = wide_dtype(xp, [x])
+    if dtype == xp.float32 and number and not _LEAST <= number <= _LARGEST:
+        dtype = xp.float64
+        if "float64" not in xp.__array_namespace_info__().dtypes(kind="real floating"):
+            raise ValueError(
+                f"{name} must be 0 or between {_LEAST:.1e} and {_LARGEST:.1e} where there is no "
+                f"float64, got {number!r}"
+            )
+    return xp.asarray(number, dtype=dtype)
+
+
+def _native(dtype: Any) -> Any:
+    """Return ``dtype`` in the byte order of the machine; NumPy also has arrays in the other."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def scalar_like(value: Any, x: Any) -> Any:
@@ -29,13 +56,36 @@ def scalar_like(value: Any, x: Any) -> Any:
 
 
 def check_real_floating(xp: Any, x: Any, name: str) -> None:
-    """Raise TypeError unless ``x`` is real floating with 16, 32 or 64 bits.
+    """Raise TypeError unless ``x`` is a plain array, real floating with 16, 32 or 64 bits.
 
     Selection compares the bit patterns of magnitudes as integers, which needs one of these
     widths.
     """
+    _check_readable(xp, x, name)
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(f"{name} must be real floating, got dtype {x.dtype}")
+    _check_width(xp, x, name)
+
+
+def check_real(xp: Any, x: Any, name: str) -> None:
+    """Raise TypeError unless ``x`` is a plain array of real numbers, integers or booleans."""
+    _check_readable(xp, x, name)
+    if xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(f"{name} must be real, got dtype {x.dtype}")
+    if not xp.isdtype(x.dtype, ("bool", "numeric")):
+        raise TypeError(f"{name} must hold numbers, got dtype {x.dtype}")
+    if xp.isdtype(x.dtype, "real floating"):
+        _check_width(xp, x, name)
+
+
+def _check_readable(xp: Any, x: Any, name: str) -> None:
+    # Such arrays do not fail by themselves: a masked array gives the values behind its mask.
+    refused = backend_of(x).unreadable(x)
+    if refused:
+        raise TypeError(f"{name} must be {refused}")
+
+
+def _check_width(xp: Any, x: Any, name: str) -> None:
     if xp.finfo(x.dtype).bits not in (16, 32, 64):
         raise TypeError(f"{name} must be of 16, 32 or 64 bits, got dtype {x.dtype}")
 

@@ -13,7 +13,7 @@ from array_api_compat import array_namespace, is_array_api_obj
 from safe_core.backends import Array, backend_of
 
 from . import _checks
-from ._dtypes import check_real_floating
+from ._dtypes import check_real, check_real_floating
 from .layout import Layout, default_layout, place_importance
 from .patterns import Pattern, as_pattern
 
@@ -55,11 +55,13 @@ def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
         default_layout(x.ndim) if given is None else given
         for x, given in zip(listed, _matched("layout", layout, arrays, names), strict=True)
     ]
+    matched = _matched("importance", importance, arrays, names)
+    for p, name in zip(matched, names, strict=True):
+        if is_array_api_obj(p):
+            check_real(array_namespace(p), p, f"importance of {name}")
     weights = [
         None if p is None else place_importance(p, x, given, name)
-        for p, x, given, name in zip(
-            _matched("importance", importance, arrays, names), listed, layouts, names, strict=True
-        )
+        for p, x, given, name in zip(matched, listed, layouts, names, strict=True)
     ]
     _refuse_nan(listed, names)
     check_importance(weights, names)
@@ -81,12 +83,14 @@ def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:
-    """Raise ValueError if an entry of P is negative or not finite.
+    """Raise if P is of a dtype without numbers, or an entry is negative or not finite.
 
     Traced arrays are not checked, since their values cannot be read. All arrays share one
     read of the device.
     """
     given = [(p, name) for p, name in zip(importance, names, strict=True) if p is not None]
+    for p, name in given:
+        check_real(array_namespace(p), p, f"importance of {name}")
     refuse(
         [(p, ~((p >= 0) & array_namespace(p).isfinite(p))) for p, _ in given],
         [f"importance of {name} must be finite and non-negative" for _, name in given],

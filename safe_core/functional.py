@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 from safe_core.backends import Array, backend_of
 
 from . import _checks
-from ._dtypes import scalar_like, wide_dtype
+from ._dtypes import check_real_floating, scalar_like, wide_dtype
 from .constraints import ArrayInfo, SplitState
 from .constraints.splitting import penalty_gradient
 from .importance import Importance
@@ -76,6 +76,8 @@ def start(
 
     Raises
     ------
+    TypeError
+        If a sparse parameter is not a plain array of real floating numbers.
     ValueError
         If ``sparse`` or ``info`` does not match ``params``, or a pattern does not fit.
 
@@ -89,6 +91,8 @@ def start(
     """
     _check_sparse(params, sparse, info)
     values = [params[i] for i in sparse]
+    for x, name in zip(values, info.names, strict=True):
+        check_real_floating(array_namespace(x), x, name)
     flat = no_direction(params) if method.plan().reuses else []
     source = method.importance if importance is None else importance
     held = None if source is None else source.init(values)

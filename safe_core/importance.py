@@ -254,17 +254,25 @@ def _one_until_seen(state: Sequence[Array], *, joint: bool) -> list[Array]:
     ]
 
 
-def wanda(activations: Any) -> Any:
+def wanda(activations: Any, axis: int | None = None) -> Any:
     """Return Wanda's importance of each input feature, the diagonal of ``A^T A``.
 
     ``P_j = sum_n A_nj^2``. The score ``sqrt(P_j) |w_ij|`` of an entry is then Wanda's
     ``|w_ij| * |A_j|_2``.
 
+    A convolution has one feature per input channel, summed over all samples and positions, and
+    P is the same for the whole window. That is the diagonal of ``A^T A`` except that entries of
+    a window wider than 1 do not see all positions: borders, and strides.
+
     Parameters
     ----------
     activations : array
-        Inputs of a layer, shape (..., features), real floating. To use several batches, add
-        up the results of one call per batch.
+        Inputs of a layer, real floating, such as (..., features). To use several batches, add up
+        the results of one call per batch.
+    axis : int, optional
+        Axis of the features: -1 for linear layers and for the convolutions of Flax, 1 for
+        batches (N, C, ...) of the convolutions of PyTorch, 0 for those of Equinox. It is
+        required for more than two axes, where the shape cannot tell. The default is the last.
 
     Returns
     -------
@@ -274,7 +282,8 @@ def wanda(activations: Any) -> Any:
     Raises
     ------
     TypeError, ValueError
-        If ``activations`` is not real floating or has no axes.
+        If ``activations`` is not real floating or has no axes, or ``axis`` is missing or is not
+        one of its axes.
 
     References
     ----------
@@ -286,6 +295,9 @@ def wanda(activations: Any) -> Any:
     >>> import numpy
     >>> wanda(numpy.asarray([[1.0, 2.0], [3.0, 0.0]]))
     array([10.,  4.])
+    >>> images = numpy.ones((2, 3, 5, 5))  # 3 channels of 5 x 5 pixels
+    >>> wanda(images, axis=1)
+    array([50., 50., 50.])
     """
     if not is_array_api_obj(activations):
         raise TypeError(f"activations must be an array, got {type(activations)!r}")
@@ -293,8 +305,25 @@ def wanda(activations: Any) -> Any:
     check_real_floating(xp, activations, "activations")
     if activations.ndim == 0:
         raise ValueError("activations must have shape (..., features), got a scalar")
+    place = _feature_axis(axis, tuple(activations.shape))
     wide = xp.astype(activations, wide_dtype(xp, [activations]))
-    return xp.sum(wide * wide, axis=tuple(range(activations.ndim - 1)))
+    return xp.sum(wide * wide, axis=tuple(i for i in range(activations.ndim) if i != place))
+
+
+def _feature_axis(axis: Any, shape: tuple[int, ...]) -> int:
+    """Return the axis of the features, not negative, or raise."""
+    ndim = len(shape)
+    if axis is None:
+        if ndim > 2:
+            raise ValueError(
+                "axis must name the axis of the features if activations have more than two axes: "
+                "-1 for a linear layer, 1 for a batch (N, C, ...) of a convolution of PyTorch, "
+                f"got None and shape {shape}"
+            )
+        return ndim - 1
+    if not _checks.integer("axis", axis, low=-ndim) < ndim:
+        raise ValueError(f"axis must be less than {ndim} for shape {shape}, got {axis!r}")
+    return int(axis) % ndim
 
 
 def hutchinson(probes: Sequence[Any], products: Sequence[Any]) -> Any:

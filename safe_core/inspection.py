@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TensorAnalysis", "analyse", "magnitude_bits"]
+__all__ = ["TensorAnalysis", "analyse", "magnitude_bits", "magnitude_table"]
 
 _GROUP_SIZES = (2, 4, 8, 16, 32)
 # Entries read at once. Small slabs keep a large memory-mapped array out of memory.
@@ -89,7 +89,42 @@ class TensorAnalysis(NamedTuple):
         return self.zeros / max(self.entries, 1)
 
 
-def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
+def magnitude_table(format: str) -> NDArray[np.uint16] | None:
+    """Return the magnitudes of all bytes in a floating-point format of at most 8 bits.
+
+    Most formats have a sign bit, and two zeros. Some have no -0 (its bits are NaN), some have no
+    sign bit and no zero, and some have fewer bits than the byte that holds them.
+
+    Parameters
+    ----------
+    format : str
+        The name of the format in ml_dtypes or torch.
+
+    Returns
+    -------
+    array of uint16, shape (256,), or None
+        Integers in the order of the magnitudes, 0 for zero. None for formats with a sign bit at
+        the top and two zeros, which `magnitude_bits` serves.
+
+    Examples
+    --------
+    >>> magnitude_table("float8_e4m3fnuz")[[0, 0x80, 0x81]].tolist()
+    [0, 255, 1]
+    >>> magnitude_table("float8_e8m0fnu").min()
+    np.uint16(1)
+    """
+    bits = np.arange(256, dtype=np.uint16)
+    if format.endswith("fnu"):
+        return bits + np.uint16(1)
+    if format.endswith("fnuz"):
+        return np.where(bits == 0x80, np.uint16(0xFF), bits & np.uint16(0x7F))
+    for start, mask in (("float6_", 0x1F), ("float4_", 0x07)):
+        if format.startswith(start):
+            return bits & np.uint16(mask)
+    return None
+
+
+def magnitude_bits(bits: NDArray[Any], table: NDArray[np.uint16] | None = None) -> NDArray[Any]:
     """Return the bits of floating-point numbers without their sign bits.
 
     The results are ordered as the magnitudes ``|x|`` are.
@@ -98,6 +133,8 @@ def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
     ----------
     bits : unsigned integer array
         A view of floating-point numbers, such as ``x.view("u4")`` of float32.
+    table : array, optional
+        From `magnitude_table`, for formats of 8 bits and fewer.
 
     Raises
     ------
@@ -111,6 +148,8 @@ def magnitude_bits(bits: NDArray[Any]) -> NDArray[Any]:
     """
     if bits.dtype.kind != "u":
         raise TypeError(f"bits must be unsigned integers, got {bits.dtype}")
+    if table is not None:
+        return table[bits]
     return np.bitwise_and(bits, np.asarray(2 ** (8 * bits.dtype.itemsize - 1) - 1, bits.dtype))
 
 
@@ -205,7 +244,9 @@ class _Extreme:
             self.times += int(np.count_nonzero(numbers == value))
 
 
-def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnalysis:
+def analyse(
+    array: NDArray[Any], *, floating: bool | None = None, format: str | None = None
+) -> TensorAnalysis:
     """Analyse the zeros of an array.
 
     Parameters
@@ -215,10 +256,18 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
     floating : bool, optional
         Whether an array of unsigned integers holds the bits of floating-point numbers. By
         default the dtype decides.
+    format : str, optional
+        The name of the format of these numbers, see `magnitude_table`. By default the dtype
+        decides.
 
     Returns
     -------
     TensorAnalysis
+
+    Raises
+    ------
+    TypeError
+        If ``array`` is no NumPy array, has a mask, or has a dtype without real numbers.
 
     Notes
     -----
@@ -232,15 +281,22 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
     >>> found.dense_bytes, found.compressed_bytes  # 4 values and 4 positions of 1 bit
     (32, 17)
     """
+    array = _checked(array)
     if floating is None:
         floating = array.dtype.kind not in "biu"
         if floating:
-            array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+            format = array.dtype.name
+            # The bytes of numbers from some files are in the other order than the machine's.
+            native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+            array = native.view(f"u{array.dtype.itemsize}")
+    table = magnitude_table(format) if floating and format is not None else None
     shape = array.shape
+    if not array.size:  # one of its axes may be longer than memory
+        return _described(array, 0, (0, 0), None, 0)
     groups, ties = _GroupSearch(shape), _Extreme(min)
     kept, rows, columns = 0, 0, np.zeros(shape[1:2], bool)
     for slab in _slabs(array.reshape(1) if array.ndim == 0 else array):
-        numbers = magnitude_bits(slab) if floating else slab
+        numbers = magnitude_bits(slab, table) if floating else slab
         nonzero = numbers != 0
         if floating:
             numbers -= np.asarray(1, numbers.dtype)  # 0 wraps around to the largest number
@@ -251,9 +307,20 @@ def analyse(array: NDArray[Any], *, floating: bool | None = None) -> TensorAnaly
             rows += int(np.count_nonzero(nonzero.any(axis=tuple(range(1, array.ndim)))))
             columns |= nonzero.any(axis=(0, *range(2, array.ndim)))
     empty = (0, 0)
-    if array.ndim > 1 and array.size:
+    if array.ndim > 1:
         empty = shape[0] - rows, len(columns) - int(np.count_nonzero(columns))
     return _described(array, kept, empty, groups.found(), ties.times if floating and kept else 0)
+
+
+def _checked(array: Any) -> NDArray[Any]:
+    """Return a plain NumPy array of real numbers, or raise TypeError."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"array must be a NumPy array without a mask, got {type(array)!r}")
+    # The 8-bit types of ml_dtypes are of kind V, as structured types are, which have names.
+    real = array.dtype.kind in "biufV" and not array.dtype.names
+    if not real or array.dtype.itemsize not in (1, 2, 4, 8):
+        raise TypeError(f"array must be real with at most 64 bits, got dtype {array.dtype}")
+    return np.asarray(array)  # drop subclasses, such as numpy.matrix
 
 
 def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:

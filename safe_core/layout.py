@@ -16,7 +16,7 @@ from typing import Any
 from array_api_compat import array_namespace, is_array_api_obj
 
 from . import _checks
-from ._dtypes import wide_dtype
+from ._dtypes import number_like
 
 __all__ = ["Layout"]
 
@@ -155,7 +155,7 @@ def place_importance(importance: Any, x: Any, layout: Layout | None, name: str) 
     """
     xp = array_namespace(x)
     if isinstance(importance, Real):
-        return xp.asarray(float(importance), dtype=wide_dtype(xp, [x]))
+        return number_like(xp, float(importance), x, f"importance of {name}")
     if not is_array_api_obj(importance) or array_namespace(importance) is not xp:
         raise TypeError(
             f"importance of {name} must be a number or an array of its library {xp.__name__}, "

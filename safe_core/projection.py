@@ -63,7 +63,8 @@ def project(
     Parameters
     ----------
     arrays : array, or list, tuple or mapping of arrays
-        Point ``v``: real floating arrays of any array API library, of any shape.
+        Point ``v``: real floating arrays of any array API library, of any shape, stride and
+        byte order.
     sparsity : float, str or pattern
         A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
         `Channel`.
@@ -86,7 +87,8 @@ def project(
     Raises
     ------
     TypeError
-        If an array is not real floating or ``sparsity`` is not a static value.
+        If an array is not real floating, has a mask or is not dense, or ``sparsity`` is not a
+        static value.
     ValueError
         If an entry is NaN, an importance is negative, not finite or of the wrong shape, a
         pattern does not fit an array, or ``select_on_host`` is set for sharded arrays. The
@@ -149,6 +151,34 @@ def select(
             "select_on_host must be False for arrays on several devices, got True and an array "
             f"of shape {tuple(arrays[0].shape)}"
         )
+    pattern.check_names(names)
+    masks: list[Array] = list(arrays)
+    by_pattern: dict[Pattern, list[int]] = {}
+    for i, name in enumerate(names):
+        by_pattern.setdefault(pattern.of(name), []).append(i)
+    for own, members in by_pattern.items():
+        found = _select(
+            [arrays[i] for i in members],
+            [importance[i] for i in members],
+            [layouts[i] for i in members],
+            [names[i] for i in members],
+            own,
+            step,
+        )
+        for i, mask in zip(members, found, strict=True):
+            masks[i] = mask
+    return masks
+
+
+def _select(
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    layouts: Sequence[Layout | None],
+    names: Sequence[str],
+    pattern: Pattern,
+    step: int | Array | None,
+) -> list[Array]:
+    """Return masks of the support of arrays that have one pattern."""
     xp = array_namespace(*arrays)
     resolved = [
         None if layout is None else resolve(layout, x.ndim, name)
@@ -157,9 +187,9 @@ def select(
     # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
     # of several entries rank by a sum, which needs the squares themselves.
     if pattern.ranks == "entries":
-        scores = entry_scores(arrays, importance, names, joint=pattern.joint, xp=xp)
+        scores = entry_scores(arrays, importance, pattern, resolved, names, xp=xp)
     else:
-        scores = unit_squares(arrays, importance, joint=pattern.joint, xp=xp)
+        scores = unit_squares(arrays, importance, pattern, resolved, names, xp=xp)
     units = [
         pattern.units(score, layout, name, xp=xp)
         for score, layout, name in zip(scores, resolved, names, strict=True)

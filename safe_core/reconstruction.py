@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
 
 from . import _checks
-from .patterns import Pattern, as_pattern
+from .patterns import ByName, Pattern, as_pattern
 from .solvers.reconstruction import Reconstruction
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "batches_at_random",
     "batches_in_order",
     "block_pattern",
+    "block_patterns",
 ]
 
 
@@ -122,6 +123,64 @@ def block_pattern(sparsity: Any, scope: Literal["tensor", "row"] = "tensor") -> 
             f"them, because blocks are pruned one after the other, got {pattern!r}"
         )
     return pattern
+
+
+def block_patterns(
+    sparsity: Any, weights: Mapping[str, Any], scope: Literal["tensor", "row"] = "tensor"
+) -> dict[str, Pattern]:
+    """Return the pattern of each weight of a model that is pruned block by block.
+
+    Parameters
+    ----------
+    sparsity : float, str, pattern, mapping or callable
+        One sparsity for all weights; or a mapping of names to sparsities; or a function
+        ``sparsity(name, weight)`` that returns a sparsity, or None.
+    weights : mapping of str to array
+        The weights that can be pruned, by full name.
+    scope : {"tensor", "row"}
+        Where entries compete, if a sparsity is a number.
+
+    Returns
+    -------
+    dict of str to Pattern
+        Without the weights that the mapping does not name, or for which the function returns
+        None. They stay dense.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the mapping names no weight, or a sparsity is refused by `block_pattern`.
+
+    Examples
+    --------
+    >>> weights = {"0.up": None, "0.down": None}
+    >>> block_patterns({"0.up": "2:4"}, weights)
+    {'0.up': NM(n=2, m=4, ragged='error')}
+    """
+    if isinstance(sparsity, Mapping):
+        strange = [name for name in sparsity if name not in weights]
+        if strange:
+            raise ValueError(
+                f"sparsity must name weights of the blocks, such as {next(iter(weights), 'none')}, "
+                f"got {strange[0]!r}"
+            )
+        chosen = {name: sparsity[name] for name in weights if name in sparsity}
+    elif callable(sparsity) and not isinstance(sparsity, type):
+        found = {name: sparsity(name, weight) for name, weight in weights.items()}
+        chosen = {name: value for name, value in found.items() if value is not None}
+    elif isinstance(sparsity, ByName):
+        sparsity.check_names(list(weights))
+        chosen = {name: sparsity.of(name) for name in weights}
+    else:
+        whole = block_pattern(sparsity, scope)  # also without weights, to check it
+        return dict.fromkeys(weights, whole)
+    patterns = {}
+    for name, value in chosen.items():
+        try:
+            patterns[name] = block_pattern(value, scope)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    return patterns
 
 
 def batches_in_order(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:

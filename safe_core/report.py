@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from array_api_compat import array_namespace
 
 from ._dtypes import wide_dtype
+from ._installed import require
 from .backends import Array
 from .constraints import ArrayInfo, SplitState
 from .constraints.base import select_support
@@ -123,6 +124,7 @@ class Report(NamedTuple):
 
     def table(self) -> Any:
         """Return a `rich.table.Table` for `rich.print`. It needs the package rich."""
+        require("Report.table", "rich", extra="demo")
         from rich.table import Table
 
         table = Table(title=f"step {self.step}", padding=(0, 0))

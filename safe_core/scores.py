@@ -1,4 +1,10 @@
-"""Compute the scores that rank the units of a pattern, with the same bits on every backend."""
+"""Compute the scores that rank the units of a pattern, with the same bits on every backend.
+
+Scores are products of P and v, and the range of such products is wider than that of floats.
+So P and v are first multiplied by powers of two, which is exact: one power for each pool, as
+only entries of one pool are compared. The scores then depend neither on the unit of P nor on
+that of v, nor on entries of other pools.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +13,33 @@ from typing import Any
 
 from safe_core.backends import Array, backend_of
 
-from ._dtypes import flushed, wide_dtype, widened
+from ._dtypes import flushed, wide_dtype
+from .layout import Layout
+from .patterns import Pattern
 
 __all__ = ["common", "entry_scores", "positive", "unit_squares"]
 
+# The largest P and the largest |v| of a pool are scaled to lie just below 2 to these powers.
+# Far above 1 they leave room for small entries, and products still fit float32:
+# sqrt(2**126) * 2**63 of entries, and a sum of up to 2**34 terms of 2**31 * (2**31)**2.
+_P_OF_ENTRIES, _V_OF_ENTRIES = 126, 63
+_P_OF_UNITS, _V_OF_UNITS = 31, 31
+
 
 def common(scores: Sequence[Array], *, joint: bool, xp: Any) -> list[Array]:
-    """Return the scores, cast to one dtype if they compete in one pool."""
-    if joint and len({score.dtype for score in scores}) > 1:
-        dtype = wide_dtype(xp, scores)
-        return [widened(xp, score, dtype) for score in scores]
-    return list(scores)
+    """Return the scores, in one dtype and scaled together if they compete in one pool."""
+    if not joint or len({score.dtype for score in scores}) == 1:
+        return list(scores)
+    return _scaled_jointly(xp, scores, _P_OF_ENTRIES, wide_dtype(xp, scores))
 
 
 def entry_scores(
     arrays: Sequence[Array],
     importance: Sequence[Array | None],
+    pattern: Pattern,
+    layouts: Sequence[Layout | None],
     names: Sequence[str],
     *,
-    joint: bool,
     xp: Any,
 ) -> list[Array]:
     """Return scores that rank entries by ``sqrt(P) |v|``.
@@ -35,89 +49,117 @@ def entry_scores(
     importance are returned as they are, since selection compares magnitudes.
     """
     given = [p is not None for p in importance]
-    if joint and any(given) and not all(given):
+    if pattern.joint and any(given) and not all(given):
         raise ValueError(
             "importance must be given for all arrays or none where they compete globally; "
             f"it lacks {names[given.index(False)]}"
         )
     scores = list(arrays)
-    # Arrays of one pool are scaled by one factor, or their scores could not be compared.
-    for pool in _pools(arrays, joint=joint):
-        members = [i for i in pool if given[i]]
-        dtype = wide_dtype(xp, [a[i] for a in (arrays, importance) for i in members])
-        values = _scaled(xp, [arrays[i] for i in members], dtype)
-        weights = _scaled(xp, [importance[i] for i in members], dtype)
-        for i, v, p in zip(members, values, weights, strict=True):
-            scores[i] = flushed(xp, xp.sqrt(p) * _bounded(xp, v))
-    return common(scores, joint=joint, xp=xp)
+    if pattern.joint and all(given):
+        dtype = wide_dtype(xp, [*arrays, *importance])
+        values = _scaled_jointly(xp, arrays, _V_OF_ENTRIES, dtype)
+        weights = _scaled_jointly(xp, importance, _P_OF_ENTRIES, dtype)
+        return [_times(xp, xp.sqrt(p), v) for v, p in zip(values, weights, strict=True)]
+    for i, (v, p) in enumerate(zip(arrays, importance, strict=True)):
+        if p is not None:
+            pools = _Pools(pattern, layouts[i], names[i], xp, wide_dtype(xp, [v, p]))
+            weight = pools.scaled(p, _P_OF_ENTRIES, like=v)
+            scores[i] = _times(xp, xp.sqrt(weight), pools.scaled(v, _V_OF_ENTRIES, like=v))
+    return common(scores, joint=pattern.joint, xp=xp)
 
 
 def unit_squares(
-    arrays: Sequence[Array], importance: Sequence[Array | None], *, joint: bool, xp: Any
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    pattern: Pattern,
+    layouts: Sequence[Layout | None],
+    names: Sequence[str],
+    *,
+    xp: Any,
 ) -> list[Array]:
     """Return ``P v^2`` of every entry, up to a common factor of all entries that compete.
 
     The scores of blocks and channels are sums of these, so roots would give another order.
     """
-    squares: list[Array] = []
-    for pool in _pools(arrays, joint=joint):
-        given = [importance[i] for i in pool if importance[i] is not None]
-        dtype = wide_dtype(xp, [*(arrays[i] for i in pool), *given])
-        ones = xp.ones((), dtype=dtype)
-        weights: list[Array] = [ones if importance[i] is None else importance[i] for i in pool]
-        if given:
-            weights = _scaled(xp, weights, dtype)
-        for v, p in zip(_scaled(xp, [arrays[i] for i in pool], dtype), weights, strict=True):
-            square = flushed(xp, _bounded(xp, v) ** 2)
-            if given:
-                square = flushed(xp, p * square)
-            squares.append(square)
+    given = [p for p in importance if p is not None]
+    if pattern.joint:
+        dtype = wide_dtype(xp, [*arrays, *given])
+        values = _scaled_jointly(xp, arrays, _V_OF_UNITS, dtype)
+        if not given:
+            return [flushed(xp, v * v) for v in values]
+        ones = [xp.ones((), dtype=dtype) if p is None else p for p in importance]
+        weights = _scaled_jointly(xp, ones, _P_OF_UNITS, dtype)
+        return [_times(xp, p, v * v) for v, p in zip(values, weights, strict=True)]
+    squares = []
+    for v, p, layout, name in zip(arrays, importance, layouts, names, strict=True):
+        dtype = wide_dtype(xp, [v] if p is None else [v, p])
+        pools = _Pools(pattern, layout, name, xp, dtype)
+        scaled = pools.scaled(v, _V_OF_UNITS, like=v)
+        square = flushed(xp, scaled * scaled)
+        if p is not None:
+            square = _times(xp, pools.scaled(p, _P_OF_UNITS, like=v), square)
+        squares.append(square)
     return squares
 
 
-def positive(importance: Sequence[Array], *, xp: Any) -> list[Array]:
-    """Return P up to a common factor, with zeros and tiny values raised to a positive number.
+def positive(importance: Sequence[Array], pattern: Pattern, *, xp: Any) -> list[Array]:
+    """Return P up to a factor, with zeros and the tiniest values raised to a positive number.
 
     Masked weights are zero and score 0. A kept weight with P = 0 would score 0 too, and the
     tie rule might bring a masked weight back in its place.
     """
-    # Small enough to rank last, and its root and products with squares do not underflow.
-    least = 2.0**-60
-    scaled = _scaled(xp, importance, wide_dtype(xp, importance))
+    # Small enough to rank last. Roots and, where units rank, products with squares of weights
+    # must not underflow in float32.
+    least = 2.0 ** (-74 if pattern.ranks == "entries" else 66)
+    groups = [list(importance)] if pattern.joint else [[p] for p in importance]
+    dtype = wide_dtype(xp, importance)
+    scaled = [p for group in groups for p in _scaled_jointly(xp, group, 126, dtype)]
     return [xp.clip(p, least, None) for p in scaled]
 
 
-def _pools(arrays: Sequence[Array], *, joint: bool) -> list[list[int]]:
-    """Return, for each pool, the positions of the arrays that are scored on one scale."""
-    return [list(range(len(arrays)))] if joint else [[i] for i in range(len(arrays))]
+class _Pools:
+    """The pools of one array, each of which is scaled by a power of two of its own."""
+
+    def __init__(
+        self, pattern: Pattern, layout: Layout | None, name: str, xp: Any, dtype: Any
+    ) -> None:
+        self._pattern, self._layout, self._name = pattern, layout, name
+        self._xp, self._dtype = xp, dtype
+
+    def scaled(self, x: Array, top: int, *, like: Array) -> Array:
+        """Return ``|x|`` times a power of two that brings the largest of a pool to ``2**top``.
+
+        x broadcasts to ``like``, which has the axes of the layout.
+        """
+        xp = self._xp
+        if 0 in like.shape:
+            return xp.astype(xp.abs(x), self._dtype)
+        if x.ndim == 0:  # the same in every pool
+            return _scaled_jointly(xp, [x], top, self._dtype)[0]
+        if self._pattern.group is not None and x.shape != like.shape:
+            x = xp.broadcast_to(x, like.shape)
+
+        def scale(part: Array, axes: tuple[int, ...] | None) -> Array:
+            backend = backend_of(part)
+            if axes is None:
+                return backend.scaled(part, backend.exponents([part])[0] - top, dtype=self._dtype)
+            exponents = backend.exponents_along(part, axes=axes)
+            return backend.scaled(part, exponents - top, dtype=self._dtype)
+
+        wide = xp.astype(x, wide_dtype(xp, [x]), copy=False)
+        return self._pattern.in_pools(scale, wide, self._layout, self._name, xp=xp)
 
 
-def _scaled(xp: Any, arrays: Sequence[Array], dtype: Any) -> list[Array]:
-    """Divide the arrays by the power of two that brings their largest magnitude into [1, 2).
-
-    Afterwards no product or square overflows. The divisor is a power of two because dividing
-    by it is exact, so the order of the scores does not change. It also makes the selection
-    independent of units: arrays that differ by a power of two get the same scaled bits, where
-    sqrt(2 P) would round differently from sqrt(P).
-    """
-    wide = [widened(xp, a, dtype) for a in arrays]
-    if not wide:
-        return wide
-    peak = xp.max(backend_of(wide[0]).peaks(wide))
-    # frexp reads the exponent exactly; log2 and exp2 round, differently in each library.
-    mantissa, exponent = backend_of(peak).frexp(peak)
-    one = xp.ones_like(peak)
-    usable = (peak > 0) & xp.isfinite(peak)
-    power = xp.where(usable, peak / (2 * xp.where(usable, mantissa, one)), one)
-    # XLA may divide by multiplying with the reciprocal. That of a very large power is
-    # subnormal and would be flushed to zero, so halve both sides first.
-    half = xp.where(exponent > 64, one / 2, one)
-    return [flushed(xp, (a * half) / (power * half)) for a in wide]
+def _scaled_jointly(xp: Any, arrays: Sequence[Array], top: int, dtype: Any) -> list[Array]:
+    """Return ``|x|`` times one power of two that brings the largest of all to ``2**top``."""
+    wide = [xp.astype(a, wide_dtype(xp, [a]), copy=False) for a in arrays]
+    backend = backend_of(wide[0])
+    exponent = xp.max(backend.exponents(wide)) - top
+    return [backend.scaled(a, exponent, dtype=dtype) for a in wide]
 
 
-def _bounded(xp: Any, v: Array) -> Array:
-    """Return ``|v|`` clipped to a number whose square is finite.
-
-    An infinite weight with P = 0 must score 0, but infinity times 0 is NaN.
-    """
-    return xp.clip(xp.abs(v), 0.0, float(xp.finfo(v.dtype).max) ** 0.5 / 2)
+def _times(xp: Any, p: Array, v: Array) -> Array:
+    """Return ``p * v``, 0 where p is 0 even if v is infinite, and infinite where v is else."""
+    infinite = xp.isinf(v)
+    product = flushed(xp, p * xp.where(infinite, xp.zeros_like(v), v))
+    return xp.where(infinite & (p > 0), v, product)

@@ -1,10 +1,16 @@
-"""Turn errors that the user can fix into messages: wrong input, missing packages, full memory."""
+"""Turn errors that the user can fix into messages, and interruptions into a way to go on.
+
+Wrong input, damaged files, missing packages, full memory and full disks end in one line without
+a traceback. SIGTERM acts like Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -12,11 +18,14 @@ from typing import Any, TypeVar
 
 import typer
 
+from .output import printable
+
 __all__ = ["clear_errors", "needs", "with_clear_errors"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Packages whose import name differs from the name that pip installs.
+_INTERRUPTED = 130  # as shells report Ctrl-C
 _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
@@ -84,23 +93,47 @@ def clear_errors(
     1
     """
     try:
-        yield
+        with _terminated_like_interrupted():
+            yield
+    except KeyboardInterrupt as error:
+        _fail(_with_notes("interrupted", error), _INTERRUPTED)
     except ModuleNotFoundError as error:
         if not _is_requirement(error.name, distribution):
             raise  # a bug, such as a misspelled import
         install = f': pip install "{distribution}[{",".join(extras)}]"' if extras else ""
         _fail(f"this command needs {error.name}{install}")
     except (ValueError, TypeError, OSError) as error:
-        _fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        _fail(_with_notes(str(error), error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported
             raise
         _fail(f"{error}\nTry a smaller --batch-size." if in_batches else str(error))
 
 
-def _fail(message: str) -> None:
-    typer.echo(f"safe-core: {message}", err=True)
-    raise typer.Exit(1) from None
+def _with_notes(message: str, error: BaseException) -> str:
+    return "\n".join([message, *getattr(error, "__notes__", ())])
+
+
+def _fail(message: str, code: int = 1) -> None:
+    lines = "\n".join(map(printable, message.split("\n")))
+    typer.echo(f"safe-core: {lines}", err=True)
+    raise typer.Exit(code) from None
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM too, so that the same is cleaned up and said."""
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_requirement(module: str | None, distribution: str) -> bool:

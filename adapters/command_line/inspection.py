@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_core.adapters.readable import readable_bytes
 from safe_core.inspection import TensorAnalysis, analyse
 
-from .checkpoint_files import PACKED, StoredTensor, read_tensors, weight_files
+from .checkpoint_files import StoredTensor, check_index, read_tensors, weight_sources
+from .output import printable
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
 
 _TOTALS = {
     "weights": "total of weights (two axes or more)",
     "all": "total of all, with biases and norms",
+    "optimizer": "total of the optimizer's state",
 }
+_MOST_ROWS = 1000  # of a table that people read
 
 
 class TensorFigures(NamedTuple):
@@ -34,6 +38,10 @@ class TensorFigures(NamedTuple):
         that share the memory of an earlier one.
     same_as : str or None
         The name of that earlier tensor.
+    packed : bool
+        Whether a byte holds several entries.
+    optimizer : bool
+        Whether the tensor is part of the state of an optimizer, such as a moment of Adam.
     """
 
     name: str
@@ -42,10 +50,14 @@ class TensorFigures(NamedTuple):
     nbytes: int
     analysis: TensorAnalysis | None
     same_as: str | None
+    packed: bool = False
+    optimizer: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return the figures by name, ready for JSON."""
         found: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype}
+        if self.optimizer:
+            found["optimizer"] = True
         if self.same_as is not None:
             return found | {"same_as": self.same_as}
         if self.analysis is None:
@@ -77,11 +89,14 @@ class CheckpointReport(NamedTuple):
         """Return the sums over ``"weights"`` and over ``"all"`` tensors.
 
         Weights are tensors of two axes or more, including embeddings. All tensors also include
-        biases, norms and buffers. Shared memory counts once. Entries and zeros only count
-        tensors that have an analysis.
+        biases, norms and buffers. The state of an optimizer, if there is one, has its own sums,
+        ``"optimizer"``. Shared memory counts once. Entries and zeros only count tensors that
+        have an analysis.
         """
-        own = [row for row in self.tensors if row.same_as is None]
-        return {"weights": _sums(row for row in own if len(row.shape) > 1), "all": _sums(own)}
+        own = [row for row in self.tensors if row.same_as is None and not row.optimizer]
+        state = [row for row in self.tensors if row.same_as is None and row.optimizer]
+        found = {"weights": _sums(row for row in own if len(row.shape) > 1), "all": _sums(own)}
+        return found | ({"optimizer": _sums(state)} if state else {})
 
     def plain(self) -> dict[str, Any]:
         """Return all figures as nested dictionaries and lists, ready for JSON."""
@@ -92,7 +107,10 @@ class CheckpointReport(NamedTuple):
         }
 
     def table(self) -> Any:
-        """Return a `rich.table.Table`."""
+        """Return a `rich.table.Table`.
+
+        Of more than a thousand tensors, those whose names differ in numbers only share a row.
+        """
         from rich.table import Table
 
         table = Table(padding=(0, 1, 0, 0), box=None)
@@ -100,13 +118,41 @@ class CheckpointReport(NamedTuple):
         for header in ("shape", "dtype", "zeros", "pattern", "ties", "dense", "compressed"):
             right = header not in ("dtype", "pattern")
             table.add_column(header, justify="right" if right else "left", no_wrap=right)
-        for row in self.tensors:
-            table.add_row(row.name, " x ".join(map(str, row.shape)), row.dtype, *_cells(row))
+        for line in self._lines():
+            table.add_row(*map(printable, line))
         for name, total in self.totals().items():
             sizes = [readable_bytes(total[f"{kind}_bytes"]) for kind in ("dense", "compressed")]
             cells = f"{total['entries']:,}", "", f"{total['sparsity']:.2%}", "", "", *sizes
             table.add_row(_TOTALS[name], *cells, style="bold")
         return table
+
+    def _lines(self) -> Iterator[list[str]]:
+        if len(self.tensors) <= _MOST_ROWS:
+            for row in self.tensors:
+                yield [row.name, _shape(row), row.dtype, *_cells(row)]
+            return
+        alike: dict[tuple[str, tuple[int, ...], str], list[TensorFigures]] = {}
+        for row in self.tensors:
+            alike.setdefault((re.sub(r"\d+", "*", row.name), row.shape, row.dtype), []).append(row)
+        for (name, _, dtype), rows in list(alike.items())[:_MOST_ROWS]:
+            yield [f"{name} ({len(rows):,})", _shape(rows[0]), dtype, *_shared_cells(rows)]
+        if len(alike) > _MOST_ROWS:
+            left = sum(len(rows) for rows in list(alike.values())[_MOST_ROWS:])
+            yield [f"and {left:,} more tensors, see --json"]
+
+
+def _shape(row: TensorFigures) -> str:
+    return " x ".join(map(str, row.shape))
+
+
+def _shared_cells(rows: list[TensorFigures]) -> list[str]:
+    """Return the cells of a row for several tensors: sums, and the pattern if they agree."""
+    total = _sums(row for row in rows if row.same_as is None)
+    sizes = [readable_bytes(total[f"{kind}_bytes"]) for kind in ("dense", "compressed")]
+    patterns = {row.analysis.pattern for row in rows if row.analysis is not None}
+    pattern = patterns.pop() if len(patterns) == 1 else "mixed" if patterns else ""
+    ties = sum(row.analysis.ties for row in rows if row.analysis is not None)
+    return [f"{total['sparsity']:.2%}", pattern, f"{ties:,}" if ties else "", *sizes]
 
 
 def _sums(rows: Iterable[TensorFigures]) -> dict[str, Any]:
@@ -128,7 +174,7 @@ def _cells(row: TensorFigures) -> list[str]:
         return ["", f"same as {row.same_as}"]
     x = row.analysis
     if x is None:
-        label = "packed" if row.dtype in PACKED else "unknown dtype"
+        label = "packed" if row.packed else "unknown dtype"
         return ["", label, "", *[readable_bytes(row.nbytes)] * 2]
     found = [x.pattern]
     if x.axis is not None and x.axis != len(row.shape) - 1:
@@ -157,7 +203,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     Raises
     ------
     ValueError
-        If there are no weights, or a file is broken or could run code.
+        If there are no weights, or a file is damaged or could run code.
 
     Examples
     --------
@@ -171,15 +217,21 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> CheckpointReport:
     >>> inspect_checkpoint(file).tensors[0].analysis.pattern
     '2:4'
     """
-    files = weight_files(Path(path))
-    tensors = [_figures(tensor) for file in files for tensor in read_tensors(file)]
-    return CheckpointReport([str(file) for file in files], tensors)
+    sources = weight_sources(Path(path))
+    tensors: list[TensorFigures] = []
+    for file, index in sources.items():
+        here = [_figures(tensor) for tensor in read_tensors(file)]
+        if index is not None:
+            check_index(file, index, {tensor.name for tensor in here})
+        tensors += here
+    return CheckpointReport([str(file) for file in sources], tensors)
 
 
 def _figures(tensor: StoredTensor) -> TensorFigures:
     analysis = None
     if tensor.array is not None and tensor.same_as is None:
-        analysis = analyse(tensor.array, floating=tensor.floating)
+        analysis = analyse(tensor.array, floating=tensor.floating, format=tensor.format)
     return TensorFigures(
-        tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, analysis, tensor.same_as
-    )
+        tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, analysis, tensor.same_as,
+        tensor.packed, tensor.optimizer,
+    )  # fmt: skip

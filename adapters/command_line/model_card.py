@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .perplexity import TextFile
-    from .pruning import PruningJob, PruningResult
+from .output import by_option, printable
 
-__all__ = ["markdown_table", "model_card"]
+if TYPE_CHECKING:
+    from .input_files import InputFile
+    from .pruning import PruningJob, PruningResult
+    from .text_files import TextFile
+
+__all__ = ["code", "escaped", "markdown_table", "model_card"]
 
 _INPUTS = {
     "pruned": "outputs of the pruned blocks before it",
@@ -21,7 +25,9 @@ _INPUTS = {
 _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
-def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]) -> str:
+def model_card(
+    job: PruningJob, result: PruningResult, files: Sequence[TextFile | InputFile]
+) -> str:
     """Return the text of a README.md, with the calibration files as they were read.
 
     Examples
@@ -32,29 +38,38 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
     'model_card'
     """
     source = Path(job.model).resolve().name
+    title, named = escaped(source), code(source)
     report, s = result.report, job.settings
     targets = s.target_inputs if s.propagate == "pruned" else "dense"
     settings = [
-        ("requested sparsity", job.pattern.describe()),
+        ("requested sparsity", escaped(job.rules.describe())),
         ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        ("method", job.method),
-        *job.solver.describe(job.pattern),
+        ("method", escaped(job.method)),
+        *((escaped(key), escaped(value)) for key, value in job.solver.describe(job.pattern)),
         ("batch", f"{s.batch_size} samples"),
         ("inputs of a block", _INPUTS[s.propagate]),
         ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
-        *([("pruned weights", f"those whose name matches `{job.only}`")] if job.only else []),
+        *([("pruned weights", f"those whose name matches {code(job.only)}")] if job.only else []),
+        *(
+            [("dense weights", f"those whose name matches {code(job.ignore)}")]
+            if job.ignore
+            else []
+        ),
         ("seed", str(s.seed)),
         ("device", result.device),
         ("time", f"{report.seconds:.1f} s"),
     ]
-    calibration = [(file.name, f"{file.nbytes:,}", f"`{file.sha256}`") for file in files]
+    calibration = [(escaped(file.name), f"{file.nbytes:,}", code(file.sha256)) for file in files]
+    drawn = f"{job.samples:,} windows of {job.length:,} tokens, drawn from"
+    if job.inputs is not None:
+        drawn = f"At most {job.samples:,} rows of the inputs in"
     versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
     weights = [
-        (f"`{w.name}`", " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
+        (code(w.name), " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
         for w in result.weights
     ]
-    unused = ", ".join(f"`{name}`" for name in report.dense)
-    left = [f"Not pruned, because no matrix product used them: {unused}.", ""]
+    dense = [(code(name), escaped(by_option(reason))) for name, reason in report.dense.items()]
+    left = ["## Dense matrices of the blocks", "", markdown_table(("matrix", "because"), dense), ""]
     return "\n".join(
         [
             "---",
@@ -62,16 +77,16 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
             "tags: [safe-core, pruning, sparse]",
             "---",
             "",
-            f"# {source}, pruned",
+            f"# {title}, pruned",
             "",
-            f"The weights of the blocks of `{source}`, pruned by safe_core; embeddings, norms, "
+            f"The weights of the blocks of {named}, pruned by safe_core; embeddings, norms, "
             "biases and the head are dense.",
             "",
             markdown_table(("setting", "value"), settings),
             "",
             "## Calibration",
             "",
-            f"{job.samples:,} windows of {job.length:,} tokens, drawn from",
+            drawn,
             "",
             markdown_table(("file", "bytes", "SHA-256"), calibration),
             "",
@@ -93,6 +108,32 @@ def model_card(job: PruningJob, result: PruningResult, files: Sequence[TextFile]
 
 def _entries(result: PruningResult) -> int:
     return sum(w.entries for w in result.weights)
+
+
+def escaped(text: str) -> str:
+    """Return a text such that Markdown and HTML show it as it is, on one line.
+
+    Examples
+    --------
+    >>> print(escaped("a_b <script> [x](y)"))
+    a\\_b &lt;script> \\[x\\](y)
+    """
+    plain = printable(text).replace("&", "&amp;")
+    return re.sub(r"([\\`*_\[\]#~])", r"\\\1", plain).replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    """Return a text as code of Markdown, which may hold backticks itself.
+
+    Examples
+    --------
+    >>> code("weight"), code("a`b")
+    ('`weight`', '`` a`b ``')
+    """
+    plain = printable(text)
+    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{plain}{space}{fence}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,32 +1,37 @@
-"""Load folders of Hugging Face models, and write new ones completely or not at all."""
+"""Load models and tokenizers from folders of Hugging Face, without downloads."""
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from safe_core.adapters.readable import readable_bytes
-
-from .checkpoint_files import weight_files
+from .checkpoint_files import StoredTensor, check_file, check_weights, read_json
+from .stored_tensors import FORMATS, DamagedFileError
 
 __all__ = [
-    "Draft",
-    "check_new_folder",
+    "LoadedModel",
+    "check_model_folder",
     "chosen_device",
     "load_model",
     "load_tokenizer",
-    "written_at_once",
+    "quantisation",
+    "read_model",
 ]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def chosen_device(device: str) -> torch.device:
@@ -79,19 +84,27 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_model_folder(folder)
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-    )
-    if not any((folder / name).is_file() for name in names):
+    check_model_folder(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(
-            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}"
+            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}; for a "
+            "model that takes no text, pass --inputs"
         )
     return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code)
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, and what a user should know about its files.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+    notes : tuple of str
+        Tensors of the files that the model does not use, or holds in another dtype.
+    """
+
+    model: nn.Module
+    notes: tuple[str, ...]
 
 
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
@@ -100,8 +113,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Raises
     ------
     ValueError
-        If the folder holds no such model, weights are missing, or the model needs code of the
-        folder without ``trust_remote_code``.
+        If the folder holds no such model, weights are missing, damaged or not finite, or the
+        model needs code of the folder without ``trust_remote_code``.
 
     Examples
     --------
@@ -109,38 +122,170 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Traceback (most recent call last):
     ValueError: model folder must hold a config.json, got .
     """
-    from transformers import AutoModelForCausalLM
-
-    _check_model_folder(folder)
-    weight_files(folder)
+    check_model_folder(folder)
     if not trust_remote_code:
         _check_causal(folder)
-    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
-    model, info = _loaded(AutoModelForCausalLM, folder, "model", trust_remote_code, **options)
+    return read_model(folder, trust_remote_code=trust_remote_code).model
+
+
+def read_model(folder: Path, *, trust_remote_code: bool = False) -> LoadedModel:
+    """Load the model of a folder, of any kind, on the CPU, in the dtype of its files.
+
+    The class is the one that ``config.json`` names. Attention and experts use the standard
+    implementations of transformers: a configuration can name others, which transformers would
+    fetch from the hub.
+
+    Raises
+    ------
+    ValueError
+        If weights are missing, damaged or not finite, or the model needs code of the folder
+        without ``trust_remote_code``.
+    """
+    check_model_folder(folder)
+    stored = check_weights(folder)
+    model, info = _loaded(
+        _model_class(folder),
+        folder,
+        "model",
+        trust_remote_code,
+        dtype=_stored_dtype(stored) or "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to name them all, below
+        attn_implementation=None,
+        experts_implementation=None,
+    )
+    for name, theirs, ours in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"model folder must hold weights of the shapes that its config.json asks for, got "
+            f"{tuple(theirs)} for {name} instead of {tuple(ours)} in {folder}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:  # transformers draws these at random, such as the head of an encoder
         raise ValueError(
-            f"model folder must hold all weights of a causal language model, got no {missing[0]} "
+            f"model folder must hold all weights of a {type(model).__name__}, got no {missing[0]} "
             f"({len(missing)} missing) in {folder}"
         )
-    return model
+    if quantisation(folder) is None:
+        _check_finite(model, folder)
+    return LoadedModel(model.eval(), tuple(_notes(model, stored, info["unexpected_keys"])))
+
+
+def _model_class(folder: Path) -> Any:
+    """Return the class that the configuration names, or one that chooses it."""
+    import transformers
+
+    config = read_json(folder / "config.json")
+    own = [key for key in config.get("auto_map") or {} if key.startswith("AutoModel")]
+    if own:
+        known = "AutoModelForCausalLM" if "AutoModelForCausalLM" in own else own[0]
+        return getattr(transformers, known, transformers.AutoModelForCausalLM)
+    names = config.get("architectures") or []
+    if not names:
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"the model in {folder} could not be loaded: transformers "
+            f"{transformers.__version__} has no {names[0]}; load the model yourself and call "
+            "safe_core.adapters.transformers.prune_blocks from Python"
+        )
+    return found
 
 
 def _check_causal(folder: Path) -> None:
-    """Refuse encoders: they would be loaded, pruned and saved with a random output layer."""
+    """Refuse encoders, which predict no next token."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     names = config.get("architectures") or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if names and not config.get("auto_map") and not known.intersection(names):
         raise ValueError(
-            f"model folder must hold a causal language model, got {', '.join(names)}; for other "
-            "models, call safe_core.adapters.transformers.prune_blocks from Python"
+            f"model folder must hold a causal language model, got {', '.join(map(str, names))}, "
+            "which predicts no next token; prune and inspect take it"
         )
 
 
-def _check_model_folder(folder: Path) -> None:
+def quantisation(folder: Path) -> str | None:
+    """Return how the weights of a folder are quantised, or None if they are not.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> config = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    >>> _ = (folder / "config.json").write_text(json.dumps(config))
+    >>> quantisation(folder)
+    'fp8'
+    """
+    config = read_json(folder / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "?"
+    return None
+
+
+def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """Return the dtype of most floating-point entries of files, None if they are quantised.
+
+    The configuration may name another one, to which transformers would round the weights.
+    """
+    entries: dict[str, int] = {}
+    for tensor in stored.values():
+        form = FORMATS.get(tensor.format or "")
+        if form is not None and form.floating:
+            entries[form.name] = entries.get(form.name, 0) + tensor.nbytes // form.width
+    most = max(entries, key=lambda name: entries[name], default=None)
+    if most is None or FORMATS[most].width < 2:
+        return None
+    found: torch.dtype = getattr(torch, most)
+    return found
+
+
+def _notes(model: nn.Module, stored: Mapping[str, StoredTensor], unexpected: Any) -> Iterator[str]:
+    unused = sorted(unexpected)
+    if unused:
+        yield (
+            f"note: {len(unused)} tensors of the files are no part of a {type(model).__name__}, "
+            f"such as {unused[0]}; a new folder will not hold them"
+        )
+    changed = [
+        (name, stored[name].format, str(p.dtype).removeprefix("torch."))
+        for name, p in model.named_parameters()
+        if name in stored and stored[name].floating
+    ]
+    changed = [(name, was, now) for name, was, now in changed if was != now]
+    if changed:
+        name, was, now = changed[0]
+        yield (
+            f"note: {len(changed)} tensors are loaded in another dtype than that of the files, "
+            f"such as {name} in {now} instead of {was}"
+        )
+
+
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype.itemsize > 1 and not bool(p.isfinite().all()):
+            raise ValueError(
+                f"model folder must hold finite weights, got NaN or infinity in {name} of {folder}"
+            )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check that a folder exists and has a configuration, and only files that can be read.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+
+    Examples
+    --------
+    >>> check_model_folder(Path("."))
+    Traceback (most recent call last):
+    ValueError: model folder must hold a config.json, got .
+    """
     if not folder.is_dir():
         named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
         hub = str(folder) if named else "ORGANISATION/NAME"
@@ -149,8 +294,18 @@ def _check_model_folder(folder: Path) -> None:
             f"Hugging Face Hub, run `hf download {hub} --local-dir model` or, in Python, "
             f"huggingface_hub.snapshot_download({hub!r}, local_dir='model')"
         )
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise ValueError(f"model folder must hold a config.json, got {folder}")
+    for file in folder.iterdir():
+        try:
+            mode = file.stat().st_mode
+        except OSError:  # a link to nothing
+            continue
+        if not stat.S_ISDIR(mode) and file.suffix not in (".safetensors", ".bin"):
+            check_file(file)
+    if not isinstance(read_json(config), dict):
+        raise DamagedFileError(f"{config} must be a JSON object")
 
 
 def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **options: Any) -> Any:
@@ -158,105 +313,13 @@ def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **optio
         return auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # wrong files fail anywhere in transformers
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the {what} in {folder} needs to run its own code: read that code, then pass "
                 "--trust-remote-code"
             ) from error
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the {what} in {folder} could not be loaded: {reason}") from error
-
-
-def check_new_folder(folder: Path, source: Path) -> None:
-    """Check that a folder is new or empty, outside of the model, with disk space for a copy.
-
-    Raises
-    ------
-    ValueError
-        If the folder is the model's or inside it, is not empty, or is a file.
-    OSError
-        If the disk has too little free space.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> (folder / "model.safetensors").touch()
-    >>> check_new_folder(folder.with_name("pruned"), folder)
-    """
-    whole, model = folder.resolve(), source.resolve()
-    if whole == model or model in whole.parents:
-        raise ValueError(
-            f"out must be outside of the model folder, such as {source.absolute()}-sparse, got "
-            f"{folder}"
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out must be a new or empty folder, got {folder}")
-    parent = next(path for path in folder.absolute().parents if path.is_dir())
-    needed = sum(file.stat().st_size for file in weight_files(source))
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(
-            f"out needs {readable_bytes(needed)} of free disk space, got {readable_bytes(free)} in "
-            f"{parent}"
-        )
-
-
-@dataclass
-class Draft:
-    """A folder under construction.
-
-    Attributes
-    ----------
-    path : pathlib.Path
-    keep : bool
-        Whether to keep the folder if a later step fails, because its contents are valuable.
-    """
-
-    path: Path
-    keep: bool = False
-
-
-@contextmanager
-def written_at_once(folder: Path) -> Iterator[Draft]:
-    """Yield a draft to write to, and rename it to ``folder`` at the end.
-
-    After an error the draft is removed. If `Draft.keep` is set, it stays and a note on the error
-    names it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be created, or ``folder`` is not empty at the end.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp()) / "new"
-    >>> with written_at_once(folder) as draft:
-    ...     _ = (draft.path / "a").write_text("")
-    ...     folder.exists()
-    False
-    >>> [file.name for file in folder.iterdir()]
-    ['a']
-    """
-    whole = folder.absolute()
-    draft = Draft(whole.with_name(f".{whole.name}.partial-{secrets.token_hex(4)}"))
-    try:
-        draft.path.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            f"out must be a folder that can be created, got {folder}: {error.strerror}"
-        ) from error
-    try:
-        yield draft
-        if whole.exists():
-            whole.rmdir()
-        draft.path.rename(whole)
-    except BaseException as error:
-        if draft.keep:
-            error.add_note(f"The finished model is kept in {draft.path}")
-        else:
-            shutil.rmtree(draft.path, ignore_errors=True)
-        raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"the {what} in {folder} could not be loaded: {lines[0]}") from error

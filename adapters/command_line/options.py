@@ -6,10 +6,13 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Json", "Trust"]
+__all__ = ["Device", "Json", "TextField", "Trust"]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
 ]
 Device = Annotated[str, typer.Option(help='PyTorch device, or "auto" for a GPU if there is one.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures.")]
+TextField = Annotated[
+    str, typer.Option(help="The field that holds the text in records of JSON lines.")
+]

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
-__all__ = ["quiet_transformers", "say", "show"]
+__all__ = ["by_option", "printable", "quiet_transformers", "say", "show"]
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped: names in files could command a terminal.
+
+    Examples
+    --------
+    >>> printable("a\\x1b[2Jb"), printable("naïve")
+    ('a\\\\x1b[2Jb', 'naïve')
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def by_option(reason: str) -> str:
+    """Return why a matrix stays dense, in the words of the command line.
+
+    Examples
+    --------
+    >>> by_option("where= leaves it out")
+    '--only or --ignore leaves it out'
+    """
+    plain = reason.replace("where=", "--only or --ignore")
+    return plain.replace("sparsity gives it", "--sparsity gives it")
 
 
 def say(text: str) -> None:
@@ -26,7 +50,8 @@ def show(table: object) -> None:
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars of transformers, unless standard error is a terminal."""
+    """Keep transformers off the network, and its progress bars off files and pipes."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

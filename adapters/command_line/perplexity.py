@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,14 +14,19 @@ from safe_core import _checks
 from safe_core.adapters.torch.blocks.calibration import check_tokens
 from safe_core.adapters.torch.blocks.structure import evaluation_mode
 
-__all__ = [
-    "Perplexity",
-    "TextFile",
-    "check_length",
-    "perplexity",
-    "read_text_file",
-    "text_tokens",
-]
+from .text_files import read_text_file
+
+__all__ = ["Perplexity", "check_length", "perplexity", "text_tokens"]
+
+# The names that configurations use for the number of positions of a text.
+_LIMITS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+)
 
 
 class Perplexity(NamedTuple):
@@ -153,6 +156,9 @@ def perplexity(
     predictions = sum(w.scored for w in windows)
     loss = total / predictions
     if not math.isfinite(loss):
+        for name, p in model.named_parameters():
+            if p.is_floating_point() and not bool(p.detach().float().isfinite().all()):
+                raise ValueError(f"model must hold finite weights, got NaN or infinity in {name}")
         raise ValueError(f"model must return finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
     value = math.exp(loss) if loss < 700 else math.inf
@@ -183,25 +189,37 @@ def check_length(model: nn.Module, length: int) -> None:
     Raises
     ------
     ValueError
-        If ``length`` exceeds ``max_position_embeddings`` of the model's config.
+        If ``length`` exceeds the number of positions in the model's configuration, or in the
+        part of it that describes the text.
 
     Examples
     --------
     >>> check_length(nn.Linear(2, 2), 4096)  # no known limit
     """
     config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+    parts = [config, *(getattr(config, key, None) for key in ("text_config", "llm_config"))]
+    text_config = getattr(config, "get_text_config", None)
+    if callable(text_config):
+        parts.append(text_config(decoder=True))
+    found = [
+        getattr(part, key, None)
+        for part in parts
+        for key in _LIMITS
+        if getattr(part, "relative_attention_num_buckets", None) is None  # without a limit
+    ]
+    limits = [n for n in found if isinstance(n, int) and n > 0]
+    if limits and length > min(limits):
         raise ValueError(
-            f"length must be at most the model's {limit} positions, got {length}: use "
-            f"--length {limit} or length={limit}"
+            f"length must be at most the model's {min(limits)} positions, got {length}: use "
+            f"--length {min(limits)} or length={min(limits)}"
         )
 
 
-def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
+def text_tokens(tokenizer: Any, files: Sequence[Path], field: str = "text") -> Tensor:
     """Return the tokens of text files, joined by empty lines, as one vector.
 
     The tokenizer adds its default special tokens, such as one at the beginning of the text.
+    ``field`` holds the text in the objects of JSON files.
 
     Raises
     ------
@@ -216,50 +234,5 @@ def text_tokens(tokenizer: Any, files: Sequence[Path]) -> Tensor:
     >>> text_tokens(lambda text, **options: {"input_ids": [ord(c) for c in text]}, [file])
     tensor([97, 98, 99])
     """
-    text = "\n\n".join(read_text_file(file).text for file in files)
+    text = "\n\n".join(read_text_file(file, field).text for file in files)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-
-
-class TextFile(NamedTuple):
-    """The contents of a text file, and what identifies them.
-
-    Attributes
-    ----------
-    name : str
-    nbytes : int
-    sha256 : str
-    text : str
-        With every kind of line end as ``"\\n"``.
-    """
-
-    name: str
-    nbytes: int
-    sha256: str
-    text: str
-
-
-def read_text_file(file: Path) -> TextFile:
-    """Read a text file, which must exist, be UTF-8 and not be empty.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "text.txt"
-    >>> _ = file.write_bytes(b"one\\r\\ntwo")
-    >>> found = read_text_file(file)
-    >>> found.nbytes, found.text
-    (8, 'one\\ntwo')
-    >>> read_text_file(Path("nowhere.txt"))
-    Traceback (most recent call last):
-    ValueError: text file must exist, got nowhere.txt
-    """
-    if not file.is_file():
-        raise ValueError(f"text file must exist, got {file}")
-    content = file.read_bytes()
-    try:
-        text = io.StringIO(content.decode("utf-8"), newline=None).read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text file must be UTF-8, got another encoding in {file}") from error
-    if not text.strip():
-        raise ValueError(f"text file must hold text, got none in {file}")
-    return TextFile(file.name, len(content), hashlib.sha256(content).hexdigest(), text)

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from safe_core import Method, _checks
-from safe_core.adapters.loading import load_named, names_object
 from safe_core.adapters.torch.blocks.pruning import (
+    PruningPlan,
     PruningReport,
-    PruningSettings,
     calibration_batches,
     plan_pruning,
 )
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.task import PatternError
-from safe_core.patterns import Pattern, as_pattern
-from safe_core.reconstruction import Reconstruction
-from safe_core.solvers import Solver, as_solver, named_solvers
 
+from .checkpoint_files import check_weights, weight_files
+from .drafts import check_new_folder, save_somewhere, written_at_once
+from .input_files import InputFile, read_input_file
+from .job import PruningJob, find_solver
 from .model_card import model_card
 from .model_folder import (
-    check_new_folder,
+    check_model_folder,
     chosen_device,
-    load_model,
     load_tokenizer,
-    written_at_once,
+    quantisation,
+    read_model,
 )
-from .perplexity import check_length, read_text_file
+from .output import printable
+from .perplexity import check_length
+from .saving import Imprint, check_saved, copy_other_files
+from .sparsities import check_matches, parse_sparsity
+from .stored_tensors import FORMATS
+from .text_files import TextFile, read_text_file
 
 __all__ = [
     "PruningJob",
@@ -46,194 +49,7 @@ __all__ = [
     "prune_folder",
 ]
 
-_DEFAULTS = PruningSettings(device="auto")
-
-
-def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
-    """Return the pattern for a text: a fraction of zeros, "N:M", or the name of a pattern.
-
-    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of your own, whose code is
-    run.
-
-    Parameters
-    ----------
-    text : str
-    scope : {"tensor", "row"}
-        Where entries compete under a fraction: within each weight, or each of its outputs.
-
-    Raises
-    ------
-    ValueError
-        If the text is none of these.
-
-    Examples
-    --------
-    >>> parse_sparsity("0.29", "row"), parse_sparsity("2:4")
-    (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
-    >>> parse_sparsity("half")
-    Traceback (most recent call last):
-    ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
-    """
-    if names_object(text):
-        return as_pattern(load_named("sparsity", text), scope)
-    try:
-        if ":" in text:
-            return as_pattern(text)
-        # Decimal refuses "nan", "50%" and the like in the same way.
-        return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
-    except (ValueError, TypeError, OverflowError, InvalidOperation):
-        raise ValueError(
-            f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
-        ) from None
-
-
-def find_solver(method: str) -> Solver:
-    """Return the solver that ``--method`` names.
-
-    Parameters
-    ----------
-    method : str
-        The name of a solver, or "my_parts.py:SOLVER" or "package.module:SOLVER" for a solver,
-        its class, a function or a `safe_core.Method` of your own, whose code is run.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If there is no such solver, or its code fails.
-
-    Examples
-    --------
-    >>> find_solver("safe+").name, find_solver("safe_core.solvers:Wanda").name
-    ('safe+', 'wanda')
-    """
-    if names_object(str(method)):
-        found = load_named("method", method)
-        return Reconstruction(method=found) if isinstance(found, Method) else as_solver(found)
-    known = named_solvers()
-    if method not in known:
-        raise ValueError(
-            f"method must be one of {', '.join(known)}, or your own as file.py:SOLVER or "
-            f"package.module:SOLVER, got {method!r}"
-        )
-    return known[method]
-
-
-@dataclass(frozen=True)
-class PruningJob:
-    """Hold the settings of one pruning, in plain values.
-
-    Attributes
-    ----------
-    model : path
-        A folder with a causal language model and its tokenizer.
-    calibration : sequence of path
-        UTF-8 text files, each named once.
-    sparsity : str
-        A fraction of zeros in each weight, "N:M", or "my_parts.py:PATTERN".
-    method : str
-        A solver as in `find_solver`.
-    scope : {None, "tensor", "row"}
-        Where entries compete under a fraction: within each weight, or each of its outputs. None
-        is the default of the method: outputs for "wanda", as published, weights for the others.
-    samples, length : int
-        Number of calibration windows, and tokens in each, at least two. ``settings.seed`` draws
-        them.
-    only : str, optional
-        Regular expression; only weights whose full name it matches somewhere are pruned.
-    epochs, learning_rate, rho, penalty, dual_update_interval : optional
-        Settings of methods that train, "safe" and "safe+", see
-        `safe_core.reconstruction.Reconstruction` for their defaults.
-    settings : PruningSettings
-        The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is
-        also that of training steps. ``device`` may be "auto", and is by default, for a GPU if
-        there is one; ``where`` must be None, see ``only``.
-    trust_remote_code : bool
-        Whether to run code that comes with the model.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a field is of another kind or out of its range.
-
-    Examples
-    --------
-    >>> PruningJob("model", ["text.txt"], "2:4", method="wanda").pattern
-    NM(n=2, m=4, ragged='error')
-    """
-
-    model: str | os.PathLike[str]
-    calibration: Sequence[str | os.PathLike[str]]
-    sparsity: str = "0.5"
-    method: str = "safe+"
-    scope: Literal["tensor", "row"] | None = None
-    samples: int = 128
-    length: int = 2048
-    only: str | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
-    rho: float | None = None
-    penalty: float | None = None
-    dual_update_interval: int | None = None
-    settings: PruningSettings = _DEFAULTS
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        _checks.choice("scope", self.scope, ("tensor", "row", None))
-        if not isinstance(self.settings, PruningSettings):
-            raise TypeError(f"settings must be PruningSettings, got {self.settings!r}")
-        if self.settings.where is not None:
-            raise ValueError("where must be None in a job, which selects weights by `only`")
-        if self.scope is not None and ":" in self.sparsity:
-            raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
-        if self.length == 1:
-            raise ValueError(
-                "length must be at least 2 tokens, so that attention has more than one position, "
-                "such as the default of 2048, got 1"
-            )
-        try:
-            re.compile(self.only or "")
-        except re.error as error:
-            raise ValueError(
-                f"only must be a regular expression, got {self.only!r}: {error}"
-            ) from None
-        self._check_files()
-        self.pattern, self.solver  # noqa: B018 (checks them)
-
-    def _check_files(self) -> None:
-        if isinstance(self.calibration, (str, os.PathLike)):
-            raise TypeError(f"calibration must be a list of files, got {self.calibration!r}")
-        if not self.calibration:
-            raise ValueError("calibration must name at least one text file, got none")
-        whole = [Path(file).resolve() for file in self.calibration]
-        twice = next((file for file in whole if whole.count(file) > 1), None)
-        if twice is not None:
-            raise ValueError(
-                f"calibration must name each file once, got {twice} {whole.count(twice)} times: "
-                "increase samples to draw more windows from it"
-            )
-
-    @property
-    def pattern(self) -> Pattern:
-        """The sparsity of each weight."""
-        return parse_sparsity(self.sparsity, self.scope or find_solver(self.method).default_scope)
-
-    @property
-    def solver(self) -> Solver:
-        """The solver of the method, with the settings of this job."""
-        return find_solver(self.method).configured(
-            batch_size=self.settings.batch_size,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            rho=self.rho,
-            penalty=self.penalty,
-            dual_update_interval=self.dual_update_interval,
-        )
-
-    def settings_on(self, device: torch.device) -> PruningSettings:
-        """Return the settings for a device, with the selection of weights."""
-        only = self.only
-        where = None if only is None else lambda name, p: re.search(only, name) is not None
-        return replace(self.settings, device=device, where=where)
+_PROBE = 64  # tokens of the forward pass by which the saved model is compared
 
 
 class WeightRow(NamedTuple):
@@ -286,8 +102,17 @@ class PruningResult(NamedTuple):
         for w in self.weights:
             share, error = f"{w.zeros / max(1, w.entries):.4%}", f"{w.block_error:.3g}"
             shape = " x ".join(map(str, w.shape))
-            table.add_row(w.name, shape, f"{w.entries:,}", f"{w.zeros:,}", share, error)
+            table.add_row(printable(w.name), shape, f"{w.entries:,}", f"{w.zeros:,}", share, error)
         return table
+
+
+class _Calibration(NamedTuple):
+    """Files as they were read, the samples, and one short sample to compare models with."""
+
+    files: Sequence[TextFile | InputFile]
+    batches: Any
+    probe: dict[str | None, Any]
+    kind: str
 
 
 def prune_folder(
@@ -297,7 +122,10 @@ def prune_folder(
     progress: Callable[[Progress], object] | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> PruningResult:
-    """Prune the model of a folder, and save it with its tokenizer and a model card.
+    """Prune the model of a folder, and save it with its other files and a model card.
+
+    The new folder is read back: every weight and the outputs of a forward pass must be those of
+    the model in memory.
 
     Parameters
     ----------
@@ -316,9 +144,10 @@ def prune_folder(
     Raises
     ------
     TypeError, ValueError, OSError
-        If files are missing, empty or too short, ``out`` is not empty or lies in the model's
-        folder, the disk is full, or a setting does not fit the model. If something fails after
-        the weights are saved, they are kept, and a note on the error names their folder.
+        If files are missing, damaged or too short, the model is quantised, ``out`` is not empty,
+        lies in the model's folder or is written by another run, the disk is full, or a setting
+        does not fit the model. If something fails after the weights are saved, they are kept,
+        and a note on the error names their folder.
 
     Examples
     --------
@@ -328,9 +157,67 @@ def prune_folder(
     """
     source, target = Path(job.model), Path(out)
     device = chosen_device(str(job.settings.device or "auto"))
-    tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
+    _check_source(source)
     check_new_folder(target, source)
-    files = [read_text_file(Path(file)) for file in job.calibration]
+    texts = None if job.inputs is not None else _text_calibration(job, source)
+    # Begin the draft now, so that a wrong path or a full disk fails before hours of work.
+    with written_at_once(target) as draft:
+        draft.reserve(sum(file.stat().st_size for file in weight_files(source)))
+        model, notes = read_model(source, trust_remote_code=job.trust_remote_code)
+        for note in notes:
+            say(note)
+        if texts is not None:
+            check_length(model, job.length)
+        data = texts or _input_calibration(job, model)
+        plan = _planned(job, model, data, device)
+        say(
+            f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
+            f"{plan.name} on {device}, memory beside the model: {plan.memory}"
+        )
+        report = _applied(model, plan, job, progress, say)
+        result = PruningResult(target, str(device), report, _rows(model, report))
+        imprint = Imprint.of(model, data.probe)
+        del plan
+        work_dir = job.settings.work_dir
+        save_somewhere(
+            model.save_pretrained,  # type: ignore[arg-type]
+            draft,
+            target.name,
+            None if work_dir is None else Path(work_dir),
+        )
+        del model
+        if texts is not None:
+            load_tokenizer(source, trust_remote_code=job.trust_remote_code).save_pretrained(
+                draft.path
+            )
+        copy_other_files(source, draft.path)
+        card = model_card(job, result, data.files)
+        (draft.path / "README.md").write_text(card, encoding="utf-8")
+        check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
+    return result
+
+
+def _check_source(source: Path) -> None:
+    check_model_folder(source)
+    method = quantisation(source)
+    if method is not None:
+        raise ValueError(
+            f"model folder must hold weights of 16 bits or more, got {source} quantised by "
+            f"{method}: its files hold scales and packed numbers, which pruned weights do not fit. "
+            "Load it dequantised in transformers, save that in a new folder, and prune the folder"
+        )
+    for tensor in check_weights(source).values():
+        form = FORMATS.get(tensor.format or "")
+        if tensor.packed or (form is not None and form.floating and form.width < 2):
+            raise ValueError(
+                f"model folder must hold weights of 16 bits or more, got {tensor.dtype} for "
+                f"{tensor.name} in {source}: save the model dequantised, and prune that"
+            )
+
+
+def _text_calibration(job: PruningJob, source: Path) -> _Calibration:
+    tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
+    files = [read_text_file(Path(file), job.text_field) for file in job.calibration]
     batches = calibration_batches(
         tokenizer,
         [file.text for file in files],
@@ -338,39 +225,123 @@ def prune_folder(
         length=job.length,
         seed=job.settings.seed,
     )
-    model = load_model(source, trust_remote_code=job.trust_remote_code)
-    check_length(model, job.length)
+    kind = f"a window of {job.length} tokens"
+    return _Calibration(files, batches, {None: batches[:1, :_PROBE]}, kind)
+
+
+def _input_calibration(job: PruningJob, model: nn.Module) -> _Calibration:
+    assert job.inputs is not None  # checked by the job
+    file = read_input_file(Path(job.inputs))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    samples = file.samples(job.samples, job.settings.seed, dtype)
+    probe: dict[str | None, Any] = dict(samples[0].items())
+    return _Calibration([file], samples, probe, f"a row of {file.name}")
+
+
+def _planned(
+    job: PruningJob, model: nn.Module, data: _Calibration, device: torch.device
+) -> PruningPlan:
+    """Plan the run; errors name the options of the command line."""
+    rules = job.rules
+    names = [name for name, _ in model.named_parameters()]
+    check_matches("only", [job.only] if job.only is not None else [], names)
+    check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
+    sparsity = rules if rules.rules else rules.default
     try:
         plan = plan_pruning(
-            model, batches, job.solver, job.pattern, settings=job.settings_on(device)
+            model, data.batches, job.solver, sparsity, settings=job.settings_on(device)
         )
     except PatternError as error:
-        raise ValueError(_other_groups(job, error)) from None
-    say(
-        f"{job.method} to {job.sparsity}: {len(plan.weights)} weights of {plan.name} on {device}, "
-        f"memory beside the model: {plan.memory}"
-    )
-    # Create the draft first, so that a wrong path fails now and not after hours of work.
-    with written_at_once(target) as draft:
-        report = plan.apply(progress)
-        model.save_pretrained(draft.path)  # type: ignore[operator]
-        draft.keep = True
-        tokenizer.save_pretrained(draft.path)
-        result = PruningResult(target, str(device), report, _rows(model, report))
-        card = model_card(job, result, files)
-        (draft.path / "README.md").write_text(card, encoding="utf-8")
-    return result
+        raise ValueError(_other_groups(error)) from None
+    except Exception as error:
+        if _is_ours(error) or isinstance(error, MemoryError):
+            if str(error).startswith("blocks must"):
+                error.add_note(_other_blocks(model))
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes = ", ".join(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        raise ValueError(
+            f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. If it takes no "
+            f"text alone, pass --inputs with its arguments, of {takes}; for anything else, call "
+            "safe_core.adapters.transformers.prune_blocks from Python"
+        ) from error
+    check_matches("sparsity", [regex for regex, _ in rules.rules], plan.weights)
+    return plan
 
 
-def _other_groups(job: PruningJob, error: PatternError) -> str:
+def _is_ours(error: BaseException) -> bool:
+    """Return whether an error was raised by this library, or by the code of a model below it."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    name = "" if where is None else str(where.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] == "safe_core"
+
+
+def _other_blocks(model: nn.Module) -> str:
+    """Return a line with the lists of blocks of a model, longest first."""
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
+    names = sorted(lists, key=lambda name: -lists[name])[:8]
+    return f"--blocks can name another list of blocks, of {', '.join(names)}"
+
+
+def _applied(
+    model: nn.Module,
+    plan: PruningPlan,
+    job: PruningJob,
+    progress: Callable[[Progress], object] | None,
+    say: Callable[[str], object],
+) -> PruningReport:
+    """Run the plan; say what is resumed and, after an error, what is kept."""
+    work_dir = job.settings.work_dir
+    found = _finished_blocks(work_dir)
+    if found:
+        say(f"found {found} finished blocks in {work_dir}: resuming after them")
+    try:
+        return plan.apply(progress)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):
+            # The note of the library, in its place, is about a model in memory.
+            error.__notes__ = [_kept(work_dir)]
+        if not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        clear = ValueError(f"blocks must run one after the other, but {plan.name} fails: {reason}")
+        clear.__notes__ = [_other_blocks(model), *getattr(error, "__notes__", ())]
+        raise clear from error
+
+
+def _kept(work_dir: str | os.PathLike[str] | None) -> str:
+    if work_dir is None:
+        return (
+            "Nothing was kept. With --work-dir, an interrupted run resumes after its last "
+            "finished block"
+        )
+    done = _finished_blocks(work_dir)
+    return f"{done} finished blocks are kept in {work_dir}; the same command resumes after them"
+
+
+def _finished_blocks(work_dir: str | os.PathLike[str] | None) -> int:
+    """Return the number of finished blocks in a folder for them, 0 if it cannot be read."""
+    if work_dir is None:
+        return 0
+    try:
+        return len(json.loads((Path(work_dir) / "manifest.json").read_bytes())["blocks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _other_groups(error: PatternError) -> str:
     """Return a message that suggests groups that divide the inputs of every weight."""
-    zeros = job.pattern.fractions()[-1]
+    pattern = error.pattern
+    zeros = pattern.fractions()[-1]
     least = zeros.denominator  # the smallest group with this fraction of zeros
-    sizes = [m for m in range(least, job.pattern.group or 0, least) if error.common % m == 0]
+    sizes = [m for m in range(least, pattern.group or 0, least) if error.common % m == 0]
     groups = f"{int((1 - zeros) * sizes[-1])}:{sizes[-1]} or " if sizes else ""
     return (
-        f"--sparsity {job.sparsity} must divide the inputs of every weight, got {error.inputs} of "
-        f"{error.name}: --sparsity {groups}{float(zeros):g} would do"
+        f"--sparsity {pattern.describe()} must divide the inputs of every weight, got "
+        f"{error.inputs} of {error.name}: --sparsity {groups}{float(zeros):g} would do"
     )
 
 

@@ -5,6 +5,12 @@ parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Fla
 `safe_core.adapters.jax.blocks` prunes a trained model block by block.
 """
 
+from safe_core._installed import require
+
+require(__name__, "jax", "optax", extra="jax")
+
+from .coverage import coverage
+from .evaluation import sparse_weights
 from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
@@ -18,6 +24,7 @@ __all__ = [
     "FixedSupportState",
     "SparseOptimizerState",
     "check_sparsity",
+    "coverage",
     "finalize",
     "find_state",
     "fixed_support",
@@ -27,5 +34,6 @@ __all__ = [
     "loss_surface",
     "report",
     "sparse_optimizer",
+    "sparse_weights",
     "value_and_gradients",
 ]

@@ -64,7 +64,7 @@ def prune_layers(
     solver : str, layer-wise solver or callable
         A name, an instance or a class of `safe_core.solvers`, or a function
         ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``.
-    sparsity : float, str or pattern
+    sparsity : float, str, pattern or mapping of path to them
         A number is the sparsity of each weight.
     where, layout : optional
         As for `sparse_optimizer`.
@@ -93,12 +93,13 @@ def prune_layers(
         raise TypeError(f"solver must prune layers, such as ALPS(), got {found!r}")
     tree = SparseTree.read(params, where, layout)
     pattern = as_pattern(sparsity, scope="tensor")
+    pattern.check_names(tree.info.names)
     pruned = []
     for name, roles, x in zip(*tree.info[:2], tree.sparse(params), strict=True):
         statistics = None
         if found.needs != "nothing":
             statistics = solver_statistics(found.needs, jnp.asarray(_matrix(grams or {}, name)))
-        values, _ = found(x, statistics, pattern, layout=roles)
+        values, _ = found(x, statistics, pattern.of(name), layout=roles)
         pruned.append(values)
     return tree.replaced(tree.leaves(params), pruned)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from safe_core._dtypes import wide_dtype
+from safe_core.finalization import pruning_a_block
 from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction, batches_at_random, batches_in_order
 from safe_core.solvers import Gram
@@ -84,9 +85,10 @@ class BlockTraining:
         if isinstance(importance, Mapping):
             importance = self._of_grams(wide, importance)
         carried, losses = (wide, self._optimizer(importance).init(wide)), []
+        kept = self._non_zeros(wide)
         for k in range(self.recipe.epochs):
             whole, rest = self._batches(seed, block, k)
-            carried, mean = self._epoch(carried, (inputs, targets), whole, rest)
+            carried, mean = self._epoch(carried, (inputs, targets), kept, whole, rest)
             losses.append(float(mean))
             if not np.isfinite(losses[-1]):
                 raise ValueError(
@@ -94,8 +96,20 @@ class BlockTraining:
                     f"{self.recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k} of "
                     f"block {block}"
                 )
-        found = finalize(*carried, self.method, layout=self.layout)
+        steps = self.recipe.epochs * -(-self.samples // self.recipe.batch_size)
+        with pruning_a_block(self.method.constraint, self.method.sparsity, steps):
+            found = finalize(*carried, self.method, layout=self.layout)
         return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
+
+    def _non_zeros(self, params: PyTree) -> dict[int, jax.Array]:
+        """Return masks of the matrices that stay dense but hold zeros, by number of the leaf.
+
+        Their zeros were put there on purpose, such as by an earlier call, and stay.
+        """
+        tree = SparseTree.read(params, self.where, self.layout)
+        leaves = dict(enumerate(tree.leaves(params)))
+        masks = {i: x != 0 for i, x in leaves.items() if i not in tree.indices and x.ndim >= 2}
+        return {i: mask for i, mask in masks.items() if not bool(mask.all())}
 
     def _optimizer(self, importance: Any) -> optax.GradientTransformationExtraArgs:
         return sparse_optimizer(
@@ -128,14 +142,27 @@ class BlockTraining:
         return order[:whole].reshape(-1, size), order[whole:]
 
     def _steps(
-        self, carried: Any, data: PyTree, whole: jax.Array, rest: jax.Array
+        self,
+        carried: Any,
+        data: PyTree,
+        kept: dict[int, jax.Array],
+        whole: jax.Array,
+        rest: jax.Array,
     ) -> tuple[Any, jax.Array]:
         """Run one epoch, and return the mean loss at x."""
+
+        def loss_of(params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
+            # Gradients of masked entries are zero, so neither Adam nor the ascent moves them.
+            leaves = jax.tree.leaves(params)
+            for i, mask in kept.items():
+                leaves[i] = jnp.where(mask, leaves[i], jnp.zeros_like(leaves[i]))
+            whole = jax.tree.unflatten(jax.tree.structure(params), leaves)
+            return self._loss(whole, batch, target)
 
         def take(carried: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carried
             batch, target = take_rows(data, rows)
-            loss, gradients, grad_fn = value_and_gradients(self._loss)(params, batch, target)
+            loss, gradients, grad_fn = value_and_gradients(loss_of)(params, batch, target)
             updates, state = self._tx.update(gradients, state, params, grad_fn=grad_fn)
             return (optax.apply_updates(params, updates), state), loss
 

@@ -128,7 +128,8 @@ def reconstruct(
     ...     return jnp.tanh(x @ params["kernel"])
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> found = reconstruct(block, params, inputs, 0.5, recipe=Reconstruction(epochs=2))
+    >>> recipe = Reconstruction(epochs=2, dual_update_interval=2)
+    >>> found = reconstruct(block, params, inputs, 0.5, recipe=recipe)
     >>> int((found.params["kernel"] == 0).sum())
     16
     """
@@ -192,12 +193,14 @@ def prune_blocks(
         The name of a solver, see `safe_core.solvers.named_solvers`; SAFE or SAFE+ on the whole
         block; a layer-wise solver, an instance or a class, such as those of `safe_core.solvers`;
         or a function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``.
-    sparsity : float, str or pattern
+    sparsity : float, str, pattern or mapping
         As for `safe_core.project`. A number is the sparsity of each weight, or of each output of
-        each weight for the name "wanda", as published. A pattern must not compare entries of
+        each weight for the name "wanda", as published. A mapping gives the weights of every
+        block their own, by their paths in the block. A pattern must not compare entries of
         different weights (``scope="global"``).
     where, layout : optional
-        As for `sparse_optimizer`, for each block.
+        As for `sparse_optimizer`, for each block. Weights that ``where`` leaves out keep the
+        zeros that they have.
     settings : BlockSettings, optional
         All other settings.
     **changes
@@ -227,7 +230,7 @@ def prune_blocks(
     >>> weights = jax.random.normal(jax.random.key(0), (3, 8, 8)) / 8
     >>> blocks = [Block(block, {"kernel": kernel}, grams) for kernel in weights]
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> solver = Reconstruction(importance="wanda", epochs=2)
+    >>> solver = Reconstruction(importance="wanda", epochs=2, dual_update_interval=2)
     >>> [pruned.sparsity for pruned in prune_blocks(blocks, inputs, solver, "2:4")]
     [0.5, 0.5, 0.5]
     """

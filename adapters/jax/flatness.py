@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from safe_core import _checks
 from safe_core.flatness import LossSurface
 from safe_core.layout import Layout, chosen_layout
 
-from .tree import is_function, is_masked, leaves_like
-from .weights import is_prunable, layout_of, name_of, owner_of
+from .leaves import flag_of
+from .tree import is_function, is_masked, layout_by_path, leaves_like
+from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = ["loss_surface"]
 
@@ -98,6 +100,7 @@ class _Loss:
         self._held, self._layout = held, layout
         self._named = [(name_of(path), leaf) for path, leaf in paths]
         self._owners = [owner_of(params, path) for path, _ in paths]
+        self._known = known_layouts(self._named, self._owners, params)
         self._indices = self._variables(trainable)
         self._support = self._read_support(support)
         # Pass other arrays as arguments, since constants would be copied into each program.
@@ -145,10 +148,10 @@ class _Loss:
 
     def layouts(self) -> list[Layout | None]:
         found = []
+        given = layout_by_path(self._layout, [name for name, _ in self._named], "params")
         for i in self._indices:
             name, leaf, owner = *self._named[i], self._owners[i]
-            known = layout_of(name, leaf, owner)
-            found.append(chosen_layout(name, leaf, self._layout, known))
+            found.append(chosen_layout(name, leaf, given, self._known[i]))
             if found[-1] is None and is_prunable(name, leaf, owner):
                 raise ValueError(f"layout of {name} is unknown: pass layout=, got None")
         return found
@@ -191,6 +194,8 @@ class _Loss:
             chosen = [trainable is None or trainable(*leaf) for leaf in self._named]
         else:
             chosen = leaves_like("trainable", trainable, self._treedef)
+        for (name, _), flag in zip(self._named, chosen, strict=True):
+            flag_of("trainable", name, flag)
         found = []
         for i, ((name, leaf), flag) in enumerate(zip(self._named, chosen, strict=True)):
             if not flag or not isinstance(leaf, (jax.Array, np.ndarray)):
@@ -219,4 +224,19 @@ class _Loss:
         else:
             leaves = leaves_like("support", given, self._treedef)
             weights = [None if is_masked(leaf) else leaf for leaf in leaves]
+            for (name, leaf), mask in zip(self._named, weights, strict=True):
+                _check_mask(name, leaf, mask)
         return [weights[i] for i in self._indices]
+
+
+def _check_mask(name: str, leaf: Any, mask: Any) -> None:
+    """Raise unless ``mask`` is None or a bool array of the shape of its leaf."""
+    if mask is None:
+        return
+    if not jnp.issubdtype(getattr(mask, "dtype", int), jnp.bool_):
+        shown = _checks.shown(mask)
+        raise TypeError(f"support of {name} must be a bool array or None, got {shown}")
+    if jnp.shape(mask) != jnp.shape(leaf):
+        raise ValueError(
+            f"support of {name} must have its shape {jnp.shape(leaf)}, got {jnp.shape(mask)}"
+        )

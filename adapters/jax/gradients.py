@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 
-__all__ = ["check_loss", "value_and_gradients"]
+from .leaves import check_differentiable
+
+__all__ = ["check_loss", "loss_and_aux", "value_and_gradients"]
 
 PyTree = Any
 
@@ -72,8 +74,7 @@ def value_and_gradients(
     check_loss(loss_fn, has_aux)
 
     def plain(params: PyTree, carried: None, *args: Any, **kwargs: Any) -> Any:
-        found = loss_fn(params, *args, **kwargs)
-        return (*found, None) if has_aux else (found, None, None)
+        return (*loss_and_aux(loss_fn(params, *args, **kwargs), has_aux), None)
 
     compute = carrying_gradients(plain, axis_name=axis_name, micro_batches=micro_batches)
 
@@ -99,6 +100,7 @@ def carrying_gradients(
 
     def split_aux(params: PyTree, carried: Any, *args: Any, **kwargs: Any) -> Any:
         loss, aux, carried = loss_fn(params, carried, *args, **kwargs)
+        check_scalar(loss)
         return loss, (aux, carried)
 
     differentiate = jax.value_and_grad(split_aux, has_aux=True)
@@ -106,6 +108,7 @@ def carrying_gradients(
     def whole(
         params: PyTree, carried: Any, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, Any, Any], PyTree]:
+        check_differentiable("params", params)
         params = _varying(params, axis_name)
         (loss, (aux, carried)), gradients = differentiate(params, carried, *args, **kwargs)
         loss, gradients, carried = _averaged((loss, gradients, carried), axis_name)
@@ -116,6 +119,7 @@ def carrying_gradients(
     ) -> tuple[tuple[Any, Any, Any], PyTree]:
         if not args:
             raise TypeError("batch must be the first argument after params, got no argument")
+        check_differentiable("params", params)
         batch, *args = args  # type: ignore[assignment]
         parts = jax.tree.map(lambda x: _cut(x, micro_batches), batch)
 
@@ -153,6 +157,30 @@ def check_loss(loss_fn: Any, has_aux: Any) -> None:
         raise TypeError(f"has_aux must be True or False, got {has_aux!r}")
 
 
+def loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
+    """Return the loss and the auxiliary output of what ``loss_fn`` returned."""
+    if not has_aux:
+        return found, None
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise TypeError(
+            f"loss_fn must return a pair (loss, aux) with has_aux=True, got {_checks.shown(found)}"
+        )
+    return found[0], found[1]
+
+
+def check_scalar(loss: Any) -> None:
+    """Raise unless a loss is a scalar, which has a gradient."""
+    if isinstance(loss, (tuple, list, dict)):
+        raise TypeError(
+            "loss_fn must return a scalar, or with has_aux=True a pair (loss, aux), got "
+            f"{type(loss).__name__}"
+        )
+    if jnp.shape(loss) != ():
+        raise TypeError(
+            f"loss_fn must return a scalar, such as a mean, got shape {jnp.shape(loss)}"
+        )
+
+
 def _varying(params: PyTree, axis_name: Any) -> PyTree:
     """Mark parameters as varying between devices.
 
@@ -174,10 +202,10 @@ def _varying(params: PyTree, axis_name: Any) -> PyTree:
 
 
 def _cut(x: Any, parts: int) -> Any:
-    if x.shape[:1] == () or x.shape[0] % parts:
+    if jnp.shape(x)[:1] == () or x.shape[0] % parts:
         raise ValueError(
             f"micro_batches must divide the first axis of every array of the batch, got {parts} "
-            f"and shape {x.shape}"
+            f"and shape {jnp.shape(x)}"
         )
     # Take every n-th row, so that a micro-batch of a sharded batch uses all devices.
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -14,7 +14,8 @@ from safe_core.arguments import check_importance
 from safe_core.importance import Computed, Given, Importance, hutchinson
 from safe_core.layout import place_importance
 
-from .tree import SparseTree, is_function
+from .leaves import check_arrays, check_differentiable, difference
+from .tree import SparseTree, is_function, is_masked
 
 __all__ = [
     "hessian_diagonal",
@@ -74,6 +75,9 @@ def hessian_diagonal(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function, got {type(loss_fn)!r}")
     _checks.integer("samples", samples, low=1)
+    check_differentiable("params", params)
+    if not isinstance(key, (jax.Array, np.ndarray)):
+        raise TypeError(f"key must be a key of jax.random, such as jax.random.key(0), got {key!r}")
     leaves, treedef = jax.tree.leaves(params), cast(Any, jax.tree.structure(params))
 
     def gradient(params: PyTree) -> PyTree:
@@ -154,7 +158,14 @@ def second_moments(base_state: PyTree, tree: SparseTree) -> list[Any]:
             "base must keep one tree of second moments, as optax.adam does, for an importance "
             f"that reads them, got {len(found)} in {type(base_state).__name__}"
         )
-    return tree.sparse(found[0])
+    moments = tree.sparse(found[0])
+    for name, moment in zip(tree.info.names, moments, strict=True):
+        if is_masked(moment):
+            raise ValueError(
+                "base must keep second moments of every sparse leaf for an importance that reads "
+                f"them, got none for {name}, which base masks"
+            )
+    return moments
 
 
 def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
@@ -166,7 +177,7 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
         if not (isinstance(importance, Mapping) and set(importance) & set(names)):
             raise ValueError(
                 "importance must have the structure of params or map the paths "
-                f"{', '.join(names)} to arrays, got {jax.tree.structure(importance)}"
+                f"{', '.join(names)} to arrays, but {difference(tree.flags(), importance)}"
             ) from None
         unknown = sorted(set(importance) - set(names))
         if unknown:
@@ -180,6 +191,9 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
             raise ValueError(f"importance must be given for every sparse parameter, lacks {name!r}")
         if not isinstance(p, (int, float, np.ndarray, np.generic, jax.Array)):
             raise TypeError(f"importance of {name} must be an array, got {_checks.shown(p)}")
-        found.append(place_importance(jnp.asarray(p), x, layout, name))
+        # A number stays one: as a float32 array, a small one would become zero.
+        value = p if isinstance(p, (int, float)) else jnp.asarray(p)
+        check_arrays("importance", [(name, jnp.asarray(p))])
+        found.append(place_importance(value, x, layout, name))
     check_importance(found, names)
     return found

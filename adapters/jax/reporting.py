@@ -7,8 +7,10 @@ from typing import Any
 from safe_core import Method
 from safe_core.report import Report, TensorReport, outlook, sums
 
+from .arguments import check_number
+from .evaluation import last_metric
 from .state import check_anchor, check_layout, find_state, split_of, trained_tree
-from .transform import at_step, last_metric
+from .transform import at_step
 
 __all__ = ["report"]
 
@@ -33,7 +35,7 @@ def report(
     penalty : float, array or schedule, optional
         As passed to `sparse_optimizer`.
     layout : optional
-        As passed to `sparse_optimizer`.
+        Not needed: the state holds the axis roles. If given, it must be that of the run.
 
     Returns
     -------
@@ -57,8 +59,9 @@ def report(
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
+    check_number("penalty", penalty)
     ours = find_state(state)
-    tree = trained_tree(params, ours, layout)
+    tree = trained_tree(params, ours, method, layout)
     values = tree.sparse(params)
     check_anchor(ours, method)
     split = split_of(ours, tree)

@@ -12,16 +12,22 @@ from safe_core import Layout, Method, SplitState
 from safe_core.backends import backend_of
 from safe_core.constraints.splitting import is_projected
 
+from .leaves import check_one_copy, difference
+from .state_setup import StateSetup, register_with_flax, source_text
 from .tree import SparseTree, is_sparse_in
 
 __all__ = [
     "Layouts",
     "SparseOptimizerState",
     "check_anchor",
+    "check_importance",
     "check_layout",
+    "check_selection",
     "check_shapes",
-    "check_state",
+    "check_single",
+    "check_update",
     "find_state",
+    "sparse_leaves",
     "split_of",
     "trained_tree",
 ]
@@ -51,6 +57,9 @@ class SparseOptimizerState(NamedTuple):
     flat_direction : pytree of arrays, or None
         ``h / |h|`` of `safe_core.SAM` for every parameter, in float32 or wider; None if
         the method does not reuse it.
+    setup : StateSetup or None
+        What the state was made with, without arrays, to refuse another method or layout; None
+        (in checkpoints of early versions) turns these checks off.
     """
 
     step: jax.Array
@@ -59,6 +68,12 @@ class SparseOptimizerState(NamedTuple):
     support: PyTree
     importance: PyTree
     flat_direction: PyTree = None
+    setup: Any = None
+
+    @property
+    def known_setup(self) -> StateSetup | None:
+        """The record of the settings, or None if the state has none."""
+        return self.setup if isinstance(self.setup, StateSetup) else None
 
 
 def find_state(state: PyTree) -> SparseOptimizerState:
@@ -91,6 +106,7 @@ def find_state(state: PyTree) -> SparseOptimizerState:
     def is_ours(node: Any) -> bool:
         return isinstance(node, SparseOptimizerState)
 
+    register_with_flax()
     found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
     if len(found) != 1:
         raise ValueError(
@@ -101,29 +117,90 @@ def find_state(state: PyTree) -> SparseOptimizerState:
 
 def split_of(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
     """Return the state of the constraint as lists over the sparse leaves."""
+    check_single(state)
     anchor = [] if state.anchor is None else tree.sparse(state.anchor)
     return SplitState(anchor, tree.sparse(state.support))
 
 
-def trained_tree(params: PyTree, state: SparseOptimizerState, layout: Layouts) -> SparseTree:
+def trained_tree(
+    params: PyTree, state: SparseOptimizerState, method: Method, layout: Layouts = None
+) -> SparseTree:
     """Return the selection of sparse leaves of ``params`` that ``state`` was made with.
 
-    The state shows which leaves are sparse, so `finalize` needs no ``where=``.
+    The state shows which leaves are sparse and the roles of their axes, so `finalize` needs
+    neither ``where=`` nor ``layout=``. Raise if ``method`` or a given ``layout`` is another one.
     """
+    check_single(state)
+    check_one_copy(params)
+    sparse = sparse_leaves(params, state)
+    setup = state.known_setup
+    if setup is not None and layout is None:
+        layout = dict(zip(setup.names, setup.layouts, strict=True))
+    tree = SparseTree.read(params, sparse, layout)
+    check_shapes(params, state, tree)
+    if setup is not None:
+        setup.check_layouts(params, tree)
+        setup.check_method(method)
+    check_importance(state, method)
+    return tree
+
+
+def sparse_leaves(params: PyTree, state: Any) -> PyTree:
+    """Return a tree of bool, True for sparse leaves; raise if the state is of another model."""
     sparse = is_sparse_in(state.support)
     known: Any = jax.tree.structure(sparse)
     if known != jax.tree.structure(params):
         raise ValueError(
             "params must have the structure of those that state was made of (for NNX, pass "
-            f"nnx.as_pure of both), {known}, got {jax.tree.structure(params)}"
+            f"nnx.as_pure of both), but params {difference(sparse, params)}"
         )
-    tree = SparseTree.read(params, sparse, layout)
-    check_shapes(params, state, tree)
-    return tree
+    return sparse
 
 
-def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) -> None:
-    """Raise if the shapes of sparse leaves differ from those of the state."""
+def check_selection(sparse: PyTree, tree: SparseTree) -> None:
+    """Raise unless the flags of a state's sparse leaves are those of the selection."""
+    flags = zip(tree.paths, tree.leaves(sparse), tree.leaves(tree.flags()), strict=True)
+    for path, own, given in flags:
+        if own != given:
+            raise ValueError(
+                "where must select the leaves that state was made with, which "
+                f"{'has' if own else 'lacks'} {path}, got {given} for it"
+            )
+
+
+def check_single(state: SparseOptimizerState) -> None:
+    """Raise if the state is of several models, made under `jax.vmap` or copied to devices.
+
+    Its arrays have one more axis than those of one model, and a projection would compare the
+    weights of all members with each other.
+    """
+    shape = jnp.shape(state.step)
+    if shape != ():
+        raise ValueError(
+            "state must be of one model, with a scalar step, got a step of shape "
+            f"{shape}: for an ensemble, call the function under jax.vmap, such as "
+            "jax.vmap(lambda params, state: finalize(params, state, method))(params, state); of a "
+            "replicated state pass one copy, jax.tree.map(lambda leaf: leaf[0], state)"
+        )
+
+
+def check_importance(state: SparseOptimizerState, method: Method, passed: Any = None) -> None:
+    """Raise if the state lacks the importance of the method, or that passed by the user."""
+    source = method.importance
+    needed = passed is not None or (source is not None and source.has_state_from_start)
+    if needed and state.importance is None:
+        raise ValueError(
+            f"state.importance must be there for {source_text(method, passed)}, got None; is the "
+            "state of another method?"
+        )
+
+
+def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
+    """Raise if the shapes of sparse leaves differ from those of the state.
+
+    The state is any that holds a ``support``. A mask of integers, which a wrapper makes by
+    arithmetic on states, would index where it should select.
+    """
     pairs = zip(tree.info.names, tree.sparse(params), tree.sparse(state.support), strict=True)
     for name, x, support in pairs:
         if x.shape != support.shape:
@@ -131,10 +208,35 @@ def check_shapes(params: PyTree, state: SparseOptimizerState, tree: SparseTree) 
                 f"params must have the shapes of those that state was made of, which is "
                 f"{support.shape} for {name}, got {x.shape}"
             )
+        if support.dtype != bool:
+            raise TypeError(
+                f"state.support of {name} must be bool, got {support.dtype}: no wrapper may do "
+                "arithmetic on the state, as optax.lookahead does with reset_state=True"
+            )
 
 
-def check_state(
-    state: SparseOptimizerState, method: Method, tree: SparseTree, *, reuses: bool
+def check_update(
+    state: SparseOptimizerState,
+    method: Method,
+    importance: Any,
+    params: PyTree,
+    tree: SparseTree,
+    *,
+    reuses: bool,
+) -> None:
+    """Raise if a step cannot continue from the state: that of another method, model or layout."""
+    register_with_flax()
+    check_single(state)
+    check_selection(sparse_leaves(params, state), tree)
+    _check_arrays(state, method, tree, reuses)
+    check_shapes(params, state, tree)
+    if state.known_setup is not None:
+        state.known_setup.check_update(method, importance, params, tree)
+    check_importance(state, method, importance)
+
+
+def _check_arrays(
+    state: SparseOptimizerState, method: Method, tree: SparseTree, reuses: bool
 ) -> None:
     """Raise if the state belongs to a method with other state arrays.
 
@@ -171,9 +273,9 @@ def check_anchor(state: SparseOptimizerState, method: Method) -> None:
 def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> None:
     """Raise if the support does not fit the method and layout.
 
-    A layout is not stored in the state, so a wrong one is detected by the support. Traced
-    values cannot be read, and a schedule changes the sparsity of past supports: do not check
-    these.
+    `StateSetup` compares settings, and this the arrays, which may come from another checkpoint.
+    Traced values cannot be read, and a schedule changes the sparsity of past supports: do not
+    check these.
     """
     concrete = all(backend_of(mask).is_concrete(mask) for mask in support)
     if method.sparsity.schedule is not None or not concrete:

@@ -12,6 +12,8 @@ from safe_core.arguments import refuse_filled
 from safe_core.constraints.base import select_support
 from safe_core.patterns import as_pattern
 
+from .arguments import check_base, check_base_state
+from .state import check_selection, check_shapes, sparse_leaves
 from .tree import SparseTree
 
 __all__ = ["FixedSupportState", "check_sparsity", "fixed_support"]
@@ -68,21 +70,26 @@ def fixed_support(
     >>> (optax.apply_updates(params, updates)["kernel"] == 0).tolist()
     [[True, False], [False, True]]
     """
-    if not isinstance(base, optax.GradientTransformation):
-        raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
+    check_base(base)
     inner = optax.with_extra_args_support(base)
 
     def init(params: PyTree) -> FixedSupportState:
         tree = SparseTree.read(params, where, None)
         support = [x != 0 for x in tree.sparse(params)]
-        return FixedSupportState(inner.init(params), tree.masked(support))
+        base_state = inner.init(params)
+        check_base_state(base_state)
+        return FixedSupportState(base_state, tree.masked(support))
 
     def update(
         updates: PyTree, state: FixedSupportState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, FixedSupportState]:
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
+        if not isinstance(state, FixedSupportState):
+            raise TypeError(f"state must be that of fixed_support, got {type(state)!r}")
         tree = SparseTree.read(params, where, None)
+        check_selection(sparse_leaves(params, state), tree)
+        check_shapes(params, state, tree)
         support = tree.sparse(state.support)
         gradients = tree.gradients("updates", updates, params)
         masked = tree.replaced(
@@ -117,6 +124,9 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
         As for `safe_core.safe`.
     where, layout : optional
         As for `sparse_optimizer`.
+
+    The sparsity is that of one model. Check the members of an ensemble one by one, because
+    together they may be as sparse as one that is too dense beside one that is too sparse.
 
     Raises
     ------

@@ -6,34 +6,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from safe_core import Layout, Method, _checks
+from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
+from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState, no_direction
 
-from .importance import importance_in_use, initial_importance, placed, second_moments
+from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
+from .evaluation import LAST, final_projection
+from .importance import importance_in_use, initial_importance, second_moments
 from .state import (
     Layouts,
     SparseOptimizerState,
-    check_layout,
-    check_shapes,
-    check_state,
-    find_state,
+    check_update,
     split_of,
-    trained_tree,
 )
+from .state_setup import StateSetup, register_with_flax
 from .tree import SparseTree, leaves_like
 
 __all__ = ["at_step", "finalize", "sparse_optimizer"]
 
-_LAST = "last"
 PyTree = Any
 Schedule = Callable[[Any], Any]
 
@@ -108,7 +106,7 @@ def sparse_optimizer(
     >>> y = jax.random.normal(jax.random.key(1), (16, 2))
     >>> def loss(params, x, y):
     ...     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> tx = sparse_optimizer(optax.sgd(0.1), method)
     >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)}
     >>> state = tx.init(params)
@@ -117,20 +115,22 @@ def sparse_optimizer(
     ...     grad_fn = lambda params: jax.grad(loss)(params, x, y)
     ...     updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     ...     return optax.apply_updates(params, updates), state
-    >>> for _ in range(10):
+    >>> for _ in range(200):
     ...     params, state = step(params, state)
     >>> params = finalize(params, state, method)
     >>> int((params["kernel"] == 0).sum())
     12
     """
-    _check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
+    _checks.flag("select_on_host", select_on_host)
+    check_arguments(base, method, rho, penalty, learning_rate, layout, importance)
     inner = optax.with_extra_args_support(base)
-    plan = method.plan(has_radius=None if rho is None else not _is_static_zero(rho))
+    plan = method.plan(has_radius=None if rho is None else not is_static_zero(rho))
 
     def init(params: PyTree) -> SparseOptimizerState:
         tree = SparseTree.read(params, where, layout)
         values = tree.sparse(params)
         base_state = inner.init(params)
+        check_base_state(base_state)
         source = importance_in_use(importance, method, tree)
         held = initial_importance(importance, source, params, base_state, tree)
         joint = method.sparsity.joint
@@ -139,7 +139,11 @@ def sparse_optimizer(
             split = method.init(values, tree.info, known)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
-        return _packed(step, base_state, StepState(split, held, flat), tree, method)
+        register_with_flax()
+        # `optax.tree.map_params` passes params without leaves to see which fields are like them.
+        # It keeps a field of the real state where it sees a leaf that is no parameter here.
+        setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
+        return _packed(step, base_state, StepState(split, held, flat), tree, method, setup)
 
     def update(
         updates: PyTree,
@@ -154,11 +158,10 @@ def sparse_optimizer(
         if not isinstance(state, SparseOptimizerState):
             raise TypeError(f"state must be that of sparse_optimizer, got {type(state)!r}")
         tree = SparseTree.read(params, where, layout)
-        check_state(state, method, tree, reuses=plan.reuses)
-        check_shapes(params, state, tree)
+        check_update(state, method, importance, params, tree, reuses=plan.reuses)
         gradients = tree.gradients("updates", updates, params)
         if plan.perturbs or plan.projected:
-            _check_grad_fn(grad_fn)
+            check_grad_fn(grad_fn)
 
         def gradients_at(leaves: list[Any]) -> list[Any]:
             point = tree.treedef.unflatten(leaves)
@@ -194,14 +197,20 @@ def sparse_optimizer(
         )
         with selecting_on_host(select_on_host):
             out, found = step.updates(gradients, _unpacked(state, tree))
-        new_state = _packed(optax.safe_increment(state.step), base_state, found, tree, method)
+        count = optax.safe_increment(state.step)
+        new_state = _packed(count, base_state, found, tree, method, state.setup)
         return tree.treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _packed(
-    step: jax.Array, base: PyTree, state: StepState, tree: SparseTree, method: Method
+    step: jax.Array,
+    base: PyTree,
+    state: StepState,
+    tree: SparseTree,
+    method: Method,
+    setup: Any,
 ) -> SparseOptimizerState:
     """Return the state as pytrees, from lists over the sparse leaves."""
     return SparseOptimizerState(
@@ -211,6 +220,7 @@ def _packed(
         support=tree.masked(state.split.support),
         importance=None if state.importance is None else tree.masked(state.importance),
         flat_direction=tree.treedef.unflatten(state.flat) if state.flat else None,
+        setup=setup,
     )
 
 
@@ -228,7 +238,7 @@ def finalize(
     state: PyTree,
     method: Method,
     *,
-    importance: Any = _LAST,
+    importance: Any = LAST,
     layout: Layouts = None,
     select_on_host: bool = False,
 ) -> PyTree:
@@ -248,7 +258,9 @@ def finalize(
     importance : optional
         The default is the last P of the run. None means P = 1, as in Algorithm 1 of the
         paper. A pytree or mapping of path to array replaces P.
-    layout, select_on_host : optional
+    layout : optional
+        Not needed: the state holds the axis roles. If given, it must be that of the run.
+    select_on_host : optional
         As passed to `sparse_optimizer`.
 
     Returns
@@ -259,97 +271,35 @@ def finalize(
     Raises
     ------
     TypeError, ValueError
-        If ``state`` does not contain exactly one state of `sparse_optimizer`, or an
-        argument does not fit the parameters.
+        If ``state`` does not contain exactly one state of `sparse_optimizer`, is that of an
+        ensemble, or is that of another method or layout, or if an argument does not fit the
+        parameters. If ``params`` is not traced, also if a sparse leaf holds NaN or infinity.
+        The other checks are the same in traced code.
+
+    Warns
+    -----
+    safe_core.FinalizeWarning
+        If ``params`` is not traced, and the run was too short for the method to act (no dual
+        update, a schedule that has not reached its end), the projection removes more than a
+        tenth of the norm of the weights, or a leaf becomes zero as a whole.
 
     Examples
     --------
     >>> import safe_core
-    >>> method = safe_core.admm(0.5)
+    >>> method = safe_core.magnitude(0.5)
     >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
     >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
     >>> finalize(params, state, method)["kernel"].tolist()
     [[0.0, 4.0], [3.0, 0.0]]
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    ours = find_state(state)
-    tree = trained_tree(params, ours, layout)
-    values = tree.sparse(params)
-    if isinstance(importance, str) and importance == _LAST:
-        metric = last_metric(method, ours, tree)
-    else:
-        metric = None if importance is None else placed(importance, values, tree)
-    with selecting_on_host(select_on_host):
-        check_layout(tree.sparse(ours.support), method, tree)
-        return tree.replaced(tree.leaves(params), method.finalize(values, tree.info, metric))
-
-
-def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -> Any:
-    """Return the last P of the run, from the method's importance or the user's."""
-    if state.importance is None:
-        return None
-    held = tree.sparse(state.importance)
-    return held if method.importance is None else method.metric(held)
+    projection = final_projection(params, state, method, importance, layout, select_on_host)
+    found = projection.describe()
+    if found is not None:
+        source = method.importance if isinstance(importance, str) else None
+        warn(found, method.constraint, [method.sparsity], source)
+    return projection.result()
 
 
 def at_step(value: Any, step: jax.Array) -> Any:
     """Return a number, or the value of a schedule at a step."""
     return value(step) if callable(value) else value
-
-
-def _is_static_zero(rho: Any) -> bool:
-    return isinstance(rho, (int, float)) and rho == 0
-
-
-def _check_grad_fn(grad_fn: Any) -> None:
-    if grad_fn is None:
-        raise ValueError(
-            "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-            "function of params to gradients, because the method has rho > 0 or takes a gradient "
-            "at projected parameters, got None"
-        )
-    if not callable(grad_fn):
-        raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
-
-
-def _check_arguments(
-    base: Any,
-    method: Any,
-    rho: Any,
-    penalty: Any,
-    learning_rate: Any,
-    layout: Any,
-    importance: Any,
-) -> None:
-    if not isinstance(base, optax.GradientTransformation):
-        raise TypeError(f"base must be an optax.GradientTransformation, got {base!r}")
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    if rho is not None and method.perturbation is None:
-        raise ValueError(f"rho must be None for a method without perturbation, got {rho!r}")
-    decoupled = method.plan().needs_learning_rate
-    if decoupled != (learning_rate is not None):
-        raise ValueError(
-            f"learning_rate must {'be given' if decoupled else 'be None'} for a method with "
-            f"decoupled={decoupled!r}, got {learning_rate!r}"
-        )
-    if penalty is not None and method.constraint.penalty is None:
-        raise ValueError(f"penalty must be None for a method without z and u, got {penalty!r}")
-    for name, value in (("rho", rho), ("penalty", penalty), ("learning_rate", learning_rate)):
-        if isinstance(value, (np.ndarray, jax.Array)):
-            if value.shape != ():
-                raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
-        elif value is not None and not callable(value):
-            _checks.real(name, value, low=0.0)
-    if penalty is not None and not method.constraint.allows_other_penalty:
-        raise ValueError(
-            "penalty must be the method's own under rescale_dual, which needs to know its next "
-            f"value, got {penalty!r}"
-        )
-    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
-        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
-    if importance is not None and method.importance is not None:
-        raise ValueError(
-            f"importance must be given once: the method has {method.importance!r} already"
-        )

@@ -7,20 +7,27 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
 
-from .weights import is_prunable, layout_of, name_of, owner_of
+from .leaves import (
+    check_arrays,
+    check_gradient,
+    check_one_copy,
+    check_storable,
+    difference,
+    flag_of,
+)
+from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
     "SparseTree",
-    "check_layout_paths",
     "is_function",
     "is_masked",
     "is_sparse_in",
+    "layout_by_path",
     "leaves_like",
 ]
 
@@ -46,15 +53,18 @@ class SparseTree(NamedTuple):
                 "params must not be masked: wrap only base in masked or multi_transform; choose "
                 "the sparse leaves with where="
             )
+        check_one_copy(params)
         paths, treedef = jax.tree_util.tree_flatten_with_path(params)
         named = [(name_of(path), leaf) for path, leaf in paths]
+        check_arrays("params", named)
         owners = [owner_of(params, path) for path, _ in paths]
         if where is None:
             chosen = [is_prunable(*leaf, owner) for leaf, owner in zip(named, owners, strict=True)]
         elif is_function(where):
-            chosen = [bool(where(name, leaf)) for name, leaf in named]
+            chosen = [flag_of("where", name, where(name, leaf)) for name, leaf in named]
         else:
-            chosen = [_read_flag(flag) for flag in leaves_like("where", where, treedef)]
+            flags = zip(named, leaves_like("where", where, treedef), strict=True)
+            chosen = [flag_of("where", name, flag) for (name, _), flag in flags]
         indices = [i for i, flag in enumerate(chosen) if flag]
         if named and not indices:  # `optax.tree.map_params` passes a tree without leaves
             raise ValueError(
@@ -68,14 +78,10 @@ class SparseTree(NamedTuple):
                     f"{name} must be real, because the norm is over all leaves, got {leaf.dtype}"
                 )
         for i in indices:
-            if not jnp.issubdtype(named[i][1].dtype, jnp.floating):
-                raise TypeError(
-                    f"{named[i][0]} must be real floating to be sparse, got {named[i][1].dtype}"
-                )
-        check_layout_paths(layout, [name for name, _ in named], "params")
-        layouts = tuple(
-            chosen_layout(*named[i], layout, layout_of(*named[i], owners[i])) for i in indices
-        )
+            check_storable(*named[i])
+        given = layout_by_path(layout, [name for name, _ in named], "params")
+        known = known_layouts(named, owners, params)
+        layouts = tuple(chosen_layout(*named[i], given, known[i]) for i in indices)
         names = tuple(named[i][0] for i in indices)
         return cls(treedef, [name for name, _ in named], indices, ArrayInfo(names, layouts))
 
@@ -87,22 +93,20 @@ class SparseTree(NamedTuple):
             found[i] = layout
         return found
 
+    def flags(self) -> PyTree:
+        """Return a tree of bool, True for the sparse leaves."""
+        chosen = set(self.indices)
+        return self.treedef.unflatten([i in chosen for i in range(self.treedef.num_leaves)])
+
     def leaves(self, tree: PyTree) -> list[Any]:
         """Return all leaves of a tree with the structure of the parameters."""
         return list(self.treedef.flatten_up_to(tree))
 
     def gradients(self, argument: str, tree: PyTree, params: PyTree) -> list[Any]:
-        """Return all leaves of gradients; raise unless they have the shapes of the parameters.
-
-        Otherwise a gradient of another shape would broadcast without an error.
-        """
+        """Return all leaves of gradients; raise unless each is a gradient of its parameter."""
         leaves = leaves_like(argument, tree, self.treedef)
         for path, leaf, p in zip(self.paths, leaves, self.leaves(params), strict=True):
-            if jnp.shape(leaf) != jnp.shape(p):
-                raise ValueError(
-                    f"{argument} must have the shapes of params, which is {jnp.shape(p)} for "
-                    f"{path}, got {jnp.shape(leaf)}"
-                )
+            check_gradient(argument, path, leaf, p)
         return leaves
 
     def sparse(self, tree: PyTree) -> list[Any]:
@@ -122,14 +126,24 @@ class SparseTree(NamedTuple):
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
 
 
-def check_layout_paths(layout: Any, paths: Sequence[str], argument: str) -> None:
-    """Raise if a mapping of layouts names a path that does not exist."""
-    strange = sorted(set(layout) - set(paths)) if isinstance(layout, Mapping) else []
-    if strange:
-        raise ValueError(
-            f"layout names {strange[0]!r}, which is no path of {argument}; they are "
-            f"{', '.join(paths)}"
-        )
+def layout_by_path(layout: Any, paths: Sequence[str], argument: str) -> Any:
+    """Return ``layout=``, a mapping with the paths of ``argument``.
+
+    A mapping may leave out the collection ``params`` of Flax, which paths begin with if users
+    pass all variables. Raise if it names a path that does not exist.
+    """
+    if not isinstance(layout, Mapping):
+        return layout
+    known, found = set(paths), {}
+    for name, value in layout.items():
+        path = name if name in known else f"params/{name}"
+        if path not in known:
+            raise ValueError(
+                f"layout names {name!r}, which is no path of {argument}; they are "
+                f"{', '.join(paths)}"
+            )
+        found[path] = value
+    return found
 
 
 def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
@@ -143,21 +157,15 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _read_flag(flag: Any) -> bool:
-    if not isinstance(flag, (bool, np.bool_)):
-        raise TypeError(f"where must be a function, or hold True or False, got {flag!r}")
-    return bool(flag)
-
-
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
     """Return the leaves of a tree; raise unless it has the structure of the parameters."""
     try:
         return list(treedef.flatten_up_to(tree))
     except (ValueError, TypeError):
         # JAX's own message would print every array.
-        given = jax.tree.structure(tree)
+        params = treedef.unflatten([0] * treedef.num_leaves)
         raise ValueError(
-            f"{argument} must have the structure of params, {treedef}, got {given}"
+            f"{argument} must have the structure of params, but {difference(params, tree)}"
         ) from None
 
 

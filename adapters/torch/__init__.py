@@ -6,8 +6,13 @@ importances and measure flatness. `safe_core.adapters.torch.blocks` prunes a tra
 by block.
 """
 
+from safe_core._installed import require
+
+require(__name__, "torch", extra="torch")
+
 from .flatness import loss_surface
 from .importance import hessian_diagonal
+from .lightning_callback import SparseCallbackMixin
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
 from .trainers import SparseTrainerMixin, perturbed, unwrap
@@ -15,6 +20,7 @@ from .weights import prunable_weights
 
 __all__ = [
     "RandomState",
+    "SparseCallbackMixin",
     "SparseOptimizer",
     "SparseTrainerMixin",
     "hessian_diagonal",

@@ -37,6 +37,8 @@ class GroupRules(NamedTuple):
 
     rho: Schedule
     penalty: Schedule
+    own: frozenset[str] = frozenset()
+    """The settings that the group overrides."""
 
     @property
     def perturbs(self) -> bool:
@@ -46,7 +48,8 @@ class GroupRules(NamedTuple):
     def at(self, setting: str, step: int) -> float:
         """Return the radius or the penalty at a step."""
         value = getattr(self, setting)(step)
-        return _checks.real(f"{setting} of a param group at step {step}", value, low=0.0)
+        name = f"{setting} of a param group" if setting in self.own else setting
+        return _checks.real(f"{name} at step {step}", value, low=0.0)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], method: Method) -> GroupRules:
@@ -71,6 +74,7 @@ class GroupRules(NamedTuple):
         return cls(
             as_schedule("rho of a param group", settings.get("rho", radius)),
             as_schedule("penalty of a param group", settings.get("penalty", own or Constant(0.0))),
+            frozenset(settings),
         )
 
 
@@ -81,7 +85,7 @@ def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
     try:
         return as_pattern(settings["sparsity"])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"of a param group, {error}") from None
+        raise type(error)(str(error).replace("sparsity", "sparsity of a param group", 1)) from None
 
 
 def numbered(

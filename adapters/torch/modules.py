@@ -1,22 +1,30 @@
-"""Keep running statistics and random state fixed in the second pass; recalibrate batch norm."""
+"""Keep buffers and random state fixed in the second pass; recalibrate batch norm."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from safe_core import _checks
+from safe_core.backends.torch_sharding import local
 
-__all__ = ["RandomState", "forget_copies", "recalibrate", "statistics_kept"]
+__all__ = [
+    "JoinedModules",
+    "RandomState",
+    "forget_copies",
+    "joined",
+    "names_of",
+    "recalibrate",
+    "statistics_kept",
+]
 
 
 class RandomState(NamedTuple):
@@ -86,27 +94,121 @@ def forget_copies(model: nn.Module | None) -> None:
                 module.reshard()
 
 
+class JoinedModules(nn.Module):
+    """Several modules as one, by name."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        # Not add_module, which refuses names such as "training" that nn.Module uses itself.
+        self._modules.update(modules)
+
+
+def joined(model: Any) -> nn.Module | None:
+    """Return the argument ``model`` of `SparseOptimizer` as one module, or raise.
+
+    Examples
+    --------
+    >>> names_of(joined([nn.Linear(2, 1, bias=False), nn.Linear(1, 2, bias=False)])).values()
+    dict_values(['model[0].weight', 'model[1].weight'])
+    """
+    if model is None or isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Mapping):
+        named = dict(model)
+    elif isinstance(model, (list, tuple)):
+        named = {f"model[{i}]": module for i, module in enumerate(model)}
+    else:
+        raise TypeError(f"model must be a torch.nn.Module, or several, got {_instead(model)}")
+    for name, module in named.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"model must hold instances of torch.nn.Module, got {_instead(module)} for {name!r}"
+            )
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"model must name modules by strings without dots, got {name!r}")
+    if not named:
+        raise ValueError("model must be a module or several, got none")
+    return JoinedModules(named)
+
+
+def _instead(value: Any) -> str:
+    """Describe what was passed instead of a module."""
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}: pass an instance"
+    return repr(type(value))
+
+
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """Return the parameters of a model with their names.
+
+    Those of several modules get the name of their module as a prefix only if two modules share a
+    name.
+    """
+    full: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    if not isinstance(model, JoinedModules):
+        return full
+    short = {p: name.partition(".")[2] for p, name in full.items()}
+    return short if len(set(short.values())) == len(short) else full
+
+
 @contextmanager
 def statistics_kept(model: nn.Module | None) -> Iterator[None]:
-    """Keep the running statistics of normalisation layers fixed within the block.
+    """Restore the buffers of a model on exit, such as the running statistics of batch norm.
 
-    The layers still normalise by the statistics of the batch, as in training mode.
+    A second forward pass would otherwise update them twice in a step: the statistics of
+    normalisation layers, observers of quantisation, codebooks and queues that follow a moving
+    average, the vectors of spectral normalisation, and counters. Within the block the layers
+    work as in training mode.
     """
-    layers = [] if model is None else [m for m in model.modules() if isinstance(m, _NormBase)]
-    layers = [m for m in layers if m.training and m.track_running_stats]
-    batch = [m for m in layers if not isinstance(m, _InstanceNorm)]
-    # Instance normalisation updates its buffers even if track_running_stats is False.
-    buffers = [b for m in layers if isinstance(m, _InstanceNorm) for b in m.buffers()]
-    saved = [b.clone() for b in buffers]
+    held = [] if model is None else _buffers(model)
+    buffers = list({id(b): b for _, _, b in held if _can_be_copied(b)}.values())
+    with torch.no_grad():
+        saved = [torch.empty_like(local(b)) for b in buffers]
+        _copy(saved, [local(b) for b in buffers])
     try:
-        for layer in batch:
-            layer.track_running_stats = False
         yield
     finally:
-        for layer in batch:
-            layer.track_running_stats = True
-        for buffer, value in zip(buffers, saved, strict=True):
-            buffer.copy_(value)
+        for module, name, buffer in held:  # a module may assign a new tensor
+            if name in module._buffers:
+                module._buffers[name] = buffer
+        with torch.no_grad():
+            # Through `.data`, which counts no change of version: a graph that saved the buffer,
+            # as that of batch norm does, can still be differentiated, and its value is restored.
+            now = [local(b).data for b in buffers]
+            for buffer, x, value in zip(buffers, now, saved, strict=True):
+                if x.shape != value.shape:  # an observer resized it
+                    buffer.data = value
+            same = [i for i, x in enumerate(now) if x.shape == saved[i].shape]
+            _copy([now[i] for i in same], [saved[i] for i in same])
+
+
+def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return every place that holds a buffer."""
+    return [
+        (module, name, b)
+        for module in model.modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+
+
+def _can_be_copied(b: Tensor) -> bool:
+    """Return whether a buffer can be written in-place.
+
+    The model cannot write to one that is expanded, or was made in inference mode, either.
+    """
+    strided = b.layout is torch.strided
+    overlaps = strided and any(n > 1 and b.stride(i) == 0 for i, n in enumerate(b.shape))
+    return not (overlaps or b.is_inference() or b.is_meta) and strided
+
+
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy tensors, by one kernel for those of one device and dtype."""
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(values):
+        groups.setdefault((x.device, x.dtype), []).append(i)
+    for places in groups.values():
+        torch._foreach_copy_([targets[i] for i in places], [values[i] for i in places])
 
 
 def recalibrate(

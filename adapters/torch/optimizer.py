@@ -6,7 +6,7 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import Layout, Method, SplitState, _checks
+from safe_core import Coverage, Layout, Method, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
-from safe_core.backends import backend_of
+from safe_core.finalization import Finalized, warn
 from safe_core.report import Report, TensorReport
 
 from . import kernels
+from .arguments import check_arguments
 from .checkpoint import pack, unpack
-from .modules import RandomState
+from .coverage import warn_of_dense
+from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
+from .modules import RandomState, joined
 from .phases import Phase, Phases
-from .reporting import tensor_reports
+from .reporting import describe_final, tensor_reports
 from .run import LAST, Run
-from .selection import refuse_flat_parameters
 from .step import take_step
 
 __all__ = ["SparseOptimizer"]
@@ -45,9 +47,10 @@ class SparseOptimizer(Optimizer):
     method : Method
         From `safe_core.safe` or another function of `safe_core`. A decoupled penalty
         reads the ``"lr"`` of the groups.
-    model : torch.nn.Module, optional
-        Makes the weights of its linear, convolution and attention layers sparse, not
-        biases, norms and embeddings. It also supplies names and layouts.
+    model : torch.nn.Module, or list or mapping of modules, optional
+        Makes the weights of its linear, convolution, attention and recurrent layers sparse,
+        not biases, norms and embeddings. It also supplies names and layouts. Of several
+        modules, such as both networks of a GAN, those in ``base`` are trained.
     where : callable, optional
         ``where(name, parameter) -> bool`` chooses the sparse parameters instead.
         Without ``model``, names come from a base made with ``named_parameters()``.
@@ -71,18 +74,26 @@ class SparseOptimizer(Optimizer):
     Raises
     ------
     TypeError, ValueError
-        If an argument has the wrong type, no argument selects sparse parameters, or a
-        pattern does not fit a parameter. The message names it.
+        If an argument has the wrong type, no argument selects sparse parameters, none of them
+        is trainable, a pattern does not fit a parameter, or a layer that ``model`` selects
+        computes its weight, as under `torch.nn.utils.prune`. The message names it.
+
+    Warns
+    -----
+    DenseWeightWarning
+        If weights of ``model`` with two or more axes stay dense although neither ``where`` nor
+        ``"sparsify"`` chose so: the type of their module is unknown, ``base`` does not hold
+        them, or they are frozen. See `coverage`.
 
     Notes
     -----
-    A param group opts out with ``"sparsify": False``. Without ``model`` and ``where``, only
-    groups with ``"sparsify": True`` are sparse. ``"rho"``, ``"penalty"`` and ``"sparsity"``
-    of a group override the method's. The perturbation is ``e_i = rho_i g_i / |g|`` with the
-    norm over all groups, and groups of equal sparsity are projected together. Parameters
-    that are dense or frozen need no state.
+    A param group opts out with ``"sparsify": False``. With True, all its parameters of two or
+    more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
+    ``"sparsity"`` of a group override the method's. The perturbation is
+    ``e_i = rho_i g_i / |g|`` with the norm over all groups, and groups of equal sparsity are
+    projected together. Parameters that are dense or frozen need no state.
 
-    With ``model``, batch normalisation updates its running statistics once per step, at x.
+    The buffers of ``model``, such as running statistics, are updated once per step, at x.
 
     `step` adds the penalty to ``.grad`` in place, so clip gradients before it. z and u are
     initialised from the parameters at the first step.
@@ -95,7 +106,7 @@ class SparseOptimizer(Optimizer):
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(8, 2)
     >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=0.1, dual_update_interval=2)
+    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
     >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> optimizer = SparseOptimizer(base, method, model=model)
     >>> def closure():
@@ -103,7 +114,7 @@ class SparseOptimizer(Optimizer):
     ...     loss = nn.functional.mse_loss(model(x), y)
     ...     loss.backward()
     ...     return loss
-    >>> for _ in range(10):
+    >>> for _ in range(100):
     ...     loss = optimizer.step(closure)
 
     Or with the two passes written out. Guard the block by ``if optimizer.perturbs:`` if the
@@ -127,7 +138,7 @@ class SparseOptimizer(Optimizer):
         base: Optimizer,
         method: Method,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
         where: Callable[[str, Tensor], bool] | None = None,
         layout: Layout
         | Mapping[str, Layout | None]
@@ -140,7 +151,10 @@ class SparseOptimizer(Optimizer):
         compile: bool = False,
         replay_rng: bool = False,
     ) -> None:
-        _check_arguments(base, method, model, where, layout, importance)
+        if isinstance(base, SparseOptimizer):
+            raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
+        model = joined(model)
+        check_arguments(base, method, model, where, layout, importance)
         for name, flag in (
             ("allow_unperturbed", allow_unperturbed),
             ("compile", compile),
@@ -163,6 +177,7 @@ class SparseOptimizer(Optimizer):
             compile=compile,
         )
         self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
+        warn_of_dense(self._run.coverage(), stacklevel=3)
 
     # Properties
 
@@ -187,6 +202,11 @@ class SparseOptimizer(Optimizer):
         return self._run.frozen
 
     @property
+    def finalized(self) -> Finalized | None:
+        """What the last call of `finalize` did, in total and by parameter; None before it."""
+        return self._run.finalized
+
+    @property
     def allow_unperturbed(self) -> bool:
         """Whether `step` may run without the gradients of `perturbed` and `projected`."""
         return self._phases.allow_unperturbed
@@ -194,6 +214,63 @@ class SparseOptimizer(Optimizer):
     @allow_unperturbed.setter
     def allow_unperturbed(self, flag: bool) -> None:
         self._phases.allow_unperturbed = _checks.flag("allow_unperturbed", flag)
+
+    # Evaluation during training
+
+    @contextmanager
+    def sparse_weights(self) -> Iterator[None]:
+        """Set the parameters to C(x), the result of `finalize`, within the block.
+
+        Evaluate or export the sparse network inside; training continues after it as if the
+        block had not been. On exit x is restored bit for bit, also after an error. A tensor
+        that outlives the block must be a copy: ``model.state_dict()`` refers to the
+        parameters, so clone its entries, or save them to a file inside.
+
+        Only `check_sparsity`, `zero_grad` and `split` may be called inside. `split` returns the
+        state of training. Buffers, such as batch statistics, are those of x. With sharded
+        parameters, pass ``model`` to the constructor and enter the block in every process.
+
+        Raises
+        ------
+        ValueError
+            If a block is open, a parameter holds NaN or infinity, parameters changed within
+            the block, or the base needs `eval` first.
+
+        Examples
+        --------
+        >>> import safe_core
+        >>> model = nn.Linear(8, 2)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = SparseOptimizer(base, safe_core.admm(0.75), model=model)
+        >>> with optimizer.sparse_weights():
+        ...     int((model.weight == 0).sum())
+        12
+        >>> int((model.weight == 0).sum())
+        0
+        """
+        with sparse_weights(self._run, self._phases):
+            yield
+
+    @property
+    def train(self) -> Callable[[], None]:
+        """Call ``train()`` of the base optimizer; exists only where the base has it.
+
+        A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
+        the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
+        optimizer and not on the base. Calling it raises a ValueError for a method with a
+        decoupled penalty, which the base could not average.
+        """
+        return switch_of(self._run, self._phases, "train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Call ``eval()`` of the base optimizer; exists only where the base has it."""
+        return switch_of(self._run, self._phases, "eval")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether `eval` was called since the last step."""
+        return is_evaluating(self._run)
 
     # The step
 
@@ -231,15 +308,20 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open.
+            If no parameter has a gradient, a gradient is a sparse tensor, or a block is open. In
+            the first steps also if the gradients were added to those of the last step, or a
+            second block would discard the gradients of the first.
         """
         phases = self._phases
         phases.check_block("perturbed()", replay)
         if not _checks.real("loss_scale", loss_scale) > 0:
             raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
+        phases.refuse_stale_gradients("perturbed()")
+        phases.refuse_second_block()
         phases.reset()
         with phases.restoring(), phases.at_perturbed_point(replay, loss_scale):
             yield
+        phases.watch_gradients()
 
     @contextmanager
     def projected(self, replay: RandomState | None = None) -> Iterator[None]:
@@ -270,8 +352,12 @@ class SparseOptimizer(Optimizer):
                 "projected() needs the gradients of a backward pass before it, to which it adds "
                 "its own, got None for every parameter"
             )
+        phases.refuse_stale_gradients("projected()")
+        phases.refuse_lost_gradients("projected()")
+        phases.stop_watching()
         with phases.restoring(), phases.at_projected_point(replay):
             yield
+        phases.watch_gradients()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -296,7 +382,9 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         ValueError
-            If a gradient that the step needs is missing, or a block is open.
+            If a gradient that the step needs is missing, or a block is open. In the first steps
+            also if the gradients were added to those of the last step, or the gradients of a
+            block were cleared after it.
         """
         phases = self._phases
         phases.refuse_within_block("step()")
@@ -309,7 +397,9 @@ class SparseOptimizer(Optimizer):
                 return None
             phases.check_step()
             take_step(self._run, phases.take_first())
+            phases.count_step()
             return None
+        phases.stop_watching()
         with phases.restoring():
             loss = phases.call(closure)
             take_step(self._run, phases.take_first())
@@ -320,7 +410,8 @@ class SparseOptimizer(Optimizer):
         """Project the parameters in place, ``x <- proj(x)``, after the last step.
 
         Kept entries do not change, bit for bit. The others become +0, exactly as many as
-        the method's sparsity requires.
+        the method's sparsity requires, also in parameters whose ``requires_grad`` was switched
+        off after the optimizer was made. `finalized` then holds what changed.
 
         Parameters
         ----------
@@ -334,18 +425,28 @@ class SparseOptimizer(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If ``importance`` does not fit the parameters, or a block is open.
+            If ``importance`` does not fit the parameters, a parameter holds NaN or infinity, a
+            block is open, or the base needs `eval` first.
+
+        Warns
+        -----
+        safe_core.FinalizeWarning
+            If the run was too short for the method to act (no dual update, a schedule that has
+            not reached its end), the projection removes more than a tenth of the norm of the
+            weights, or a parameter becomes zero as a whole.
         """
         self._phases.refuse_within_block("finalize()")
+        refuse_training_mode(self._run, "finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
         with run.as_started() as sparse:
-            values = [p.detach() for p in sparse]
-            if values and backend_of(values[0]).has_nan(values):
-                bad = [run.selected[p].name for p in sparse if bool(p.isnan().any())]
-                raise ValueError(f"parameters must not be NaN, got NaN in {', '.join(bad)}")
             support = run.final_support(sparse, importance)
-        kernels.mask_(values, support)
+            patterns = list(run.parameters.pools(sparse))
+        run.finalized = describe_final(run.parameters, sparse, support, run.steps)
+        kernels.mask_([p.detach() for p in sparse], support)
+        run.forget_copies()
+        source = run.source if isinstance(importance, str) else None
+        warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
         if freeze and not run.frozen:
             self.state.clear()
             for p, mask in zip(sparse, support, strict=True):
@@ -393,9 +494,18 @@ class SparseOptimizer(Optimizer):
                 found.update(zip(members, rows, strict=True))
         return Report(run.steps, [found[p] for p in sparse])
 
+    def coverage(self) -> Coverage:
+        """Return which weights are sparse, and why the others stay dense.
+
+        This lists the parameters of ``model`` with two or more axes, or without a model those
+        of the base. ``print(optimizer.coverage())`` shows them in one line.
+        """
+        self._run.follow_groups()
+        return self._run.coverage()
+
     def sparse_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that the method makes sparse, by name."""
-        return {self._run.selected[p].name: p for p in self._run.active()}
+        return {self._run.selected[p].name: p for p in self._run.constrained()}
 
     def split(self) -> SplitState:
         """Return copies of the anchors ``z - u`` and supports, ordered as `sparse_parameters`."""
@@ -408,11 +518,13 @@ class SparseOptimizer(Optimizer):
     # The optimizer contract
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.method!r}, steps={self.steps})\n{self.base!r}"
+        title = f"{type(self).__name__}({self.method!r}, steps={self.steps})"
+        return f"{title}\n{self._run.coverage()}\n{self.base!r}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
         super().zero_grad(set_to_none)
+        self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
             self._phases.reset()
 
@@ -434,6 +546,9 @@ class SparseOptimizer(Optimizer):
             self.param_groups.pop()
             run.undo_selection(before)
             raise
+        rows, names = run.coverage().weights, run.selection.names()
+        added = {names[p] for p in self.param_groups[-1]["params"]}
+        warn_of_dense(Coverage(tuple(w for w in rows if w.name in added)), stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and ours, in torch's format.
@@ -496,44 +611,16 @@ class SparseOptimizer(Optimizer):
         self.param_groups = self.base.param_groups
         self.state.clear()
         self.state.update(found.own)
-        run.steps, run.frozen = found.steps, found.frozen
+        run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
+        run.evaluated_at = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
-            run.mask(run.active(), run.active())
+            sparse = [p for p in run.constrained() if run.parameters.has(p)]
+            run.mask(sparse, sparse)
+            run.forget_copies()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._phases.refuse_within_block("a copy")
         return {**super().__getstate__(), "_run": self._run, "_phases": self._phases}
-
-
-def _check_arguments(
-    base: Any,
-    method: Any,
-    model: Any,
-    where: Any,
-    layout: Any,
-    importance: Any,
-) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be an optimizer of torch.optim, got {base!r}")
-    if isinstance(base, SparseOptimizer):
-        raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("base must not need a closure of its own, got LBFGS")
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a safe_core.Method, got {method!r}")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    refuse_flat_parameters(model)
-    if where is not None and not callable(where):
-        raise TypeError(f"where must be a function of name and parameter, got {where!r}")
-    if layout is not None and not (isinstance(layout, (Layout, Mapping)) or callable(layout)):
-        raise TypeError(f"layout must be a Layout, a mapping or a function, got {layout!r}")
-    if importance is not None and method.importance is not None:
-        raise ValueError(
-            f"importance must be given once: the method has {method.importance!r} already"
-        )
-    if importance is not None and not (isinstance(importance, Mapping) or callable(importance)):
-        raise TypeError(f"importance must be a mapping or a function, got {type(importance)!r}")

@@ -7,7 +7,6 @@ The plan of the method names the points. A user visits them by the blocks
 from __future__ import annotations
 
 import enum
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +16,19 @@ import torch
 from torch import Tensor
 
 from safe_core import Evaluation
+from safe_core._calls import level_of_caller
 from safe_core.perturbations import norm
 
 from . import kernels
 from .closures import ClosureProbe
 from .modules import RandomState, statistics_kept
 from .run import Run, fill_gradients, gradients_of
+from .watching import Found, GradientWatch
 
 __all__ = ["Phase", "Phases"]
+
+# A loop that misuses the blocks does so from its first steps on.
+_WATCHED_STEPS = 3
 
 
 class Phase(enum.Enum):
@@ -46,22 +50,31 @@ class Phases:
     phase : Phase
     first : dict of parameter to tensor
         Gradients at x, if the method reuses a direction; otherwise empty.
+    shows_sparse : bool
+        Whether `SparseOptimizer.sparse_weights` is open.
+    watch : GradientWatch or None
+        Watches whether the gradients of the last block or step are cleared, in the first steps
+        without a closure.
     """
 
     def __init__(self, run: Run, *, allow_unperturbed: bool, replay_rng: bool) -> None:
         self.run = run
         self.allow_unperturbed = allow_unperturbed
         self.replay_rng = replay_rng
+        self.shows_sparse = False
+        self.watch: GradientWatch | None = None
+        self._steps = 0
         self.reset()
 
     def reset(self) -> None:
         """Discard the gradients of the step."""
         self.phase = Phase.START
         self.first: dict[Tensor, Tensor] = {}
+        self.stop_watching()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts before the first block: its parameters have no gradients.
-        return {**self.__dict__, "phase": Phase.START, "first": {}}
+        return {**self.__dict__, "phase": Phase.START, "first": {}, "watch": None}
 
     def take_first(self) -> dict[Tensor, Tensor]:
         """Return the gradients at x, and reset for the next step."""
@@ -69,11 +82,76 @@ class Phases:
         self.reset()
         return first
 
+    # Gradients that the user should or should not clear
+
+    def watch_gradients(self) -> None:
+        """Watch the gradients that a block or a step leaves, in the first steps."""
+        self.stop_watching()
+        if self._steps < _WATCHED_STEPS and self.phase in (
+            Phase.START,
+            Phase.READY,
+            Phase.COMPLETE,
+        ):
+            self.watch = GradientWatch(self.run.trainable())
+
+    def count_step(self) -> None:
+        """Count a step without a closure, and watch whether its gradients are cleared."""
+        self._steps += 1
+        self.watch_gradients()
+
+    def stop_watching(self) -> None:
+        """Forget the gradients of the last block or step."""
+        if self.watch is not None:
+            self.watch.stop()
+        self.watch = None
+
+    def refuse_stale_gradients(self, call: str) -> None:
+        """Raise if gradients were added to those that the last step left."""
+        if self.phase is Phase.START and self.watch and self.watch.found is Found.KEPT:
+            raise ValueError(
+                f"{call} needs gradients of this step alone, got gradients added to those of the "
+                "last step, which hold its penalty too: call optimizer.zero_grad() before the "
+                "first backward() of every step"
+            )
+
+    def refuse_second_block(self) -> None:
+        """Raise if a block would discard the gradients of the block before it."""
+        watch = self.watch
+        if self.phase not in (Phase.READY, Phase.COMPLETE) or watch is None:
+            return
+        replaced = watch.found in (Found.CLEARED, Found.UNKNOWN) or not watch.is_present
+        if not replaced:
+            raise ValueError(
+                "perturbed() must be entered once per step, got a second block, which would "
+                "discard the gradients of the first. To accumulate, run backward() for all "
+                "micro-batches first, then open one block and run them all again in it; call "
+                "optimizer.zero_grad() to start a step anew"
+            )
+
+    def refuse_lost_gradients(self, call: str) -> None:
+        """Raise if the gradients of a block were cleared after it."""
+        if self.phase not in (Phase.READY, Phase.COMPLETE):
+            return
+        lost = self.watch is not None and self.watch.found is Found.CLEARED
+        if lost or not self.run.has_gradient():
+            raise ValueError(
+                f"{call} needs the gradients of the {self._last_block}() block, got gradients that "
+                "were cleared after it, for example by model.zero_grad(): call "
+                "optimizer.zero_grad() before the first backward() of a step, and do not clear "
+                "gradients between the block and step()"
+            )
+
+    @property
+    def _last_block(self) -> str:
+        return "projected" if self.phase is Phase.COMPLETE else "perturbed"
+
     # Blocks
 
     @property
     def block(self) -> str:
         """The name of the block that is open, or an empty string."""
+        if self.shows_sparse:
+            return "sparse_weights"
         return {Phase.PERTURBED: "perturbed", Phase.PROJECTED: "projected"}.get(self.phase, "")
 
     def refuse_within_block(self, call: str) -> None:
@@ -258,7 +336,7 @@ class Phases:
             warnings.warn(
                 f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
                 f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
 
     # Closures
@@ -281,7 +359,7 @@ class Phases:
                 loss = closure()
             ignored, added = probe.ignored, probe.added
         finally:
-            probe.put_back()
+            probe.stop()
         if ignored:  # a trainer has called backward() itself and passes a closure without it
             self.check_step()
             return loss
@@ -304,8 +382,14 @@ class Phases:
     # Checks
 
     def check_step(self) -> None:
-        """Raise if the step has neither a closure nor the gradients that it needs."""
-        if self.phase is Phase.COMPLETE or self._may_go_unperturbed():
+        """Raise unless the gradients are those that a step without a closure needs."""
+        if not self._may_go_unperturbed():
+            self.refuse_lost_gradients("step()")
+            self._check_blocks()
+        self.refuse_stale_gradients("step()")
+
+    def _check_blocks(self) -> None:
+        if self.phase is Phase.COMPLETE:
             return
         if self.phase is not Phase.READY:
             self.check_perturbed("step()")
@@ -356,14 +440,3 @@ def _add_back(held: dict[Tensor, Tensor]) -> None:
     kernels.add_(gradients_of(met), list(met.values()))
     for p in held.keys() - met.keys():
         p.grad = held[p]
-
-
-def _level_of_caller() -> int:
-    """Return the stack level of the user's code, so that a warning points there."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not name.startswith(("safe_core.", "contextlib", "torch.")):
-            break
-        level, frame = level + 1, frame.f_back
-    return level

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from safe_core import Importance, Method, Pattern, SplitState
 from safe_core.backends.torch_sharding import summed
+from safe_core.finalization import Finalized, describe, measure
 from safe_core.report import TensorReport, outlook, sums
 
 from .kernels import local_shards
 from .state import ParameterState
 
-__all__ = ["tensor_reports"]
+__all__ = ["describe_final", "tensor_reports"]
 
 
 def tensor_reports(
@@ -42,6 +43,34 @@ def tensor_reports(
         TensorReport.of(name, x.numel(), pattern, found, penalty)
         for name, x, penalty, found in rows
     ]
+
+
+def describe_final(
+    state: ParameterState, params: Sequence[Tensor], support: Sequence[Tensor], steps: int
+) -> Finalized:
+    """Return what the projection onto ``support`` removes, with one host read.
+
+    Raise a ValueError if a parameter holds NaN or infinity.
+    """
+    values = [p.detach() for p in params]
+    parts = [
+        torch.stack([number.to(_double(x.device)) for number in measure(x, kept)])
+        for x, kept in zip(local_shards(values), local_shards(support), strict=True)
+    ]
+    names, sizes = state.info(params).names, [x.numel() for x in values]
+    if not parts:
+        return describe(steps, names, sizes, [])
+    table = torch.stack([part.to(parts[0].device) for part in parts])
+    norms = slice(0, 2)
+    table[:, norms] = table[:, norms].square()  # squares of the shards' norms add up
+    table = summed(table, values)
+    table[:, norms] = table[:, norms].sqrt()
+    return describe(steps, names, sizes, table.tolist())
+
+
+def _double(device: torch.device) -> torch.dtype:
+    """Return float64, which holds large counts and squares; Apple's GPUs have float32 only."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _shards(split: SplitState) -> SplitState:

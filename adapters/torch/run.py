@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Evaluation, Importance, Method, StepPlan
+from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
+from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
+from .coverage import coverage_of
 from .groups import GroupRules, settings_of
 from .importance import importance_in_use
 from .modules import forget_copies
-from .selection import Selected, select_parameters
+from .selection import Selected, Selection
 from .state import ParameterState
 
 __all__ = ["Run", "fill_gradients", "gradients_of"]
@@ -35,7 +37,8 @@ class Run:
     base : torch.optim.Optimizer
     method : Method
     model, where, layout
-        Arguments of `SparseOptimizer` that select the sparse parameters.
+        Arguments of `SparseOptimizer` that select the sparse parameters; several modules are
+        one, see `modules.joined`.
     handed : mapping, callable or None
         The importance that the user passed.
     state : dict of parameter to entries
@@ -45,7 +48,13 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    evaluated_at : int or None
+        Step count at the last `SparseOptimizer.eval`; None after `SparseOptimizer.train`.
+    finalized : Finalized or None
+        What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
+    trained : set of parameter
+        The selected parameters that required gradients when they were selected.
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
     compiled : CompiledStep or None
@@ -73,8 +82,11 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
+        self.evaluated_at: int | None = None
+        self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
+        self.trained: set[Tensor] = set()
         self._prepare()
         self.select()
 
@@ -160,8 +172,17 @@ class Run:
         return any(p.grad is not None for p in self.trainable())
 
     def active(self) -> list[Tensor]:
-        """Return the selected parameters that require gradients."""
+        """Return the selected parameters that require gradients, which a step changes."""
         return [p for p in self.selected if p.requires_grad]
+
+    def constrained(self) -> list[Tensor]:
+        """Return the parameters that `finalize` projects and `check_sparsity` checks.
+
+        Freezing a model for export must not exempt it. Exempt is only a parameter that was
+        frozen from the start.
+        """
+        has, trained = self.parameters.has, self.trained
+        return [p for p in self.selected if p.requires_grad or p in trained or has(p)]
 
     def sparse(self) -> list[Tensor]:
         """Return the active parameters, and initialise the state of new ones."""
@@ -174,16 +195,19 @@ class Run:
 
     @contextmanager
     def as_started(self) -> Iterator[list[Tensor]]:
-        """Yield the active parameters with initialised state; drop new state on exit.
+        """Yield the constrained parameters with initialised state; drop new state on exit.
 
         Reading an optimizer must not fix where z and u start, because weights may still be
         loaded into the model before the first step.
         """
         self.follow_groups()
-        new = [p for p in self.active() if not self.parameters.has(p)]
+        constrained = self.constrained()
+        new = [p for p in constrained if not self.parameters.has(p)]
         before = {p: dict(self.state[p]) for p in new if p in self.state}
         try:
-            yield self.sparse()
+            if new:
+                self._start(new)
+            yield constrained
         finally:
             for p in new:
                 self.state.pop(p, None)
@@ -218,11 +242,25 @@ class Run:
 
     # The selection
 
+    @property
+    def selection(self) -> Selection:
+        """The rules of the selection."""
+        return Selection(self.base, self.method, self.model, self.where, self.layout)
+
+    def coverage(self) -> Coverage:
+        """Return which weights are sparse, by the last selection."""
+        return coverage_of(self.selection, self.selected, self.constrained())
+
     def select(self) -> None:
         """Select the sparse parameters among the current groups."""
-        self.selected = select_parameters(
-            self.base, self.method, self.model, self.where, self.layout
-        )
+        self.selected = self.selection.selected()
+        self.trained = {p for p in self.selected if p.requires_grad or p in self.trained}
+        if not self.constrained():
+            names = ", ".join(chosen.name for chosen in self.selected.values())
+            raise ValueError(
+                f"base must hold a sparse parameter that is trainable, got {names} with "
+                "requires_grad=False"
+            )
         self._check_fit()
         self._seen = self._groups_now()
         self.sharded = any(is_sharded(p) for group in self.groups for p in group["params"])
@@ -264,7 +302,7 @@ class Run:
 
         Tensors on the meta device have shapes and dtypes but no data.
         """
-        params, parameters = self.active(), self.parameters
+        params, parameters = self.constrained(), self.parameters
         if isinstance(self.handed, Mapping):
             known = {chosen.name for chosen in self.selected.values()}
             unknown = sorted(set(self.handed) - known)

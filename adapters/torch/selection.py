@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from safe_core import Layout, Method, Pattern
+from safe_core import Layout, Method, Pattern, _checks
 from safe_core.layout import chosen_layout
 
 from .groups import GroupRules, pattern_of, settings_of
-from .weights import prunable_weights
+from .modules import names_of
+from .weights import ModelWeight, hidden_weights, model_weights
 
-__all__ = ["Selected", "refuse_flat_parameters", "select_parameters"]
+__all__ = ["Selected", "Selection", "refuse_flat_parameters"]
 
 
 class Selected(NamedTuple):
@@ -26,68 +28,193 @@ class Selected(NamedTuple):
     pattern: Pattern
 
 
-def select_parameters(
-    base: Optimizer,
-    method: Method,
-    model: nn.Module | None,
-    where: Any,
-    layout: Any,
-) -> dict[Tensor, Selected]:
-    """Return the parameters to make sparse, in the order of the groups."""
-    groups = base.param_groups
-    weights = {} if model is None else prunable_weights(model)
-    known = {} if model is None else {p: name for name, p in model.named_parameters()}
-    if model is None and where is None and not any(group.get("sparsify") for group in groups):
-        raise ValueError(
-            "sparse parameters must be selected: pass model= (selects its linear and convolution "
-            "weights) or where= (a function of name and parameter), or set "
-            '"sparsify": True on a param group, got none of them'
-        )
-    selected: dict[Tensor, Selected] = {}
-    names_seen = set(known.values())
-    for g, group in enumerate(groups):
-        settings = settings_of(group, base)
-        GroupRules.read(settings, method)
-        if method.plan().needs_learning_rate and "lr" not in group:
+class Selection(NamedTuple):
+    """The rules that select the sparse parameters of an optimizer.
+
+    Attributes
+    ----------
+    base : torch.optim.Optimizer
+    method : Method
+    model : torch.nn.Module or None
+        From `joined`.
+    where, layout
+        Arguments of `SparseOptimizer`.
+    """
+
+    base: Optimizer
+    method: Method
+    model: nn.Module | None
+    where: Any
+    layout: Any
+
+    def selected(self) -> dict[Tensor, Selected]:
+        """Return the parameters to make sparse, in the order of the groups."""
+        self._refuse_no_choice()
+        self._refuse_uninitialised()
+        known = {} if self.model is None else model_weights(self.model)
+        self._refuse_hidden()
+        selected: dict[Tensor, Selected] = {}
+        names = self.names()
+        for g, group in enumerate(self.base.param_groups):
+            settings = self._settings(g, group)
+            pattern = pattern_of(settings, self.method)
+            before = len(selected)
+            for p in group["params"]:
+                _refuse_complex(names[p], p)
+                if self.chooses(names[p], p, settings, known):
+                    layout = known[p].layout if p in known else None
+                    found = chosen_layout(names[p], p, self.layout, layout)
+                    selected[p] = Selected(names[p], found, pattern)
+            if len(selected) == before:
+                _refuse_idle_settings(g, group, settings)
+        self._refuse_strange_layouts(names)
+        _refuse_shared_names(selected)
+        if not selected:
+            raise ValueError(
+                f"no parameter of base is sparse: model= and where= selected none of its "
+                f"{sum(len(group['params']) for group in self.base.param_groups)}; does base hold "
+                "the parameters of this model?"
+            )
+        return selected
+
+    def chooses(
+        self,
+        name: str,
+        p: Tensor,
+        settings: Mapping[str, Any],
+        known: Mapping[Any, ModelWeight],
+    ) -> bool:
+        """Return whether a parameter is to be sparse.
+
+        An option of the group wins over ``where``, and ``where`` over the model.
+        """
+        sparsify, prunable = settings.get("sparsify"), p in known and not known[p].reason
+        if sparsify is False:
+            return False
+        if sparsify is True and (prunable or p.ndim >= 2):
+            chosen = True
+        elif self.where is not None:
+            chosen = self.asks(name, p)
+        else:
+            chosen = prunable
+        if chosen and not p.is_floating_point():
+            raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
+        return chosen
+
+    def asks(self, name: str, p: Tensor) -> bool:
+        """Return the answer of ``where`` for a parameter."""
+        answer = self.where(name, p)
+        if not isinstance(answer, bool):
+            raise TypeError(
+                f"where must return True or False, got {_checks.shown(answer)} for {name}"
+            )
+        return answer
+
+    def names(self) -> dict[Tensor, str]:
+        """Return the names of all parameters: those of the model, or of the base."""
+        found: dict[Tensor, str] = {} if self.model is None else names_of(self.model)
+        for g, group in enumerate(self.base.param_groups):
+            places = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
+            given = group.get("param_names", places)
+            for p, name in zip(group["params"], given, strict=True):
+                found.setdefault(p, name)
+        return found
+
+    def _settings(self, g: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return our options of a param group, checked."""
+        settings = settings_of(group, self.base)
+        GroupRules.read(settings, self.method)
+        if self.method.plan().needs_learning_rate and "lr" not in group:
             raise ValueError(
                 "base must have a learning rate, 'lr', in its param groups for a decoupled "
-                f"penalty, got {type(base).__qualname__} without one"
+                f"penalty, got {type(self.base).__qualname__} without one"
             )
-        sparsify = settings.get("sparsify")
-        if sparsify is not None and not isinstance(sparsify, bool):
-            raise TypeError(f"sparsify of a param group must be True or False, got {sparsify!r}")
-        pattern = pattern_of(settings, method)
-        placeholders = [f"param_groups[{g}][{i}]" for i in range(len(group["params"]))]
-        names = group.get("param_names", placeholders)
-        for p, given in zip(group["params"], names, strict=True):
-            name = known.get(p, given)
-            names_seen.add(name)
-            if p.is_complex():
-                raise TypeError(
-                    f"{name} must be real, because the norm is over all parameters, got {p.dtype}"
+        if settings.get("sparsify") is not None:
+            _checks.flag(f"sparsify of param_groups[{g}]", settings["sparsify"])
+        return settings
+
+    def _refuse_no_choice(self) -> None:
+        if self.model is not None or self.where is not None:
+            return
+        if not any(group.get("sparsify") for group in self.base.param_groups):
+            raise ValueError(
+                "sparse parameters must be selected: pass model= (selects the weights of its "
+                "linear, convolution, attention and recurrent layers) or where= (a function of "
+                'name and parameter), or set "sparsify": True on a param group, got none of them'
+            )
+
+    def _refuse_uninitialised(self) -> None:
+        params = [] if self.model is None else list(self.model.named_parameters())
+        held = [("a parameter of base", p) for g in self.base.param_groups for p in g["params"]]
+        lazy = [name for name, p in (*params, *held) if is_lazy(p)]
+        if lazy:
+            raise ValueError(
+                "parameters must be initialised before base and this optimizer are made: run "
+                f"model(inputs) once, got an uninitialised {lazy[0]} of a lazy module"
+            )
+
+    def _refuse_hidden(self) -> None:
+        """Raise for a layer that would be selected if its weight were a parameter.
+
+        To make the parameters sparse that a weight is computed from would not give the weight
+        the right number of zeros: a mask has zeros of its own, and an orthogonal matrix none.
+        """
+        if self.model is None or self.where is not None:
+            return
+        sparsify = {
+            p: settings_of(group, self.base).get("sparsify")
+            for group in self.base.param_groups
+            for p in group["params"]
+        }
+        for hidden in hidden_weights(self.model):
+            choices = [sparsify[p] for p in hidden.sources if p in sparsify and p.requires_grad]
+            if choices and False not in choices:
+                what = "masks" if hidden.masked else "computes"
+                by = "torch.nn.utils.prune" if hidden.masked else "its layer"
+                raise ValueError(
+                    f"weights that are to be sparse must be parameters, but {by} {what} "
+                    f"{hidden.name}: call {hidden.remove} before base is made, or leave it dense "
+                    'with where= or "sparsify": False on its param group'
                 )
-            # An option of the group wins over `where`, and `where` over the model.
-            if sparsify is False:
-                chosen = False
-            elif where is not None:
-                chosen = bool(where(name, p))
-            else:
-                chosen = p in weights if model is not None else bool(sparsify)
-            if chosen:
-                if not p.is_floating_point():
-                    raise TypeError(f"{name} must be real floating to be sparse, got {p.dtype}")
-                found = chosen_layout(name, p, layout, weights.get(p))
-                selected[p] = Selected(name, found, pattern)
-    if isinstance(layout, Mapping) and not set(layout) <= names_seen:
-        strange = sorted(set(layout) - names_seen)[0]
-        raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
-    if not selected:
+
+    def _refuse_strange_layouts(self, names: Mapping[Tensor, str]) -> None:
+        if isinstance(self.layout, Mapping) and not set(self.layout) <= set(names.values()):
+            strange = sorted(set(self.layout) - set(names.values()))[0]
+            raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
+
+
+def _refuse_shared_names(selected: Mapping[Tensor, Selected]) -> None:
+    names = [chosen.name for chosen in selected.values()]
+    shared = (
+        [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    )
+    if shared:
         raise ValueError(
-            f"no parameter of base is sparse: model= and where= selected none of its "
-            f"{sum(len(group['params']) for group in groups)}; does base hold the parameters of "
-            "this model?"
+            f"sparse parameters must have different names, got {shared[0]} twice: pass model=, or "
+            "several modules as model={name: module}"
         )
-    return selected
+
+
+def _refuse_complex(name: str, p: Tensor) -> None:
+    if p.is_complex():
+        raise TypeError(
+            f"{name} must be real, because the norm is over all parameters, got {p.dtype}"
+        )
+
+
+def _refuse_idle_settings(g: int, group: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise if a param group without sparse parameters asks for sparsity."""
+    asked = [key for key in ("sparsity", "sparsify") if settings.get(key) is not None]
+    if asked and group["params"] and settings.get("sparsify") is not False:
+        advice = (
+            "only parameters with two or more axes can be, unless where= selects them"
+            if settings.get("sparsify")
+            else 'set "sparsify": True on it, or select them with where='
+        )
+        raise ValueError(
+            f"param_groups[{g}] sets {asked[0]!r} to {_checks.shown(settings[asked[0]])}, but none "
+            f"of its {len(group['params'])} parameters is sparse: {advice}"
+        )
 
 
 def refuse_flat_parameters(model: nn.Module | None) -> None:

@@ -91,12 +91,14 @@ class ParameterState(NamedTuple):
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
             try:
-                given = torch.as_tensor(importance[name], device=p.device)
+                given = importance[name]
+                if not isinstance(given, (int, float)):
+                    given = torch.as_tensor(given, device=p.device)
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(
                     f"importance of {name} must be a tensor, got {_checks.shown(importance[name])}"
                 ) from None
-            placed.append(place_importance(given, p.detach(), layout, name))
+            placed.append(place_importance(given, p.detach(), layout, name).to(p.device))
         check_importance(placed, [self.selected[p].name for p in params])
         pairs = zip(params, placed, strict=True)
         # Copies: the caller may change its tensors in-place later.

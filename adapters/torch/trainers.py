@@ -1,19 +1,26 @@
-"""Support trainers that wrap the optimizer or own the loop: Accelerate and Hugging Face.
+"""Support trainers that wrap the optimizer or own the loop: Accelerate, Hugging Face, Lightning.
 
-Lightning needs none of this: return a `SparseOptimizer` from `configure_optimizers`.
+No trainer is imported here: a user combines a mixin with the class of the trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from . import kernels
 from .modules import RandomState
 from .optimizer import SparseOptimizer
 
 __all__ = ["SparseTrainerMixin", "perturbed", "unwrap"]
+
+_UNPROJECTED = "unprojected_weights.pt"
 
 
 def unwrap(optimizer: Any) -> SparseOptimizer:
@@ -102,13 +109,74 @@ def perturbed(
     return inner.perturbed(replay, loss_scale=loss_scale)
 
 
+def to_evaluation(optimizer: SparseOptimizer) -> None:
+    """Call ``eval()`` of an optimizer that has it."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+
+
+@contextmanager
+def at_sparse_weights(optimizers: list[SparseOptimizer]) -> Iterator[None]:
+    """Enter `SparseOptimizer.sparse_weights` of each, and restore the mode of its base."""
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(_evaluated(optimizer))
+            stack.enter_context(optimizer.sparse_weights())
+        yield
+
+
+@contextmanager
+def _evaluated(optimizer: SparseOptimizer) -> Iterator[None]:
+    """Set a schedule-free base to the parameters that it evaluates, and back bit for bit.
+
+    Its own way back rounds.
+    """
+    if not hasattr(optimizer, "eval") or optimizer.evaluates:
+        yield
+        return
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.inference_mode(False), torch.no_grad():
+        copies = [local.clone() for local in kernels.local_shards(params)]
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False), torch.no_grad():
+            optimizer.train()
+            kernels.copy_(params, copies)
+
+
+def weights_at_both(
+    optimizers: list[SparseOptimizer], state_of: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return copies of what differs in a state dict between x and C(x): at x, and at C(x)."""
+    at_x = {k: v.detach().clone() for k, v in state_of().items() if torch.is_tensor(v)}
+    with at_sparse_weights(optimizers):
+        found = {k: v.detach() for k, v in state_of().items() if k in at_x}
+        sparse = {k: v.clone() for k, v in found.items() if not torch.equal(v, at_x[k])}
+    return {key: at_x[key] for key in sparse}, sparse
+
+
+def load_unprojected(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load what `weights_at_both` returned for x, over a projected model."""
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(
+            f"the unprojected weights of the checkpoint must be those of the model, got {unknown}"
+        )
+
+
 class SparseTrainerMixin:
-    """Let `transformers.Trainer` compute every gradient of a step, with gradient accumulation.
+    """Let `transformers.Trainer` train with a `SparseOptimizer`, evaluate and save sparse models.
 
     Declare ``class SparseTrainer(SparseTrainerMixin, Trainer): pass`` and pass it
-    ``optimizers=(SparseOptimizer(...), scheduler)``. `train` projects the weights at the end.
-    Checkpoints written during training hold unprojected weights: load one together with its
-    optimizer state, and call `SparseOptimizer.finalize`.
+    ``optimizers=(SparseOptimizer(...), scheduler)``. It computes every gradient of a step, with
+    gradient accumulation.
+
+    During training, evaluation, checkpoints and the best model use the projected weights, as in
+    `SparseOptimizer.sparse_weights`. A checkpoint holds the weights x that training resumes
+    from in ``unprojected_weights.pt``; FSDP keeps them in files of its own. `train` projects
+    the weights at the end.
 
     Raises
     ------
@@ -117,6 +185,9 @@ class SparseTrainerMixin:
     """
 
     _micro_batches: list[Any]
+    optimizer: Any
+    model: Any
+    args: Any
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Compute the gradient of one micro-batch; after the last, replay all at x + e or C(x)."""
@@ -127,10 +198,10 @@ class SparseTrainerMixin:
         if not accelerator.sync_gradients:
             self._micro_batches = seen
             return loss
-        optimizer = unwrap(self.optimizer)  # type: ignore[attr-defined]
+        optimizer = unwrap(self.optimizer)
         blocks: list[Callable[[], AbstractContextManager[Any]]] = []
         if optimizer.perturbs:
-            blocks.append(partial(perturbed, self.optimizer))  # type: ignore[attr-defined]
+            blocks.append(partial(perturbed, self.optimizer))
         if optimizer.projects:
             blocks.append(optimizer.projected)
         for block in blocks:
@@ -144,5 +215,51 @@ class SparseTrainerMixin:
         """Train, then project the weights."""
         self._micro_batches = []
         result = super().train(*args, **kwargs)  # type: ignore[misc]
-        unwrap(self.optimizer).finalize()  # type: ignore[attr-defined]
+        optimizer = unwrap(self.optimizer)
+        to_evaluation(optimizer)
+        optimizer.finalize()
         return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, on the projected weights during training."""
+        with self._sparse_weights():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, with the projected weights during training.
+
+        For a checkpoint, also save the unprojected weights that training resumes from.
+        """
+        with self._sparse_weights():
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        resumes = _internal_call and not self.args.save_only_model
+        if self._training and resumes and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            dense, _ = weights_at_both([unwrap(self.optimizer)], self.model.state_dict)
+            if self.args.should_save:
+                torch.save(dense, Path(output_dir or self.args.output_dir) / _UNPROJECTED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        path = Path(resume_from_checkpoint) / _UNPROJECTED
+        if path.exists():
+            dense = torch.load(path, map_location="cpu", weights_only=True)
+            load_unprojected(self.model if model is None else model, dense)
+
+    def _load_best_model(self) -> None:
+        # A schedule-free base would take the loaded weights for those that it trains.
+        to_evaluation(unwrap(self.optimizer))
+        super()._load_best_model()  # type: ignore[misc]
+
+    @property
+    def _training(self) -> bool:
+        return bool(self.is_in_train)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _sparse_weights(self) -> Iterator[None]:
+        if not self._training:  # the weights are final, or those of a checkpoint
+            yield
+            return
+        optimizer = unwrap(self.optimizer)
+        to_evaluation(optimizer)
+        with at_sparse_weights([optimizer]):
+            yield

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from safe_core._installed import require
 from safe_core.command_line.errors import needs
 
 __all__ = ["demo"]
@@ -16,7 +16,7 @@ __all__ = ["demo"]
 _PACKAGES = {
     "torch": ("torch",),
     "jax": ("jax", "optax", "flax"),
-    "demo": ("sklearn", "matplotlib", "rich"),
+    "demo": ("sklearn", "scipy", "matplotlib", "rich"),
 }
 
 
@@ -31,7 +31,7 @@ class Framework(enum.StrEnum):
 @needs("torch", "jax", "demo")
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Use one seed, three sparsities and one penalty.")
+        bool, typer.Option("--quick", help="Use one seed and two sparsities.")
     ] = False,
     framework: Annotated[Framework, typer.Option(help="Framework to train with.")] = Framework.both,
     output: Annotated[
@@ -39,13 +39,15 @@ def demo(
     ] = Path("demo-results"),
     device: Annotated[str, typer.Option(help="Device to train on, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Compare dense, one-shot pruned, ADMM and SAFE networks on handwritten digits.
+    """Compare dense, magnitude pruned, ADMM and SAFE networks on handwritten digits.
 
     Trains LeNet-300-100 at sparsities of 90, 95, 98 and 99%, with clean labels and with half of
     the labels random. Shows test accuracy, sharpness and zeros, and draws figures.
     """
     chosen = ("torch", "jax") if framework is Framework.both else (framework.value,)
-    _require(*(package for name in chosen for package in _PACKAGES[name]), *_PACKAGES["demo"])
+    for extra in (*chosen, "demo"):
+        # Raise for a missing package here rather than in a worker process.
+        require("this command", *_PACKAGES[extra], extra=extra)
     from safe_core.demo.recipe import Recipe
     from safe_core.demo.run import demo as run_demo
 
@@ -54,10 +56,3 @@ def demo(
     except RuntimeError as error:
         typer.echo(f"safe-core: {error}", err=True)
         raise typer.Exit(1) from None
-
-
-def _require(*packages: str) -> None:
-    """Raise for a missing package here rather than in a worker process."""
-    for package in packages:
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)

@@ -1,9 +1,11 @@
-"""Draw the demo's figures: accuracy, and weights and landscape as in Figure 1 of the paper."""
+"""Draw the demo's figures: test error, and weights and landscape as in Figure 1 of the paper."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,6 +14,8 @@ matplotlib.use("Agg")  # draw to files, without a screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from .data import Dataset, Layer, cross_entropy, load
@@ -21,9 +25,16 @@ from .study import Cell
 
 __all__ = ["draw"]
 
-COLOURS = {"dense": "0.45", "one-shot": "C2", "admm": "C1", "safe": "C0"}
-LABELS = {"dense": "dense", "one-shot": "one-shot magnitude", "admm": "ADMM", "safe": "SAFE"}
+COLOURS = {"dense": "0.45", "one-shot": "C2", "fine-tuned": "C3", "admm": "C1", "safe": "C0"}
+LABELS = {
+    "safe": "SAFE",
+    "admm": "ADMM",
+    "fine-tuned": "magnitude, fine-tuned",
+    "one-shot": "magnitude, one-shot",
+    "dense": "dense",
+}
 MARKERS = {"torch": "o", "jax": "x"}
+LINES: dict[str, Any] = {"torch": "-", "jax": ":"}
 SHOWN = 0.9  # the sparsity of Figure 1
 
 
@@ -48,43 +59,62 @@ def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
 
 
 def _accuracy(cells: Sequence[Cell], recipe: Recipe) -> Figure:
-    """Draw the accuracy after projection against sparsity, for each label noise."""
+    """Draw the test error after projection against sparsity, for each label noise.
+
+    On a logarithmic axis of the error, accuracies of 96 and 98% are as far apart as 60 and 80%.
+    """
     count = len(recipe.noises)
-    figure, panels = plt.subplots(1, count, figsize=(4.6 * count, 3.6), squeeze=False)
-    positions = {sparsity: i for i, sparsity in enumerate(recipe.sparsities)}
-    first = cells[0].framework
+    figure, panels = plt.subplots(
+        1, count, figsize=(4.6 * count, 3.8), squeeze=False, constrained_layout=True
+    )
     for axes, noise in zip(panels[0], recipe.noises, strict=True):
-        for framework in dict.fromkeys(cell.framework for cell in cells):
-            line = "-" if framework == first else ":"
-            here = [c for c in cells if c.noise == noise and c.framework == framework]
-            for method in ("safe", "admm", "one-shot"):
-                chosen = [c for c in here if c.method == method]
-                statistics = [mean_and_error(c.accuracy) for c in chosen]
-                axes.errorbar(
-                    [positions[c.sparsity] for c in chosen if c.sparsity is not None],
-                    [mean for mean, _ in statistics],
-                    yerr=np.nan_to_num([error for _, error in statistics]),
-                    color=COLOURS[method],
-                    marker=MARKERS[framework],
-                    linestyle=line,
-                    capsize=2,
-                    label=f"{LABELS[method]}, {FRAMEWORKS[framework]}",
-                )
-            axes.axhline(
-                mean_and_error(next(c for c in here if c.method == "dense").accuracy)[0],
-                color=COLOURS["dense"],
-                linestyle=line,
-                label=f"dense, {FRAMEWORKS[framework]}",
-            )
-        axes.set_xticks(range(len(positions)), [f"{100 * s:g}%" for s in positions])
-        axes.set_xlabel("zero weights")
+        _draw_errors(axes, [cell for cell in cells if cell.noise == noise], recipe)
         axes.set_title("clean labels" if noise == 0 else f"{100 * noise:g}% label noise")
-        axes.set_ylim(0, 102)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("test accuracy, %")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0))
+    frameworks = list(dict.fromkeys(cell.framework for cell in cells))
+    present = {cell.method for cell in cells}
+    methods = [
+        Line2D([], [], color=COLOURS[method], linewidth=2, label=label)
+        for method, label in LABELS.items()
+        if method in present
+    ]
+    styles: list[Any] = [
+        Line2D([], [], color="black", linestyle=LINES[f], marker=MARKERS[f], label=FRAMEWORKS[f])
+        for f in frameworks
+    ]
+    figure.legend(handles=methods, title="method", ncols=3, fontsize=8, loc="outside lower left")
+    figure.legend(handles=styles, title="framework", fontsize=8, loc="outside lower right")
     return figure
+
+
+def _draw_errors(axes: Any, cells: Sequence[Cell], recipe: Recipe) -> None:
+    """Draw the mean test error of every method and framework, for one label noise."""
+    positions = {sparsity: i for i, sparsity in enumerate(recipe.sparsities)}
+    for framework, method in itertools.product(dict.fromkeys(c.framework for c in cells), LABELS):
+        chosen = [c for c in cells if c.framework == framework and c.method == method]
+        if not chosen:
+            continue
+        statistics = [mean_and_error(c.accuracy) for c in chosen]
+        means = [100 - mean for mean, _ in statistics]
+        style = {"color": COLOURS[method], "linestyle": LINES[framework]}
+        if method == "dense":
+            axes.axhline(means[0], **style)
+            continue
+        axes.errorbar(
+            [positions[c.sparsity] for c in chosen if c.sparsity is not None],
+            means,
+            yerr=np.nan_to_num([error for _, error in statistics]),
+            marker=MARKERS[framework],
+            capsize=2,
+            **style,
+        )
+    axes.set_xticks(range(len(positions)), [f"{100 * s:g}%" for s in positions])
+    axes.set_xlabel("zero weights")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("test error, % (log scale)")
+    axes.grid(alpha=0.3)
 
 
 def _weights(dense: Cell, safe: Cell) -> Figure:
@@ -113,6 +143,8 @@ def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
         axes.plot_surface(*np.meshgrid(steps, steps), surface, cmap="viridis", vmin=0, vmax=top)
         axes.set_zlim(0, top)
         axes.set_title(f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}")
+        axes.set_xlabel("first direction")
+        axes.set_ylabel("second direction")
         axes.set_zlabel("training loss")
     return figure
 

@@ -16,7 +16,7 @@ class Run:
 
     Attributes
     ----------
-    method : {"dense", "admm", "safe"}
+    method : {"dense", "fine-tuned", "admm", "safe"}
     noise : float
         Fraction of training labels replaced by uniform draws.
     seed : int
@@ -61,8 +61,11 @@ class Recipe:
 
     @classmethod
     def quick(cls) -> Recipe:
-        """Return a short protocol: one seed, three sparsities and one penalty."""
-        return cls(penalties=(0.1,), sparsities=(0.9, 0.95, 0.99), seeds=(0,))
+        """Return a short protocol: one seed and two sparsities.
+
+        Penalties are chosen all the same. One that suits SAFE would not suit ADMM.
+        """
+        return cls(sparsities=(0.9, 0.98), seeds=(0,))
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate at a step: linear warm-up, then a cosine to zero."""
@@ -73,7 +76,16 @@ class Recipe:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def method(self, run: Run, steps: int) -> safe_core.Method:
-        """Return the method of a run: SAFE with a cosine penalty, or ADMM with a constant one."""
+        """Return the method of a sparse run.
+
+        It is SAFE with a cosine penalty, ADMM with a constant one, or for "fine-tuned" training
+        under the mask of the largest weights, which are those that training starts from.
+        """
+        if run.sparsity is None:
+            raise ValueError(f"sparsity must be given for a sparse run, got {run!r}")
+        if run.method == "fine-tuned":
+            largest = safe_core.schedules.linear_sparsity(run.sparsity, 1, initial=run.sparsity)
+            return safe_core.gmp(largest)
         if run.penalty is None:
             raise ValueError(f"penalty must be given for a sparse run, got {run!r}")
         if run.method == "safe":

@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ COLUMNS = (
     "s",
 )
 LEGEND = (
-    "LeNet-300-100 on scikit-learn's handwritten digits. Target: the sparsity asked for. "
+    "LeNet-300-100 on scikit-learn's handwritten digits. One-shot: the smallest weights of the "
+    "dense network removed; fine-tuned: then trained again under that mask, with the same "
+    "recipe. Target: the sparsity asked for. "
     "Zeros: zero weights out of all weights. Accuracy: test accuracy after the final "
     "projection, mean and standard error over seeds. Eigenvalue: the largest eigenvalue of "
     "the Hessian of the training loss after the final projection. Distance: Euclidean "
-    "distance from the constraint before it. s: seconds of one training run."
+    "distance from the constraint before it. s: seconds of training one network."
 )
 
 
@@ -91,7 +93,7 @@ def as_rich(cells: Sequence[Cell]) -> list[RenderableType]:
 
 def as_markdown(cells: Sequence[Cell]) -> str:
     """Return the tables as a Markdown page, with the versions of the libraries."""
-    lines = [LEGEND, "", "Made with " + ", ".join(map(" ".join, _versions().items())) + "."]
+    lines = [LEGEND, "", "Made with " + ", ".join(map(" ".join, _versions(cells).items())) + "."]
     for name, rows in tables(cells).items():
         lines += ["", f"**{name}**", "", "| " + " | ".join(COLUMNS) + " |"]
         lines += ["|" + "|".join(" ---: " if i else " --- " for i in range(len(COLUMNS))) + "|"]
@@ -109,7 +111,7 @@ def as_json(cells: Sequence[Cell], recipe: Recipe) -> str:
             entry[f"{name}_mean"] = mean
             entry[f"{name}_standard_error"] = None if math.isnan(error) else error
         entries.append(entry)
-    document = {"recipe": asdict(recipe), "versions": _versions(), "cells": entries}
+    document = {"recipe": asdict(recipe), "versions": _versions(cells), "cells": entries}
     return json.dumps(document, indent=2) + "\n"
 
 
@@ -121,6 +123,13 @@ def write(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def _versions() -> dict[str, str]:
-    frameworks = {name: version(name) for name in ("safe-core", "torch", "jax", "numpy")}
-    return {"Python": platform.python_version(), **frameworks}
+def _versions(cells: Sequence[Cell]) -> dict[str, str]:
+    """Return the versions of Python and of the packages that made the cells."""
+    frameworks = dict.fromkeys(cell.framework for cell in cells)
+    found = {"Python": platform.python_version()}
+    for name in ("safe-core", *frameworks, "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # such as a build of torch under another name
+            found[name] = "of unknown version"
+    return found

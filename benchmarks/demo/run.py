@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_core._installed import require
+
+require("the demo", "sklearn", "scipy", "matplotlib", "rich", extra="demo")
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -31,7 +35,7 @@ _ONE_THREAD = {
 def demo(
     recipe: Recipe, frameworks: Sequence[str], folder: Path, *, device: str = "cpu"
 ) -> list[Cell]:
-    """Train and compare dense, one-shot pruned, ADMM and SAFE networks.
+    """Train and compare dense, magnitude pruned, ADMM and SAFE networks.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import safe_core
 
-from .data import Dataset, Layer, accuracy, initial_layers, load
+from .data import Layer, accuracy, initial_layers, load
 from .recipe import Recipe, Run
 
 __all__ = ["Cell", "count_runs", "study"]
@@ -36,7 +36,8 @@ class Cell:
         Number of zero weights and of all weights of the projected network, without biases. They
         are the same for every seed.
     seconds : float
-        Mean time of a training run; for one-shot pruning, that of the dense run.
+        Mean time of a training run; for one-shot pruning that of the dense run, and for
+        fine-tuning that of the dense run and its own.
     layers : dict
         Networks of the first seed for the figures, by name.
     """
@@ -57,9 +58,10 @@ class Cell:
 
 def count_runs(recipe: Recipe) -> int:
     """Return the number of networks that `study` trains."""
-    cells = 2 * len(recipe.noises) * len(recipe.sparsities)
+    cells = len(recipe.noises) * len(recipe.sparsities)
     choosing = len(recipe.penalties) if len(recipe.penalties) > 1 else 0
-    return len(recipe.seeds) * (len(recipe.noises) + cells * (1 + choosing))
+    # A fine-tuned network, and one by ADMM and one by SAFE for which a penalty is chosen.
+    return len(recipe.seeds) * (len(recipe.noises) + cells * (1 + 2 * (1 + choosing)))
 
 
 def study(
@@ -68,9 +70,9 @@ def study(
     """Train and measure everything in one framework; call ``advance`` after each run."""
     trainer = importlib.import_module(f".train_{framework}", __package__)
 
-    def fit(run: Run) -> tuple[Dataset, list[Layer], list[Layer], float]:
+    def fit(run: Run, layers: list[Layer] | None = None) -> Any:
         data = load(recipe, run)
-        layers = initial_layers(recipe, run, data.inputs.shape[1])
+        layers = layers or initial_layers(recipe, run, data.inputs.shape[1])
         start = time.perf_counter()
         trained, projected = trainer.train(recipe, run, data, layers, device)
         seconds = time.perf_counter() - start
@@ -110,6 +112,11 @@ def study(
         for sparsity in recipe.sparsities:
             pruned = [(d, x, one_shot(x, sparsity), s) for d, x, _, s in dense]
             yield measure(Run("one-shot", noise, 0, sparsity), pruned, None)
+            tuned = []
+            for seed, (*_, layers, seconds) in zip(recipe.seeds, dense, strict=True):
+                data, x, projected, own = fit(Run("fine-tuned", noise, seed, sparsity), layers)
+                tuned.append((data, x, projected, seconds + own))
+            yield measure(Run("fine-tuned", noise, 0, sparsity), tuned, None)
             for method in ("admm", "safe"):
                 run = Run(method, noise, 0, sparsity)
                 penalty = choose_penalty(recipe, run, fit)

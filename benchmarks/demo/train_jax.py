@@ -70,7 +70,8 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
             method = recipe.method(kind, steps)
             # The penalty is traced, so that one program serves every value.
             schedule = lambda step: penalty * method.constraint.penalty(step)  # noqa: E731
-            tx = sparse_optimizer(base, method, penalty=schedule)
+            penalised = kind.method != "fine-tuned"
+            tx = sparse_optimizer(base, method, penalty=schedule if penalised else None)
         tx = optax.with_extra_args_support(tx)
 
         def step(carry: Any, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from safe_core import FinalizeWarning
 from safe_core.adapters.torch import SparseOptimizer
 
 from .data import Dataset, Layer
@@ -59,7 +61,10 @@ def train(
 
     trained = read_layers(model)
     if isinstance(optimizer, SparseOptimizer):
-        optimizer.finalize()
+        with warnings.catch_warnings():
+            # The demo shows methods that end far from C, and what that costs.
+            warnings.simplefilter("ignore", FinalizeWarning)
+            optimizer.finalize()
     return trained, read_layers(model)
 
 

@@ -27,7 +27,7 @@ from safe_core.adapters.optax import (
 def train(apply: Callable[..., jax.Array], params: Any, epochs: int) -> tuple[Any, float]:
     """Train to 2:4 sparsity; return the parameters and the test accuracy."""
     train_set, test_set = datasets()
-    method = safe_core.safe("2:4", rho=0.05, penalty=0.05)
+    method = safe_core.safe("2:4", rho=0.05, penalty=0.1)
     tx = sparse_optimizer(optax.adam(2e-3), method)
     state = tx.init(params)
 

@@ -125,6 +125,16 @@ class ADMM(Constraint):
         """Return whether a dual update follows ``step``."""
         return every(self.dual_update_interval, step)
 
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return a text if no dual update has happened."""
+        if steps >= self.dual_update_interval:
+            return ""
+        return (
+            f"no dual update happened in {steps} steps, fewer than dual_update_interval="
+            f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
+            "first weights (train longer or choose a smaller interval)"
+        )
+
     def init(
         self,
         params: Sequence[Array],

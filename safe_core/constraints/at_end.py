@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from safe_core import _checks
 from safe_core.backends import Array
@@ -42,9 +43,15 @@ class AtEnd(Constraint):
 
     importance_interval: int = 32
 
+    prunes_at_end: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _checks.integer("importance_interval", self.importance_interval, low=1)
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether the importance is refreshed after ``step``."""
         return every(self.importance_interval, step)
+
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return an empty string: the constraint acts only at the end."""
+        return ""

@@ -82,6 +82,9 @@ class Constraint:
     allows_other_penalty: ClassVar[bool] = True
     """Whether an adapter may override the penalty, for example for one param group."""
 
+    prunes_at_end: ClassVar[bool] = False
+    """Whether the projection after training is where the weights are removed, by definition."""
+
     @property
     def before_base(self) -> tuple[Operation, ...]:
         """Operations between the gradients and the step of the base optimizer."""
@@ -108,6 +111,21 @@ class Constraint:
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether the state and the importance are updated after ``step``."""
         return False
+
+    def has_updated(self, patterns: Sequence[Pattern], steps: int) -> bool:
+        """Return whether an update of the state was due for one of the patterns in ``steps``."""
+        return any(self.is_due(pattern, t) for pattern in patterns for t in range(steps))
+
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return why ``steps`` are too few for the constraint to have acted, or an empty string.
+
+        `finalize` warns with this text. By default a constraint whose state is updated at some
+        steps must have been updated once.
+        """
+        never = type(self).is_due is Constraint.is_due
+        if never or self.has_updated([pattern], steps):
+            return ""
+        return f"the state of {type(self).__name__} was never updated in {steps} steps"
 
     def init(
         self,

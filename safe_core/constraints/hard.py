@@ -53,3 +53,12 @@ class HardThreshold(Constraint):
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether x is projected after ``step``."""
         return every(self.interval, step)
+
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return a text if x was never projected."""
+        if steps >= self.interval:
+            return ""
+        return (
+            f"x was never projected in {steps} steps, fewer than interval={self.interval} (train "
+            "longer or choose a smaller interval)"
+        )

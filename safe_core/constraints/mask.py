@@ -72,6 +72,10 @@ class Mask(Constraint):
             return False
         return pattern.stage(step + 1) != pattern.stage(step)
 
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return an empty string: under a fixed sparsity the first mask is the last."""
+        return ""
+
     def update(
         self,
         params: Sequence[Array],
@@ -91,6 +95,6 @@ class Mask(Constraint):
             importance = None
         else:
             # A kept weight with P = 0 must still rank above masked ones, whose score is 0 too.
-            raised = iter(positive(known, xp=array_namespace(*known)))
+            raised = iter(positive(known, pattern, xp=array_namespace(*known)))
             importance = [None if p is None else next(raised) for p in importance]
         return SplitState([], select_support(kept, pattern, info, importance, step=step + 1))

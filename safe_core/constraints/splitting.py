@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core import _checks
 from safe_core._dtypes import scalar_like, wide_dtype
@@ -161,6 +161,7 @@ def dual_update(
     """Return the state after ``v = alpha x + (1 - alpha) z + u; z = proj(v); u = v - z``.
 
     Where x is not finite, z is used in its place, so that no NaN reaches anchor or support.
+    Where v would overflow, it is the largest finite number of its dtype.
 
     With ``state_dtype="bfloat16"`` v and the support are computed in full precision. Then
     ``z - u`` is rounded up or down at random such that its expectation is exact. u thus grows
@@ -240,10 +241,14 @@ def _relaxed(relaxation: float, finite: bool, x: Array, anchor: Array, support: 
         v = x - xp.where(support, xp.zeros_like(anchor), anchor)
     else:
         v = relaxation * x + xp.where(support, (1 - relaxation) * anchor, -anchor)
+    # Near the largest number the sum of finite x and u overflows; an infinite anchor would make
+    # the penalty infinite. The nearest finite number is kept in its place.
+    largest = float(xp.finfo(v.dtype).max)
+    bounded = xp.clip(v, -largest, largest)
     if finite:
-        return v
+        return bounded
     # If the base optimizer let a NaN into x, an entry keeps its z and u as if x were z.
-    return xp.where(xp.isfinite(v), v, xp.where(support, anchor, -anchor))
+    return xp.where(xp.isfinite(x), bounded, xp.where(support, anchor, -anchor))
 
 
 def _anchor(v: Array, support: Array) -> Array:
@@ -305,10 +310,14 @@ def is_projected(support: Sequence[Array], pattern: Pattern, info: ArrayInfo) ->
 
 
 def _scaled(ratio: float | Array, a: Array) -> Array:
-    """Return ``ratio * a`` in the dtype of a, computed in float32 or wider."""
+    """Return ``ratio * a`` in the dtype of a, computed in float32 or wider, and finite."""
     xp = array_namespace(a)
     wide = xp.astype(a, wide_dtype(xp, [a]), copy=False)
-    return xp.astype(scalar_like(ratio, wide) * wide, a.dtype, copy=False)
+    # A large ratio must not make u infinite. The margin leaves room for rounding.
+    bound = 0.99 * float(xp.finfo(a.dtype).max)
+    ratio = scalar_like(ratio, wide)
+    bound = bound / (xp.clip(ratio, 1.0, None) if is_array_api_obj(ratio) else max(ratio, 1.0))
+    return xp.astype(ratio * xp.clip(wide, -bound, bound), a.dtype, copy=False)
 
 
 def rescale_dual(state: SplitState, ratio: float | Array) -> SplitState:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safe_core import _checks
+from safe_core._installed import require
 
 from .landscape import Landscape
 
@@ -202,6 +203,7 @@ def _panels(
             )
     if _checks.real("width", width, low=0.0) == 0:
         raise ValueError(f"width must be positive, got {width!r}")
+    require("a figure", "matplotlib", extra="demo")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -8,6 +8,7 @@ here.
 
 from .base import FractionPattern, Pattern, Units
 from .block import Block
+from .by_name import ByName
 from .channel import Channel
 from .distribution import erdos_renyi_kernel
 from .nm import NM
@@ -17,6 +18,7 @@ from .unstructured import Unstructured
 __all__ = [
     "NM",
     "Block",
+    "ByName",
     "Channel",
     "FractionPattern",
     "Pattern",

@@ -14,7 +14,7 @@ from safe_core.layout import Layout
 from safe_core.sparsity_tables import SparsityTable
 
 from .counts import kept_counts
-from .pools import keep_within
+from .pools import in_pools, keep_within
 
 __all__ = ["FractionPattern", "Pattern", "Units"]
 
@@ -95,10 +95,17 @@ class Pattern:
         """Return the pattern with ``rename`` applied to the array names that it holds."""
         return self
 
+    def of(self, name: str) -> Pattern:
+        """Return the pattern of the array ``name``; arrays of equal ones are projected together."""
+        return self
+
     @property
     def named_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that have a sparsity of their own."""
         return ()
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the pattern names an array that is not among ``names``."""
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if the pattern does not fit an array of this shape and layout.
@@ -116,6 +123,22 @@ class Pattern:
     ) -> list[Array]:
         """Return masks of the units to keep, one per array."""
         raise NotImplementedError
+
+    def in_pools(
+        self,
+        fn: Callable[[Array, tuple[int, ...] | None], Array],
+        x: Array,
+        layout: Layout | None,
+        name: str,
+        *,
+        xp: Any,
+    ) -> Array:
+        """Return ``fn(x, axes)``, where the entries of x along ``axes`` form one pool.
+
+        Scores are scaled in each pool. A pattern overrides this if its pools are smaller than
+        an array and than the rows of `by_output`. ``axes`` is None if x is one pool.
+        """
+        return in_pools(fn, x, layout, by_output=self.by_output)
 
 
 @dataclass(frozen=True)

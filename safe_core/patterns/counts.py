@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from safe_core.layout import Layout
 
@@ -19,12 +21,13 @@ def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
     return tuple(units - int(Fraction(units) * fraction) for fraction in stages)
 
 
-def whole_units(size: int, unit: int, ragged: str, name: str, role: str) -> int:
+def whole_units(size: int, unit: int, pattern: Any, name: str, role: str) -> int:
     """Return the length that whole units cover along an axis, or raise for a ragged tail."""
-    if size % unit and ragged == "error":
+    if size % unit and pattern.ragged == "error":
+        advised = replace(pattern, ragged="dense")
         raise ValueError(
-            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; "
-            "pass ragged='dense' to the pattern to leave its tail dense"
+            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; pass "
+            f"sparsity={advised!r} to leave its tail dense, or leave the array out"
         )
     return size - size % unit
 

@@ -28,15 +28,17 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
         min(1, c * (n_1 + ... + n_k) / (n_1 * ... * n_k))
 
     where c is chosen such that the tensors together have ``zeros`` zeros. Inputs, outputs and
-    the axes of a convolution window count alike, and small tensors are pruned less. Counts
-    are rounded by largest remainder; of equal remainders the earlier tensor gets the zero.
+    the axes of a convolution window count alike, and small tensors are pruned less. A tensor
+    of one axis has the density ``min(1, c)``. A scalar has no axes, so the rule gives it no
+    density, and it stays dense. Counts are rounded by largest remainder; of equal remainders
+    the earlier tensor gets the zero.
 
     Parameters
     ----------
     sizes : sequence of tuples of int
         Lengths of the axes of each tensor.
     zeros : int
-        Total number of zeros, from 0 to the number of entries.
+        Total number of zeros, from 0 to the number of entries of tensors with an axis.
 
     Returns
     -------
@@ -56,14 +58,21 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     --------
     >>> erdos_renyi_kernel([(3, 10), (10, 100), (10,)], 900)
     [16, 884, 0]
+    >>> erdos_renyi_kernel([(), (2, 2)], 3)
+    [0, 3]
     """
     entries = [math.prod(size) for size in sizes]
+    # An empty tensor has nothing to prune, and the rule says nothing of a scalar.
+    open_ = {i for i, (n, size) in enumerate(zip(entries, sizes, strict=True)) if n and size}
+    most = sum(entries[i] for i in open_)
     kept = sum(entries) - _checks.integer("zeros", zeros, low=0)
-    if kept < 0:
-        raise ValueError(f"zeros must be at most the {sum(entries)} entries, got {zeros!r}")
+    if zeros > most:
+        raise ValueError(
+            f"zeros must be at most the {most} entries of tensors with an axis, as the "
+            f"Erdos-Renyi-Kernel rule keeps scalars dense, got {zeros!r}"
+        )
     # A tensor keeps c * (n_1 + ... + n_k) entries, at most all of them. Fill up tensors that
     # c would overfill and solve for c again: it only grows, so full tensors stay full.
-    open_ = {i for i, n in enumerate(entries) if n}
     share = Fraction(0)
     while open_:
         weight = sum(sum(sizes[i]) for i in open_)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -71,7 +71,7 @@ class NM(Pattern):
         """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
         layout = require_roles(layout, name, "an N:M pattern", inputs=True)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
-        whole_units(merged[axis], self.m, self.ragged, name, "input")
+        whole_units(merged[axis], self.m, self, name, "input")
 
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
@@ -87,12 +87,45 @@ class NM(Pattern):
             masks.append(on_whole_units(within, unit.scores, dict.fromkeys(axes, size)))
         return masks
 
+    def in_pools(
+        self,
+        fn: Callable[[Array, tuple[int, ...] | None], Array],
+        x: Array,
+        layout: Layout | None,
+        name: str,
+        *,
+        xp: Any,
+    ) -> Array:
+        """Return ``fn(x, axes)`` of the groups; a shorter last group is returned unchanged."""
+        self.check(x.shape, layout, name)
+        axes = layout.input_axes  # type: ignore[union-attr]
+
+        def grouped(part: Array) -> Array:
+            head, full, axis = self._groups(part, axes, name, xp)
+            done = xp.reshape(fn(head, (axis + 1,)), self._head(full, axis).shape)
+            if done.shape[axis] < full.shape[axis]:
+                rest = take(full, axis, full.shape[axis], start=done.shape[axis])
+                done = xp.concat([done, xp.astype(rest, done.dtype)], axis=axis)
+            return xp.reshape(done, part.shape)
+
+        return on_whole_units(grouped, x, dict.fromkeys(axes, self.m if len(axes) == 1 else 0))
+
+    def _groups(
+        self, x: Array, axes: tuple[int, ...], name: str, xp: Any
+    ) -> tuple[Array, Array, int]:
+        """Return x with groups along an axis of their own, x with merged axes, and that axis."""
+        shape, axis = merge(tuple(x.shape), axes, name)
+        full = xp.reshape(x, shape)
+        head = self._head(full, axis)
+        split = (*shape[:axis], head.shape[axis] // self.m, self.m, *shape[axis + 1 :])
+        return xp.reshape(head, split), full, axis
+
+    def _head(self, full: Array, axis: int) -> Array:
+        """Return the entries in whole groups."""
+        return take(full, axis, full.shape[axis] - full.shape[axis] % self.m)
+
     def _keep_in_groups(self, axes: tuple[int, ...], name: str, xp: Any, scores: Array) -> Array:
-        shape, axis = merge(tuple(scores.shape), axes, name)
-        whole = shape[axis] - shape[axis] % self.m
-        full = xp.reshape(scores, shape)
-        head = take(full, axis, whole)
-        grouped = (*shape[:axis], whole // self.m, self.m, *shape[axis + 1 :])
-        mask = keep_in_groups(xp.reshape(head, grouped), axis + 1, self.n, xp=xp)
-        mask = pad_kept(xp.reshape(mask, head.shape), axis, full, xp=xp)
+        groups, full, axis = self._groups(scores, axes, name, xp)
+        mask = keep_in_groups(groups, axis + 1, self.n, xp=xp)
+        mask = pad_kept(xp.reshape(mask, self._head(full, axis).shape), axis, full, xp=xp)
         return xp.reshape(mask, scores.shape)

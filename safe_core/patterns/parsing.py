@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from safe_core import _checks
 from safe_core.sparsity_tables import SparsityTable
 
 from .base import Pattern
+from .by_name import ByName
 from .nm import NM
 from .unstructured import Unstructured
 
@@ -17,9 +19,10 @@ __all__ = ["as_pattern"]
 
 
 def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global") -> Pattern:
-    """Return a pattern from a pattern, a fraction of zeros, a sparsity schedule, or ``"N:M"``.
+    """Return a pattern from a pattern, a fraction of zeros, a schedule, ``"N:M"`` or a mapping.
 
-    ``scope`` applies to a fraction and to a schedule.
+    ``scope`` applies to a fraction and to a schedule. A mapping of names to any of these gives
+    each array its own, see `ByName`.
 
     Examples
     --------
@@ -30,16 +33,20 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
         return value
     if isinstance(value, str):
         n, colon, m = value.partition(":")
-        if not (colon and n.strip().isdecimal() and m.strip().isdecimal()):
+        numbers = colon and n.strip().isdecimal() and m.strip().isdecimal()
+        if not (numbers and 1 <= int(n) <= int(m)):
             raise ValueError(
-                'sparsity must be a number such as 0.95, or of the form "N:M" if a string, got '
-                f"{value!r}"
+                'sparsity must be a number such as 0.95, or a string "N:M" that keeps N of every M '
+                f"with 1 <= N <= M, got {value!r}"
             )
         return NM(int(n), int(m))
+    if isinstance(value, Mapping):
+        return ByName(value, scope=scope)
     if isinstance(value, Real | Decimal | SparsityTable) and not isinstance(value, bool):
         return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
-        "sparsity must be a fraction in [0, 1), a string such as '2:4' or a pattern "
-        f"(Unstructured, NM, Block, Channel), got {_checks.shown(value)}; an array or a traced "
-        "value is refused because float32 arithmetic gets the number of zeros wrong"
+        "sparsity must be a fraction in [0, 1), a string such as '2:4', a pattern "
+        "(Unstructured, NM, Block, Channel) or a mapping of names to them, got "
+        f"{_checks.shown(value)}; an array or a traced value is refused because float32 "
+        "arithmetic gets the number of zeros wrong"
     )

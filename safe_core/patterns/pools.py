@@ -12,7 +12,15 @@ from safe_core.layout import Layout, inverse, rows_first
 
 from .counts import kept_counts, require_roles
 
-__all__ = ["expansion", "keep_in_groups", "keep_within", "on_whole_units", "pad_kept", "take"]
+__all__ = [
+    "expansion",
+    "in_pools",
+    "keep_in_groups",
+    "keep_within",
+    "on_whole_units",
+    "pad_kept",
+    "take",
+]
 
 # Up to this size comparing all pairs of a group is faster than selecting its largest entries.
 _RANKED_GROUP = 16
@@ -50,6 +58,25 @@ def keep_within(
         return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
 
     return on_whole_units(within, scores, dict.fromkeys(order[pools:], 0))
+
+
+def in_pools(
+    fn: Callable[[Array, tuple[int, ...] | None], Array],
+    x: Array,
+    layout: Layout | None,
+    *,
+    by_output: bool,
+) -> Array:
+    """Return ``fn(x, axes)``, where the entries of x along ``axes`` form one pool.
+
+    The pools are those of `keep_within`. ``axes`` is None if there is a single pool.
+    """
+    order = rows_first(layout or Layout(), x.ndim, by_output=by_output)
+    pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
+    if math.prod(x.shape[axis] for axis in order[:pools]) == 1:
+        return fn(x, None)
+    axes = order[pools:]
+    return on_whole_units(lambda part: fn(part, axes), x, dict.fromkeys(axes, 0))
 
 
 def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[int, int]) -> Array:

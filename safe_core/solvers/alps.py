@@ -14,7 +14,15 @@ from .. import _checks
 from ..layout import Layout
 from ..projection import Projection
 from .base import LayerSolver
-from .problem import live_diagonal, read_matrices, read_pattern
+from .problem import (
+    finished,
+    live_diagonal,
+    mean_diagonal,
+    read_matrices,
+    read_pattern,
+    rescaled,
+    unit_scaled,
+)
 
 __all__ = ["ALPS"]
 
@@ -26,8 +34,8 @@ Select = Callable[[Array], Array]
 class ALPS(LayerSolver):
     """ADMM for the support, with a growing penalty; least squares on it for the values.
 
-    Weights are scaled so that every input has norm 1 (``W_ij sqrt(H_jj)``; the first support
-    is then Wanda's). With dense weights A, sparse D and dual V:
+    H is damped, and weights are scaled so that every input has norm 1 (``W_ij sqrt(H_jj)``; the
+    first support is then nearly Wanda's). With dense weights A, sparse D and dual V:
 
     ``W = A + (rho (D - A) - V) (H + rho)^-1``, ``D = proj(W + V / rho)``,
     ``V = V + rho (W - D)``
@@ -35,13 +43,15 @@ class ALPS(LayerSolver):
     Every ``interval`` iterations rho grows: by 1.3 if a tenth of the support has changed since
     the last check, by 1.2 if a two-hundredth has, by 1.1 if any entry has. The loop ends when
     none has changed. ``refinements`` conjugate gradient steps, independent in each row, then
-    approach the best values on that support.
+    approach the best values on that support. A row that errs less with its dense values keeps
+    them. If Wanda errs less on the layer, its support is refined and returned instead.
 
     Attributes
     ----------
     damping : float
-        Added to H in these units, both for the support and for the values. It pulls the values
-        towards the dense weights where H has small eigenvalues.
+        Added to the diagonal of H, relative to the mean of its non-zero entries, before inputs
+        are scaled. It pulls the values towards the dense weights where H has small
+        eigenvalues or an input is nearly always zero.
     rho : float
         Initial penalty, positive.
     interval : int
@@ -107,9 +117,9 @@ class ALPS(LayerSolver):
     def memory(self, outputs: int, inputs: int, itemsize: int = 4) -> int:
         """Return the bytes that one layer needs, see `LayerSolver.memory`.
 
-        The eigendecomposition of H and the work space of its driver are seven matrices.
+        H, the eigendecomposition of its damped form and its work space are eight matrices.
         """
-        return self._bytes(7, outputs, inputs, itemsize)
+        return self._bytes(8, outputs, inputs, itemsize)
 
     def __call__(
         self, weight: Array, gram: Any, sparsity: Any, *, layout: Layout | None = None
@@ -137,7 +147,8 @@ class ALPS(LayerSolver):
         TypeError
             If an argument is of another kind, or is traced.
         ValueError
-            If ``gram`` is not a Gram matrix of the layer's inputs or the pattern does not fit.
+            If ``gram`` is not a Gram matrix of the layer's inputs, the pattern does not fit, or
+            a pruned value is too large for the dtype of the weights.
         """
         pattern = read_pattern(sparsity, self)
         w, h, form = read_matrices(weight, gram, layout)
@@ -151,22 +162,41 @@ class ALPS(LayerSolver):
             return form.matrix(form.select(form.array(v), pattern))
 
         xp = array_namespace(w)
-        live, diagonal = live_diagonal(xp, h)
-        norms = xp.sqrt(diagonal)
-        dense = xp.where(live, w * norms, xp.zeros_like(w))
-        h = h / (norms[:, None] * norms)
         if 0 in w.shape:
-            values, support = dense, choose(dense)
-        else:
-            sparse, support = self._search(xp, dense, h, choose)
-            values = self._refine(xp, dense, h, sparse, support) / norms
-        return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
+            return finished(form, w, choose(w), weight)
+        live, _ = live_diagonal(xp, h)
+        dense, exponent = unit_scaled(xp, xp.where(live, w, xp.zeros_like(w)))
+        values, support = self._solve(xp, dense, unit_scaled(xp, h)[0], choose)
+        return finished(form, rescaled(xp, values, exponent), support, weight)
+
+    def _solve(self, xp: Any, w: Array, h: Array, choose: Select) -> tuple[Array, Array]:
+        """Return values and support of the lesser error of ALPS and Wanda."""
+        live, diagonal = live_diagonal(xp, h)
+        added = xp.where(live, self.damping * mean_diagonal(xp, h), xp.zeros_like(diagonal))
+        norms = xp.sqrt(diagonal + added)
+        unit = h + xp.tril(xp.triu(xp.broadcast_to(added, h.shape)))
+        unit = unit / norms[:, None] / norms
+
+        def refined(start: Array, support: Array) -> tuple[Array, Array]:
+            found = self._refine(xp, w * norms, unit, start * norms, support) / norms
+            # Conjugate gradients may not have converged, and damping is not part of the error.
+            plain = _kept(xp, w, support)
+            errors, others = (_errors(xp, w - values, h) for values in (found, plain))
+            better = others < errors
+            return xp.where(better, plain, found), xp.sum(xp.where(better, others, errors))
+
+        sparse, support = self._search(xp, w * norms, unit, choose)
+        values, error = refined(sparse / norms, support)
+        simple = choose(w * xp.sqrt(diagonal))
+        if bool(xp.sum(_errors(xp, w - _kept(xp, w, simple), h)) < error):
+            return refined(_kept(xp, w, simple), simple)[0], simple
+        return values, support
 
     def _search(self, xp: Any, dense: Array, h: Array, choose: Select) -> tuple[Array, Array]:
         """Return sparse weights and their support, by ADMM."""
         eigenvalues, vectors = xp.linalg.eigh(h)
         # Rounding makes some eigenvalues of a singular matrix negative.
-        eigenvalues = xp.clip(eigenvalues, min=0.0) + self.damping
+        eigenvalues = xp.clip(eigenvalues, min=0.0)
         support = before = choose(dense)
         sparse, dual = _kept(xp, dense, support), xp.zeros_like(dense)
         rho, inverse = self.rho, h
@@ -198,7 +228,7 @@ class ALPS(LayerSolver):
         """Reduce the error on a fixed support by conjugate gradients in each row."""
 
         def product(x: Array) -> Array:
-            return _kept(xp, x @ h + self.damping * x, support)
+            return _kept(xp, x @ h, support)
 
         residual = product(dense - sparse)
         direction, norm = residual, _row_sums(xp, residual * residual)
@@ -214,6 +244,11 @@ class ALPS(LayerSolver):
 
 def _kept(xp: Any, x: Array, support: Array) -> Array:
     return xp.where(support, x, xp.zeros_like(x))
+
+
+def _errors(xp: Any, change: Array, h: Array) -> Array:
+    """Return the reconstruction error of each row, at least 0."""
+    return xp.clip(_row_sums(xp, (change @ h) * change), 0.0, None)
 
 
 def _row_sums(xp: Any, x: Array) -> Array:

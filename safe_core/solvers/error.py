@@ -10,7 +10,7 @@ from safe_core.backends import Array
 
 from .._dtypes import wide_dtype, widened
 from ..layout import Layout
-from .problem import read_matrices
+from .problem import read_matrices, rescaled, unit_scaled
 
 __all__ = ["reconstruction_error"]
 
@@ -58,5 +58,7 @@ def reconstruction_error(
     xp = array_namespace(before, after)
     dtype = wide_dtype(xp, [before, after, h])
     before, after, h = (widened(xp, x, dtype) for x in (before, after, h))
-    change = before - after
-    return xp.sum((change @ h) * change)
+    # Scaled, no term of the sum overflows; the result is infinite only if it is too large itself.
+    change, of_change = unit_scaled(xp, before - after)
+    h, of_h = unit_scaled(xp, h)
+    return rescaled(xp, xp.sum((change @ h) * change), 2 * of_change + of_h)

@@ -14,10 +14,21 @@ from .._dtypes import check_real_floating, wide_dtype, widened
 from ..arguments import refuse
 from ..layout import Layout, default_layout, merge, place_importance, resolve
 from ..patterns import Pattern, as_pattern
-from ..projection import select
+from ..projection import Projection, select
 from .gram import Gram
 
-__all__ = ["Form", "live_diagonal", "read_form", "read_matrices", "read_pattern", "read_squares"]
+__all__ = [
+    "Form",
+    "finished",
+    "live_diagonal",
+    "mean_diagonal",
+    "read_form",
+    "read_matrices",
+    "read_pattern",
+    "read_squares",
+    "rescaled",
+    "unit_scaled",
+]
 
 _ASYMMETRY = 1e-3  # of the largest diagonal entry: far above rounding, far below a mistake
 
@@ -170,6 +181,39 @@ def read_pattern(sparsity: Any, solver: Any) -> Pattern:
             f"layer, got {pattern!r}"
         )
     return pattern
+
+
+def unit_scaled(xp: Any, x: Array) -> tuple[Array, Array]:
+    """Return x times the power of two that brings its largest entry below 1, and the exponent.
+
+    Squares of the result cannot overflow, whatever the unit of x. `rescaled` undoes it.
+    """
+    if 0 in x.shape:
+        return x, xp.zeros((), dtype=xp.int32)
+    exponent = backend_of(x).exponents([x])[0]
+    return rescaled(xp, x, -exponent), exponent
+
+
+def rescaled(xp: Any, x: Array, exponent: Array) -> Array:
+    """Return ``x * 2**exponent``."""
+    magnitude = backend_of(x).scaled(x, -exponent, dtype=x.dtype)
+    return xp.where(x < 0, -magnitude, magnitude)
+
+
+def finished(form: Form, values: Array, support: Array, weight: Array) -> Projection:
+    """Return the pruned layer as the weights are stored, or raise for values beyond their dtype."""
+    xp = array_namespace(weight)
+    largest = float(xp.finfo(weight.dtype).max)
+    rule = f"pruned values of {form.name} must be finite in its dtype {weight.dtype}"
+    refuse([(values, ~(xp.abs(values) <= largest))], [rule])
+    return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
+
+
+def mean_diagonal(xp: Any, h: Array) -> Array:
+    """Return the mean of the non-zero entries of ``diag(H)``."""
+    live, diagonal = live_diagonal(xp, h)
+    total = xp.sum(xp.where(live, diagonal, xp.zeros_like(diagonal)))
+    return total / xp.sum(xp.astype(live, h.dtype))
 
 
 def live_diagonal(xp: Any, h: Array) -> tuple[Array, Array]:

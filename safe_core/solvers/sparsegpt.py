@@ -15,7 +15,17 @@ from ..patterns import Pattern
 from ..patterns.counts import kept_counts
 from ..projection import Projection
 from .base import LayerSolver
-from .problem import Form, live_diagonal, read_form, read_matrices, read_pattern
+from .problem import (
+    Form,
+    finished,
+    live_diagonal,
+    mean_diagonal,
+    read_form,
+    read_matrices,
+    read_pattern,
+    rescaled,
+    unit_scaled,
+)
 
 __all__ = ["SparseGPT"]
 
@@ -103,7 +113,8 @@ class SparseGPT(LayerSolver):
             If ``sparsity`` is a Block or Channel, or an argument is of another kind.
         ValueError
             If ``gram`` is not a Gram matrix of the layer's inputs, ``damping`` is too small
-            to factor it, or the pattern does not fit. Values are checked where they can be
+            to factor it, a pruned value is too large for the dtype of the weights, or the
+            pattern does not fit. Values are checked where they can be
             read, which a traced program cannot.
         """
         pattern = read_pattern(sparsity, self)
@@ -116,22 +127,20 @@ class SparseGPT(LayerSolver):
         pattern.check((form.outputs, form.inputs), OUTPUT_INPUT, "weight")
         xp = array_namespace(w)
         live, _ = live_diagonal(xp, h)
-        w = xp.where(live, w, xp.zeros_like(w))
+        w, exponent = unit_scaled(xp, xp.where(live, w, xp.zeros_like(w)))
         if 0 not in w.shape:
             sweep = _Sweep(pattern, self.block_size, form, xp)
-            pruned = sweep.run(w, self._factor(xp, h), 0)
-            values, support = pruned.values, pruned.support
+            pruned = sweep.run(w, self._factor(xp, unit_scaled(xp, h)[0]), 0)
+            values, support = rescaled(xp, pruned.values, exponent), pruned.support
         else:
             values, support = w, xp.ones_like(w, dtype=xp.bool)
-        return Projection(form.array(xp.astype(values, weight.dtype)), form.array(support))
+        return finished(form, values, support, weight)
 
     def _factor(self, xp: Any, h: Array) -> Array:
         """Return the upper triangular U of ``H^-1 = U^T U``, for damped H of mean diagonal 1."""
         live, diagonal = live_diagonal(xp, h)
-        alive = xp.sum(xp.astype(live, h.dtype))
-        mean = xp.sum(xp.where(live, diagonal, xp.zeros_like(diagonal))) / alive
         added = xp.where(live, self.damping * xp.ones_like(diagonal), xp.ones_like(diagonal))
-        h = h / mean + xp.tril(xp.triu(xp.broadcast_to(added, h.shape)))
+        h = h / mean_diagonal(xp, h) + xp.tril(xp.triu(xp.broadcast_to(added, h.shape)))
         try:
             # H = R R^T with R upper triangular, by Cholesky from the last row up; U = R^-1.
             upper = xp.flip(xp.linalg.cholesky(xp.flip(h)))

@@ -278,6 +278,8 @@ REGROUPED = """[
     (NM(2, 5, "dense"), (None, "d"), False),
     (Block((2, 4), 0.4), ("d",), False),
     (Block((4, 4), 0.4), (None, "d"), True),
+    (Block((4, 4), 0.4), ("d",), True),
+    (Block((8, 8), 0.4), ("d",), False),
     (Channel(0.4), (None, "d"), True),
 ]"""
 

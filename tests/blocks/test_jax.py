@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from short_runs import short_run
 
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks, prune_layers, reconstruct
@@ -192,6 +193,7 @@ def test_layers_are_pruned_by_a_solver() -> None:
         prune_layers(params, missing, Wanda(), "2:4")
 
 
+@short_run
 @pytest.mark.parametrize("importance", [None, "wanda"])
 def test_reconstruction_beats_the_projection(importance: Any) -> None:
     params = parameters(Layers())
@@ -245,6 +247,7 @@ def test_blocks_are_pruned_on_what_comes_before(target_inputs: Any, propagate: A
     assert second.sparsity == 0.5
 
 
+@short_run
 @pytest.mark.parametrize("solver", [Wanda(), Reconstruction(importance="wanda", epochs=2)])
 def test_blocks_of_equal_modules_compile_once(solver: Any) -> None:
     def traces(blocks: int) -> int:
@@ -278,6 +281,7 @@ def test_equal_modules_are_one_function() -> None:
     assert nnx_block(nnx.Linear(8, 4, rngs=nnx.Rngs(0))).apply_fn != layers[0].apply_fn
 
 
+@short_run
 def test_methods_go_by_name() -> None:
     named = prune_blocks(chain(), inputs(), "wanda", 0.5)
     for block in named:  # compared within each output, as published
@@ -317,6 +321,7 @@ def test_a_solver_gets_the_statistics_that_it_needs() -> None:
     np.testing.assert_array_equal(solvers["squares"].seen[0], jnp.diagonal(solvers["gram"].seen[0]))
 
 
+@short_run
 def test_the_first_block_is_reconstructed_as_alone() -> None:
     (apply_fn, params, _), *_ = chain()
     recipe = Reconstruction(learning_rate=1e-2, epochs=2, batch_size=4)
@@ -328,6 +333,7 @@ def test_the_first_block_is_reconstructed_as_alone() -> None:
     assert (other[0].params["kernel"] != first.params["kernel"]).any()
 
 
+@short_run
 def test_a_decoupled_penalty_has_the_rate_of_the_recipe() -> None:
     apply_fn, params, _ = chain(1)[0]
     method = safe_core.admm(0.5, penalty=5.0, decoupled=True)
@@ -338,6 +344,7 @@ def test_a_decoupled_penalty_has_the_rate_of_the_recipe() -> None:
     np.testing.assert_array_equal(found.params["kernel"] != 0, start)
 
 
+@short_run
 def test_grams_of_dense_leaves_are_left_out() -> None:
     params, x = parameters(Layers()), inputs()
     recipe = Reconstruction(importance="wanda", epochs=1, warmup_epochs=0)
@@ -391,6 +398,7 @@ def test_a_bad_argument_of_a_chain_is_named(options: Any, error: Any, message: s
         prune_blocks(**{**given, **options})
 
 
+@short_run
 def test_a_narrow_block_is_trained_in_float32_and_returned_as_it_was() -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4), jnp.bfloat16)}
     recipe = Reconstruction(learning_rate=1e-4, epochs=3)
@@ -438,3 +446,53 @@ def test_a_bad_argument_is_named(options: Any, error: Any, message: str) -> None
     given |= {"inputs": inputs(), "sparsity": 0.5}
     with pytest.raises(error, match=message):
         reconstruct(**{**given, **options})
+
+
+def _two_kernels(params: Any, x: jax.Array) -> jax.Array:
+    return x + jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+def _some_blocks(count: int = 2) -> list[Any]:
+    keys = jax.random.split(jax.random.key(0), 2 * count)
+    return [
+        (
+            _two_kernels,
+            {
+                "up": {"kernel": jax.random.normal(keys[2 * i], (8, 16)) / 4},
+                "down": {"kernel": jax.random.normal(keys[2 * i + 1], (16, 8)) / 4},
+            },
+        )
+        for i in range(count)
+    ]
+
+
+@short_run
+def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
+    inputs = jax.random.normal(jax.random.key(1), (6, 8))
+    solver = Reconstruction(epochs=2, batch_size=2, learning_rate=1e-2)
+    first = prune_blocks(
+        _some_blocks(), inputs, solver, "2:4", where=lambda name, x: name.startswith("up")
+    )
+    blocks = [(_two_kernels, found.params) for found in first]
+    second = prune_blocks(
+        blocks, inputs, solver, 0.75, where=lambda name, x: name.startswith("down")
+    )
+    for before, after in zip(first, second, strict=True):
+        kept = np.asarray(before.params["up"]["kernel"]) == 0
+        assert kept.sum() == 64
+        assert np.array_equal(np.asarray(after.params["up"]["kernel"]) == 0, kept)
+        assert not np.array_equal(after.params["up"]["kernel"], before.params["up"]["kernel"])
+        assert int((after.params["down"]["kernel"] == 0).sum()) == 96
+
+
+@short_run
+@pytest.mark.parametrize("solver", ["magnitude", Reconstruction(epochs=2, batch_size=2)])
+def test_weights_can_have_sparsities_of_their_own(solver: Any) -> None:
+    inputs = jax.random.normal(jax.random.key(1), (6, 8))
+    sparsity = {"up/kernel": "2:4", "down/kernel": 0.75}
+    for found in prune_blocks(_some_blocks(), inputs, solver, sparsity):
+        up, down = (np.asarray(found.params[name]["kernel"]) for name in ("up", "down"))
+        assert ((up != 0).reshape(2, 4, 16).sum(1) == 2).all()
+        assert (down == 0).sum() == 96
+    with pytest.raises(ValueError, match=r"sparsity must name sparse arrays.*got up$"):
+        prune_blocks(_some_blocks(), inputs, solver, {**sparsity, "up": 0.5})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -170,11 +171,15 @@ def test_a_missing_package_of_another_package(
 def test_real_commands_name_missing_packages(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "model.pt").write_bytes(b"PK")
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / "model.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = message("inspect", tmp_path / "model.pt")
+    assert invoke("inspect", tmp_path / "model.pt").exit_code == 0
+    for module in ("model_folder", "perplexity"):  # which other tests imported
+        monkeypatch.delitem(sys.modules, f"safe_core.command_line.{module}", raising=False)
+    found = message("perplexity", tmp_path, "--text", tmp_path / "text.txt")
     assert 'needs torch: pip install "safe-core[transformers]"' in found
-    monkeypatch.setattr("safe_core.demo.command.find_spec", lambda name: name != "optax" or None)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "optax", None)
     found = message("demo", "--output", tmp_path / "demo")
     assert 'needs optax: pip install "safe-core[torch,jax,demo]"' in found
     assert not (tmp_path / "demo").exists()

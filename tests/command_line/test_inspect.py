@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from array_backends import bits
@@ -20,6 +21,7 @@ from sparse_arrays import grouped
 
 from safe_core.command_line.checkpoint_files import read_tensors
 from safe_core.command_line.inspection import inspect_checkpoint
+from safe_core.inspection import analyse
 
 
 def test_inspect_counts_what_was_written(tmp_path: Path) -> None:
@@ -146,6 +148,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for broken in ({"w": 3}, {"w": {}}, {"w": [1]}):
         file.write_bytes(with_header(broken))
         assert "for w" in refused("inspect", file)
+    file.unlink()
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "lost.safetensors"}}))
     assert "lost.safetensors" in refused("inspect", tmp_path)
@@ -159,6 +162,96 @@ def with_header(header: Any) -> bytes:
     """A safetensors file of any header, with 16 bytes of data."""
     written = json.dumps(header).encode()
     return len(written).to_bytes(8, "little") + written + bytes(16)
+
+
+def test_optimizer_state_is_not_counted_as_weights(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    torch.save(
+        {"model": model.state_dict(), "all": [{"inner": optimizer.state_dict()}], "epoch": 3},
+        tmp_path / "training.pt",
+    )
+    report = inspect_checkpoint(tmp_path / "training.pt")
+    totals = report.totals()
+    assert totals["weights"]["entries"] == 16
+    assert totals["all"]["entries"] == 20
+    assert totals["optimizer"]["entries"] == 2 * 20 + 2  # two moments, two counts of steps
+    assert {x.name for x in report.tensors if not x.optimizer} == {"model.weight", "model.bias"}
+    table = run("inspect", tmp_path / "training.pt").stdout
+    assert "total of the optimizer's state" in table
+    plain = json.loads(run("inspect", tmp_path / "training.pt", "--json").stdout)["tensors"]
+    assert plain["all.0.inner.state.0.exp_avg"]["optimizer"] is True
+    assert "optimizer" not in plain["model.weight"]
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert "optimizer" not in inspect_checkpoint(tmp_path / "model.pt").totals()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"],
+)
+def test_floats_of_8_bits_are_counted_by_their_values(tmp_path: Path, dtype: str) -> None:
+    kind, every = getattr(torch, dtype), torch.arange(256, dtype=torch.uint8).view(4, 64)
+    values = every.view(kind).float()
+    torch.save({"w": every.view(kind)}, tmp_path / "m.pt")
+    safetensors.torch.save_file({"w": every.view(kind)}, tmp_path / "m.safetensors")
+    tie = int((values.abs() == values.abs()[values.abs() > 0].min()).sum())
+    for name in ("m.pt", "m.safetensors"):
+        (row,) = inspect_checkpoint(tmp_path / name).tensors
+        assert (row.analysis.zeros, row.analysis.ties) == (int((values == 0).sum()), tie)
+    ones = torch.full((2, 8), 0x80, dtype=torch.uint8).view(kind)
+    torch.save({"w": ones}, tmp_path / "m.pt")
+    zeros = inspect_checkpoint(tmp_path / "m.pt").tensors[0].analysis.zeros
+    assert zeros == int((ones.float() == 0).sum())
+
+
+def test_packed_floats_of_torch_are_not_counted(tmp_path: Path) -> None:
+    packed = torch.zeros(4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"w": packed}, tmp_path / "m.pt")
+    (line, *_) = (x for x in run("inspect", tmp_path / "m.pt").stdout.splitlines() if "w " in x)
+    assert " ".join(line.split()) == "w 4 x 8 float4_e2m1fn_x2 packed 32 B 32 B"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["float8_e8m0fnu", "float8_e4m3b11fnuz", "float8_e3m4", "float6_e2m3fn", "float6_e3m2fn",
+     "float4_e2m1fn"],
+)  # fmt: skip
+def test_arrays_of_ml_dtypes_are_counted_by_their_values(name: str) -> None:
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    bits = np.arange(2 ** int(name[5]), dtype="u1")
+    values = np.abs(bits.view(dtype).astype("f4"))
+    found = analyse(bits.view(dtype))
+    assert found.zeros == int((values == 0).sum())
+    assert found.ties == int((values == values[values > 0].min()).sum())
+
+
+def test_files_of_torch_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(6, 8)
+    state = {
+        "transposed": base.t(),
+        "slice": base[1:5, ::2],
+        "expanded": torch.tensor([1.0, 0.0]).expand(3, 2),
+        "scalar": torch.tensor(2.5),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "flags": torch.tensor([True, False]),
+        "numbers": (torch.arange(5), "text", 3.5, None, b"bytes", {1, 2}),
+    }
+    for new in (False, True):
+        if new:  # torch cannot read these back in its old format
+            state["unsigned"] = torch.arange(3).to(torch.uint16)
+        torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=new)
+        loaded = torch.load(tmp_path / "m.pt", weights_only=True)
+        loaded["numbers.0"] = loaded.pop("numbers")[0]
+        found = {tensor.name: tensor.array for tensor in read_tensors(tmp_path / "m.pt")}
+        assert found.keys() == loaded.keys()
+        for name, tensor in loaded.items():
+            plain = tensor.detach().contiguous().numpy()
+            wanted = plain.view(f"u{plain.itemsize}") if plain.dtype.kind == "f" else plain
+            np.testing.assert_array_equal(found[name], wanted)
 
 
 def test_dtypes_that_are_not_known_are_called_so(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from command_line import SHORT, TEXT, byte_tokenizer, config, refused, run
+from command_line import TEXT, byte_tokenizer, config, refused, run
 
 from safe_core.command_line.model_folder import chosen_device
 from safe_core.command_line.perplexity import perplexity
@@ -84,13 +84,8 @@ def test_an_encoder_is_refused_before_a_head_is_made_up(tmp_path: Path, text: Pa
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     byte_tokenizer().save_pretrained(tmp_path / "bert")
-    for message in (
-        refused("perplexity", tmp_path / "bert", "--text", text),
-        refused("prune", tmp_path / "bert", "--calibration", text, "--sparsity", "2:4",
-                "--out", tmp_path / "out", *SHORT),
-    ):  # fmt: skip
-        assert "must hold a causal language model, got BertModel" in message
-    assert not (tmp_path / "out").exists()
+    message = refused("perplexity", tmp_path / "bert", "--text", text)
+    assert "must hold a causal language model, got BertModel, which predicts no next" in message
 
 
 def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> None:

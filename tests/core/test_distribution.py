@@ -16,6 +16,7 @@ import torch
 from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -27,14 +28,14 @@ from safe_core.reconstruction import block_pattern
 from safe_core.solvers import SparseGPT, Wanda
 
 ERK = "erdos_renyi_kernel"
-SIZES = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=4).map(tuple), max_size=6)
+SIZES = st.lists(st.lists(st.integers(0, 12), max_size=4).map(tuple), max_size=6)
 
 
 def densities(sizes: list[tuple[int, ...]], kept: int) -> list[float]:
     """The rule by bisection on its factor, in floating point."""
 
     def spread(factor: float) -> list[float]:
-        return [min(math.prod(s), factor * sum(s)) for s in sizes]
+        return [min(math.prod(s), factor * sum(s)) if s else 1.0 for s in sizes]
 
     low, high = 0.0, float(max(math.prod(s) for s in sizes)) + 1
     for _ in range(200):
@@ -48,10 +49,11 @@ def test_the_rule_spreads_exactly_what_it_is_given(
     sizes: list[tuple[int, ...]], share: Fraction
 ) -> None:
     entries = [math.prod(size) for size in sizes]
-    zeros = int(share * sum(entries))
+    zeros = int(share * sum(n for n, size in zip(entries, sizes, strict=True) if size))
     found = erdos_renyi_kernel(sizes, zeros)
     assert sum(found) == zeros
     assert all(0 <= z <= n for z, n in zip(found, entries, strict=True))
+    assert not any(z for z, size in zip(found, sizes, strict=True) if not size)
     if zeros < sum(entries):
         kept = densities(sizes, sum(entries) - zeros)
         for z, n, wanted in zip(found, entries, kept, strict=True):
@@ -64,6 +66,29 @@ def test_the_rule_on_a_network_worked_by_hand() -> None:
     sizes = [(10, 10), (10, 10), (1, 10)]
     assert erdos_renyi_kernel(sizes, 210 - 42) == [84, 83, 1]
     assert erdos_renyi_kernel(sizes, 210 - 60) == [75, 75, 0]
+
+
+def test_the_rule_leaves_scalars_dense() -> None:
+    assert erdos_renyi_kernel([()], 0) == [0]
+    assert erdos_renyi_kernel([(), (4, 5), ()], 20) == [0, 20, 0]
+    assert erdos_renyi_kernel([(), (0, 3), (5,), (4, 5)], 15) == [0, 0, 1, 14]
+    # A vector has the density min(1, c): here c is 1/2 for both, and the matrix is pruned more.
+    assert erdos_renyi_kernel([(8,), (8, 8)], 72 - 12) == [4, 56]
+    for zeros in (1, 2):
+        with pytest.raises(ValueError, match="zeros must be at most the 0 entries of tensors with"):
+            erdos_renyi_kernel([(), ()], zeros)
+
+
+def test_a_scale_beside_a_weight_stays_dense(xp: Backend) -> None:
+    arrays = [np.asarray(0.001), np.random.default_rng(0).standard_normal((4, 5)), np.ones((0, 3))]
+    found = xp.run(projector(Unstructured(0.9, "tensor", ERK)), arrays).support
+    assert bool(found[0])
+    assert int((~found[1]).sum()) == 18
+    assert xp.run(projector(Unstructured(0.9, "tensor", ERK)), arrays[:1]).support[0]
+    stacked = Unstructured(0.5, "tensor", ERK).distributed(
+        [(6,), (4, 4)], [Layout(batch_axes=(0,)), None], ["scales", "w"]
+    )
+    assert stacked == [(Fraction(0),), (Fraction(11, 16),)]
 
 
 def test_every_backend_keeps_the_largest_of_each_distribution(xp: Backend) -> None:
@@ -189,6 +214,7 @@ class Network:
         return jax.jit(partial(jax_adapter.finalize, method=method))(params, state)
 
 
+@short_run
 def test_both_frameworks_end_on_the_same_distribution() -> None:
     network = Network()
     method = safe_core.safe(
@@ -209,6 +235,7 @@ def test_both_frameworks_end_on_the_same_distribution() -> None:
     optimizer.check_sparsity()
 
 
+@short_run
 def test_a_distribution_by_name_goes_through_reports_and_checkpoints() -> None:
     method = safe_core.admm(
         Unstructured(0.5, "tensor", {"2.weight": 0.75}), penalty=0.1, dual_update_interval=2
@@ -262,7 +289,7 @@ X = np.ones((4, 4))
         (
             lambda: erdos_renyi_kernel([(3, 3)], 10),
             ValueError,
-            "zeros must be at most the 9 entries, got 10",
+            "zeros must be at most the 9 entries of tensors with an axis",
         ),
         (lambda: erdos_renyi_kernel([(3, 3)], -1), ValueError, "zeros must be at least 0, got -1"),
         (

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from array_backends import BFLOAT16, Backend, assert_same, projector
 
-from safe_core import NM, Block, Channel, SquaredGradient, Unstructured, project
+from safe_core import NM, Block, Channel, Layout, SquaredGradient, Unstructured, project
 from safe_core.importance import wanda
 
 # Sources
@@ -66,11 +67,53 @@ def test_squares_of_16_bit_gradients_are_kept_in_float32(xp: Backend, dtype: np.
 def test_wanda_is_the_diagonal_of_the_gram_matrix(xp: Backend) -> None:
     activations = np.random.default_rng(0).normal(size=(5, 7, 3))
     flat = activations.reshape(-1, 3)
-    np.testing.assert_allclose(xp.run(wanda, activations), np.diag(flat.T @ flat), rtol=1e-13)
-    parts = xp.run(wanda, activations[:2]) + xp.run(wanda, activations[2:])
+    of_tokens = functools.partial(wanda, axis=-1)
+    np.testing.assert_allclose(xp.run(of_tokens, activations), np.diag(flat.T @ flat), rtol=1e-13)
+    parts = xp.run(of_tokens, activations[:2]) + xp.run(of_tokens, activations[2:])
     np.testing.assert_allclose(parts, np.diag(flat.T @ flat), rtol=1e-13)
     assert xp.run(wanda, np.asarray([1.0, -3.0])).tolist() == [1.0, 9.0]
     assert xp.run(wanda, np.full((4, 1), 2.0, np.float32)).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((2, 4, 5, 4), 1), ((2, 5, 4, 4), -1), ((4, 3, 4), 0), ((2, 4, 4), 1)]
+)
+def test_wanda_has_one_value_per_channel_of_a_convolution(
+    xp: Backend, shape: tuple[int, ...], axis: int
+) -> None:
+    activations = np.random.default_rng(0).normal(size=shape)
+    channels = np.moveaxis(activations, axis, 0).reshape(4, -1)
+    found = xp.run(functools.partial(wanda, axis=axis), activations)
+    np.testing.assert_allclose(found, (channels**2).sum(axis=1), rtol=1e-13)
+
+
+def test_wanda_of_a_convolution_is_that_of_its_patches() -> None:
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64)  # as wide as it has channels
+    convolution = torch.nn.Conv2d(4, 3, 1, dtype=torch.float64)
+    patches = torch.nn.functional.unfold(x, 1).transpose(1, 2).reshape(-1, 4)
+    importance = wanda(x, axis=1)
+    torch.testing.assert_close(importance, (patches.T @ patches).diagonal())
+    layout = Layout((1,), (0,))
+    found = project(convolution.weight.detach(), NM(2, 4), importance, layout).support
+    scores = convolution.weight.detach()[:, :, 0, 0].abs() * patches.norm(dim=0)
+    largest = scores.topk(2).indices
+    assert bool(found[:, :, 0, 0].gather(1, largest).all())
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 4, 5, 4), (2, 4, 5, 5, 4)])
+def test_wanda_asks_for_the_axis_where_the_shape_cannot_tell(
+    xp: Backend, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="axis must name the axis of the features"):
+        xp.run(wanda, np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("axis", "error"), [(2, ValueError), (-3, ValueError), (True, TypeError), ("1", TypeError)]
+)
+def test_wanda_refuses_what_is_no_axis(axis: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^axis must be"):
+        wanda(np.ones((2, 3)), axis)
 
 
 def test_wanda_sums_16_bit_activations_in_float32(xp: Backend) -> None:
@@ -181,10 +224,12 @@ def test_an_infinite_entry_of_zero_importance_ranks_lowest(xp: Backend) -> None:
 @pytest.mark.parametrize(
     ("value", "importance"), [(1e-40, 1.0), (1e-40, 1e30), (1.0, 1e-40), (1e-30, 1e-30)], ids=str
 )
-def test_subnormal_scores_rank_as_zero(xp: Backend, value: float, importance: float) -> None:
-    # XLA flushes them, so that no backend may tell them from the zero before them.
+def test_scores_that_would_be_subnormal_rank_above_zero(
+    xp: Backend, value: float, importance: float
+) -> None:
+    # XLA flushes subnormal numbers, so the scores must be scaled before they are computed.
     v, p = np.asarray([0.0, value, 1.0], np.float32), np.asarray([1.0, importance, 1.0], np.float32)
-    assert xp.run(projector(0.34), v, p).support.tolist() == [True, False, True]
+    assert xp.run(projector(0.34), v, p).support.tolist() == [False, True, True]
 
 
 def test_importance_at_the_smallest_normal_number_ranks_the_same_on_every_backend(

@@ -13,7 +13,7 @@ from array_backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_core.schedules import constant, cosine, cubic, linear
+from safe_core.schedules import constant, cosine, cubic, linear, linear_sparsity
 
 VALUES = st.floats(-10, 10)
 STEPS = st.integers(1, 1000)
@@ -47,6 +47,37 @@ def test_ramps_start_at_zero_and_end_at_their_value(make: Any) -> None:
     schedule = make(1e-3, 100)
     assert [schedule(0), schedule(100), schedule(10**6)] == [0, 1e-3, 1e-3]
     assert 0 < schedule(1) < schedule(2) < schedule(99) < 1e-3
+
+
+@given(value=VALUES, initial=VALUES, steps=STEPS, past=st.integers(0, 1000))
+def test_ramps_end_at_exactly_their_value(
+    value: float, initial: float, steps: int, past: int
+) -> None:
+    for make in (linear, cosine):
+        schedule = make(value, steps, initial)
+        assert schedule(steps + past) == value
+        assert schedule(0) == initial
+
+
+@pytest.mark.parametrize("make", [linear, cosine])
+@pytest.mark.parametrize(("value", "initial"), [(0.1, 0.7), (0.0, 0.3), (1e-3, 0.123), (0.3, 1e6)])
+def test_traced_ramps_end_at_exactly_their_value(
+    xp: Backend, make: Any, value: float, initial: float
+) -> None:
+    for steps in (3, 7, 37):
+        schedule = make(value, steps, initial)
+        for step in (steps, steps + 1, 10**6):
+            got = xp.to_numpy(xp.call(schedule, xp.asarray(np.asarray(step))))
+            assert got == np.asarray(value, got.dtype)
+
+
+@pytest.mark.parametrize("make", [cubic, linear_sparsity])
+@given(value=st.integers(0, 99), initial=st.integers(0, 99), steps=STEPS)
+def test_tables_end_at_exactly_their_value(make: Any, value: int, initial: int, steps: int) -> None:
+    schedule = make(value / 100, steps, initial / 100)
+    assert schedule(steps) == schedule(10**9) == value / 100
+    assert schedule.table[-1] == Fraction(value, 100)
+    assert schedule.table[0] == Fraction(initial, 100)
 
 
 @pytest.mark.parametrize(

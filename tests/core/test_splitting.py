@@ -331,3 +331,31 @@ def test_no_nan_reaches_the_split(xp: Backend) -> None:
     # z stands in where x is broken: v = (3, 1, 0, 4).
     assert state.anchor[0].tolist() == [3.0, -1.0, 0.0, 4.0]
     assert state.support[0].tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.9])
+def test_the_anchor_of_finite_weights_is_finite(xp: Backend, relaxation: float) -> None:
+    info = ArrayInfo(("x",), (None,))
+
+    def run(x: Any, anchor: Any, support: Any) -> SplitState:
+        held = SplitState([anchor], [support])
+        return dual_update([x], held, Unstructured(0.5), info, relaxation=relaxation, step=0)
+
+    largest = np.finfo(np.float32).max
+    x = np.asarray([largest, -largest, 1.0, 2.0], np.float32)
+    anchor = np.asarray([-largest, largest, 1.0, 0.0], np.float32)
+    state = xp.run(run, x, anchor, np.asarray([False, False, True, True]))
+    assert np.isfinite(state.anchor[0]).all()
+    assert state.support[0].tolist() == [True, True, False, False]
+    assert state.anchor[0][:2].tolist() == [largest, -largest]
+
+
+def test_a_rescaled_dual_is_finite(xp: Backend) -> None:
+    def run(anchor: Any, support: Any) -> SplitState:
+        return rescale_dual(SplitState([anchor], [support]), 1e30)
+
+    anchor = np.asarray([1e20, -1e20, 1e20, 1e-20], np.float32)
+    found = xp.run(run, anchor, np.asarray([True, False, False, False])).anchor[0]
+    assert np.isfinite(found).all()
+    assert found[0] == anchor[0]
+    assert found[3] == pytest.approx(1e10)

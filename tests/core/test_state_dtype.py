@@ -15,6 +15,7 @@ import torch
 from array_backends import BFLOAT16, Backend, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -201,6 +202,7 @@ def test_an_update_in_torch_writes_the_anchor_in_place() -> None:
         assert not torch.equal(anchor, old)
 
 
+@short_run
 def test_torch_resumes_bit_for_bit_and_finalizes_the_parameters_themselves() -> None:
     first, second = Run(), Run()
     first.steps(4)
@@ -234,6 +236,7 @@ def test_sixteen_bit_parameters_take_the_penalty_in_32_bits() -> None:
     assert torch.equal(seen[0], want.bfloat16())
 
 
+@short_run
 @pytest.mark.usefixtures("single_precision")
 def test_optax_keeps_bfloat16_in_one_program_and_finalizes_the_parameters_themselves() -> None:
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import optax
 import pytest
 import torch
 from array_backends import Backend
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -261,6 +262,7 @@ def assert_same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+@short_run
 @every_case
 def test_a_run_resumes_and_ends_exactly_sparse(name: str) -> None:
     method = linear_problem.CASES[name][0]
@@ -349,6 +351,7 @@ def test_the_rate_of_a_decoupled_penalty_may_be_a_tensor(rate: torch.Tensor) -> 
         torch.testing.assert_close(a, b)
 
 
+@short_run
 def test_a_frozen_support_needs_no_projected_gradient() -> None:
     run = Run(linear_problem.CASES["sg"][0]).train(3)
     run.optimizer.finalize(freeze=True)

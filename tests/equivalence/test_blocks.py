@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -103,6 +104,7 @@ def quick_to_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@short_run
 @pytest.mark.parametrize(
     ("solver", "sparsity"),
     [("safe", 0.5), ("safe", "2:4"), ("safe+", 0.5), ("safe+", "2:4"), (Wanda(), 0.5)],

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from short_runs import short_run
 
 import safe_core
 from safe_core import ArrayInfo, SquaredGradient
@@ -253,6 +254,7 @@ def double_precision():
         yield
 
 
+@short_run
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("sparsity", [0.8, "2:4"])
 @pytest.mark.parametrize("base", ["momentum", "adam"])
@@ -298,6 +300,7 @@ VARIANTS = {
 }
 
 
+@short_run
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_frameworks_agree_on_variants(name):
     problem = Problem.make()

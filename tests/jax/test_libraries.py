@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from short_runs import short_run
 
 import safe_core
 from safe_core import Layout
 from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.jax.weights import is_prunable, layout_of, owner_of
+from safe_core.adapters.jax.weights import is_prunable, layout_of, name_of, owner_of
 from safe_core.adapters.optax import finalize, sparse_optimizer
 
 pytestmark = pytest.mark.usefixtures("single_precision")
@@ -26,11 +27,12 @@ OUTPUT_INPUT = Layout((-1,), (-2,))
 
 def layouts(params: Any) -> dict[str, Layout | None]:
     """Layouts of the leaves that are sparse by default, by path."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, owner = jax.tree_util.keystr(path, simple=True, separator="/"), owner_of(params, path)
+    found, paths = {}, jax.tree_util.tree_leaves_with_path(params)
+    leaves = {name_of(path): leaf for path, leaf in paths}
+    for path, leaf in paths:
+        name, owner = name_of(path), owner_of(params, path)
         if is_prunable(name, leaf, owner):
-            found[name] = layout_of(name, leaf, owner)
+            found[name] = layout_of(name, leaf, owner, leaves=leaves)
     return found
 
 
@@ -102,6 +104,7 @@ def test_an_ensemble_of_equinox_has_batch_axes() -> None:
     assert layouts(params) == {f"layers/{i}/weight": stacked for i in range(2)}
 
 
+@short_run
 def test_a_model_of_equinox_trains_to_groups() -> None:
     """Its trees can be called, and are taken for trees where a function could be meant."""
     model = eqx.nn.Sequential(
@@ -156,6 +159,7 @@ def test_weights_of_haiku_are_told_by_their_paths() -> None:
     assert set(found) == {*attention, *others, "mlp/~/linear_0/w", "mlp/~/linear_1/w"}
 
 
+@short_run
 def test_a_model_of_haiku_trains_to_channels() -> None:
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 4])(x)))
     x = jax.random.normal(jax.random.key(2), (16, 8))
@@ -194,6 +198,7 @@ BASES = {
 }
 
 
+@short_run
 @pytest.mark.parametrize("base", list(BASES))
 def test_any_base_keeps_the_contract(base: str) -> None:
     """Unknown arguments pass, nothing changes shape or dtype, a step is traced once.

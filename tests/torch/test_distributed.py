@@ -99,15 +99,13 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     split, wanted = optimizer.split(), reference.split()
     pairs = zip(split.support, wanted.support, strict=True)
     supports = all(torch.equal(_whole(a), b) for a, b in pairs)
-    pairs = zip(optimizer.report().tensors, reference.report().tensors, strict=True)
-    reported = max(
-        abs(x - y) / max(abs(y), 1e-3) for a, b in pairs for x, y in zip(a[1:], b[1:], strict=True)
-    )
+    reported = _relative(optimizer.report(), reference.report())
     _check_refusals(optimizer, reference)
     with CommDebugMode() as calls:
         optimizer.finalize()
     gathers = [str(name) for name in calls.get_comm_counts() if "reduce" not in str(name)]
     reference.finalize()
+    reported = max(reported, _relative(optimizer.finalized, reference.finalized))
     optimizer.check_sparsity()
     difference = max(
         float((_whole(p.detach()) - q).abs().max())
@@ -115,6 +113,14 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     )
     same = "same" if supports else "other"
     return f"largest {kind} {difference:.3g} {same} {'+'.join(gathers) or 'none'} {reported:.3g}"
+
+
+def _relative(found: Any, wanted: Any) -> float:
+    """Return the largest relative difference between the figures of two runs."""
+    pairs = zip(found.tensors, wanted.tensors, strict=True)
+    return max(
+        abs(x - y) / max(abs(y), 1e-3) for a, b in pairs for x, y in zip(a[1:], b[1:], strict=True)
+    )
 
 
 def _check_refusals(optimizer: Any, reference: Any) -> None:

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from short_runs import short_run
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as distributed
@@ -121,6 +122,7 @@ def assert_same(got, wanted):
 # Save and load
 
 
+@short_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("source", list(SOURCES))
 @pytest.mark.parametrize("base", list(BASES))
@@ -255,6 +257,7 @@ def test_our_state_stays_out_of_the_base():
         assert set(run.optimizer.base.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+@short_run
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("base", [*BASES, "plain sgd"])
@@ -417,13 +420,15 @@ def test_a_learning_rate_scheduler_works_on_either(attached, when):
     assert_same(snapshot(scheduled), snapshot(by_hand))
 
 
+@short_run
 def test_a_group_may_be_added():
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
     base = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
-    optimizer = SparseOptimizer(
-        base, safe_core.safe(0.5, rho=0.1, dual_update_interval=2), model=model
-    )
+    with pytest.warns(safe_core.DenseWeightWarning, match="base does not hold"):
+        optimizer = SparseOptimizer(
+            base, safe_core.safe(0.5, rho=0.1, dual_update_interval=2), model=model
+        )
 
     def closure():
         optimizer.zero_grad()
@@ -448,11 +453,13 @@ def test_a_group_may_be_added():
     assert sum(int((layer.weight == 0).sum()) for layer in model) == 20
 
 
+@short_run
 def test_a_group_that_does_not_fit_is_not_added():
     linear, bad = nn.Linear(4, 4), nn.Linear(5, 4)
     model = nn.ModuleList([linear, bad])
     base = torch.optim.SGD(linear.parameters(), lr=0.1)
-    optimizer = SparseOptimizer(base, safe_core.safe("2:4"), model=model)
+    with pytest.warns(safe_core.DenseWeightWarning, match="base does not hold"):
+        optimizer = SparseOptimizer(base, safe_core.safe("2:4"), model=model)
     with pytest.raises(ValueError, match=r"input axis of 1\.weight"):
         optimizer.add_param_group({"params": bad.parameters()})
     assert len(base.param_groups) == len(optimizer.param_groups) == 1

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from short_runs import short_run
 from torch import nn
 
 import safe_core
-from safe_core import NM, Block, Channel, Layout, Unstructured
+from safe_core import NM, Block, Channel, DenseWeightWarning, Layout, Unstructured
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.weights import prunable_weights
 
@@ -53,6 +54,24 @@ def found(model):
                 "v_proj_weight": OUTPUT_INPUT,
                 "out_proj.weight": OUTPUT_INPUT,
             },
+        ),
+        (
+            nn.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3),
+            {
+                f"weight_{kind}_l{layer}{end}": OUTPUT_INPUT
+                for layer in (0, 1)
+                for end in ("", "_reverse")
+                for kind in ("ih", "hh", "hr")
+            },
+        ),
+        (nn.GRU(4, 6), {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT}),
+        (nn.RNN(4, 6), {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT}),
+        (nn.LSTMCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (nn.GRUCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (nn.RNNCell(4, 6), {"weight_ih": OUTPUT_INPUT, "weight_hh": OUTPUT_INPUT}),
+        (
+            type("Own", (nn.LSTM,), {})(4, 6),
+            {"weight_ih_l0": OUTPUT_INPUT, "weight_hh_l0": OUTPUT_INPUT},
         ),
         (nn.Embedding(5, 4), {}),
         (nn.EmbeddingBag(5, 4), {}),
@@ -178,6 +197,7 @@ class Run:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
 
+@short_run
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(pattern):
     run = Run(safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=2))
@@ -207,6 +227,7 @@ def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(pattern):
     assert all(torch.equal(p, once[name]) for name, p in run.params().items())
 
 
+@short_run
 def test_the_penalty_acts_on_the_weights_alone():
     run = Run(safe_core.admm(0.5, penalty=2.0, dual_update_interval=1))
     run.scale = 0.0
@@ -232,6 +253,7 @@ def test_only_sparse_parameters_cost_state():
     assert per_entry == 5
 
 
+@short_run
 def test_a_tied_weight_is_counted_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
@@ -245,15 +267,17 @@ def test_a_tied_weight_is_counted_once():
 # Frozen and unused parameters
 
 
+@short_run
 def test_frozen_parameters_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     frozen = [p.detach().clone() for p in model[0].parameters()]
-    optimizer = SparseOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1),
-        safe_core.safe(0.5, rho=0.5, dual_update_interval=1),
-        model=model,
-    )
+    with pytest.warns(DenseWeightWarning, match=r"0\.weight, because requires_grad is False"):
+        optimizer = SparseOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1),
+            safe_core.safe(0.5, rho=0.5, dual_update_interval=1),
+            model=model,
+        )
     inputs = torch.randn(8, 4)
 
     def closure():
@@ -272,12 +296,15 @@ def test_frozen_parameters_are_left_alone():
     assert int((model[1].weight == 0).sum()) == 8
 
 
+@short_run
 def test_a_parameter_unfrozen_later_joins():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = SparseOptimizer(base, safe_core.safe(0.5), model=model)
+    with pytest.warns(DenseWeightWarning, match=r"0\.weight"):
+        optimizer = SparseOptimizer(base, safe_core.safe(0.5), model=model)
     model[0].requires_grad_(True)
+    assert not optimizer.coverage().dense
     assert list(optimizer.sparse_parameters()) == ["0.weight", "1.weight"]
     optimizer.finalize()
     assert sum(int((layer.weight == 0).sum()) for layer in model) == 16
@@ -341,6 +368,7 @@ def test_where_chooses_by_name_and_parameter():
     assert all(p is q for (_, p), q in zip(seen, model.parameters(), strict=True))
 
 
+@short_run
 def test_where_may_choose_what_the_model_would_not():
     model, base = model_and_sgd()
     optimizer = SparseOptimizer(
@@ -375,6 +403,7 @@ def test_a_group_may_opt_out():
         assert names_of(optimizer) == ["2.weight"]
 
 
+@short_run
 def test_a_group_may_opt_in_whole():
     def groups(model):
         first, *rest = model.parameters()
@@ -421,6 +450,7 @@ def is_2_4(weight, axis):
     return bool(((groups != 0).sum(axis=1) == 2).all())
 
 
+@short_run
 @pytest.mark.parametrize(
     "layout",
     [
@@ -436,12 +466,14 @@ def test_layout_overrides_what_the_module_says(layout):
     assert not is_2_4(pruned(layout), axis=1)
 
 
+@short_run
 @pytest.mark.parametrize("layout", [None, {}, {"bias": INPUT_OUTPUT}])
 def test_layout_of_the_module_holds_otherwise(layout):
     assert is_2_4(pruned(layout), axis=1)
     assert not is_2_4(pruned(layout), axis=0)
 
 
+@short_run
 @pytest.mark.parametrize(
     ("layout", "module"),
     [
@@ -458,6 +490,7 @@ def test_an_unknown_layout_is_an_error_only_where_it_is_needed(layout, module):
     assert (pruned(layout, module, 0.5) == 0).sum() == math.prod(module.weight.shape) // 2
 
 
+@short_run
 def test_importance_per_input_follows_the_layout():
     module = nn.ConvTranspose1d(8, 6, 1, bias=False)
     base = torch.optim.SGD(module.parameters(), lr=0.1)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import needs
-from ..options import Device, Json, Trust
+from ..options import Device, Json, TextField, Trust
 from ..output import quiet_transformers
 
 __all__ = ["perplexity"]
@@ -18,12 +18,16 @@ __all__ = ["perplexity"]
 @needs("transformers")
 def perplexity(
     model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
-    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be repeated.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+    ],
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between the starts of windows; by default --length.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
+    text_field: TextField = "text",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -41,7 +45,7 @@ def perplexity(
     quiet_transformers()
     where = chosen_device(device)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    tokens = text_tokens(tokenizer, text)
+    tokens = text_tokens(tokenizer, text, text_field)
     loaded = load_model(model, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
     with counted("windows") as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,8 @@ import typer
 from safe_core.solvers import named_solvers
 
 from ..errors import needs
-from ..options import Device, Trust
-from ..output import quiet_transformers, say, show
+from ..options import Device, TextField, Trust
+from ..output import by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
 
@@ -39,15 +40,43 @@ class Offload(enum.StrEnum):
     none = "none"
 
 
+def by_reason(dense: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of dense matrices for each reason.
+
+    Examples
+    --------
+    >>> by_reason({"a": "it is an embedding", "b": "where= leaves it out"})
+    {'it is an embedding': ['a'], '--only or --ignore leaves it out': ['b']}
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in dense.items():
+        found.setdefault(by_option(reason), []).append(name)
+    return found
+
+
 @needs("transformers")
 def prune(
-    model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
-    calibration: Annotated[list[Path], typer.Option(help="A UTF-8 text file; may be repeated.")],
+    model: Annotated[Path, typer.Argument(help="A folder with a model of transformers.")],
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a text: a .safetensors or .npz file of the model's arguments, such "
+            "as pixel_values, with a sample in each row."
+        ),
+    ] = None,
+    text_field: TextField = "text",
     sparsity: Annotated[
-        str,
-        typer.Option(help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN."),
-    ] = "0.5",
+        list[str] | None,
+        typer.Option(
+            help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN; again as "
+            "REGEX=SPARSITY for weights with such a name.  [default: 0.5]"
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(help=f"{', '.join(named_solvers())}, or file.py:SOLVER."),
@@ -56,7 +85,7 @@ def prune(
         Scope | None,
         typer.Option(help="Where entries compete: in each weight, or in each of its outputs."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    samples: Annotated[int, typer.Option(help="Windows of text, or rows of --inputs.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the windows and of the order of samples.")] = 0,
     blocks: Annotated[
@@ -65,6 +94,9 @@ def prune(
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Regular expression: prune only weights with such a name.")
+    ] = None,
+    ignore: Annotated[
+        str | None, typer.Option(help="Regular expression: leave weights with such a name dense.")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="safe, safe+: passes over the samples; 30 by default.")
@@ -97,7 +129,7 @@ def prune(
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Prune a transformer block by block with a calibration text, and save it.
+    """Prune a transformer block by block with a calibration text or other inputs, and save it.
 
     The new folder holds the weights, the tokenizer and a model card with all settings. It loads
     like the old one. Without training, alps is the most accurate and magnitude the fastest;
@@ -111,13 +143,16 @@ def prune(
     quiet_transformers()
     job = PruningJob(
         model=model,
-        calibration=calibration,
-        sparsity=sparsity,
+        calibration=calibration or [],
+        sparsity=sparsity or ["0.5"],
+        inputs=inputs,
+        text_field=text_field,
         method=method,
         scope=None if scope is None else scope.value,
         samples=samples,
         length=length,
         only=only,
+        ignore=ignore,
         epochs=epochs,
         learning_rate=learning_rate,
         rho=rho,
@@ -138,8 +173,9 @@ def prune(
     with pruning_bar() as progress:
         result = prune_folder(job, out, progress=progress, say=say)
     show(result.table())
-    for name in result.report.dense:
-        typer.echo(f"not pruned, because no matrix product used it: {name}")
+    for reason, names in by_reason(result.report.dense).items():
+        shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+        typer.echo(f"not pruned, because {reason}: {shown} ({len(names):,} in all)")
     poor = [block.name for block in result.report.blocks if block.relative_error > 1]
     if poor:
         say(

@@ -1,11 +1,17 @@
 """Train, prune and export Flax modules."""
 
+from safe_core._installed import require
+
+require(__name__, "flax", extra="jax")
+
 from .blocks import linen_block, linen_grams, nnx_block, nnx_grams
 from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names
+from .layouts import layouts_of
 from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients, recalibrate
 
 __all__ = [
     "SparseTrainState",
+    "layouts_of",
     "linen_block",
     "linen_grams",
     "load_safetensors",

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from safe_core._installed import require
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
-from ..tree import SparseTree, check_layout_paths
-from ..weights import is_prunable, layout_of, name_of
+from ..leaves import check_arrays
+from ..tree import SparseTree, layout_by_path
+from ..weights import is_prunable, known_layouts, name_of
 
 __all__ = ["load_safetensors", "save_safetensors", "to_bcoo", "to_torch_names"]
 
@@ -29,7 +32,6 @@ _NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_INTO_HEADS = (["query"], ["key"], ["value"])
 _COLLECTIONS = ("params", "batch_stats")
 
 
@@ -62,7 +64,8 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     """Return the arrays of Flax modules with PyTorch's names and axis order.
 
     ``Dense_0/kernel`` becomes ``Dense_0.weight`` with axes (output, input, window...). Several
-    axes of one role, such as the heads of attention, are merged into one. ``scale`` and
+    axes of one role, such as the heads of attention, are merged into one. A stack of layers stays
+    one array, whose first axes are those of the stack. ``scale`` and
     ``embedding`` become ``weight``; ``mean`` and ``var`` become ``running_mean`` and
     ``running_var``. The names of the collections ``params`` and ``batch_stats`` are dropped.
     A dense layer after a flattened image keeps the input order of Flax, channels last, which
@@ -73,7 +76,8 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     variables : pytree of arrays
         Nested mappings, such as the result of ``model.init`` or its ``params``.
     layout : Layout, mapping of path to Layout, or callable, optional
-        Axis roles of kernels, which override those inferred from the path.
+        Axis roles of kernels, such as from `layouts_of`. They override those inferred, see
+        `safe_core.adapters.jax.layout_of`.
 
     Returns
     -------
@@ -82,9 +86,8 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     Raises
     ------
     ValueError
-        If the path of a kernel does not determine its axes, a convolution is transposed
-        (PyTorch mirrors its window), two arrays get the same name, or ``layout`` names an
-        unknown path.
+        If the axis roles of a kernel are unknown, a convolution is transposed (PyTorch mirrors
+        its window), two arrays get the same name, or ``layout`` names an unknown path.
 
     Examples
     --------
@@ -93,12 +96,11 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
     {'Dense_0.weight': (2, 3)}
     """
     found: dict[str, np.ndarray[Any, Any]] = {}
-    for path, x in _named(variables, layout):
+    for path, x, axes in _read(variables, layout):
         name = _torch_name(path)
         if name in found:
             raise ValueError(f"variables must get different names, got two arrays named {name!r}")
-        order, shape, _ = _axes(path, x, layout)
-        found[name] = np.ascontiguousarray(np.asarray(x).transpose(order).reshape(shape))
+        found[name] = np.ascontiguousarray(np.asarray(x).transpose(axes.order).reshape(axes.shape))
     return found
 
 
@@ -129,6 +131,7 @@ def save_safetensors(variables: PyTree, path: str | Path, *, layout: Any = None)
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].shape
     (3, 2)
     """
+    require("save_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import save_file
 
     save_file(to_torch_names(variables, layout=layout), path)
@@ -163,26 +166,57 @@ def load_safetensors(path: str | Path, like: PyTree, *, layout: Any = None) -> P
     >>> load_safetensors(path, like=params)["Dense_0"]["kernel"].tolist()
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
+    require("load_safetensors", "safetensors", extra="jax")
     from safetensors.numpy import load_file
 
     held = load_file(path)
     leaves = []
-    for name, x in _named(like, layout):
+    for name, x, axes in _read(like, layout):
         key = _torch_name(name)
-        order, shape, unmerged = _axes(name, x, layout)
-        if key not in held or held[key].shape != shape:
+        if key not in held or held[key].shape != axes.shape:
             given = f"shape {held[key].shape}" if key in held else "none"
-            raise ValueError(f"the file must hold {key!r} of shape {shape}, got {given}")
-        whole = held[key].reshape(unmerged).transpose(inverse(order))
+            raise ValueError(f"the file must hold {key!r} of shape {axes.shape}, got {given}")
+        unmerged = tuple(x.shape[axis] for axis in axes.order)
+        whole = held[key].reshape(unmerged).transpose(inverse(axes.order))
         leaves.append(jnp.asarray(whole, dtype=x.dtype))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _named(variables: PyTree, layout: Any) -> list[tuple[str, Any]]:
+class _Axes(NamedTuple):
+    """Torch's axis order, and its shape, in which axes of one role are merged."""
+
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _read(variables: PyTree, layout: Any) -> list[tuple[str, Any, _Axes]]:
+    """Return path, array and torch's axes of every leaf."""
     paths = jax.tree_util.tree_leaves_with_path(variables)
     named = [(name_of(path), x) for path, x in paths]
-    check_layout_paths(layout, [name for name, _ in named], "variables")
-    return named
+    check_arrays("variables", named)
+    given = layout_by_path(layout, [name for name, _ in named], "variables")
+    known = known_layouts(named, [None] * len(named))
+    layouts = {
+        name: _kernel_layout(name, x, chosen_layout(name, x, given, own))
+        for (name, x), own in zip(named, known, strict=True)
+        if is_prunable(name, x)
+    }
+    return [(name, x, _axes(name, x, layouts)) for name, x in named]
+
+
+def _kernel_layout(path: str, x: Any, known: Layout | None) -> Layout:
+    """Return the layout of a kernel that torch can hold; raise for others."""
+    transposed = any(word in path.lower() for word in ("transpose", "deconv"))
+    if known is None and not transposed:
+        raise ValueError(
+            f"layout of {path} must be known, whose shape is {tuple(x.shape)}: pass layout="
+            f"{{{path!r}: safe_core.Layout(...)}}, or that of layouts_of(model, inputs), got None"
+        )
+    layout = resolve(known or Layout(), x.ndim, path)
+    window = x.ndim > sum(map(len, (layout.input_axes, layout.output_axes, layout.batch_axes)))
+    if transposed or (window and layout.output_axes < layout.input_axes):
+        raise ValueError(f"{path} must not be of a transposed convolution, got shape {x.shape}")
+    return layout
 
 
 def _torch_name(path: str) -> str:
@@ -191,26 +225,18 @@ def _torch_name(path: str) -> str:
     return ".".join([*keys[:-1], _NAMES.get(keys[-1], keys[-1])])
 
 
-def _axes(
-    path: str, x: Any, given: Any
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return torch's axis order, torch's shape, and the permuted shape before axes merge."""
-    axes, keys = tuple(range(x.ndim)), path.split("/")
-    if not is_prunable(path, x):
-        heads = keys[-1] == "bias" and x.ndim == 2 and keys[-2:-1] in _INTO_HEADS
-        return axes, (x.size,) if heads else x.shape, x.shape
-    if any(word in path.lower() for word in ("transpose", "deconv")):
-        raise ValueError(f"{path} must not be of a transposed convolution, got shape {x.shape}")
-    known = chosen_layout(path, x, given, layout_of(path, x))
-    if known is None:
-        raise ValueError(
-            f"the path {path!r} must determine the axes of its kernel, or layout= name them, got "
-            f"shape {x.shape}"
-        )
-    layout: Layout = resolve(known, x.ndim, path)
-    roles = (layout.output_axes, layout.input_axes)
-    rest = tuple(axis for axis in axes if axis not in roles[0] + roles[1])
-    order = roles[0] + roles[1] + rest
+def _axes(path: str, x: Any, layouts: Mapping[str, Layout]) -> _Axes:
+    """Return the axes of one array from the layouts of all kernels."""
+    axes = tuple(range(x.ndim))
+    if path not in layouts:
+        layout = layouts.get(f"{path.removesuffix('bias')}kernel")
+        if layout is None or not path.endswith("bias") or len(layout.output_axes) == 1:
+            return _Axes(axes, tuple(x.shape))
+        stack = x.shape[: len(layout.batch_axes)]
+        return _Axes(axes, (*stack, math.prod(x.shape[len(stack) :])))
+    layout = layouts[path]
+    stack, *roles = layout.batch_axes, layout.output_axes, layout.input_axes
+    window = tuple(axis for axis in axes if axis not in sum(roles, stack))
     merged = [math.prod(x.shape[axis] for axis in role) for role in roles]
-    window = tuple(x.shape[axis] for axis in rest)
-    return order, (*merged, *window), tuple(x.shape[axis] for axis in order)
+    lengths = tuple(x.shape[axis] for axis in stack), tuple(x.shape[axis] for axis in window)
+    return _Axes((*sum(roles, stack), *window), (*lengths[0], *merged, *lengths[1]))

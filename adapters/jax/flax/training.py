@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 
-from ..gradients import carrying_gradients, check_loss
+from ..gradients import carrying_gradients, check_loss, loss_and_aux
 from ..weights import name_of
 
 __all__ = ["SparseTrainState", "nnx_recalibrate", "nnx_value_and_gradients", "recalibrate"]
@@ -137,8 +137,7 @@ def nnx_value_and_gradients(
 
         def loss(params: PyTree, rest: PyTree, *args: Any, **kwargs: Any) -> Any:
             module = nnx.merge(graph, params, rest)
-            found = loss_fn(module, *args, **kwargs)
-            value, aux = found if has_aux else (found, None)
+            value, aux = loss_and_aux(loss_fn(module, *args, **kwargs), has_aux)
             held = nnx.to_flat_state(nnx.split(module, wrt, ...)[2])  # type: ignore[misc]
             kept = [(path, leaf) for path, leaf in held if path in known]
             return value, aux, nnx.as_pure(nnx.from_flat_state(kept))

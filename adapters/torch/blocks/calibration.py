@@ -76,7 +76,7 @@ def calibration_batches(
 
 def _tokens(tokenizer: Any, text: Any) -> list[int]:
     if isinstance(text, os.PathLike):
-        text = Path(text).read_text(encoding="utf-8")
+        text = Path(text).read_text(encoding="utf-8-sig")
     elif not isinstance(text, str):
         raise TypeError(f"texts must be str or paths, got {type(text)!r}")
     elif os.path.isfile(text):
@@ -123,6 +123,7 @@ def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
     if not tensors:
         raise TypeError(f"batches must be tensors or mappings of tensors, got {type(batch)!r}")
     rows = len(tensors[0])
+    _refuse_ambiguous(named, tensors[0])
     for i in range(rows):
         yield {
             key: v[i : i + 1] if torch.is_tensor(v) and v.ndim and len(v) == rows else v
@@ -130,9 +131,31 @@ def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
         }
 
 
+def _refuse_ambiguous(named: Mapping[str | None, Any], first: Tensor) -> None:
+    """Raise where a tensor may have one row for each sample, or be shared by all samples.
+
+    A float tensor whose axes are all as long as the batch, such as a bias between positions,
+    would be cut into rows without an error.
+    """
+    rows = len(first)
+    if rows == 1 or first.ndim < 2 or first.shape[1] != rows:
+        return
+    for key, v in named.items():
+        square = torch.is_tensor(v) and v.ndim >= 2 and set(v.shape) == {rows}
+        if square and v is not first and v.is_floating_point():
+            raise ValueError(
+                f"batches must show which tensors all samples share, got {key!r} of shape "
+                f"{tuple(v.shape)} in a batch of {rows} samples of length {rows}: pass batches "
+                "of another size"
+            )
+
+
 def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) -> None:
-    """Raise if a token is not in the model's vocabulary."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    """Raise if a token is not in the model's vocabulary, for models that have one."""
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except Exception:  # models of images and sound have the method, but raise in it
+        return
     if not isinstance(embeddings, nn.Embedding):
         return
     bounds, numbers = [], []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -199,6 +200,21 @@ class BlockSize(NamedTuple):
         return {"gram": self.gram, "squares": self.squares}.get(kind, 0)
 
 
+@contextmanager
+def _without_logged_tracebacks() -> Iterator[None]:
+    """Keep torch from printing an operation without a shape function as a traceback.
+
+    It raises as well, and the caller then runs the block for real.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def forward_backward_bytes(
     block: nn.Module,
     call: Callable[[nn.Module, Callable[[Tensor], Tensor]], Tensor],
@@ -239,7 +255,8 @@ def forward_backward_bytes(
         kind = dtype if dtype is not None and t.is_floating_point() else t.dtype
         return torch.zeros(t.shape, dtype=kind, device=device)
 
-    with FakeTensorMode() if fake else nullcontext(), torch.set_grad_enabled(backward):
+    mode = FakeTensorMode() if fake else nullcontext()
+    with _without_logged_tracebacks(), mode, torch.set_grad_enabled(backward):
         model = copy_with(block, make)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and (trained is None or name in trained))

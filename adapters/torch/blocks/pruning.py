@@ -7,14 +7,14 @@ those of the dense block. Only one block at a time is on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safe_core.layout import Layout
-from safe_core.reconstruction import block_pattern, changed
+from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
 from .calibration import calibration_batches, check_tokens, split_samples
@@ -22,10 +22,19 @@ from .memory import MemoryEstimate
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, WeightReport
 from .run import Run
+from .selection import refuse_quantised, select_weights
 from .settings import PruningSettings
 from .solver import as_block_solver
-from .statistics import block_weights
-from .structure import block_name, evaluation_mode, find_blocks, learn_structure
+from .structure import (
+    block_name,
+    call_forward,
+    evaluation_mode,
+    find_blocks,
+    learn_structure,
+    ordinary_mode,
+    return_inputs,
+    run_around_blocks,
+)
 from .task import Task, check_pattern, predict_memory
 
 __all__ = [
@@ -62,7 +71,8 @@ def prune_blocks(
         ``|block_x(h) - target|^2``,  ``target = block_dense(h')``,
 
     over the calibration samples. Everything outside the blocks stays dense, such as embeddings
-    and the head. So do weights that are tied to them, biases, norms, convolutions and routers.
+    and the head. So do weights that are tied to them, biases, norms, convolutions, and routers,
+    whose outputs choose experts or weigh them. The report lists the dense matrices of the blocks.
 
     Parameters
     ----------
@@ -79,10 +89,12 @@ def prune_blocks(
         function ``solver(weight, gram, sparsity, layout=layout) -> (values, support)``, which
         gets each weight in float32 or wider and ``gram = X^T X`` (inputs, inputs) of its inputs
         in the dense block.
-    sparsity : float, str or pattern
+    sparsity : float, str, pattern, mapping or callable
         As for `safe_core.project`. A number is the sparsity of each weight, or of each output of
         each weight for the name "wanda", as published. A pattern must not compare entries of
-        different weights (``scope="global"``).
+        different weights (``scope="global"``). A mapping of full names to sparsities, or a
+        function ``sparsity(name, parameter)`` that returns a sparsity or None, gives weights
+        their own; the others stay dense.
     settings : PruningSettings, optional
         All other settings.
     progress : callable, optional
@@ -114,8 +126,9 @@ def prune_blocks(
     blocks before it, and its targets are its own dense outputs for them.
 
     Parameters are trained in float32 or wider and written back in their own dtype, zeros
-    exactly. SAFE trains biases and norms of a block too. Parameters with
-    ``requires_grad=False`` keep their bits, unless they are pruned.
+    exactly. SAFE trains biases, norms and dense weights of a block too; matrices keep the zeros
+    that they have. Parameters with ``requires_grad=False`` keep their bits, unless they are
+    pruned. Autocast and inference mode around the call are switched off within it.
 
     References
     ----------
@@ -135,7 +148,9 @@ def prune_blocks(
     ...             x = block(x)
     ...         return x
     >>> model = Tiny()
-    >>> solver = SafeReconstruction(importance="wanda", epochs=3, batch_size=2)
+    >>> solver = SafeReconstruction(
+    ...     importance="wanda", epochs=3, batch_size=2, dual_update_interval=4
+    ... )
     >>> report = prune_blocks(model, torch.randn(8, 8), solver, 0.5)
     >>> report.sparsity, int((model.blocks[0].weight == 0).sum())
     (0.5, 32)
@@ -186,9 +201,9 @@ def plan_pruning(
     """
     settings = changed(settings, changes)
     scope = named_solver(solver).default_scope if isinstance(solver, str) else "tensor"
-    pattern, solver = block_pattern(sparsity, scope), as_block_solver(solver)
-    if settings.work_dir is not None:
-        solver.described(pattern)  # raises for a solver that cannot be compared with another
+    solver = as_block_solver(solver)
+    if not isinstance(sparsity, Mapping) and not callable(sparsity):
+        block_patterns(sparsity, {}, scope)  # raises for what is no sparsity, before the model runs
     samples = split_samples(batches)
     _check_model(model)
     check_tokens(model, samples)
@@ -197,32 +212,45 @@ def plan_pruning(
     device = home if settings.device is None else torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be available, got {settings.device!r} and no GPU")
+    refuse_quantised(name, modules)
     outside = _outside(model, name)
-    weights = [
-        _chosen(block_name(name, i), block, outside, settings.where)
-        for i, block in enumerate(modules)
-    ]
-    if not any(weights):
-        raise ValueError(f"blocks must hold weights to prune, got none in {name or 'the model'}")
-    check_pattern(pattern, name, modules, weights)
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
-    with evaluation_mode(model):
+    with ordinary_mode(device), evaluation_mode(model):
         structure = learn_structure(model, name, modules, placed[0])
-    return PruningPlan(
-        Task(
-            model=model,
-            samples=placed,
-            solver=solver,
-            pattern=pattern,
-            settings=settings,
-            device=device,
-            name=name,
-            blocks=modules,
-            weights=weights,
-            structure=structure,
-            outside=outside,
+        stand_in = return_inputs(modules, structure.hidden, structure.outputs)
+        answer = call_forward if structure.dependent else stand_in
+        calls = run_around_blocks(model, name, modules, placed[0], answer)
+        weights, patterns, dense = select_weights(
+            name, modules, calls, sparsity, scope, settings.where, outside
         )
+    if not patterns:
+        raise ValueError(
+            f"blocks must hold weights to prune, got none in {name or 'the model'}{_shown(dense)}"
+        )
+    check_pattern(patterns, name, modules, weights)
+    task = Task(
+        model=model,
+        samples=placed,
+        solver=solver,
+        patterns=patterns,
+        settings=settings,
+        device=device,
+        name=name,
+        blocks=modules,
+        weights=weights,
+        structure=structure,
+        outside=outside,
+        dense=dense,
     )
+    if settings.work_dir is not None:
+        task.described()  # raises for a solver that cannot be compared with another
+    return PruningPlan(task)
+
+
+def _shown(dense: dict[str, str]) -> str:
+    """Return why the first matrices stay dense, for a message."""
+    found = [f"{name}, because {reason}" for name, reason in list(dense.items())[:3]]
+    return f": {'; '.join(found)}" if found else ""
 
 
 class PruningPlan:
@@ -250,7 +278,8 @@ class PruningPlan:
             for i, weights in enumerate(task.weights)
             for key, layout in weights.items()
         }
-        self.memory = predict_memory(task)
+        with ordinary_mode(task.device):
+            self.memory = predict_memory(task)
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False
@@ -280,18 +309,3 @@ def _outside(model: nn.Module, name: str) -> frozenset[int]:
     named = model.named_parameters(remove_duplicate=False)
     prefix = f"{name}." if name else ""
     return frozenset(id(p) for key, p in named if not key.startswith(prefix))
-
-
-def _chosen(
-    prefix: str,
-    block: nn.Module,
-    outside: frozenset[int],
-    where: Callable[[str, Tensor], bool] | None,
-) -> dict[str, Layout | None]:
-    params = dict(block.named_parameters())
-    return {
-        name: layout
-        for name, layout in block_weights(block).items()
-        if id(params[name]) not in outside
-        and (where is None or where(f"{prefix}.{name}", params[name]))
-    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
+from safe_core.finalization import pruning_a_block
 from safe_core.layout import Layout
 from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
@@ -100,6 +101,7 @@ dual_update_interval
                 key: found.importance(tuple(params[key].shape))
                 for key, found in problem.statistics.items()
             }
+        _keep_zeros(p for key, p in params.items() if key not in problem.statistics)
         epoch, steps = problem.batches(self.batch_size, wide)
         supports = self.solve(
             block,
@@ -153,7 +155,9 @@ dual_update_interval
         """
         optimizer = self._optimizer(block, weights, importance, sparsity)
         self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
-        optimizer.finalize(freeze=True)
+        method = optimizer.method
+        with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
+            optimizer.finalize(freeze=True)
         named = optimizer.sparse_parameters()
         return {name: optimizer.state[p]["support"] for name, p in named.items()}
 
@@ -217,6 +221,21 @@ dual_update_interval
             layout=dict(weights),
             importance=importance,
         )
+
+
+@torch.no_grad()
+def _keep_zeros(params: Iterable[Tensor]) -> None:
+    """Let matrices keep the zeros that they have, by gradients of zero there.
+
+    Their zeros were put there on purpose, such as by an earlier call. Adam does not move an
+    entry whose gradients are all zero, nor does the perturbation.
+    """
+    for p in params:
+        if p.ndim >= 2 and p.requires_grad and bool((p == 0).any()):
+            kept = p != 0
+            p.register_hook(  # type: ignore[no-untyped-call]
+                lambda g, kept=kept: torch.where(kept, g, torch.zeros_like(g))
+            )
 
 
 def wide_mse(output: Tensor, target: Tensor) -> Tensor:

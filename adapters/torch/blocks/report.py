@@ -81,7 +81,7 @@ class BlockReport(NamedTuple):
     --------
     >>> block = BlockReport("layers.0", 0.1, 0.02, {"weight": WeightReport(64, 16, 512)}, 3.5)
     >>> estimate = MemoryEstimate(device=4096, host=0, disk=0)
-    >>> PruningReport((block,), (), estimate, None, 3.5).sparsity
+    >>> PruningReport((block,), {}, estimate, None, 3.5).sparsity
     0.75
     """
 
@@ -98,8 +98,8 @@ class PruningReport(NamedTuple):
     Attributes
     ----------
     blocks : tuple of BlockReport
-    dense : tuple of str
-        Weights of blocks that were not pruned, because no matrix product used them.
+    dense : dict of str to str
+        The matrices of the blocks that were not pruned, with the reason.
     predicted : MemoryEstimate
     peak : int or None
         Peak bytes relative to the start: from the allocator of the GPU or, with
@@ -108,7 +108,7 @@ class PruningReport(NamedTuple):
     """
 
     blocks: tuple[BlockReport, ...]
-    dense: tuple[str, ...]
+    dense: dict[str, str]
     predicted: MemoryEstimate
     peak: int | None
     seconds: float
@@ -117,4 +117,5 @@ class PruningReport(NamedTuple):
     def sparsity(self) -> float:
         """The fraction of entries of the pruned weights that are off their supports."""
         found = [w for block in self.blocks for w in block.weights.values()]
-        return 1 - sum(w.kept for w in found) / max(1, sum(w.entries for w in found))
+        entries = sum(w.entries for w in found)
+        return 1 - sum(w.kept for w in found) / entries if entries else 0.0

@@ -23,11 +23,13 @@ from .memory import MemoryEstimate, TensorBytes, block_dtype, copy_with
 from .report import BlockReport, Progress, PruningReport, WeightReport
 from .solver import Batch, BlockProblem
 from .statistics import InputRecorder, one_by_one
-from .structure import block_name, evaluation_mode
+from .structure import block_name, evaluation_mode, ordinary_mode
 from .task import NO_CAST, Task, trainable_names
 from .work_folder import WorkFolder
 
 __all__ = ["Run"]
+
+_UNUSED = "no matrix product uses it"
 
 
 def _on_device(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -54,7 +56,7 @@ class Run:
         self.device = task.device
         self.predicted = predicted
         self.progress = progress
-        self.unseen: list[str] = []
+        self.dense = dict(task.dense)
         self.calls: BlockCalls
         self.inputs: Activations
         self.targets: Activations
@@ -66,6 +68,7 @@ class Run:
         """Prune every block, and report the result."""
         task, reports = self.task, []
         with ExitStack() as stack:
+            stack.enter_context(ordinary_mode(self.device))
             stack.enter_context(evaluation_mode(task.model))
             if self.device.type == "cuda":
                 torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -80,10 +83,13 @@ class Run:
             except BaseException as error:
                 error.add_note(self._progress_note())
                 raise
+        if not any(report.weights for report in reports):
+            raise ValueError(
+                "model must use its weights by matrix products, so that they can be pruned, got "
+                f"none that does: all of {', '.join(self.task.patterns)} stay dense"
+            )
         seconds = time.monotonic() - self._started
-        return PruningReport(
-            tuple(reports), tuple(self.unseen), self.predicted, peak.bytes, seconds
-        )
+        return PruningReport(tuple(reports), self.dense, self.predicted, peak.bytes, seconds)
 
     def _progress_note(self) -> str:
         """Say which blocks are pruned, for an error that ends the run."""
@@ -179,7 +185,7 @@ class Run:
         report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
         if self._folder is not None:
             digest = sample_of(block.parameters())
-            unseen = [key for key in self.unseen if key.startswith(f"{name}.")]
+            unseen = [key for key in self.dense if key.startswith(f"{name}.")]
             entry = {**report._asdict(), "digest": digest, "unseen": unseen}
             self._folder.save(dict(block.named_parameters()), entry)
         return report
@@ -191,16 +197,14 @@ class Run:
         if s.two_streams or s.propagate == "dense":
             self._dense_pass(i)
         loaded = self._folder.load(i)
-        with torch.no_grad():
-            for key, p in block.named_parameters():
-                p.copy_(loaded[key])
+        _write_back(block, loaded)
         if s.propagate == "pruned":
             self._forward_in_place(i, self._copy(i), self.inputs)
         else:
             self.inputs, self.targets = self.targets, self.inputs
         entry = dict(self._folder.finished[i])
         del entry["digest"]
-        self.unseen = sorted({*self.unseen, *entry.pop("unseen")})
+        self.dense |= dict.fromkeys(set(entry.pop("unseen")) - set(self.dense), _UNUSED)
         weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
         self._finished = i + 1
         return BlockReport(weights=weights, **entry)
@@ -259,12 +263,11 @@ class Run:
                 if not s.two_streams:
                     self.targets.put(samples, output)
         statistics = seen.statistics()
-        self.unseen += [
-            f"{block_name(self.task.name, i)}.{key}" for key in weights if key not in statistics
-        ]
+        prefix = block_name(self.task.name, i)
+        self.dense |= {f"{prefix}.{k}": _UNUSED for k in weights if k not in statistics}
         return BlockProblem(
-            name=block_name(self.task.name, i),
-            pattern=self.task.pattern,
+            name=prefix,
+            pattern=self.task.pattern_of(i, statistics),
             statistics=statistics,
             trainable=trainable_names(self.task, i, statistics),
             dense=dense,
@@ -312,9 +315,10 @@ class Run:
 
 
 def _write_back(block: nn.Module, solved: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for key, p in block.named_parameters():
-            if key in solved:
+    for key, p in block.named_parameters():
+        if key in solved:
+            # A model made in inference mode can be changed in that mode only.
+            with torch.inference_mode(p.is_inference()), torch.no_grad():
                 p.copy_(solved[key])
 
 

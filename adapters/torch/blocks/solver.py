@@ -44,7 +44,7 @@ class BlockProblem:
     ----------
     name : str
     pattern : pattern
-        The sparsity of each weight.
+        The sparsity of the weights; ``pattern.of(name)`` is that of one.
     statistics : dict of str to InputStatistics
         Layouts of the weights to prune, and the statistics of their inputs that the solver needs.
     trainable : set of str
@@ -169,10 +169,12 @@ class LayerByLayer(BlockSolver):
     def _layer(
         self, name: str, weight: Tensor, found: InputStatistics, problem: BlockProblem
     ) -> tuple[Tensor, Tensor]:
+        pattern = problem.pattern.of(name.removeprefix(f"{problem.name}."))
+
         def solve(weight: Tensor, layout: Layout, expert: int) -> tuple[Tensor, Tensor]:
             sums = None if found.sums is None else found.sums[expert]
             statistics = sums if sums is None else solver_statistics(self.solver.needs, sums)
-            result = self.solver(weight, statistics, problem.pattern, layout=layout)
+            result = self.solver(weight, statistics, pattern, layout=layout)
             _check_result(name, weight, result)
             return result[0], result[1]
 

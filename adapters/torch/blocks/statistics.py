@@ -24,12 +24,19 @@ from safe_core.solvers.gram import positive_squares
 
 from ..weights import prunable_weights
 
-__all__ = ["InputRecorder", "InputStatistics", "block_weights", "each_slice", "one_by_one"]
+__all__ = [
+    "PRODUCTS",
+    "InputRecorder",
+    "InputStatistics",
+    "block_weights",
+    "each_slice",
+    "one_by_one",
+]
 
 # Positions of the input and the weight among the arguments, and the axis of the weight that is
 # summed over. Linear layers reach the dispatcher as one of the first four, except in inference
 # mode.
-_PRODUCTS: dict[Any, tuple[int, int, int]] = {
+PRODUCTS: dict[Any, tuple[int, int, int]] = {
     torch.ops.aten.mm: (0, 1, -2),
     torch.ops.aten.bmm: (0, 1, -2),
     torch.ops.aten.addmm: (1, 2, -2),
@@ -149,7 +156,7 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation, and record its inputs if it uses one of the weights."""
         result = func(*args, **(kwargs or {}))
-        places = _PRODUCTS.get(func.overloadpacket)
+        places = PRODUCTS.get(func.overloadpacket)
         if places is not None:
             x, w = args[places[0]], args[places[1]]
             right, left = self._name_of(w), self._name_of(x)

@@ -8,7 +8,7 @@ model with the blocks replaced by functions that return their hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "evaluation_mode",
     "find_blocks",
     "learn_structure",
+    "ordinary_mode",
     "return_inputs",
     "run_around_blocks",
 ]
@@ -150,6 +151,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def ordinary_mode(device: torch.device) -> Iterator[None]:
+    """Compute with gradients and in the dtypes of the tensors, whatever modes the caller set.
+
+    Under autocast the products use casts of the weights, and under `torch.inference_mode`
+    nothing can be trained.
+    """
+    with ExitStack() as stack:
+        for kind in {device.type, "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextmanager
@@ -331,7 +347,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _twice(value: Any) -> Any:
-    return torch.cat([value, value]) if torch.is_tensor(value) and value.ndim else value
+    """Return the argument of two samples: what has one row of a sample is its own."""
+    own = torch.is_tensor(value) and value.ndim and len(value) == 1
+    return torch.cat([value, value]) if own else value
 
 
 def _batch_axes(one: Call, two: Call) -> dict[int, int]:

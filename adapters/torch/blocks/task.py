@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout, resolve
-from safe_core.patterns import Pattern
+from safe_core.patterns import ByName, Pattern
 
 from .calls import BlockCalls, record
 from .fingerprints import fingerprint
@@ -39,14 +39,20 @@ class Task(NamedTuple):
 
     Attributes
     ----------
+    patterns : dict of str to Pattern
+        The pattern of each weight to prune, by full name.
+    weights : list of dict of str to Layout or None
+        For each block, the weights to prune by their names in it, with their layouts.
     outside : frozenset of int
         Ids of the parameters that are used outside the blocks too.
+    dense : dict of str to str
+        The matrices of the blocks that stay dense, by full name, with the reason.
     """
 
     model: nn.Module
     samples: list[dict[str | None, Any]]
     solver: BlockSolver
-    pattern: Pattern
+    patterns: dict[str, Pattern]
     settings: PruningSettings
     device: torch.device
     name: str
@@ -54,22 +60,36 @@ class Task(NamedTuple):
     weights: list[dict[str, Layout | None]]
     structure: Structure
     outside: frozenset[int]
+    dense: dict[str, str]
+
+    def pattern_of(self, i: int, names: Collection[str]) -> Pattern:
+        """Return the pattern of weights of block i, by name where they differ."""
+        prefix = block_name(self.name, i)
+        found = {name: self.patterns[f"{prefix}.{name}"] for name in names}
+        return _joined(found or self.patterns)  # a block may have no weight to prune
 
     def described(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
         s = self.settings
+        pattern = _joined(self.patterns)
         tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
             "weights": repr([list(w) for w in self.weights]),
-            "sparsity": repr(self.pattern),
+            "sparsity": repr(pattern),
             "target_inputs": s.target_inputs,
             "propagate": s.propagate,
             "batch_size": str(s.batch_size),
             "seed": str(s.seed),
             "batches": fingerprint(tensors),
-            **self.solver.described(self.pattern),
+            **self.solver.described(pattern),
         }
+
+
+def _joined(patterns: Mapping[str, Pattern]) -> Pattern:
+    """Return one pattern for arrays with these, by name where they differ."""
+    found = list(dict.fromkeys(patterns.values()))
+    return found[0] if len(found) == 1 else ByName(patterns)
 
 
 class PatternError(ValueError):
@@ -81,6 +101,8 @@ class PatternError(ValueError):
         The first weight that does not fit.
     inputs : int
         The number of inputs of that weight.
+    pattern : Pattern
+        The pattern of that weight.
     common : int
         The greatest common divisor of the numbers of inputs of all weights.
     """
@@ -91,16 +113,16 @@ class PatternError(ValueError):
             f"{inputs} of {name}: {pattern!r} with ragged='dense' leaves the last group dense, and "
             "where= leaves out the weight"
         )
-        self.name, self.inputs, self.common = name, inputs, common
+        self.name, self.inputs, self.pattern, self.common = name, inputs, pattern, common
 
 
 def check_pattern(
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     name: str,
     blocks: Sequence[nn.Module],
     weights: Sequence[Mapping[str, Layout | None]],
 ) -> None:
-    """Raise where the pattern does not fit a weight, if the roles of its axes are known."""
+    """Raise where the pattern of a weight does not fit it, if the roles of its axes are known."""
     known = {
         f"{block_name(name, i)}.{key}": (tuple(block.get_parameter(key).shape), layout)
         for i, (block, chosen) in enumerate(zip(blocks, weights, strict=True))
@@ -112,6 +134,7 @@ def check_pattern(
         for key, (shape, layout) in known.items()
     }
     for key, (shape, layout) in known.items():
+        pattern = patterns[key]
         try:
             pattern.check(shape, resolve(layout, len(shape), key), key)
         except ValueError:
@@ -219,6 +242,6 @@ def _work_bytes(
             # The shapes of grouped products of experts are known in bfloat16 only.
             return needed(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
         return needed(rows, dtype, fake=True)
-    except RuntimeError:
+    except Exception:  # of any kind: shape functions are code of others
         # Shapes depend on values, or a kernel has no shape function: run one sample for real.
         return needed(1, dtype, fake=False) * rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +13,12 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from safe_core._installed import require
+
 __all__ = ["WorkFolder"]
 
 _MANIFEST = "manifest.json"
+_ACTIVATIONS = ("inputs-*.bin", "targets-*.bin")
 
 
 class WorkFolder:
@@ -66,6 +71,7 @@ class WorkFolder:
         self._digests: list[str] = []  # of the files
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
+        _remove_leftovers(self.path)
         try:
             if (self.path / _MANIFEST).exists():
                 self._read()
@@ -85,13 +91,11 @@ class WorkFolder:
                 f"work_dir must hold a manifest of this library, got {self.path / _MANIFEST} with "
                 f"{error!r}"
             ) from error
-        for key in sorted(set(found) | set(self.settings)):
-            if found.get(key) != self.settings.get(key):
-                raise ValueError(
-                    f"work_dir must be of a run with the same settings: {self.path} was begun with "
-                    f"{key}={found.get(key)}, got {key}={self.settings.get(key)}; name another "
-                    "folder to begin anew"
-                )
+        if found != self.settings:
+            raise ValueError(
+                f"work_dir must be of a run with the same settings: {self.path} was begun "
+                f"{_difference(found, self.settings)}; name another folder to begin anew"
+            )
 
     def close(self) -> None:
         """Unlock the folder for other runs; the end of the process does so too."""
@@ -108,6 +112,7 @@ class WorkFolder:
         ValueError
             If its file is missing or was changed.
         """
+        require("work_dir", "safetensors", extra="transformers")
         from safetensors.torch import load
 
         path = self._file(index)
@@ -128,6 +133,7 @@ class WorkFolder:
         OSError
             If it cannot be written, as on a full disk. Earlier blocks stay.
         """
+        require("work_dir", "safetensors", extra="transformers")
         from safetensors.torch import save
 
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -152,6 +158,54 @@ class WorkFolder:
         }
         _write(self.path / _MANIFEST, json.dumps(manifest, indent=1).encode())
         self.finished, self._digests = finished, digests
+
+
+def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return what differs most plainly between the settings of two runs.
+
+    Other samples follow from another seed, and other weights from other blocks, so the settings
+    that only follow are named last.
+    """
+    keys = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+    key = min(keys, key=lambda key: _FOLLOWING.get(key, 0))
+    was, got = then.get(key), now.get(key)
+    if key == "batches":
+        return "with other batches"
+    if key == "weights" and was and got:
+        return f"with {_other_weight(was, got)}"
+    return f"with {key}={_excerpt(was, got)}, got {key}={_excerpt(got, was)}"
+
+
+def _excerpt(text: str | None, other: str | None) -> str | None:
+    """Return a text, shortened to the part where it begins to differ from another."""
+    if text is None or len(text) <= _LONG:
+        return text
+    pairs = itertools.zip_longest(text, other or "")
+    same = next(i for i, (a, b) in enumerate(pairs) if a != b)
+    start = max(0, same - _LONG // 4)
+    return f"{'...' if start else ''}{text[start : start + _LONG]}..."
+
+
+_FOLLOWING = {"batches": 1, "weights": -1}
+_LONG = 200  # characters
+
+
+def _other_weight(was: str, got: str) -> str:
+    """Return the first weight that only one of two lists of names, for each block, has."""
+    blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
+    for i, (old, new) in enumerate(zip(*blocks, strict=False)):
+        for name in sorted(old ^ new):
+            whose = "was pruned, and is" if name in old else "was dense, and is pruned"
+            tail = " dense now" if name in old else " now"
+            return f"a block {i} in which {name} {whose}{tail}"
+    return "another number of blocks"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what a killed run left: halves of files, and its activations."""
+    for pattern in ("block-*.safetensors.part", f"{_MANIFEST}.part", *_ACTIVATIONS):
+        for file in path.glob(pattern):
+            file.unlink()
 
 
 def _locked(path: Path) -> IO[bytes]:

@@ -83,14 +83,8 @@ class TorchLearner:
                 return self.variables()
             base = torch.optim.SGD(self._model.parameters(), lr=0.0)
             optimizer = SparseOptimizer(base, method, model=self._model)
-        sparse = optimizer.sparse_parameters()
-        before = {name: p.detach().clone() for name, p in sparse.items()}
-        optimizer.finalize()
-        found = self.variables()
-        with torch.no_grad():
-            for name, p in sparse.items():
-                p.copy_(before[name])
-        return found
+        with optimizer.sparse_weights():
+            return self.variables()
 
 
 class TorchSubject:

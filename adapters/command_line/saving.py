@@ -1,0 +1,119 @@
+"""Save a pruned model with the other files of its folder, and read it back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from safe_core.adapters.torch.blocks.fingerprints import fingerprint
+from safe_core.adapters.torch.blocks.structure import evaluation_mode
+
+from .model_folder import read_model
+
+__all__ = ["Imprint", "check_saved", "copy_other_files"]
+
+# Files with weights in other formats still hold the dense ones.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".gguf", ".ggml", ".ot", ".tflite", ".npz", ".npy", ".mlmodel", ".index.json",
+)  # fmt: skip
+_ROUNDING = 1e-2  # of 16-bit products that another kernel sums in another order
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model besides its weights, such as a processor or a licence.
+
+    Files that the folder holds already stay, and so do hidden files, subfolders, and the model
+    card, in the source.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> source, folder = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    >>> for name in ("LICENSE", "model.onnx", "README.md", ".git"):
+    ...     (source / name).touch()
+    >>> copy_other_files(source, folder)
+    >>> [file.name for file in folder.iterdir()]
+    ['LICENSE']
+    """
+    for file in sorted(source.iterdir()):
+        name = file.name.lower()
+        wanted = not name.endswith(_WEIGHTS) and not name.startswith(".") and name != "readme.md"
+        if wanted and file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+class Imprint(NamedTuple):
+    """What a model in memory is, to compare a saved one with.
+
+    Attributes
+    ----------
+    digests : dict of str to str
+        One of the bits of every parameter.
+    zeros : dict of str to int
+    sample : mapping
+        Arguments of one forward pass.
+    outputs : list of tensor
+        The floating-point outputs of that pass.
+    """
+
+    digests: dict[str, str]
+    zeros: dict[str, int]
+    sample: Mapping[str | None, Any]
+    outputs: list[Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, sample: Mapping[str | None, Any]) -> Imprint:
+        """Take the imprint of a model."""
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        digests = {name: fingerprint([p]) for name, p in parameters.items()}
+        zeros = {name: p.numel() - int(p.count_nonzero()) for name, p in parameters.items()}
+        return cls(digests, zeros, sample, _outputs(model, sample))
+
+
+def _outputs(model: nn.Module, sample: Mapping[str | None, Any]) -> list[Tensor]:
+    positional = [value for key, value in sample.items() if key is None]
+    named = {key: value for key, value in sample.items() if key is not None}
+    with evaluation_mode(model), torch.no_grad():
+        found = model(*positional, **named)
+    leaves = tree_leaves(dict(found) if isinstance(found, Mapping) else found)
+    return [x.float() for x in leaves if torch.is_tensor(x) and x.is_floating_point()]
+
+
+def check_saved(imprint: Imprint, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Load a saved model and compare it with the one that was in memory.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be loaded, a weight differs, or a forward pass gives other outputs.
+    """
+    model = read_model(folder, trust_remote_code=trust_remote_code).model
+    saved = Imprint.of(model, imprint.sample)
+    for name, digest in imprint.digests.items():
+        if name not in saved.digests:
+            raise ValueError(f"the saved model must hold all weights, got no {name} in {folder}")
+        if saved.digests[name] != digest:
+            raise ValueError(
+                f"the saved model must hold the weights that were pruned, got {name} with "
+                f"{saved.zeros[name]:,} zeros instead of {imprint.zeros[name]:,} in {folder}"
+            )
+    pairs = zip(imprint.outputs, saved.outputs, strict=False)
+    if len(imprint.outputs) != len(saved.outputs) or not all(_alike(a, b) for a, b in pairs):
+        raise ValueError(
+            "the saved model must give the outputs of the model in memory, got others from "
+            f"{folder}"
+        )
+
+
+def _alike(wanted: Tensor, found: Tensor) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    difference = torch.linalg.vector_norm(wanted.double() - found.double())
+    return bool(difference <= _ROUNDING * torch.linalg.vector_norm(wanted.double()))

@@ -1,0 +1,161 @@
+"""The sparsity of each weight, from texts: a default, and patterns for names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal
+
+from safe_core import _checks
+from safe_core.adapters.loading import load_named, names_object
+from safe_core.patterns import Pattern, as_pattern
+
+__all__ = ["SparsityRules", "check_matches", "parse_rules", "parse_sparsity"]
+
+
+def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
+    """Return the pattern for a text: a fraction of zeros, "N:M", or the name of a pattern.
+
+    "my_parts.py:PATTERN" and "package.module:PATTERN" name a pattern of your own, whose code is
+    run.
+
+    Parameters
+    ----------
+    text : str
+    scope : {"tensor", "row"}
+        Where entries compete under a fraction: within each weight, or each of its outputs.
+
+    Raises
+    ------
+    ValueError
+        If the text is none of these.
+
+    Examples
+    --------
+    >>> parse_sparsity("0.29", "row"), parse_sparsity("2:4")
+    (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
+    >>> parse_sparsity("half")
+    Traceback (most recent call last):
+    ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
+    """
+    if names_object(text):
+        return as_pattern(load_named("sparsity", text), scope)
+    try:
+        if ":" in text:
+            return as_pattern(text)
+        # Decimal refuses "nan", "50%" and the like in the same way.
+        return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
+    except (ValueError, TypeError, OverflowError, InvalidOperation):
+        raise ValueError(
+            f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class SparsityRules:
+    """Give each weight the pattern of the first rule whose regular expression its name contains.
+
+    Attributes
+    ----------
+    default : Pattern or None
+        For names that no rule matches; None leaves their weights dense.
+    rules : tuple of (str, Pattern)
+
+    Examples
+    --------
+    >>> rules = parse_rules(["0.5", r"down_proj=2:4"])
+    >>> rules("layers.0.mlp.down_proj.weight"), rules("layers.0.mlp.up_proj.weight").sparsity
+    (NM(n=2, m=4, ragged='error'), 0.5)
+    """
+
+    default: Pattern | None
+    rules: tuple[tuple[str, Pattern], ...] = ()
+
+    def __call__(self, name: str, weight: object = None) -> Pattern | None:
+        """Return the pattern of a weight, or None for a weight that stays dense."""
+        matching = (pattern for regex, pattern in self.rules if re.search(regex, name))
+        return next(matching, self.default)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """All patterns, the default first."""
+        found = [pattern for _, pattern in self.rules]
+        return tuple(found if self.default is None else [self.default, *found])
+
+    def describe(self) -> str:
+        """Return a text for tables."""
+        parts = ["" if self.default is None else self.default.describe()]
+        parts += [f"{pattern.describe()} for {regex}" for regex, pattern in self.rules]
+        return "; ".join(part for part in parts if part)
+
+
+def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor") -> SparsityRules:
+    """Return the rules for texts: at most one sparsity, the default, and "REGEX=SPARSITY".
+
+    Raises
+    ------
+    ValueError
+        If there are two defaults, or a text is wrong.
+
+    Examples
+    --------
+    >>> parse_rules(["q_proj=0.5"]).default is None
+    True
+    >>> parse_rules(["0.5", "0.7"])
+    Traceback (most recent call last):
+    ValueError: sparsity must give one default, got 0.5 and 0.7: others are REGEX=SPARSITY
+    """
+    plain = [text for text in texts if "=" not in text]
+    if not texts:
+        raise ValueError("sparsity must be given, got none")
+    if len(plain) > 1:
+        raise ValueError(
+            f"sparsity must give one default, got {' and '.join(plain)}: others are REGEX=SPARSITY"
+        )
+    rules = []
+    for text in texts:
+        regex, given, value = text.rpartition("=")
+        if given:
+            check_regex("sparsity", regex)
+            rules.append((regex, parse_sparsity(value, scope)))
+    return SparsityRules(parse_sparsity(plain[0], scope) if plain else None, tuple(rules))
+
+
+def check_regex(argument: str, regex: str) -> None:
+    """Raise ValueError unless a text is a regular expression that says something.
+
+    Examples
+    --------
+    >>> check_regex("only", "(")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: only must be a regular expression, got '(': missing ), ...
+    """
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(
+            f"{argument} must be a regular expression, got {regex!r}: {error}"
+        ) from None
+    if not regex:
+        raise ValueError(f"{argument} must be a regular expression of a name, got an empty one")
+
+
+def check_matches(argument: str, regexes: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError for a regular expression that matches no name: it is misspelled.
+
+    Examples
+    --------
+    >>> check_matches("ignore", ["gate"], ["layers.0.up.weight", "layers.0.down.weight"])
+    Traceback (most recent call last):
+    ValueError: ignore must match the name of a weight, got 'gate': names are such as \
+layers.0.up.weight, layers.0.down.weight
+    """
+    known: list[Any] = list(names)
+    for regex in regexes:
+        if not any(re.search(regex, name) for name in known):
+            raise ValueError(
+                f"{argument} must match the name of a weight, got {regex!r}: names are such as "
+                f"{', '.join(known[:3])}"
+            )

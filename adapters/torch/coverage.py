@@ -1,0 +1,111 @@
+"""List which weights of a model an optimizer makes sparse, and warn about the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
+
+from .groups import settings_of
+from .modules import JoinedModules
+from .selection import Selection
+from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
+
+__all__ = ["coverage_of", "warn_of_dense"]
+
+
+def coverage_of(selection: Selection, selected: Any, constrained: Collection[Tensor]) -> Coverage:
+    """Return the coverage of a model, or without one that of the parameters of the base.
+
+    Parameters
+    ----------
+    selection : Selection
+    selected : mapping of parameter to Selected
+        What ``selection`` chose.
+    constrained : collection of parameter
+        Those of ``selected`` that `SparseOptimizer.finalize` projects.
+    """
+    known: Any = {} if selection.model is None else model_weights(selection.model)
+    held = {
+        p: settings_of(group, selection.base).get("sparsify")
+        for group in selection.base.param_groups
+        for p in group["params"]
+    }
+    chosen, elsewhere, rows = set(constrained), _trained_elsewhere(selection.model, held), []
+    for p, name in selection.names().items():
+        listed = p in selected or is_matrix(p) or (p in known and not known[p].reason)
+        if p in chosen:
+            reason, expected = "", True
+        elif not listed:
+            continue
+        elif p in elsewhere:
+            reason, expected = "base holds nothing of its module", True
+        else:
+            reason, expected = _why_dense(selection, name, p, known.get(p), held, p in selected)
+        rows.append(WeightCoverage(name, tuple(p.shape), reason, expected))
+    if selection.model is not None:
+        expected = selection.where is not None
+        rows += [
+            WeightCoverage(hidden.name, hidden.shape, "the weight is not a parameter", expected)
+            for hidden in hidden_weights(selection.model)
+            if hidden.shape and not hidden.sources
+        ]
+    return Coverage(tuple(rows))
+
+
+def _trained_elsewhere(model: Any, held: Collection[Tensor]) -> set[Tensor]:
+    """Return the parameters of modules, among several, of which the base holds none.
+
+    Such a module is given for its buffers, as the other network of a GAN is.
+    """
+    if not isinstance(model, JoinedModules):
+        return set()
+    parts = [set(module.parameters()) for module in model.children()]
+    return {p for part in parts if part.isdisjoint(held) for p in part}
+
+
+def _why_dense(
+    selection: Selection,
+    name: str,
+    p: Tensor,
+    known: ModelWeight | None,
+    held: dict[Tensor, Any],
+    selected: bool,
+) -> tuple[str, bool]:
+    """Return why a parameter stays dense, and whether that was chosen or is documented."""
+    frozen = "requires_grad is False"
+    if selected:  # and yet not constrained
+        return frozen, False
+    if held.get(p) is False:
+        return '"sparsify" is False on the param group', True
+    if selection.where is not None:
+        asked = p not in held and selection.asks(name, p)
+        return ("base does not hold the parameter", False) if asked else ("where= said False", True)
+    if selection.model is None:
+        return '"sparsify" is not set on the param group', True
+    if known is None:
+        return "model= does not hold the parameter", True
+    if known.reason and known.documented:
+        return known.reason, True
+    if not p.requires_grad:
+        return frozen, False
+    if p not in held:
+        return "base does not hold the parameter", False
+    return known.reason, False
+
+
+def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:
+    """Warn once about the weights that stay dense although nobody chose so."""
+    dense = coverage.unexpected
+    if dense:
+        warnings.warn(
+            f"{len(dense):,} of {len(coverage.weights):,} weights stay dense: {by_reason(dense)}. "
+            'To choose, pass where= or set "sparsify" to True or False on their param groups; '
+            "optimizer.coverage() lists all weights",
+            DenseWeightWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,266 @@
+"""Describe what `finalize` removed, and warn where the run was too short or the removal large.
+
+`measure` reads one parameter and its final support. Its numbers are sums over entries, so those
+of local shards add up. `describe` names them, and `warn` tells the user what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from array_api_compat import array_namespace
+
+from ._calls import level_of_caller
+from .backends import Array
+from .constraints import Constraint
+from .importance import Importance
+from .patterns import Pattern
+from .perturbations import norm
+
+__all__ = [
+    "LARGE_DISTANCE",
+    "FinalizeWarning",
+    "Finalized",
+    "FinalizedTensor",
+    "describe",
+    "measure",
+    "pruning_a_block",
+    "warn",
+]
+
+LARGE_DISTANCE = 0.1
+"""`finalize` warns if it removes more than this part of the norm of the weights."""
+
+# Longer lists of names would hide the message.
+_NAMES = 5
+
+
+class FinalizeWarning(UserWarning):
+    """`finalize` changed the network much, or the run was too short for the method to act."""
+
+
+class FinalizedTensor(NamedTuple):
+    """What `finalize` did to one parameter.
+
+    Attributes
+    ----------
+    name : str
+    entries : int
+    zeroed : int
+        Non-zero entries that were set to zero.
+    nonzero : int
+        Non-zero entries that are left.
+    norm : float
+        ``|x|_2`` before.
+    removed : float
+        ``|x - proj(x)|_2``.
+    emptied : bool
+        Whether the whole parameter is zero now, and the projection is the reason.
+    """
+
+    name: str
+    entries: int
+    zeroed: int
+    nonzero: int
+    norm: float
+    removed: float
+    emptied: bool
+
+    @property
+    def distance(self) -> float:
+        """The relative distance ``|x - proj(x)|_2 / |x|_2``; 0 if x was zero."""
+        return self.removed / self.norm if self.norm else 0.0
+
+
+class Finalized(NamedTuple):
+    """What `finalize` did to all sparse parameters.
+
+    Attributes
+    ----------
+    steps : int
+        Number of base steps before.
+    tensors : list of FinalizedTensor
+
+    Examples
+    --------
+    >>> found = Finalized(100, [FinalizedTensor("0.weight", 4, 2, 2, 5.0, 3.0, False)])
+    >>> found.distance, found.zeroed, found.emptied
+    (0.6, 2, [])
+    """
+
+    steps: int
+    tensors: list[FinalizedTensor]
+
+    @property
+    def distance(self) -> float:
+        """The relative distance ``|x - proj(x)|_2 / |x|_2`` over all parameters together."""
+        whole = math.hypot(*(row.norm for row in self.tensors))
+        return math.hypot(*(row.removed for row in self.tensors)) / whole if whole else 0.0
+
+    @property
+    def zeroed(self) -> int:
+        """Number of non-zero entries that were set to zero."""
+        return sum(row.zeroed for row in self.tensors)
+
+    @property
+    def emptied(self) -> list[str]:
+        """Names of the parameters of which nothing is left."""
+        return [row.name for row in self.tensors if row.emptied]
+
+
+def measure(x: Array, kept: Array) -> list[Array]:
+    """Return two norms and four counts of one parameter, as scalar arrays.
+
+    They are ``|x - proj(x)|`` and ``|x|``; the numbers of non-zero entries off and on the support
+    ``kept``; the size of the support; and the number of entries that are not finite. The
+    squares of the norms and the counts of local shards add up to those of the parameter.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> found = measure(numpy.asarray([3.0, 4.0, 0.0]), numpy.asarray([False, True, True]))
+    >>> [float(number) for number in found]
+    [3.0, 5.0, 1.0, 1.0, 2.0, 0.0]
+    """
+    xp = array_namespace(x)
+    filled = x != 0
+    masks = (filled & ~kept, filled & kept, kept, ~xp.isfinite(x))
+    norms = [norm([xp.where(kept, xp.zeros_like(x), x)]), norm([x])]
+    return norms + [xp.count_nonzero(mask) for mask in masks]
+
+
+def describe(
+    steps: int, names: Sequence[str], entries: Sequence[int], numbers: Sequence[Sequence[float]]
+) -> Finalized:
+    """Return what `finalize` does, from the numbers of `measure` for every parameter.
+
+    Raises
+    ------
+    ValueError
+        If a parameter holds NaN or infinity. The message names it.
+
+    Examples
+    --------
+    >>> describe(100, ["w"], [3], [(3.0, 5.0, 1, 1, 2, 0)]).tensors[0].distance
+    0.6
+    >>> describe(100, ["w"], [3], [(3.0, 5.0, 1, 1, 2, 1)])
+    Traceback (most recent call last):
+        ...
+    ValueError: parameters must be finite, got NaN or infinity in w (1 of 3 entries)
+    """
+    found, broken = [], []
+    for name, size, values in zip(names, entries, numbers, strict=True):
+        removed, whole = (float(value) for value in values[:2])
+        zeroed, nonzero, kept, infinite = (int(value) for value in values[2:])
+        # A parameter that was zero already, such as a new head, was not emptied here.
+        emptied = size > 0 and nonzero == 0 and (zeroed > 0 or kept == 0)
+        found.append(FinalizedTensor(name, size, zeroed, nonzero, whole, removed, emptied))
+        broken += [f"{name} ({infinite} of {size} entries)"] if infinite else []
+    if broken:
+        raise ValueError(f"parameters must be finite, got NaN or infinity in {_listed(broken)}")
+    return Finalized(steps, found)
+
+
+def warn(
+    found: Finalized,
+    constraint: Constraint,
+    patterns: Sequence[Pattern],
+    importance: Importance | None = None,
+) -> None:
+    """Warn once, at the caller's line, about everything that a user should look at.
+
+    Parameters
+    ----------
+    found : Finalized
+    constraint : Constraint
+        The constraint of the run.
+    patterns : sequence of Pattern
+        The patterns of the parameters.
+    importance : Importance, optional
+        The source of the P of the projection, if it came from the run.
+
+    Examples
+    --------
+    >>> from safe_core import ADMM, Unstructured
+    >>> warn(Finalized(100, []), ADMM(), [Unstructured(0.5)])
+    """
+    texts = [*_unfinished(found, constraint, patterns, importance), *_large(found, constraint)]
+    if found.emptied:
+        texts.append(f"the projection sets all entries to zero in {_listed(found.emptied)}")
+    if texts:
+        text = "finalize: " + "; ".join(texts)
+        warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
+
+
+@contextmanager
+def pruning_a_block(constraint: Constraint, pattern: Pattern, steps: int) -> Iterator[None]:
+    """Warn of a run too short for its method, and of nothing else that `finalize` finds.
+
+    Pruning a block of a network reports the error of the block, so the distance needs no
+    warning. The text is the same for all blocks, so Python shows it once.
+
+    Examples
+    --------
+    >>> from safe_core import ADMM, Unstructured
+    >>> with pruning_a_block(ADMM(), Unstructured(0.5), 100):
+    ...     warn(Finalized(0, []), ADMM(), [Unstructured(0.5)])
+    """
+    text = constraint.unfinished(pattern, steps)
+    if text:
+        text = f"pruning a block: {text}"
+        warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FinalizeWarning)
+        yield
+
+
+def _unfinished(
+    found: Finalized,
+    constraint: Constraint,
+    patterns: Sequence[Pattern],
+    importance: Importance | None,
+) -> list[str]:
+    """Return in which way the run was too short for its method."""
+    steps = found.steps
+    if not found.zeroed:  # the weights were on C already
+        return []
+    texts = [constraint.unfinished(pattern, steps) for pattern in patterns]
+    texts = [text for text in texts if text][:1]
+    texts += [text for text in (_schedule_left(pattern, steps) for pattern in patterns) if text]
+    reads = importance is not None and importance.reads is not None
+    if reads and not texts and not constraint.has_updated(patterns, steps):
+        texts.append(f"the importance was never refreshed in {steps} steps, so P is 1")
+    return texts
+
+
+def _schedule_left(pattern: Pattern, steps: int) -> str:
+    """Return a text if the sparsity schedule has not reached its end."""
+    if pattern.schedule is None or pattern.schedule.is_random:
+        return ""
+    stage, last = pattern.stage(steps), pattern.stage(None)
+    if stage == last:
+        return ""
+    now, end = (float(pattern.fractions()[i]) for i in (stage, last))
+    return f"the schedule was at sparsity {now:.3g} of {end:.3g} after {steps} steps"
+
+
+def _large(found: Finalized, constraint: Constraint) -> list[str]:
+    """Return how much the projection removes, if that is much and not what the method is."""
+    # Not `distance > LARGE_DISTANCE`: norms that overflowed give NaN.
+    if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
+        return []
+    rows = sorted(found.tensors, key=lambda row: row.removed, reverse=True)
+    most = _listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
+    return [
+        f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
+        f"({most}), so x was far from C (raise the penalty or train longer)"
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more

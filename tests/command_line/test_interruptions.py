@@ -1,0 +1,104 @@
+"""Ctrl-C and SIGTERM: what is kept, how to go on, and nothing of torch's insides."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import SHORT, failed, run
+from typer.testing import Result
+
+from safe_core.adapters.torch.blocks.run import Run
+
+FAST = [*SHORT, "--method", "magnitude"]
+
+
+def interrupt_at(block: int, how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Run._prune
+
+    def prune(self: Any, i: int) -> Any:
+        if i == block:
+            how()
+        return whole(self, i)
+
+    monkeypatch.setattr(Run, "_prune", prune)
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("how", [ctrl_c, terminate])
+def test_an_interrupted_run_says_what_is_kept_and_resumes(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any
+) -> None:
+    work = tmp_path / "work"
+
+    def prune(*more: object) -> Result:
+        out = tmp_path / "out"
+        return run("prune", folder, "--calibration", text, "--out", out, *FAST, *more)
+
+    interrupt_at(1, how, monkeypatch)
+    result = prune("--work-dir", work)
+    assert result.exit_code == 130
+    assert result.stderr.endswith(
+        f"safe-core: interrupted\n1 finished blocks are kept in {work}; the same command resumes "
+        "after them\n"
+    )
+    result = prune()
+    assert result.exit_code == 130
+    assert "safe-core: interrupted\nNothing was kept. With --work-dir, an" in result.stderr
+    assert not list(tmp_path.glob(".out*"))
+    monkeypatch.undo()
+    result = prune("--work-dir", work)
+    assert result.exit_code == 0
+    assert f"found 1 finished blocks in {work}: resuming after them" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_refused_resume_names_what_differs(folder: Path, text: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    start = ["prune", folder, "--out", tmp_path / "out", "--work-dir", work, "--method"]
+    calibrate = ["--calibration", text, *SHORT]
+    assert run(*start, "wanda", *calibrate).exit_code == 0
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    again = [*start[:3], tmp_path / "again", *start[4:]]
+    for changed, differs in (
+        (["wanda", *calibrate, "--seed", 1], "seed=0, got seed=1;"),
+        (["wanda", *calibrate, "--batch-size", 3], "batch_size=8, got batch_size=3;"),
+        (["wanda", "--calibration", other, *SHORT], "with other batches;"),
+        (["wanda", "--calibration", text, *SHORT[:3], 31], "with other batches;"),
+        (["wanda", *calibrate, "--only", "mlp"],
+         "a block 0 in which self_attn.k_proj.weight was pruned, and is dense now"),
+    ):  # fmt: skip
+        message = failed(*again, *changed)
+        assert f"{work} was begun" in message
+        assert differs in message.replace("\n", " ")
+        assert len(message) < 500
+    message = failed(*again, "magnitude", *calibrate)
+    assert "solver" in message
+
+
+def test_what_a_killed_write_left_in_the_work_folder_is_removed(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("block-00001.safetensors.part", "manifest.json.part", "inputs-0.bin"):
+        (work / name).write_bytes(b"half")
+    (work / "notes.part").write_text("of the user")
+    result = run(
+        "prune", folder, "--calibration", text, "--out", tmp_path / "out", *FAST, "--work-dir", work
+    )
+    assert result.exit_code == 0
+    assert {file.name for file in work.iterdir()} == {
+        "block-00000.safetensors", "block-00001.safetensors", "manifest.json", "lock", "notes.part"
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""`SparseOptimizer.finalize` says what it did, and warns where it should not be trusted."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import safe_core
+from safe_core import NM, FinalizeWarning, Mask, Unstructured
+from safe_core.adapters.torch import SparseOptimizer
+
+INF, NAN = float("inf"), float("nan")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def trained(method: Any, steps: int, **options: Any) -> tuple[nn.Sequential, SparseOptimizer]:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SparseOptimizer(base, method, model=model, **options)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(32, 8, generator=generator), torch.randn(32, 4, generator=generator)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return model, optimizer
+
+
+def test_what_finalize_did_is_kept() -> None:
+    method = safe_core.safe(0.5, rho=0.05, penalty=1.0, dual_update_interval=32)
+    model, optimizer = trained(method, 120)
+    assert optimizer.finalized is None
+    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    assert optimizer.finalize() is None  # type: ignore[func-returns-value]
+    after = [model[0].weight.detach(), model[2].weight.detach()]
+    done = optimizer.finalized
+    assert done is not None
+    assert done.steps == 120
+    assert [row.name for row in done.tensors] == ["0.weight", "2.weight"]
+    for row, x, y in zip(done.tensors, before, after, strict=True):
+        assert row.entries == x.numel()
+        assert row.zeroed == int(((x != 0) & (y == 0)).sum())
+        assert row.nonzero == int((y != 0).sum())
+        assert row.distance == pytest.approx(float((x - y).norm() / x.norm()), rel=1e-5)
+    flat = [torch.cat([x.flatten() for x in weights]) for weights in (before, after)]
+    assert done.distance == pytest.approx(float((flat[0] - flat[1]).norm() / flat[0].norm()))
+    assert 0 < done.distance < 0.1  # no warning, which would be an error here
+    optimizer.finalize(freeze=True)
+    assert optimizer.finalized is not None
+    assert (optimizer.finalized.distance, optimizer.finalized.zeroed) == (0.0, 0)
+
+
+def test_a_run_shorter_than_the_interval_is_named_at_the_callers_line() -> None:
+    _, optimizer = trained(safe_core.safe(0.5, penalty=0.1), 5)
+    text = "no dual update happened in 5 steps, fewer than dual_update_interval=32"
+    with pytest.warns(FinalizeWarning, match=text) as found:
+        optimizer.finalize()
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    optimizer.finalize()  # the weights are on the support now, so nothing is left to say
+    optimizer.finalize(freeze=True)
+
+
+def test_a_weak_penalty_is_named_with_its_distance() -> None:
+    _, optimizer = trained(safe_core.admm(0.9, penalty=0.0, dual_update_interval=1), 3)
+    with pytest.warns(FinalizeWarning, match=r"removes .* = 0\.\d\d of the weights \(0.weight 0"):
+        optimizer.finalize()
+    assert optimizer.finalized is not None
+    assert optimizer.finalized.distance > 0.1
+
+
+def test_a_layer_that_becomes_zero_is_named() -> None:
+    model, optimizer = trained(safe_core.magnitude(Unstructured(0.5, scope="global")), 1)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+    with pytest.warns(FinalizeWarning, match=r"sets all entries to zero in 2.weight$"):
+        optimizer.finalize()
+    assert optimizer.finalized is not None
+    assert optimizer.finalized.emptied == ["2.weight"]
+
+
+def test_pruning_at_once_is_what_magnitude_means() -> None:
+    _, optimizer = trained(safe_core.magnitude(0.5), 3)
+    optimizer.finalize()
+    assert optimizer.finalized is not None
+    assert optimizer.finalized.distance > 0.1
+
+
+@pytest.mark.parametrize("given", [{}, {"importance": None}])
+def test_an_importance_that_was_never_called_is_named(given: dict[str, Any]) -> None:
+    def importance(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        raise AssertionError
+
+    method = safe_core.magnitude(0.5, importance_interval=4)
+    _, optimizer = trained(method, 3, importance=importance)
+    if given:  # P = 1 by request
+        optimizer.finalize(**given)
+        return
+    with pytest.warns(FinalizeWarning, match="importance was never refreshed in 3 steps"):
+        optimizer.finalize()
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), safe_core.Channel(0.5)])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_weights_that_are_not_finite_are_not_projected(
+    bad: float, pattern: Any, freeze: bool
+) -> None:
+    model, optimizer = trained(safe_core.admm(pattern), 1)
+    with torch.no_grad():
+        model[2].weight[1, 1] = bad
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"finite, got NaN or infinity in 2.weight \(1 of 64"):
+        optimizer.finalize(freeze=freeze)
+    for p, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), was, rtol=0, atol=0, equal_nan=True)
+    assert not optimizer.frozen
+    assert optimizer.finalized is None
+
+
+def test_each_group_is_judged_by_its_own_sparsity() -> None:
+    model = network()
+    schedule = safe_core.schedules.linear_sparsity(0.5, steps=4)
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "sparsity": Unstructured(schedule)},
+    ]
+    base = torch.optim.SGD(groups, lr=0.1)
+    optimizer = SparseOptimizer(base, safe_core.Method(0.5, Mask()), model=model)
+    for _ in range(2):
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(FinalizeWarning, match="schedule was at sparsity 0.25 of 0.5 after 2 steps"):
+        optimizer.finalize()
+
+
+def test_a_copy_keeps_what_was_done_and_a_loaded_state_starts_anew() -> None:
+    _, optimizer = trained(safe_core.magnitude(0.5), 1)
+    optimizer.finalize()
+    assert copy.deepcopy(optimizer).finalized == optimizer.finalized
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.finalized is None
+
+
+def test_large_weights_do_not_hide_the_distance() -> None:
+    model, optimizer = trained(safe_core.admm(0.5, penalty=0.0, dual_update_interval=1), 1)
+    with torch.no_grad():
+        model[0].weight.mul_(1e25)  # squares overflow in float32
+    with pytest.warns(FinalizeWarning, match="removes"):
+        optimizer.finalize()
+
+
+def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = trained(safe_core.magnitude(0.5), 1)
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        read = getattr(torch.Tensor, name)
+
+        def spy(x: Any, *rest: Any, name: str = name, read: Any = read) -> Any:
+            reads.append(name)
+            return read(x, *rest)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.finalize()
+    assert reads == ["tolist"]
