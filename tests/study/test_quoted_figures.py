@@ -201,3 +201,21 @@ def test_state_is_claimed_as_measured(name: str) -> None:
     for found in re.findall(r"needs (\d) bytes of state, or (\d)", page(name)):
         assert found == ("5", "3")
     assert "costs no state" not in page(name)
+
+
+COMPARISON = "docs/comparison_table.md"
+
+
+def test_the_comparison_quotes_its_table() -> None:
+    text = page("docs/comparison.md")
+    rows = table(COMPARISON, "clean labels: accuracy, %")
+    for method in ("SAFE, cosine penalty", "GMP", "ADMM, cosine penalty", "ADMM, constant penalty"):
+        mean, error = rows[method]["99%"]
+        assert f"{mean:.1f} ± {error:.1f}" in text, method
+    ours, theirs = rows["SAFE, cosine penalty"]["99%"], rows["GMP"]["99%"]
+    assert 0 < ours[0] - theirs[0] < 1.5
+    demo = (ROOT / "docs" / "demo_table.md").read_text()
+    clean = demo.split("**PyTorch, clean labels**")[1]
+    admm = re.search(r"\| admm \| 99% \| \S+ \| 0\.01 \| ([\d.]+)", clean)
+    assert admm is not None
+    assert f"shows {float(admm[1]):.1f}% for ADMM" in text
