@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
@@ -71,7 +71,7 @@ class NM(Pattern):
         """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
         layout = require_roles(layout, name, "an N:M pattern", inputs=True)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
-        whole_units(merged[axis], self.m, self, name, "input")
+        whole_units(merged[axis], self.m, self.ragged, name, "input", replace(self, ragged="dense"))
 
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
