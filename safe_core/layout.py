@@ -37,7 +37,8 @@ class Layout:
         Axes that index the outputs, in storage order.
     batch_axes : tuple of int
         Axes along which independent weights are stacked, such as scanned layers or experts.
-        Each slice counts as a separate tensor.
+        Every pattern treats each slice as a tensor of its own: its counts, rows, blocks and
+        channels are those of the same weights stored apart.
 
     Negative axes count from the end, so ``Layout((-2,), (-1,))`` fits every Flax
     ``Dense`` and ``Conv`` kernel.

@@ -14,7 +14,7 @@ from safe_core.patterns import as_pattern
 
 from .arguments import check_base, check_base_state
 from .state import check_selection, check_shapes, sparse_leaves
-from .tree import SparseTree
+from .tree import SparseTree, advising_layouts_of, refuse_open_stacks
 
 __all__ = ["FixedSupportState", "check_sparsity", "fixed_support"]
 
@@ -145,6 +145,9 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     values = tree.sparse(params)
     # Only zero or non-zero matters: a projection by magnitude would call any small entry wrong.
     filled_in = [(x != 0).astype(jnp.float32) for x in values]
-    support = select_support(filled_in, as_pattern(sparsity), tree.info, None, step=None)
+    pattern = as_pattern(sparsity)
+    with advising_layouts_of():
+        support = select_support(filled_in, pattern, tree.info, None, step=None)
+        refuse_open_stacks(params, tree, pattern)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
     refuse_filled("params", tree.info.names, [int(count) for count in jax.device_get(filled)])

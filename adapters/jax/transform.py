@@ -28,7 +28,7 @@ from .state import (
     split_of,
 )
 from .state_setup import StateSetup, register_with_flax
-from .tree import SparseTree, leaves_like
+from .tree import SparseTree, advising_layouts_of, leaves_like, refuse_open_stacks
 
 __all__ = ["at_step", "finalize", "sparse_optimizer"]
 
@@ -135,8 +135,9 @@ def sparse_optimizer(
         held = initial_importance(importance, source, params, base_state, tree)
         joint = method.sparsity.joint
         known = None if source is None else source.first_metric(held, joint=joint)
-        with selecting_on_host(select_on_host):
+        with selecting_on_host(select_on_host), advising_layouts_of():
             split = method.init(values, tree.info, known)
+            refuse_open_stacks(params, tree, method.sparsity)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
         register_with_flax()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -11,6 +12,8 @@ import optax
 
 from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
+from safe_core.patterns import Pattern
+from safe_core.patterns.counts import UnknownLayoutError
 
 from .leaves import (
     check_arrays,
@@ -24,11 +27,13 @@ from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
     "SparseTree",
+    "advising_layouts_of",
     "is_function",
     "is_masked",
     "is_sparse_in",
     "layout_by_path",
     "leaves_like",
+    "refuse_open_stacks",
 ]
 
 PyTree = Any
@@ -124,6 +129,38 @@ class SparseTree(NamedTuple):
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """Return a tree of the sparse leaves, with `optax.MaskedNode` for the others."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> None:
+    """Raise if the pattern counts within tensors, and a weight may or may not be a stack of them.
+
+    A leaf that is no weight by its name is one tensor, because the user selected it as such.
+    """
+    if pattern.joint:
+        return
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for i, layout in zip(tree.indices, tree.info.layouts, strict=True):
+        path, leaf = paths[i]
+        weight = is_prunable(name_of(path), leaf, owner_of(params, path))
+        if layout is None and leaf.ndim > 2 and weight:
+            name = name_of(path)
+            raise UnknownLayoutError(
+                f"layout of {name} is unknown, and {pattern.describe()} counts within tensors, of "
+                f"which {tuple(leaf.shape)} may be a stack; pass layout={{{name!r}: "
+                "Layout(input_axes=..., output_axes=..., batch_axes=...)}"
+            )
+
+
+@contextmanager
+def advising_layouts_of() -> Iterator[None]:
+    """Add to an error about an unknown layout how to get the layouts of a Flax model."""
+    try:
+        yield
+    except UnknownLayoutError as error:
+        raise ValueError(
+            f"{error}. For a Flax model, layout=layouts_of(model, inputs) of "
+            "safe_core.adapters.jax.flax gives those of all kernels"
+        ) from None
 
 
 def layout_by_path(layout: Any, paths: Sequence[str], argument: str) -> Any:

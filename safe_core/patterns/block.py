@@ -32,7 +32,8 @@ class Block(FractionPattern):
     sparsity : float or sparsity schedule
         Fraction of blocks that are zero, in [0, 1).
     scope : {"tensor", "global"}
-        Whether blocks compete within each tensor or across all tensors.
+        Whether blocks compete within each tensor or across all tensors. Each slice along the
+        batch axes of an array is one tensor.
     ragged : {"error", "dense"}
         Behaviour if the block size does not divide an axis: raise, or keep the tail dense
         and count whole blocks only.
@@ -67,7 +68,8 @@ class Block(FractionPattern):
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if blocks do not divide an axis or the axis roles are unknown."""
-        layout = require_roles(layout, name, "a Block pattern", inputs=True, outputs=True)
+        what = "a Block pattern"
+        layout = require_roles(layout, name, what, inputs=True, outputs=True, shape=shape)
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
             whole_units(size, unit, self.ragged, name, role, replace(self, ragged="dense"))
 

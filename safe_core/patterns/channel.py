@@ -31,7 +31,8 @@ class Channel(FractionPattern):
     sparsity : float or sparsity schedule
         Fraction of output channels that are zero, in [0, 1).
     scope : {"tensor", "global"}
-        Whether channels compete within each tensor or across all tensors.
+        Whether channels compete within each tensor or across all tensors. Each slice along the
+        batch axes of an array is one tensor.
 
     Raises
     ------
@@ -55,11 +56,12 @@ class Channel(FractionPattern):
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if the output axes are unknown."""
-        require_roles(layout, name, "a Channel pattern", outputs=True)
+        require_roles(layout, name, "a Channel pattern", outputs=True, shape=shape)
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
         """Return the sums of ``P v^2`` over every output channel."""
-        layout = require_roles(layout, name, "a Channel pattern", outputs=True)
+        what = "a Channel pattern"
+        layout = require_roles(layout, name, what, outputs=True, shape=scores.shape)
         kept = layout.output_axes + layout.batch_axes
         axes = tuple(axis for axis in range(scores.ndim) if axis not in kept)
         backend = backend_of(scores)

@@ -8,7 +8,7 @@ from typing import Any
 
 from safe_core.layout import Layout
 
-__all__ = ["kept_counts", "require_roles", "whole_units"]
+__all__ = ["UnknownLayoutError", "kept_counts", "require_roles", "whole_units"]
 
 
 def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
@@ -36,14 +36,25 @@ def whole_units(
     return size - size % unit
 
 
+class UnknownLayoutError(ValueError):
+    """Raised if a pattern needs the axis roles of an array, and they are not known."""
+
+
 def require_roles(
-    layout: Layout | None, name: str, what: str, *, inputs: bool = False, outputs: bool = False
+    layout: Layout | None,
+    name: str,
+    what: str,
+    *,
+    inputs: bool = False,
+    outputs: bool = False,
+    shape: Sequence[int] | None = None,
 ) -> Layout:
     """Return the layout, or raise ValueError if it lacks a role that the pattern needs."""
     if layout is None:
-        raise ValueError(
-            f"layout of {name} is unknown, and {what} needs the roles of its axes; "
-            "pass layout=Layout(input_axes=..., output_axes=...) for it"
+        of_shape = "" if shape is None else f", whose lengths are {tuple(shape)}"
+        raise UnknownLayoutError(
+            f"layout of {name} is unknown, and {what} needs the roles of its axes{of_shape}; pass "
+            f"layout={{{name!r}: Layout(input_axes=..., output_axes=..., batch_axes=...)}}"
         )
     if (inputs and not layout.input_axes) or (outputs and not layout.output_axes):
         role = "input_axes" if inputs and not layout.input_axes else "output_axes"

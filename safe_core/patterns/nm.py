@@ -69,7 +69,7 @@ class NM(Pattern):
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
-        layout = require_roles(layout, name, "an N:M pattern", inputs=True)
+        layout = require_roles(layout, name, "an N:M pattern", inputs=True, shape=shape)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
         whole_units(merged[axis], self.m, self.ragged, name, "input", replace(self, ragged="dense"))
 

@@ -42,7 +42,7 @@ def keep_within(
     along batch axes are separate pools.
     """
     if by_output:
-        layout = require_roles(layout, name, "scope 'row'")
+        layout = require_roles(layout, name, "scope 'row'", shape=scores.shape)
     order = rows_first(layout or Layout(), scores.ndim, by_output=by_output)
     pools = len(layout.batch_axes + layout.output_axes * by_output) if layout else 0
     n = math.prod(scores.shape[axis] for axis in order[pools:])

@@ -28,7 +28,9 @@ class Unstructured(FractionPattern):
         Fraction of zeros in [0, 1). A float is read as its printed decimal, 0.29 as 29/100.
     scope : {"global", "tensor", "row"}
         Pool in which entries compete: all tensors together, each tensor, or each output of
-        each tensor.
+        each tensor. In an array whose layout names batch axes, such as a stack of scanned
+        layers or of experts, every slice along these axes is one tensor. An array without a
+        layout is one tensor.
     distribution : None, "erdos_renyi_kernel", or mapping of str to float
         Sparsity of each tensor, for scopes in which tensors do not compete. None gives
         ``sparsity`` to each. "erdos_renyi_kernel" prunes small tensors less, such that all
@@ -98,7 +100,7 @@ class Unstructured(FractionPattern):
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError in the scope "row" if the layout of the array is unknown."""
         if self.by_output:
-            require_roles(layout, name, "scope 'row'")
+            require_roles(layout, name, "scope 'row'", shape=shape)
 
     def distributed(
         self,

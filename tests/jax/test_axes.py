@@ -23,7 +23,7 @@ from safe_core.adapters.jax.flax import layouts_of, load_safetensors, save_safet
 from safe_core.adapters.jax.flax.export import to_torch_names
 from safe_core.adapters.jax.tree import SparseTree
 from safe_core.adapters.jax.weights import is_prunable, layout_of, name_of, owner_of
-from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.optax import check_sparsity, sparse_optimizer
 from safe_core.layout import resolve
 
 
@@ -417,7 +417,7 @@ def layers(draw: Any) -> tuple[nn.Module, Any, str]:
     return Calls(stacked(kind, axis, length, **options), name, norms), x, name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(layers())
 def test_shapes_never_contradict_the_module(drawn: tuple[nn.Module, Any, str]) -> None:
     model, x, name = drawn
@@ -485,6 +485,26 @@ def test_layouts_of_a_module_serve_training_and_export(tmp_path: Any, collection
     save_safetensors(params, tmp_path / "x.safetensors", layout=layout)
     back = load_safetensors(tmp_path / "x.safetensors", params, layout=layout)
     jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_counts_within_tensors_need_to_know_stacks() -> None:
+    """Without biases a stack looks like one tensor, and would be pruned as one."""
+    params = {"layers": {"kernel": jnp.ones((3, 6, 8))}}
+    for pattern in (
+        safe_core.Unstructured(0.5, scope="tensor"),
+        safe_core.Unstructured(0.5, "tensor", "erdos_renyi_kernel"),
+    ):
+        message = r"layout of layers/kernel is unknown.*\(3, 6, 8\) may be a stack.*layouts_of"
+        with pytest.raises(ValueError, match=message):
+            sparse_optimizer(optax.sgd(0.1), safe_core.admm(pattern)).init(params)
+        with pytest.raises(ValueError, match=message):
+            check_sparsity(params, pattern)
+        options = {"layout": Layout((1,), (2,), (0,))}
+        sparse_optimizer(optax.sgd(0.1), safe_core.admm(pattern), **options).init(params)
+    sparse_optimizer(optax.sgd(0.1), safe_core.admm(0.5)).init(params)
+    own = {"experts": jnp.ones((3, 6, 8))}  # selected as it is
+    method = safe_core.admm(safe_core.Unstructured(0.5, scope="tensor"))
+    sparse_optimizer(optax.sgd(0.1), method, where={"experts": True}).init(own)
 
 
 def test_a_stack_exports_with_its_biases() -> None:

@@ -15,7 +15,7 @@ from short_runs import short_run
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
 from safe_core.adapters.jax.weights import is_prunable, layout_of, name_of
-from safe_core.adapters.optax import finalize, find_state, sparse_optimizer
+from safe_core.adapters.optax import check_sparsity, finalize, find_state, sparse_optimizer
 
 INPUT_OUTPUT = Layout(input_axes=(-2,), output_axes=(-1,))
 INTO_HEADS = Layout(input_axes=(0,), output_axes=(1, 2))
@@ -180,8 +180,11 @@ def test_layouts_name_the_axes_that_modules_contract():
 def test_a_stack_of_layers_needs_a_layout():
     params = {"layers": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 8)))}}
     method = safe_core.safe("2:4")
-    with pytest.raises(ValueError, match="layout of layers/kernel is unknown"):
+    message = r"layout of layers/kernel is unknown.*\(3, 4, 8\); pass layout=.*layouts_of\(model"
+    with pytest.raises(ValueError, match=message):
         sparse_optimizer(optax.sgd(0.1), method).init(params)
+    with pytest.raises(ValueError, match=message):
+        check_sparsity(params, "2:4")
     stacked = Layout(input_axes=(1,), output_axes=(2,), batch_axes=(0,))
     state = sparse_optimizer(optax.sgd(0.1), method, layout=stacked).init(params)
     final = finalize(params, state, method, layout=stacked)

@@ -70,11 +70,11 @@ def layouts_of(model: Any, *inputs: Any, rngs: Any = None, **kwargs: Any) -> dic
     return _of_nnx(model)
 
 
-class _Kernel(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[misc]
+class _Kernel(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[no-untyped-call]
     """A kernel with the roles of its axes, to which Flax's transforms add their own axis."""
 
     value: Any
-    roles: Roles = struct.field(pytree_node=False)
+    roles: Roles = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
 
     def unbox(self) -> Any:
         return self.value
@@ -152,6 +152,7 @@ def _linen_roles(layer: nn.Module, ndim: int, equation: str | None) -> Roles | N
 
 def _of_nnx(model: nnx.Module) -> dict[str, Layout]:
     found = {}
+    layer: Any
     for path, layer in nnx.iter_modules(model):
         described = _nnx_roles(layer)
         if described is None:
@@ -174,13 +175,13 @@ def _nnx_roles(layer: Any) -> tuple[Roles, tuple[int, ...]] | None:
     if isinstance(layer, nnx.Linear):
         return ("in", "out"), (layer.in_features, layer.out_features)
     if isinstance(layer, nnx.LinearGeneral):
-        sizes = tuple(layer.batch_axis.values()), layer.in_features, layer.out_features
-        names = ("batch", "in", "out")
-        roles = sum(((name,) * len(n) for name, n in zip(names, sizes, strict=True)), ())
-        return roles, sum(map(tuple, sizes), ())
+        batch = tuple(dict(layer.batch_axis).values())
+        inputs, outputs = tuple(layer.in_features), tuple(layer.out_features)
+        roles = ("batch",) * len(batch) + ("in",) * len(inputs) + ("out",) * len(outputs)
+        return roles, batch + inputs + outputs
     if isinstance(layer, nnx.Einsum):
-        roles = einsum_roles(layer.einsum_str or "")
-        return None if roles is None else (roles, tuple(layer.kernel_shape))
+        found = einsum_roles(layer.einsum_str or "")
+        return None if found is None else (found, tuple(layer.kernel_shape))
     if isinstance(layer, (nnx.Conv, nnx.ConvTranspose)):
         shape = tuple(layer.kernel_shape)
         swapped = isinstance(layer, nnx.ConvTranspose) and layer.transpose_kernel
