@@ -230,7 +230,7 @@ def test_the_comparison_quotes_its_table() -> None:
         for other in ("ADMM, cosine penalty", "GMP")
     }
     low, high = leads["ADMM, cosine penalty"]
-    assert f"by {low:.1f} points at 95% and {high:.1f} at 99%" in text
+    assert f"by {low:.2f} points at 95% and {high:.2f} at 99%" in text
     low, high = leads["GMP"]
     assert f"of GMP by {low:.0f} and {high:.0f}" in text
     close = [rows[name]["95%"] for name in ("SAFE, cosine penalty", "GMP", "ADMM, cosine penalty")]
