@@ -103,8 +103,8 @@ def _is_single(path: str, shape: Shape, evidence: Evidence) -> bool:
     """Return whether a convolution without bias is certainly no stack of smaller ones.
 
     A transform that stacks the module around it would stack the vectors beside it too, such as
-    the scale of a norm. Only a transform of this convolution alone would not; it would make a
-    stack as long as the window is wide.
+    the scale of a norm. Only a transform of this convolution alone would not; along the first
+    axis, it would have to make a stack as long as the window is wide.
     """
     window = shape[:-2]
     vectors = evidence.vectors_around(path) - {shape[0]}
@@ -128,8 +128,7 @@ def _by_bias(shape: Shape, bias: Shape, convolution: bool, orders: str) -> Layou
     if layout == Layout((last,), (last - 1,)):
         return _OUTPUT_INPUT
     # An einsum can look like a stack along an inner axis, but not like one along the first.
-    leading = layout.batch_axes == tuple(range(len(layout.batch_axes)))
-    return layout if leading else None
+    return layout if _leading(layout.batch_axes) == len(layout.batch_axes) else None
 
 
 def _readings(shape: Shape, convolution: bool) -> Iterator[tuple[Layout, Shape]]:
@@ -154,14 +153,17 @@ def _swapped(shape: Shape, convolution: bool) -> Iterator[tuple[Layout, Shape]]:
 
 def _with_bias(shape: Shape, layout: Layout) -> Iterable[tuple[Layout, Shape]]:
     """Return the layout with each shape that a bias stacked along the same axes can have."""
-    stack = layout.batch_axes
     outputs = tuple(shape[axis] for axis in layout.output_axes)
-    found = set()
-    if stack == tuple(range(len(stack))):
-        found.add((*(shape[axis] for axis in stack), *outputs))
-    if len(stack) == 1:
-        found |= _inserted(outputs, shape[stack[0]], stack[0], len(shape))
-    return [(layout, bias) for bias in found]
+    lead = _leading(layout.batch_axes)
+    found = {outputs}
+    for axis in layout.batch_axes[lead:]:  # at most one
+        found = _inserted(outputs, shape[axis], axis - lead, len(shape) - lead)
+    return [(layout, (*shape[:lead], *bias)) for bias in found]
+
+
+def _leading(stack: Shape) -> int:
+    """Return how many axes of a stack are the first ones of the array."""
+    return next((i for i, axis in enumerate(stack) if i != axis), len(stack))
 
 
 def _inserted(bias: Shape, length: int, axis: int, ndim: int) -> set[Shape]:
@@ -174,11 +176,16 @@ def _inserted(bias: Shape, length: int, axis: int, ndim: int) -> set[Shape]:
 
 
 def _stacks(ndim: int) -> Iterator[tuple[Shape, Shape]]:
-    """Yield the axes along which layers may be stacked, and the axes that are left for a layer."""
-    leading = [tuple(range(count)) for count in range(ndim - 1)]
-    inner = [(axis,) for axis in range(1, ndim)] if ndim > 2 else []
-    for stack in (*leading, *inner):
-        yield stack, tuple(axis for axis in range(ndim) if axis not in stack)
+    """Yield the axes along which layers may be stacked, and the axes that are left for a layer.
+
+    They are the first axes, as many as leave a matrix, and at most one other.
+    """
+    for lead in range(ndim - 1):
+        first = tuple(range(lead))
+        inner = range(lead, ndim) if lead < ndim - 2 else ()
+        # The axis after the first ones continues them, so that it is no other.
+        for stack in (first, *((*first, axis) for axis in inner if axis > lead)):
+            yield stack, tuple(axis for axis in range(ndim) if axis not in stack)
 
 
 def _in_attention(keys: list[str], evidence: Evidence) -> tuple[bool, Layout | None]:

@@ -108,8 +108,8 @@ def layout_of(
 
     These rules can be wrong in three cases only, each without a bias that shows it: a matrix of
     an einsum layer under another name; a transposed convolution under a name without
-    "transpose"; and a stack of convolutions as long as the window is wide, made by a transform
-    of the convolution alone, beside a vector that is not stacked.
+    "transpose"; and a stack of convolutions in the shape of a convolution whose window has
+    equal sides, made by a transform of the convolution alone, beside a vector.
     `safe_core.adapters.jax.flax.layouts_of` reads the modules themselves and is always right.
 
     Parameters
