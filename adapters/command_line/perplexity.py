@@ -84,7 +84,8 @@ def perplexity(
     model : torch.nn.Module
         Maps int64 token ids (batch, length) to logits (batch, length, vocabulary), or to an
         object with ``logits``.
-    tokens : int64 tensor, shape (n,)
+    tokens : int64 tensor
+        Of shape (n,).
     length : int
         Tokens per window, at least 2.
     stride : int, optional
