@@ -162,7 +162,7 @@ def draw(shown: Shown, path: Path) -> None:
     shown_labels = [label for label in labels if label != "dense"]
     panels[0].set_yticks([labels.index(x) for x in shown_labels], shown_labels)
     panels[0].set_ylim(-0.6, len(shown_labels) - 0.4)
-    panels[0].legend(fontsize=7, loc="upper left")
+    panels[1].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=200)
 
 

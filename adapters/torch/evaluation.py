@@ -91,22 +91,33 @@ def switch_of(run: Run, phases: Phases, name: str) -> Callable[[], None]:
     switch = getattr(run.base, name)
 
     def call() -> None:
-        evaluates = name == "eval"
-        if evaluates and is_evaluating(run):
-            return  # also within sparse_weights(), where trainers call it once more
+        # Trainers call these methods once more within blocks, where they have no effect.
+        if phases.block and name == _mode(run):
+            return
         phases.refuse_within_block(f"{name}()")
-        if not evaluates:
+        if name == "train":
             _refuse_pull(run)
         switch()
         run.forget_copies()
-        run.evaluated_at = run.steps if evaluates else None
+        run.switched = name, run.steps
 
     return call
 
 
 def is_evaluating(run: Run) -> bool:
     """Return whether `SparseOptimizer.eval` was called since the last step."""
-    return run.evaluated_at == run.steps
+    return _mode(run) == "eval"
+
+
+def _mode(run: Run) -> str | None:
+    """Return "train" or "eval", or None if it is unknown.
+
+    Someone may call ``train()`` of the base itself, which the next step shows.
+    """
+    if run.switched is None:
+        return None
+    name, steps = run.switched
+    return name if name == "train" or steps == run.steps else None
 
 
 def refuse_training_mode(run: Run, call: str) -> None:

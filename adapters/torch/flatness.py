@@ -50,7 +50,7 @@ def loss_surface(
         Arguments of ``loss``. All are kept in memory, and each has the same weight.
     support : "nonzero" or mapping of str to bool tensor, optional
         Entries that may vary, by parameter name. "nonzero" selects the non-zero entries of
-        the weights of linear, convolution and attention layers. Other parameters vary freely.
+        the weights of linear, convolution, attention and recurrent layers. Others vary freely.
     layout : Layout, mapping of name to Layout, or callable, optional
         Axis roles, as for `SparseOptimizer`. Landscapes use them.
     model : torch.nn.Module, optional

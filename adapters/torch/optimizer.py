@@ -612,7 +612,7 @@ class SparseOptimizer(Optimizer):
         self.state.clear()
         self.state.update(found.own)
         run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
-        run.evaluated_at = None  # the state that was loaded may be that of train()
+        run.switched = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:
             sparse = [p for p in run.constrained() if run.parameters.has(p)]

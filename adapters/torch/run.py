@@ -48,8 +48,8 @@ class Run:
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
-    evaluated_at : int or None
-        Step count at the last `SparseOptimizer.eval`; None after `SparseOptimizer.train`.
+    switched : (str, int) or None
+        The last call of `SparseOptimizer.train` or ``eval``, and the step count then.
     finalized : Finalized or None
         What the last call of `SparseOptimizer.finalize` did.
     selected : dict of parameter to Selected
@@ -82,7 +82,7 @@ class Run:
         self.compile = compile
         self.steps = 0
         self.frozen = False
-        self.evaluated_at: int | None = None
+        self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]

@@ -143,13 +143,13 @@ def model_weights(model: nn.Module) -> dict[nn.Parameter, ModelWeight]:
     found: dict[nn.Parameter, ModelWeight] = {}
     for module in model.modules():
         if isinstance(module, _EMBEDDINGS):
-            for p in _sources(module, "weight") or module.parameters(recurse=False):
-                found[p] = ModelWeight(None, _EMBEDDING)
+            for own in _sources(module, "weight") or module.parameters(recurse=False):
+                found[own] = ModelWeight(None, _EMBEDDING)
     for hidden in hidden_weights(model):
         reason = _hidden_reason(hidden)
-        for p in hidden.sources:
-            found.setdefault(p, ModelWeight(None, reason, documented=False))
-    embedded = set(found)
+        for source in hidden.sources:
+            found.setdefault(source, ModelWeight(None, reason, documented=False))
+    decided = set(found)
     for module in model.modules():
         known = _layer_weights(module)
         # `_parameters`, because getattr would also return a parametrized weight, which is
@@ -158,7 +158,7 @@ def model_weights(model: nn.Module) -> dict[nn.Parameter, ModelWeight]:
             if p is None:
                 continue
             if known is not None and name in known:
-                if p not in embedded:
+                if p not in decided:
                     found[p] = ModelWeight(known[name])
                 elif found[p].reason == _EMBEDDING:
                     found[p] = ModelWeight(None, _TIED)
@@ -180,8 +180,8 @@ def hidden_weights(model: nn.Module) -> list[HiddenWeight]:
                 continue
             sources = _sources(module, attribute)
             fixed = module._buffers.get(attribute, module.__dict__.get(attribute))
-            shapes = [p.shape for p in sources] or [getattr(fixed, "shape", ())]
-            shape = tuple(max(shapes, key=math.prod))
+            shapes = [tuple(p.shape) for p in sources] or [tuple(getattr(fixed, "shape", ()))]
+            shape = max(shapes, key=math.prod)
             name = f"{path}.{attribute}" if path else attribute
             masked = f"{attribute}_mask" in module._buffers
             removal = _removal(module, attribute)

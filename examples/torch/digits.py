@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 SPLIT = 1257
 
@@ -19,7 +19,9 @@ def datasets() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:SPLIT], y[:SPLIT]), TensorDataset(x[SPLIT:], y[SPLIT:])
 
 
-def loader(dataset: TensorDataset, batch_size: int = 64) -> DataLoader[tuple[Tensor, ...]]:
+def loader(
+    dataset: Dataset[tuple[Tensor, ...]], batch_size: int = 64
+) -> DataLoader[tuple[Tensor, ...]]:
     """Return a loader of shuffled batches of equal size."""
     return DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
 

@@ -1,5 +1,8 @@
 """Hugging Face Trainer: add a mixin and pass the optimizer.
 
+The mixin evaluates the sparse network, so the best checkpoint is the best sparse one, and its
+folder loads with `from_pretrained`.
+
     python examples/torch/hugging_face.py
 
 Trains a small language model from scratch on the source of Python's standard library.
@@ -59,7 +62,11 @@ def main() -> None:
             max_steps=options.steps,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            save_strategy="no",
+            eval_strategy="steps",
+            eval_steps=max(1, options.steps // 4),
+            save_steps=max(1, options.steps // 4),
+            save_total_limit=1,
+            load_best_model_at_end=True,
             report_to=[],
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
@@ -68,10 +75,16 @@ def main() -> None:
             model=model,
             args=arguments,
             train_dataset=Source(512),
+            eval_dataset=Source(32),
             optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
         )
         result = trainer.train()
+        best = trainer.state.best_model_checkpoint
+        assert best is not None
+        loaded = GPT2LMHeadModel.from_pretrained(best)
     optimizer.check_sparsity()
+    same = all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+    print(f"the best of the saved networks is kept: {same}")
     print(f"{optimizer.steps} steps, loss {result.training_loss:.2f}, exactly sparse")
 
 

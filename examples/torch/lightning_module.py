@@ -1,23 +1,32 @@
-"""Lightning: automatic optimization for float32 and bf16, manual optimization otherwise.
+"""Lightning: a callback validates and keeps the sparse network.
 
     python examples/torch/lightning_module.py [--manual] [--precision bf16-mixed]
 
+Works by automatic optimization in float32 and bf16, by manual optimization otherwise.
 Automatic optimization passes a closure to the optimizer, and `SparseOptimizer` calls it
 twice. With fp16 or accumulated batches, Lightning runs the closure itself, once, and
-`SparseOptimizer` raises an error. Use manual optimization there and write the two passes.
+`SparseOptimizer` raises an error. Use manual optimization there and write the two passes. The
+best checkpoint holds the sparse network, and `trainer.fit(..., ckpt_path=...)` resumes from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from typing import Any
 
 import lightning
 import torch
 from digits import accuracy, datasets, loader, network
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, random_split
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer, perturbed, unwrap
+from safe_core.adapters.torch import SparseCallbackMixin, SparseOptimizer, perturbed
+
+
+class SparseCallback(SparseCallbackMixin, lightning.Callback):
+    """Show the sparse network to validation and to checkpoints; finalize at the end."""
 
 
 class Digits(lightning.LightningModule):
@@ -34,15 +43,13 @@ class Digits(lightning.LightningModule):
     def training_step(self, batch: Any, index: int) -> Any:
         return self.loss(batch)
 
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("validation_loss", self.loss(batch))
+
     def configure_optimizers(self) -> SparseOptimizer:
         method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
         base = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
         return SparseOptimizer(base, method, model=self)
-
-    def on_train_end(self) -> None:
-        optimizer = unwrap(self.optimizers())
-        optimizer.finalize()
-        optimizer.check_sparsity()
 
 
 class ManualDigits(Digits):
@@ -80,16 +87,22 @@ def main() -> None:
 
     lightning.seed_everything(0)
     train, test = datasets()
+    training, validation = random_split(train, [1000, 257])
     module = ManualDigits() if options.manual else Digits()
-    trainer = lightning.Trainer(
-        max_epochs=options.epochs,
-        precision=options.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader(train))
+    with tempfile.TemporaryDirectory() as folder:
+        best = ModelCheckpoint(folder, monitor="validation_loss")
+        trainer = lightning.Trainer(
+            max_epochs=options.epochs,
+            precision=options.precision,
+            callbacks=[SparseCallback(), best],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader(training), DataLoader(validation, 64))
+        kept = type(module).load_from_checkpoint(best.best_model_path)
+    zeros = sum(int((p == 0).sum()) for p in kept.parameters())
+    print(f"the best checkpoint has {zeros} zeros, accuracy {accuracy(kept.network, test):.1f}%")
     print(f"accuracy {accuracy(module.network, test):.1f}%")
 
 

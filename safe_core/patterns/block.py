@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from safe_core import _checks
@@ -71,7 +71,7 @@ class Block(FractionPattern):
         what = "a Block pattern"
         layout = require_roles(layout, name, what, inputs=True, outputs=True, shape=shape)
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
-            whole_units(size, unit, self, name, role)
+            whole_units(size, unit, self.ragged, name, role, replace(self, ragged="dense"))
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
         """Return the sums of ``P v^2`` over every block, in storage order.

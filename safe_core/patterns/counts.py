@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,13 +20,18 @@ def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
     return tuple(units - int(Fraction(units) * fraction) for fraction in stages)
 
 
-def whole_units(size: int, unit: int, pattern: Any, name: str, role: str) -> int:
-    """Return the length that whole units cover along an axis, or raise for a ragged tail."""
-    if size % unit and pattern.ragged == "error":
-        advised = replace(pattern, ragged="dense")
+def whole_units(
+    size: int, unit: int, ragged: str, name: str, role: str, advised: Any = None
+) -> int:
+    """Return the length that whole units cover along an axis, or raise for a ragged tail.
+
+    ``advised`` is the pattern that would leave the tail dense, for the message.
+    """
+    if size % unit and ragged == "error":
+        way = "" if advised is None else f"pass sparsity={advised!r} to leave its tail dense, or "
         raise ValueError(
-            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; pass "
-            f"sparsity={advised!r} to leave its tail dense, or leave the array out"
+            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; {way}"
+            "leave the array out"
         )
     return size - size % unit
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
@@ -71,7 +71,7 @@ class NM(Pattern):
         """Raise ValueError if ``m`` does not divide the input axis, or that axis is unknown."""
         layout = require_roles(layout, name, "an N:M pattern", inputs=True, shape=shape)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
-        whole_units(merged[axis], self.m, self, name, "input")
+        whole_units(merged[axis], self.m, self.ragged, name, "input", replace(self, ragged="dense"))
 
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
@@ -103,9 +103,10 @@ class NM(Pattern):
         def grouped(part: Array) -> Array:
             head, full, axis = self._groups(part, axes, name, xp)
             done = xp.reshape(fn(head, (axis + 1,)), self._head(full, axis).shape)
-            rest = take(full, axis, full.shape[axis], start=done.shape[axis])
-            joined = xp.concat([done, xp.astype(rest, done.dtype)], axis=axis)
-            return xp.reshape(joined, part.shape)
+            if done.shape[axis] < full.shape[axis]:
+                rest = take(full, axis, full.shape[axis], start=done.shape[axis])
+                done = xp.concat([done, xp.astype(rest, done.dtype)], axis=axis)
+            return xp.reshape(done, part.shape)
 
         return on_whole_units(grouped, x, dict.fromkeys(axes, self.m if len(axes) == 1 else 0))
 

@@ -201,3 +201,43 @@ def test_state_is_claimed_as_measured(name: str) -> None:
     for found in re.findall(r"needs (\d) bytes of state, or (\d)", page(name)):
         assert found == ("5", "3")
     assert "costs no state" not in page(name)
+
+
+COMPARISON = "docs/comparison_table.md"
+
+
+def test_the_comparison_quotes_its_table() -> None:
+    text = page("docs/comparison.md")
+    rows = table(COMPARISON, "clean labels: accuracy, %")
+    for method in ("SAFE, cosine penalty", "GMP", "ADMM, cosine penalty", "ADMM, constant penalty"):
+        mean, error = rows[method]["99%"]
+        assert f"{mean:.1f} ± {error:.1f}" in text, method
+    ours, theirs = rows["SAFE, cosine penalty"]["99%"], rows["GMP"]["99%"]
+    assert 0 < ours[0] - theirs[0] < 1.5
+    of = {
+        name: rows[f"{name}, {kind}"]["99%"][0]
+        for name, kind in (("SAFE", "cosine penalty"), ("ADMM", "cosine penalty"))
+    }
+    constant = rows["ADMM, constant penalty"]["99%"][0]
+    assert (
+        f"of the {of['SAFE'] - constant:.0f} points between SAFE and ADMM with a constant penalty, "
+        f"the schedule accounts for {of['ADMM'] - constant:.0f} and the perturbation for "
+        f"{of['SAFE'] - of['ADMM']:.0f}"
+    ) in text
+    noisy = table(COMPARISON, "half of the labels random: accuracy, %")
+    leads = {
+        other: [noisy["SAFE, cosine penalty"][s][0] - noisy[other][s][0] for s in ("95%", "99%")]
+        for other in ("ADMM, cosine penalty", "GMP")
+    }
+    low, high = leads["ADMM, cosine penalty"]
+    assert f"by {low:.2f} points at 95% and {high:.2f} at 99%" in text
+    low, high = leads["GMP"]
+    assert f"of GMP by {low:.0f} and {high:.0f}" in text
+    close = [rows[name]["95%"] for name in ("SAFE, cosine penalty", "GMP", "ADMM, cosine penalty")]
+    assert close[0][0] - close[1][0] <= math.hypot(close[0][1], close[1][1])
+    assert round(close[0][0] - close[2][0], 1) == 0.5
+    demo = (ROOT / "docs" / "demo_table.md").read_text()
+    clean = demo.split("**PyTorch, clean labels**")[1]
+    admm = re.search(r"\| admm \| 99% \| \S+ \| 0\.01 \| ([\d.]+)", clean)
+    assert admm is not None
+    assert f"shows {float(admm[1]):.1f}% for ADMM" in text

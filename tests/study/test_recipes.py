@@ -54,7 +54,7 @@ from safe_core.study.runner.training import Training
         ),
         (changed(", default = 1e-1", ""), r'penalty must have a value for sparsity "0\.9"'),
         (changed("interval = 2", "interval = 0"), r"methods\[1\] \(SAFE\) at sparsity 0\.8: dual_"),
-        (changed("[0.8, 0.9]", '[0.8, "4:2"]'), r"sparsities\[1\]: n must be at most m=2, got 4"),
+        (changed("[0.8, 0.9]", '[0.8, "4:2"]'), r"sparsities\[1\]: .*4:2"),
         (changed('"0.8" = 1e-2', '"0.8x" = 1'), r"methods\[1\]\.penalty must have sparsities as k"),
         (
             TINY
@@ -218,7 +218,7 @@ def test_a_method_may_be_a_function_of_ones_own(
     (out / "code" / "mine.py").write_bytes((sub / "mine.py").read_bytes())
     (sub / "mine.py").unlink()
     write_report(out)
-    assert "| in_rounds | **50.00 ± 0.00** |" in (out / "report.md").read_text()
+    assert r"| in\_rounds | **50.00 ± 0.00** |" in (out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

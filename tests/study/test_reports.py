@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from small_recipe import TINY, changed
 from typer.testing import CliRunner
 
@@ -165,6 +166,49 @@ def test_a_column_has_one_number_of_decimals(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "| dense | 6.00 ± 6.00 |" in report
     assert "| SAFE | 6.05 ± 6.00 |" in report
+
+
+def test_a_method_has_one_colour_in_every_figure(tmp_path: Path) -> None:
+    source = TINY.replace(", 0.5]", "]") + '[[methods]]\nmethod = "admm"\nlabel = "ADMM"\n'
+    source += "[evaluation]\nhistory_epochs = 1\nweight_bins = 2\n"
+    recipe = parse_recipe(source)
+    points = [
+        {"epoch": i, "accuracy": 50.0, "dense_accuracy": 50.0, "distance": 1.0} for i in (1, 2)
+    ]
+    result = {
+        "accuracy": 50.0,
+        "history": points,
+        "weights_histogram": {"counts": [1, 2], "edges": [-1, 0, 1]},
+    }
+    results = dict.fromkeys(cells(recipe), result)
+    drawn = figures._metrics(recipe, results, "")
+    drawn |= figures._histories(recipe, results, "") | figures._of_first_seed(recipe, results, "")
+    colours: dict[str, set[Any]] = {}
+    for figure in drawn.values():
+        assert figure.get_figwidth() == 3.3
+        (axes,) = figure.axes
+        handles = axes.get_legend_handles_labels()
+        for handle, label in zip(*handles, strict=True):
+            line = handle.lines[0] if hasattr(handle, "lines") else handle
+            get = getattr(line, "get_color", None) or line.get_edgecolor
+            colours.setdefault(label, set()).add(to_hex(get()))
+    assert {label: len(found) for label, found in colours.items()} == {
+        "dense": 1, "SAFE": 1, "ADMM": 1,
+    }  # fmt: skip
+    assert len(set.union(*colours.values())) == 3
+    history = drawn["history_accuracy_0.9"].axes[0]
+    assert len(history.collections) == 3  # a band for each method
+    short = {cell: {**result, "history": points[:1]} for cell in results}
+    assert figures._histories(recipe, short, "") == {}
+
+
+def test_one_sparsity_gives_points_by_method() -> None:
+    source = changed("[0.8, 0.9]", "[0.9]").replace('"0.8" = 1e-2, ', "").replace(", 0.5]", "]")
+    recipe = parse_recipe(source)
+    results = {cell: {"accuracy": 50.0 + cell.seed} for cell in cells(recipe)}
+    (axes,) = figures._metrics(recipe, results, "")["accuracy"].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["SAFE", "dense"]
+    assert all(c.lines[0].get_linestyle() == "None" for c in axes.containers)
 
 
 HOSTILE = "<script>x</script> *a* [l](http://x) `c` $b$ a|b _u_ \\\\input{x} #1 & %"

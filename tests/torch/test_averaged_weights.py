@@ -222,3 +222,18 @@ def test_a_decoupled_penalty_is_refused() -> None:
     method = safe_core.safe(0.75, rho=0.05, penalty=0.5, decoupled=True)
     with pytest.raises(ValueError, match=r"must have decoupled=False with SGDScheduleFree"):
         scheduled_free("SGD", method)
+
+
+def test_the_mode_that_it_has_may_be_set_again_within_a_block() -> None:
+    """The Hugging Face Trainer sets it at every pass."""
+    runs = scheduled_free("SGD", steps=4), scheduled_free("SGD", steps=4)
+    for repeats, (model, optimizer) in enumerate(runs):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        with optimizer.perturbed():
+            if repeats:
+                optimizer.train()
+            loss_of(model).backward()
+        optimizer.step()
+    for a, b in zip(copies(runs[0][0]), copies(runs[1][0]), strict=True):
+        assert torch.equal(a, b)

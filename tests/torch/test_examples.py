@@ -17,6 +17,8 @@ COMMANDS = {
     "mixed precision, fp16": ("mixed_precision.py", "--half", "--epochs", "3"),
     "compiled": ("compiled.py", "--epochs", "3"),
     "accumulation": ("accumulation.py", "--epochs", "3"),
+    "from a dense model": ("from_dense.py", "--epochs", "3"),
+    "choosing the penalty": ("penalty.py", "--penalties", "30", "--epochs", "3"),
     "fine-tuning": ("fine_tune.py", "--epochs", "3"),
     "accelerate": ("accelerate_loop.py", "--epochs", "2"),
     "lightning": ("lightning_module.py", "--epochs", "2", "--precision", "bf16-mixed"),

@@ -425,9 +425,10 @@ def test_a_group_may_be_added():
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 6)])
     base = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
-    optimizer = SparseOptimizer(
-        base, safe_core.safe(0.5, rho=0.1, dual_update_interval=2), model=model
-    )
+    with pytest.warns(safe_core.DenseWeightWarning, match="base does not hold"):
+        optimizer = SparseOptimizer(
+            base, safe_core.safe(0.5, rho=0.1, dual_update_interval=2), model=model
+        )
 
     def closure():
         optimizer.zero_grad()
@@ -457,7 +458,8 @@ def test_a_group_that_does_not_fit_is_not_added():
     linear, bad = nn.Linear(4, 4), nn.Linear(5, 4)
     model = nn.ModuleList([linear, bad])
     base = torch.optim.SGD(linear.parameters(), lr=0.1)
-    optimizer = SparseOptimizer(base, safe_core.safe("2:4"), model=model)
+    with pytest.warns(safe_core.DenseWeightWarning, match="base does not hold"):
+        optimizer = SparseOptimizer(base, safe_core.safe("2:4"), model=model)
     with pytest.raises(ValueError, match=r"input axis of 1\.weight"):
         optimizer.add_param_group({"params": bad.parameters()})
     assert len(base.param_groups) == len(optimizer.param_groups) == 1

@@ -9,6 +9,7 @@ import lightning
 import pytest
 import torch
 import transformers
+from schedulefree import SGDScheduleFree
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -217,6 +218,27 @@ def test_lightning_callbacks_that_exchange_the_weights_are_named(
         ).fit(Module(), *loaders())
 
 
+class ScheduleFree(Module):
+    def configure_optimizers(self) -> SparseOptimizer:
+        base = SGDScheduleFree(self.parameters(), lr=0.1)
+        return SparseOptimizer(base, METHOD, model=self.network)
+
+
+def test_lightning_handles_the_modes_of_schedule_free_bases(tmp_path: Path) -> None:
+    whole, module = Watch(), ScheduleFree()
+    callbacks = [saver(tmp_path), whole, SparseCallback()]
+    lightning_trainer(tmp_path, 3, *callbacks).fit(module, *loaders())
+    assert module.seen == [ZEROS] * 8
+    assert zeros_of(module.state_dict()) == ZEROS
+    assert zeros_of(ScheduleFree.load_from_checkpoint(tmp_path / "epoch=1.ckpt").state_dict()) == (
+        ZEROS
+    )
+    resumed = Watch()
+    trainer = lightning_trainer(tmp_path, 3, resumed, SparseCallback(), enable_checkpointing=False)
+    trainer.fit(ScheduleFree(), *loaders(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(resumed.states[-1], whole.states[-1])
+
+
 # Hugging Face
 
 
@@ -242,9 +264,13 @@ class StateAtTheEnd(transformers.TrainerCallback):
         self.state = {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def hugging_face_trainer(folder: Path, epochs: int, **options: Any) -> SparseTrainer:
+def hugging_face_trainer(
+    folder: Path, epochs: int, base_of: Any = None, **options: Any
+) -> SparseTrainer:
     model = Regression()
     optimizer = optimizer_of(model)
+    if base_of is not None:
+        optimizer = SparseOptimizer(base_of(model.parameters()), METHOD, model=model)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -265,6 +291,21 @@ def hugging_face_trainer(folder: Path, epochs: int, **options: Any) -> SparseTra
         eval_dataset=rows[:16],
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
     )
+
+
+def test_the_hugging_face_trainer_handles_schedule_free_bases(tmp_path: Path) -> None:
+    trainer = hugging_face_trainer(
+        tmp_path,
+        2,
+        base_of=lambda params: SGDScheduleFree(params, lr=0.1),
+        load_best_model_at_end=True,
+        eval_on_start=True,
+    )
+    trainer.train()
+    assert trainer.model.seen == [ZEROS] * 6
+    assert zeros_of(trainer.model.state_dict()) == ZEROS
+    kept = saved_in(Path(trainer.state.best_model_checkpoint))
+    assert_same({k: kept[k] for k in trainer.model.state_dict()}, trainer.model.state_dict())
 
 
 def saved_in(folder: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safe_core import _checks
-from safe_core.study.data import Dataset, Split
+from safe_core.study.data import Dataset
 from safe_core.study.data.splits import checked
 
 from .own import Own, load
@@ -65,16 +65,16 @@ def own_dataset(own: Own, options: tuple[tuple[str, Any], ...], folder: Any) -> 
         raise TypeError(
             f"data.name must return a safe_core.study.data.Dataset, got {_checks.shown(found)}"
         )
-    splits = {"train": found.train, "test": found.test}
-    for name, (images, labels) in splits.items():
+    splits = []
+    for name, (images, labels) in (("train", found.train), ("test", found.test)):
         shape, dtype = getattr(images, "shape", ()), str(getattr(images, "dtype", "no array"))
         if len(shape) != 4 or dtype != "uint8":
             raise ValueError(
                 f"data.name must return {name} images of shape (n, height, width, channels) and "
                 f"dtype uint8, got {shape} and {dtype}"
             )
-        splits[name] = checked(images, labels, found.classes, f"{own.source}, {name}")
-    return found._replace(**{name: Split(*split) for name, split in splits.items()})
+        splits.append(checked(images, labels, found.classes, f"{own.source}, {name}"))
+    return found._replace(train=splits[0], test=splits[1])
 
 
 def _called(

@@ -46,7 +46,8 @@ def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else ()
-    return [t.id for t in targets] if all(isinstance(t, ast.Name) for t in targets) else []
+    names = [t.id for t in targets if isinstance(t, ast.Name)]
+    return names if len(names) == len(targets) else []
 
 
 def _named(node: ast.AST) -> list[str]:

@@ -45,6 +45,7 @@ class Data:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> read(Data, "data", {"name": "digits", "label_noise": [0, 0.5]}).label_noise
     (0.0, 0.5)
     """
@@ -67,6 +68,7 @@ class Model:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> read(Model, "model", {"name": "resnet-20", "width": 2}).width
     2.0
     """
@@ -95,6 +97,7 @@ class Attack:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> read(Attack, "attack", {"norm": "linf", "radius": "1/255"}).steps
     10
     """
@@ -110,10 +113,10 @@ class Evaluation:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> found = read(Evaluation, "evaluation", {"flatness": ["eigenvalue"], "corruptions": [3]})
-    >>> found.metrics()
-    ('accuracy', 'dense_accuracy', 'distance', 'seconds', 'eigenvalue', 'corruption_3',
-     'peak_memory')
+    >>> found.metrics()[3:]
+    ('seconds', 'eigenvalue', 'corruption_3', 'peak_memory')
     """
 
     batch_norm_tuning: bool = key(flag, False)
@@ -161,6 +164,7 @@ class Report:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> read(Report, "report", {"rows": ["sparsity", "method"], "columns": "noise"}).metrics
     ('accuracy',)
     """
@@ -199,6 +203,7 @@ class Quote:
 
     Examples
     --------
+    >>> from safe_core.study.runner.tables import read
     >>> table = {"source": "Lee et al. 2025", "method": "GMP", "values": {"0.9": [92.94, 0.08]}}
     >>> read(Quote, "quoted[0]", table).values
     (('0.9', (92.94, 0.08)),)

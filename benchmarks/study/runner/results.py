@@ -80,8 +80,11 @@ def append_line(file: Path, recipe: Recipe, cell: Cell, result: Mapping[str, Any
     ...     read_results(Path(folder), recipe).results
     {Cell(framework='jax', noise=0.5, method='SAFE', sparsity=0.95, seed=1): {'accuracy': 97.5}}
     """
-    entry = {"settings": recipe.settings(cell.method, cell.sparsity), "cell": cell._asdict()}
-    entry |= {"failed": result} if isinstance(result, str) else {"result": result}
+    entry: dict[str, Any] = {
+        "settings": recipe.settings(cell.method, cell.sparsity),
+        "cell": cell._asdict(),
+        "failed" if isinstance(result, str) else "result": result,
+    }
     line = (json.dumps(entry) + "\n").encode()
     # One write, so that lines of several processes never mix.
     out = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -172,6 +172,14 @@ def planned_runs(
         The runs that are left, in their order.
     int
         The number of trainings that they take.
+
+    Examples
+    --------
+    >>> from safe_core.study.runner import recipe_source
+    >>> source = recipe_source(Path("figure-5-digits"))[1].replace('["torch", "jax"]', '["torch"]')
+    >>> left, trainings = planned_runs(source, Path("no-such-folder"))
+    >>> len(left), trainings
+    (36, 36)
     """
     recipe = parse_recipe(source, folder, allow_code=allow_code)
     part = None if shard is None else read_shard(shard)

@@ -190,7 +190,8 @@ def _done(
 ) -> Any:
     try:
         if kind == "check":
-            return check(recipe, *content, device)
+            left, folder = content
+            return check(recipe, left, folder, device)
         advance = lambda: connection.send(("epoch", None))  # noqa: E731
         return run_unit(recipe, content, device=device, advance=advance, **settings)
     except Exception as error:
