@@ -146,7 +146,7 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     # Only zero or non-zero matters: a projection by magnitude would call any small entry wrong.
     filled_in = [(x != 0).astype(jnp.float32) for x in values]
     pattern = as_pattern(sparsity)
-    with advising_layouts_of():
+    with advising_layouts_of(tree):
         support = select_support(filled_in, pattern, tree.info, None, step=None)
         refuse_open_stacks(params, tree, pattern)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]

@@ -135,7 +135,7 @@ def sparse_optimizer(
         held = initial_importance(importance, source, params, base_state, tree)
         joint = method.sparsity.joint
         known = None if source is None else source.first_metric(held, joint=joint)
-        with selecting_on_host(select_on_host), advising_layouts_of():
+        with selecting_on_host(select_on_host), advising_layouts_of(tree):
             split = method.init(values, tree.info, known)
             refuse_open_stacks(params, tree, method.sparsity)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []

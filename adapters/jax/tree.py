@@ -13,7 +13,6 @@ import optax
 from safe_core import ArrayInfo, Layout
 from safe_core.layout import chosen_layout
 from safe_core.patterns import Pattern
-from safe_core.patterns.counts import UnknownLayoutError
 
 from .leaves import (
     check_arrays,
@@ -144,7 +143,7 @@ def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> No
         weight = is_prunable(name_of(path), leaf, owner_of(params, path))
         if layout is None and leaf.ndim > 2 and weight:
             name = name_of(path)
-            raise UnknownLayoutError(
+            raise ValueError(
                 f"layout of {name} is unknown, and {pattern.describe()} counts within tensors, of "
                 f"which {tuple(leaf.shape)} may be a stack; pass layout={{{name!r}: "
                 "Layout(input_axes=..., output_axes=..., batch_axes=...)}"
@@ -152,11 +151,15 @@ def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> No
 
 
 @contextmanager
-def advising_layouts_of() -> Iterator[None]:
+def advising_layouts_of(tree: SparseTree) -> Iterator[None]:
     """Add to an error about an unknown layout how to get the layouts of a Flax model."""
     try:
         yield
-    except UnknownLayoutError as error:
+    except ValueError as error:
+        known = zip(tree.info.names, tree.info.layouts, strict=True)
+        unknown = tuple(f"layout of {name} is unknown" for name, layout in known if layout is None)
+        if not str(error).startswith(unknown):
+            raise
         raise ValueError(
             f"{error}. For a Flax model, layout=layouts_of(model, inputs) of "
             "safe_core.adapters.jax.flax gives those of all kernels"
