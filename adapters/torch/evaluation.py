@@ -57,7 +57,8 @@ def sparse_weights(run: Run, phases: Phases) -> Iterator[None]:
 def _own_mode() -> Iterator[None]:
     """Compute without gradients, and outside `torch.inference_mode`.
 
-    Trainers evaluate in inference mode. A tensor made there could not be changed after it.
+    Trainers evaluate in inference mode. Tensors made there refuse changes outside of it, so none
+    may reach the state.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
