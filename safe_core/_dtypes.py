@@ -24,9 +24,9 @@ def wide_dtype(xp: Any, arrays: Sequence[Any]) -> Any:
 
 
 def number_like(xp: Any, number: float, x: Any, name: str) -> Any:
-    """Return a positive number or zero as a scalar array that can be computed with ``x``.
+    """Return a non-negative number as a scalar array, to compute with ``x``.
 
-    It is float32 or, where float32 is too narrow for it or ``x`` is wider, float64.
+    It is float32, or float64 if ``x`` is wider or the number is beyond the range of float32.
     """
     dtype = wide_dtype(xp, [x])
     if dtype == xp.float32 and number and not _LEAST <= number <= _LARGEST:

@@ -83,7 +83,7 @@ def read_sparsity(sparsity: Any, arrays: Any) -> Pattern:
 
 
 def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -> None:
-    """Raise if P is of a dtype without numbers, or an entry is negative or not finite.
+    """Raise if P does not hold real numbers, or an entry is negative or not finite.
 
     Traced arrays are not checked, since their values cannot be read. All arrays share one
     read of the device.

@@ -12,7 +12,7 @@ _SHOWN = 3  # names per reason in one line
 
 
 class DenseWeightWarning(UserWarning):
-    """Warn that weights of a model stay dense although nobody chose so."""
+    """Warn about weights that stay dense although the user did not exclude them."""
 
 
 class WeightCoverage(NamedTuple):
@@ -25,8 +25,8 @@ class WeightCoverage(NamedTuple):
     reason : str
         Why the weight stays dense, as the end of "because ..."; empty if it is sparse.
     expected : bool
-        Whether staying dense was chosen or documented, so that no warning is due. True for
-        a sparse weight.
+        True for a sparse weight, and for a dense one that the user or a documented rule
+        excludes, so that no warning is due.
     """
 
     name: str

@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 LARGE_DISTANCE = 0.1
-"""`finalize` warns if it removes more than this part of the norm of the weights."""
+"""`finalize` warns if it removes more than this fraction of the norm of the weights."""
 
 # Longer lists of names would hide the message.
 _NAMES = 5
 
 
 class FinalizeWarning(UserWarning):
-    """`finalize` changed the network much, or the run was too short for the method to act."""
+    """`finalize` changed the network a lot, or the run was too short for the method to act."""
 
 
 class FinalizedTensor(NamedTuple):
@@ -59,7 +59,7 @@ class FinalizedTensor(NamedTuple):
     removed : float
         ``|x - proj(x)|_2``.
     emptied : bool
-        Whether the whole parameter is zero now, and the projection is the reason.
+        Whether the projection made the whole parameter zero.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Finalized(NamedTuple):
 
     @property
     def emptied(self) -> list[str]:
-        """Names of the parameters of which nothing is left."""
+        """Names of the parameters that the projection made zero as a whole."""
         return [row.name for row in self.tensors if row.emptied]
 
 
@@ -181,7 +181,7 @@ def warn(
     patterns : sequence of Pattern
         The patterns of the parameters.
     importance : Importance, optional
-        The source of the P of the projection, if it came from the run.
+        The source of P, if the projection used the P of the run.
 
     Examples
     --------
@@ -198,7 +198,7 @@ def warn(
 
 @contextmanager
 def pruning_a_block(constraint: Constraint, pattern: Pattern, steps: int) -> Iterator[None]:
-    """Warn of a run too short for its method, and of nothing else that `finalize` finds.
+    """Warn about a run too short for its method, and about nothing else that `finalize` finds.
 
     Pruning a block of a network reports the error of the block, so the distance needs no
     warning. The text is the same for all blocks, so Python shows it once.
@@ -224,9 +224,9 @@ def _unfinished(
     patterns: Sequence[Pattern],
     importance: Importance | None,
 ) -> list[str]:
-    """Return in which way the run was too short for its method."""
+    """Return why the run was too short for its method, as texts."""
     steps = found.steps
-    if not found.zeroed:  # the weights were on C already
+    if not found.zeroed:  # the weights were in C already
         return []
     texts = [constraint.unfinished(pattern, steps) for pattern in patterns]
     texts = [text for text in texts if text][:1]
@@ -249,7 +249,7 @@ def _schedule_left(pattern: Pattern, steps: int) -> str:
 
 
 def _large(found: Finalized, constraint: Constraint) -> list[str]:
-    """Return how much the projection removes, if that is much and not what the method is."""
+    """Return a text if the projection removes much, unless the method prunes at the end."""
     # Not `distance > LARGE_DISTANCE`: norms that overflowed give NaN.
     if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
         return []

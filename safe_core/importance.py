@@ -261,8 +261,8 @@ def wanda(activations: Any, axis: int | None = None) -> Any:
     ``|w_ij| * |A_j|_2``.
 
     A convolution has one feature per input channel, summed over all samples and positions, and
-    P is the same for the whole window. That is the diagonal of ``A^T A`` except that entries of
-    a window wider than 1 do not see all positions: borders, and strides.
+    P is the same for the whole window. It equals the diagonal of ``A^T A`` of the unfolded inputs
+    except for windows wider than 1, whose entries skip some positions at borders and with strides.
 
     Parameters
     ----------

@@ -104,7 +104,7 @@ def magnitude_table(format: str) -> NDArray[np.uint16] | None:
     -------
     array of uint16, shape (256,), or None
         Integers in the order of the magnitudes, 0 for zero. None for formats with a sign bit at
-        the top and two zeros, which `magnitude_bits` serves.
+        the top and two zeros, for which `magnitude_bits` needs no table.
 
     Examples
     --------
@@ -267,7 +267,7 @@ def analyse(
     Raises
     ------
     TypeError
-        If ``array`` is no NumPy array, has a mask, or has a dtype without real numbers.
+        If ``array`` is not a NumPy array, has a mask, or has a dtype without real numbers.
 
     Notes
     -----
@@ -291,7 +291,7 @@ def analyse(
             array = native.view(f"u{array.dtype.itemsize}")
     table = magnitude_table(format) if floating and format is not None else None
     shape = array.shape
-    if not array.size:  # one of its axes may be longer than memory
+    if not array.size:  # its other axes may be too long for the arrays below
         return _described(array, 0, (0, 0), None, 0)
     groups, ties = _GroupSearch(shape), _Extreme(min)
     kept, rows, columns = 0, 0, np.zeros(shape[1:2], bool)

@@ -65,9 +65,9 @@ def project(
     arrays : array, or list, tuple or mapping of arrays
         Point ``v``: real floating arrays of any array API library, of any shape, stride and
         byte order.
-    sparsity : float, str or pattern
-        A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
-        `Channel`.
+    sparsity : float, str, pattern or mapping
+        A fraction of zeros in [0, 1), ``"N:M"``, `Unstructured`, `NM`, `Block` or `Channel`, or
+        a mapping of names to them, see `ByName`.
     importance : optional
         Diagonal of P, finite and non-negative, in the structure of ``arrays``: for each array
         a scalar, an array that broadcasts axis by axis, or one value per input feature. P = 1

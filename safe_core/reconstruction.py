@@ -143,13 +143,13 @@ def block_patterns(
     Returns
     -------
     dict of str to Pattern
-        Without the weights that the mapping does not name, or for which the function returns
-        None. They stay dense.
+        The pattern of each weight to prune. Weights that the mapping does not name, or for which
+        the function returns None, are left out and stay dense.
 
     Raises
     ------
     TypeError, ValueError
-        If the mapping names no weight, or a sparsity is refused by `block_pattern`.
+        If a name of the mapping is not that of a weight, or `block_pattern` refuses a sparsity.
 
     Examples
     --------

@@ -159,7 +159,7 @@ def _scaled_jointly(xp: Any, arrays: Sequence[Array], top: int, dtype: Any) -> l
 
 
 def _times(xp: Any, p: Array, v: Array) -> Array:
-    """Return ``p * v``, 0 where p is 0 even if v is infinite, and infinite where v is else."""
+    """Return ``p * v``. Where v is infinite, it is 0 if p is 0 and infinite otherwise."""
     infinite = xp.isinf(v)
     product = flushed(xp, p * xp.where(infinite, xp.zeros_like(v), v))
     return xp.where(infinite & (p > 0), v, product)

@@ -81,7 +81,7 @@ def stack_axes(
 ) -> Shape | None:
     """Return the axes along which weights of shape ``single`` are stacked.
 
-    The biases decide if several positions fit. None means that they leave several, or none.
+    The biases decide if several positions fit. Return None if no position or several are left.
     """
     count = len(shape) - len(single)
     if count == 0:
@@ -183,7 +183,7 @@ def _stacks(ndim: int) -> Iterator[tuple[Shape, Shape]]:
     for lead in range(ndim - 1):
         first = tuple(range(lead))
         inner = range(lead, ndim) if lead < ndim - 2 else ()
-        # The axis after the first ones continues them, so that it is no other.
+        # The axis right after the first ones extends them, so a larger `lead` covers it.
         for stack in (first, *((*first, axis) for axis in inner if axis > lead)):
             yield stack, tuple(axis for axis in range(ndim) if axis not in stack)
 

@@ -36,7 +36,7 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
     Returns
     -------
     safe_core.Coverage
-        Its ``unexpected`` weights are those that no rule and no ``where`` decided on.
+        Its ``unexpected`` weights stay dense although neither ``where`` nor a rule excludes them.
 
     Raises
     ------

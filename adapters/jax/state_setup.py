@@ -1,8 +1,8 @@
-"""Record what a state of `sparse_optimizer` was made with, and check that it is used so.
+"""Record what a state of `sparse_optimizer` was made with, and check later uses against it.
 
-Arrays do not tell a 2:4 pattern along one axis from another, nor one method from another, and
-under `jax.jit` nobody can look at them. The record has no arrays, so it can be checked while a
-program is traced.
+The arrays of a state do not show along which axis a pattern runs or which method made them, and
+under `jax.jit` their values cannot be read. The record has no arrays, so it can be checked while
+a program is traced.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FUNCTION = "a function passed as importance="
 class StateSetup:
     """What a state was made with. JAX sees a pytree node without leaves.
 
-    It holds text, not objects, so that it compares alike in every process and in every
+    It holds text, not objects, so that equal settings compare equal in every process and
     checkpoint. Values that may change during a run, such as rho or a penalty, are left out.
 
     Attributes

@@ -125,8 +125,8 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     where, layout : optional
         As for `sparse_optimizer`.
 
-    The sparsity is that of one model. Check the members of an ensemble one by one, because
-    together they may be as sparse as one that is too dense beside one that is too sparse.
+    Check the members of an ensemble one by one. Together they may have the right number of zeros
+    although one member has too few and another too many.
 
     Raises
     ------

@@ -141,8 +141,8 @@ def sparse_optimizer(
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
         register_with_flax()
-        # `optax.tree.map_params` passes params without leaves to see which fields are like them.
-        # It keeps a field of the real state where it sees a leaf that is no parameter here.
+        # `optax.tree.map_params` passes params without leaves to see which fields resemble them.
+        # An array here tells it to keep this field of the real state as it is.
         setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
         return _packed(step, base_state, StepState(split, held, flat), tree, method, setup)
 

@@ -65,7 +65,7 @@ class ClosureProbe:
 
 
 class _Marker:
-    """A number in the place of the smallest gradient that is too large for a sum to change."""
+    """A number too large for a sum to change, in the place of the smallest gradient."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         # The smallest gradient costs least to replace and to look at.

@@ -19,7 +19,7 @@ __all__ = ["coverage_of", "warn_of_dense"]
 
 
 def coverage_of(selection: Selection, selected: Any, constrained: Collection[Tensor]) -> Coverage:
-    """Return the coverage of a model, or without one that of the parameters of the base.
+    """Return the coverage of the model or, without a model, of the parameters of the base.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def _why_dense(
 
 
 def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:
-    """Warn once about the weights that stay dense although nobody chose so."""
+    """Warn once about weights that stay dense although the user did not exclude them."""
     dense = coverage.unexpected
     if dense:
         warnings.warn(

@@ -131,10 +131,10 @@ def refuse_training_mode(run: Run, call: str) -> None:
 
 
 def _refuse_pull(run: Run) -> None:
-    """Raise for a decoupled penalty, which moves the parameters beside the base step.
+    """Raise for a decoupled penalty, which moves the parameters outside the base step.
 
-    The base does not know of the pull, and moves the other way what it evaluates. A mask does no
-    such harm, because it also masks the gradients.
+    The base does not know of this move when it computes the parameters that it evaluates. A mask
+    is harmless, because it also masks the gradients.
     """
     if run.method.plan().needs_learning_rate and not run.frozen:
         raise ValueError(

@@ -53,7 +53,7 @@ class SparseCallbackMixin:
         original = pl_module.on_save_checkpoint
 
         # The module's hook and not the callback's, which is not called for files of weights
-        # alone. It is also the last one, so it sees what the others have changed.
+        # alone. It also runs last, so it sees what the other hooks have changed.
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             original(checkpoint)
             self._project(trainer, checkpoint)

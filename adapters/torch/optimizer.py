@@ -82,7 +82,7 @@ class SparseOptimizer(Optimizer):
     -----
     DenseWeightWarning
         If weights of ``model`` with two or more axes stay dense although neither ``where`` nor
-        ``"sparsify"`` chose so: the type of their module is unknown, ``base`` does not hold
+        ``"sparsify"`` excludes them: the type of their module is unknown, ``base`` does not hold
         them, or they are frozen. See `coverage`.
 
     Notes
@@ -257,8 +257,8 @@ class SparseOptimizer(Optimizer):
 
         A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
         the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
-        optimizer and not on the base. Calling it raises a ValueError for a method with a
-        decoupled penalty, which the base could not average.
+        optimizer and not on the base. `train` raises a ValueError for a method with a decoupled
+        penalty, which the base could not average.
         """
         return switch_of(self._run, self._phases, "train")
 

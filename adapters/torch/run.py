@@ -178,8 +178,8 @@ class Run:
     def constrained(self) -> list[Tensor]:
         """Return the parameters that `finalize` projects and `check_sparsity` checks.
 
-        Freezing a model for export must not exempt it. Exempt is only a parameter that was
-        frozen from the start.
+        Only a parameter that was frozen from the start is exempt: freezing a model for export
+        must not exempt its weights.
         """
         has, trained = self.parameters.has, self.trained
         return [p for p in self.selected if p.requires_grad or p in trained or has(p)]

@@ -156,8 +156,8 @@ class Selection(NamedTuple):
     def _refuse_hidden(self) -> None:
         """Raise for a layer that would be selected if its weight were a parameter.
 
-        To make the parameters sparse that a weight is computed from would not give the weight
-        the right number of zeros: a mask has zeros of its own, and an orthogonal matrix none.
+        If the parameters that a weight is computed from were sparse, the weight would not have the
+        right number of zeros: a mask has zeros of its own, and an orthogonal matrix none.
         """
         if self.model is None or self.where is not None:
             return

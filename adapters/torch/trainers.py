@@ -127,9 +127,9 @@ def at_sparse_weights(optimizers: list[SparseOptimizer]) -> Iterator[None]:
 
 @contextmanager
 def _evaluated(optimizer: SparseOptimizer) -> Iterator[None]:
-    """Set a schedule-free base to the parameters that it evaluates, and back bit for bit.
+    """Call `eval` of a schedule-free base within the block; then restore the parameters.
 
-    Its own way back rounds.
+    They are restored from copies, because `train` of the base rounds.
     """
     if not hasattr(optimizer, "eval") or optimizer.evaluates:
         yield
@@ -149,7 +149,7 @@ def _evaluated(optimizer: SparseOptimizer) -> Iterator[None]:
 def weights_at_both(
     optimizers: list[SparseOptimizer], state_of: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return copies of what differs in a state dict between x and C(x): at x, and at C(x)."""
+    """Return copies of the tensors of a state dict that differ between x and C(x), at both."""
     at_x = {k: v.detach().clone() for k, v in state_of().items() if torch.is_tensor(v)}
     with at_sparse_weights(optimizers):
         found = {k: v.detach() for k, v in state_of().items() if k in at_x}

@@ -58,7 +58,7 @@ class ModelWeight(NamedTuple):
 
 
 class HiddenWeight(NamedTuple):
-    """A weight of a known layer that is no parameter of it.
+    """A weight of a known layer that is not one of its parameters.
 
     Attributes
     ----------
@@ -172,7 +172,7 @@ def model_weights(model: nn.Module) -> dict[nn.Parameter, ModelWeight]:
 
 
 def hidden_weights(model: nn.Module) -> list[HiddenWeight]:
-    """Return the weights of known layers that are no parameters."""
+    """Return the weights of known layers that are not parameters."""
     found = []
     for path, module in model.named_modules():
         for attribute in _layer_weights(module) or ():

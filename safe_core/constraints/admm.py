@@ -126,7 +126,7 @@ class ADMM(Constraint):
         return every(self.dual_update_interval, step)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if no dual update has happened."""
+        """Return a text if no dual update has happened, else an empty string."""
         if steps >= self.dual_update_interval:
             return ""
         return (

@@ -55,7 +55,7 @@ class HardThreshold(Constraint):
         return every(self.interval, step)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if x was never projected."""
+        """Return a text if x was never projected, else an empty string."""
         if steps >= self.interval:
             return ""
         return (

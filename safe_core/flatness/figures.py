@@ -146,7 +146,7 @@ def plot_contours(
         axes.set_xlabel("first direction", fontsize=_SMALL)
         axes.set_aspect("equal")
     panels[0].set_ylabel("second direction", fontsize=_SMALL)
-    # Round numbers, of which a reader can read off others; the levels are none.
+    # Ticks are round numbers, between which a reader can interpolate; the levels are not round.
     ticks = None if log else MaxNLocator(6)
     bar = figure.colorbar(filled, ax=panels, ticks=ticks, format="%.3g")
     bar.set_label(label, fontsize=_SMALL)

@@ -96,7 +96,10 @@ class Pattern:
         return self
 
     def of(self, name: str) -> Pattern:
-        """Return the pattern of the array ``name``; arrays of equal ones are projected together."""
+        """Return the pattern of the array ``name``.
+
+        Arrays with equal patterns are projected together.
+        """
         return self
 
     @property

@@ -17,9 +17,9 @@ __all__ = ["ByName"]
 
 @dataclass(frozen=True)
 class ByName(Pattern):
-    """Pattern that combines other patterns, each for the arrays that it is given for.
+    """Pattern that gives each array a pattern of its own, by name.
 
-    Arrays of equal patterns are projected together, so under a pattern of scope "global"
+    Arrays with equal patterns are projected together, so under a pattern of scope "global"
     they compete with one another, and with no other array.
 
     Attributes
@@ -35,7 +35,7 @@ class ByName(Pattern):
     Raises
     ------
     TypeError, ValueError
-        If a value is no pattern, or has a sparsity schedule, or an array is not named.
+        If a value is not a pattern, or has a sparsity schedule, or an array is not named.
 
     Examples
     --------
@@ -49,7 +49,7 @@ class ByName(Pattern):
     scope: Literal["global", "tensor", "row"] = "global"
 
     def __post_init__(self) -> None:
-        from .parsing import as_pattern  # which reads mappings as this pattern
+        from .parsing import as_pattern  # a circular import: it reads mappings as `ByName`
 
         _checks.choice("scope", self.scope, ("global", "tensor", "row"))
 
@@ -129,7 +129,7 @@ class ByName(Pattern):
         self.of(name).check(shape, layout, name)
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a name of the pattern is that of no array."""
+        """Raise ValueError if the pattern names an array that is not among ``names``."""
         unknown = [name for name in self._by_name if name not in names]
         if unknown:
             raise ValueError(

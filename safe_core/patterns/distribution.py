@@ -62,7 +62,7 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
     [0, 3]
     """
     entries = [math.prod(size) for size in sizes]
-    # An empty tensor has nothing to prune, and the rule says nothing of a scalar.
+    # An empty tensor has nothing to prune, and the rule says nothing about a scalar.
     open_ = {i for i, (n, size) in enumerate(zip(entries, sizes, strict=True)) if n and size}
     most = sum(entries[i] for i in open_)
     kept = sum(entries) - _checks.integer("zeros", zeros, low=0)

@@ -170,7 +170,7 @@ class ALPS(LayerSolver):
         return finished(form, rescaled(xp, values, exponent), support, weight)
 
     def _solve(self, xp: Any, w: Array, h: Array, choose: Select) -> tuple[Array, Array]:
-        """Return values and support of the lesser error of ALPS and Wanda."""
+        """Return values and support of ALPS or of Wanda, whichever errs less."""
         live, diagonal = live_diagonal(xp, h)
         added = xp.where(live, self.damping * mean_diagonal(xp, h), xp.zeros_like(diagonal))
         norms = xp.sqrt(diagonal + added)

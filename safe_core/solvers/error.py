@@ -58,7 +58,7 @@ def reconstruction_error(
     xp = array_namespace(before, after)
     dtype = wide_dtype(xp, [before, after, h])
     before, after, h = (widened(xp, x, dtype) for x in (before, after, h))
-    # Scaled, no term of the sum overflows; the result is infinite only if it is too large itself.
+    # After scaling no term overflows, so the result is infinite only if it is too large itself.
     change, of_change = unit_scaled(xp, before - after)
     h, of_h = unit_scaled(xp, h)
     return rescaled(xp, xp.sum((change @ h) * change), 2 * of_change + of_h)

@@ -201,7 +201,7 @@ def rescaled(xp: Any, x: Array, exponent: Array) -> Array:
 
 
 def finished(form: Form, values: Array, support: Array, weight: Array) -> Projection:
-    """Return the pruned layer as the weights are stored, or raise for values beyond their dtype."""
+    """Return the pruned layer in the form of the weights; raise if their dtype is too narrow."""
     xp = array_namespace(weight)
     largest = float(xp.finfo(weight.dtype).max)
     rule = f"pruned values of {form.name} must be finite in its dtype {weight.dtype}"

@@ -114,8 +114,7 @@ class SparseGPT(LayerSolver):
         ValueError
             If ``gram`` is not a Gram matrix of the layer's inputs, ``damping`` is too small
             to factor it, a pruned value is too large for the dtype of the weights, or the
-            pattern does not fit. Values are checked where they can be
-            read, which a traced program cannot.
+            pattern does not fit. Values are checked unless they are traced.
         """
         pattern = read_pattern(sparsity, self)
         if pattern.ranks != "entries":

@@ -132,7 +132,7 @@ def _rows(batch: Any) -> Iterator[dict[str | None, Any]]:
 
 
 def _refuse_ambiguous(named: Mapping[str | None, Any], first: Tensor) -> None:
-    """Raise where a tensor may have one row for each sample, or be shared by all samples.
+    """Raise if a tensor may either have one row for each sample or be shared by all samples.
 
     A float tensor whose axes are all as long as the batch, such as a bias between positions,
     would be cut into rows without an error.

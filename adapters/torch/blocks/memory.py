@@ -202,9 +202,9 @@ class BlockSize(NamedTuple):
 
 @contextmanager
 def _without_logged_tracebacks() -> Iterator[None]:
-    """Keep torch from printing an operation without a shape function as a traceback.
+    """Keep torch from logging a traceback for an operation without a shape function.
 
-    It raises as well, and the caller then runs the block for real.
+    Such an operation also raises an error, and the caller then runs the block for real.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level

@@ -203,7 +203,7 @@ def plan_pruning(
     scope = named_solver(solver).default_scope if isinstance(solver, str) else "tensor"
     solver = as_block_solver(solver)
     if not isinstance(sparsity, Mapping) and not callable(sparsity):
-        block_patterns(sparsity, {}, scope)  # raises for what is no sparsity, before the model runs
+        block_patterns(sparsity, {}, scope)  # raises before the model runs if it is invalid
     samples = split_samples(batches)
     _check_model(model)
     check_tokens(model, samples)

@@ -225,9 +225,9 @@ dual_update_interval
 
 @torch.no_grad()
 def _keep_zeros(params: Iterable[Tensor]) -> None:
-    """Let matrices keep the zeros that they have, by gradients of zero there.
+    """Keep the zeros of matrices, by setting the gradients to zero there.
 
-    Their zeros were put there on purpose, such as by an earlier call. Adam does not move an
+    The zeros were put there on purpose, such as by an earlier call. Adam does not move an
     entry whose gradients are all zero, nor does the perturbation.
     """
     for p in params:

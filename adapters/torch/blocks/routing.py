@@ -32,7 +32,7 @@ class _ChoiceRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record which weights of a block have outputs that choose, or weigh whole vectors.
 
     The outputs of a product are followed through views and pointwise operations, until
-    another product or a reduction uses them up.
+    another product or a reduction consumes them.
     """
 
     def __init__(self, block: nn.Module, names: Collection[str]) -> None:

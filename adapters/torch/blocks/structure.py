@@ -347,7 +347,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _twice(value: Any) -> Any:
-    """Return the argument of two samples: what has one row of a sample is its own."""
+    """Return an argument for two samples; a tensor without one row per sample is shared."""
     own = torch.is_tensor(value) and value.ndim and len(value) == 1
     return torch.cat([value, value]) if own else value
 

@@ -63,7 +63,7 @@ class Task(NamedTuple):
     dense: dict[str, str]
 
     def pattern_of(self, i: int, names: Collection[str]) -> Pattern:
-        """Return the pattern of weights of block i, by name where they differ."""
+        """Return one pattern for weights of block i, by name where their patterns differ."""
         prefix = block_name(self.name, i)
         found = {name: self.patterns[f"{prefix}.{name}"] for name in names}
         return _joined(found or self.patterns)  # a block may have no weight to prune
@@ -87,7 +87,7 @@ class Task(NamedTuple):
 
 
 def _joined(patterns: Mapping[str, Pattern]) -> Pattern:
-    """Return one pattern for arrays with these, by name where they differ."""
+    """Return one pattern for all the arrays, by name where their patterns differ."""
     found = list(dict.fromkeys(patterns.values()))
     return found[0] if len(found) == 1 else ByName(patterns)
 
@@ -242,6 +242,6 @@ def _work_bytes(
             # The shapes of grouped products of experts are known in bfloat16 only.
             return needed(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
         return needed(rows, dtype, fake=True)
-    except Exception:  # of any kind: shape functions are code of others
+    except Exception:  # of any kind, because shape functions are third-party code
         # Shapes depend on values, or a kernel has no shape function: run one sample for real.
         return needed(1, dtype, fake=False) * rows

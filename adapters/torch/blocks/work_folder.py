@@ -161,10 +161,10 @@ class WorkFolder:
 
 
 def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Return what differs most plainly between the settings of two runs.
+    """Return the setting that best explains how two runs differ.
 
-    Other samples follow from another seed, and other weights from other blocks, so the settings
-    that only follow are named last.
+    Other weights also change the sparsity by name, so weights come first. Other samples may
+    follow from another seed, so batches come last.
     """
     keys = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
     key = min(keys, key=lambda key: _FOLLOWING.get(key, 0))
@@ -191,7 +191,7 @@ _LONG = 200  # characters
 
 
 def _other_weight(was: str, got: str) -> str:
-    """Return the first weight that only one of two lists of names, for each block, has."""
+    """Describe the first weight that only one of two runs prunes."""
     blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
     for i, (old, new) in enumerate(zip(*blocks, strict=False)):
         for name in sorted(old ^ new):
@@ -202,7 +202,7 @@ def _other_weight(was: str, got: str) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what a killed run left: halves of files, and its activations."""
+    """Remove what a killed run left: incomplete files and activations."""
     for pattern in ("block-*.safetensors.part", f"{_MANIFEST}.part", *_ACTIVATIONS):
         for file in path.glob(pattern):
             file.unlink()
