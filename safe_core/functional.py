@@ -90,6 +90,7 @@ def start(
     [array([False,  True])]
     """
     _check_sparse(params, sparse, info)
+    method.sparsity.check_names(info.names)
     values = [params[i] for i in sparse]
     for x, name in zip(values, info.names, strict=True):
         check_real_floating(array_namespace(x), x, name)

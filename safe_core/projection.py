@@ -110,6 +110,7 @@ def project(
     """
     pattern = read_sparsity(sparsity, arrays)
     point = read_arguments(arrays, importance, layout)
+    pattern.check_names(point.names)
     with selecting_on_host(select_on_host):
         support = select(
             point.arrays,
@@ -151,7 +152,8 @@ def select(
             "select_on_host must be False for arrays on several devices, got True and an array "
             f"of shape {tuple(arrays[0].shape)}"
         )
-    pattern.check_names(names)
+    if all(pattern.of(name) is pattern for name in names):
+        return _select(arrays, importance, layouts, names, pattern, step)
     masks: list[Array] = list(arrays)
     by_pattern: dict[Pattern, list[int]] = {}
     for i, name in enumerate(names):

@@ -136,6 +136,7 @@ def sparse_optimizer(
         joint = method.sparsity.joint
         known = None if source is None else source.first_metric(held, joint=joint)
         with selecting_on_host(select_on_host), advising_layouts_of(tree):
+            method.sparsity.check_names(tree.info.names)
             split = method.init(values, tree.info, known)
             refuse_open_stacks(params, tree, method.sparsity)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []

@@ -135,14 +135,12 @@ def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> No
 
     A leaf that is no weight by its name is one tensor, because the user selected it as such.
     """
-    if pattern.joint:
-        return
     paths = jax.tree_util.tree_leaves_with_path(params)
     for i, layout in zip(tree.indices, tree.info.layouts, strict=True):
         path, leaf = paths[i]
         weight = is_prunable(name_of(path), leaf, owner_of(params, path))
-        if layout is None and leaf.ndim > 2 and weight:
-            name = name_of(path)
+        name = name_of(path)
+        if layout is None and leaf.ndim > 2 and weight and not pattern.of(name).joint:
             raise ValueError(
                 f"layout of {name} is unknown, and {pattern.describe()} counts within tensors, of "
                 f"which {tuple(leaf.shape)} may be a stack; pass layout={{{name!r}: "

@@ -439,6 +439,7 @@ class SparseOptimizer(Optimizer):
         refuse_training_mode(self._run, "finalize()")
         _checks.flag("freeze", freeze)
         run = self._run
+        run.refuse_replaced()
         with run.as_started() as sparse:
             support = run.final_support(sparse, importance)
             patterns = list(run.parameters.pools(sparse))
@@ -467,6 +468,7 @@ class SparseOptimizer(Optimizer):
         merging an adapter such as LoRA, makes zeros non-zero without warning.
         """
         run = self._run
+        run.refuse_replaced()
         with run.as_started() as sparse:
             support = run.final_support(sparse, None)
         filled = kernels.count_filled(sparse, support)

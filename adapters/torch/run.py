@@ -55,6 +55,8 @@ class Run:
     selected : dict of parameter to Selected
     trained : set of parameter
         The selected parameters that required gradients when they were selected.
+    of_model : set of parameter
+        The parameters of ``model`` at every selection.
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
     compiled : CompiledStep or None
@@ -87,6 +89,7 @@ class Run:
         self.checked_rounding = False
         self.selected: dict[Tensor, Selected]
         self.trained: set[Tensor] = set()
+        self.of_model: set[Tensor] = set()
         self._prepare()
         self.select()
 
@@ -242,6 +245,21 @@ class Run:
 
     # The selection
 
+    def refuse_replaced(self) -> None:
+        """Raise if a layer of the model has lost a sparse parameter to another tensor.
+
+        To project the old tensor would leave the model dense.
+        """
+        if self.model is None:
+            return
+        lost = set(self.constrained()) & (self.of_model - set(self.model.parameters()))
+        if lost:
+            names = sorted(self.selected[p].name for p in lost)
+            raise ValueError(
+                "model must hold the parameters that are sparse, but its layers were replaced or "
+                f"reparametrized after this optimizer was made: it lost {', '.join(names)}"
+            )
+
     @property
     def selection(self) -> Selection:
         """The rules of the selection."""
@@ -254,6 +272,9 @@ class Run:
     def select(self) -> None:
         """Select the sparse parameters among the current groups."""
         self.selected = self.selection.selected()
+        if self.model is not None:
+            self.of_model |= set(self.model.parameters())
+        self.method.sparsity.check_names([chosen.name for chosen in self.selected.values()])
         self.trained = {p for p in self.selected if p.requires_grad or p in self.trained}
         if not self.constrained():
             names = ", ".join(chosen.name for chosen in self.selected.values())

@@ -87,7 +87,8 @@ class ByName(Pattern):
         found = self._by_name.get(name, self.default)
         if not isinstance(found, Pattern):
             raise ValueError(
-                f"sparsity must name every sparse array or have a default, got none for {name}"
+                f"sparsity must name every sparse array or have a default, got none for {name}: "
+                "ByName takes default=, and where= leaves arrays out"
             )
         return found
 

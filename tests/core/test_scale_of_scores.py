@@ -13,6 +13,7 @@ import torch
 from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
+from short_runs import short_run
 
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured, project
@@ -153,6 +154,7 @@ def test_a_number_that_jax_cannot_hold_is_refused(single_precision: None) -> Non
         assert str(error.value).endswith(f"got {number!r}")
 
 
+@short_run
 def test_adapters_take_numbers_beyond_float32(single_precision: None) -> None:
     layer, method = torch.nn.Linear(2, 2, bias=False), safe_core.admm(0.5)
     sgd = torch.optim.SGD(layer.parameters(), lr=0.1)

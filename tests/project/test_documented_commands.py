@@ -45,7 +45,8 @@ def texts() -> Iterator[str]:
 
 
 def expanded(text: str) -> str:
-    """A text with the shell variables that it sets, as ``name="value"``, filled in."""
+    """A text with whole command lines, and the shell variables that it sets filled in."""
+    text = re.sub(r"\\\n *", "", text)
     for name, value in re.findall(r'\b([a-z]+)="([^"$]*)"', text):
         text = re.sub(rf"\${name}\b", lambda _, value=value: value, text)
     return text

@@ -115,3 +115,19 @@ def test_a_model_without_trainable_sparse_weights_is_refused():
         layer.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"0\.weight, 1\.weight.*requires_grad"):
         SparseOptimizer(base, safe_core.safe(0.5), model=model)
+
+
+@pytest.mark.parametrize("how", ["layer", "parameter", "weight norm"])
+def test_a_layer_that_lost_its_sparse_weight_is_named(how: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = SparseOptimizer(base, safe_core.magnitude(0.5), model=model)
+    if how == "layer":
+        model[0] = torch.nn.Linear(4, 4)
+    elif how == "parameter":
+        model[0].weight = torch.nn.Parameter(model[0].weight.detach() * 2)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+    for call in (optimizer.finalize, optimizer.check_sparsity):
+        with pytest.raises(ValueError, match=r"model must hold .* it lost 0\.weight"):
+            call()
