@@ -252,6 +252,7 @@ class Run:
         """
         if self.model is None:
             return
+        self.forget_copies()  # FSDP holds gathered tensors after a forward pass
         lost = set(self.constrained()) & (self.of_model - set(self.model.parameters()))
         if lost:
             names = sorted(self.selected[p].name for p in lost)
