@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import sys
 
-# Frames between the user and the library: decorators, context managers and traced functions.
-_PASSED = ("safe_core.", "contextlib", "torch.", "jax.")
+# Frames between the user and the library: decorators, context managers, traced functions and the
+# loops of trainers.
+_PASSED = (
+    "safe_core.",
+    "contextlib",
+    "torch.",
+    "jax.",
+    "optax.",
+    "flax.",
+    "accelerate.",
+    "lightning.",
+    "pytorch_lightning.",
+    "transformers.",
+)
 
 
 def level_of_caller() -> int:

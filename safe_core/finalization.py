@@ -44,7 +44,7 @@ class FinalizeWarning(UserWarning):
 
 
 class FinalizedTensor(NamedTuple):
-    """What `finalize` did to one parameter.
+    """Hold the changes that `finalize` made to one parameter.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class FinalizedTensor(NamedTuple):
 
 
 class Finalized(NamedTuple):
-    """What `finalize` did to all sparse parameters.
+    """Hold the changes that `finalize` made to all sparse parameters.
 
     Attributes
     ----------

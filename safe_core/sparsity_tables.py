@@ -187,9 +187,7 @@ def cubic(
     >>> [sparsity(step) for step in range(6)]
     [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
     """
-    if every is None:
-        _checks.integer("steps", steps, low=1)
-        every = _finest(steps)
+    every = _finest(steps) if every is None else every
     return Cubic(value, steps, initial, start, every)
 
 
@@ -221,9 +219,7 @@ def linear_sparsity(
     >>> [sparsity(step) for step in range(6)]
     [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
     """
-    if every is None:
-        _checks.integer("steps", steps, low=1)
-        every = _finest(steps)
+    every = _finest(steps) if every is None else every
     return LinearSparsity(value, steps, initial, start, every)
 
 
@@ -232,6 +228,7 @@ def _finest(steps: int) -> int:
 
     Each stage costs one projection count per pool, so a table of every step would be long.
     """
+    _checks.integer("steps", steps, low=1)
     return next(k for k in range(-(-steps // 100), steps + 1) if steps % k == 0)
 
 

@@ -50,7 +50,7 @@ def copy_other_files(source: Path, folder: Path) -> None:
 
 
 class Imprint(NamedTuple):
-    """What a model in memory is, to compare a saved one with.
+    """Describe a model in memory, to compare a saved one with it.
 
     Attributes
     ----------

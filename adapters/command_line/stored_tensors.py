@@ -27,7 +27,7 @@ class DamagedFileError(ValueError):
 
 
 class Format(NamedTuple):
-    """How the entries of a tensor are stored.
+    """Describe how the entries of a tensor are stored.
 
     Attributes
     ----------

@@ -65,7 +65,7 @@ class _Empty(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """What a file holds, and where each of its storages begins."""
+    """Hold the contents of a file, and the position of each of its storages."""
 
     root: Any
     places: dict[str, int]

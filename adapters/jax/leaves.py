@@ -84,7 +84,7 @@ def check_gradient(argument: str, name: str, leaf: Any, param: Any) -> None:
         kind = "None" if leaf is None else _checks.shown(leaf) if dtype is None else dtype
         raise TypeError(
             f"{argument} must hold a floating gradient for every leaf of params, got {kind} for "
-            f"{name}, a leaf of dtype {param.dtype}: as params {_FILTER}"
+            f"{name}, a leaf of dtype {param.dtype}; for params, {_FILTER}"
         )
     if jnp.shape(leaf) != jnp.shape(param):
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from safe_core import Layout, Method
+from safe_core.layout import resolve
 from safe_core.patterns import Pattern
 from safe_core.patterns.base import FractionPattern
 
@@ -31,7 +32,7 @@ _FUNCTION = "a function passed as importance="
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class StateSetup:
-    """What a state was made with. JAX sees a pytree node without leaves.
+    """Record what a state was made with. JAX sees a pytree node without leaves.
 
     It holds text, not objects, so that equal settings compare equal in every process and
     checkpoint. Values that may change during a run, such as rho or a penalty, are left out.
@@ -64,31 +65,27 @@ class StateSetup:
             type(method.constraint).__name__,
             source_text(method, importance),
             tree.info.names,
-            _positive(tree, params),
+            _resolved(tree, params),
         )
 
     def check_update(self, method: Method, importance: Any, params: Any, tree: SparseTree) -> None:
         """Raise unless a step continues with the same settings."""
         self._check_method(method)
         self.check_layouts(params, tree)
-        given = source_text(method, importance)
-        if given != self.importance and not (given == "" and self.importance == _ARRAYS):
-            raise self._other("importance", self.importance or "none", given or "none")
+        # Arrays are in the state; a function is needed at every dual update.
+        self._check_importance(source_text(method, importance), may_be_left_out=(_ARRAYS,))
 
     def check_method(self, method: Method) -> None:
         """Raise unless a method may project or report on the parameters of the state."""
         self._check_method(method)
-        given = source_text(method, None)
-        passed = given == "" and self.importance in (_ARRAYS, _FUNCTION)
-        if given != self.importance and not passed:
-            raise self._other("importance", self.importance or "none", given or "none")
+        self._check_importance(source_text(method, None), may_be_left_out=(_ARRAYS, _FUNCTION))
 
     def check_layouts(self, params: Any, tree: SparseTree) -> None:
         """Raise unless the tree has the sparse leaves and axis roles of the state."""
         if tree.info.names != self.names:
             own, given = _listed(self.names), _listed(tree.info.names)
             raise self._other("selection of sparse leaves", own, given)
-        pairs = zip(self.names, self.layouts, _positive(tree, params), strict=True)
+        pairs = zip(self.names, self.layouts, _resolved(tree, params), strict=True)
         for name, roles, others in pairs:
             if roles != others:
                 raise self._other(f"layout of {name}", roles, others)
@@ -100,6 +97,11 @@ class StateSetup:
         ):
             if own != given:
                 raise self._other(name, own, given)
+
+    def _check_importance(self, given: str, *, may_be_left_out: tuple[str, ...]) -> None:
+        left_out = given == "" and self.importance in may_be_left_out
+        if given != self.importance and not left_out:
+            raise self._other("importance", self.importance or "none", given or "none")
 
     def _other(self, name: str, own: Any, given: Any) -> ValueError:
         return ValueError(
@@ -158,21 +160,10 @@ def register_with_flax() -> None:
     )
 
 
-def _positive(tree: SparseTree, params: Any) -> tuple[Layout | None, ...]:
+def _resolved(tree: SparseTree, params: Any) -> tuple[Layout | None, ...]:
     """Return the layouts with non-negative axes, so that equal roles compare equal."""
-
-    def positive(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-        return tuple(axis % ndim if -ndim <= axis < ndim else axis for axis in axes)
-
-    return tuple(
-        layout
-        and Layout(
-            positive(layout.input_axes, x.ndim),
-            positive(layout.output_axes, x.ndim),
-            positive(layout.batch_axes, x.ndim),
-        )
-        for x, layout in zip(tree.sparse(params), tree.info.layouts, strict=True)
-    )
+    named = zip(tree.sparse(params), tree.info.layouts, tree.info.names, strict=True)
+    return tuple(layout and resolve(layout, x.ndim, name) for x, layout, name in named)
 
 
 def _listed(names: Sequence[str]) -> str:

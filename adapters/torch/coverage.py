@@ -95,7 +95,7 @@ def _why_dense(
         return frozen, False
     if p not in held:
         return "base does not hold the parameter", False
-    return known.reason, False
+    return known.reason or "its param group was added after the last selection", False
 
 
 def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core import Coverage, Layout, Method, SplitState, _checks
-from safe_core._dtypes import wide_dtype
 from safe_core.arguments import refuse_filled
 from safe_core.finalization import Finalized, warn
 from safe_core.report import Report, TensorReport
@@ -203,7 +202,7 @@ class SparseOptimizer(Optimizer):
 
     @property
     def finalized(self) -> Finalized | None:
-        """What the last call of `finalize` did, in total and by parameter; None before it."""
+        """The changes that the last call of `finalize` made; None before it."""
         return self._run.finalized
 
     @property
@@ -449,15 +448,7 @@ class SparseOptimizer(Optimizer):
         source = run.source if isinstance(importance, str) else None
         warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
         if freeze and not run.frozen:
-            self.state.clear()
-            for p, mask in zip(sparse, support, strict=True):
-                self.state[p] = {"support": mask}
-                # Stale momentum of pruned entries would pull them away from zero, and a base
-                # that mixes entries, such as Muon, would spread it to the kept ones.
-                held = self.base.state.get(p, {}).values()
-                likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
-                kernels.mask_(likes, [mask] * len(likes))
-            run.frozen = True
+            run.freeze(sparse, support)
 
     @torch.no_grad()
     def check_sparsity(self) -> None:
@@ -564,20 +555,9 @@ class SparseOptimizer(Optimizer):
         self._phases.refuse_within_block("state_dict()")
         run = self._run
         started = any("support" in entries for entries in self.state.values())
-        with run.as_started():
-            # torch.distributed.checkpoint requires an entry for every parameter.
-            own: dict[Tensor, dict[str, Any]] = {p: {} for p in run.trainable()}
-            own |= {p: dict(entries) for p, entries in self.state.items()}
-        if run.plan.reuses:
-            for p in run.trainable():
-                # Zero before the first step, because torch.distributed.checkpoint loads
-                # only into entries that exist already.
-                wide = wide_dtype(torch, [p])
-                empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
-                own[p].setdefault("flat_direction", empty)
         merged = pack(
             self.base,
-            own,
+            run.entries(),
             self.method,
             steps=run.steps,
             frozen=run.frozen,

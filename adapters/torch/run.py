@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
+from safe_core._dtypes import wide_dtype
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
 from safe_core.finalization import Finalized
@@ -242,6 +243,34 @@ class Run:
         if source is None or held is None:
             return None
         return source.metric(held, joint=pattern.joint)
+
+    def entries(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the state to save, with an entry for every parameter.
+
+        `torch.distributed.checkpoint` requires them, and loads only into what exists already.
+        So a state that has not started is filled, and directions are zero.
+        """
+        with self.as_started():
+            own: dict[Tensor, dict[str, Any]] = {p: {} for p in self.trainable()}
+            own |= {p: dict(entries) for p, entries in self.state.items()}
+        if self.plan.reuses:
+            for p in self.trainable():
+                wide = wide_dtype(torch, [p])
+                empty = torch.zeros_like(p, dtype=wide, requires_grad=False)
+                own[p].setdefault("flat_direction", empty)
+        return own
+
+    def freeze(self, sparse: Sequence[Tensor], support: Sequence[Tensor]) -> None:
+        """Make a support final: keep nothing but the mask of each parameter."""
+        self.state.clear()
+        for p, mask in zip(sparse, support, strict=True):
+            self.state[p] = {"support": mask}
+            # Stale momentum of pruned entries would pull them away from zero, and a base that
+            # mixes entries, such as Muon, would spread it to the kept ones.
+            held = self.base.state.get(p, {}).values()
+            likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
+            kernels.mask_(likes, [mask] * len(likes))
+        self.frozen = True
 
     # The selection
 

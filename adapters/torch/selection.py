@@ -64,7 +64,7 @@ class Selection(NamedTuple):
                 if self.chooses(names[p], p, settings, known):
                     layout = known[p].layout if p in known else None
                     found = chosen_layout(names[p], p, self.layout, layout)
-                    selected[p] = Selected(names[p], found, pattern)
+                    selected[p] = Selected(names[p], found, pattern.of(names[p]))
             if len(selected) == before:
                 _refuse_idle_settings(g, group, settings)
         self._refuse_strange_layouts(names)

@@ -259,7 +259,5 @@ class SparseTrainerMixin:
         if not self._training:  # the weights are final, or those of a checkpoint
             yield
             return
-        optimizer = unwrap(self.optimizer)
-        to_evaluation(optimizer)
-        with at_sparse_weights([optimizer]):
+        with at_sparse_weights([unwrap(self.optimizer)]):
             yield

@@ -19,7 +19,7 @@ _SAMPLES = 3
 
 
 class Found(enum.Enum):
-    """What the first backward pass after the start of a watch found in ``.grad``."""
+    """Name what the first backward pass of a watch found in ``.grad``."""
 
     NOTHING_YET = "no backward pass has come"
     KEPT = "the gradients, unchanged"

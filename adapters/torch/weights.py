@@ -40,7 +40,7 @@ _BIAS = "biases stay dense"
 
 
 class ModelWeight(NamedTuple):
-    """What ``model=`` knows about one parameter.
+    """Hold the layout of one parameter of ``model=``, or the reason to leave it out.
 
     Attributes
     ----------

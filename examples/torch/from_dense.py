@@ -1,4 +1,4 @@
-"""From a trained dense model to a sparse one: train on under the constraint, then save it.
+"""Make a trained dense model sparse: train on under the constraint, then save it.
 
     python examples/torch/from_dense.py [--sparsity 0.95] [--epochs 20]
 

@@ -1,4 +1,4 @@
-"""What `finalize` did, and what it warns about."""
+"""Check what `finalize` records, and what it warns about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about the weights that stay dense, and what is refused."""
+"""Check what is said about weights that stay dense, and what is refused."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def assert_same_bits(got: Iterator[Tensor], wanted: list[Tensor]) -> None:
 
 
 def finalized(model: nn.Module, optimizer: SparseOptimizer) -> list[Tensor]:
-    """What `finalize` makes of a copy."""
+    """Return what `finalize` makes of a copy."""
     twin, own = copy.deepcopy((model, optimizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", safe_core.FinalizeWarning)  # sparse_weights gives none

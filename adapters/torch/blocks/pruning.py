@@ -27,13 +27,10 @@ from .settings import PruningSettings
 from .solver import as_block_solver
 from .structure import (
     block_name,
-    call_forward,
     evaluation_mode,
     find_blocks,
     learn_structure,
     ordinary_mode,
-    return_inputs,
-    run_around_blocks,
 )
 from .task import Task, check_pattern, predict_memory
 
@@ -216,10 +213,7 @@ def plan_pruning(
     outside = _outside(model, name)
     placed = [{k: _placed(v, home) for k, v in sample.items()} for sample in samples]
     with ordinary_mode(device), evaluation_mode(model):
-        structure = learn_structure(model, name, modules, placed[0])
-        stand_in = return_inputs(modules, structure.hidden, structure.outputs)
-        answer = call_forward if structure.dependent else stand_in
-        calls = run_around_blocks(model, name, modules, placed[0], answer)
+        structure, calls = learn_structure(model, name, modules, placed[0])
         weights, patterns, dense = select_weights(
             name, modules, calls, sparsity, scope, settings.where, outside
         )

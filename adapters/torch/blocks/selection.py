@@ -62,40 +62,38 @@ def select_weights(
     outside : collection of int
         Ids of the parameters that are used outside the blocks too.
     """
-    prunable = [block_weights(block) for block in blocks]
-    full = {
+    params = {
         f"{block_name(name, i)}.{key}": (i, key, p)
         for i, block in enumerate(blocks)
         for key, p in block.named_parameters()
-    }
-    dense = {
-        key: _unsuitable(p, own, blocks[i], prunable[i], outside)
-        for key, (i, own, p) in full.items()
         if p.ndim >= 2
     }
-    dense |= {
+    prunable = [block_weights(block) for block in blocks]
+    dense = {
         f"{block_name(name, i)}.{key}": "its weight is quantised or computed"
         for i, block in enumerate(blocks)
         for key in _without_weight(block)
     }
-    for key, reason in dense.items():
-        if not reason and where is not None and not where(key, full[key][2]):
-            dense[key] = "where= leaves it out"
-    free = {key: full[key][2] for key, reason in dense.items() if not reason}
-    named = sparsity if isinstance(sparsity, Mapping) else ()
-    names = [[own for key, (j, own, _) in full.items() if j == i and key in free and
-              key not in named] for i in range(len(blocks))]  # fmt: skip
-    for i, chosen in enumerate(choosing_weights(blocks, names, calls)):
-        for own in chosen:
-            dense[f"{block_name(name, i)}.{own}"] = "its outputs choose or weigh experts"
-    free = {key: p for key, p in free.items() if not dense[key]}
+    followed: list[list[str]] = [[] for _ in blocks]
+    for full, (i, key, p) in params.items():
+        reason = _unsuitable(p, key, blocks[i], prunable[i], outside)
+        if not reason and where is not None and not where(full, p):
+            reason = "where= leaves it out"
+        if reason:
+            dense[full] = reason
+        elif not (isinstance(sparsity, Mapping) and full in sparsity):  # asked for by name
+            followed[i].append(key)
+    for i, chosen in enumerate(choosing_weights(blocks, followed, calls)):
+        reason = "its outputs choose or weigh experts"
+        dense |= {f"{block_name(name, i)}.{key}": reason for key in chosen}
+    free = {full: p for full, (_, _, p) in params.items() if full not in dense}
     patterns = block_patterns(sparsity, free, scope)
-    dense |= {key: "sparsity gives it no pattern" for key in free if key not in patterns}
+    dense |= {full: "sparsity gives it no pattern" for full in free if full not in patterns}
     weights: list[dict[str, Layout | None]] = [{} for _ in blocks]
-    for key in patterns:
-        i, own, _ = full[key]
-        weights[i][own] = prunable[i][own]
-    return Selection(weights, patterns, {k: reason for k, reason in dense.items() if reason})
+    for full in patterns:
+        i, key, _ = params[full]
+        weights[i][key] = prunable[i][key]
+    return Selection(weights, patterns, dense)
 
 
 def _unsuitable(

@@ -244,8 +244,8 @@ def _first_tensor(leaves: Sequence[Any]) -> int:
 @torch.no_grad()
 def learn_structure(
     model: nn.Module, name: str, blocks: Sequence[nn.Module], sample: Mapping[str | None, Any]
-) -> Structure:
-    """Find out from one sample how a model calls its blocks.
+) -> tuple[Structure, list[Call]]:
+    """Find out from one sample how a model calls its blocks, and return the calls too.
 
     One block of each class is run; the others return their hidden states unchanged.
 
@@ -296,7 +296,7 @@ def learn_structure(
             raise ValueError(
                 f"batches must run along the first axis of what {block_name(name, i)} takes"
             )
-    return Structure(hidden, axes, outputs, dependent)
+    return Structure(hidden, axes, outputs, dependent), first
 
 
 def _follow(

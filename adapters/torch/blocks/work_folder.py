@@ -192,7 +192,10 @@ _LONG = 200  # characters
 
 def _other_weight(was: str, got: str) -> str:
     """Describe the first weight that only one of two runs prunes."""
-    blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
+    try:
+        blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
+    except (ValueError, SyntaxError, TypeError):  # the manifest is damaged
+        return "other weights"
     for i, (old, new) in enumerate(zip(*blocks, strict=False)):
         for name in sorted(old ^ new):
             whose = "was pruned, and is" if name in old else "was dense, and is pruned"

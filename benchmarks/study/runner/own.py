@@ -21,7 +21,7 @@ __all__ = ["Own", "Source", "load", "own_function"]
 
 
 class Source(NamedTuple):
-    """Where a recipe looks for code, and whether it may run it.
+    """State where a recipe looks for code, and whether it may run it.
 
     Attributes
     ----------

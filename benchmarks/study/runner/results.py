@@ -31,7 +31,7 @@ _PLOTS: tuple[tuple[str, tuple[str, str], Callable[[Any, Any], bool]], ...] = (
 
 
 class Found(NamedTuple):
-    """What the files of a study hold about the runs of a recipe.
+    """Hold the runs of a recipe that the files of a study record.
 
     Attributes
     ----------
