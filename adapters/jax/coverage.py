@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from safe_core.coverage import Coverage, WeightCoverage
-from safe_core.layout import chosen_layout
 
-from .leaves import check_arrays, check_one_copy, flag_of
-from .tree import is_function, layout_by_path, leaves_like
-from .weights import is_prunable, known_layouts, name_of, owner_of
+from .leaves import check_arrays, check_one_copy
+from .tree import NamedLeaves
 
 __all__ = ["coverage"]
 
@@ -52,20 +49,11 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
     (['Dense_0/kernel'], ['decoder/weight'])
     """
     check_one_copy(params)
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    named = [(name_of(path), leaf) for path, leaf in paths]
-    check_arrays("params", named)
-    given = layout_by_path(layout, [name for name, _ in named], "params")
-    if where is None or is_function(where):
-        flags = [None if where is None else where(*leaf) for leaf in named]
-    else:
-        flags = leaves_like("where", where, treedef)
+    leaves = NamedLeaves.of(params)
+    check_arrays("params", leaves.named)
+    layouts = leaves.layouts(layout, params, range(len(leaves.named)))
     found = []
-    owners = [owner_of(params, path) for path, _ in paths]
-    known = known_layouts(named, owners, params)
-    for (name, leaf), owner, own, flag in zip(named, owners, known, flags, strict=True):
-        chosen = is_prunable(name, leaf, owner) if where is None else flag_of("where", name, flag)
-        axes = chosen_layout(name, leaf, given, own)
+    for (name, leaf), chosen, axes in zip(leaves.named, leaves.chosen(where), layouts, strict=True):
         stacked = 0 if axes is None else len(axes.batch_axes)
         if leaf.ndim - stacked >= 2 or chosen:
             reason, expected = ("", True) if chosen else _reason(name, leaf, where)

@@ -14,8 +14,8 @@ from safe_core.flatness import LossSurface
 from safe_core.layout import Layout, chosen_layout
 
 from .leaves import flag_of
-from .tree import is_function, is_masked, layout_by_path, leaves_like
-from .weights import is_prunable, known_layouts, name_of, owner_of
+from .tree import NamedLeaves, is_function, is_masked, layout_by_path, leaves_like
+from .weights import is_prunable, known_layouts
 
 __all__ = ["loss_surface"]
 
@@ -95,11 +95,8 @@ class _Loss:
         layout: Any,
         trainable: Any,
     ) -> None:
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        self._treedef: Any = treedef
+        self._treedef, self._named, self._owners = NamedLeaves.of(params)
         self._held, self._layout = held, layout
-        self._named = [(name_of(path), leaf) for path, leaf in paths]
-        self._owners = [owner_of(params, path) for path, _ in paths]
         self._known = known_layouts(self._named, self._owners, params)
         self._indices = self._variables(trainable)
         self._support = self._read_support(support)

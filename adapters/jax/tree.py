@@ -25,6 +25,7 @@ from .leaves import (
 from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
+    "NamedLeaves",
     "SparseTree",
     "advising_layouts_of",
     "is_function",
@@ -36,6 +37,45 @@ __all__ = [
 ]
 
 PyTree = Any
+
+
+class NamedLeaves(NamedTuple):
+    """The leaves of a parameter tree with their paths, and the modules that own them."""
+
+    treedef: Any
+    named: list[tuple[str, Any]]
+    owners: list[Any]
+
+    @classmethod
+    def of(cls, params: PyTree) -> NamedLeaves:
+        """Read a tree."""
+        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        named = [(name_of(path), leaf) for path, leaf in paths]
+        return cls(treedef, named, [owner_of(params, path) for path, _ in paths])
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of the leaves."""
+        return [name for name, _ in self.named]
+
+    def chosen(self, where: Any) -> list[bool]:
+        """Return whether each leaf is to be sparse."""
+        if where is None:
+            pairs = zip(self.named, self.owners, strict=True)
+            return [is_prunable(*leaf, owner) for leaf, owner in pairs]
+        if is_function(where):
+            flags = [where(*leaf) for leaf in self.named]
+        else:
+            flags = leaves_like("where", where, self.treedef)
+        return [flag_of("where", name, flag) for name, flag in zip(self.names, flags, strict=True)]
+
+    def layouts(
+        self, layout: Any, params: PyTree, indices: Sequence[int]
+    ) -> tuple[Layout | None, ...]:
+        """Return the axis roles of some leaves: those given, or those that are known."""
+        given = layout_by_path(layout, self.names, "params")
+        known = known_layouts(self.named, self.owners, params)
+        return tuple(chosen_layout(*self.named[i], given, known[i]) for i in indices)
 
 
 class SparseTree(NamedTuple):
@@ -58,23 +98,15 @@ class SparseTree(NamedTuple):
                 "the sparse leaves with where="
             )
         check_one_copy(params)
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        named = [(name_of(path), leaf) for path, leaf in paths]
+        leaves = NamedLeaves.of(params)
+        named = leaves.named
         check_arrays("params", named)
-        owners = [owner_of(params, path) for path, _ in paths]
-        if where is None:
-            chosen = [is_prunable(*leaf, owner) for leaf, owner in zip(named, owners, strict=True)]
-        elif is_function(where):
-            chosen = [flag_of("where", name, where(name, leaf)) for name, leaf in named]
-        else:
-            flags = zip(named, leaves_like("where", where, treedef), strict=True)
-            chosen = [flag_of("where", name, flag) for (name, _), flag in flags]
-        indices = [i for i, flag in enumerate(chosen) if flag]
+        indices = [i for i, flag in enumerate(leaves.chosen(where)) if flag]
         if named and not indices:  # `optax.tree.map_params` passes a tree without leaves
             raise ValueError(
                 "where must select a leaf, got no sparse parameter: pass where=, a function of "
                 "path and leaf or a pytree of bool; the paths are "
-                f"{', '.join(name for name, _ in named)}"
+                f"{', '.join(leaves.names)}"
             )
         for name, leaf in named:
             if jnp.iscomplexobj(leaf):
@@ -83,11 +115,9 @@ class SparseTree(NamedTuple):
                 )
         for i in indices:
             check_storable(*named[i])
-        given = layout_by_path(layout, [name for name, _ in named], "params")
-        known = known_layouts(named, owners, params)
-        layouts = tuple(chosen_layout(*named[i], given, known[i]) for i in indices)
         names = tuple(named[i][0] for i in indices)
-        return cls(treedef, [name for name, _ in named], indices, ArrayInfo(names, layouts))
+        info = ArrayInfo(names, leaves.layouts(layout, params, indices))
+        return cls(leaves.treedef, leaves.names, indices, info)
 
     @property
     def layouts(self) -> list[Layout | None]:
