@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
-import tempfile
-import traceback
 import warnings
 from typing import Any
 
 import pytest
+from processes import ENVIRONMENT, fork
 
 TOLERANCE = 1e-6
 _IMPORTED = (
@@ -32,13 +30,12 @@ STEPS = 8
     ids=["two", "four"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [sys.executable, __file__, str(world), *kinds],
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment,
+        env=ENVIRONMENT,
     )
     assert finished.returncode == 0, finished.stderr
     print(finished.stdout)
@@ -254,28 +251,11 @@ def _whole(x: Any) -> Any:
 def main() -> None:
     """Fork the processes; exit with the worst of their codes."""
     warnings.filterwarnings("ignore")
-    import torch
-
     for name in _IMPORTED:
         importlib.import_module(name)  # once, before the processes part
 
     world, kinds = int(sys.argv[1]), sys.argv[2:]
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                torch.set_num_threads(1)
-                try:
-                    _work(rank, world, kinds, f"{folder}/store")
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, codes)))
+    fork(world, lambda rank, store: _work(rank, world, kinds, store))
 
 
 if __name__ == "__main__":

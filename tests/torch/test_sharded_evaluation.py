@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-import traceback
 from typing import Any
 
 import pytest
+from processes import ENVIRONMENT, fork
 
 KINDS = ("fsdp", "tp")
 
@@ -21,7 +20,7 @@ def test_a_sharded_model_shows_what_an_unsharded_one_does(kind: str) -> None:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == ["same", "same"]
@@ -116,26 +115,5 @@ def _refused(optimizer: Any) -> None:
         optimizer.sparse_weights().__enter__()
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        import torch
-
-        children = []
-        for rank in range(2):
-            child = os.fork()
-            if child == 0:
-                torch.set_num_threads(1)
-                try:
-                    _work(rank, sys.argv[1], f"{folder}/store")
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, codes)))
-
-
 if __name__ == "__main__":
-    main()
+    fork(2, lambda rank, store: _work(rank, sys.argv[1], store))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ENVIRONMENT
 from torch import nn
 
 import safe_core
@@ -250,7 +251,11 @@ def test_a_dual_update_makes_no_new_anchor_on_the_cpu() -> None:
 @pytest.fixture(scope="module")
 def sharded_output() -> list[str]:
     finished = subprocess.run(
-        [sys.executable, "-P", "-c", SHARDED], capture_output=True, text=True, timeout=240
+        [sys.executable, "-P", "-c", SHARDED],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ENVIRONMENT,
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.split("\n")
@@ -281,10 +286,11 @@ def test_collectives_of_a_sharded_projection_do_not_grow(sharded_output: list[st
 
 
 SHARDED = """
-import os, sys, tempfile, warnings
+import warnings
 warnings.filterwarnings("ignore")
 import torch, torch.distributed as dist
 import safe_core.adapters.torch, torch.distributed.tensor.debug  # once, before the processes part
+from processes import fork
 
 
 def work(rank, path):
@@ -377,21 +383,5 @@ def work(rank, path):
     dist.destroy_process_group()
 
 
-with tempfile.NamedTemporaryFile() as file:
-    children = []
-    for rank in range(4):
-        pid = os.fork()
-        if pid == 0:
-            torch.set_num_threads(1)
-            try:
-                work(rank, file.name + "_store")
-                sys.stdout.flush()
-                os._exit(0)
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-        children.append(pid)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+fork(4, work)
 """
