@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_core.adapters.locks import try_lock
 from safe_core.adapters.readable import readable_bytes
 
 __all__ = ["Draft", "check_new_folder", "save_somewhere", "written_at_once"]
@@ -169,13 +170,10 @@ def _begun(path: Path, folder: Path) -> int | None:
 def _locked(path: Path) -> int | None:
     """Return an open descriptor of a folder, locked until it is closed; None if it cannot be."""
     try:
-        import fcntl
-    except ImportError:  # not on every system
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # some systems open no folders
         return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked by another, or no locks on this file system
+    if not try_lock(descriptor):
         os.close(descriptor)
         return None
     return descriptor

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from safe_core._installed import require
 
+from ...locks import try_lock
+
 __all__ = ["WorkFolder"]
 
 _MANIFEST = "manifest.json"
@@ -214,19 +216,11 @@ def _remove_leftovers(path: Path) -> None:
 def _locked(path: Path) -> IO[bytes]:
     """Return an open file that is locked until it is closed or the process ends."""
     file = open(path / "lock", "wb")  # noqa: SIM115 (open as long as the run)
-    try:
-        import fcntl
-    except ImportError:  # not on every system
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if try_lock(file) is False:
         file.close()
         raise ValueError(
             f"work_dir must be of one run at a time, got {path}, where another is at work"
-        ) from None
-    except OSError:
-        pass  # file systems without locks
+        )
     return file
 
 

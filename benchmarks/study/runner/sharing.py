@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from safe_core.adapters.locks import try_lock
 
 from .recipe_files import RECIPE, replace_file
 
@@ -46,16 +47,16 @@ def held(out: Path, source: str, shard: Shard | None) -> Iterator[None]:
     with ExitStack() as stack:
         lock = stack.enter_context((out / MARKER).open("a"))
         if shard is None:
-            if not _locked(lock, shared=False):
+            if try_lock(lock) is False:
                 raise ValueError(
                     f"{out} is in use by another study; processes can share a folder if each "
                     'takes a part, shard="1/2" and so on'
                 )
         else:
-            if not _locked(lock, shared=True):
+            if try_lock(lock, shared=True) is False:
                 raise ValueError(f"{out} is in use by a study that is not in parts")
             name = f"{MARKER}-{shard[0]}-of-{shard[1]}"
-            if not _locked(stack.enter_context((out / name).open("a")), shared=False):
+            if try_lock(stack.enter_context((out / name).open("a"))) is False:
                 raise ValueError(f"part {shard[0]}/{shard[1]} of {out} is in use")
             _refuse_other_recipe(out, source, lock)
         yield
@@ -83,29 +84,10 @@ def _refuse_other_recipe(out: Path, source: str, lock: IO[Any]) -> None:
     kept = out / RECIPE
     if not kept.is_file() or kept.read_bytes() == source.encode():
         return
-    if not _locked(lock, shared=False):
+    if try_lock(lock) is False:
         raise ValueError(f"{out} is in use by parts of a study with another recipe")
     replace_file(kept, source.encode())
-    _locked(lock, shared=True)
-
-
-def _locked(file: IO[Any], *, shared: bool) -> bool:
-    """Lock a file until it is closed; return whether that worked.
-
-    The system frees the lock when a process ends. Where files cannot be locked, as on some
-    network drives, nothing is held.
-    """
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+    try_lock(lock, shared=True)
 
 
 @contextmanager
