@@ -312,3 +312,21 @@ def test_layers_without_a_weight_of_their_own_are_listed() -> None:
     report = prune_blocks(model, data(), "magnitude", 0.5)
     assert any("up" in name for name in report.dense)
     assert set(report.blocks[0].weights) == {"down.weight"}
+
+
+class Heads(nn.Module):
+    """One gate for each head weighs a part of the features, not an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta, self.value = nn.Linear(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.value(x).unflatten(-1, (2, 4))
+        return x + (self.beta(x).sigmoid()[..., None] * heads).flatten(-2)
+
+
+def test_gates_of_heads_are_pruned() -> None:
+    report = prune_blocks(chain(Heads), data(), "magnitude", 0.5)
+    assert not report.dense
+    assert set(report.blocks[0].weights) == {"beta.weight", "value.weight"}

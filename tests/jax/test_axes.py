@@ -509,6 +509,14 @@ def test_counts_within_tensors_need_to_know_stacks() -> None:
     sparse_optimizer(optax.sgd(0.1), method, where={"experts": True}).init(own)
 
 
+def test_a_global_pattern_of_another_array_does_not_hide_a_stack() -> None:
+    params = {"layers": {"kernel": jnp.ones((3, 6, 8))}, "head": {"kernel": jnp.ones((8, 4))}}
+    within = safe_core.Unstructured(0.5, scope="tensor")
+    pattern = safe_core.ByName({"layers/kernel": within}, default=0.5)
+    with pytest.raises(ValueError, match="layout of layers/kernel is unknown"):
+        sparse_optimizer(optax.sgd(0.1), safe_core.admm(pattern)).init(params)
+
+
 def test_a_stack_exports_with_its_biases() -> None:
     params = {"a": {"kernel": jnp.ones((5, 4, 2, 3)), "bias": jnp.ones((5, 2, 3))}}
     layout = Layout((1,), (2, 3), (0,))
