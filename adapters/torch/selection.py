@@ -159,16 +159,20 @@ class Selection(NamedTuple):
         If the parameters that a weight is computed from were sparse, the weight would not have the
         right number of zeros: a mask has zeros of its own, and an orthogonal matrix none.
         """
-        if self.model is None or self.where is not None:
+        if self.model is None:
             return
+        names = self.names()
         sparsify = {
             p: settings_of(group, self.base).get("sparsify")
             for group in self.base.param_groups
             for p in group["params"]
         }
         for hidden in hidden_weights(self.model):
-            choices = [sparsify[p] for p in hidden.sources if p in sparsify and p.requires_grad]
-            if choices and False not in choices:
+            held = [p for p in hidden.sources if p in sparsify and p.requires_grad]
+            left_out = any(sparsify[p] is False for p in held)
+            if self.where is not None:
+                left_out = left_out or not any(self.asks(names[p], p) for p in held)
+            if held and not left_out:
                 what = "masks" if hidden.masked else "computes"
                 by = "torch.nn.utils.prune" if hidden.masked else "its layer"
                 raise ValueError(

@@ -195,10 +195,12 @@ def hidden(request):
     return model, message
 
 
-def test_a_layer_that_computes_its_weight_is_refused(hidden):
+@pytest.mark.parametrize("options", [{}, {"where": lambda name, p: p.ndim > 1}])
+def test_a_layer_that_computes_its_weight_is_refused(hidden, options):
+    """Zeros of the parameters it is computed from are not those of the weight."""
     model, message = hidden
     with pytest.raises(ValueError, match=message):
-        SparseOptimizer(sgd(model.parameters()), METHOD, model=model)
+        SparseOptimizer(sgd(model.parameters()), METHOD, model=model, **options)
 
 
 def test_such_a_layer_may_be_left_dense(hidden):
