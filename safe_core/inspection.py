@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,6 +90,7 @@ class TensorAnalysis(NamedTuple):
         return self.zeros / max(self.entries, 1)
 
 
+@lru_cache
 def magnitude_table(format: str) -> NDArray[np.uint16] | None:
     """Return the magnitudes of all bytes in a floating-point format of at most 8 bits.
 
@@ -189,6 +191,8 @@ class _GroupSearch:
 
     def add(self, nonzero: NDArray[np.bool_]) -> None:
         """Count the groups of the next slab. Every slab but the last has a multiple of 32 rows."""
+        if self._most and nonzero.all():
+            self._most.clear()  # every group is full, so no pattern holds
         for axis in self._axes:
             if not any((axis, m) in self._most for m in _GROUP_SIZES):
                 continue
@@ -196,7 +200,7 @@ class _GroupSearch:
                 self._rows[axis] += int(np.count_nonzero(nonzero.any(axis=axis)))
             else:
                 self._columns |= nonzero.any(axis=0)
-            counts = np.moveaxis(nonzero, axis, -1).view(np.uint8)
+            counts = nonzero.swapaxes(axis, -1).view(np.uint8)
             for m in _GROUP_SIZES:
                 if counts.shape[-1] % 2:
                     break
@@ -205,10 +209,13 @@ class _GroupSearch:
 
     def _count(self, axis: int, m: int, counts: NDArray[Any]) -> None:
         most = self._most.get((axis, m))
-        if most is not None:
-            most.add(counts)
-            if most.value == m:
-                del self._most[axis, m]
+        if most is None or not counts.size:
+            return
+        value = int(counts.max())
+        if value == m:
+            del self._most[axis, m]
+        else:
+            most.add(counts, value)
 
     def found(self) -> _GroupPattern | None:
         """Return the pattern that holds in all slabs, or None."""
@@ -234,10 +241,8 @@ class _Extreme:
         self.value: int | None = None
         self.times = 0
 
-    def add(self, numbers: NDArray[Any]) -> None:
-        if not numbers.size:
-            return
-        value = int(numbers.max() if self._choose is max else numbers.min())
+    def add(self, numbers: NDArray[Any], value: int) -> None:
+        """Add numbers, whose own extreme is ``value``."""
         if self.value is None or self._choose(value, self.value) != self.value:
             self.value, self.times = value, 0
         if value == self.value:
@@ -300,7 +305,7 @@ def analyse(
         nonzero = numbers != 0
         if floating:
             numbers -= np.asarray(1, numbers.dtype)  # 0 wraps around to the largest number
-            ties.add(numbers)
+            ties.add(numbers, int(numbers.min()))
         kept += int(np.count_nonzero(nonzero))
         groups.add(nonzero)
         if array.ndim > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -59,8 +59,8 @@ def weight_files(path: Path) -> list[Path]:
     return list(weight_sources(path))
 
 
-def weight_sources(path: Path) -> dict[Path, Mapping[str, str] | None]:
-    """Return the weight files, each with the ``weight_map`` of its index if there is one."""
+def weight_sources(path: Path) -> dict[Path, Collection[str] | None]:
+    """Return the weight files, each with the names that its index gives it, if there is one."""
     if not path.exists():
         raise ValueError(f"path must be an existing file or folder of weights, got {path}")
     if not path.is_dir():
@@ -80,19 +80,25 @@ def weight_sources(path: Path) -> dict[Path, Mapping[str, str] | None]:
     return dict.fromkeys(found)
 
 
-def _shards(index: Path) -> dict[Path, Mapping[str, str] | None]:
+def _shards(index: Path) -> dict[Path, Collection[str] | None]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise DamagedFileError(f"{index} must be an index of shards with a weight_map")
-    shards = sorted(set(names.values()))
-    for name in shards:
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in names.items():
+        shards.setdefault(shard, []).append(tensor)
+    for name in sorted(shards):
         parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
         if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
             raise DamagedFileError(f"{index} must name shards inside its folder, got {name}")
         if not (index.parent / name).exists():
             raise DamagedFileError(f"{index} must name existing shards, but {name} is missing")
-    return dict.fromkeys((index.parent / name for name in shards), names)
+    found: dict[Path, list[str]] = {}
+    for name, tensors in sorted(shards.items()):
+        # Two spellings of a path, such as "a" and "./a", name one file.
+        found.setdefault(index.parent / name, []).extend(tensors)
+    return {**found}
 
 
 def read_json(file: Path) -> Any:
@@ -213,8 +219,8 @@ def check_weights(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def check_index(file: Path, index: Mapping[str, str], names: Collection[str]) -> None:
+def check_index(file: Path, indexed: Collection[str], names: Collection[str]) -> None:
     """Raise if the index of shards names a tensor that the shard lacks."""
-    for name, shard in index.items():
-        if file.parts[-len(Path(shard).parts) :] == Path(shard).parts and name not in names:
+    for name in indexed:
+        if name not in names:
             raise DamagedFileError(f"{file} must hold {name}, as its index says, but does not")
