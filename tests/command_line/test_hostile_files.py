@@ -19,6 +19,7 @@ import torch
 from command_line import refused, run
 from safetensors.numpy import save_file
 
+from safe_core.command_line.checkpoint_files import weight_sources
 from safe_core.command_line.inspection import inspect_checkpoint
 
 STATE = {"w": torch.arange(6.0).reshape(2, 3), "deep": [{"b": torch.ones(2).bfloat16()}]}
@@ -208,6 +209,17 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     with zipfile.ZipFile(archive(tmp_path / "script.pt", b"\x80\x02N."), "a") as script:
         script.writestr("m/constants.pkl", b"\x80\x02).")
     assert "a TorchScript program, which holds code" in refused("inspect", tmp_path / "script.pt")
+
+
+def test_each_shard_is_compared_with_its_own_names_only(tmp_path: Path) -> None:
+    # All names for each shard would take shards x names comparisons.
+    for shard in ("a", "b"):
+        save_file({f"{shard}{i}": np.ones(1, "f4") for i in range(2)}, tmp_path / shard)
+    spelled = {"a0": "a", "a1": "./a", "b0": "b", "b1": "b"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": spelled}))
+    sources = {file.name: sorted(names or ()) for file, names in weight_sources(index).items()}
+    assert sources == {"a": ["a0", "a1"], "b": ["b0", "b1"]}
 
 
 def test_an_index_stays_in_its_folder_and_agrees_with_its_shards(tmp_path: Path) -> None:
