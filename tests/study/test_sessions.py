@@ -391,3 +391,25 @@ def test_only_code_beside_the_recipe_runs_unasked(tmp_path: Path, runs: Runs) ->
     source = OWN_RECIPE.replace("parts.py", "link.py")
     recipe = parse_recipe(source, tmp_path / "recipes", allow_code=True)
     assert recipe.methods[0].label == "deadly"
+
+
+def test_a_study_names_the_code_that_it_runs_before_it_runs(tmp_path: Path) -> None:
+    parts = 'print("parts ran", file=__import__("sys").stderr)\n' + OWN_PARTS
+    (tmp_path / "parts.py").write_text(parts)
+    (tmp_path / "own.toml").write_text(OWN_RECIPE.replace('"torch", "jax"', '"torch"'))
+    for dry in (["--dry-run"], []):
+        arguments = ["study", str(tmp_path / "own.toml"), "--out", str(tmp_path / "out"), *dry]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        named = f"running the code of {tmp_path / 'parts.py'}, which the recipe names"
+        assert result.stderr.splitlines().count(named) == 1
+        assert result.stderr.startswith(named)
+        assert "running the code of" not in result.stdout
+    (tmp_path / "tiny.toml").write_text(SMALL)
+    result = CliRunner().invoke(app, ["study", str(tmp_path / "tiny.toml"), "--dry-run"])
+    assert "running the code" not in result.output
+    (tmp_path / "parts.py").write_text("raise RuntimeError('broken')")
+    result = CliRunner().invoke(app, arguments)
+    assert result.stderr.splitlines()[0] == named
+    assert "broken" in result.stderr.splitlines()[1]
+    assert "parts ran" not in CliRunner().invoke(app, ["report", str(tmp_path / "out")]).output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -22,7 +23,13 @@ RECIPE = "recipe.toml"
 CODE = "code"  # the folder of the copies of files that a recipe names
 
 
-def parse_recipe(source: str, folder: Path | None = None, *, allow_code: bool = False) -> Recipe:
+def parse_recipe(
+    source: str,
+    folder: Path | None = None,
+    *,
+    allow_code: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+) -> Recipe:
     """Return the recipe that a TOML text describes.
 
     This runs the code of files in ``folder`` that the recipe names.
@@ -34,6 +41,8 @@ def parse_recipe(source: str, folder: Path | None = None, *, allow_code: bool = 
         Folder of the recipe, by default the current folder.
     allow_code : bool
         Whether code of other folders and of installed modules runs too.
+    say : callable
+        Called with a line of text for each file or module whose code runs, before it does.
 
     Raises
     ------
@@ -53,7 +62,7 @@ def parse_recipe(source: str, folder: Path | None = None, *, allow_code: bool = 
     def find(path: Path) -> Path:
         return beside / path if (beside / path).is_file() else path
 
-    return _parsed(source, Source(find, beside, allow_code))
+    return _parsed(source, Source(find, beside, allow_code), say)
 
 
 def kept_recipe(out: Path, *, runs: bool = False) -> Recipe:
@@ -93,7 +102,9 @@ def replace_file(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _parsed(source: str, where: Source) -> Recipe:
+def _parsed(
+    source: str, where: Source, say: Callable[[str], object] = lambda text: None
+) -> Recipe:
     try:
         content = tomllib.loads(source)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -102,10 +113,14 @@ def _parsed(source: str, where: Source) -> Recipe:
     named += [
         (k, "name", content[k]) for k in ("data", "model") if isinstance(content.get(k), dict)
     ]
+    code: dict[str, None] = {}
     for place, key_, table_ in named:
         value = table_.get(key_)
         if isinstance(value, str) and ":" in value:
-            table_[key_] = own_function(f"{place}.{key_}", value, where)
+            table_[key_] = own = own_function(f"{place}.{key_}", value, where)
+            code[own.source] = None
+    for name in code:
+        say(f"running the code of {name}, which the recipe names")
     return read(Recipe, "recipe", content)
 
 

@@ -121,7 +121,7 @@ def run_study(
     """
     _checks.integer("jobs", jobs, low=1)
     part = None if shard is None else read_shard(shard)
-    recipe = parse_recipe(source, folder, allow_code=allow_code)
+    recipe = parse_recipe(source, folder, allow_code=allow_code, say=_say)
     devices = [name.strip() for name in device.split(",")]
     with stopped_by_signal(), held(out, source, part):
         file = result_file(out, part)
@@ -181,7 +181,7 @@ def planned_runs(
     >>> len(left), trainings
     (36, 36)
     """
-    recipe = parse_recipe(source, folder, allow_code=allow_code)
+    recipe = parse_recipe(source, folder, allow_code=allow_code, say=_say)
     part = None if shard is None else read_shard(shard)
     found = Found({}, {}, {})
     if out.is_dir():
@@ -204,13 +204,16 @@ def left_to_run(recipe: Recipe, found: Found, part: tuple[int, int] | None = Non
     return sorted(filter(None, left), key=lambda unit: any(c in found.failures for c in unit))
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _say_what_changed(found: Found) -> None:
     for difference, changed in found.changed.items():
         named = changed[0].title + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
-        print(
+        _say(
             f"other settings for {named}, trained again: {difference}. The old results stay in "
-            "the file; with the old settings they count again",
-            file=sys.stderr,
+            "the file; with the old settings they count again"
         )
 
 
@@ -221,7 +224,7 @@ def _check(
     left = [cell for unit in mine for cell in unit]
     checked = checked_in_process if several else check
     for hint in checked(recipe, left, data, device):
-        print(f"hint: {hint}", file=sys.stderr)
+        _say(f"hint: {hint}")
 
 
 def _here(
