@@ -102,9 +102,7 @@ def replace_file(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _parsed(
-    source: str, where: Source, say: Callable[[str], object] = lambda text: None
-) -> Recipe:
+def _parsed(source: str, where: Source, say: Callable[[str], object] = lambda text: None) -> Recipe:
     try:
         content = tomllib.loads(source)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
