@@ -19,6 +19,7 @@ from safe_core.adapters.torch.blocks.pruning import (
     plan_pruning,
 )
 from safe_core.adapters.torch.blocks.report import Progress
+from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
 
 from .checkpoint_files import check_weights, weight_files
@@ -174,6 +175,9 @@ def prune_folder(
             f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
             f"{plan.name} on {device}, memory beside the model: {plan.memory}"
         )
+        left = _other_stacks(model, plan.name)
+        if left:
+            say(f"note: {', '.join(left)} stay dense; --blocks chooses the blocks to prune")
         report = _applied(model, plan, job, progress, say)
         result = PruningResult(target, str(device), report, _rows(model, report))
         imprint = Imprint.of(model, data.probe)
@@ -253,10 +257,10 @@ def _planned(
         )
     except PatternError as error:
         raise ValueError(_other_groups(error)) from None
+    except NoChainError as error:
+        raise ValueError(_by_option(str(error))) from None
     except Exception as error:
         if _is_ours(error) or isinstance(error, MemoryError):
-            if str(error).startswith("blocks must"):
-                error.add_note(_other_blocks(model))
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         parameters = inspect.signature(model.forward).parameters.values()
@@ -279,11 +283,20 @@ def _is_ours(error: BaseException) -> bool:
     return name.partition(".")[0] == "safe_core"
 
 
-def _other_blocks(model: nn.Module) -> str:
-    """Return a line with the lists of blocks of a model, longest first."""
-    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
-    names = sorted(lists, key=lambda name: -lists[name])[:8]
-    return f"--blocks can name another list of blocks, of {', '.join(names)}"
+def _other_stacks(model: nn.Module, chosen: str) -> list[str]:
+    """Return the outermost lists of modules with matrices beside the chosen blocks."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        parts, inside = f"{name}.", any(name.startswith(f"{outer}.") for outer in found)
+        if not isinstance(module, nn.ModuleList) or inside or parts.startswith(f"{chosen}."):
+            continue
+        if not f"{chosen}.".startswith(parts) and any(p.ndim == 2 for p in module.parameters()):
+            found.append(name)
+    return found
+
+
+def _by_option(text: str) -> str:
+    return text.replace("blocks=", "--blocks")
 
 
 def _applied(
@@ -304,11 +317,18 @@ def _applied(
         if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):
             # The note of the library, in its place, is about a model in memory.
             error.__notes__ = [_kept(work_dir)]
-        if not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, NoChainError):
+            text = _by_option(str(error))
+        elif isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            reason = str(error).strip().partition("\n")[0]
+            text = (
+                f"blocks must run one after the other, but {plan.name} fails: {reason}; "
+                f"{_by_option(other_blocks(model))}"
+            )
+        else:
             raise
-        reason = str(error).strip().partition("\n")[0]
-        clear = ValueError(f"blocks must run one after the other, but {plan.name} fails: {reason}")
-        clear.__notes__ = [_other_blocks(model), *getattr(error, "__notes__", ())]
+        clear = ValueError(text)
+        clear.__notes__ = list(getattr(error, "__notes__", ()))
         raise clear from error
 
 

@@ -134,9 +134,40 @@ def test_blocks_that_form_no_chain_are_no_traceback(tmp_path: Path) -> None:
         "prune", tmp_path / "model", "--inputs", tmp_path / "inputs.safetensors", "--out",
         tmp_path / "out", "--method", "magnitude",
     )  # fmt: skip
-    assert message.startswith("safe-core: blocks must ")
+    assert message.startswith("safe-core: blocks must return hidden states as they take them")
+    assert "in ConvNextModel; " in message
     assert "--blocks can name another list of blocks, of encoder." in message
     assert "encoder.stages.2.layers" in message
+
+
+@pytest.mark.parametrize(
+    ("make", "blocks", "dense"),
+    [
+        (clip, "vision_model.encoder.layers", "text_model.encoder.layers"),
+        (t5, "decoder.block", "encoder.block"),
+        (
+            convnext,
+            "encoder.stages.2.layers",
+            "encoder.stages.0.layers, encoder.stages.1.layers, encoder.stages.3.layers",
+        ),
+        (vit, None, None),
+    ],
+)
+def test_other_stacks_are_said_to_stay_dense(
+    tmp_path: Path, make: Any, blocks: str | None, dense: str | None
+) -> None:
+    model, inputs = make()
+    model.save_pretrained(tmp_path / "model")
+    save_file({n: x.contiguous() for n, x in inputs.items()}, tmp_path / "inputs.safetensors")
+    chosen = [] if blocks is None else ["--blocks", blocks]
+    result = run(
+        "prune", tmp_path / "model", "--inputs", tmp_path / "inputs.safetensors", "--out",
+        tmp_path / "out", "--method", "magnitude", "--samples", 4, *chosen,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    note = f"note: {dense} stay dense; --blocks chooses the blocks to prune"
+    assert (note in result.stderr) == (dense is not None)
+    assert ("stay dense; --blocks" in result.stderr) == (dense is not None)
 
 
 def test_inputs_are_checked(folder: Path, text: Path, tmp_path: Path) -> None:

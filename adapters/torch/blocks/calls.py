@@ -157,7 +157,7 @@ def record(
     """Record the arguments of every block; ``take(i, hidden)`` gets the first block's input."""
     calls = BlockCalls(structure)
     _, _, outputs, dependent = structure
-    answer = call_forward if dependent else return_inputs(blocks, structure.hidden, outputs)
+    answer = call_forward if dependent else return_inputs(structure.hidden, outputs)
     for i, sample in enumerate(samples):
         found = run_around_blocks(model, name, blocks, sample, answer)
         calls.add(found)

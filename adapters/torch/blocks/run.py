@@ -23,7 +23,13 @@ from .memory import MemoryEstimate, TensorBytes, block_dtype, copy_with
 from .report import BlockReport, Progress, PruningReport, WeightReport
 from .solver import Batch, BlockProblem
 from .statistics import InputRecorder, one_by_one
-from .structure import block_name, evaluation_mode, ordinary_mode
+from .structure import (
+    block_name,
+    check_alike,
+    evaluation_mode,
+    naming_other_blocks,
+    ordinary_mode,
+)
 from .task import NO_CAST, Task, trainable_names
 from .work_folder import WorkFolder
 
@@ -221,9 +227,9 @@ class Run:
     def _copy(self, i: int, dtype: torch.dtype | None = None) -> nn.Module:
         return _on_device(self.task.blocks[i], self.device, dtype)
 
-    def _call(self, arguments: tuple[Any, Any], block: nn.Module) -> Tensor:
+    def _call(self, i: int, arguments: tuple[Any, Any], block: nn.Module) -> Tensor:
         args, kwargs = arguments
-        return self.task.structure.output(block, block(*args, **kwargs))
+        return self.task.structure.output(i, block(*args, **kwargs))
 
     def _forward(
         self, i: int, block: nn.Module, source: Activations, seen: InputRecorder | None = None
@@ -234,8 +240,11 @@ class Run:
         for samples, hidden in prefetched(batches, source.take, self.device):
             arguments = self.calls.arguments(i, samples, hidden, NO_CAST)
             with torch.no_grad(), nullcontext() if seen is None else seen:
-                output = self._call(arguments, block)
+                output = self._call(i, arguments, block)
                 finite &= output.isfinite().all()
+            # The settings of a block or its inputs may change the shape.
+            with naming_other_blocks(self.task.model):
+                check_alike(block_name(self.task.name, i), hidden, output)
             yield samples, output
         if not bool(finite):
             raise ValueError(
@@ -291,7 +300,7 @@ class Run:
             order = batches_at_random(groups, size, seed=self.settings.seed, block=i, epoch=k)
             for samples, (hidden, target) in prefetched(order, load, self.device):
                 arguments = self.calls.arguments(i, samples, hidden.to(dtype), cast)
-                yield functools.partial(self._call, arguments), target
+                yield functools.partial(self._call, i, arguments), target
 
         return epoch, len(batches_in_order(groups, size))
 

@@ -17,13 +17,17 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 __all__ = [
     "Call",
+    "NoChainError",
     "Structure",
     "block_name",
     "call_forward",
+    "check_alike",
     "evaluation_mode",
     "find_blocks",
     "learn_structure",
+    "naming_other_blocks",
     "ordinary_mode",
+    "other_blocks",
     "return_inputs",
     "run_around_blocks",
 ]
@@ -33,11 +37,18 @@ class _Done(BaseException):
     """Raised when the last block is called, to stop the forward pass of the model there."""
 
 
+class NoChainError(ValueError):
+    """The blocks of a model form no chain, in which each takes what the one before returns."""
+
+
 class Call(NamedTuple):
     """The flattened arguments of one call."""
 
     leaves: list[Any]
     spec: TreeSpec
+
+
+Output = tuple[list[Any], TreeSpec, int]
 
 
 class Structure(NamedTuple):
@@ -49,21 +60,22 @@ class Structure(NamedTuple):
         For each block, the index of the hidden states among the leaves of its arguments.
     axes : tuple of mappings of leaf to axis
         For each block, the leaves that have a batch axis, and that axis.
-    outputs : mapping of class to (leaves, TreeSpec, int)
-        The outputs of each class of block, and the index of the hidden states among them.
+    outputs : tuple of (leaves, TreeSpec, int)
+        For each block, outputs of it or of a block like it, and the index of the hidden states
+        among them.
     dependent : bool
         Whether other arguments depend on the outputs of blocks, so that blocks must be run.
     """
 
     hidden: tuple[int, ...]
     axes: tuple[Mapping[int, int], ...]
-    outputs: Mapping[type, tuple[list[Any], TreeSpec, int]]
+    outputs: tuple[Output, ...]
     dependent: bool
 
-    def output(self, block: nn.Module, returned: Any) -> Tensor:
-        """Return the hidden states among the outputs of a block."""
+    def output(self, i: int, returned: Any) -> Tensor:
+        """Return the hidden states among the outputs of block i."""
         leaves, _ = tree_flatten(returned)
-        found: Tensor = leaves[self.outputs[type(block)][2]]
+        found: Tensor = leaves[self.outputs[i][2]]
         return found
 
 
@@ -130,6 +142,29 @@ def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Modu
                     f"{block_name(name, i)} do"
                 )
     return name, modules
+
+
+def other_blocks(model: nn.Module) -> str:
+    """Return, for a message, the lists of blocks of a model, longest first.
+
+    Examples
+    --------
+    >>> other_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])}))
+    'blocks= can name another list of blocks, of layers'
+    """
+    lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
+    names = sorted(lists, key=lambda name: -lists[name])[:8]
+    return f"blocks= can name another list of blocks, of {', '.join(names)}"
+
+
+@contextmanager
+def naming_other_blocks(model: nn.Module) -> Iterator[None]:
+    """Add the model's class and its lists of blocks to the message of a `NoChainError`."""
+    try:
+        yield
+    except NoChainError as error:
+        text = f"{error}, in {type(model).__name__}; {other_blocks(model)}"
+        raise NoChainError(text) from None
 
 
 @contextmanager
@@ -204,7 +239,7 @@ def run_around_blocks(
 
     def answered(i: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if i != len(calls):
-            raise ValueError(
+            raise NoChainError(
                 f"blocks must be called once each and in order, {block_name(name, i)} was called "
                 f"as number {len(calls)}"
             )
@@ -222,7 +257,7 @@ def run_around_blocks(
     except _Done:
         pass
     if len(calls) < len(blocks):
-        raise ValueError(
+        raise NoChainError(
             f"blocks must be called once each, {block_name(name, len(calls))} was not called"
         )
     return calls
@@ -234,11 +269,17 @@ def call_forward(i: int, forward: Callable[..., Any], call: Call) -> Any:
     return forward(*args, **kwargs)
 
 
+def _kind(block: nn.Module) -> Any:
+    """Return a key that blocks with the same modules and shapes of parameters share."""
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    return modules, tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
+
+
 def _first_tensor(leaves: Sequence[Any]) -> int:
     for i, leaf in enumerate(leaves):
         if torch.is_tensor(leaf) and leaf.is_floating_point():
             return i
-    raise ValueError("blocks must take and return floating point tensors, got none")
+    raise NoChainError("blocks must take and return floating point tensors, got none")
 
 
 @torch.no_grad()
@@ -247,24 +288,32 @@ def learn_structure(
 ) -> tuple[Structure, list[Call]]:
     """Find out from one sample how a model calls its blocks, and return the calls too.
 
-    One block of each class is run; the others return their hidden states unchanged.
+    Of blocks with the same modules and shapes of parameters, one is run; the others return its
+    outputs.
 
     Raises
     ------
-    ValueError
+    NoChainError
         If hidden states do not go unchanged from block to block.
     """
-    outputs: dict[type, tuple[list[Any], TreeSpec, int]] = {}
+    with naming_other_blocks(model):
+        return _learned(model, name, blocks, sample)
+
+
+def _learned(
+    model: nn.Module, name: str, blocks: Sequence[nn.Module], sample: Mapping[str | None, Any]
+) -> tuple[Structure, list[Call]]:
+    kinds = [_kind(block) for block in blocks]
+    known: dict[Any, Output] = {}
 
     def passing(change: float) -> tuple[list[Call], list[Tensor]]:
         given: list[Tensor] = []
 
         def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
-            kind = type(blocks[i])
-            if kind not in outputs:
+            if kinds[i] not in known:
                 leaves, spec = tree_flatten(call_forward(i, forward, call))
-                outputs[kind] = leaves, spec, _first_tensor(leaves)
-            leaves, spec, place = outputs[kind]
+                known[kinds[i]] = leaves, spec, _first_tensor(leaves)
+            leaves, spec, place = known[kinds[i]]
             answers = [
                 leaf * change if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
                 for leaf in leaves
@@ -284,16 +333,17 @@ def learn_structure(
         for i, (a, b) in enumerate(zip(one.leaves, other.leaves, strict=True))
         if i != place
     )
+    outputs = tuple(known[kind] for kind in kinds)
     doubled = {key: _twice(value) for key, value in sample.items()}
     pairs = (
         run_around_blocks(model, name, blocks, doubled, call_forward)
         if dependent
-        else run_around_blocks(model, name, blocks, doubled, return_inputs(blocks, hidden, outputs))
+        else run_around_blocks(model, name, blocks, doubled, return_inputs(hidden, outputs))
     )
     axes = tuple(_batch_axes(one, two) for one, two in zip(first, pairs, strict=True))
     for i, (found, place) in enumerate(zip(axes, hidden, strict=True)):
         if found.get(place) != 0:
-            raise ValueError(
+            raise NoChainError(
                 f"batches must run along the first axis of what {block_name(name, i)} takes"
             )
     return Structure(hidden, axes, outputs, dependent), first
@@ -307,7 +357,7 @@ def _follow(
     for i, call in enumerate(calls[1:]):
         found = [j for j, leaf in enumerate(call.leaves) if leaf is given[i]]
         if not found or not torch.equal(given[i], copies[i]):
-            raise ValueError(
+            raise NoChainError(
                 f"blocks must take what the block before returns, unchanged, "
                 f"{block_name(name, i + 1)} takes something else"
             )
@@ -315,24 +365,26 @@ def _follow(
     first = hidden[0] if hidden else _first_tensor(calls[0].leaves)
     for i, tensor in enumerate(given):
         taken = calls[i].leaves[(first, *hidden)[i]]
-        if taken.shape != tensor.shape or taken.dtype != tensor.dtype:
-            raise ValueError(
-                "blocks must return hidden states as they take them, "
-                f"{block_name(name, i)} takes {taken.dtype} {tuple(taken.shape)} and returns "
-                f"{tensor.dtype} {tuple(tensor.shape)}"
-            )
+        check_alike(block_name(name, i), taken, tensor)
     return (first, *hidden)
 
 
+def check_alike(name: str, taken: Tensor, returned: Tensor) -> None:
+    """Raise if a block returns hidden states of another shape or dtype than it takes."""
+    if taken.shape != returned.shape or taken.dtype != returned.dtype:
+        raise NoChainError(
+            f"blocks must return hidden states as they take them, {name} takes {taken.dtype} "
+            f"{tuple(taken.shape)} and returns {returned.dtype} {tuple(returned.shape)}"
+        )
+
+
 def return_inputs(
-    blocks: Sequence[nn.Module],
-    hidden: Sequence[int],
-    outputs: Mapping[type, tuple[list[Any], TreeSpec, int]],
+    hidden: Sequence[int], outputs: Sequence[Output]
 ) -> Callable[[int, Callable[..., Any], Call], Any]:
     """Return a stand-in for forward passes that returns the hidden states unchanged."""
 
     def answer(i: int, forward: Callable[..., Any], call: Call) -> Any:
-        leaves, spec, place = outputs[type(blocks[i])]
+        leaves, spec, place = outputs[i]
         answers = list(leaves)
         answers[place] = call.leaves[hidden[i]]
         return tree_unflatten(answers, spec)

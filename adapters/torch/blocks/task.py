@@ -226,7 +226,7 @@ def _work_bytes(
         def call(model: nn.Module, make: Callable[[Tensor], Tensor]) -> Tensor:
             args, kwargs = tree_map_only(torch.Tensor, make, arguments)
             with torch.autocast(task.device.type, torch.bfloat16, enabled=autocast and fake):
-                output = task.structure.output(model, model(*args, **kwargs))
+                output = task.structure.output(i, model(*args, **kwargs))
             if not backward:
                 return output
             target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
