@@ -21,6 +21,7 @@ from safe_core.adapters.torch.blocks.pruning import (
 from safe_core.adapters.torch.blocks.report import Progress
 from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
+from safe_core.adapters.torch.blocks.work_folder import check_work_folder
 
 from .checkpoint_files import check_weights, weight_files
 from .drafts import check_new_folder, save_somewhere, written_at_once
@@ -160,6 +161,8 @@ def prune_folder(
     device = chosen_device(str(job.settings.device or "auto"))
     _check_source(source)
     check_new_folder(target, source)
+    if job.settings.work_dir is not None:
+        _check_work_dir(Path(job.settings.work_dir), target, source)
     texts = None if job.inputs is not None else _text_calibration(job, source)
     # Begin the draft now, so that a wrong path or a full disk fails before hours of work.
     with written_at_once(target) as draft:
@@ -199,6 +202,17 @@ def prune_folder(
         (draft.path / "README.md").write_text(card, encoding="utf-8")
         check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
     return result
+
+
+def _check_work_dir(work_dir: Path, target: Path, source: Path) -> None:
+    """Refuse a work folder whose files would be in the way of the model, or be copied with it."""
+    check_work_folder(work_dir)
+    whole = work_dir.resolve()
+    for name, folder in (("--out", target.resolve()), ("the model folder", source.resolve())):
+        if folder == whole or folder in whole.parents:
+            raise ValueError(
+                f"work_dir must be outside of {name}, such as {target}-work, got {work_dir}"
+            )
 
 
 def _check_source(source: Path) -> None:

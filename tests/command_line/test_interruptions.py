@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import SHORT, failed, run
+from command_line import SHORT, failed, refused, run
 from typer.testing import Result
 
 from safe_core.adapters.torch.blocks.run import Run
@@ -91,14 +91,51 @@ def test_what_a_killed_write_left_in_the_work_folder_is_removed(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    work.mkdir()
+    prune = ["prune", folder, "--calibration", text, *FAST, "--work-dir", work, "--out"]
+    assert run(*prune, tmp_path / "one").exit_code == 0
     for name in ("block-00001.safetensors.part", "manifest.json.part", "inputs-0.bin"):
         (work / name).write_bytes(b"half")
     (work / "notes.part").write_text("of the user")
-    result = run(
-        "prune", folder, "--calibration", text, "--out", tmp_path / "out", *FAST, "--work-dir", work
-    )
-    assert result.exit_code == 0
+    assert run(*prune, tmp_path / "out").exit_code == 0
     assert {file.name for file in work.iterdir()} == {
         "block-00000.safetensors", "block-00001.safetensors", "manifest.json", "lock", "notes.part"
     }  # fmt: skip
+
+
+def test_a_work_folder_that_is_not_ours_is_refused_at_the_start(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    theirs = {"lock": "theirs", "inputs-1.bin": "data", "block-00000.safetensors.part": "more"}
+    for name, content in theirs.items():
+        (foreign / name).write_text(content)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    out = tmp_path / "out"
+    before = sorted(file.name for file in folder.iterdir())
+    for work, said in (
+        (foreign, "or that of an earlier run, got"),
+        (tmp_path / "file", "must be a new or empty folder"),
+        (tmp_path / "link", "must be a new or empty folder"),
+        (tmp_path / "fifo", "must be a new or empty folder"),
+        (folder, "must be a new or empty folder"),
+        (folder / "work", "work_dir must be outside of the model folder"),
+        (out, "work_dir must be outside of --out"),
+        (out / "work", "work_dir must be outside of --out"),
+    ):
+        message = refused(
+            "prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", work
+        )
+        assert said in message.replace("\n", " ")
+    assert {file.name: file.read_text() for file in foreign.iterdir()} == theirs
+    assert sorted(file.name for file in folder.iterdir()) == before
+    assert not out.exists()
+    (foreign / "manifest.json").write_text('{"name": "a web page"}')
+    message = failed(
+        "prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", foreign
+    )
+    assert "work_dir must hold a manifest of this library" in message
+    assert (foreign / "inputs-1.bin").read_text() == "data"
+    assert (foreign / "lock").read_text() == "theirs"

@@ -176,6 +176,33 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path, runs: Runs) -> N
     assert (tmp_path / "recipe.toml").read_text() == "mine"
 
 
+def test_files_that_are_no_study_end_in_one_line(tmp_path: Path, runs: Runs) -> None:
+    def message(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(x) for x in arguments])
+        assert result.exit_code == 1, result.output
+        assert isinstance(result.exception, SystemExit)
+        return result.stderr.replace("\n", " ")
+
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "out"
+    recipe.write_text(SMALL)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    for wrong in (recipe, tmp_path / "link", tmp_path / "fifo"):
+        for more in ([], ["--dry-run"]):
+            said = message("study", recipe, "--out", wrong, *more)
+            assert f"out must be a folder, got {wrong}" in said
+    run_study(SMALL, out)
+    (out / "results.jsonl").unlink()
+    os.mkfifo(out / "results.jsonl")
+    for command in (("study", recipe, "--out", out), ("report", out)):
+        assert "results.jsonl must be a regular file" in message(*command)
+    (out / ".safe-core-study").unlink()
+    os.mkfifo(out / ".safe-core-study")
+    assert "out must be a new or empty folder" in message("study", recipe, "--out", out)
+    recipe.write_bytes(b"\x80")
+    assert f"TOML in UTF-8, got other bytes in {recipe}" in message("study", recipe)
+
+
 def test_parts_share_a_folder_and_no_run(tmp_path: Path, runs: Runs) -> None:
     parts = []
     for i in (1, 2, 3):

@@ -33,6 +33,7 @@ from .structure import (
     ordinary_mode,
 )
 from .task import Task, check_pattern, predict_memory
+from .work_folder import check_work_folder
 
 __all__ = [
     "BlockReport",
@@ -202,6 +203,8 @@ def plan_pruning(
     if not isinstance(sparsity, Mapping) and not callable(sparsity):
         block_patterns(sparsity, {}, scope)  # raises before the model runs if it is invalid
     samples = split_samples(batches)
+    if settings.work_dir is not None:
+        check_work_folder(settings.work_dir)
     _check_model(model)
     check_tokens(model, samples)
     name, modules = find_blocks(model, settings.blocks)

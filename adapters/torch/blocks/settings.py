@@ -38,8 +38,9 @@ class PruningSettings(BlockSettings):
         Where the activations of all samples are kept: on the CPU, in memory-mapped files under
         ``work_dir``, or on the device.
     work_dir : path, optional
-        A folder for finished blocks. The same call resumes after them, with the same bits. A
-        solver of your own must then be a function or a dataclass, so that it can be compared.
+        A folder for finished blocks: new, empty, or that of an earlier run. The same call resumes
+        after them, with the same bits. A solver of your own must then be a function or a
+        dataclass, so that it can be compared.
 
     Raises
     ------

@@ -17,10 +17,41 @@ from safe_core._installed import require
 
 from ...locks import try_lock
 
-__all__ = ["WorkFolder"]
+__all__ = ["WorkFolder", "check_work_folder"]
 
 _MANIFEST = "manifest.json"
+_LOCK = "lock"
 _ACTIVATIONS = ("inputs-*.bin", "targets-*.bin")
+
+
+def check_work_folder(path: str | os.PathLike[str]) -> None:
+    """Check that a folder is new, empty or of an earlier run; files of other names are not ours.
+
+    Raises
+    ------
+    ValueError
+        If it is a file, or holds anything else.
+
+    Examples
+    --------
+    >>> check_work_folder("/dev/null")
+    Traceback (most recent call last):
+    ValueError: work_dir must be a new or empty folder, or that of an earlier run, got /dev/null
+    """
+    folder = Path(path)
+    rule = f"work_dir must be a new or empty folder, or that of an earlier run, got {folder}"
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise ValueError(rule)
+        return
+    if (folder / _MANIFEST).is_file():
+        return
+    # A run may be killed before its manifest is there.
+    others = sorted(file.name for file in folder.iterdir())
+    others = [name for name in others if name not in (_LOCK, f"{_MANIFEST}.part")]
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        raise ValueError(f"{rule}, which holds {', '.join(others[:3])}{more}")
 
 
 class WorkFolder:
@@ -46,8 +77,8 @@ class WorkFolder:
     Raises
     ------
     ValueError
-        If the folder holds a run with other settings or an invalid manifest, or another run is
-        using it.
+        If the folder holds a run with other settings, an invalid manifest or other files, or
+        another run is using it.
 
     Examples
     --------
@@ -71,12 +102,13 @@ class WorkFolder:
         self.notes = list(notes)
         self.finished: list[dict[str, Any]] = []
         self._digests: list[str] = []  # of the files
+        check_work_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path)
-        _remove_leftovers(self.path)
         try:
             if (self.path / _MANIFEST).exists():
                 self._read()
+                _remove_leftovers(self.path)
             else:
                 self._write_manifest([], [])
         except BaseException:
@@ -215,7 +247,7 @@ def _remove_leftovers(path: Path) -> None:
 
 def _locked(path: Path) -> IO[bytes]:
     """Return an open file that is locked until it is closed or the process ends."""
-    file = open(path / "lock", "wb")  # noqa: SIM115 (open as long as the run)
+    file = open(path / _LOCK, "ab")  # noqa: SIM115 (open as long as the run)
     if try_lock(file) is False:
         file.close()
         raise ValueError(

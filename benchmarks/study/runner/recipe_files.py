@@ -159,7 +159,10 @@ def recipe_source(path: Path) -> tuple[str, str]:
     ('table-2-digits', 'Noisy labels, digits')
     """
     if path.is_file():
-        return path.stem, path.read_text(encoding="utf-8")
+        try:
+            return path.stem, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"recipe must be TOML in UTF-8, got other bytes in {path}") from None
     folder = files("safe_core.study") / "recipes"
     shipped = {file.name.removesuffix(".toml"): file for file in folder.iterdir()}
     if path.name != str(path) or path.stem not in shipped:

@@ -61,8 +61,18 @@ def result_file(out: Path, shard: tuple[int, int] | None = None) -> Path:
 
 
 def result_files(out: Path) -> list[Path]:
-    """Return the files of results in a folder."""
-    return sorted(out.glob(f"{_STEM}.jsonl")) + sorted(out.glob(f"{_STEM}-*-of-*.jsonl"))
+    """Return the files of results in a folder.
+
+    Raises
+    ------
+    ValueError
+        If one is no regular file: a FIFO would wait for ever.
+    """
+    found = sorted(out.glob(f"{_STEM}.jsonl")) + sorted(out.glob(f"{_STEM}-*-of-*.jsonl"))
+    for file in found:
+        if not file.is_file():
+            raise ValueError(f"{file} must be a regular file")
+    return found
 
 
 def append_line(file: Path, recipe: Recipe, cell: Cell, result: Mapping[str, Any] | str) -> None:

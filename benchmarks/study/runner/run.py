@@ -184,8 +184,8 @@ def planned_runs(
     recipe = parse_recipe(source, folder, allow_code=allow_code, say=_say)
     part = None if shard is None else read_shard(shard)
     found = Found({}, {}, {})
+    refuse_foreign(out)
     if out.is_dir():
-        refuse_foreign(out)
         found = read_results(out, recipe)
     _say_what_changed(found)
     mine = left_to_run(recipe, found, part)

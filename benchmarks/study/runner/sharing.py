@@ -42,8 +42,8 @@ def held(out: Path, source: str, shard: Shard | None) -> Iterator[None]:
     ValueError
         If the folder holds anything but a study, or another process works in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
     refuse_foreign(out)
+    out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = stack.enter_context((out / MARKER).open("a"))
         if shard is None:
@@ -63,15 +63,19 @@ def held(out: Path, source: str, shard: Shard | None) -> Iterator[None]:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse a folder that holds anything but a study.
+    """Refuse a file, and a folder that holds anything but a study.
 
     Raises
     ------
     ValueError
         With what the folder holds.
     """
+    if not out.is_dir():
+        if out.exists() or out.is_symlink():
+            raise ValueError(f"out must be a folder, got {out}")
+        return
     content = sorted(path.name for path in out.iterdir())
-    if content and MARKER not in content:
+    if content and not (out / MARKER).is_file():  # a FIFO would wait for a reader
         shown = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
         raise ValueError(
             f"out must be a new or empty folder, or that of an earlier study, got {out}, which "
