@@ -46,11 +46,11 @@ def step(model: Network, optimizer: nnx.Optimizer[Network], batch: Any) -> jax.A
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
     train, test = datasets()
     steps = options.epochs * (len(train[1]) // 64)
-    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.1, steps=steps))
+    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.3, steps=steps))
     model = Network(nnx.Rngs(0))
     tx = sparse_optimizer(optax.sgd(0.05, momentum=0.9), method)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -130,9 +130,14 @@ class ByName(Pattern):
         self.of(name).check(shape, layout, name)
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise ValueError if the pattern names an array that is not among ``names``."""
+        """Raise ValueError if a name in the pattern, or in one of its patterns, is unknown."""
         unknown = [name for name in self._by_name if name not in names]
         if unknown:
             raise ValueError(
                 f"sparsity must name sparse arrays, {', '.join(names)}, got {', '.join(unknown)}"
             )
+        found = {name: self._by_name.get(name, self.default) for name in names}
+        named = {name for name, own in found.items() if own and name in own.named_arrays}
+        for pattern in dict.fromkeys(self._all):
+            # Patterns may share a distribution. A name of it counts in the array's own pattern.
+            pattern.check_names([n for n, own in found.items() if own == pattern or n in named])

@@ -100,21 +100,11 @@ def by_names(
 
     Under a sparsity schedule, fractions by name rise in proportion to it.
 
-    Raises
-    ------
-    ValueError
-        If ``named`` has a name that is not among ``names``.
-
     Examples
     --------
     >>> by_names((Fraction(1, 2),), {"b": 0.9}, ["a", "b"])
     [(Fraction(1, 2),), (Fraction(9, 10),)]
     """
-    unknown = [name for name in named if name not in names]
-    if unknown:
-        raise ValueError(
-            f"distribution must name sparse tensors, {', '.join(names)}, got {', '.join(unknown)}"
-        )
     final = {name: _checks.decimal_fraction(value) for name, value in named.items()}
     rise = [stage / stages[-1] if stages[-1] else Fraction(1) for stage in stages]
     return [

@@ -97,6 +97,15 @@ class Unstructured(FractionPattern):
         rule = "" if self.distribution is None else f", distribution {self.distribution}"
         return f"{float(self.fractions()[-1]):g}, scope {self.scope}{rule}"
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError if the distribution names an array that is not among ``names``."""
+        unknown = [name for name in self._by_name if name not in names]
+        if unknown:
+            raise ValueError(
+                f"distribution must name sparse tensors, {', '.join(names)}, got "
+                f"{', '.join(unknown)}"
+            )
+
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError in the scope "row" if the layout of the array is unknown."""
         if self.by_output:

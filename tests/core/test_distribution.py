@@ -20,9 +20,11 @@ from short_runs import short_run
 from torch import nn
 
 import safe_core
-from safe_core import Layout, Unstructured, project, schedules, stationarity_gap
+from safe_core import ByName, Layout, Unstructured, magnitude, project, schedules, stationarity_gap
 from safe_core.adapters import optax as jax_adapter
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.constraints import ArrayInfo
+from safe_core.functional import start
 from safe_core.patterns import erdos_renyi_kernel
 from safe_core.reconstruction import block_pattern
 from safe_core.solvers import SparseGPT, Wanda
@@ -322,3 +324,25 @@ X = np.ones((4, 4))
 def test_a_wrong_distribution_is_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_unknown_name_is_found_at_the_start(by_name: bool) -> None:
+    # Magnitude pruning projects only at the end, when a whole training would be lost.
+    pattern: Any = Unstructured(0.5, "tensor", {"b": 0.1, "typo": 0.2})
+    if by_name:
+        pattern = ByName({"a": 0.5}, default=pattern)
+    info = ArrayInfo(("a", "b"), (None, None))
+    with pytest.raises(ValueError, match=r"must name sparse tensors, .*b, got typo"):
+        start(magnitude(pattern), [X, X], [0, 1], info)
+
+
+def test_patterns_by_name_may_share_a_distribution() -> None:
+    shared = {"a": 0.25, "b": 0.75}
+    own, default = (Unstructured(s, "tensor", shared) for s in (0.5, 0.9))
+    pattern = ByName({"a": own, "c": own}, default=default)
+    found = project({"a": X, "b": X, "c": X}, pattern).support
+    assert {name: int((~mask).sum()) for name, mask in found.items()} == {"a": 4, "b": 12, "c": 8}
+    # A name that would have no effect is refused.
+    with pytest.raises(ValueError, match=r"distribution must name sparse tensors, .*got arrays.*a"):
+        project({"a": X, "b": X}, ByName({"a": 0.5}, default=default))
