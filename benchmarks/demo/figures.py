@@ -25,10 +25,18 @@ from .study import Cell
 
 __all__ = ["draw"]
 
-COLOURS = {"dense": "0.45", "one-shot": "C2", "fine-tuned": "C3", "admm": "C1", "safe": "C0"}
+COLOURS = {
+    "safe": "C0",
+    "admm": "C1",
+    "gmp": "C4",
+    "fine-tuned": "C3",
+    "one-shot": "C2",
+    "dense": "0.45",
+}
 LABELS = {
     "safe": "SAFE",
     "admm": "ADMM",
+    "gmp": "GMP",
     "fine-tuned": "magnitude, fine-tuned",
     "one-shot": "magnitude, one-shot",
     "dense": "dense",
