@@ -150,7 +150,8 @@ def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
     for axes, cell, surface in zip(panels, (admm, safe), surfaces, strict=True):
         axes.plot_surface(*np.meshgrid(steps, steps), surface, cmap="viridis", vmin=0, vmax=top)
         axes.set_zlim(0, top)
-        axes.set_title(f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}")
+        title = f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}"
+        axes.set_title(title, color=COLOURS[cell.method])
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         axes.set_zlabel("training loss")
