@@ -39,7 +39,7 @@ def demo(
     ] = Path("demo-results"),
     device: Annotated[str, typer.Option(help="Device to train on, such as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Compare dense, magnitude pruned, ADMM and SAFE networks on handwritten digits.
+    """Compare dense, magnitude pruned, GMP, ADMM and SAFE networks on handwritten digits.
 
     Trains LeNet-300-100 at sparsities of 90, 95, 98 and 99%, with clean labels and with half of
     the labels random. Shows test accuracy, sharpness and zeros, and draws figures.

@@ -25,10 +25,18 @@ from .study import Cell
 
 __all__ = ["draw"]
 
-COLOURS = {"dense": "0.45", "one-shot": "C2", "fine-tuned": "C3", "admm": "C1", "safe": "C0"}
+COLOURS = {
+    "safe": "C0",
+    "admm": "C1",
+    "gmp": "C4",
+    "fine-tuned": "C3",
+    "one-shot": "C2",
+    "dense": "0.45",
+}
 LABELS = {
     "safe": "SAFE",
     "admm": "ADMM",
+    "gmp": "GMP",
     "fine-tuned": "magnitude, fine-tuned",
     "one-shot": "magnitude, one-shot",
     "dense": "dense",
@@ -142,7 +150,8 @@ def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
     for axes, cell, surface in zip(panels, (admm, safe), surfaces, strict=True):
         axes.plot_surface(*np.meshgrid(steps, steps), surface, cmap="viridis", vmin=0, vmax=top)
         axes.set_zlim(0, top)
-        axes.set_title(f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}")
+        title = f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}"
+        axes.set_title(title, color=COLOURS[cell.method])
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         axes.set_zlabel("training loss")

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import safe_core
 
-__all__ = ["Recipe", "Run"]
+__all__ = ["CHOSEN", "Recipe", "Run"]
+
+CHOSEN = {"gmp": "rise", "admm": "penalty", "safe": "penalty"}
+"""By method, the name of its one setting that is chosen on held-out images."""
 
 
 @dataclass(frozen=True)
@@ -16,24 +19,25 @@ class Run:
 
     Attributes
     ----------
-    method : {"dense", "fine-tuned", "admm", "safe"}
+    method : {"dense", "fine-tuned", "gmp", "admm", "safe"}
     noise : float
         Fraction of training labels replaced by uniform draws.
     seed : int
         Seed of the initial weights, the order of the batches and the noise.
     sparsity : float or None
         Fraction of zero weights over all layers together.
-    penalty : float or None
-        The penalty parameter, or its final value under a schedule.
+    setting : float or None
+        For a method in `CHOSEN`: the final penalty of ADMM and SAFE, or the fraction of the steps
+        over which the sparsity of GMP rises.
     held_out : bool
-        Whether a fifth of the training set is held out, to choose the penalty.
+        Whether a fifth of the training set is held out, to choose the setting.
     """
 
     method: str
     noise: float
     seed: int
     sparsity: float | None = None
-    penalty: float | None = None
+    setting: float | None = None
     held_out: bool = False
 
 
@@ -42,6 +46,8 @@ class Recipe:
     """The settings of the protocol.
 
     ``ascent_share`` is the fraction of each batch that the perturbation is computed from.
+    Masks of GMP are renewed as often as ADMM and SAFE update their duals. The settings of
+    `CHOSEN` are chosen from ``penalties`` and ``rises``.
     """
 
     hidden: tuple[int, ...] = (300, 100)
@@ -55,6 +61,7 @@ class Recipe:
     ascent_share: float = 1.0
     dual_update_interval: int = 32
     penalties: tuple[float, ...] = (0.01, 0.1)
+    rises: tuple[float, ...] = (0.5, 0.8)
     sparsities: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99)
     noises: tuple[float, ...] = (0.0, 0.5)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -63,9 +70,13 @@ class Recipe:
     def quick(cls) -> Recipe:
         """Return a short protocol: one seed and two sparsities.
 
-        Penalties are chosen all the same. One that suits SAFE would not suit ADMM.
+        Settings are chosen all the same, so that no method is untuned.
         """
         return cls(sparsities=(0.9, 0.98), seeds=(0,))
+
+    def candidates(self, method: str) -> tuple[float, ...]:
+        """Return the values that the setting of a method is chosen from, in ascending order."""
+        return tuple(sorted({"rise": self.rises, "penalty": self.penalties}[CHOSEN[method]]))
 
     def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate at a step: linear warm-up, then a cosine to zero."""
@@ -78,25 +89,23 @@ class Recipe:
     def method(self, run: Run, steps: int) -> safe_core.Method:
         """Return the method of a sparse run.
 
-        It is SAFE with a cosine penalty, ADMM with a constant one, or for "fine-tuned" training
-        under the mask of the largest weights, which are those that training starts from.
+        ADMM and SAFE have the same cosine penalty. GMP prunes in steps along a cubic. A
+        "fine-tuned" network trains under the mask of the largest weights that it starts from.
         """
         if run.sparsity is None:
             raise ValueError(f"sparsity must be given for a sparse run, got {run!r}")
         if run.method == "fine-tuned":
             largest = safe_core.schedules.linear_sparsity(run.sparsity, 1, initial=run.sparsity)
             return safe_core.gmp(largest)
-        if run.penalty is None:
-            raise ValueError(f"penalty must be given for a sparse run, got {run!r}")
+        if run.setting is None:
+            raise ValueError(f"setting must be given for {run.method}, got {run!r}")
+        every = self.dual_update_interval
+        if run.method == "gmp":
+            rise = every * max(1, round(run.setting * steps / every))  # in whole intervals
+            return safe_core.gmp(safe_core.schedules.cubic(run.sparsity, steps=rise, every=every))
+        penalty = safe_core.schedules.cosine(run.setting, steps=steps)
         if run.method == "safe":
             return safe_core.safe(
-                sparsity=run.sparsity,
-                rho=self.rho,
-                penalty=safe_core.schedules.cosine(run.penalty, steps=steps),
-                dual_update_interval=self.dual_update_interval,
+                run.sparsity, rho=self.rho, penalty=penalty, dual_update_interval=every
             )
-        return safe_core.admm(
-            sparsity=run.sparsity,
-            penalty=run.penalty,
-            dual_update_interval=self.dual_update_interval,
-        )
+        return safe_core.admm(run.sparsity, penalty=penalty, dual_update_interval=every)

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-from .recipe import Recipe
+from .recipe import CHOSEN, Recipe
 from .study import Cell
 
 __all__ = ["FRAMEWORKS", "as_json", "as_markdown", "as_rich", "mean_and_error", "write"]
@@ -25,20 +25,20 @@ COLUMNS = (
     "method",
     "target",
     "zeros",
-    "penalty",
+    "setting",
     "accuracy, %",
     "eigenvalue",
     "distance",
-    "s",
 )
 LEGEND = (
     "LeNet-300-100 on scikit-learn's handwritten digits. One-shot: the smallest weights of the "
-    "dense network removed; fine-tuned: then trained again under that mask, with the same "
-    "recipe. Target: the sparsity asked for. "
-    "Zeros: zero weights out of all weights. Accuracy: test accuracy after the final "
+    "dense network removed. Fine-tuned: then trained again under that mask, with the same "
+    "recipe. GMP: gradual magnitude pruning. Target: the sparsity asked for. Zeros: zero weights "
+    "out of all weights. Setting, chosen on held-out images: the final penalty, or the fraction "
+    "of the steps over which the sparsity rises. Accuracy: test accuracy after the final "
     "projection, mean and standard error over seeds. Eigenvalue: the largest eigenvalue of "
     "the Hessian of the training loss after the final projection. Distance: Euclidean "
-    "distance from the constraint before it. s: seconds of training one network."
+    "distance from the constraint before it."
 )
 
 
@@ -66,11 +66,10 @@ def tables(cells: Sequence[Cell]) -> dict[str, list[tuple[str, ...]]]:
                 cell.method,
                 "" if cell.sparsity is None else f"{100 * cell.sparsity:g}%",
                 f"{cell.zeros}/{cell.weights}",
-                "" if cell.penalty is None else f"{cell.penalty:g}",
+                "" if cell.setting is None else f"{CHOSEN[cell.method]} {cell.setting:g}",
                 _plus_minus(cell.accuracy),
                 _plus_minus(cell.eigenvalue),
                 "" if cell.sparsity is None else _plus_minus(cell.distance),
-                f"{cell.seconds:.1f}",
             )
         )
     return found

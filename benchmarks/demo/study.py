@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 import safe_core
 
 from .data import Layer, accuracy, initial_layers, load
-from .recipe import Recipe, Run
+from .recipe import CHOSEN, Recipe, Run
 
 __all__ = ["Cell", "count_runs", "study"]
 
@@ -26,6 +26,8 @@ class Cell:
 
     Attributes
     ----------
+    setting : float or None
+        The chosen setting of the method, see `Run`.
     accuracy : list of float
         Test accuracy of the projected network in percent, by seed.
     eigenvalue : list of float
@@ -36,8 +38,8 @@ class Cell:
         Number of zero weights and of all weights of the projected network, without biases. They
         are the same for every seed.
     seconds : float
-        Mean time of a training run; for one-shot pruning that of the dense run, and for
-        fine-tuning that of the dense run and its own.
+        Mean wall-clock time of a training run, with compilation and waiting; for one-shot pruning
+        that of the dense run, and for fine-tuning that of the dense run and its own.
     layers : dict
         Networks of the first seed for the figures, by name.
     """
@@ -46,7 +48,7 @@ class Cell:
     method: str
     noise: float
     sparsity: float | None
-    penalty: float | None
+    setting: float | None
     accuracy: list[float]
     eigenvalue: list[float]
     distance: list[float]
@@ -59,9 +61,11 @@ class Cell:
 def count_runs(recipe: Recipe) -> int:
     """Return the number of networks that `study` trains."""
     cells = len(recipe.noises) * len(recipe.sparsities)
-    choosing = len(recipe.penalties) if len(recipe.penalties) > 1 else 0
-    # A fine-tuned network, and one by ADMM and one by SAFE for which a penalty is chosen.
-    return len(recipe.seeds) * (len(recipe.noises) + cells * (1 + 2 * (1 + choosing)))
+    candidates = [len(recipe.candidates(method)) for method in CHOSEN]
+    choosing = sum(count for count in candidates if count > 1)
+    # A dense network for each noise; in each cell a fine-tuned one, and those of `CHOSEN`.
+    per_seed = len(recipe.noises) + cells * (1 + len(CHOSEN) + choosing)
+    return len(recipe.seeds) * per_seed
 
 
 def study(
@@ -80,7 +84,7 @@ def study(
         advance(f"{run.method}{target}, {100 * run.noise:g}% label noise, seed {run.seed}")
         return data, trained, projected, seconds
 
-    def measure(run: Run, fits: list[Any], penalty: float | None) -> Cell:
+    def measure(run: Run, fits: list[Any]) -> Cell:
         eigenvalues, distances, accuracies = [], [], []
         for data, trained, projected, _ in fits:
             product = trainer.hessian_product(projected, data, device)
@@ -96,7 +100,7 @@ def study(
             run.method,
             run.noise,
             run.sparsity,
-            penalty,
+            run.setting,
             accuracies,
             eigenvalues,
             distances,
@@ -108,37 +112,36 @@ def study(
 
     for noise in recipe.noises:
         dense = [fit(Run("dense", noise, seed)) for seed in recipe.seeds]
-        yield measure(Run("dense", noise, 0), dense, None)
+        yield measure(Run("dense", noise, 0), dense)
         for sparsity in recipe.sparsities:
             pruned = [(d, x, one_shot(x, sparsity), s) for d, x, _, s in dense]
-            yield measure(Run("one-shot", noise, 0, sparsity), pruned, None)
+            yield measure(Run("one-shot", noise, 0, sparsity), pruned)
             tuned = []
             for seed, (*_, layers, seconds) in zip(recipe.seeds, dense, strict=True):
                 data, x, projected, own = fit(Run("fine-tuned", noise, seed, sparsity), layers)
                 tuned.append((data, x, projected, seconds + own))
-            yield measure(Run("fine-tuned", noise, 0, sparsity), tuned, None)
-            for method in ("admm", "safe"):
+            yield measure(Run("fine-tuned", noise, 0, sparsity), tuned)
+            for method in CHOSEN:
                 run = Run(method, noise, 0, sparsity)
-                penalty = choose_penalty(recipe, run, fit)
-                chosen = replace(run, penalty=penalty)
-                fits = [fit(replace(chosen, seed=seed)) for seed in recipe.seeds]
-                yield measure(chosen, fits, penalty)
+                run = replace(run, setting=choose_setting(recipe, run, fit))
+                yield measure(run, [fit(replace(run, seed=seed)) for seed in recipe.seeds])
 
 
-def choose_penalty(recipe: Recipe, run: Run, fit: Callable[[Run], Any]) -> float:
-    """Return the penalty with the best mean held-out accuracy, the lowest if several are equal."""
-    if len(recipe.penalties) == 1:
-        return recipe.penalties[0]
+def choose_setting(recipe: Recipe, run: Run, fit: Callable[[Run], Any]) -> float:
+    """Return the setting with the best mean held-out accuracy, the lowest if several are equal."""
+    candidates = recipe.candidates(run.method)
+    if len(candidates) == 1:
+        return candidates[0]
 
-    def held_out_accuracy(penalty: float) -> float:
+    def held_out_accuracy(setting: float) -> float:
         scores = []
         for seed in recipe.seeds:
-            tried = replace(run, penalty=penalty, seed=seed, held_out=True)
+            tried = replace(run, setting=setting, seed=seed, held_out=True)
             data, _, projected, _ = fit(tried)
             scores.append(accuracy(projected, *data.validation))
         return float(np.mean(scores))
 
-    return max(sorted(recipe.penalties), key=held_out_accuracy)
+    return max(candidates, key=held_out_accuracy)
 
 
 def one_shot(layers: list[Layer], sparsity: float) -> list[Layer]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safe_core.adapters.optax import finalize, sparse_optimizer
 
 from .data import Dataset, Layer
-from .recipe import Recipe, Run
+from .recipe import CHOSEN, Recipe, Run
 
 __all__ = ["hessian_product", "train"]
 
@@ -45,12 +45,18 @@ def train(
     recipe: Recipe, run: Run, data: Dataset, layers: list[Layer], device: str
 ) -> tuple[list[Layer], list[Layer]]:
     """Train a network; return its layers before and after the final projection."""
-    kind = Run(run.method, noise=0.0, seed=0, sparsity=run.sparsity, penalty=1.0)
+    # One program serves every penalty, which is traced. The rise of GMP is static.
+    setting = 1.0 if _is_penalised(run) else run.setting
+    kind = Run(run.method, noise=0.0, seed=0, sparsity=run.sparsity, setting=setting)
     with jax.default_device(jax.devices(device)[0]):
         fit = compiled_training(recipe, kind, len(data.order))
         arrays = (data.inputs, data.labels.astype(np.int32), data.order)
-        trained, projected = fit(build_params(layers), run.penalty or 0.0, *arrays)
+        trained, projected = fit(build_params(layers), run.setting or 0.0, *arrays)
         return read_layers(trained), read_layers(projected)
+
+
+def _is_penalised(run: Run) -> bool:
+    return CHOSEN.get(run.method) == "penalty"
 
 
 @cache
@@ -68,10 +74,9 @@ def compiled_training(recipe: Recipe, kind: Run, steps: int) -> Callable[..., An
         tx: optax.GradientTransformation = base
         if kind.sparsity is not None:
             method = recipe.method(kind, steps)
-            # The penalty is traced, so that one program serves every value.
-            schedule = lambda step: penalty * method.constraint.penalty(step)  # noqa: E731
-            penalised = kind.method != "fine-tuned"
-            tx = sparse_optimizer(base, method, penalty=schedule if penalised else None)
+            scaled = lambda step: penalty * method.constraint.penalty(step)  # noqa: E731
+            schedule = scaled if _is_penalised(kind) else None
+            tx = sparse_optimizer(base, method, penalty=schedule)
         tx = optax.with_extra_args_support(tx)
 
         def step(carry: Any, batch: Any) -> Any:

@@ -113,7 +113,7 @@ def test_the_demo_runs_with_one_framework(
         from safe_core.demo.run import demo
 
         recipe = Recipe(hidden=(8,), epochs=1, warmup_epochs=1, penalties=(0.1,),
-                        sparsities=(0.9,), noises=(0.0,), seeds=(0,))
+                        rises=(0.5,), sparsities=(0.9,), noises=(0.0,), seeds=(0,))
         if __name__ == "__main__":
             demo(recipe, [{framework!r}], Path({str(tmp_path)!r}))
     """

@@ -8,13 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from safe_core.demo import data, report, study, train_jax, train_torch
-from safe_core.demo.recipe import Recipe, Run
+from safe_core.demo import data, figures, report, study, train_jax, train_torch
+from safe_core.demo.recipe import CHOSEN, Recipe, Run
 from safe_core.demo.run import demo
 
 TINY = Recipe(
-    hidden=(16, 8), epochs=2, warmup_epochs=1, penalties=(0.1,), sparsities=(0.9,), seeds=(0,)
+    hidden=(16, 8),
+    epochs=2,
+    warmup_epochs=1,
+    dual_update_interval=8,
+    penalties=(0.1,),
+    rises=(0.5,),
+    sparsities=(0.9,),
+    seeds=(0,),
 )
+METHODS = ["dense", "one-shot", "fine-tuned", "gmp", "admm", "safe"]
 TRAINERS = {"torch": train_torch.train, "jax": train_jax.train}
 
 
@@ -55,12 +63,41 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
+def test_admm_differs_from_safe_in_the_perturbation_only():
+    recipe = Recipe()
+    admm, safe = (recipe.method(Run(m, 0.0, 0, 0.9, 0.1), 1140) for m in ("admm", "safe"))
+    assert admm.perturbation is None
+    assert replace(safe, perturbation=None) == admm
+    penalty = admm.constraint.penalty
+    assert [penalty(step) for step in (0, 570, 1140)] == pytest.approx([0.0, 0.05, 0.1])
+    assert recipe.candidates("admm") == recipe.candidates("safe")
+
+
+@pytest.mark.parametrize(("rise", "last"), [(0.5, 576), (0.8, 896)])
+def test_gmp_renews_its_mask_at_dual_updates_during_the_rise(rise, last):
+    gmp, admm = (Recipe().method(Run(m, 0.0, 0, 0.99, rise), 1140) for m in ("gmp", "admm"))
+    updates = [step for step in range(1140) if admm.is_due(step)]
+    assert [step for step in range(1140) if gmp.is_due(step)] == [s for s in updates if s < last]
+    assert last == pytest.approx(rise * 1140, abs=16)
+    stages = last // 32
+    for step in (0, 32, last // 2, last, 1140):
+        left = max(0, 1 - step // 32 / stages)
+        assert gmp.sparsity.sparsity(step) == pytest.approx(0.99 * (1 - left**3))
+
+
+def test_methods_without_their_setting_are_refused():
+    for method in CHOSEN:
+        with pytest.raises(ValueError, match="setting must be given"):
+            Recipe().method(Run(method, 0.0, 0, 0.9), 1140)
+
+
 @pytest.mark.parametrize(
-    ("method", "ascent_share"), [("dense", 1), ("admm", 1), ("safe", 1), ("safe", 0.5)]
+    ("method", "ascent_share"),
+    [("dense", 1), ("gmp", 1), ("admm", 1), ("safe", 1), ("safe", 0.5)],
 )
 def test_frameworks_train_the_same_network(method, ascent_share):
-    sparsity = None if method == "dense" else 0.9
-    recipe, run = replace(TINY, ascent_share=ascent_share), Run(method, 0.0, 0, sparsity, 0.1)
+    sparsity, setting = None if method == "dense" else 0.9, 0.5 if method == "gmp" else 0.1
+    recipe, run = replace(TINY, ascent_share=ascent_share), Run(method, 0.0, 0, sparsity, setting)
     batches = data.load(recipe, run)
     start = data.initial_layers(recipe, run, 64)
     (torch_before, torch_after), (jax_before, jax_after) = (
@@ -116,31 +153,80 @@ def test_largest_eigenvalue_is_that_of_the_matrix():
     assert found == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-3)
 
 
-def test_penalty_is_chosen_on_held_out_data():
-    recipe = Recipe(penalties=(0.01, 0.1), seeds=(0, 1))
+@pytest.mark.parametrize(
+    ("method", "best"), [("gmp", 0.5), ("gmp", 0.8), ("admm", 0.01), ("admm", 0.1), ("safe", 0.1)]
+)
+def test_the_setting_is_chosen_on_held_out_data(method, best):
+    recipe = Recipe(penalties=(0.1, 0.01), rises=(0.8, 0.5), seeds=(0, 1))
     tried = []
 
     def fit(run):
         tried.append(run)
         labels = np.zeros(10, np.int64)
-        good = run.penalty == 0.1
+        good = run.setting == best
         layer = data.Layer(np.zeros((1, 2), np.float32), np.asarray([good, not good], np.float32))
         empty = data.Dataset(*[np.zeros((10, 1))] * 3, (np.zeros((10, 1)), labels), ([], []))
         return empty, None, [layer], 0.0
 
-    assert study.choose_penalty(recipe, Run("safe", 0.0, 0, 0.9), fit) == 0.1
-    assert {(run.penalty, run.seed, run.held_out) for run in tried} == {
-        (penalty, seed, True) for penalty in (0.01, 0.1) for seed in (0, 1)
+    assert study.choose_setting(recipe, Run(method, 0.0, 0, 0.9), fit) == best
+    values = (0.5, 0.8) if method == "gmp" else (0.01, 0.1)
+    assert {(run.setting, run.seed, run.held_out) for run in tried} == {
+        (value, seed, True) for value in values for seed in (0, 1)
     }
 
 
-def test_the_short_protocol_chooses_penalties_too():
-    # One that suits SAFE does not suit ADMM, so a fixed one would compare an untuned baseline.
-    assert Recipe.quick().penalties == Recipe().penalties
-    assert len(Recipe.quick().penalties) > 1
+@pytest.mark.parametrize(("method", "lowest"), [("gmp", 0.5), ("admm", 0.01), ("safe", 0.01)])
+def test_of_equally_good_settings_the_lowest_is_chosen(method, lowest):
+    recipe = Recipe(penalties=(0.1, 0.01), rises=(0.8, 0.5), seeds=(0,))
+    layer = data.Layer(np.zeros((1, 2), np.float32), np.zeros(2, np.float32))
+    held_out = np.zeros((10, 1)), np.zeros(10, np.int64)
+    empty = data.Dataset(*[np.zeros((10, 1))] * 3, held_out, ([], []))
+    run = Run(method, 0.0, 0, 0.9)
+    assert study.choose_setting(recipe, run, lambda run: (empty, None, [layer], 0.0)) == lowest
 
 
-@pytest.mark.parametrize("recipe", [TINY, replace(TINY, penalties=(0.01, 0.1), noises=(0.0,))])
+def test_the_chosen_setting_is_trained_and_shown(monkeypatch):
+    chosen = {"gmp": 0.8, "admm": 0.01, "safe": 0.1}
+    runs = []
+
+    def train(recipe, run, data, layers, device):
+        runs.append(run)
+        return layers, study.one_shot(layers, run.sparsity or 0.0)
+
+    monkeypatch.setattr(train_torch, "train", train)
+    monkeypatch.setattr(study, "choose_setting", lambda recipe, run, fit: chosen[run.method])
+    cells = list(study.study(replace(TINY, noises=(0.0,)), "torch", "cpu", lambda text: None))
+    assert {run.method: run.setting for run in runs if run.method in chosen} == chosen
+    assert {cell.method: cell.setting for cell in cells if cell.setting is not None} == chosen
+    column = report.COLUMNS.index("setting")
+    shown = {row[0]: row[column] for row in report.tables(cells)["PyTorch, clean labels"]}
+    assert shown == dict.fromkeys(METHODS, "") | {
+        "gmp": "rise 0.8",
+        "admm": "penalty 0.01",
+        "safe": "penalty 0.1",
+    }
+
+
+def test_the_short_protocol_chooses_settings_too():
+    # A setting that suits one method does not suit another: a fixed one would leave it untuned.
+    for method in CHOSEN:
+        assert Recipe.quick().candidates(method) == Recipe().candidates(method)
+        assert len(Recipe.quick().candidates(method)) > 1
+
+
+def test_every_method_of_the_figures_has_one_colour():
+    assert set(figures.LABELS) == set(figures.COLOURS) == set(METHODS)
+    assert len(set(figures.COLOURS.values())) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TINY,
+        replace(TINY, penalties=(0.01, 0.1), noises=(0.0,)),
+        replace(TINY, rises=(0.2, 0.5, 0.8), noises=(0.0,)),
+    ],
+)
 def test_every_run_is_counted_and_fine_tuning_starts_from_the_dense_network(recipe, monkeypatch):
     runs, starts, trained = [], {}, {}
 
@@ -156,7 +242,7 @@ def test_every_run_is_counted_and_fine_tuning_starts_from_the_dense_network(reci
     advanced = []
     cells = list(study.study(recipe, "torch", "cpu", advanced.append))
     assert len(advanced) == len(runs) == study.count_runs(recipe)
-    assert [c.method for c in cells[:5]] == ["dense", "one-shot", "fine-tuned", "admm", "safe"]
+    assert [c.method for c in cells[:6]] == METHODS
     tuned = [run for run in runs if run.method == "fine-tuned"]
     assert len(tuned) == len(recipe.noises)
     for run in tuned:
@@ -187,8 +273,8 @@ def test_demo_writes_tables_and_figures(tmp_path):
     cells = demo(TINY, ("torch", "jax"), tmp_path)
     names = {"table.md", "results.json", "accuracy.png", "weights.png", "landscape.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
-    # Per framework and noise: dense, and one-shot, fine-tuned, ADMM and SAFE at one sparsity.
-    assert len(cells) == 2 * 2 * 5
+    # Per framework and noise: every method once, at one sparsity.
+    assert len(cells) == 2 * 2 * len(METHODS)
     assert {cell.zeros for cell in cells if cell.sparsity} == {(64 * 16 + 16 * 8 + 80) * 9 // 10}
     document = json.loads((tmp_path / "results.json").read_text())
     assert [entry["accuracy"] for entry in document["cells"]] == [cell.accuracy for cell in cells]
