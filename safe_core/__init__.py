@@ -6,7 +6,16 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
 from .certificate import stationarity_gap
-from .constraints import ADMM, ArrayInfo, AtEnd, Constraint, HardThreshold, Mask, SplitState
+from .constraints import (
+    ADMM,
+    ArrayInfo,
+    AtEnd,
+    Constraint,
+    HardThreshold,
+    Mask,
+    Pull,
+    SplitState,
+)
 from .coverage import Coverage, DenseWeightWarning, WeightCoverage
 from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
@@ -46,6 +55,7 @@ __all__ = [
     "Perturbation",
     "Point",
     "Projection",
+    "Pull",
     "SecondMoment",
     "SplitState",
     "SquaredGradient",

@@ -17,6 +17,7 @@ from safe_core.backends import Array, backend_of
 from . import _checks
 from ._dtypes import check_real_floating, scalar_like, wide_dtype
 from .constraints import ArrayInfo, SplitState
+from .constraints.pull import pulled
 from .constraints.splitting import penalty_gradient
 from .importance import Importance
 from .layout import Layout
@@ -243,7 +244,14 @@ class FunctionalStep:
 
         def ascend(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
             rho = self.rho
-            e = self.method.perturb(self.params, first, self.step, rho=rho, layouts=self.layouts)
+            e = self.method.perturb(
+                self.params,
+                first,
+                self.step,
+                rho=rho,
+                layouts=self.layouts,
+                sparse=self._of(self.params),
+            )
             moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
             second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
             second = _combined(second, first, evaluation)
@@ -298,10 +306,11 @@ class FunctionalStep:
             scalar_like(self.learning_rate, pull) * pull for pull in self._penalty_gradients()
         ]
 
+    def _penalty_now(self) -> float | Array:
+        return self.method.constraint.penalty(self.step) if self.penalty is None else self.penalty
+
     def _penalty_gradients(self) -> list[Array]:
-        weight = self.penalty
-        if weight is None:
-            weight = self.method.constraint.penalty(self.step)
+        weight = self._penalty_now()
         # SAFE perturbs the loss and not the penalty (Lee et al. 2025, Algorithm 1), so x is
         # unperturbed here. The penalty's curvature is lambda everywhere: e would only shift
         # the pull, and nothing about flatness is learnt from it.
@@ -317,6 +326,20 @@ class FunctionalStep:
             xp, update = array_namespace(pull), self._updates[i]
             total = xp.astype(update, pull.dtype, copy=False) - pull
             moved.append(xp.astype(total, update.dtype, copy=False))
+        self._updates = self._replaced(self._updates, moved)
+
+    def _pull(self) -> None:
+        weight = self._penalty_now()
+        states = zip(self.sparse, self._split.anchor, self._split.support, strict=True)
+        moved = []
+        for i, anchor, support in states:
+            x, update = self.params[i], self._updates[i]
+            xp, wide = array_namespace(x), _wider(x, update)
+            after = xp.astype(x, wide, copy=False) + xp.astype(update, wide, copy=False)
+            found = pulled(after, anchor, support, weight)
+            change = found - xp.astype(x, found.dtype, copy=False)
+            # On the support the update stays as it is, bit for bit.
+            moved.append(xp.where(support, update, xp.astype(change, update.dtype, copy=False)))
         self._updates = self._replaced(self._updates, moved)
 
     def _mask_parameters(self) -> None:

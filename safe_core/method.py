@@ -166,9 +166,15 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
+        sparse: Sequence[Array] | None = None,
     ) -> list[Array]:
-        """Return the perturbation e of all trainable parameters; ``rho`` overrides the method's."""
-        return self.direction(params, gradients, step, rho=rho, layouts=layouts).perturbation()
+        """Return the perturbation e of all trainable parameters.
+
+        ``rho`` overrides the method's. A relative radius is in units of the root mean square of
+        the ``sparse`` parameters, by default of all.
+        """
+        found = self.direction(params, gradients, step, rho=rho, layouts=layouts, sparse=sparse)
+        return found.perturbation()
 
     def direction(
         self,
@@ -178,13 +184,17 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
+        sparse: Sequence[Array] | None = None,
     ) -> Direction:
-        """Return e as a factor and vectors, for an adapter that adds in place."""
+        """Return e of `perturb` as a factor and vectors, for an adapter that adds in place."""
         if self.perturbation is None:
             raise ValueError(f"perturbation must not be None to perturb, got {self!r}")
         if rho is None:
             rho = self.radius(step)
-        return self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
+        found = self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
+        if not self.perturbation.relative:
+            return found
+        return found.relative_to(params if sparse is None else sparse)
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, from the gradients at x and at x + e.

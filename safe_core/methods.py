@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _checks
-from .constraints import ADMM, AtEnd, HardThreshold, Mask
+from . import _checks, untuned
+from .constraints import ADMM, AtEnd, Constraint, HardThreshold, Mask
 from .importance import Importance
 from .method import Method
+from .patterns import as_pattern
 from .perturbations import ASAM, SAM, GradientAscent, Perturbation
 from .schedules import Schedule
 from .step import Evaluation, Point
@@ -18,9 +19,10 @@ __all__ = ["admm", "cram", "gmp", "iht", "imp_sam", "magnitude", "safe"]
 def safe(
     sparsity: Any,
     *,
-    rho: float | Schedule = 0.1,
-    penalty: float | Schedule = 1e-3,
-    dual_update_interval: int = 32,
+    steps: int | None = None,
+    rho: float | Schedule | None = None,
+    penalty: float | Schedule | None = None,
+    dual_update_interval: int | None = None,
     importance: Importance | None = None,
     adaptive: bool = False,
     relaxation: float = 1.0,
@@ -33,27 +35,41 @@ def safe(
 ) -> Method:
     """Return SAFE, which finds sparse and flat minima by ADMM; with an importance it is SAFE+.
 
-    SAFE solves ``min_{x in C} max_{|e| <= rho} f(x + e)``; see `Method` for the iteration.
-    For SAFE-Multi pass a `safe_core.schedules.random_sparsity` as the sparsity.
+    SAFE solves ``min_{x in C} max_{|e| <= rho} f(x + e)``; see `Method` for the iteration. Give
+    the number of optimizer steps T as ``steps``, and no other number is needed::
+
+        dual updates  every T / 140 steps, at most 32 apart
+        sparsity      rises along a cubic over the first half of the run
+        weights       off the support are pulled, see `Pull`, at 200 / T * (1 - cos(pi t / T))
+        radius        4 times the root mean square of the sparse weights, from 0 over T / 5 steps
+
+    Every number that is given replaces its derivation, and so does a sparsity that is a
+    schedule. Without ``steps`` the method is that of the paper, with its numbers. For SAFE-Multi
+    pass a `safe_core.schedules.random_sparsity` as the sparsity.
 
     Parameters
     ----------
     sparsity : float, str or pattern
         A fraction of zeros in [0, 1), ``"N:M"``, or `Unstructured`, `NM`, `Block` or
         `Channel`.
-    rho : float or schedule
-        Perturbation radius. The paper uses 0.1 for vision and 2e-4 for language models.
-    penalty : float or schedule
-        Penalty parameter lambda. The paper uses 1e-4 to 1e-1, with a cosine schedule for
-        vision and constant for language models. Higher sparsity needs a higher penalty.
-    dual_update_interval : int
-        Steps K between two dual updates. The paper uses 32.
+    steps : int, optional
+        Optimizer steps of the whole run, from which the numbers below are derived.
+    rho : float or schedule, optional
+        Perturbation radius; without ``steps``, 0.1 by default. The paper uses 0.1 for vision
+        and 2e-4 for language models.
+    penalty : float or schedule, optional
+        Penalty parameter lambda of `ADMM`, which takes the place of the pull; without ``steps``,
+        1e-3 by default. The paper uses 1e-4 to 1e-1, with a cosine schedule for vision and
+        constant for language models. Higher sparsity needs a higher penalty.
+    dual_update_interval : int, optional
+        Steps K between two dual updates; without ``steps``, 32 by default.
     importance : Importance, optional
         Source of P, for SAFE+.
     adaptive : bool
-        Whether the perturbation scales with each weight, as in `ASAM`.
+        Whether the perturbation scales with each weight, as in `ASAM`. It needs ``rho``.
     relaxation : float
-        Over-relaxation alpha in (0, 2); 1 is plain ADMM.
+        Over-relaxation alpha in (0, 2); 1 is plain ADMM. Another value needs a penalty, like
+        the next one.
     rescale_dual : bool
         Whether u is rescaled when the penalty changes, see `ADMM`.
     perturbation_interval, reuse : int, float
@@ -63,7 +79,7 @@ def safe(
         "bfloat16" needs 3 bytes of state per sparse parameter instead of 5, see `ADMM`.
     decoupled : bool
         Whether the penalty is a step of its own, as decoupled weight decay is, instead of
-        part of the gradient.
+        part of the gradient. It needs a penalty.
     projected_gradient : bool
         Whether every step adds ``grad f(C(x))``, a third gradient (SAFE+SG).
 
@@ -74,7 +90,7 @@ def safe(
     Raises
     ------
     TypeError, ValueError
-        As `Method`.
+        As `Method`, or if an argument needs another one that is not given.
 
     References
     ----------
@@ -82,26 +98,71 @@ def safe(
 
     Examples
     --------
+    >>> method = safe(sparsity=0.95, steps=14_000)
+    >>> [method.sparsity.schedule(t) for t in (0, 7_000)], method.constraint.dual_update_interval
+    ([0.0, 0.95], 32)
     >>> method = safe(sparsity=0.95, rho=0.1, penalty=1e-3)
     >>> method.sparsity
     Unstructured(sparsity=0.95, scope='global', distribution=None)
     """
     _checks.integer("perturbation_interval", perturbation_interval, low=1)
-    points = [Point.X, Point.PERTURBED]
-    return Method(
+    ball_options = {"interval": perturbation_interval, "reuse": reuse}
+    if steps is not None and rho is None:
+        if _checks.flag("adaptive", adaptive):
+            raise ValueError(f"rho must be given with adaptive={adaptive!r}, got None")
+        perturbation: Perturbation = untuned.ball(_positive(steps), **ball_options)
+    else:
+        perturbation = _ball(0.1 if rho is None else rho, adaptive, **ball_options)
+    pattern, constraint = _splitting(
         sparsity,
-        ADMM(
-            penalty,  # type: ignore[arg-type]
-            dual_update_interval,
-            relaxation=relaxation,
-            rescale_dual=rescale_dual,
-            state_dtype=state_dtype,
-            decoupled=decoupled,
-        ),
-        perturbation=_ball(rho, adaptive, interval=perturbation_interval, reuse=reuse),
-        importance=importance,
-        evaluations=_evaluations(points, projected_gradient),
+        steps,
+        penalty,
+        dual_update_interval,
+        state_dtype,
+        relaxation=relaxation,
+        rescale_dual=rescale_dual,
+        decoupled=decoupled,
     )
+    return Method(
+        pattern,
+        constraint,
+        perturbation=perturbation,
+        importance=importance,
+        evaluations=_evaluations([Point.X, Point.PERTURBED], projected_gradient),
+    )
+
+
+def _splitting(
+    sparsity: Any,
+    steps: int | None,
+    penalty: float | Schedule | None,
+    interval: int | None,
+    state_dtype: str | None,
+    **options: Any,
+) -> tuple[Any, Constraint]:
+    """Return the sparsity and the constraint, with what is not given derived from ``steps``."""
+    if steps is None:
+        penalty = 1e-3 if penalty is None else penalty
+        interval = 32 if interval is None else interval
+        return sparsity, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
+    if interval is None:
+        interval = untuned.interval(_positive(steps))
+    _checks.integer("dual_update_interval", interval, low=1)
+    pattern = untuned.rising(as_pattern(sparsity), _positive(steps), interval)
+    if penalty is not None:
+        return pattern, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
+    plain = ADMM()
+    for name, value in options.items():
+        if value != getattr(plain, name):
+            raise ValueError(
+                f"{name} must be left out unless penalty is given, because it belongs to the "
+                f"penalty of ADMM and not to the pull, got {value!r}"
+            )
+    return pattern, untuned.pull(steps, interval, state_dtype)
+
+
+def _positive(steps: Any) -> int:
+    return _checks.integer("steps", steps, low=1)
 
 
 def _ball(rho: Any, adaptive: Any, **options: Any) -> Perturbation:
@@ -120,8 +181,9 @@ def _evaluations(points: list[Point], projected_gradient: Any) -> tuple[Evaluati
 def admm(
     sparsity: Any,
     *,
-    penalty: float | Schedule = 1e-3,
-    dual_update_interval: int = 32,
+    steps: int | None = None,
+    penalty: float | Schedule | None = None,
+    dual_update_interval: int | None = None,
     importance: Importance | None = None,
     relaxation: float = 1.0,
     rescale_dual: bool = False,
@@ -135,8 +197,8 @@ def admm(
 
     Parameters
     ----------
-    sparsity, penalty, dual_update_interval, importance, relaxation
-        See `safe`.
+    sparsity, steps, penalty, dual_update_interval, importance, relaxation
+        See `safe`. With ``steps`` the same numbers are derived.
     rescale_dual, state_dtype, decoupled, projected_gradient
         See `safe`.
 
@@ -159,16 +221,19 @@ def admm(
     >>> admm("2:4", penalty=1e-2).plan().perturbs
     False
     """
-    return Method(
+    pattern, constraint = _splitting(
         sparsity,
-        ADMM(
-            penalty,  # type: ignore[arg-type]
-            dual_update_interval,
-            relaxation=relaxation,
-            rescale_dual=rescale_dual,
-            state_dtype=state_dtype,
-            decoupled=decoupled,
-        ),
+        steps,
+        penalty,
+        dual_update_interval,
+        state_dtype,
+        relaxation=relaxation,
+        rescale_dual=rescale_dual,
+        decoupled=decoupled,
+    )
+    return Method(
+        pattern,
+        constraint,
         importance=importance,
         evaluations=_evaluations([Point.X], projected_gradient),
     )

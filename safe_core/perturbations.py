@@ -103,6 +103,16 @@ class Direction(NamedTuple):
         length = xp.where(self.usable, self.length, xp.ones_like(self.length))
         return scalar_like(self.rho, length) / length
 
+    def relative_to(self, arrays: Sequence[Array]) -> Direction:
+        """Return the direction with a radius of rho times the root mean square of the arrays."""
+        xp = array_namespace(self.length)
+        count = sum(math.prod(array.shape) for array in arrays)
+        size = xp.astype(norm(arrays), self.length.dtype, copy=False) / math.sqrt(max(count, 1))
+        # A size of zero gives an infinite length, which is not usable: e is zero then.
+        ones = xp.ones_like(size)
+        length = xp.where(size > 0, self.length / xp.where(size > 0, size, ones), ones * math.inf)
+        return self._replace(length=length)
+
     def perturbation(self) -> list[Array]:
         """Return ``e``, which is zero if the length is not usable.
 
@@ -242,6 +252,9 @@ class Perturbation:
     interval: int = field(default=1, kw_only=True)
     reuse: float = field(default=0.0, kw_only=True)
 
+    relative: ClassVar[bool] = False
+    """Whether rho is in units of the root mean square of the sparse weights."""
+
     is_scale_free: ClassVar[bool] = True
     """Whether e stays the same when the loss is multiplied by a positive number."""
 
@@ -303,6 +316,10 @@ class SAM(Perturbation):
     ----------
     rho : float or schedule
         Perturbation radius, in the unit of the parameters.
+    relative : bool
+        Whether the radius is ``rho`` times the root mean square of the sparse weights at every
+        step; keyword-only. The radius then suits networks of any size and scale: e is rho times
+        as long as a typical weight.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
         others, see `Perturbation`; keyword-only.
@@ -323,6 +340,12 @@ class SAM(Perturbation):
     >>> SAM(0.1).perturbation([numpy.zeros(2)], [numpy.asarray([3.0, 4.0])], rho=0.1)
     [array([0.06, 0.08])]
     """
+
+    relative: bool = field(default=False, kw_only=True)  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.flag("relative", self.relative)
 
     def direction(
         self,

@@ -64,6 +64,7 @@ class Operation(enum.Enum):
     MEASURE_PULL = "p <- learning rate * penalty(t) * (x - anchor)"
     BASE_STEP = "x <- base optimizer step with g"
     APPLY_PULL = "x <- x - p"
+    PULL = "off the support: x <- x - (1 - exp(-penalty(t))) * (x - anchor)"
     MASK_PARAMETERS = "x <- x on the support, 0 off it"
     UPDATE_STATE = "where due: refresh the importance, then update anchor and support"
     PROJECT_PARAMETERS = "where due: x <- x on the support, 0 off it"
@@ -119,6 +120,11 @@ class StepPlan:
     def needs_learning_rate(self) -> bool:
         """Whether an operation reads the learning rate of the base optimizer."""
         return Operation.MEASURE_PULL in self.operations
+
+    @property
+    def moves_after_base(self) -> bool:
+        """Whether an operation moves parameters off the path of the base optimizer."""
+        return not {Operation.APPLY_PULL, Operation.PULL}.isdisjoint(self.operations)
 
     def without_radius(self) -> StepPlan:
         """Return the plan for a radius of 0, without the gradient at x + e.

@@ -278,7 +278,7 @@ def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> No
     check these.
     """
     concrete = all(backend_of(mask).is_concrete(mask) for mask in support)
-    if method.sparsity.schedule is not None or not concrete:
+    if method.sparsity.changes or not concrete:
         return
     if not is_projected(support, method.sparsity, tree.info):
         raise ValueError(

@@ -131,13 +131,14 @@ def refuse_training_mode(run: Run, call: str) -> None:
 
 
 def _refuse_pull(run: Run) -> None:
-    """Raise for a decoupled penalty, which moves the parameters outside the base step.
+    """Raise for a penalty that moves the parameters outside the base step.
 
     The base does not know of this move when it computes the parameters that it evaluates. A mask
     is harmless, because it also masks the gradients.
     """
-    if run.method.plan().needs_learning_rate and not run.frozen:
+    if run.method.plan().moves_after_base and not run.frozen:
         raise ValueError(
-            f"method must have decoupled=False with {type(run.base).__name__}, which evaluates "
-            f"other parameters than it trains, got {run.method!r}"
+            f"method must add its penalty to the gradient with {type(run.base).__name__}, which "
+            "evaluates other parameters than it trains (give penalty= and leave decoupled=False), "
+            f"got {run.method!r}"
         )

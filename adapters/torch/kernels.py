@@ -7,11 +7,13 @@ operation on a DTensor would pay for its dispatch, and these need no communicati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safe_core import SplitState
 from safe_core.backends.torch_sharding import is_sharded, local, summed
 from safe_core.perturbations import Direction
 
@@ -25,6 +27,7 @@ __all__ = [
     "local_shards",
     "mask_",
     "move_traced_",
+    "pull_",
     "pulls",
     "subtract_",
 ]
@@ -157,6 +160,24 @@ def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
     for x, pull in zip(local_shards(params), pulled, strict=True):
         x.copy_(_widened(x) - pull)
+
+
+def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
+    """Move ``x <- x - (1 - exp(-penalty)) * (x - anchor)`` off the support.
+
+    It computes in float32 or wider, see `safe_core.constraints.pull.pulled`.
+    """
+    params, anchors, supports = map(local_shards, (params, split.anchor, split.support))
+    params, anchors, supports = _cut(params, anchors, supports)
+    for i in _groups(params):
+        wide = [_widened(x) for x in params[i]]
+        gaps = torch._foreach_sub(wide, anchors[i])
+        for gap, support in zip(gaps, supports[i], strict=True):
+            gap.masked_fill_(support, 0)
+        torch._foreach_add_(wide, gaps, alpha=math.expm1(-penalty))
+        for x, moved in zip(params[i], wide, strict=True):
+            if moved is not x:
+                x.copy_(moved)
 
 
 def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:

@@ -281,7 +281,11 @@ class Phases:
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
         self._warn_of_rounding(params, gradients, radii)
         direction = run.method.direction(
-            params, gradients, run.steps, layouts=self._layouts(params)
+            params,
+            gradients,
+            run.steps,
+            layouts=self._layouts(params),
+            sparse=[p.detach() for p in run.active()],
         )
         # One call per radius: the norm is shared by all groups, only the length differs.
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
@@ -325,7 +329,10 @@ class Phases:
         if widest == 0:
             return
         layouts = self._layouts(params)
-        steps = run.method.perturb(params, gradients, run.steps, rho=widest, layouts=layouts)
+        sparse = [p.detach() for p in run.active()]
+        steps = run.method.perturb(
+            params, gradients, run.steps, rho=widest, layouts=layouts, sparse=sparse
+        )
         length = float(norm(steps))
         if length == 0:  # the gradient is zero or not finite: check at a later step
             return

@@ -132,6 +132,13 @@ class _Step:
     def apply_pull(self) -> None:
         kernels.subtract_(self.sparse, [self.pulls[p] for p in self.sparse])
 
+    def pull(self) -> None:
+        run = self.run
+        penalties = run.signed("penalty")
+        for penalty in {abs(penalties[p]) for p in self.sparse}:
+            mine = [p for p in self.sparse if abs(penalties[p]) == penalty]
+            kernels.pull_(mine, run.parameters.split(mine), penalty)
+
     def mask_parameters(self) -> None:
         self.run.mask(self.sparse, self.sparse)
 

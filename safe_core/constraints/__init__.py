@@ -10,5 +10,15 @@ from .at_end import AtEnd
 from .base import ArrayInfo, Constraint, SplitState
 from .hard import HardThreshold
 from .mask import Mask
+from .pull import Pull
 
-__all__ = ["ADMM", "ArrayInfo", "AtEnd", "Constraint", "HardThreshold", "Mask", "SplitState"]
+__all__ = [
+    "ADMM",
+    "ArrayInfo",
+    "AtEnd",
+    "Constraint",
+    "HardThreshold",
+    "Mask",
+    "Pull",
+    "SplitState",
+]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core.backends import Array
-from safe_core.patterns import Pattern
-from safe_core.schedules import Schedule, as_schedule
+from safe_core.schedules import Schedule
 from safe_core.step import Operation
 
 from . import splitting
-from .base import ArrayInfo, Constraint, SplitState
+from .base import SplitState
+from .dual import DualUpdates
 
 __all__ = ["ADMM"]
 
 
 @dataclass(frozen=True)
-class ADMM(Constraint):
+class ADMM(DualUpdates):
     """Constraint that couples x to a sparse copy z by a penalty and a dual variable u.
 
     Every step adds ``penalty(t) * (x - z + u)`` to the gradient. After every
@@ -78,11 +76,8 @@ class ADMM(Constraint):
     state_dtype: str | None = None
     decoupled: bool = False
 
-    has_anchor: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
-        _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
+        self.check_fields()
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
         for name in ("rescale_dual", "decoupled"):
@@ -92,17 +87,11 @@ class ADMM(Constraint):
                 "penalty must be known to stay positive after step 0, because rescale_dual "
                 f"divides by it, got {self.penalty!r}"
             )
-        _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
         if self.rescale_dual and self.state_dtype is not None:
             raise ValueError(
                 "state_dtype must be None under rescale_dual, which changes the stored u at "
                 f"every step, got {self.state_dtype!r}"
             )
-
-    @property
-    def anchor_dtype(self) -> str | None:  # type: ignore[override]
-        """The dtype of anchors."""
-        return self.state_dtype
 
     @property
     def allows_other_penalty(self) -> bool:  # type: ignore[override]
@@ -121,73 +110,6 @@ class ADMM(Constraint):
         """Operations after the base step: apply the pull of a decoupled penalty."""
         return (Operation.APPLY_PULL,) if self.decoupled else ()
 
-    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
-        """Return whether a dual update follows ``step``."""
-        return every(self.dual_update_interval, step)
-
-    def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if no dual update has happened, or the penalty was still rising."""
-        if steps >= self.dual_update_interval:
-            return self._penalty_left(steps)
-        return (
-            f"no dual update happened in {steps} steps, fewer than dual_update_interval="
-            f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
-            "first weights (train longer or choose a smaller interval)"
-        )
-
-    def _penalty_left(self, steps: int) -> str:
-        """Return a text if the penalty was below half of its value at the end of its schedule."""
-        planned = getattr(self.penalty, "steps", None)
-        if not isinstance(planned, int) or steps >= planned:
-            return ""
-        last, end = float(self.penalty(steps - 1)), float(self.penalty(planned))
-        if last >= end / 2:
-            return ""
-        return (
-            f"the penalty was at {last:.3g} of {end:.3g} after {steps} steps, because its schedule "
-            f"is {planned} steps long (train longer, or give the schedule the steps of the run)"
-        )
-
-    def init(
-        self,
-        params: Sequence[Array],
-        pattern: Pattern,
-        info: ArrayInfo,
-        importance: Sequence[Array | None] | None = None,
-    ) -> SplitState:
-        """Return the state with ``z = proj(x_0)`` and ``u = 0``."""
-        return splitting.init(
-            params, pattern, info, importance=importance, state_dtype=self.state_dtype
-        )
-
-    def update(
-        self,
-        params: Sequence[Array],
-        split: SplitState,
-        pattern: Pattern,
-        info: ArrayInfo,
-        step: int | Array,
-        importance: Sequence[Array | None] | None = None,
-        *,
-        workspace: Sequence[Array] | None = None,
-    ) -> SplitState:
-        """Return the state after the dual update that follows ``step``."""
-        return splitting.dual_update(
-            params,
-            split,
-            pattern,
-            info,
-            importance=importance,
-            relaxation=self.relaxation,
-            step=step + 1,
-            state_dtype=self.state_dtype,
-            workspace=workspace,
-        )
-
-    def exact(self) -> ADMM:
-        """Return the constraint with anchors that are not rounded, for reports."""
-        return replace(self, state_dtype=None)
-
     def rescale(self, split: SplitState, step: int | Array) -> SplitState:
         """Return the state with u rescaled for the penalty of ``step``."""
         # Step 0 has no penalty before it; its schedule may even start at 0.
@@ -201,8 +123,3 @@ class ADMM(Constraint):
 
     def _ratio(self, step: int | Array) -> float | Array:
         return self.penalty(step - 1) / self.penalty(step)
-
-
-def every(interval: int, step: int | Array) -> bool | Array:
-    """Return whether ``step`` is the last of ``interval`` steps, as steps K - 1, 2 K - 1, ..."""
-    return interval == 1 or (step + 1) % interval == 0

@@ -9,7 +9,7 @@ from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.patterns import Pattern
 
-from .admm import every
+from .dual import every
 from .base import Constraint
 
 __all__ = ["AtEnd"]

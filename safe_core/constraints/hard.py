@@ -9,7 +9,7 @@ from safe_core.backends import Array
 from safe_core.patterns import Pattern
 from safe_core.step import Operation
 
-from .admm import every
+from .dual import every
 from .base import Constraint
 
 __all__ = ["HardThreshold"]

@@ -28,7 +28,7 @@ class Mask(Constraint):
     Raises
     ------
     ValueError
-        If the sparsity of the pattern is drawn at random.
+        If the sparsity of the pattern is drawn at random, or is a schedule by name.
 
     References
     ----------
@@ -59,7 +59,12 @@ class Mask(Constraint):
         return (Operation.PROJECT_PARAMETERS,)
 
     def check(self, pattern: Pattern) -> None:
-        """Raise ValueError if the sparsity is drawn at random, since it must never decrease."""
+        """Raise ValueError if the sparsity is drawn at random, or changes for each array apart.
+
+        A mask must never lose a zero, and all masks change at the same steps.
+        """
+        if pattern.changes and pattern.schedule is None:
+            raise ValueError(f"sparsity must not change by name for a mask, got {pattern!r}")
         if pattern.schedule is not None and pattern.schedule.is_random:
             raise ValueError(
                 "sparsity must not be drawn at random for a mask, which never lets a weight come "

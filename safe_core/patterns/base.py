@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from safe_core import _checks
 from safe_core.backends import Array, backend_of
 from safe_core.layout import Layout
-from safe_core.sparsity_tables import SparsityTable
+from safe_core.sparsity_tables import SparsityTable, cubic
 
 from .counts import kept_counts
 from .pools import in_pools, keep_within
@@ -76,6 +76,20 @@ class Pattern:
     def fractions(self) -> tuple[Fraction, ...]:
         """Return the fraction of zeros at every stage of the schedule, exactly."""
         raise NotImplementedError
+
+    @property
+    def changes(self) -> bool:
+        """Whether the sparsity of some array changes from step to step."""
+        return self.schedule is not None
+
+    def rising(self, steps: int, every: int) -> Pattern:
+        """Return the pattern with a sparsity that rises along a cubic to its final value.
+
+        ``steps`` is the length of the rise and ``every`` the steps between two changes. A
+        pattern without a sparsity in between, such as N:M, and one whose sparsity changes
+        already are returned as they are.
+        """
+        return self
 
     def stage(self, step: int | Array | None) -> int | Array:
         """Return the index into `fractions` at ``step``, or the last index if None."""
@@ -181,6 +195,13 @@ class FractionPattern(Pattern):
         if self.schedule is not None:
             return tuple(self.schedule.table)
         return (_checks.decimal_fraction(self._sparsity),)
+
+    def rising(self, steps: int, every: int) -> Pattern:
+        """Return the pattern with a sparsity that rises along a cubic to its final value."""
+        if self.schedule is not None or not self._sparsity:
+            return self
+        schedule = cubic(float(self._sparsity), steps=steps, every=every)
+        return replace(self, sparsity=schedule)  # type: ignore[call-arg]
 
     def describe(self) -> str:
         """Return a short text for tables, such as ``"0.9 of Channel, scope tensor"``."""

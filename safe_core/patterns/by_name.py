@@ -35,7 +35,7 @@ class ByName(Pattern):
     Raises
     ------
     TypeError, ValueError
-        If a value is not a pattern, or has a sparsity schedule, or an array is not named.
+        If a value is not a pattern, or an array is not named.
 
     Examples
     --------
@@ -58,9 +58,8 @@ class ByName(Pattern):
                 pattern = as_pattern(value, self.scope)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
-            if isinstance(pattern, ByName) or pattern.schedule is not None:
-                kind = "a pattern by name" if isinstance(pattern, ByName) else "a schedule"
-                raise ValueError(f"{name} must have one constant sparsity, got {kind}, {value!r}")
+            if isinstance(pattern, ByName):
+                raise ValueError(f"{name} must not be a pattern by name itself, got {value!r}")
             return pattern
 
         pairs = dict(self.patterns)
@@ -101,6 +100,17 @@ class ByName(Pattern):
     def couples_arrays(self) -> bool:
         """Whether the mask of one array depends on the other arrays."""
         return any(pattern.couples_arrays for pattern in self._all)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the sparsity of some array changes from step to step."""
+        return any(pattern.changes for pattern in self._all)
+
+    def rising(self, steps: int, every: int) -> ByName:
+        """Return the pattern in which the sparsity of every array rises."""
+        named = {name: pattern.rising(steps, every) for name, pattern in self._by_name.items()}
+        default = None if self.default is None else self.default.rising(steps, every)
+        return ByName(named, default, self.scope)
 
     @property
     def named_arrays(self) -> tuple[str, ...]:

@@ -1,0 +1,114 @@
+"""Base class of constraints that keep a sparse copy z and a dual variable u."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Self
+
+from safe_core import _checks
+from safe_core.backends import Array
+from safe_core.patterns import Pattern
+from safe_core.schedules import Schedule, as_schedule
+
+from . import splitting
+from .base import ArrayInfo, Constraint, SplitState
+
+__all__ = ["DualUpdates", "every"]
+
+
+class DualUpdates(Constraint):
+    """Constraint that starts at ``z = proj(x_0)``, ``u = 0`` and updates both every K steps.
+
+    A subclass is a dataclass with the fields below, and adds the operations that bring x to z.
+    """
+
+    penalty: Schedule  # type: ignore[misc]
+    dual_update_interval: int
+    state_dtype: str | None
+    relaxation: float = 1.0
+
+    has_anchor: ClassVar[bool] = True
+
+    def check_fields(self) -> None:
+        """Check the fields that every subclass has, and read the penalty as a schedule."""
+        object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
+        _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
+        _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
+
+    @property
+    def anchor_dtype(self) -> str | None:  # type: ignore[override]
+        """The dtype of anchors."""
+        return self.state_dtype
+
+    def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
+        """Return whether a dual update follows ``step``."""
+        return every(self.dual_update_interval, step)
+
+    def unfinished(self, pattern: Pattern, steps: int) -> str:
+        """Return a text if no dual update has happened, or the penalty was still rising."""
+        if steps >= self.dual_update_interval:
+            return self._penalty_left(steps)
+        return (
+            f"no dual update happened in {steps} steps, fewer than dual_update_interval="
+            f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
+            "first weights (train longer or choose a smaller interval)"
+        )
+
+    def _penalty_left(self, steps: int) -> str:
+        """Return a text if the penalty was below half of its value at the end of its schedule."""
+        planned = getattr(self.penalty, "steps", None)
+        if not isinstance(planned, int) or steps >= planned:
+            return ""
+        last, end = float(self.penalty(steps - 1)), float(self.penalty(planned))
+        if last >= end / 2:
+            return ""
+        return (
+            f"the penalty was at {last:.3g} of {end:.3g} after {steps} steps, because its schedule "
+            f"is {planned} steps long (train longer, or give the schedule the steps of the run)"
+        )
+
+    def init(
+        self,
+        params: Sequence[Array],
+        pattern: Pattern,
+        info: ArrayInfo,
+        importance: Sequence[Array | None] | None = None,
+    ) -> SplitState:
+        """Return the state with ``z = proj(x_0)`` and ``u = 0``."""
+        return splitting.init(
+            params, pattern, info, importance=importance, state_dtype=self.state_dtype
+        )
+
+    def update(
+        self,
+        params: Sequence[Array],
+        split: SplitState,
+        pattern: Pattern,
+        info: ArrayInfo,
+        step: int | Array,
+        importance: Sequence[Array | None] | None = None,
+        *,
+        workspace: Sequence[Array] | None = None,
+    ) -> SplitState:
+        """Return the state after the dual update that follows ``step``."""
+        return splitting.dual_update(
+            params,
+            split,
+            pattern,
+            info,
+            importance=importance,
+            relaxation=self.relaxation,
+            step=step + 1,
+            state_dtype=self.state_dtype,
+            workspace=workspace,
+        )
+
+    def exact(self) -> Self:
+        """Return the constraint with anchors that are not rounded, for reports."""
+        return replace(self, state_dtype=None)  # type: ignore[type-var]
+
+
+def every(interval: int, step: int | Array) -> bool | Array:
+    """Return whether ``step`` is the last of ``interval`` steps, as steps K - 1, 2 K - 1, ..."""
+    return interval == 1 or (step + 1) % interval == 0

@@ -1,0 +1,63 @@
+"""Derive the numbers of SAFE from the number of steps.
+
+The constants below were chosen on scikit-learn's digits with LeNet-300-100 (docs/untuned.md has the
+tables), and hold for every network, base optimizer and length of a run.
+"""
+
+from __future__ import annotations
+
+from .constraints import Pull
+from .patterns import Pattern
+from .perturbations import SAM
+from .schedules import cosine, linear
+
+__all__ = ["ball", "interval", "pull", "rising"]
+
+UPDATES = 140
+"""Dual updates of a run. Fewer leave too little time to replace a weight."""
+
+LONGEST_INTERVAL = 32
+"""Steps between two dual updates at most, as in the paper."""
+
+CONTRACTION = 200.0
+"""Sum of the rates of the pull: the gap shrinks by exp(-200) in all, of which exp(-100) comes
+after the sparsity has risen. From 50 to 800 the accuracy hardly changes."""
+
+RISE = 0.5
+"""Fraction of the run over which the sparsity rises."""
+
+RADIUS = 4.0
+"""Radius of the perturbation, in units of the root mean square of the sparse weights."""
+
+WARM_UP = 0.2
+"""Fraction of the run over which the radius rises from 0. A full radius from the start can keep
+a network from learning anything."""
+
+
+def interval(steps: int) -> int:
+    """Return the steps between two dual updates."""
+    return min(max(round(steps / UPDATES), 1), LONGEST_INTERVAL)
+
+
+def pull(steps: int, every: int, state_dtype: str | None = None) -> Pull:
+    """Return the pull with the rate ``CONTRACTION / T * (1 - cos(pi t / T))``."""
+    return Pull(cosine(2 * CONTRACTION / steps, steps), every, state_dtype)
+
+
+def ball(steps: int, **options: float) -> SAM:
+    """Return the perturbation, whose relative radius rises linearly at first."""
+    radius = linear(RADIUS, steps=max(round(WARM_UP * steps), 1))
+    return SAM(radius, relative=True, **options)  # type: ignore[arg-type]
+
+
+def rising(pattern: Pattern, steps: int, every: int) -> Pattern:
+    """Return the pattern with a sparsity that rises along a cubic over the first half.
+
+    Its stages change at dual updates. A pattern whose sparsity changes already, and an N:M
+    pattern, which has no sparsity in between, stay as they are.
+    """
+    stages = max(round(RISE * steps / every), 1)
+    # At most 100 stages: every stage costs a count per pool.
+    together = -(-stages // 100)
+    length = every * together * max(round(stages / together), 1)
+    return pattern.rising(length, every * together)
