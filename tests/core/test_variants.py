@@ -28,7 +28,8 @@ from safe_core.adapters.torch import trainers as torch_trainers
 from safe_core.functional import FunctionalStep, start
 from safe_core.reconstruction import Reconstruction
 
-NAMES = ["sg multi", "decoupled", "iht", "gmp", "imp", "magnitude", "cram", "cram plus multi"]
+NAMES = ["sg multi", "decoupled", "pull", "relative radius", "untuned safe", "untuned admm", "iht"]
+NAMES += ["gmp", "imp", "magnitude", "cram", "cram plus multi"]
 CUBIC = schedules.cubic(0.6, steps=4)
 every_case = pytest.mark.parametrize("name", NAMES)
 
@@ -73,7 +74,7 @@ def test_the_parts_of_a_method_make_its_steps(name: str, xp: Backend) -> None:
     method, recipe = linear_problem.CASES[name]
     points = linear_problem.trajectory(linear_problem.Problem.make(), recipe)
     for (w, support), point in zip(Loop(method, xp).run(), points, strict=True):
-        np.testing.assert_allclose(w, point.weight, rtol=1e-11)
+        np.testing.assert_allclose(w, point.weight, rtol=1e-11, atol=1e-15)
         np.testing.assert_array_equal(support, point.z != 0)
 
 

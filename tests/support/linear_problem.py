@@ -61,6 +61,8 @@ class Recipe(NamedTuple):
     compressed: bool = False
     added: str = ""  # "x" or "C(x)"
     decoupled: bool = False
+    relative: bool = False
+    pulled: bool = False
     after: str = "dual"  # or "hard", "mask", "nothing"
 
 
@@ -91,9 +93,10 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2)) if recipe.normalised else 1
         first = np.concatenate([gw.ravel(), gb])
         if t % recipe.perturbed_every == 0:
-            moved = w + recipe.rho(t) * scale**2 * gw / length
+            rho = recipe.rho(t) * (np.sqrt(np.mean(w**2)) if recipe.relative else 1)
+            moved = w + rho * scale**2 * gw / length
             gw, gb = gradient(
-                keep(moved, t) if recipe.compressed else moved, b + recipe.rho(t) * gb / length
+                keep(moved, t) if recipe.compressed else moved, b + rho * gb / length
             )
             second = np.concatenate([gw.ravel(), gb])
             flat = second - (second @ first) / (first @ first) * first
@@ -105,12 +108,15 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         if recipe.added:
             added = (g0w, g0b) if recipe.added == "x" else gradient(keep(w, t), b)
             gw, gb = gw + added[0], gb + added[1]
-        pull = recipe.penalty(t) * (w - z + u) if recipe.after == "dual" else np.zeros_like(w)
+        has_penalty = recipe.after == "dual" and not recipe.pulled
+        pull = recipe.penalty(t) * (w - z + u) if has_penalty else np.zeros_like(w)
         w_buffer = MOMENTUM * w_buffer + (gw if recipe.decoupled else gw + pull)
         b_buffer = MOMENTUM * b_buffer + gb
         w, b = w - RATE * w_buffer, b - RATE * b_buffer
         if recipe.decoupled:
             w = w - RATE * pull
+        if recipe.pulled:
+            w = np.where(z != 0, w, w - (1 - math.exp(-recipe.penalty(t))) * (w - z + u))
         if recipe.after == "mask":
             w = np.where(z != 0, w, 0)
             if recipe.sparsity(t + 1) != recipe.sparsity(t):
@@ -149,6 +155,19 @@ def gradual(power: int) -> Callable[[int], Fraction]:
     return lambda t: Fraction(6, 10) * (1 - (1 - stage(t)) ** power)
 
 
+def untuned(method: safe_core.Method, *, perturbs: bool) -> tuple[safe_core.Method, Recipe]:
+    """Return a method made from a number of steps, with the schedules that were derived."""
+    schedule, constraint, e = method.sparsity.schedule, method.constraint, method.perturbation
+    return method, Recipe(
+        rho=e.rho if perturbs else lambda t: 0.0,
+        penalty=constraint.penalty,
+        interval=constraint.dual_update_interval,
+        sparsity=lambda t: schedule.table[schedule.stage(t)],
+        relative=True,
+        pulled=True,
+    )
+
+
 CASES = {
     "safe": (_method(), Recipe()),
     "admm": (
@@ -182,6 +201,18 @@ CASES = {
         Recipe(added="C(x)", sparsity=drawn),
     ),
     "decoupled": (_method(decoupled=True), Recipe(decoupled=True)),
+    "pull": (
+        safe_core.Method(0.6, safe_core.Pull(0.3, 3), perturbation=safe_core.SAM(0.2)),
+        Recipe(pulled=True),
+    ),
+    "relative radius": (
+        safe_core.Method(
+            0.6, safe_core.ADMM(0.3, 3), perturbation=safe_core.SAM(0.4, relative=True)
+        ),
+        Recipe(rho=lambda t: 0.4, relative=True),
+    ),
+    "untuned safe": untuned(safe_core.safe(0.6, steps=2 * STEPS), perturbs=True),
+    "untuned admm": untuned(safe_core.admm(0.6, steps=2 * STEPS), perturbs=False),
     "iht": (
         safe_core.iht(0.6, interval=3, importance=SquaredGradient(0.7)),
         Recipe(rho=lambda t: 0.0, decay=0.7, after="hard"),
