@@ -50,7 +50,7 @@ class Method:
         Pattern that x must have at the end. It defines the set C of sparse points. A fraction
         of zeros or ``"N:M"`` is accepted.
     constraint : Constraint
-        How training brings x to C: `ADMM`, `HardThreshold`, `Mask` or `AtEnd`.
+        How training brings x to C: `ADMM`, `Pull`, `HardThreshold`, `Mask` or `AtEnd`.
     perturbation : Perturbation or None
         How e follows from the gradient, and at which steps. None takes no second gradient.
     importance : Importance or None
@@ -84,7 +84,7 @@ class Method:
         object.__setattr__(self, "sparsity", as_pattern(self.sparsity))
         if not isinstance(self.constraint, Constraint):
             raise TypeError(
-                "constraint must be ADMM(), HardThreshold(), Mask(), AtEnd() or another "
+                "constraint must be ADMM(), Pull(), HardThreshold(), Mask(), AtEnd() or another "
                 f"Constraint, got {_checks.shown(self.constraint)}"
             )
         if self.perturbation is not None and not isinstance(self.perturbation, Perturbation):
@@ -171,7 +171,7 @@ class Method:
         """Return the perturbation e of all trainable parameters.
 
         ``rho`` overrides the method's. A relative radius is in units of the root mean square of
-        the ``sparse`` parameters, by default of all.
+        the ``sparse`` parameters; of all, if none are given.
         """
         found = self.direction(params, gradients, step, rho=rho, layouts=layouts, sparse=sparse)
         return found.perturbation()
@@ -194,7 +194,7 @@ class Method:
         found = self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
         if not self.perturbation.relative:
             return found
-        return found.relative_to(params if sparse is None else sparse)
+        return found.relative_to(sparse or params)
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, from the gradients at x and at x + e.

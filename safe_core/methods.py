@@ -151,9 +151,9 @@ def _splitting(
     pattern = untuned.rising(as_pattern(sparsity), _positive(steps), interval)
     if penalty is not None:
         return pattern, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
-    plain = ADMM()
+    given, plain = ADMM(**options), ADMM()  # which checks their types
     for name, value in options.items():
-        if value != getattr(plain, name):
+        if getattr(given, name) != getattr(plain, name):
             raise ValueError(
                 f"{name} must be left out unless penalty is given, because it belongs to the "
                 f"penalty of ADMM and not to the pull, got {value!r}"

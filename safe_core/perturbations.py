@@ -108,9 +108,9 @@ class Direction(NamedTuple):
         xp = array_namespace(self.length)
         count = sum(math.prod(array.shape) for array in arrays)
         size = xp.astype(norm(arrays), self.length.dtype, copy=False) / math.sqrt(max(count, 1))
-        # A size of zero gives an infinite length, which is not usable: e is zero then.
-        ones = xp.ones_like(size)
-        length = xp.where(size > 0, self.length / xp.where(size > 0, size, ones), ones * math.inf)
+        known, one = (size > 0) & xp.isfinite(size), xp.ones_like(size)
+        # A length of 0 is not usable, so e is zero where the arrays have no size.
+        length = xp.where(known, self.length / xp.where(known, size, one), xp.zeros_like(size))
         return self._replace(length=length)
 
     def perturbation(self) -> list[Array]:

@@ -9,8 +9,8 @@ from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.patterns import Pattern
 
-from .dual import every
 from .base import Constraint
+from .dual import every
 
 __all__ = ["AtEnd"]
 

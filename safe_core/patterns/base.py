@@ -200,7 +200,7 @@ class FractionPattern(Pattern):
         """Return the pattern with a sparsity that rises along a cubic to its final value."""
         if self.schedule is not None or not self._sparsity:
             return self
-        schedule = cubic(float(self._sparsity), steps=steps, every=every)
+        schedule = cubic(self._sparsity, steps=steps, every=every)
         return replace(self, sparsity=schedule)  # type: ignore[call-arg]
 
     def describe(self) -> str:

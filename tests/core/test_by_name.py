@@ -55,7 +55,10 @@ def test_a_mapping_is_a_pattern_by_name():
         (ByName({"e": 0.5}, default=0.5), "sparsity must name sparse arrays.*got arrays\\['e'\\]"),
         ({"a": "24"}, "patterns of 'a': sparsity must be a number"),
         ({}, "patterns must be a mapping of names"),
-        ({"a": ByName({"b": 0.5})}, "one constant sparsity, got a pattern by name"),
+        (
+            {"a": ByName({"b": 0.5})},
+            "patterns of .a. must not be a pattern by name itself, got ByName",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(given, message):

@@ -139,6 +139,17 @@ def test_a_schedule_that_has_not_ended_is_reported(
     assert text in "".join(found)
 
 
+@pytest.mark.parametrize("constraint", [ADMM(dual_update_interval=1), AtEnd()])
+def test_a_schedule_of_one_array_that_has_not_ended_is_reported_once(
+    constraint: Constraint,
+) -> None:
+    named = {"a": 0.5, "b": RISING, "c": safe_core.Channel(RISING.sparsity)}
+    pattern = safe_core.ByName(named, default="2:4")
+    (text,) = messages(removed()._replace(steps=9), constraint, [pattern])
+    assert text == "finalize: the schedule was at sparsity 0.45 of 0.5 after 9 steps"
+    assert not messages(removed()._replace(steps=10), constraint, [pattern])
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_an_importance_that_saw_nothing_is_reported(steps: int) -> None:
     source, found = SquaredGradient(), removed(0.5)._replace(steps=steps)

@@ -95,9 +95,7 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         if t % recipe.perturbed_every == 0:
             rho = recipe.rho(t) * (np.sqrt(np.mean(w**2)) if recipe.relative else 1)
             moved = w + rho * scale**2 * gw / length
-            gw, gb = gradient(
-                keep(moved, t) if recipe.compressed else moved, b + rho * gb / length
-            )
+            gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, b + rho * gb / length)
             second = np.concatenate([gw.ravel(), gb])
             flat = second - (second @ first) / (first @ first) * first
         elif recipe.reuse:

@@ -1,0 +1,276 @@
+"""The pull moves x off the support by a fraction of its gap, and the relative radius scales e."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from array_backends import BFLOAT16, Backend
+
+import safe_core
+from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
+from safe_core.constraints.pull import pulled
+from safe_core.functional import FunctionalStep, StepState, start
+
+INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
+SUPPORT = np.asarray([[True, False, True], [False, False, True]])
+
+
+def parameters(seed: int, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
+    x, anchor = np.random.default_rng(seed).normal(size=(2, 2, 3))
+    wide = np.float64 if dtype == np.float64 else np.float32
+    return x.astype(dtype), anchor.astype(wide)
+
+
+# The formula
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-6, 0.3, 40.0])
+def test_the_pull_is_that_of_the_formula(xp: Backend, penalty: float) -> None:
+    for dtype in xp.dtypes:
+        x, anchor = parameters(0, dtype)
+        found = xp.run(pulled, x, anchor, SUPPORT, np.asarray(penalty))
+        gap = x.astype(np.float64) - anchor
+        wanted = np.where(SUPPORT, x, x.astype(np.float64) + math.expm1(-penalty) * gap)
+        assert found.dtype == anchor.dtype
+        np.testing.assert_allclose(found, wanted, rtol=4 * np.finfo(found.dtype).eps, atol=1e-7)
+
+
+def test_the_support_keeps_every_bit(xp: Backend) -> None:
+    x = np.asarray([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 1 / 3, 2.0], np.float32)
+    kept = np.asarray([True] * 7 + [False])
+    found = xp.run(pulled, x, np.ones_like(x), kept, np.asarray(0.5, np.float32))
+    same = x[:7].view(np.int32) == found[:7].view(np.int32)
+    assert same[[1, 2, 3, 4, 6]].all()
+    assert np.isnan(found[0])
+
+
+def step_of(method: Method, x: Any, split: Any, update: Any, t: int = 0) -> tuple[Any, Any]:
+    step = FunctionalStep(method, [x], [0], INFO, t, lambda x: x, lambda g: [update])
+    params, state = step.run([update], StepState(split))
+    return params[0], state.split
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", BFLOAT16], ids=str)
+def test_a_step_on_the_support_is_that_of_the_base_alone(xp: Backend, dtype: Any) -> None:
+    if np.dtype(dtype) not in xp.dtypes:
+        dtype = "float32"
+    x, anchor = parameters(1, dtype)
+    update = parameters(2, dtype)[0]
+    arrays = [xp.asarray(a) for a in (x, anchor, SUPPORT, update)]
+    split = safe_core.SplitState([arrays[1]], [arrays[2]])
+    found, _ = step_of(Method(0.5, Pull(0.7, 9)), arrays[0], split, arrays[3])
+    alone, _ = step_of(safe_core.magnitude(0.5), arrays[0], split, arrays[3])
+    found, alone = xp.to_numpy(found), xp.to_numpy(alone)
+    assert found.dtype == x.dtype
+    assert (found[SUPPORT] == alone[SUPPORT]).all()
+    assert (found[~SUPPORT] != alone[~SUPPORT]).any()
+    wanted = anchor + math.exp(-0.7) * (alone.astype("f8") - anchor)
+    tolerance = {"float64": 1e-15, "float32": 1e-6}.get(np.dtype(dtype).name, 0.02)
+    np.testing.assert_allclose(
+        found.astype("f8")[~SUPPORT], wanted[~SUPPORT], rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("penalty", [0.25, schedules.cosine(0.4, 20), schedules.linear(0.0, 9, 1)])
+def test_the_gap_shrinks_by_the_sum_of_the_rates(penalty: Any) -> None:
+    method = Method(0.5, Pull(penalty, dual_update_interval=1000))
+    x = parameters(3)[0]
+    split = method.init([x], INFO)
+    first = x - split.anchor[0]
+    for t in range(20):
+        x, split = step_of(method, x, split, np.zeros_like(x), t)
+    sums = sum(method.constraint.penalty(t) for t in range(20))
+    np.testing.assert_allclose(x - split.anchor[0], first * math.exp(-sums), atol=1e-14)
+
+
+def test_a_dual_update_is_that_of_admm(xp: Backend) -> None:
+    def update(constraint: Any) -> Any:
+        def run(x: Any, anchor: Any, support: Any) -> Any:
+            split = safe_core.SplitState([anchor], [support])
+            pattern = safe_core.Unstructured(0.5)
+            return constraint.update([x], split, pattern, INFO, 0)
+
+        return xp.run(run, *parameters(4), SUPPORT)
+
+    pairs = zip(update(Pull()), update(ADMM()), strict=True)
+    assert all((a[0] == b[0]).all() for a, b in pairs)
+
+
+def test_a_pull_is_refused_with_the_argument_and_its_value() -> None:
+    with pytest.raises(ValueError, match=r"penalty must be a finite number of at least 0, got -1"):
+        Pull(-1)
+    with pytest.raises(TypeError, match="penalty must be a non-negative Python number or a sch"):
+        Pull(schedules.cubic(0.5, 4))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dual_update_interval must be at least 1, got 0"):
+        Pull(dual_update_interval=0)
+    with pytest.raises(ValueError, match="state_dtype must be one of None, 'bfloat16', got 'f"):
+        Pull(state_dtype="float16")
+    with pytest.raises(TypeError, match=r"Pull\(\)"):
+        Method(0.5, None)  # type: ignore[arg-type]
+
+
+# The relative radius
+
+
+def perturb(method: Method) -> Any:
+    def run(params: list[Any], gradients: list[Any]) -> Any:
+        return method.perturb(params, gradients, 0, sparse=params[:2])
+
+    return run
+
+
+RELATIVE = Method(0.5, perturbation=SAM(0.5, relative=True))
+
+
+def size(arrays: Any) -> float:
+    return math.sqrt(sum(float(np.sum(np.square(a, dtype="f8"))) for a in arrays))
+
+
+def lists(seed: int, scale: float = 1.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = [(3, 4), (5,), (7,)]
+    return [(scale * rng.normal(size=shape)).astype("f4") for shape in shapes]
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, 1e-3])
+def test_e_has_the_length_of_rho_typical_sparse_weights(xp: Backend, scale: float) -> None:
+    params, gradients = lists(0, scale), lists(1)
+    e = xp.run(perturb(RELATIVE), params, gradients)
+    rms = math.sqrt(np.mean(np.concatenate([x.ravel() for x in params[:2]]).astype("f8") ** 2))
+    assert size(e) == pytest.approx(0.5 * rms, rel=1e-5)
+    for a, g in zip(e, gradients, strict=True):
+        np.testing.assert_allclose(a, g * size(e) / size(gradients), rtol=1e-5)
+
+
+def test_e_scales_with_all_weights_and_not_with_the_loss(xp: Backend) -> None:
+    params, gradients = lists(0), lists(1)
+    found = xp.run(perturb(RELATIVE), params, gradients)
+    larger = xp.run(perturb(RELATIVE), [4 * x for x in params], gradients)
+    scaled = xp.run(perturb(RELATIVE), params, [2.0**-12 * g for g in gradients])
+    for e, four, same in zip(found, larger, scaled, strict=True):
+        assert (four == 4 * e).all()
+        assert (same == e).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("gradient", [1.0, np.nan, np.inf, 0.0])
+def test_weights_or_gradients_without_a_length_give_no_e(
+    xp: Backend, weight: float, gradient: float
+) -> None:
+    params = [np.full_like(x, weight) for x in lists(0)]
+    e = xp.run(perturb(RELATIVE), params, [np.full_like(g, gradient) for g in lists(1)])
+    assert all((x == 0).all() for x in e)
+
+
+def test_without_sparse_arrays_all_are_the_unit(xp: Backend) -> None:
+    def run(sparse: Any) -> Any:
+        def inner(params: list[Any], gradients: list[Any]) -> Any:
+            return RELATIVE.perturb(params, gradients, 0, sparse=sparse)
+
+        return xp.run(inner, lists(0), lists(1))
+
+    rms = math.sqrt(np.mean(np.concatenate([x.ravel() for x in lists(0)]).astype("f8") ** 2))
+    for sparse in (None, []):
+        assert size(run(sparse)) == pytest.approx(0.5 * rms, rel=1e-5)
+
+
+def test_16_bit_weights_are_summed_in_32(xp: Backend) -> None:
+    for dtype in xp.dtypes:
+        if dtype.itemsize == 2:
+            params = [x.astype(dtype) for x in lists(0, 100.0)]
+            e = xp.run(perturb(RELATIVE), params, [g.astype(dtype) for g in lists(1)])
+            rms = size(params[:2]) / math.sqrt(17)
+            assert all(a.dtype == np.float32 for a in e)
+            assert size(e) == pytest.approx(0.5 * rms, rel=1e-3)
+
+
+def test_a_relative_radius_is_part_of_the_value() -> None:
+    assert SAM(0.5) != SAM(0.5, relative=True)
+    assert Method(0.5, perturbation=SAM(0.5, relative=True)) == RELATIVE
+    assert repr(SAM(0.5, relative=True)).count("relative=True") == 1
+    with pytest.raises(TypeError, match="relative must be True or False, got 1"):
+        SAM(0.5, relative=1)  # type: ignore[arg-type]
+
+
+def test_steps_that_reuse_a_direction_take_a_relative_radius_too() -> None:
+    e = SAM(0.5, relative=True, interval=2, reuse=0.3)
+    method = Method(0.5, Pull(0.1, 2), perturbation=e)
+    params = [np.asarray([[1.0, 2.0, -3.0]])]
+    state, points = start(method, params, [0], INFO), []
+    for t in range(4):
+        before = params[0]
+
+        def gradient(x: list[Any]) -> list[Any]:
+            points.append(x[0])
+            return [x[0] - 1]
+
+        step = FunctionalStep(method, params, [0], INFO, t, gradient, lambda g: [-0.1 * g[0]])
+        params, state = step.run([params[0] - 1], state)
+        if t % 2 == 0:
+            assert size([points[-1] - before]) == pytest.approx(0.5 * np.sqrt(np.mean(before**2)))
+    assert len(points) == 2
+
+
+# Patterns whose sparsity rises
+
+PATTERNS = {
+    "fraction": safe_core.Unstructured(0.29),
+    "row": safe_core.Unstructured(0.5, scope="row"),
+    "erdos-renyi": safe_core.Unstructured(0.8, scope="tensor", distribution="erdos_renyi_kernel"),
+    "block": safe_core.Block((2, 2), 0.5),
+    "channel": safe_core.Channel(0.5),
+    "by name": safe_core.ByName({"a": "2:4", "b": 0.75}, default=safe_core.Channel(0.5)),
+}
+ARRAYS = {"a": (4, 8), "b": (8, 4), "c": (16, 8)}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_rising_pattern_ends_as_the_constant_one_and_never_falls(name: str) -> None:
+    pattern = PATTERNS[name]
+    rising = pattern.rising(12, 3)
+    assert rising.changes
+    assert not pattern.changes
+    layout = (Layout((1,), (0,)),) * 3
+    method, info = safe_core.magnitude(rising), ArrayInfo(tuple(ARRAYS), layout)
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape) for shape in ARRAYS.values()]
+    zeros = [
+        [int(np.sum(~s)) for s in method.support_at(arrays, info, t)] for t in (*range(14), None)
+    ]
+    for before, after in itertools.pairwise(zeros):
+        assert all(a <= b for a, b in zip(before, after, strict=True))
+    assert [sum(z) for z in zeros[:3]] == [16 if name == "by name" else 0] * 3
+    final = safe_core.magnitude(pattern).support_at(arrays, info, None)
+    for t in (12, 13, None):
+        for got, wanted in zip(method.support_at(arrays, info, t), final, strict=True):
+            assert (got == wanted).all()
+    assert [rising.sparsity_of(a) for a in ARRAYS] == [pattern.sparsity_of(a) for a in ARRAYS]
+
+
+def test_a_rise_ends_at_the_exact_fraction_given() -> None:
+    for value in (Fraction(1, 3), Fraction(2, 7), np.float32(0.9), 0.29):
+        pattern = safe_core.Unstructured(value)  # type: ignore[arg-type]
+        assert pattern.rising(8, 2).fractions()[-1] == pattern.fractions()[0], value
+
+
+def test_patterns_without_a_sparsity_in_between_stay() -> None:
+    drawn = schedules.random_sparsity((0.5, 0.7))
+    for given in (
+        safe_core.NM(2, 4),
+        safe_core.Unstructured(0.0),
+        safe_core.Unstructured(drawn),
+        safe_core.Channel(schedules.linear_sparsity(0.5, 4)),
+        safe_core.ByName({"a": "2:4"}, default=0.0),
+    ):
+        assert given.rising(8, 2) == given
+
+
+def test_a_mask_refuses_a_sparsity_that_changes_by_name() -> None:
+    named = {"a": schedules.linear_sparsity(0.5, 4), "b": 0.5}
+    with pytest.raises(ValueError, match="sparsity must not change by name for a mask, got ByN"):
+        safe_core.gmp(named)
