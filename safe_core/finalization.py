@@ -228,9 +228,11 @@ def _unfinished(
     steps = found.steps
     if not found.zeroed:  # the weights were in C already
         return []
+    patterns = list(dict.fromkeys(part for pattern in patterns for part in pattern.parts))
     texts = [constraint.unfinished(pattern, steps) for pattern in patterns]
     texts = [text for text in texts if text][:1]
-    texts += [text for text in (_schedule_left(pattern, steps) for pattern in patterns) if text]
+    left = [_schedule_left(pattern, steps) for pattern in patterns]
+    texts += [text for text in left if text][:1]
     reads = importance is not None and importance.reads is not None
     if reads and not texts and not constraint.has_updated(patterns, steps):
         texts.append(f"the importance was never refreshed in {steps} steps, so P is 1")

@@ -117,6 +117,11 @@ class Pattern:
         return self
 
     @property
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns that `of` can return, each once."""
+        return (self,)
+
+    @property
     def named_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that have a sparsity of their own."""
         return ()

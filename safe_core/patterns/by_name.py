@@ -77,9 +77,10 @@ class ByName(Pattern):
         return dict(self.patterns)
 
     @property
-    def _all(self) -> list[Pattern]:
-        given = list(self._by_name.values())
-        return given if self.default is None else [*given, self.default]
+    def parts(self) -> tuple[Pattern, ...]:
+        """The patterns that `of` can return, each once."""
+        given = self._by_name.values()
+        return tuple(dict.fromkeys(given if self.default is None else (*given, self.default)))
 
     def of(self, name: str) -> Pattern:
         """Return the pattern of the array ``name``."""
@@ -94,17 +95,17 @@ class ByName(Pattern):
     @property
     def joint(self) -> bool:
         """Whether the units of several arrays compete in one pool."""
-        return any(pattern.joint for pattern in self._all)
+        return any(pattern.joint for pattern in self.parts)
 
     @property
     def couples_arrays(self) -> bool:
         """Whether the mask of one array depends on the other arrays."""
-        return any(pattern.couples_arrays for pattern in self._all)
+        return any(pattern.couples_arrays for pattern in self.parts)
 
     @property
     def changes(self) -> bool:
         """Whether the sparsity of some array changes from step to step."""
-        return any(pattern.changes for pattern in self._all)
+        return any(pattern.changes for pattern in self.parts)
 
     def rising(self, steps: int, every: int) -> ByName:
         """Return the pattern in which the sparsity of every array rises."""
@@ -119,7 +120,7 @@ class ByName(Pattern):
 
     def fractions(self) -> tuple[Fraction, ...]:
         """Return the largest fraction of zeros of any array."""
-        return (max(pattern.fractions()[-1] for pattern in self._all),)
+        return (max(pattern.fractions()[-1] for pattern in self.parts),)
 
     def sparsity_of(self, name: str) -> float:
         """Return the final fraction of zeros required of the array ``name``."""
@@ -127,7 +128,7 @@ class ByName(Pattern):
 
     def describe(self) -> str:
         """Return a short text for tables, such as ``"0.5 and 2:4 by name"``."""
-        return f"{' and '.join(dict.fromkeys(p.describe() for p in self._all))} by name"
+        return f"{' and '.join(dict.fromkeys(p.describe() for p in self.parts))} by name"
 
     def renamed(self, rename: Callable[[str], str]) -> ByName:
         """Return the pattern with ``rename`` applied to its names."""
@@ -148,6 +149,6 @@ class ByName(Pattern):
             )
         found = {name: self._by_name.get(name, self.default) for name in names}
         named = {name for name, own in found.items() if own and name in own.named_arrays}
-        for pattern in dict.fromkeys(self._all):
+        for pattern in self.parts:
             # Patterns may share a distribution. A name of it counts in the array's own pattern.
             pattern.check_names([n for n, own in found.items() if own == pattern or n in named])
