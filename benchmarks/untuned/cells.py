@@ -1,4 +1,4 @@
-"""The cells of the comparison: tasks, base optimizers, lengths and sparsities, and their recipes."""
+"""The cells of the comparison, by task, base optimizer, length and sparsity, and their recipes."""
 
 from __future__ import annotations
 
