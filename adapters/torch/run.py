@@ -254,6 +254,8 @@ class Run:
         if not self.method.measures_steps:
             return None
         held = self.parameters.step_squares(self.active())
+        if not held:  # all sparse parameters are frozen, so no step moves them
+            return torch.zeros(())
         return torch.stack([square.to(held[0].device) for square in held]).sum()
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:
