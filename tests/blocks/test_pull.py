@@ -57,7 +57,7 @@ def test_the_settings_name_the_unit_of_the_radius() -> None:
     shown = dict(Reconstruction(METHOD).describe(safe_core.Unstructured(0.5, "row")))
     assert shown["constraint"] == "Pull"
     assert "Linear(" in shown["perturbation radius (rho)"]
-    assert shown["perturbation radius (rho)"].endswith("times the root mean square of the weights")
+    assert shown["perturbation radius (rho)"].endswith("mean steps of the optimizer")
     assert shown["dual update interval (K)"] == "1"
     absolute = dict(Reconstruction(safe_core.safe(0.5)).describe(safe_core.Unstructured(0.5)))
     assert absolute["perturbation radius (rho)"] == "0.1"

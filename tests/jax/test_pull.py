@@ -1,4 +1,4 @@
-"""The pull and the relative radius in JAX: traced once, scanned, mapped, resumed, overridden."""
+"""The pull and the radius in steps in JAX: traced once, scanned, mapped, resumed, overridden."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from safe_core import SAM, FinalizeWarning, Method, Pull, schedules
 from safe_core.adapters.jax.evaluation import sparse_weights
 from safe_core.adapters.jax.reporting import report
 from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.perturbations import MEASURE_INTERVAL
 
 STEPS = 40
 UNTUNED = safe_core.safe(0.75, steps=STEPS)
-FIXED = Method(0.75, Pull(0.2, 4), perturbation=SAM(0.5, relative=True))
+FIXED = Method(0.75, Pull(0.2, 4), perturbation=SAM(0.5, in_steps=True))
 BASES = {"sgd": lambda: optax.sgd(0.1, momentum=0.9), "adam": lambda: optax.adam(0.01)}
 RNG = np.random.default_rng(0)
 X, Y = (jnp.asarray(RNG.normal(size=(32, n)), jnp.float32) for n in (8, 4))
@@ -75,8 +76,9 @@ def assert_same(got: Any, wanted: Any, tolerance: float = 0.0) -> None:
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def rms(arrays: list[np.ndarray]) -> float:
-    return float(np.sqrt(np.mean(np.concatenate([a.ravel() for a in arrays]) ** 2)))
+def first_step(params: Any, rate: float = 0.1) -> float:
+    """The length of the first step of SGD on the kernels, which is taken without e."""
+    return rate * length(kernels(grad_fn(params)))
 
 
 def perturbation(tx: Any, params: Any, state: Any) -> Any:
@@ -160,18 +162,22 @@ def test_the_pull_is_the_same_for_every_base_and_rate(base: str) -> None:
         np.testing.assert_allclose(new[~kept], math.exp(-0.42) * old[~kept], rtol=1e-5)
 
 
-def test_e_is_as_long_as_rho_typical_sparse_weights() -> None:
+def test_e_is_as_long_as_rho_steps() -> None:
     tx, params = sparse_optimizer(optax.sgd(0.1), FIXED), make_params()
-    state = tx.init(params)
-    assert length(perturbation(tx, params, state)) == pytest.approx(
-        0.5 * rms(kernels(params)), rel=1e-5
-    )
-    params["a"]["bias"] += 100.0  # no sparse leaf
-    assert length(perturbation(tx, params, state)) == pytest.approx(
-        0.5 * rms(kernels(params)), rel=1e-3
-    )
-    params = jax.tree.map(jnp.zeros_like, params)
-    assert length(perturbation(tx, params, state)) == 0.0
+    assert length(perturbation(tx, params, tx.init(params))) == 0.0
+    after, state = train(tx, 1)
+    found = length(perturbation(tx, after, state))
+    assert found == pytest.approx(0.5 * first_step(params), rel=1e-4)
+    after, state = train(tx, MEASURE_INTERVAL)
+    found = length(perturbation(tx, after, state))
+    assert found == pytest.approx(0.5 * first_step(params), rel=1e-4)
+
+
+def test_a_state_without_the_length_of_steps_is_refused() -> None:
+    tx, params = sparse_optimizer(optax.sgd(0.1), FIXED), make_params()
+    state = tx.init(params)._replace(step_square=None)
+    with pytest.raises(ValueError, match="step_square must be there for a method with in_steps=T"):
+        tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
 
 
 def test_arguments_override_the_derived_numbers() -> None:
@@ -183,11 +189,11 @@ def test_arguments_override_the_derived_numbers() -> None:
     method = Method(
         UNTUNED.sparsity,
         Pull(0.7, pull.dual_update_interval),
-        perturbation=SAM(0.3, relative=True),
+        perturbation=SAM(0.3, in_steps=True),
     )
-    params = make_params()
-    found = length(perturbation(other, params, other.init(params)))
-    assert found == pytest.approx(0.3 * rms(kernels(params)), rel=1e-5)
+    after, state = train(other, 1)
+    found = length(perturbation(other, after, state))
+    assert found == pytest.approx(0.3 * first_step(make_params()), rel=1e-4)
     wanted = train(sparse_optimizer(optax.sgd(0.1), method), 5)
     assert_same(train(other, 5)[0], wanted[0], 1e-6)
     with pytest.raises(ValueError, match="learning_rate must be None for a method with decoupled"):

@@ -1,4 +1,4 @@
-"""The pull and the relative radius in PyTorch: kernels, param groups, precision, resuming."""
+"""The pull and the radius in steps in PyTorch: kernels, param groups, precision, resuming."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import safe_core
 from safe_core import SAM, FinalizeWarning, Method, Pull, SplitState, schedules
 from safe_core.adapters.torch import SparseOptimizer, kernels
+from safe_core.perturbations import MEASURE_INTERVAL
 
 SHAPES = [(3,), (5, 7), (40, 11), (2, 3, 4), ()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -155,12 +156,16 @@ def size(found: list[Tensor]) -> float:
     return math.sqrt(sum(float((t.double() ** 2).sum()) for t in found))
 
 
-def rms(found: list[Tensor]) -> float:
-    return size(found) / math.sqrt(sum(t.numel() for t in found))
+def first_step(run: Run, rate: float = 0.1) -> float:
+    """The length of the first step of SGD on the sparse weights, which is taken without e."""
+    run.closure()
+    gradients = [p.grad.clone() for p in run.model.parameters() if p.ndim == 2]
+    run.optimizer.zero_grad()
+    return rate * size(gradients)
 
 
 UNTUNED = safe_core.safe(0.75, steps=STEPS)
-FIXED = Method(0.75, Pull(0.2, 4), perturbation=SAM(0.5, relative=True))
+FIXED = Method(0.75, Pull(0.2, 4), perturbation=SAM(0.5, in_steps=True))
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adam": lambda params: torch.optim.Adam(params, lr=0.01),
@@ -197,13 +202,17 @@ def test_groups_have_penalties_radii_and_sparsities_of_their_own() -> None:
     def grouped(params: Any) -> torch.optim.Optimizer:
         first, bias, *rest = params
         own = {"penalty": schedules.linear(0.7, 1, 0.7), "rho": 2.0, "sparsity": 0.5}
-        return torch.optim.SGD([{"params": [first], **own}, {"params": [bias, *rest]}], lr=0.0)
+        return torch.optim.SGD([{"params": [first], **own}, {"params": [bias, *rest]}], lr=0.1)
 
     run = Run(FIXED, grouped)
+    unit = first_step(run)
+    run.train(1)
     gradients = [p.grad.clone() for p in run.model.parameters() if run.closure() is not None]
     e, length = run.perturbation(), size(gradients)
     for moved, g, rho in zip(e, gradients, (2.0, 0.5, 0.5, 0.5), strict=True):
-        torch.testing.assert_close(moved, rho * rms(run.weights) * g / length, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved, rho * unit * g / length, rtol=1e-3, atol=1e-6)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
     before = [w.clone() for w in run.weights]
     run.train(1)
     support = run.optimizer.split().support
@@ -250,33 +259,35 @@ def test_a_group_with_its_own_sparsity_keeps_it_from_the_start_unless_it_is_a_sc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_e_is_as_long_as_rho_typical_sparse_weights(dtype: torch.dtype) -> None:
+def test_e_is_as_long_as_rho_steps(dtype: torch.dtype) -> None:
     run = Run(FIXED, dtype=dtype)
-    assert size(run.perturbation()) == pytest.approx(0.5 * rms(run.weights), rel=1e-5)
-    with torch.no_grad():
-        run.model[0].weight.mul_(8)
-        run.model[0].bias.add_(100)  # no sparse weight
-    assert size(run.perturbation()) == pytest.approx(0.5 * rms(run.weights), rel=1e-3)
+    unit = first_step(run)
+    assert size(run.perturbation()) == 0  # no step was measured yet
+    run.train(1)
+    assert size(run.perturbation()) == pytest.approx(0.5 * unit, rel=1e-4)
+    run.train(MEASURE_INTERVAL - 1)
+    assert size(run.perturbation()) == pytest.approx(0.5 * unit, rel=1e-4)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    run.train(1)
+    assert size(run.perturbation()) == pytest.approx(0.5 * unit / math.sqrt(2), rel=1e-4)
 
 
-def test_weights_that_are_all_zero_give_no_e() -> None:
-    run = Run(FIXED)
-    with torch.no_grad():
-        for w in (run.model[0].weight, run.model[2].weight):
-            w.zero_()
+def test_weights_that_do_not_move_give_no_e() -> None:
+    run = Run(FIXED, lambda params: torch.optim.SGD(params, lr=0.0)).train(3)
     assert all(not moved.any() for moved in run.perturbation())
-    run.train(3)
-    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
 
 
 def test_frozen_sparse_weights_are_no_part_of_the_unit() -> None:
     run = Run(FIXED)
+    run.closure()
+    length = 0.1 * size([run.model[2].weight.grad.clone()])
+    run.optimizer.zero_grad()
     run.train(1)
     run.model[0].weight.requires_grad_(False)
-    assert size(run.perturbation()) == pytest.approx(0.5 * rms(run.weights[1:]), rel=1e-4)
+    assert size(run.perturbation()) == pytest.approx(0.5 * length, rel=1e-4)
     run.model[2].weight.requires_grad_(False)  # biases are left
-    biases = [run.model[0].bias.detach(), run.model[2].bias.detach()]
-    assert size(run.perturbation()) == pytest.approx(0.5 * rms(biases), rel=1e-4)
+    assert size(run.perturbation()) == 0
 
 
 # Precision
@@ -402,26 +413,29 @@ def test_after_freezing_nothing_pulls(base: str) -> None:
     before = [w.clone() for w in run.weights]
     held = run.optimizer.state_dict()["state"].values()
     assert not any(key == "safe_anchor" for entry in held for key in entry)
-    assert [o.name for o in run.optimizer._run.plan.operations] == ["BASE_STEP", "MASK_PARAMETERS"]
+    assert [o.name for o in run.optimizer._run.plan.operations] == [
+        "BASE_STEP",
+        "MEASURE_STEP",
+        "MASK_PARAMETERS",
+    ]
     run.train(5)
     run.optimizer.check_sparsity()
     for old, new in zip(before, run.weights, strict=True):
         assert torch.equal(old == 0, new == 0)
         assert not torch.equal(old, new)
+    # The steps before the projection are still part of the unit.
+    unit = math.sqrt(float(run.optimizer._run.step_square()))
+    assert unit > 0
     assert size(run.perturbation()) == pytest.approx(
-        untuned_radius(run) * rms(run.weights), rel=1e-3
+        float(run.optimizer.method.radius(run.optimizer.steps)) * unit, rel=1e-3
     )
-
-
-def untuned_radius(run: Run) -> float:
-    return float(run.optimizer.method.radius(run.optimizer.steps))
 
 
 def test_what_shows_the_run_knows_the_pull() -> None:
     run = Run(UNTUNED).train(10)
     text = repr(run.optimizer)
     assert "Pull(penalty=Cosine(" in text
-    assert "relative=True" in text
+    assert "in_steps=True" in text
     coverage = run.optimizer.coverage()
     assert [w.name for w in coverage.sparse] == ["0.weight", "2.weight"]
     figures = run.optimizer.report().scalars()
