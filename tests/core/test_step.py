@@ -30,7 +30,11 @@ PLANS: dict[str, tuple[Method, list[str], list[str]]] = {
         ["MEASURE_PULL", "BASE_STEP", "APPLY_PULL"],
     ),
     "pull": (Method(0.5, safe_core.Pull()), ["x"], ["BASE_STEP", "PULL"]),
-    "safe untuned": (safe_core.safe(0.5, steps=9), ["x", "x + e"], ["BASE_STEP", "PULL"]),
+    "safe untuned": (
+        safe_core.safe(0.5, steps=9),
+        ["x", "x + e"],
+        ["BASE_STEP", "MEASURE_STEP", "PULL"],
+    ),
     "rescaled": (
         safe_core.admm(0.5, penalty=schedules.linear(1.0, 5, 0.1), rescale_dual=True),
         ["x"],
