@@ -1,4 +1,4 @@
-"""Train the cells that are not finished, then write the table and the figure."""
+"""Train the cells that are not finished. A run that was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
