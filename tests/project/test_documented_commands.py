@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import sys
@@ -96,7 +97,9 @@ def test_commands_of_the_benchmarks_are_understood(
         raise Parsed
 
     _, _, module, *arguments = shlex.split(command)
-    name = f"{module}.__main__" if module == "benchmarks" else module
+    found = importlib.util.find_spec(module)
+    is_package = found is not None and found.submodule_search_locations is not None
+    name = f"{module}.__main__" if is_package else module
     main = importlib.import_module(name).main
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
