@@ -413,13 +413,16 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
         (safe_core.HardThreshold(4), "sgd", False),
         (safe_core.AtEnd(), "adam", False),
         (safe_core.Mask(), "sgd", False),
+        (Pull(0.3, 4), "sgd with C(x)", False),
     ],
 )
 def test_the_steps_of_the_base_are_measured_alone(
     constraint: Any, base: str, compiled: bool
 ) -> None:
     sparsity = schedules.linear_sparsity(0.75, 2) if constraint == safe_core.Mask() else 0.75
-    method = Method(sparsity, constraint, perturbation=SAM(0.5, in_steps=True))
+    base, _, projected = base.partition(" with ")
+    points = safe_core.safe(0.5, projected_gradient=bool(projected)).evaluations
+    method = Method(sparsity, constraint, perturbation=SAM(0.5, in_steps=True), evaluations=points)
     run = Run(method, BASES[base], compile=compiled)
     before: list[Tensor] = []
     squares: list[float] = []
