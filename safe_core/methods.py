@@ -145,10 +145,11 @@ def _splitting(
         penalty = 1e-3 if penalty is None else penalty
         interval = 32 if interval is None else interval
         return sparsity, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
+    steps = _positive(steps)
     if interval is None:
-        interval = untuned.interval(_positive(steps))
-    _checks.integer("dual_update_interval", interval, low=1)
-    pattern = untuned.rising(as_pattern(sparsity), _positive(steps), interval)
+        interval = untuned.interval(steps)
+    interval = _checks.integer("dual_update_interval", interval, low=1)
+    pattern = untuned.rising(as_pattern(sparsity), steps, interval)
     if penalty is not None:
         return pattern, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
     given, plain = ADMM(**options), ADMM()  # which checks their types

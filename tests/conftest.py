@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite(
-    "array_backends", "command_line", "linear_problem", "reference", "small_recipe"
+    "array_backends", "command_line", "linear_problem", "pulled_runs", "reference", "small_recipe"
 )
 
 jax.config.update("jax_enable_x64", True)

@@ -122,10 +122,7 @@ class _Step:
     def base_step(self) -> None:
         run = self.run
         if self._measures:
-            # The base starts at x. Where x is perturbed, the copies hold it until the next block.
-            saved = run.moved.copies(self.sparse) or [None] * len(self.sparse)
-            shards = zip(kernels.local_shards(self.sparse), saved, strict=True)
-            self.before = [x.clone() if copy is None else copy for x, copy in shards]
+            self.before = self._start_of_base()
         if run.compiled is None or run.frozen:
             run.moved.restore()
             run.base.step()
@@ -137,6 +134,13 @@ class _Step:
         gradients = gradients_of(penalised)
         run.compiled.descend(gradients, penalised, anchors, self.penalties, copies)
         run.moved.mark_restored(penalised)
+
+    def _start_of_base(self) -> list[Tensor]:
+        """Return local shards of x, where the base starts."""
+        # Where the parameters are perturbed, the copies hold x until the next block.
+        copies = self.run.moved.copies(self.sparse) or [None] * len(self.sparse)
+        shards = zip(kernels.local_shards(self.sparse), copies, strict=True)
+        return [x.clone() if copy is None else copy for x, copy in shards]
 
     @property
     def _measures(self) -> bool:

@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 import safe_core
@@ -26,6 +27,15 @@ def changed(method: Method, other: Method) -> set[str]:
 
 
 # The derivation
+
+
+@makers
+def test_a_numpy_integer_is_the_integer(make: Any) -> None:
+    for options in ({}, {"dual_update_interval": np.int32(4)}):
+        found = make(0.8, steps=np.int64(100), **options)
+        wanted = make(0.8, steps=100, **{name: int(value) for name, value in options.items()})
+        assert found == wanted
+        assert repr(found) == repr(wanted)
 
 
 @lengths
