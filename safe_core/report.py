@@ -141,7 +141,7 @@ class Report(NamedTuple):
         """
         kept = sum(row.entries * (1 - row.achieved) for row in self.tensors)
         changed = sum(row.entries * row.mask_change for row in self.tensors)
-        return changed / 2 / (kept + (kept == 0))
+        return _ratio(changed / 2, kept)
 
     @property
     def advice(self) -> list[Advice]:
@@ -200,8 +200,7 @@ class Report(NamedTuple):
         return sum(getattr(row, key) ** 2 for row in self.tensors) ** 0.5
 
     def _relative(self, key: str) -> Any:
-        whole = self._norm("norm")
-        return self._norm(key) / (whole + (whole == 0))
+        return _ratio(self._norm(key), self._norm("norm"))
 
     def log(self, writer: Any, prefix: str = "safe_core") -> None:
         """Write `scalars` to a `torch.utils.tensorboard.SummaryWriter` or a compatible writer."""
@@ -215,11 +214,22 @@ class Report(NamedTuple):
 
         table = Table(title=f"step {self.step}", caption=self.summary(), padding=(0, 0))
         table.add_column("name", overflow="fold", ratio=1)
-        for key in TensorReport._fields[1:]:
+        shown = TensorReport._fields[2 : TensorReport._fields.index("norm")]
+        table.add_column("entries", justify="right", no_wrap=True)
+        for key in shown:
             table.add_column(key.removesuffix("_residual"), justify="right", no_wrap=True)
         for row in self.tensors:
-            table.add_row(row.name, f"{row.entries:,}", *(f"{value:.3g}" for value in row[2:]))
+            figures = (f"{getattr(row, key):.3g}" for key in shown)
+            table.add_row(row.name, f"{row.entries:,}", *figures)
         return table
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """Return ``part / whole``, or 0 if both are 0, for numbers and for arrays."""
+    if isinstance(whole, (int, float)):
+        return part / whole if whole else 0.0
+    xp = array_namespace(whole)
+    return part / xp.where(whole == 0, xp.ones_like(whole), whole)
 
 
 def outlook(
