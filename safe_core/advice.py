@@ -1,7 +1,7 @@
 """Decide from the figures of a report whether a run ends at the constraint, and what to change.
 
-The thresholds were checked on scikit-learn's digits with LeNet-300-100: runs that lost no accuracy at
-the final projection are on course at every tenth of the run, and those that lost some are not.
+The thresholds were chosen on scikit-learn's digits with LeNet-300-100, so that runs whose projected
+network keeps its accuracy are on course at every tenth of the run.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def advise(found: Figures, course: Course) -> list[Advice]:
     []
     """
     if not math.isfinite(found.distance):
+        # Nothing else can be told of such a run.
         text = "the parameters hold NaN or infinity (lower the learning rate or clip gradients)"
         return [Advice("diverged", text)]
     rules: tuple[tuple[str, Callable[[Figures, Course], str]], ...] = (
@@ -158,26 +159,33 @@ def advise(found: Figures, course: Course) -> list[Advice]:
         ("unknown", _unknown),
     )
     texts = [(cause, rule(found, course)) for cause, rule in rules]
-    return [Advice(cause, text) for cause, text in texts if text]
+    # A run that is too short is far from the constraint for no other reason.
+    hidden = {"penalty", "rounding", "mask"} if _shortfalls(course) else set()
+    return [Advice(cause, text) for cause, text in texts if text and cause not in hidden]
 
 
 def _length(found: Figures, course: Course) -> str:
     """Return a text if the run is not as long as its schedules."""
-    steps, planned = course.steps, course.planned
-    if steps is not None:
-        short = shortfalls(course.constraint, course.patterns, steps)
-        if short:
-            return f"at the end of the run {'; '.join(short)}"
+    short, planned = _shortfalls(course), course.planned
+    if short:
+        return f"at the end of the run {'; '.join(short)}"
     if planned is None or not course.constraint.penalty_spans_run:
         return ""
-    actual = max(found.step, steps or 0)
-    given = steps is not None
-    if abs(actual - planned) <= OTHER_LENGTH * planned or (actual < planned and not given):
+    # A run of unknown length is known to be longer than planned once it is.
+    known = max(found.step, planned if course.steps is None else course.steps)
+    if abs(known - planned) <= OTHER_LENGTH * planned:
         return ""
     return (
-        f"the run takes {actual} steps, and its schedules were made for {planned} (give safe() "
+        f"the run takes {known} steps, and its schedules were made for {planned} (give the method "
         "the steps of the run)"
     )
+
+
+def _shortfalls(course: Course) -> list[str]:
+    """Return what a run of the given length leaves unfinished."""
+    if course.steps is None:
+        return []
+    return shortfalls(course.constraint, course.patterns, course.steps)
 
 
 def _interval(found: Figures, course: Course) -> str:
@@ -198,8 +206,8 @@ def _penalty(found: Figures, course: Course) -> str:
     if end is None or end <= LARGE_DISTANCE:
         return ""
     return (
-        f"the distance is {now:.2f} of the norm of the weights and would end at {end:.2f}, where "
-        f"{LARGE_DISTANCE:g} is large ({course.constraint.if_far})"
+        f"the distance is {now:.2g} of the norm of the weights and would end at {end:.2g}, above "
+        f"{LARGE_DISTANCE:g} ({course.constraint.if_far})"
     )
 
 
@@ -219,9 +227,9 @@ def _rounding(found: Figures, course: Course) -> str:
     if not course.narrow or not _penalty(found, course):
         return ""
     return (
-        f"parameters in 16 bits round away changes below a 500th of a weight (bfloat16), as a "
-        f"small penalty makes: {listed(course.narrow)} (keep float32 parameters and compute in "
-        "16 bits)"
+        "16 bits round away changes below a 500th of a weight (bfloat16) or a 4000th (float16), "
+        f"which a small penalty makes, in {listed(course.narrow)} (keep parameters in float32 and "
+        "compute in 16 bits)"
     )
 
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from safe_core import Method, _checks
 from safe_core.advice import Course
+from safe_core.projection import apply_support
 from safe_core.report import Report, TensorReport, outlook, sums
 from safe_core.schedules import Constant
 
 from .arguments import check_number
-from .evaluation import last_metric, sparse_weights
+from .evaluation import last_metric
 from .state import check_anchor, check_layout, find_state, split_of, trained_tree
 from .transform import at_step
 
@@ -49,7 +50,7 @@ def report(
         The method of the run.
     evaluate : callable, optional
         Function of the parameters that returns the loss, the accuracy or another number. It is
-        called with x and with ``sparse_weights(x)``, so the report shows what the projected
+        called with x and with the result of `sparse_weights`, so the report shows what the projected
         network would lose.
     steps : int, optional
         Steps of the whole run, by which the figures are judged. By default they are those that
@@ -113,7 +114,8 @@ def report(
     if evaluate is None:
         return _Report(ours.step, rows, course=course)
     dense = _number(evaluate(params))
-    sparse = _number(evaluate(sparse_weights(params, state, method, layout=layout)))
+    projected = tree.replaced(tree.leaves(params), apply_support(values, compared[2]))
+    sparse = _number(evaluate(projected))
     return _Report(ours.step, rows, dense, sparse, course)
 
 
