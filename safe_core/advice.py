@@ -125,7 +125,7 @@ class Course:
     @property
     def draws(self) -> bool:
         """Whether sparsities are drawn at random, which changes the mask at every update."""
-        schedules = [pattern.schedule for pattern in self.patterns]
+        schedules = [part.schedule for pattern in self.patterns for part in pattern.parts]
         return any(schedule is not None and schedule.is_random for schedule in schedules)
 
 

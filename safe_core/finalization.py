@@ -232,7 +232,7 @@ def _unfinished(
         return []
     texts = shortfalls(constraint, patterns, steps)
     reads = importance is not None and importance.reads is not None
-    if reads and not texts and not constraint.has_updated(patterns, steps):
+    if reads and not texts and not constraint.has_updated(_parts(patterns), steps):
         texts.append(f"the importance was never refreshed in {steps} steps, so P is 1")
     return texts
 
@@ -247,10 +247,14 @@ def shortfalls(constraint: Constraint, patterns: Sequence[Pattern], steps: int) 
     >>> shortfalls(Mask(), [Unstructured(cubic(0.5, steps=200, every=100))], 100)
     ['the schedule was at sparsity 0.438 of 0.5 after 100 steps']
     """
-    parts = list(dict.fromkeys(part for pattern in patterns for part in pattern.parts))
+    parts = _parts(patterns)
     texts = [constraint.unfinished(part, steps) for part in parts]
     left = [_schedule_left(part, steps) for part in parts]
     return [text for text in texts if text][:1] + [text for text in left if text][:1]
+
+
+def _parts(patterns: Sequence[Pattern]) -> list[Pattern]:
+    return list(dict.fromkeys(part for pattern in patterns for part in pattern.parts))
 
 
 def _schedule_left(pattern: Pattern, steps: int) -> str:

@@ -50,8 +50,8 @@ def report(
         The method of the run.
     evaluate : callable, optional
         Function of the parameters that returns the loss, the accuracy or another number. It is
-        called with x and with the result of `sparse_weights`, so the report shows what the projected
-        network would lose.
+        called with x and with the result of `sparse_weights`, so the report shows what the
+        projected network would lose.
     steps : int, optional
         Steps of the whole run, by which the figures are judged. By default they are those that
         the schedule of the penalty was made for.

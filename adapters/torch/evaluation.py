@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from numbers import Real
@@ -56,11 +57,18 @@ def sparse_weights(run: Run, phases: Phases) -> Iterator[None]:
         )
 
 
-def at_both(run: Run, phases: Phases, evaluate: Callable[[], Any]) -> tuple[float, float]:
-    """Return the number that a function of the user returns at x, and at proj(x)."""
+def at_both(
+    run: Run, phases: Phases, evaluate: Callable[[], Any], *, projects: bool = True
+) -> tuple[float, float]:
+    """Return the number that a function of the user returns at x, and at proj(x).
+
+    The second is NaN unless ``projects``.
+    """
     if not callable(evaluate):
         raise TypeError(f"evaluate must be a function without arguments, got {evaluate!r}")
     dense = _number(evaluate())
+    if not projects:
+        return dense, math.nan
     with sparse_weights(run, phases):
         sparse = _number(evaluate())
     return dense, sparse

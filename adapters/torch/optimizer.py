@@ -6,6 +6,7 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -522,8 +523,10 @@ class SparseOptimizer(Optimizer):
         found = report(self._run, steps)
         if evaluate is None:
             return found
-        values = at_both(self._run, self._phases, evaluate)
-        return found._replace(dense_value=values[0], sparse_value=values[1])
+        # A projection of NaN or infinity would raise, and the report is to say so.
+        finite = math.isfinite(found.relative_distance)
+        dense, sparse = at_both(self._run, self._phases, evaluate, projects=finite)
+        return found._replace(dense_value=dense, sparse_value=sparse)
 
     def coverage(self) -> Coverage:
         """Return which weights are sparse, and why the others stay dense.
