@@ -141,6 +141,7 @@ class Method:
                 Operation.OBSERVE_GRADIENTS,
                 *constraint.before_base,
                 Operation.BASE_STEP,
+                *((Operation.MEASURE_STEP,) if self.measures_steps else ()),
                 *constraint.after_base,
                 Operation.UPDATE_STATE,
                 *constraint.after_update,
@@ -154,6 +155,11 @@ class Method:
 
     # The perturbation
 
+    @property
+    def measures_steps(self) -> bool:
+        """Whether the radius needs the length of the base optimizer's steps."""
+        return self.perturbation is not None and self.perturbation.in_steps
+
     def radius(self, step: int | Array) -> float | Array:
         """Return rho at ``step``, or 0 without a perturbation."""
         return 0.0 if self.perturbation is None else self.perturbation.rho(step)  # type: ignore[operator]
@@ -166,14 +172,16 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
-        sparse: Sequence[Array] | None = None,
+        step_square: Array | None = None,
     ) -> list[Array]:
         """Return the perturbation e of all trainable parameters.
 
-        ``rho`` overrides the method's. A relative radius is in units of the root mean square of
-        the ``sparse`` parameters; of all, if none are given.
+        ``rho`` overrides the method's. ``step_square`` is the mean squared length of the base
+        optimizer's steps, which a radius ``in_steps`` needs.
         """
-        found = self.direction(params, gradients, step, rho=rho, layouts=layouts, sparse=sparse)
+        found = self.direction(
+            params, gradients, step, rho=rho, layouts=layouts, step_square=step_square
+        )
         return found.perturbation()
 
     def direction(
@@ -184,7 +192,7 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
-        sparse: Sequence[Array] | None = None,
+        step_square: Array | None = None,
     ) -> Direction:
         """Return e of `perturb` as a factor and vectors, for an adapter that adds in place."""
         if self.perturbation is None:
@@ -192,9 +200,13 @@ class Method:
         if rho is None:
             rho = self.radius(step)
         found = self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
-        if not self.perturbation.relative:
+        if not self.perturbation.in_steps:
             return found
-        return found.relative_to(sparse or params)
+        if step_square is None:
+            raise ValueError(
+                f"step_square must be given for a radius in steps, {self.perturbation!r}, got None"
+            )
+        return found.in_steps(step_square)
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, from the gradients at x and at x + e.

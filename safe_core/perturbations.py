@@ -23,9 +23,14 @@ __all__ = [
     "GradientAscent",
     "Perturbation",
     "flat_direction",
+    "is_measured",
+    "mean_square",
     "norm",
     "reused",
 ]
+
+MEASURE_INTERVAL = 8
+"""Steps between two measurements of a step's length, which needs a copy of x in PyTorch."""
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -103,13 +108,16 @@ class Direction(NamedTuple):
         length = xp.where(self.usable, self.length, xp.ones_like(self.length))
         return scalar_like(self.rho, length) / length
 
-    def relative_to(self, arrays: Sequence[Array]) -> Direction:
-        """Return the direction with a radius of rho times the root mean square of the arrays."""
+    def in_steps(self, square: Array) -> Direction:
+        """Return the direction with a radius of rho steps of the base optimizer.
+
+        ``square`` is the mean squared length of its steps, see `mean_square`. e is zero as long
+        as no step was measured.
+        """
         xp = array_namespace(self.length)
-        count = sum(math.prod(array.shape) for array in arrays)
-        size = xp.astype(norm(arrays), self.length.dtype, copy=False) / math.sqrt(max(count, 1))
+        size = xp.sqrt(xp.astype(square, self.length.dtype, copy=False))
         known, one = (size > 0) & xp.isfinite(size), xp.ones_like(size)
-        # A length of 0 is not usable, so e is zero where the arrays have no size.
+        # A length of 0 is not usable, so e is zero without a step to measure it by.
         length = xp.where(known, self.length / xp.where(known, size, one), xp.zeros_like(size))
         return self._replace(length=length)
 
@@ -122,6 +130,42 @@ class Direction(NamedTuple):
         usable, quotient = self.usable, self._quotient
         wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
         return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
+
+
+def is_measured(step: int | Array) -> bool | Array:
+    """Return whether the length of the base optimizer's ``step`` is measured."""
+    return step % MEASURE_INTERVAL == 0
+
+
+def mean_square(before: Array, length: Array, step: int | Array) -> Array:
+    """Return the mean squared length of the measured steps, after one more of them.
+
+    ``s <- s + (length^2 - s) / n`` with the number n of measured steps up to ``step``. A length
+    that is not finite leaves s as it is.
+
+    Parameters
+    ----------
+    before : array
+        Scalar mean before, 0 at the start.
+    length : array
+        Scalar length of the step, ``|x_{t+1} - x_t|``.
+    step : int or integer array
+        Step t, for which `is_measured` is True.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> s = mean_square(numpy.asarray(0.0), numpy.asarray(2.0), 0)
+    >>> float(mean_square(s, numpy.asarray(0.0), MEASURE_INTERVAL))
+    2.0
+    """
+    xp = array_namespace(before)
+    count = step // MEASURE_INTERVAL + 1
+    if not isinstance(count, int):
+        count = xp.astype(count, before.dtype)
+    length = xp.astype(length, before.dtype, copy=False)
+    found = before + (length * length - before) / count
+    return xp.where(xp.isfinite(found), found, before)
 
 
 def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
@@ -252,8 +296,8 @@ class Perturbation:
     interval: int = field(default=1, kw_only=True)
     reuse: float = field(default=0.0, kw_only=True)
 
-    relative: ClassVar[bool] = False
-    """Whether rho is in units of the root mean square of the sparse weights."""
+    in_steps: ClassVar[bool] = False
+    """Whether rho counts steps of the base optimizer, which are measured during training."""
 
     is_scale_free: ClassVar[bool] = True
     """Whether e stays the same when the loss is multiplied by a positive number."""
@@ -315,11 +359,12 @@ class SAM(Perturbation):
     Attributes
     ----------
     rho : float or schedule
-        Perturbation radius, in the unit of the parameters.
-    relative : bool
-        Whether the radius is ``rho`` times the root mean square of the sparse weights at every
-        step; keyword-only. The radius then suits networks of any size and scale: e is rho times
-        as long as a typical weight.
+        Perturbation radius, in the unit of the parameters or in steps.
+    in_steps : bool
+        Whether the radius is ``rho`` times the root mean square length of the steps that the
+        base optimizer has taken so far on the sparse parameters; keyword-only. Every eighth
+        step is measured, before a penalty of `Pull` or a mask acts. The radius then follows the
+        learning rate and the optimizer: where training moves slowly, e is short.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
         others, see `Perturbation`; keyword-only.
@@ -341,11 +386,11 @@ class SAM(Perturbation):
     [array([0.06, 0.08])]
     """
 
-    relative: bool = field(default=False, kw_only=True)  # type: ignore[misc]
+    in_steps: bool = field(default=False, kw_only=True)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.flag("relative", self.relative)
+        _checks.flag("in_steps", self.in_steps)
 
     def direction(
         self,

@@ -63,6 +63,7 @@ class Operation(enum.Enum):
     ADD_PENALTY = "g <- g + penalty(t) * (x - anchor)"
     MEASURE_PULL = "p <- learning rate * penalty(t) * (x - anchor)"
     BASE_STEP = "x <- base optimizer step with g"
+    MEASURE_STEP = "at every eighth step: s <- mean of |x_{t+1} - x_t|^2 so far"
     APPLY_PULL = "x <- x - p"
     PULL = "off the support: x <- x - (1 - exp(-penalty(t))) * (x - anchor)"
     MASK_PARAMETERS = "x <- x on the support, 0 off it"
@@ -148,5 +149,6 @@ class StepPlan:
             for e in self.evaluations
             if e.point is not Point.PROJECTED
         )
-        operations = (Operation.BASE_STEP, Operation.MASK_PARAMETERS)
-        return StepPlan(kept, operations, masks_gradients=True)
+        left = (Operation.BASE_STEP, Operation.MEASURE_STEP)
+        operations = tuple(operation for operation in self.operations if operation in left)
+        return StepPlan(kept, (*operations, Operation.MASK_PARAMETERS), masks_gradients=True)

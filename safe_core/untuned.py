@@ -26,8 +26,8 @@ after the sparsity has risen. From 50 to 800 the accuracy hardly changes."""
 RISE = 0.5
 """Fraction of the run over which the sparsity rises."""
 
-RADIUS = 4.0
-"""Radius of the perturbation, in units of the root mean square of the sparse weights."""
+RADIUS = 2.0
+"""Radius of the perturbation, in steps of the base optimizer."""
 
 WARM_UP = 0.2
 """Fraction of the run over which the radius rises from 0. A full radius from the start can keep
@@ -45,9 +45,9 @@ def pull(steps: int, every: int, state_dtype: str | None = None) -> Pull:
 
 
 def ball(steps: int, **options: float) -> SAM:
-    """Return the perturbation, whose relative radius rises linearly at first."""
+    """Return the perturbation, whose radius in steps rises linearly at first."""
     radius = linear(RADIUS, steps=max(round(WARM_UP * steps), 1))
-    return SAM(radius, relative=True, **options)  # type: ignore[arg-type]
+    return SAM(radius, in_steps=True, **options)  # type: ignore[arg-type]
 
 
 def rising(pattern: Pattern, steps: int, every: int) -> Pattern:

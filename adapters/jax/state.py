@@ -60,6 +60,8 @@ class SparseOptimizerState(NamedTuple):
     setup : StateSetup or None
         What the state was made with, without arrays, to refuse another method or layout; None
         (in checkpoints of early versions) turns these checks off.
+    step_square : scalar, or None
+        Mean squared length of the steps of ``base``, if the radius is in steps.
     """
 
     step: jax.Array
@@ -69,6 +71,7 @@ class SparseOptimizerState(NamedTuple):
     importance: PyTree
     flat_direction: PyTree = None
     setup: Any = None
+    step_square: jax.Array | None = None
 
     @property
     def known_setup(self) -> StateSetup | None:
@@ -247,6 +250,12 @@ def _check_arrays(
         raise ValueError(
             f"state.flat_direction must {'' if reuses else 'not '}be there for a method with "
             f"reuse={getattr(method.perturbation, 'reuse', 0)!r}; is the state of another method?"
+        )
+    measures = method.measures_steps
+    if measures != (state.step_square is not None):
+        raise ValueError(
+            f"state.step_square must {'' if measures else 'not '}be there for a method with "
+            f"in_steps={measures!r}; is the state of another method?"
         )
     check_anchor(state, method)
     if state.anchor is None:

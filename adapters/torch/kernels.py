@@ -24,6 +24,7 @@ __all__ = [
     "add_penalty_traced_",
     "copy_",
     "count_filled",
+    "distances",
     "local_shards",
     "mask_",
     "move_traced_",
@@ -253,6 +254,18 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     counts = [((x != 0) & ~mask).sum() for x, mask in pairs]
     found = torch.stack([count.to(counts[0].device) for count in counts])
     return [int(count) for count in summed(found, tensors).tolist()]
+
+
+def distances(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``|x - before|`` of each parameter over all its shards, in float32 or wider.
+
+    ``before`` holds local shards.
+    """
+    pairs = zip(local_shards(params), before, strict=True)
+    parts = [torch.linalg.vector_norm(_widened(x) - _widened(b)) for x, b in pairs]
+    squares = torch.stack([part.to(parts[0].device) for part in parts]).square()
+    found = summed(squares, params).sqrt()
+    return [length.to(p.device) for length, p in zip(found, params, strict=True)]
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:

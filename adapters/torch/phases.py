@@ -285,7 +285,7 @@ class Phases:
             gradients,
             run.steps,
             layouts=self._layouts(params),
-            sparse=[p.detach() for p in run.active()],
+            step_square=run.step_square(),
         )
         # One call per radius: the norm is shared by all groups, only the length differs.
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
@@ -329,9 +329,13 @@ class Phases:
         if widest == 0:
             return
         layouts = self._layouts(params)
-        sparse = [p.detach() for p in run.active()]
         steps = run.method.perturb(
-            params, gradients, run.steps, rho=widest, layouts=layouts, sparse=sparse
+            params,
+            gradients,
+            run.steps,
+            rho=widest,
+            layouts=layouts,
+            step_square=run.step_square(),
         )
         length = float(norm(steps))
         if length == 0:  # the gradient is zero or not finite: check at a later step

@@ -236,6 +236,8 @@ class Run:
             split = self.method.constraint.init(values, pattern, info, known)
             parameters.store(members, split)
             parameters.store_importance(members, held)
+            if self.method.measures_steps:
+                parameters.store_step_squares(members, parameters.step_squares(members))
 
     def metric(self, pattern: Any, params: Sequence[Tensor]) -> Any:
         """Return P of parameters that are projected together; None where it is 1."""
@@ -243,6 +245,18 @@ class Run:
         if source is None or held is None:
             return None
         return source.metric(held, joint=pattern.joint)
+
+    def step_square(self) -> Tensor | None:
+        """Return the mean squared length of steps, over all sparse parameters together.
+
+        None if the radius is not in steps.
+        """
+        if not self.method.measures_steps:
+            return None
+        held = self.parameters.step_squares(self.active())
+        if not held:  # all sparse parameters are frozen, so no step moves them
+            return torch.zeros(())
+        return torch.stack([square.to(held[0].device) for square in held]).sum()
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:
         """Return the state to save, with an entry for every parameter.
@@ -261,10 +275,13 @@ class Run:
         return own
 
     def freeze(self, sparse: Sequence[Tensor], support: Sequence[Tensor]) -> None:
-        """Make a support final: keep nothing but the mask of each parameter."""
+        """Make a support final: keep nothing but the mask and the length of steps."""
+        squares = {p: self.state[p].get("step_square") for p in sparse if p in self.state}
         self.state.clear()
         for p, mask in zip(sparse, support, strict=True):
             self.state[p] = {"support": mask}
+            if squares.get(p) is not None:
+                self.state[p]["step_square"] = squares[p]
             # Stale momentum of pruned entries would pull them away from zero, and a base that
             # mixes entries, such as Muon, would spread it to the kept ones.
             held = self.base.state.get(p, {}).values()

@@ -24,7 +24,7 @@ class ParameterState(NamedTuple):
     Attributes
     ----------
     state : dict of parameter to entries
-        ``anchor``, ``support`` and ``importance``, changed in-place.
+        ``anchor``, ``support``, ``importance`` and ``step_square``, changed in-place.
     selected : mapping of parameter to Selected
 
     Examples
@@ -66,6 +66,18 @@ class ParameterState(NamedTuple):
         if found is not None:
             for p, importance in zip(params, found, strict=True):
                 self.state[p]["importance"] = importance
+
+    def step_squares(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean squared length of the steps of each parameter, 0 before the first."""
+        return [
+            self.state.get(p, {}).get("step_square", torch.zeros((), device=p.device))
+            for p in params
+        ]
+
+    def store_step_squares(self, params: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
+        """Store the mean squared length of the steps of each parameter."""
+        for p, square in zip(params, squares, strict=True):
+            self.state[p]["step_square"] = square
 
     def info(self, params: Sequence[Tensor]) -> ArrayInfo:
         """Return names and layouts of ``params``."""

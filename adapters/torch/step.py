@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from safe_core import Operation
+from safe_core.perturbations import is_measured, mean_square
+
 from . import kernels
 from .importance import second_moments
 from .run import Run, fill_gradients, gradients_of
@@ -36,6 +39,7 @@ class _Step:
         self.due = self._due()
         self.penalties: dict[Tensor, float] = {}  # what a compiled base step is to add
         self.pulls: dict[Tensor, Tensor] = {}
+        self.before: list[Tensor] = []  # local shards of x before a base step that is measured
 
     def take(self, first: dict[Tensor, Tensor]) -> None:
         self.run.mask_gradients(self.sparse)
@@ -117,6 +121,11 @@ class _Step:
 
     def base_step(self) -> None:
         run = self.run
+        if self._measures:
+            # The base starts at x. Where x is perturbed, the copies hold it until the next block.
+            copies = run.moved.copies(self.sparse) or [None] * len(self.sparse)
+            shards = zip(kernels.local_shards(self.sparse), copies, strict=True)
+            self.before = [x.clone() if copy is None else copy for x, copy in shards]
         if run.compiled is None or run.frozen:
             run.moved.restore()
             run.base.step()
@@ -128,6 +137,21 @@ class _Step:
         gradients = gradients_of(penalised)
         run.compiled.descend(gradients, penalised, anchors, self.penalties, copies)
         run.moved.mark_restored(penalised)
+
+    @property
+    def _measures(self) -> bool:
+        measured = Operation.MEASURE_STEP in self.plan.operations and is_measured(self.run.steps)
+        return bool(self.sparse) and measured
+
+    def measure_step(self) -> None:
+        if not self._measures:
+            return
+        lengths = kernels.distances(self.sparse, self.before)
+        self.before = []
+        parameters = self.run.parameters
+        held = zip(parameters.step_squares(self.sparse), lengths, strict=True)
+        found = [mean_square(square, length, self.run.steps) for square, length in held]
+        parameters.store_step_squares(self.sparse, found)
 
     def apply_pull(self) -> None:
         kernels.subtract_(self.sparse, [self.pulls[p] for p in self.sparse])

@@ -149,6 +149,8 @@ class Reconstruction(Solver):
         """Return names and values of the settings under a pattern, for reports."""
         method, (first, second) = self.bound(pattern), self.betas
         radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
+        if method.perturbation is not None and method.perturbation.in_steps:
+            radius += " mean steps of the optimizer"
         ranked = "magnitude times norm of input" if self.importance else "magnitude"
         return [
             ("solver", f"{type(self).__name__}, trained on the reconstruction error of each block"),

@@ -1,4 +1,4 @@
-"""The pull moves x off the support by a fraction of its gap, and the relative radius scales e."""
+"""The pull moves x off the support by a fraction of its gap; a radius in steps scales e."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_api_compat import array_namespace
 from array_backends import BFLOAT16, Backend
 
 import safe_core
 from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
 from safe_core.constraints.pull import pulled
 from safe_core.functional import FunctionalStep, StepState, start
+from safe_core.perturbations import MEASURE_INTERVAL, is_measured, mean_square
 
 INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 SUPPORT = np.asarray([[True, False, True], [False, False, True]])
@@ -114,106 +116,94 @@ def test_a_pull_is_refused_with_the_argument_and_its_value() -> None:
         Method(0.5, None)  # type: ignore[arg-type]
 
 
-# The relative radius
+# The radius in steps
 
 
-def perturb(method: Method) -> Any:
+IN_STEPS = Method(0.5, perturbation=SAM(0.5, in_steps=True))
+
+
+def perturb(square: float) -> Any:
     def run(params: list[Any], gradients: list[Any]) -> Any:
-        return method.perturb(params, gradients, 0, sparse=params[:2])
+        xp = array_namespace(*params)
+        return IN_STEPS.perturb(params, gradients, 0, step_square=xp.asarray(square))
 
     return run
-
-
-RELATIVE = Method(0.5, perturbation=SAM(0.5, relative=True))
 
 
 def size(arrays: Any) -> float:
     return math.sqrt(sum(float(np.sum(np.square(a, dtype="f8"))) for a in arrays))
 
 
-def lists(seed: int, scale: float = 1.0) -> list[np.ndarray]:
+def lists(seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    shapes = [(3, 4), (5,), (7,)]
-    return [(scale * rng.normal(size=shape)).astype("f4") for shape in shapes]
+    return [rng.normal(size=shape).astype("f4") for shape in [(3, 4), (5,), (7,)]]
 
 
-@pytest.mark.parametrize("scale", [1.0, 8.0, 1e-3])
-def test_e_has_the_length_of_rho_typical_sparse_weights(xp: Backend, scale: float) -> None:
-    params, gradients = lists(0, scale), lists(1)
-    e = xp.run(perturb(RELATIVE), params, gradients)
-    rms = math.sqrt(np.mean(np.concatenate([x.ravel() for x in params[:2]]).astype("f8") ** 2))
-    assert size(e) == pytest.approx(0.5 * rms, rel=1e-5)
-    for a, g in zip(e, gradients, strict=True):
-        np.testing.assert_allclose(a, g * size(e) / size(gradients), rtol=1e-5)
+def test_e_is_as_long_as_rho_steps(xp: Backend) -> None:
+    e = xp.run(perturb(9.0), lists(0), lists(1))
+    assert size(e) == pytest.approx(0.5 * 3.0, rel=1e-5)
+    for a, g in zip(e, lists(1), strict=True):
+        np.testing.assert_allclose(a, g * size(e) / size(lists(1)), rtol=1e-5)
 
 
-def test_e_scales_with_all_weights_and_not_with_the_loss(xp: Backend) -> None:
-    params, gradients = lists(0), lists(1)
-    found = xp.run(perturb(RELATIVE), params, gradients)
-    larger = xp.run(perturb(RELATIVE), [4 * x for x in params], gradients)
-    scaled = xp.run(perturb(RELATIVE), params, [2.0**-12 * g for g in gradients])
-    for e, four, same in zip(found, larger, scaled, strict=True):
-        assert (four == 4 * e).all()
+def test_e_does_not_scale_with_the_loss(xp: Backend) -> None:
+    found = xp.run(perturb(9.0), lists(0), lists(1))
+    scaled = xp.run(perturb(9.0), lists(0), [2.0**-12 * g for g in lists(1)])
+    for e, same in zip(found, scaled, strict=True):
         assert (same == e).all()
 
 
-@pytest.mark.parametrize("weight", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("square", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("gradient", [1.0, np.nan, np.inf, 0.0])
-def test_weights_or_gradients_without_a_length_give_no_e(
-    xp: Backend, weight: float, gradient: float
-) -> None:
-    params = [np.full_like(x, weight) for x in lists(0)]
-    e = xp.run(perturb(RELATIVE), params, [np.full_like(g, gradient) for g in lists(1)])
+def test_without_a_length_there_is_no_e(xp: Backend, square: float, gradient: float) -> None:
+    e = xp.run(perturb(square), lists(0), [np.full_like(g, gradient) for g in lists(1)])
     assert all((x == 0).all() for x in e)
 
 
-def test_without_sparse_arrays_all_are_the_unit(xp: Backend) -> None:
-    def run(sparse: Any) -> Any:
-        def inner(params: list[Any], gradients: list[Any]) -> Any:
-            return RELATIVE.perturb(params, gradients, 0, sparse=sparse)
-
-        return xp.run(inner, lists(0), lists(1))
-
-    rms = math.sqrt(np.mean(np.concatenate([x.ravel() for x in lists(0)]).astype("f8") ** 2))
-    for sparse in (None, []):
-        assert size(run(sparse)) == pytest.approx(0.5 * rms, rel=1e-5)
+def test_the_mean_runs_over_the_measured_steps() -> None:
+    s, lengths = np.asarray(0.0), [3.0, 1.0, 0.0, 2.0]
+    for i, length in enumerate(lengths):
+        assert is_measured(MEASURE_INTERVAL * i)
+        s = mean_square(s, np.asarray(length), MEASURE_INTERVAL * i)
+        assert float(s) == pytest.approx(np.mean(np.square(lengths[: i + 1])))
+    assert float(mean_square(s, np.asarray(np.nan), 32)) == float(s)
+    assert not any(is_measured(t) for t in range(1, MEASURE_INTERVAL))
 
 
-def test_16_bit_weights_are_summed_in_32(xp: Backend) -> None:
-    for dtype in xp.dtypes:
-        if dtype.itemsize == 2:
-            params = [x.astype(dtype) for x in lists(0, 100.0)]
-            e = xp.run(perturb(RELATIVE), params, [g.astype(dtype) for g in lists(1)])
-            rms = size(params[:2]) / math.sqrt(17)
-            assert all(a.dtype == np.float32 for a in e)
-            assert size(e) == pytest.approx(0.5 * rms, rel=1e-3)
+def test_a_radius_in_steps_is_part_of_the_value() -> None:
+    assert SAM(0.5) != SAM(0.5, in_steps=True)
+    assert Method(0.5, perturbation=SAM(0.5, in_steps=True)) == IN_STEPS
+    assert IN_STEPS.measures_steps
+    assert not Method(0.5, perturbation=SAM(0.5)).measures_steps
+    with pytest.raises(TypeError, match="in_steps must be True or False, got 1"):
+        SAM(0.5, in_steps=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step_square must be given for a radius in steps"):
+        IN_STEPS.perturb([np.ones(2)], [np.ones(2)], 0)
 
 
-def test_a_relative_radius_is_part_of_the_value() -> None:
-    assert SAM(0.5) != SAM(0.5, relative=True)
-    assert Method(0.5, perturbation=SAM(0.5, relative=True)) == RELATIVE
-    assert repr(SAM(0.5, relative=True)).count("relative=True") == 1
-    with pytest.raises(TypeError, match="relative must be True or False, got 1"):
-        SAM(0.5, relative=1)  # type: ignore[arg-type]
-
-
-def test_steps_that_reuse_a_direction_take_a_relative_radius_too() -> None:
-    e = SAM(0.5, relative=True, interval=2, reuse=0.3)
+def test_perturbed_steps_reach_as_far_as_the_steps_before() -> None:
+    e = SAM(0.5, in_steps=True, interval=2, reuse=0.3)
     method = Method(0.5, Pull(0.1, 2), perturbation=e)
     params = [np.asarray([[1.0, 2.0, -3.0]])]
-    state, points = start(method, params, [0], INFO), []
-    for t in range(4):
+    state, points, wanted, lengths = start(method, params, [0], INFO), [], [], []
+    for t in range(10):
         before = params[0]
 
         def gradient(x: list[Any]) -> list[Any]:
-            points.append(x[0])
+            points.append(size([x[0] - before]))  # noqa: B023 - called at once
             return [x[0] - 1]
 
-        step = FunctionalStep(method, params, [0], INFO, t, gradient, lambda g: [-0.1 * g[0]])
-        params, state = step.run([params[0] - 1], state)
+        def base(g: list[Any]) -> list[Any]:
+            if t % MEASURE_INTERVAL == 0:  # noqa: B023
+                lengths.append(0.1 * size(g))
+            return [-0.1 * g[0]]
+
         if t % 2 == 0:
-            assert size([points[-1] - before]) == pytest.approx(0.5 * np.sqrt(np.mean(before**2)))
-    assert len(points) == 2
+            wanted.append(0.5 * math.sqrt(np.mean(np.square(lengths))) if lengths else 0.0)
+        step = FunctionalStep(method, params, [0], INFO, t, gradient, base)
+        params, state = step.run([params[0] - 1], state)
+    assert points == pytest.approx(wanted)
+    assert wanted[1] > 0
 
 
 # Patterns whose sparsity rises

@@ -62,7 +62,7 @@ def test_the_rates_sum_to_the_contraction(steps: int) -> None:
 def test_the_radius_warms_up_and_stays(steps: int) -> None:
     e = safe_core.safe(0.95, steps=steps).perturbation
     assert isinstance(e, SAM)
-    assert e.relative
+    assert e.in_steps
     assert e.rho(0) == 0
     assert e.rho(max(math.ceil(untuned.WARM_UP * steps), 1)) == e.rho(steps) == untuned.RADIUS
 
@@ -140,7 +140,7 @@ def test_what_is_given_changes_its_part_alone(name: str) -> None:
         assert method.perturbation == kind(options["rho"])  # in the unit of the parameters
     if "perturbation_interval" in options:
         rho = plain.perturbation.rho
-        assert method.perturbation == SAM(rho, relative=True, interval=2, reuse=0.5)
+        assert method.perturbation == SAM(rho, in_steps=True, interval=2, reuse=0.5)
     if "state_dtype" in options:
         held = plain.constraint
         assert method.constraint == Pull(held.penalty, held.dual_update_interval, "bfloat16")
@@ -260,6 +260,6 @@ def test_the_docstring_quotes_the_constants() -> None:
         f"T / {untuned.UPDATES}",
         f"at most {untuned.LONGEST_INTERVAL}",
         f"{untuned.CONTRACTION:g} / T * (1 - cos(pi t / T))",
-        f"{untuned.RADIUS:g} times the root mean square",
+        f"{untuned.RADIUS:g} mean steps of the base optimizer",
     ):
         assert number in text, number

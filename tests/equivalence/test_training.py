@@ -288,11 +288,23 @@ def assert_agreement(problem, method, base, arrays=None):
     return expected
 
 
+@pytest.mark.parametrize("sparsity", [0.8, "2:4"])
+@pytest.mark.parametrize("base", ["momentum", "adam"])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_frameworks_agree_on_what_is_derived_from_the_steps(name, base, sparsity):
+    problem = Problem.make()
+    expected = assert_agreement(problem, METHODS[name](sparsity, steps=STEPS), base)
+    start = safe_core.project(problem.weights, sparsity).support
+    assert any((a != b).any() for a, b in zip(start, expected.supports, strict=True))
+
+
 MULTI = safe_core.schedules.random_sparsity((0.5, 0.7, 0.9))
 VARIANTS = {
     "safe sg multi": safe_core.safe(
         MULTI, penalty=0.1, dual_update_interval=8, projected_gradient=True
     ),
+    "decoupled": safe_core.safe(0.8, penalty=1.0, dual_update_interval=8, decoupled=True),
+    "untuned, at times": safe_core.safe(0.8, steps=120, perturbation_interval=2, reuse=0.5),
     "cram plus multi": safe_core.cram(MULTI, rho=0.1, plus=True),
     "imp": safe_core.imp_sam(
         safe_core.schedules.cubic(0.8, steps=48, every=16), importance=SquaredGradient(0.9)

@@ -87,12 +87,16 @@ def whole(params, data):
     return jnp.mean((data[0] @ params["kernel"] + params["bias"] - data[1]) ** 2)
 
 given = {"importance": lambda params: jax.tree.map(lambda x: jnp.abs(x) + 1, params)}
+def published(pattern):
+    return safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=2)
+
+channels = published(safe_core.Channel(0.5))
+untuned = safe_core.safe(0.75, steps=12)
 for params_spec, cases in (
-    ((None, "t"), ((0.75, given),)),
-    (("f", "t"), ((0.75, {}), ("2:4", {}), (safe_core.Channel(0.5), {}))),
+    ((None, "t"), ((published(0.75), given), (untuned, {}))),
+    (("f", "t"), ((published(0.75), {}), (published("2:4"), {}), (channels, {}), (untuned, {}))),
 ):
-    for pattern, options in cases:
-        method = safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=2)
+    for method, options in cases:
         wanted = run(lambda x, spec: x, whole, method, **options)
         with jax.set_mesh(mesh):
             got = run(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), reduced,
@@ -147,7 +151,7 @@ with ocp.StandardCheckpointer() as checkpointer:
 
 @pytest.mark.parametrize(
     ("script", "checks"),
-    [(AVERAGED, 3), (TYPED, 4), (CHECKPOINT, 2)],
+    [(AVERAGED, 3), (TYPED, 6), (CHECKPOINT, 2)],
     ids=["average", "explicit axes", "checkpoint"],
 )
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from small_recipe import OWN, RECIPES, TINY, changed
 
+import safe_core
 import safe_core.study.runner.figures as figures
 import safe_core.study.runner.run as runner
 from safe_core import NM, Unstructured, schedules
@@ -244,6 +245,23 @@ def test_a_wrong_function_names_the_key(sub: Path, method: str, message: str) ->
     (sub / "broken.py").write_text("\nraise Undefined")
     with pytest.raises((TypeError, ValueError), match=message):
         parse_recipe(changed('"dense"', f'"{method}"'), sub)
+
+
+@pytest.mark.parametrize("method", ["safe", "safe_sg", "admm"])
+def test_numbers_are_derived_from_the_steps_unless_a_penalty_is_given(method: str) -> None:
+    size = {"epochs": 20, "steps_per_epoch": 40, "seed": 0}
+    make = safe_core.admm if method == "admm" else safe_core.safe
+    own = {"projected_gradient": True} if method == "safe_sg" else {}
+    given: list[dict[str, Any]] = [{}, {"dual_update_interval": 9}]
+    given += [] if method == "admm" else [{"rho": 0.2}]
+    for options in given:
+        (entry,) = read_entries([{"method": method, **options}])
+        assert entry.build(0.9, **size) == make(0.9, steps=800, **own, **options)
+        (entry,) = read_entries([{"method": method, "penalty": 0.1, **options}])
+        assert entry.build(0.9, **size) == make(0.9, penalty=0.1, **own, **options)
+    (entry,) = read_entries([{"method": method, "penalty": 0.1, "penalty_schedule": "cosine"}])
+    penalty = safe_core.schedules.cosine(0.1, steps=800)
+    assert entry.build(0.9, **size) == make(0.9, penalty=penalty, **own)
 
 
 def test_fractions_and_patterns_take_each_their_own_options() -> None:

@@ -61,7 +61,7 @@ class Recipe(NamedTuple):
     compressed: bool = False
     added: str = ""  # "x" or "C(x)"
     decoupled: bool = False
-    relative: bool = False
+    in_steps: bool = False
     pulled: bool = False
     after: str = "dual"  # or "hard", "mask", "nothing"
 
@@ -82,6 +82,7 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     z, u = keep(w, 0), np.zeros_like(w)
     w_buffer, b_buffer = np.zeros_like(w), np.zeros_like(b)
     flat = np.zeros(w.size + b.size)
+    lengths: list[float] = []
 
     def gradient(w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gw, gb = problem.gradient(w, b)
@@ -93,7 +94,8 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2)) if recipe.normalised else 1
         first = np.concatenate([gw.ravel(), gb])
         if t % recipe.perturbed_every == 0:
-            rho = recipe.rho(t) * (np.sqrt(np.mean(w**2)) if recipe.relative else 1)
+            unit = math.sqrt(np.mean(np.square(lengths))) if lengths else 0.0
+            rho = recipe.rho(t) * (unit if recipe.in_steps else 1)
             moved = w + rho * scale**2 * gw / length
             gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, b + rho * gb / length)
             second = np.concatenate([gw.ravel(), gb])
@@ -111,6 +113,8 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         w_buffer = MOMENTUM * w_buffer + (gw if recipe.decoupled else gw + pull)
         b_buffer = MOMENTUM * b_buffer + gb
         w, b = w - RATE * w_buffer, b - RATE * b_buffer
+        if t % 8 == 0:
+            lengths.append(RATE * np.linalg.norm(w_buffer))
         if recipe.decoupled:
             w = w - RATE * pull
         if recipe.pulled:
@@ -161,7 +165,7 @@ def untuned(method: safe_core.Method, *, perturbs: bool) -> tuple[safe_core.Meth
         penalty=constraint.penalty,
         interval=constraint.dual_update_interval,
         sparsity=lambda t: schedule.table[schedule.stage(t)],
-        relative=True,
+        in_steps=True,
         pulled=True,
     )
 
@@ -203,11 +207,11 @@ CASES = {
         safe_core.Method(0.6, safe_core.Pull(0.3, 3), perturbation=safe_core.SAM(0.2)),
         Recipe(pulled=True),
     ),
-    "relative radius": (
+    "radius in steps": (
         safe_core.Method(
-            0.6, safe_core.ADMM(0.3, 3), perturbation=safe_core.SAM(0.4, relative=True)
+            0.6, safe_core.ADMM(0.3, 3), perturbation=safe_core.SAM(1.5, in_steps=True)
         ),
-        Recipe(rho=lambda t: 0.4, relative=True),
+        Recipe(rho=lambda t: 1.5, in_steps=True),
     ),
     "untuned safe": untuned(safe_core.safe(0.6, steps=2 * STEPS), perturbs=True),
     "untuned admm": untuned(safe_core.admm(0.6, steps=2 * STEPS), perturbs=False),

@@ -218,10 +218,29 @@ def test_fine_tuning_keeps_the_zeros_in_both_modes() -> None:
     assert zeros_of(model) == ZEROS
 
 
-def test_a_decoupled_penalty_is_refused() -> None:
-    method = safe_core.safe(0.75, rho=0.05, penalty=0.5, decoupled=True)
-    with pytest.raises(ValueError, match=r"must have decoupled=False with SGDScheduleFree"):
+@pytest.mark.parametrize(
+    "method",
+    [
+        safe_core.safe(0.75, rho=0.05, penalty=0.5, decoupled=True),
+        safe_core.safe(0.75, steps=100),
+        safe_core.Method(0.75, safe_core.Pull(0.5)),
+    ],
+    ids=["decoupled", "untuned", "pull"],
+)
+def test_a_penalty_beside_the_base_step_is_refused(method: safe_core.Method) -> None:
+    text = r"must add its penalty to the gradient with SGDScheduleFree.*give penalty= and leave dec"
+    with pytest.raises(ValueError, match=text):
         scheduled_free("SGD", method)
+
+
+@short_run
+def test_a_derived_radius_and_rise_work_in_both_modes() -> None:
+    method = safe_core.safe(0.75, steps=100, penalty=0.5)
+    model, optimizer = scheduled_free("SGD", method)
+    optimizer.eval()
+    optimizer.finalize()
+    optimizer.check_sparsity()
+    assert zeros_of(model) == ZEROS
 
 
 def test_the_mode_that_it_has_may_be_set_again_within_a_block() -> None:

@@ -24,8 +24,8 @@ STEPS = 8
 @pytest.mark.parametrize(
     ("world", "kinds"),
     [
-        (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "tp", "local"]),
-        (4, ["ddp", "fsdp", "mixed", "tp-fsdp"]),
+        (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local"]),
+        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "tp-fsdp"]),
     ],
     ids=["two", "four"],
 )
@@ -182,9 +182,11 @@ def _optimizer(model: Any, kind: str) -> Any:
 
     method = safe_core.safe(
         0.7,
-        rho=0.05,
-        penalty=0.1,
-        dual_update_interval=3,
+        **(
+            {"steps": 4 * STEPS}
+            if kind.endswith("untuned")
+            else {"rho": 0.05, "penalty": 0.1, "dual_update_interval": 3}
+        ),
         importance=None if kind == "tp-fsdp" else safe_core.SquaredGradient(0.9),
         **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )

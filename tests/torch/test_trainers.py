@@ -18,7 +18,17 @@ from safe_core.adapters.torch.trainers import SparseTrainerMixin, perturbed, unw
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
-METHOD = safe_core.safe(0.75, rho=0.1, penalty=0.1, dual_update_interval=2)
+METHODS = {
+    "published": safe_core.safe(0.75, rho=0.1, penalty=0.1, dual_update_interval=2),
+    "untuned": safe_core.safe(0.75, steps=6),
+}
+METHOD = METHODS["published"]
+
+
+@pytest.fixture(params=METHODS, autouse=True)
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train by each of the methods."""
+    monkeypatch.setitem(globals(), "METHOD", METHODS[request.param])
 
 
 def network() -> nn.Sequential:

@@ -145,8 +145,11 @@ def _program(
 
 
 def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+    betas = {"b1": training.momentum, "b2": training.second_moment}
+    if training.optimizer == "adamw":
+        return optax.adamw(rate, **betas, weight_decay=training.weight_decay)
     if training.optimizer == "adam":
-        rule = optax.adam(rate, b1=training.momentum, b2=training.second_moment)
+        rule = optax.adam(rate, **betas)
     else:
         rule = optax.sgd(rate, momentum=training.momentum or None)
     return optax.chain(optax.add_decayed_weights(training.weight_decay), rule)

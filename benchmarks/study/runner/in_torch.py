@@ -152,8 +152,9 @@ def _checked(device: str) -> str:
 
 def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     training = plan.training
-    if training.optimizer == "adam":
-        return torch.optim.Adam(
+    if training.optimizer in ("adam", "adamw"):
+        rule = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+        return rule(
             model.parameters(),
             betas=(training.momentum, training.second_moment),
             weight_decay=training.weight_decay,

@@ -31,6 +31,9 @@ class Kind(NamedTuple):
         Arguments that the name implies.
     course : {"fixed", "rising", "drawn"}
         The sparsity over time: constant, rising to its target, or drawn at random.
+    derives : bool
+        Whether the constructor derives its numbers from ``steps``. A recipe that gives a penalty
+        means the method as published, which gets no ``steps``.
 
     Examples
     --------
@@ -41,6 +44,7 @@ class Kind(NamedTuple):
     constructor: Callable[..., Method] | None
     fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
     course: str = "fixed"
+    derives: bool = False
 
     def parameters(self) -> tuple[str, ...]:
         """Return the parameters of the constructor after the first, which is the sparsity."""
@@ -71,11 +75,11 @@ _OF_COURSE = {
 _SG = {"projected_gradient": True}
 RECIPE_METHODS = {
     "dense": Kind(None),
-    "safe": Kind(safe_core.safe),
-    "safe_sg": Kind(safe_core.safe, _SG),
-    "safe_multi": Kind(safe_core.safe, {}, "drawn"),
-    "safe_sg_multi": Kind(safe_core.safe, _SG, "drawn"),
-    "admm": Kind(safe_core.admm),
+    "safe": Kind(safe_core.safe, derives=True),
+    "safe_sg": Kind(safe_core.safe, _SG, derives=True),
+    "safe_multi": Kind(safe_core.safe, {}, "drawn", derives=True),
+    "safe_sg_multi": Kind(safe_core.safe, _SG, "drawn", derives=True),
+    "admm": Kind(safe_core.admm, derives=True),
     "magnitude": Kind(safe_core.magnitude),
     "gmp": Kind(safe_core.gmp, {}, "rising"),
     "iht": Kind(safe_core.iht),
@@ -198,6 +202,8 @@ class Entry:
                 for name, value in zip(_OF_RUN, of_run, strict=True)
                 if name in kind.parameters()
             }
+            if kind.derives and "penalty" in values:
+                del given["steps"]
             found = kind.constructor(pattern, **kind.fixed, **given, **values)
             if not isinstance(found, Method):
                 raise TypeError(

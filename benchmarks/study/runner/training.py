@@ -30,7 +30,7 @@ class Training:
     epochs: int = key(integer(1))
     batch_size: int = key(integer(2))
     learning_rate: float = key(number(0))
-    optimizer: str = key(choice("sgd", "adam"), "sgd")
+    optimizer: str = key(choice("sgd", "adam", "adamw"), "sgd")
     schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
     warmup_epochs: int = key(integer(0), 0)
     milestones: tuple[int, ...] = key(several(integer(1), empty=True), ())
