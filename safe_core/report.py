@@ -13,7 +13,6 @@ from .advice import Advice, Course, Figures, advise
 from .backends import Array
 from .constraints import ArrayInfo, SplitState
 from .constraints.base import select_support
-from .constraints.splitting import recover
 from .method import Method
 from .patterns import Pattern
 from .perturbations import norm
@@ -291,11 +290,11 @@ def sums(
     >>> sums([x], held, held, [kept])
     [array([ 2.,  1.,  1.,  0.,  1.,  0., 10.,  1.])]
     """
-    z, z_now = recover(split)[0], recover(update)[0]
     found = []
-    for x, kept, old, new, a, b in zip(
-        values, final, split.support, update.support, z, z_now, strict=True
-    ):
+    states = zip(split.anchor, split.support, update.anchor, update.support, strict=True)
+    for x, kept, (anchor, old, anchor_now, new) in zip(values, final, states, strict=True):
+        # z is the anchor on the support. One array at a time, to need little memory.
+        a, b = apply_support([anchor, anchor_now], [old, new])
         xp = array_namespace(x)
         parts = [
             xp.sum(~kept),
