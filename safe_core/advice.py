@@ -27,7 +27,7 @@ LATE = 0.9
 LARGE_REPLACEMENT = 0.25
 """Part of the kept weights that one dual update may replace late in a run."""
 
-FEWEST_UPDATES = 20
+FEWEST_UPDATES = 15
 """Dual updates of a run. Fewer leave the mask close to that of the first weights."""
 
 OTHER_LENGTH = 0.1

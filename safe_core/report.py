@@ -150,9 +150,13 @@ class Report(NamedTuple):
         """
         if self.course is None:
             return []
-        emptied = [row.name for row in self.tensors if row.entries and float(row.achieved) == 1]
-        totals = (self.relative_distance, self.relative_off_support, self.replaced)
-        figures = Figures(int(self.step), *(float(total) for total in totals), emptied)
+        figures = Figures(
+            step=int(self.step),
+            distance=float(self.relative_distance),
+            off_support=float(self.relative_off_support),
+            replaced=float(self.replaced),
+            emptied=[r.name for r in self.tensors if r.entries and float(r.achieved) == 1],
+        )
         return advise(figures, self.course)
 
     def summary(self) -> str:

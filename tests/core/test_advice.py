@@ -136,10 +136,10 @@ def test_a_run_that_goes_on_longer_than_planned_is_found() -> None:
 
 
 def test_few_dual_updates_are_named_with_their_number() -> None:
-    rare = safe_core.safe(0.9, steps=STEPS, dual_update_interval=51)
+    rare = safe_core.safe(0.9, steps=STEPS, dual_update_interval=67)
     assert causes(rare, 100, {}) == ["interval"]
-    assert "19 dual updates in 1000 steps" in text(rare, 100, {})
-    assert causes(safe_core.safe(0.9, steps=STEPS, dual_update_interval=50), 100, {}) == []
+    assert "14 dual updates in 1000 steps" in text(rare, 100, {})
+    assert causes(safe_core.safe(0.9, steps=STEPS, dual_update_interval=66), 100, {}) == []
     # They cannot be more frequent than every step.
     assert causes(safe_core.safe(0.9, steps=10), 5, {}) == []
 
