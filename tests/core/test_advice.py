@@ -153,6 +153,11 @@ def test_a_mask_that_still_changes_at_the_end_is_named() -> None:
         schedules.random_sparsity((0.8, 0.9)), penalty=schedules.cosine(0.1, STEPS)
     )
     assert causes(drawn, 900, {"replaced": 0.3}) == []  # every update draws a sparsity
+    named = safe_core.safe(
+        ByName({"a": Unstructured(0.9), "b": Unstructured(schedules.random_sparsity((0.8, 0.9)))}),
+        penalty=schedules.cosine(0.1, STEPS),
+    )
+    assert causes(named, 900, {"replaced": 0.3}) == []
     assert causes(ONCE, 900, {"replaced": 0.3}, STEPS) == []  # its mask acts at the end only
 
 

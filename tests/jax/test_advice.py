@@ -52,14 +52,17 @@ def test_norms_are_those_of_the_leaves() -> None:
     assert float(report(zeros, state, METHOD).relative_distance) == 0
 
 
-def test_a_function_is_evaluated_at_x_and_at_the_projection() -> None:
-    params, state = trained()
-    found = report(params, state, METHOD, evaluate=loss)
+@pytest.mark.parametrize(
+    "method", [METHOD, safe_core.safe(0.75, steps=20)], ids=["fixed", "a rising sparsity"]
+)
+def test_a_function_is_evaluated_at_x_and_at_the_projection(method: Any) -> None:
+    params, state = trained(3, method)
+    found = report(params, state, method, evaluate=loss)
     assert float(found.dense_value) == float(loss(params))
-    assert float(found.sparse_value) == float(loss(sparse_weights(params, state, METHOD)))
+    assert float(found.sparse_value) == float(loss(sparse_weights(params, state, method)))
     assert float(found.dense_value) < float(found.sparse_value)
-    assert float(report(params, state, METHOD, evaluate=lambda _: 3).sparse_value) == 3
-    assert report(params, state, METHOD).dense_value is None
+    assert float(report(params, state, method, evaluate=lambda _: 3).sparse_value) == 3
+    assert report(params, state, method).dense_value is None
 
 
 def test_a_compiled_function_returns_a_report() -> None:
