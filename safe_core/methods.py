@@ -99,7 +99,7 @@ def safe(
     Examples
     --------
     >>> method = safe(sparsity=0.95, steps=14_000)
-    >>> [method.sparsity.schedule(t) for t in (0, 7_000)], method.constraint.dual_update_interval
+    >>> [method.sparsity.schedule(t) for t in (0, 14_000)], method.constraint.dual_update_interval
     ([0.0, 0.95], 32)
     >>> method = safe(sparsity=0.95, rho=0.1, penalty=1e-3)
     >>> method.sparsity

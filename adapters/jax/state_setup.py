@@ -18,7 +18,7 @@ import jax
 
 from safe_core import Layout, Method
 from safe_core.layout import resolve
-from safe_core.patterns import Pattern
+from safe_core.patterns import ByName, Pattern
 from safe_core.patterns.base import FractionPattern
 
 from .tree import SparseTree, is_function
@@ -126,6 +126,10 @@ def pattern_text(pattern: Pattern) -> str:
 
     The parameters end at the final sparsity, so a schedule may be replaced by its end.
     """
+    if isinstance(pattern, ByName):
+        named = {name: pattern_text(pattern.of(name)) for name in pattern.named_arrays}
+        default = pattern.default and pattern_text(pattern.default)
+        return f"ByName({', '.join(f'{k!r}: {v}' for k, v in named.items())}, default={default})"
     if not isinstance(pattern, FractionPattern):
         return repr(pattern)
     values = {field.name: getattr(pattern, field.name) for field in dataclasses.fields(pattern)}

@@ -276,17 +276,17 @@ class Run:
 
     def freeze(self, sparse: Sequence[Tensor], support: Sequence[Tensor]) -> None:
         """Make a support final: keep nothing but the mask and the length of steps."""
-        squares = {p: self.state[p].get("step_square") for p in sparse if p in self.state}
+        measured = sparse if self.method.measures_steps else []
+        squares = self.parameters.step_squares(measured)
         self.state.clear()
         for p, mask in zip(sparse, support, strict=True):
             self.state[p] = {"support": mask}
-            if squares.get(p) is not None:
-                self.state[p]["step_square"] = squares[p]
             # Stale momentum of pruned entries would pull them away from zero, and a base that
             # mixes entries, such as Muon, would spread it to the kept ones.
             held = self.base.state.get(p, {}).values()
             likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
             kernels.mask_(likes, [mask] * len(likes))
+        self.parameters.store_step_squares(measured, squares)
         self.frozen = True
 
     # The selection

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safe_core import ArrayInfo, Pattern, SplitState, _checks
+from safe_core._dtypes import wide_dtype
 from safe_core.arguments import check_importance
 from safe_core.backends.torch_sharding import sharded_like
 from safe_core.layout import place_importance
@@ -69,9 +70,10 @@ class ParameterState(NamedTuple):
 
     def step_squares(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the mean squared length of the steps of each parameter, 0 before the first."""
+        held = [self.state.get(p, {}).get("step_square") for p in params]
         return [
-            self.state.get(p, {}).get("step_square", torch.zeros((), device=p.device))
-            for p in params
+            torch.zeros((), dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
+            for p, s in zip(params, held, strict=True)
         ]
 
     def store_step_squares(self, params: Sequence[Tensor], squares: Sequence[Tensor]) -> None:

@@ -123,8 +123,8 @@ class _Step:
         run = self.run
         if self._measures:
             # The base starts at x. Where x is perturbed, the copies hold it until the next block.
-            copies = run.moved.copies(self.sparse) or [None] * len(self.sparse)
-            shards = zip(kernels.local_shards(self.sparse), copies, strict=True)
+            saved = run.moved.copies(self.sparse) or [None] * len(self.sparse)
+            shards = zip(kernels.local_shards(self.sparse), saved, strict=True)
             self.before = [x.clone() if copy is None else copy for x, copy in shards]
         if run.compiled is None or run.frozen:
             run.moved.restore()

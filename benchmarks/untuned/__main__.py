@@ -1,4 +1,4 @@
-"""Train the cells that are not finished, then write the table and the figure."""
+"""Train the cells that are not finished. A run that was interrupted goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
-from .cells import OURS, TUNED, Cell, cells, recipe
+from .cells import OURS, Cell, cells, comparators, recipe
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,12 +24,14 @@ def accuracy(results: Mapping[Any, Any], label: str) -> list[float]:
 def tuned(cell: Cell, out: Path, framework: str) -> dict[str, str]:
     """Return the table of each comparator with the best accuracy on held-out images."""
     tried = {
-        f"{label} | {i}": table for label, tables in TUNED.items() for i, table in enumerate(tables)
+        f"{label} | {i}": table
+        for label, tables in comparators(cell).items()
+        for i, table in enumerate(tables)
     }
     source = recipe(cell, tried, tuning=True, framework=framework)
     results = run_study(source, out / "tuning", folder=HERE)
     found = {}
-    for label, tables in TUNED.items():
+    for label, tables in comparators(cell).items():
         means = [mean_and_error(accuracy(results, f"{label} | {i}"))[0] for i in range(len(tables))]
         found[label] = tables[means.index(max(means))]
     return found

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["BASES", "OURS", "TASKS", "TUNED", "Cell", "Task", "cells", "recipe"]
+__all__ = ["BASES", "OURS", "TASKS", "TUNED", "Cell", "Task", "cells", "comparators", "recipe"]
 
 
 class Task(NamedTuple):
@@ -115,6 +115,16 @@ OURS = {
     "SAFE, untuned": 'method = "safe"\n',
     "without perturbation, untuned": 'method = "admm"\n',
 }
+
+
+def comparators(cell: Cell) -> dict[str, tuple[str, ...]]:
+    """Return the tables of the comparators that can prune to the sparsity of a cell.
+
+    An N:M pattern has no sparsity in between, so gradual pruning is not defined for it.
+    """
+    if not isinstance(cell.sparsity, str):
+        return TUNED
+    return {label: TUNED[label] for label in ("ADMM", "SAFE, published")}
 
 
 def cells() -> Iterator[Cell]:

@@ -112,7 +112,7 @@ class DualUpdates(Constraint):
 
     def exact(self) -> Self:
         """Return the constraint with anchors that are not rounded, for reports."""
-        return replace(self, state_dtype=None)  # type: ignore[type-var]
+        return replace(self, state_dtype=None)  # type: ignore[call-arg]
 
 
 def every(interval: int, step: int | Array) -> bool | Array:

@@ -60,7 +60,7 @@ class Pull(DualUpdates):
     ['OBSERVE_GRADIENTS', 'BASE_STEP', 'PULL', 'UPDATE_STATE']
     """
 
-    penalty: Schedule = 0.1  # type: ignore[assignment]
+    penalty: Schedule = 0.1  # type: ignore[assignment, misc]
     dual_update_interval: int = 32
     state_dtype: str | None = None
 

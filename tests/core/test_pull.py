@@ -57,6 +57,11 @@ def step_of(method: Method, x: Any, split: Any, update: Any, t: int = 0) -> tupl
     return params[0], state.split
 
 
+def updates_of(method: Method, x: Any, split: Any, update: Any) -> Any:
+    step = FunctionalStep(method, [x], [0], INFO, 0, lambda x: x, lambda g: [update])
+    return step.updates([update], StepState(split))[0][0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", BFLOAT16], ids=str)
 def test_a_step_on_the_support_is_that_of_the_base_alone(xp: Backend, dtype: Any) -> None:
     if np.dtype(dtype) not in xp.dtypes:
@@ -71,6 +76,9 @@ def test_a_step_on_the_support_is_that_of_the_base_alone(xp: Backend, dtype: Any
     assert found.dtype == x.dtype
     assert (found[SUPPORT] == alone[SUPPORT]).all()
     assert (found[~SUPPORT] != alone[~SUPPORT]).any()
+    given = xp.to_numpy(updates_of(Method(0.5, Pull(0.7, 9)), arrays[0], split, arrays[3]))
+    assert (given[SUPPORT] == update[SUPPORT]).all()
+    assert given.dtype == update.dtype
     wanted = anchor + math.exp(-0.7) * (alone.astype("f8") - anchor)
     tolerance = {"float64": 1e-15, "float32": 1e-6}.get(np.dtype(dtype).name, 0.02)
     np.testing.assert_allclose(

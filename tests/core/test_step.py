@@ -29,6 +29,12 @@ PLANS: dict[str, tuple[Method, list[str], list[str]]] = {
         ["x"],
         ["MEASURE_PULL", "BASE_STEP", "APPLY_PULL"],
     ),
+    "pull": (Method(0.5, safe_core.Pull()), ["x"], ["BASE_STEP", "PULL"]),
+    "safe untuned": (
+        safe_core.safe(0.5, steps=9),
+        ["x", "x + e"],
+        ["BASE_STEP", "MEASURE_STEP", "PULL"],
+    ),
     "rescaled": (
         safe_core.admm(0.5, penalty=schedules.linear(1.0, 5, 0.1), rescale_dual=True),
         ["x"],
@@ -81,6 +87,14 @@ def test_the_base_step_comes_between_what_reads_gradients_and_what_reads_paramet
 def test_every_walker_has_every_operation(walker: Any, operation: Operation) -> None:
     names = (operation.name.lower(), f"_{operation.name.lower()}")
     assert any(callable(getattr(walker, name, None)) for name in names)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_knows_whether_a_penalty_acts_beside_the_base(name: str) -> None:
+    plan = PLANS[name][0].plan()
+    assert plan.moves_after_base == (name in ("decoupled", "pull", "safe untuned"))
+    assert plan.needs_learning_rate == (name == "decoupled")
+    assert not plan.frozen().moves_after_base
 
 
 def test_a_frozen_plan_trains_under_the_final_mask() -> None:

@@ -28,7 +28,7 @@ from safe_core.adapters.torch import trainers as torch_trainers
 from safe_core.functional import FunctionalStep, start
 from safe_core.reconstruction import Reconstruction
 
-NAMES = ["sg multi", "decoupled", "pull", "relative radius", "untuned safe", "untuned admm", "iht"]
+NAMES = ["sg multi", "decoupled", "pull", "radius in steps", "untuned safe", "untuned admm", "iht"]
 NAMES += ["gmp", "imp", "magnitude", "cram", "cram plus multi"]
 CUBIC = schedules.cubic(0.6, steps=4)
 every_case = pytest.mark.parametrize("name", NAMES)

@@ -283,6 +283,20 @@ def test_a_schedule_by_name_alone_is_reported() -> None:
         finalize(*state, method)
 
 
+@pytest.mark.parametrize("sparsity", [0.75, {"a/kernel": 0.75, "b/kernel": "2:4"}], ids=str)
+def test_a_run_continues_with_another_number_of_steps_but_not_another_sparsity(
+    sparsity: Any,
+) -> None:
+    first, longer = (safe_core.safe(sparsity, steps=n) for n in (20, 40))
+    params, state = train(sparse_optimizer(optax.sgd(0.1), first), 20)
+    params, state = train(sparse_optimizer(optax.sgd(0.1), longer), 1, params, state)
+    sparse_weights(params, state, longer)
+    named = {"a/kernel": 0.5, "b/kernel": "2:4"}
+    other = safe_core.safe(0.5 if sparsity == 0.75 else named, steps=40)
+    with pytest.raises(ValueError, match=r"its sparsity is .*, got"):
+        train(sparse_optimizer(optax.sgd(0.1), other), 1, params, state)
+
+
 def test_the_sparse_network_is_shown_during_the_rise() -> None:
     params, state = train(sparse_optimizer(optax.sgd(0.1), UNTUNED), 10)
     shown = sparse_weights(params, state, UNTUNED)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from short_runs import short_run
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as distributed
 
 import safe_core
 from safe_core import SAM, FinalizeWarning, Method, Pull, SplitState, schedules
@@ -350,6 +352,103 @@ def test_a_run_resumes_with_the_same_bits(base: str, state_dtype: str | None, at
     assert_same(second.train(9).state(), first.train(9).state())
     third = copy.deepcopy(second)
     assert_same(third.train(2).state(), second.train(2).state())
+
+
+@short_run
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_distributed_checkpoint_resumes(frozen: bool, tmp_path: Any) -> None:
+    runs = [Run(UNTUNED, BASES["adam"]) for _ in range(2)]
+    runs[0].train(11)
+    states = []
+    for run in runs:
+        if frozen:
+            distributed.get_optimizer_state_dict(run.model, run.optimizer)
+            run.optimizer.finalize(freeze=True)
+        model, optimizer = distributed.get_state_dict(run.model, run.optimizer)
+        states.append({"model": model, "optimizer": optimizer})
+    checkpoint.save(states[0], checkpoint_id=tmp_path)
+    checkpoint.load(states[1], checkpoint_id=tmp_path)
+    model, optimizer = states[1].values()
+    distributed.set_state_dict(
+        runs[1].model,
+        runs[1].optimizer,
+        model_state_dict=model,
+        optim_state_dict=optimizer,
+    )
+    first, second = (run.train(9) for run in runs)
+    assert_same(list(second.model.parameters()), list(first.model.parameters()))
+    assert size(first.perturbation()) > 0
+
+
+def test_a_state_without_the_length_of_steps_is_refused() -> None:
+    run = Run(UNTUNED).train(2)
+    state = run.optimizer.state_dict()
+    del state["state"][0]["safe_step_square"]
+    with pytest.raises(
+        ValueError, match=r"must hold a scalar safe_step_square for 0\.weight, got n"
+    ):
+        run.optimizer.load_state_dict(state)
+    state["state"][0]["safe_step_square"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"safe_step_square for 0\.weight, got shape \(3,\)"):
+        run.optimizer.load_state_dict(state)
+    other = Run(safe_core.admm(0.75, steps=STEPS))
+    state = run.optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["safe_method"]
+    with pytest.raises(ValueError, match=r"must hold no safe_step_square for 0\.weight, got shape"):
+        other.optimizer.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(
+    ("constraint", "base", "compiled"),
+    [
+        (Pull(0.2, 4), "sgd", False),
+        (Pull(0.2, 4), "adam", False),
+        (Pull(0.2, 4), "sgd", True),
+        (safe_core.ADMM(0.3, 4), "adam", False),
+        (safe_core.ADMM(0.3, 4), "adam", True),
+        (safe_core.ADMM(0.3, 4, decoupled=True), "sgd", False),
+        (safe_core.HardThreshold(4), "sgd", False),
+        (safe_core.AtEnd(), "adam", False),
+        (safe_core.Mask(), "sgd", False),
+    ],
+)
+def test_the_steps_of_the_base_are_measured_alone(
+    constraint: Any, base: str, compiled: bool
+) -> None:
+    sparsity = schedules.linear_sparsity(0.75, 2) if constraint == safe_core.Mask() else 0.75
+    method = Method(sparsity, constraint, perturbation=SAM(0.5, in_steps=True))
+    run = Run(method, BASES[base], compile=compiled)
+    before: list[Tensor] = []
+    squares: list[float] = []
+
+    def start(*_: Any) -> None:  # where the base starts: at x, not at x + e
+        before[:] = [w.clone() for w in run.weights]
+
+    def end(*_: Any) -> None:
+        moves = [w - old for w, old in zip(run.weights, before, strict=True)]
+        squares.append(size(moves) ** 2)
+
+    for t in range(2 * MEASURE_INTERVAL + 1):
+        weights = [w.clone() for w in run.weights]
+        hooks = [
+            run.optimizer.base.register_step_pre_hook(start),
+            run.optimizer.base.register_step_post_hook(end),
+        ]
+        if t % MEASURE_INTERVAL:
+            for hook in hooks:
+                hook.remove()
+        run.train(1)
+        for hook in hooks:
+            hook.remove()
+        if t % MEASURE_INTERVAL == 0 and not compiled:
+            assert_same(before, weights)
+    assert len(squares) == 3
+    found = run.optimizer._run.step_square()
+    assert found is not None
+    assert float(found) == pytest.approx(sum(squares) / 3, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")

@@ -1,0 +1,106 @@
+"""The comparison without tuning: its cells are valid recipes, and its choice is the best tried."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safe_core import Mask, Pull, untuned
+from safe_core.study.runner import parse_recipe
+from safe_core.study.runner.cells import Cell as Run
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.untuned import __main__ as command
+from benchmarks.untuned import parts
+from benchmarks.untuned.cells import (
+    BASES,
+    OURS,
+    TASKS,
+    TUNED,
+    Cell,
+    cells,
+    comparators,
+    recipe,
+)
+
+HERE = command.HERE
+
+CELLS = list(cells())
+CHECKED = [
+    *{cell.task: cell for cell in CELLS}.values(),
+    *{c.task: c for c in CELLS[::-1]}.values(),
+]
+
+
+@pytest.mark.parametrize("cell", CHECKED, ids=lambda cell: cell.name)
+def test_cells_are_recipes_whose_methods_can_be_built(cell: Cell) -> None:
+    tables = {
+        f"{label} {i}": table
+        for label, found in comparators(cell).items()
+        for i, table in enumerate(found)
+    }
+    found = parse_recipe(recipe(cell, {**tables, **OURS}, tuning=True, framework="torch"), HERE)
+    assert (found.data.validation, found.training.epochs) == (0.25, cell.epochs)
+    ours = [entry for entry in found.methods if entry.label in OURS]
+    for entry in ours:
+        method = entry.build(cell.sparsity, epochs=20, steps_per_epoch=7, seed=0)
+        assert method is not None
+        assert isinstance(method.constraint, Pull)
+    final = parse_recipe(recipe(cell, OURS, tuning=False, framework="torch"), HERE)
+    assert not set(found.seeds) & set(final.seeds)
+    assert final.data.validation == 0
+
+
+def test_every_base_is_used_and_half_of_the_tasks_are_the_test() -> None:
+    assert {cell.base for cell in cells()} == set(BASES)
+    assert {task.chooses for task in TASKS.values()} == {True, False}
+    names = [cell.name for cell in cells()]
+    assert len(set(names)) == len(names)
+
+
+def test_comparators_update_as_often_as_ours() -> None:
+    steps = 1140
+    every = untuned.interval(steps)
+    gmp = parts.gradual(0.9, steps, part=0.5)
+    assert isinstance(gmp.constraint, Mask)
+    assert [t for t in range(3 * every) if gmp.is_due(t)] == [
+        every - 1,
+        2 * every - 1,
+        3 * every - 1,
+    ]
+    assert parts.gradual(0.9, steps, part=0.5, rho=0.1).perturbation is not None
+    published = parts.split(0.9, steps, penalty=0.1, rho=0.1)
+    assert published.constraint.dual_update_interval == every
+    assert published.constraint.penalty(steps) == 0.1
+    assert parts.split(0.9, steps, penalty=0.1, schedule="constant").constraint.penalty(0) == 0.1
+    in_rounds = parts.rounds(0.9, steps, count=3)
+    assert [t + 1 for t in range(steps) if in_rounds.is_due(t)] == [285, 570, 855]
+
+
+def test_the_best_on_held_out_images_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_study(source: str, out: Path, **options: Any) -> dict[Run, dict[str, Any]]:
+        asked.append(out.name)
+        labels = [line.split('"')[1] for line in source.splitlines() if line.startswith("label")]
+        # The second table of each is the best; the last diverges.
+        return {
+            Run("torch", 0.0, label, 0.9, seed): {"accuracy": 90.0 + (label[-1] == "1")}
+            if not label.endswith("3")
+            else {"diverged": True}
+            for label in labels
+            for seed in (0, 1)
+        }
+
+    monkeypatch.setattr(command, "run_study", run_study)
+    cell = Cell("digits", "SGD 0.1", 20, 0.9)
+    assert command.tuned(cell, tmp_path, "torch") == {k: v[1] for k, v in TUNED.items()}
+    command.run(cell, tmp_path, "torch")
+    command.run(cell, tmp_path, "torch")  # finished: nothing is trained again
+    assert asked == ["tuning", "tuning", "final"]
