@@ -11,6 +11,7 @@ from . import projection, steps
 from .block import block_step
 from .memory import memory
 from .report import machine, plot, tables
+from .reporting import reports
 from .timing import Result
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
         "torch": lambda: steps.torch_step(width=width, repeats=repeats, compiled=compiled),
         "jax": lambda: steps.jax_step(width=width, repeats=repeats),
         "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
+        "report": lambda: reports(width=width, batch=batch, repeats=repeats),
         "block": lambda: block_step(hidden=max(64, 16 * width), tokens=8 * batch, repeats=repeats),
         "memory": lambda: memory(size=size),
     }

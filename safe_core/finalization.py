@@ -27,8 +27,10 @@ __all__ = [
     "Finalized",
     "FinalizedTensor",
     "describe",
+    "listed",
     "measure",
     "pruning_a_block",
+    "shortfalls",
     "warn",
 ]
 
@@ -161,7 +163,7 @@ def describe(
         found.append(FinalizedTensor(name, size, zeroed, nonzero, whole, removed, emptied))
         broken += [f"{name} ({infinite} of {size} entries)"] if infinite else []
     if broken:
-        raise ValueError(f"parameters must be finite, got NaN or infinity in {_listed(broken)}")
+        raise ValueError(f"parameters must be finite, got NaN or infinity in {listed(broken)}")
     return Finalized(steps, found)
 
 
@@ -190,7 +192,7 @@ def warn(
     """
     texts = [*_unfinished(found, constraint, patterns, importance), *_large(found, constraint)]
     if found.emptied:
-        texts.append(f"the projection sets all entries to zero in {_listed(found.emptied)}")
+        texts.append(f"the projection sets all entries to zero in {listed(found.emptied)}")
     if texts:
         text = "finalize: " + "; ".join(texts)
         warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
@@ -228,15 +230,31 @@ def _unfinished(
     steps = found.steps
     if not found.zeroed:  # the weights were in C already
         return []
-    patterns = list(dict.fromkeys(part for pattern in patterns for part in pattern.parts))
-    texts = [constraint.unfinished(pattern, steps) for pattern in patterns]
-    texts = [text for text in texts if text][:1]
-    left = [_schedule_left(pattern, steps) for pattern in patterns]
-    texts += [text for text in left if text][:1]
+    texts = shortfalls(constraint, patterns, steps)
     reads = importance is not None and importance.reads is not None
-    if reads and not texts and not constraint.has_updated(patterns, steps):
+    if reads and not texts and not constraint.has_updated(_parts(patterns), steps):
         texts.append(f"the importance was never refreshed in {steps} steps, so P is 1")
     return texts
+
+
+def shortfalls(constraint: Constraint, patterns: Sequence[Pattern], steps: int) -> list[str]:
+    """Return what a run of ``steps`` leaves unfinished: the constraint, and sparsity schedules.
+
+    Examples
+    --------
+    >>> from safe_core import Mask, Unstructured
+    >>> from safe_core.schedules import cubic
+    >>> shortfalls(Mask(), [Unstructured(cubic(0.5, steps=200, every=100))], 100)
+    ['the schedule was at sparsity 0.438 of 0.5 after 100 steps']
+    """
+    parts = _parts(patterns)
+    texts = [constraint.unfinished(part, steps) for part in parts]
+    left = [_schedule_left(part, steps) for part in parts]
+    return [text for text in texts if text][:1] + [text for text in left if text][:1]
+
+
+def _parts(patterns: Sequence[Pattern]) -> list[Pattern]:
+    return list(dict.fromkeys(part for pattern in patterns for part in pattern.parts))
 
 
 def _schedule_left(pattern: Pattern, steps: int) -> str:
@@ -256,13 +274,20 @@ def _large(found: Finalized, constraint: Constraint) -> list[str]:
     if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
         return []
     rows = sorted(found.tensors, key=lambda row: row.removed, reverse=True)
-    most = _listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
+    most = listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
         f"({most}), so x was far from C (raise the penalty or train longer)"
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first few, and how many more there are.
+
+    Examples
+    --------
+    >>> listed(["a", "b", "c", "d", "e", "f", "g"])
+    'a, b, c, d, e and 2 more'
+    """
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return ", ".join(names[:_NAMES]) + more

@@ -1,4 +1,4 @@
-"""Report how far each parameter is from the constraint, as a table or as scalars."""
+"""Report how far each parameter is from the constraint, and what to change if it stays far."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from array_api_compat import array_namespace
 
 from ._dtypes import wide_dtype
 from ._installed import require
+from .advice import Advice, Course, Figures, advise
 from .backends import Array
 from .constraints import ArrayInfo, SplitState
 from .constraints.base import select_support
-from .constraints.splitting import recover
 from .method import Method
 from .patterns import Pattern
 from .perturbations import norm
@@ -47,6 +47,12 @@ class TensorReport(NamedTuple):
         ``|x - z|_2``.
     dual_residual : float
         ``lambda * |z_now - z|_2``, where ``z_now`` is z after a dual update now.
+    norm : float
+        ``|x|_2``.
+    off_support : float
+        Norm of the entries of x off the support of z, the mask of this step. While the sparsity
+        rises it shows the distance at the sparsity of the step, and ``distance`` that at the
+        final one.
     """
 
     name: str
@@ -58,13 +64,15 @@ class TensorReport(NamedTuple):
     mask_change: float
     primal_residual: float
     dual_residual: float
+    norm: float
+    off_support: float
 
     @classmethod
     def of(
         cls, name: str, entries: int, pattern: Pattern, found: Sequence[Any], penalty: Any
     ) -> TensorReport:
         """Return the figures of one parameter, computed from its `sums`."""
-        removed, zeros, distance, changed, primal, dual = found
+        removed, zeros, distance, changed, primal, dual, norm, off = found
         n = max(entries, 1)  # an array may be empty
         return cls(
             name=name,
@@ -76,11 +84,13 @@ class TensorReport(NamedTuple):
             mask_change=changed / n,
             primal_residual=primal**0.5,
             dual_residual=penalty * dual**0.5,
+            norm=norm**0.5,
+            off_support=off**0.5,
         )
 
 
 class Report(NamedTuple):
-    """Figures of all sparse parameters at one step.
+    """Figures of all sparse parameters at one step, and advice.
 
     Attributes
     ----------
@@ -88,16 +98,83 @@ class Report(NamedTuple):
         Number of base steps taken.
     tensors : list of TensorReport
         One entry per sparse parameter.
+    dense_value, sparse_value : float, or scalar array in JAX, optional
+        What the function ``evaluate`` of the user returned at x and at proj(x).
+    course : Course, optional
+        What `advice` needs to know of the run.
 
     Examples
     --------
-    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1)
-    >>> Report(7, [row]).scalars()["distance"]
-    3.0
+    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1, 5.0, 3.0)
+    >>> report = Report(7, [row], dense_value=0.98, sparse_value=0.91)
+    >>> report.scalars()["distance"], report.relative_distance
+    (3.0, 0.6)
+    >>> print(report.summary())
+    step 7: distance 0.6 of |x|, 0.6 off the mask; mask change 0.25; 0.98 at x, 0.91 at proj(x)
     """
 
     step: Any
     tensors: list[TensorReport]
+    dense_value: Any = None
+    sparse_value: Any = None
+    course: Course | None = None
+
+    @property
+    def relative_distance(self) -> Any:
+        """``|x - proj(x)|_2 / |x|_2`` over all parameters together; 0 if x is zero.
+
+        It is the relative distance that `finalize` would remove now.
+        """
+        return self._relative("distance")
+
+    @property
+    def relative_off_support(self) -> Any:
+        """Norm of the entries off the mask of this step, relative to ``|x|_2``."""
+        return self._relative("off_support")
+
+    @property
+    def replaced(self) -> Any:
+        """Fraction of the kept weights that a dual update now would replace.
+
+        While the sparsity rises it counts the weights that are dropped, too, and may exceed 1.
+        """
+        kept = sum(row.entries * (1 - row.achieved) for row in self.tensors)
+        changed = sum(row.entries * row.mask_change for row in self.tensors)
+        return _ratio(changed / 2, kept)
+
+    @property
+    def advice(self) -> list[Advice]:
+        """What to change, with its reason; an empty list if the run is on course.
+
+        In JAX it reads the figures, so outside of `jax.jit` only.
+        """
+        if self.course is None:
+            return []
+        figures = Figures(
+            step=int(self.step),
+            distance=float(self.relative_distance),
+            off_support=float(self.relative_off_support),
+            replaced=float(self.replaced),
+            emptied=[r.name for r in self.tensors if r.entries and float(r.achieved) == 1],
+        )
+        return advise(figures, self.course)
+
+    def summary(self) -> str:
+        """Return the totals and the advice in one line for each."""
+        length = None if self.course is None else self.course.length
+        texts = [
+            f"distance {float(self.relative_distance):.3g} of |x|, "
+            f"{float(self.relative_off_support):.3g} off the mask",
+            f"mask change {float(self._mean('mask_change')):.3g}",
+        ]
+        if self.dense_value is not None:
+            values = (float(self.dense_value), float(self.sparse_value))
+            texts.append("{:.4g} at x, {:.4g} at proj(x)".format(*values))
+        step = f"step {int(self.step)}" + ("" if length is None else f" of {length}")
+        lines = [f"{step}: {'; '.join(texts)}"]
+        if self.course is not None:
+            lines += [f"{item.cause}: {item.text}" for item in self.advice] or ["on course"]
+        return "\n".join(lines)
 
     def scalars(self) -> dict[str, float]:
         """Return totals and all figures of every parameter as one flat dict, for a logger.
@@ -105,17 +182,28 @@ class Report(NamedTuple):
         Fractions are averaged with the number of entries as weights, and norms are added in
         quadrature, so that totals are those of the concatenated parameters.
         """
-        entries = sum(row.entries for row in self.tensors)
-        found = {
-            key: sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
-            for key in ("achieved", "zeros", "mask_change")
-        }
-        for key in ("distance", "primal_residual", "dual_residual"):
-            found[key] = sum(getattr(row, key) ** 2 for row in self.tensors) ** 0.5
+        found = {key: self._mean(key) for key in ("achieved", "zeros", "mask_change")}
+        for key in ("distance", "primal_residual", "dual_residual", "norm", "off_support"):
+            found[key] = self._norm(key)
+        for key in ("relative_distance", "relative_off_support", "replaced"):
+            found[key] = getattr(self, key)
+        for key in ("dense_value", "sparse_value"):
+            if getattr(self, key) is not None:
+                found[key] = getattr(self, key)
         for row in self.tensors:
             for key in TensorReport._fields[3:]:
                 found[f"{key}/{row.name}"] = getattr(row, key)
         return found
+
+    def _mean(self, key: str) -> Any:
+        entries = sum(row.entries for row in self.tensors)
+        return sum(row.entries * getattr(row, key) for row in self.tensors) / max(entries, 1)
+
+    def _norm(self, key: str) -> Any:
+        return sum(getattr(row, key) ** 2 for row in self.tensors) ** 0.5
+
+    def _relative(self, key: str) -> Any:
+        return _ratio(self._norm(key), self._norm("norm"))
 
     def log(self, writer: Any, prefix: str = "safe_core") -> None:
         """Write `scalars` to a `torch.utils.tensorboard.SummaryWriter` or a compatible writer."""
@@ -127,13 +215,24 @@ class Report(NamedTuple):
         require("Report.table", "rich", extra="demo")
         from rich.table import Table
 
-        table = Table(title=f"step {self.step}", padding=(0, 0))
+        table = Table(title=f"step {self.step}", caption=self.summary(), padding=(0, 0))
         table.add_column("name", overflow="fold", ratio=1)
-        for key in TensorReport._fields[1:]:
+        shown = TensorReport._fields[2 : TensorReport._fields.index("norm")]
+        table.add_column("entries", justify="right", no_wrap=True)
+        for key in shown:
             table.add_column(key.removesuffix("_residual"), justify="right", no_wrap=True)
         for row in self.tensors:
-            table.add_row(row.name, f"{row.entries:,}", *(f"{value:.3g}" for value in row[2:]))
+            figures = (f"{getattr(row, key):.3g}" for key in shown)
+            table.add_row(row.name, f"{row.entries:,}", *figures)
         return table
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """Return ``part / whole``, or 0 if both are 0, for numbers and for arrays."""
+    if isinstance(whole, (int, float)):
+        return part / whole if whole else 0.0
+    xp = array_namespace(whole)
+    return part / xp.where(whole == 0, xp.ones_like(whole), whole)
 
 
 def outlook(
@@ -179,12 +278,13 @@ def _wide(a: Array) -> Any:
 def sums(
     values: Sequence[Array], split: SplitState, update: SplitState, final: Sequence[Array]
 ) -> list[Array]:
-    """Return six counts and squared norms for each parameter, as one float array.
+    """Return eight counts and squared norms for each parameter, as one float array.
 
     They are: entries that ``final``, the support of the final projection, removes; zeros; the
     square of ``distance``; entries of the support that ``update``, a dual update now,
-    changes; and the squares of ``primal_residual`` and ``|z_now - z|_2``. All six are sums
-    over entries, so those of local shards add up to those of the parameter.
+    changes; and the squares of ``primal_residual``, ``|z_now - z|_2``, ``norm`` and
+    ``off_support``. All are sums over entries, so those of local shards add up to those of the
+    parameter.
 
     Examples
     --------
@@ -192,13 +292,13 @@ def sums(
     >>> x, kept = numpy.asarray([3.0, 1.0, 0.0]), numpy.asarray([True, False, False])
     >>> held = SplitState([x], [kept])
     >>> sums([x], held, held, [kept])
-    [array([2., 1., 1., 0., 1., 0.])]
+    [array([ 2.,  1.,  1.,  0.,  1.,  0., 10.,  1.])]
     """
-    z, z_now = recover(split)[0], recover(update)[0]
     found = []
-    for x, kept, old, new, a, b in zip(
-        values, final, split.support, update.support, z, z_now, strict=True
-    ):
+    states = zip(split.anchor, split.support, update.anchor, update.support, strict=True)
+    for x, kept, (anchor, old, anchor_now, new) in zip(values, final, states, strict=True):
+        # z is the anchor on the support. One array at a time, to need little memory.
+        a, b = apply_support([anchor, anchor_now], [old, new])
         xp = array_namespace(x)
         parts = [
             xp.sum(~kept),
@@ -207,6 +307,8 @@ def sums(
             xp.sum(old != new),
             norm([xp.astype(x, a.dtype, copy=False) - a]) ** 2,
             norm([b - a]) ** 2,
+            norm([x]) ** 2,
+            norm([xp.where(old, xp.zeros_like(x), x)]) ** 2,
         ]
         dtype = parts[2].dtype
         found.append(xp.stack([xp.astype(part, dtype) for part in parts]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from safe_core import _checks
 from safe_core.backends.torch_sharding import local, summed
 
 from . import kernels
@@ -15,7 +19,7 @@ from .phases import Phases
 from .reporting import describe_final
 from .run import LAST, Run
 
-__all__ = ["is_evaluating", "refuse_training_mode", "sparse_weights", "switch_of"]
+__all__ = ["at_both", "is_evaluating", "refuse_training_mode", "sparse_weights", "switch_of"]
 
 
 @contextmanager
@@ -51,6 +55,31 @@ def sparse_weights(run: Run, phases: Phases) -> Iterator[None]:
             "parameters must not change within sparse_weights(), which restores them on exit: "
             f"load or edit them outside, got other values in {', '.join(names)}"
         )
+
+
+def at_both(
+    run: Run, phases: Phases, evaluate: Callable[[], Any], *, projects: bool = True
+) -> tuple[float, float]:
+    """Return the number that a function of the user returns at x, and at proj(x).
+
+    The second is NaN unless ``projects``.
+    """
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be a function without arguments, got {evaluate!r}")
+    dense = _number(evaluate())
+    if not projects:
+        return dense, math.nan
+    with sparse_weights(run, phases):
+        sparse = _number(evaluate())
+    return dense, sparse
+
+
+def _number(value: Any) -> float:
+    if torch.is_tensor(value) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, Real):  # numbers of NumPy, too
+        return float(value)
+    raise TypeError(f"evaluate must return one number, got {_checks.shown(value)}")
 
 
 @contextmanager

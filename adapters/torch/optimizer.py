@@ -6,6 +6,7 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -17,16 +18,16 @@ from torch.optim import Optimizer
 from safe_core import Coverage, Layout, Method, SplitState, _checks
 from safe_core.arguments import refuse_filled
 from safe_core.finalization import Finalized, warn
-from safe_core.report import Report, TensorReport
+from safe_core.report import Report
 
 from . import kernels
 from .arguments import check_arguments
 from .checkpoint import pack, unpack
 from .coverage import warn_of_dense
-from .evaluation import is_evaluating, refuse_training_mode, sparse_weights, switch_of
+from .evaluation import at_both, is_evaluating, refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState, joined
 from .phases import Phase, Phases
-from .reporting import describe_final, tensor_reports
+from .reporting import describe_final, report
 from .run import LAST, Run
 from .step import take_step
 
@@ -466,26 +467,66 @@ class SparseOptimizer(Optimizer):
         refuse_filled("parameters", [run.selected[p].name for p in sparse], filled)
 
     @torch.no_grad()
-    def report(self) -> Report:
-        """Return the distance to the constraint and other figures for each sparse tensor.
+    def report(
+        self, evaluate: Callable[[], Any] | None = None, *, steps: int | None = None
+    ) -> Report:
+        """Return how far the parameters are from the constraint, and what to change.
 
-        This computes a projection and a dual update on copies and changes no state.
-        `TensorReport` documents the figures.
+        This computes a projection and a dual update on copies and changes no state. Nothing is
+        measured, and the host does not wait, at steps without a report. `TensorReport` documents
+        the figures, and `Report.advice` what they mean.
+
+        Parameters
+        ----------
+        evaluate : callable, optional
+            Function without arguments that returns the loss, the accuracy or another number of
+            the model. It is called at x, without gradients, and again within `sparse_weights`,
+            so the report shows what the projected network would lose. Put the model into
+            evaluation mode before.
+        steps : int, optional
+            Steps of the whole run, by which the figures are judged. By default they are those
+            that the schedule of the penalty was made for.
+
+        Returns
+        -------
+        safe_core.report.Report
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument has the wrong type, ``evaluate`` does not return one number, a block
+            is open, or the support is frozen; with ``evaluate``, also as `sparse_weights`.
+
+        Examples
+        --------
+        >>> import safe_core
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(8, 2)
+        >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
+        >>> method = safe_core.admm(0.75, penalty=1e-3)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = SparseOptimizer(base, method, model=model)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(640):
+        ...     loss = optimizer.step(closure)
+        >>> report = optimizer.report(lambda: nn.functional.mse_loss(model(x), y), steps=640)
+        >>> [item.cause for item in report.advice]
+        ['penalty']
+        >>> report.dense_value < report.sparse_value
+        True
         """
         self._phases.refuse_within_block("report()")
-        run = self._run
-        if run.frozen:
-            raise ValueError("report() must come before the support is frozen, got frozen=True")
-        found: dict[Tensor, TensorReport] = {}
-        with run.as_started() as sparse:
-            penalties, state = run.signed("penalty"), run.parameters
-            for pattern, members in state.pools(sparse):
-                weights = [abs(penalties[p]) for p in members]
-                rows = tensor_reports(
-                    state, run.method, run.source, pattern, members, run.steps, weights
-                )
-                found.update(zip(members, rows, strict=True))
-        return Report(run.steps, [found[p] for p in sparse])
+        found = report(self._run, steps)
+        if evaluate is None:
+            return found
+        # A projection of NaN or infinity would raise, and the report is to say so.
+        finite = math.isfinite(found.relative_distance)
+        dense, sparse = at_both(self._run, self._phases, evaluate, projects=finite)
+        return found._replace(dense_value=dense, sparse_value=sparse)
 
     def coverage(self) -> Coverage:
         """Return which weights are sparse, and why the others stay dense.

@@ -7,18 +7,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safe_core import Importance, Method, Pattern, SplitState
+from safe_core import Importance, Method, Pattern, SplitState, _checks
+from safe_core.advice import Course
 from safe_core.backends.torch_sharding import summed
 from safe_core.finalization import Finalized, describe, measure
-from safe_core.report import TensorReport, outlook, sums
+from safe_core.report import Report, TensorReport, outlook, sums
 
 from .kernels import local_shards
+from .run import Run
 from .state import ParameterState
 
-__all__ = ["describe_final", "tensor_reports"]
+__all__ = ["describe_final", "report"]
 
 
-def tensor_reports(
+def report(run: Run, steps: int | None) -> Report:
+    """Return the figures of all sparse parameters, and the facts that they are judged by."""
+    if steps is not None:
+        _checks.integer("steps", steps, low=1)
+    if run.frozen:
+        raise ValueError("report() must come before the support is frozen, got frozen=True")
+    found: dict[Tensor, TensorReport] = {}
+    patterns: list[Pattern] = []
+    with run.as_started() as sparse:
+        penalties, state = run.signed("penalty"), run.parameters
+        for pattern, members in state.pools(sparse):
+            weights = [abs(penalties[p]) for p in members]
+            rows = _tensor_reports(
+                state, run.method, run.source, pattern, members, run.steps, weights
+            )
+            found.update(zip(members, rows, strict=True))
+            patterns.append(pattern)
+    rules = [
+        run.rules_of(group)
+        for group in run.groups
+        if any(p in run.selected for p in group["params"])
+    ]
+    names = [run.selected[p].name for p in sparse if p.dtype.itemsize == 2]
+    # Groups may have penalties of their own. Those of the first show the length of the run.
+    course = Course(
+        run.method.constraint, tuple(patterns), rules[0].penalty, steps, narrow=tuple(names)
+    )
+    return Report(run.steps, [found[p] for p in sparse], course=course)
+
+
+def _tensor_reports(
     state: ParameterState,
     method: Method,
     source: Importance | None,

@@ -85,6 +85,15 @@ class Constraint:
     prunes_at_end: ClassVar[bool] = False
     """Whether the projection after training is where the weights are removed, by definition."""
 
+    update_interval: ClassVar[int | None] = None
+    """Steps between two dual updates, or None for a constraint without z and u."""
+
+    penalty_spans_run: ClassVar[bool] = False
+    """Whether a schedule of the penalty is as long as the run. It may end earlier otherwise."""
+
+    if_far: ClassVar[str] = "train longer, or project at shorter intervals"
+    """What to change if a run ends far from the constraint, for reports."""
+
     @property
     def before_base(self) -> tuple[Operation, ...]:
         """Operations between the gradients and the step of the base optimizer."""

@@ -29,6 +29,7 @@ class DualUpdates(Constraint):
     relaxation: float = 1.0
 
     has_anchor: ClassVar[bool] = True
+    if_far: ClassVar[str] = "raise the penalty, or give the method steps= and no penalty"
 
     def check_fields(self) -> None:
         """Check the fields that every subclass has, and read the penalty as a schedule."""
@@ -40,6 +41,11 @@ class DualUpdates(Constraint):
     def anchor_dtype(self) -> str | None:  # type: ignore[override]
         """The dtype of anchors."""
         return self.state_dtype
+
+    @property
+    def update_interval(self) -> int:  # type: ignore[override]
+        """Steps between two dual updates."""
+        return self.dual_update_interval
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether a dual update follows ``step``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from array_api_compat import array_namespace
 
@@ -62,6 +63,9 @@ class Pull(DualUpdates):
     penalty: Schedule = 0.1  # type: ignore[assignment, misc]
     dual_update_interval: int = 32
     state_dtype: str | None = None
+
+    penalty_spans_run: ClassVar[bool] = True
+    if_far: ClassVar[str] = "raise the rate of the pull, or give the method steps= and no penalty"
 
     def __post_init__(self) -> None:
         self.check_fields()

@@ -40,6 +40,7 @@ PACKAGES = (
 MODULES = (
     "safe_core.reconstruction",
     "safe_core.report",
+    "safe_core.advice",
     "safe_core.finalization",
     "safe_core.inspection",
     "safe_core.flatness.figures",

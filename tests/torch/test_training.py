@@ -650,7 +650,7 @@ def test_a_report_of_a_narrow_state_rounds_nothing_of_its_own() -> None:
 
 def test_a_report_of_nothing_has_figures() -> None:
     assert Report(3, []).scalars()["achieved"] == 0
-    empty = TensorReport("e", 0, 0.5, 0, 0, 0, 0, 0, 0)
+    empty = TensorReport("e", 0, 0.5, *[0] * 8)
     assert Report(3, [empty]).scalars()["distance/e"] == 0
 
 
