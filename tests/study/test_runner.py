@@ -14,6 +14,7 @@ from rich.progress import Progress
 from small_recipe import OWN, TINY, changed
 
 import safe_core.study.runner.measure as measuring
+import safe_core.study.runner.run as running
 from safe_core.study.data import Split
 from safe_core.study.models import ResNet
 from safe_core.study.runner import cells, parse_recipe, run_study
@@ -24,6 +25,7 @@ from safe_core.study.runner.measure import measure
 from safe_core.study.runner.plan import Plan, plan
 from safe_core.study.runner.progress import StudyBar
 from safe_core.study.runner.recipe import Attack
+from safe_core.study.runner.run import FailedRunsError
 
 
 def test_every_part_is_attacked_from_a_start_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +72,19 @@ def test_an_unknown_device_is_refused(framework: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"device must be available to \w+, got 'abacus'"):
         run_study(changed('"torch"', f'"{framework}"'), tmp_path, device="abacus")
     assert not list(tmp_path.glob("results*"))
+
+
+def test_jobs_take_the_devices_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def in_processes(recipe: Any, units: Any, devices: list[str], *rest: Any) -> list[Any]:
+        taken.append(devices)
+        return [(unit, "not trained") for unit in units]
+
+    monkeypatch.setattr(running, "in_processes", in_processes)
+    with pytest.raises(FailedRunsError, match="not trained"):
+        run_study(TINY, tmp_path, jobs=3, device="cpu, cpu:0")
+    assert taken == [["cpu", "cpu:0", "cpu"]]
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
