@@ -27,7 +27,7 @@ after the sparsity has risen. From 50 to 800 the accuracy hardly changes."""
 RISE = 0.5
 """Fraction of the run over which the sparsity rises."""
 
-RADIUS = 2.0
+RADIUS = 1.0
 """Radius of the perturbation, in steps of the base optimizer."""
 
 WARM_UP = 0.2

@@ -270,6 +270,6 @@ def test_the_docstring_quotes_the_constants() -> None:
         f"T / {untuned.UPDATES}",
         f"at most {untuned.LONGEST_INTERVAL}",
         f"{untuned.CONTRACTION:g} / T * (1 - cos(pi t / T))",
-        f"{untuned.RADIUS:g} mean steps of the base optimizer",
+        f"{untuned.RADIUS:g} mean step of the base optimizer",
     ):
         assert number in text, number
