@@ -21,8 +21,8 @@ LONGEST_INTERVAL = 32
 """Steps between two dual updates at most, as in the paper."""
 
 CONTRACTION = 200.0
-"""Sum of the rates of the pull: the gap shrinks by exp(-200) in all, of which exp(-100) comes
-after the sparsity has risen. From 50 to 800 the accuracy hardly changes."""
+"""Sum of the rates of the pull: the gap shrinks by exp(-200) in all, most of it in the second half,
+after the sparsity has risen. From 100 to 800 the accuracy hardly changes."""
 
 RISE = 0.5
 """Fraction of the run over which the sparsity rises."""
