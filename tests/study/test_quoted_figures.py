@@ -290,8 +290,6 @@ def test_the_demo_with_label_noise() -> None:
         f"of ADMM by {first} points at 90%, {second} at 95% and {rest[0]} at 98% and 99%, and of "
         f"GMP by {gmp[0]} and {gmp[2]}"
     ) in DEMO
-    for method in ("admm", "safe"):  # the text quotes 89.7 and 88.7 with a constant penalty
-        assert noisy[method, "90%"]["accuracy"][0] < 88.7 - 2.9
 
 
 def test_the_demo_is_flattest_with_safe() -> None:
