@@ -12,8 +12,10 @@ from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
 from .cells import OURS, Cell, cells, comparators, recipe
+from .table import as_markdown, draw, read
 
 HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent.parent / "docs"
 
 
 def accuracy(results: Mapping[Any, Any], label: str) -> list[float]:
@@ -60,7 +62,15 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="run every n-th cell, as in 0/2 and 1/2")
     parser.add_argument("--only", default="", help="run the cells whose name holds this text")
     parser.add_argument("--framework", default="torch", choices=["torch", "jax"])
+    parser.add_argument(
+        "--tables", action="store_true", help="train nothing, and write the table and the figure"
+    )
     options = parser.parse_args()
+    if options.tables:
+        rows = read(options.results)
+        (DOCS / "untuned_table.md").write_text(as_markdown(rows), encoding="utf-8")
+        draw(rows, DOCS / "_static" / "untuned.png")
+        return
     index, count = map(int, options.shard.split("/"))
     mine = [cell for cell in list(cells())[index::count] if options.only in cell.name]
     for i, cell in enumerate(mine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from safe_core.study.runner.cells import Cell as Run
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.untuned import __main__ as command
-from benchmarks.untuned import parts
+from benchmarks.untuned import (
+    parts,
+    table,
+)
 from benchmarks.untuned.cells import (
     BASES,
     OURS,
@@ -104,3 +108,32 @@ def test_the_best_on_held_out_images_is_chosen(
     command.run(cell, tmp_path, "torch")
     command.run(cell, tmp_path, "torch")  # finished: nothing is trained again
     assert asked == ["tuning", "tuning", "final"]
+
+
+def finished(folder: Path, cell: Cell, **accuracy: list[float]) -> None:
+    named = {"dense": [98.0], "GMP": accuracy["gmp"], "ADMM": accuracy["admm"]}
+    named |= dict(zip(OURS, (accuracy["ours"], accuracy["plain"]), strict=True))
+    row = {**cell._asdict(), "framework": "torch", "accuracy": named, "chosen": {}}
+    file = folder / "torch" / cell.name / "cell.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(row))
+
+
+def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
+    cells = [Cell("digits", "SGD 0.1", 60, s) for s in (0.9, 0.95)]
+    noisy = cells[0]._replace(task="digits, random labels")
+    finished(tmp_path, cells[0], gmp=[97, 97], admm=[90, 90], ours=[95, 95], plain=[94, 94])
+    finished(tmp_path, cells[1], gmp=[97, 91], admm=[90, 90], ours=[92, 92], plain=[94, 94])
+    finished(tmp_path, noisy, gmp=[60, 60], admm=[70, 70], ours=[80, 80], plain=[60, 60])
+    rows = table.read(tmp_path)
+    assert [row.best for row in rows] == ["GMP", "GMP", "ADMM"]
+    assert [row.lead for row in rows] == [-2, -2, 10]
+    # In the second cell the error of GMP is 3 points.
+    assert [row.is_behind for row in rows] == [True, False, False]
+    text = table.as_markdown(rows)
+    assert "| cells behind the best | 1 of 3 | 1 of 2 | 0 of 1 | 1 of 3 |" in text
+    assert "| over GMP | +5.33 | -2.00 | +20.00 | +5.33 |" in text
+    shown = ("98.0 ± 0.0", "GMP", "97.0 ± 0.0", "95.0 ± 0.0", "94.0 ± 0.0", "**-2.0**")
+    assert " | ".join(("| SGD 0.1", "60", "90%", *shown)) in text
+    table.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

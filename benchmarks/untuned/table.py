@@ -1,0 +1,175 @@
+"""Write the cells that are finished as tables in Markdown and as a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safe_core.study.runner.statistics import mean_and_error
+
+from .cells import OURS, TASKS, Cell
+
+__all__ = ["Row", "as_markdown", "draw", "read"]
+
+SAFE, PLAIN = OURS
+MARGIN = 0.5  # points that the best tuned comparator may be ahead
+
+
+class Row(NamedTuple):
+    """A finished cell: mean accuracy in percent and its standard error, by label.
+
+    Examples
+    --------
+    >>> accuracy = {"GMP": (96.0, 0.3), "SAFE, untuned": (95.2, 0.1)}
+    >>> row = Row(Cell("digits", "SGD 0.1", 60, 0.9), "torch", accuracy)
+    >>> row.best, round(row.lead, 1), row.is_behind
+    ('GMP', -0.8, True)
+    """
+
+    cell: Cell
+    framework: str
+    accuracy: dict[str, tuple[float, float]]
+
+    @property
+    def tuned(self) -> list[str]:
+        """The comparators of the cell."""
+        return [label for label in self.accuracy if label not in ("dense", *OURS)]
+
+    @property
+    def best(self) -> str:
+        """The comparator with the highest accuracy, the first of equal ones."""
+        return max(self.tuned, key=lambda label: self.accuracy[label][0])
+
+    def lead_over(self, label: str) -> float:
+        """Return by how many points ours is ahead."""
+        return self.accuracy[SAFE][0] - self.accuracy[label][0]
+
+    @property
+    def lead(self) -> float:
+        """The lead over the best comparator."""
+        return self.lead_over(self.best)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the best is ahead by more than half a point and two joint standard errors."""
+        joint = math.hypot(self.accuracy[SAFE][1], self.accuracy[self.best][1])
+        return -self.lead > max(MARGIN, 2 * joint)
+
+
+def read(folder: Path) -> list[Row]:
+    """Read the files of all finished cells, in the order of the tasks."""
+    rows = []
+    for file in sorted(folder.glob("*/*/cell.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        cell = Cell(*(found[key] for key in Cell._fields))
+        accuracy = {}
+        for label, values in found["accuracy"].items():
+            mean, error = mean_and_error(values)
+            accuracy[label] = (mean, error or 0.0)
+        rows.append(Row(cell, found["framework"], accuracy))
+    order = list(TASKS)
+    return sorted(
+        rows,
+        key=lambda row: (
+            row.framework != "torch",
+            order.index(row.cell.task),
+            row.cell.base,
+            row.cell.epochs,
+            str(row.cell.sparsity),
+        ),
+    )
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return a summary by half of the tasks, and every cell."""
+    halves = {
+        "all cells": rows,
+        "clean labels": [r for r in rows if not TASKS[r.cell.task].noise],
+        "random labels": [r for r in rows if TASKS[r.cell.task].noise],
+        "tasks that the constants were chosen on": [r for r in rows if TASKS[r.cell.task].chooses],
+        "other tasks": [r for r in rows if not TASKS[r.cell.task].chooses],
+    }
+    parts = [_summary({name: found for name, found in halves.items() if found})]
+    for task in TASKS:
+        mine = [row for row in rows if row.cell.task == task]
+        if mine:
+            parts += [f"**{task}**", _cells(mine)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(halves: dict[str, Sequence[Row]]) -> str:
+    labels = list(
+        dict.fromkeys(label for rows in halves.values() for r in rows for label in r.tuned)
+    )
+    lines = [
+        "| lead of SAFE, untuned, in points | " + " | ".join(halves) + " |",
+        "| --- |" + " ---: |" * len(halves),
+    ]
+    for label in (*labels, PLAIN):
+        leads = [
+            _mean(r.lead_over(label) for r in rows if label in r.accuracy)
+            for rows in halves.values()
+        ]
+        lines.append(f"| over {label} | " + " | ".join(leads) + " |")
+    best = [_mean(r.lead for r in rows) for rows in halves.values()]
+    lines.append("| over the best of each cell | " + " | ".join(best) + " |")
+    behind = [f"{sum(r.is_behind for r in rows)} of {len(rows)}" for rows in halves.values()]
+    lines.append("| cells behind the best | " + " | ".join(behind) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{sum(found) / len(found):+.2f}" if found else ""
+
+
+def _cells(rows: Sequence[Row]) -> str:
+    heads = ("base", "epochs", "zeros", "dense", "best tuned", "", SAFE, PLAIN, "lead")
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in rows:
+        cell, show = row.cell, lambda label, row=row: "{:.1f} ± {:.1f}".format(*row.accuracy[label])
+        zeros = cell.sparsity if isinstance(cell.sparsity, str) else f"{100 * cell.sparsity:g}%"
+        base = cell.base if row.framework == "torch" else f"{cell.base}, JAX"
+        lead = f"**{row.lead:+.1f}**" if row.is_behind else f"{row.lead:+.1f}"
+        values = (base, cell.epochs, zeros, show("dense"), row.best, show(row.best))
+        lines.append("| " + " | ".join(map(str, (*values, show(SAFE), show(PLAIN), lead))) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy against sparsity by task: the mean over bases and lengths."""
+    from matplotlib.figure import Figure
+
+    tasks = [t for t in TASKS if any(r.cell.task == t for r in rows)]
+    figure = Figure(figsize=(2.6 * len(tasks), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    lines = {
+        "best tuned": ("#D55E00", lambda row: row.accuracy[row.best][0]),
+        SAFE: ("#0072B2", lambda row: row.accuracy[SAFE][0]),
+        PLAIN: ("0.5", lambda row: row.accuracy[PLAIN][0]),
+    }
+    for axes, task in zip(panels, tasks, strict=True):
+        mine = [row for row in rows if row.cell.task == task]
+        sparsities = list(dict.fromkeys(row.cell.sparsity for row in mine))
+        for label, (colour, value) in lines.items():
+            means = [
+                _average(map(value, (r for r in mine if r.cell.sparsity == s))) for s in sparsities
+            ]
+            axes.plot(range(len(sparsities)), means, "o-", color=colour, markersize=3, label=label)
+        names = [s if isinstance(s, str) else f"{100 * s:g}%" for s in sparsities]
+        axes.set_xticks(range(len(sparsities)), names, fontsize=8)
+        axes.set_title(task, fontsize=9)
+        axes.set_xlabel("zeros", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("test accuracy, %", fontsize=8)
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=200)
+
+
+def _average(values: Iterable[Any]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
