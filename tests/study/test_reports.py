@@ -93,7 +93,7 @@ def test_figures_of_sweeps(tmp_path: Path) -> None:
     source = TINY.split("[[methods]]")[0].replace(", 0.5]", "]") + '[[methods]]\nmethod = "dense"\n'
     source += swept.format("A", "global", "{ penalty = [0.1, 1, 10] }")
     source += swept.format("B", "row", "{ penalty = [1, 0.1] }")
-    source += swept.format("C", "row", "{ relaxation = [0.5, 1] }")
+    source += swept.format("C", "row", "{ relaxation = [0.5, 1] }\npenalty = 0.1")
     recipe = parse_recipe(source)
     by_label = {entry.label: 50.0 + i for i, entry in enumerate(recipe.methods)}
     assert [entry.family for entry in recipe.methods] == ["dense", *"AAABBCC"]
