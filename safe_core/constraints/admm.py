@@ -126,7 +126,7 @@ class ADMM(Constraint):
         return every(self.dual_update_interval, step)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if no dual update has happened, or the penalty was still rising."""
+        """Return a text if no dual update has happened, or the penalty was still low."""
         if steps >= self.dual_update_interval:
             return self._penalty_left(steps)
         return (
@@ -144,8 +144,8 @@ class ADMM(Constraint):
         if last >= end / 2:
             return ""
         return (
-            f"the penalty was at {last:.3g} of {end:.3g} after {steps} steps, because its schedule "
-            f"is {planned} steps long (train longer, or give the schedule the steps of the run)"
+            f"the penalty had reached only {last:.3g} of {end:.3g} after {steps} steps, because "
+            f"its schedule has {planned} steps (train longer or set its steps to {steps})"
         )
 
     def init(
