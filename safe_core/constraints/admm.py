@@ -126,26 +126,13 @@ class ADMM(Constraint):
         return every(self.dual_update_interval, step)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if no dual update has happened, or the penalty was still low."""
+        """Return a text if no dual update has happened, else an empty string."""
         if steps >= self.dual_update_interval:
-            return self._penalty_left(steps)
+            return ""
         return (
             f"no dual update happened in {steps} steps, fewer than dual_update_interval="
             f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
             "first weights (train longer or choose a smaller interval)"
-        )
-
-    def _penalty_left(self, steps: int) -> str:
-        """Return a text if the penalty was below half of its value at the end of its schedule."""
-        planned = getattr(self.penalty, "steps", None)
-        if not isinstance(planned, int) or steps >= planned:
-            return ""
-        last, end = float(self.penalty(steps - 1)), float(self.penalty(planned))
-        if last >= end / 2:
-            return ""
-        return (
-            f"the penalty had reached only {last:.3g} of {end:.3g} after {steps} steps, because "
-            f"its schedule has {planned} steps (train longer or set its steps to {steps})"
         )
 
     def init(
