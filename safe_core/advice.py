@@ -185,7 +185,22 @@ def _shortfalls(course: Course) -> list[str]:
     """Return what a run of the given length leaves unfinished."""
     if course.steps is None:
         return []
-    return shortfalls(course.constraint, course.patterns, course.steps)
+    left = _penalty_left(course, course.steps)
+    return shortfalls(course.constraint, course.patterns, course.steps) + ([left] if left else [])
+
+
+def _penalty_left(course: Course, steps: int) -> str:
+    """Return a text if the penalty ends below half of the value that its schedule ends with."""
+    planned, penalty = course.planned, course.penalty
+    if penalty is None or planned is None or not 0 < steps < planned:
+        return ""
+    last, end = float(penalty(steps - 1)), float(penalty(planned))
+    if last >= end / 2:
+        return ""
+    return (
+        f"the penalty has reached only {last:.3g} of {end:.3g} after {steps} steps, because its "
+        f"schedule has {planned} steps (train longer or set its steps to {steps})"
+    )
 
 
 def _interval(found: Figures, course: Course) -> str:

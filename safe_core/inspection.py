@@ -192,7 +192,7 @@ class _GroupSearch:
     def add(self, nonzero: NDArray[np.bool_]) -> None:
         """Count the groups of the next slab. Every slab but the last has a multiple of 32 rows."""
         if self._most and nonzero.all():
-            self._most.clear()  # every group is full, so no pattern holds
+            self._most.clear()  # every group is full, so N = M for every M
         for axis in self._axes:
             if not any((axis, m) in self._most for m in _GROUP_SIZES):
                 continue
@@ -242,7 +242,7 @@ class _Extreme:
         self.times = 0
 
     def add(self, numbers: NDArray[Any], value: int) -> None:
-        """Add numbers, whose own extreme is ``value``."""
+        """Add numbers, given their minimum or maximum."""
         if self.value is None or self._choose(value, self.value) != self.value:
             self.value, self.times = value, 0
         if value == self.value:

@@ -60,7 +60,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def weight_sources(path: Path) -> dict[Path, Collection[str] | None]:
-    """Return the weight files, each with the names that its index gives it, if there is one."""
+    """Return the weight files, each with its tensor names in the index, or None without one."""
     if not path.exists():
         raise ValueError(f"path must be an existing file or folder of weights, got {path}")
     if not path.is_dir():
@@ -96,7 +96,7 @@ def _shards(index: Path) -> dict[Path, Collection[str] | None]:
             raise DamagedFileError(f"{index} must name existing shards, but {name} is missing")
     found: dict[Path, list[str]] = {}
     for name, tensors in sorted(shards.items()):
-        # Two spellings of a path, such as "a" and "./a", name one file.
+        # "a" and "./a" are the same path.
         found.setdefault(index.parent / name, []).extend(tensors)
     return {**found}
 

@@ -180,7 +180,7 @@ def prune_folder(
         )
         left = _other_stacks(model, plan.name)
         if left:
-            say(f"note: {', '.join(left)} stay dense; --blocks chooses the blocks to prune")
+            say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
         report = _applied(model, plan, job, progress, say)
         result = PruningResult(target, str(device), report, _rows(model, report))
         imprint = Imprint.of(model, data.probe)
@@ -205,9 +205,11 @@ def prune_folder(
 
 
 def _check_work_dir(work_dir: Path, target: Path, source: Path) -> None:
-    """Refuse a work folder whose files would be in the way of the model, or be copied with it."""
+    """Refuse a foreign work folder, and one that overlaps with the output or the model folder."""
     check_work_folder(work_dir)
     whole = work_dir.resolve()
+    if whole in target.resolve().parents:
+        raise ValueError(f"--out must be outside of work_dir, {work_dir}, got {target}")
     for name, folder in (("--out", target.resolve()), ("the model folder", source.resolve())):
         if folder == whole or folder in whole.parents:
             raise ValueError(
@@ -298,18 +300,25 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _other_stacks(model: nn.Module, chosen: str) -> list[str]:
-    """Return the outermost lists of modules with matrices beside the chosen blocks."""
+    """Return the outermost lists of modules that hold matrices and no chosen block."""
     found: list[str] = []
     for name, module in model.named_modules():
-        parts, inside = f"{name}.", any(name.startswith(f"{outer}.") for outer in found)
-        if not isinstance(module, nn.ModuleList) or inside or parts.startswith(f"{chosen}."):
+        if not isinstance(module, nn.ModuleList) or _is_within(chosen, name):
             continue
-        if not f"{chosen}.".startswith(parts) and any(p.ndim == 2 for p in module.parameters()):
+        if any(_is_within(name, outer) for outer in (chosen, *found)):
+            continue
+        if any(p.ndim == 2 for p in module.parameters()):
             found.append(name)
     return found
 
 
+def _is_within(name: str, outer: str) -> bool:
+    """Return whether a module is another one, or a part of it, by their names."""
+    return f"{name}.".startswith(f"{outer}.")
+
+
 def _by_option(text: str) -> str:
+    """Return a message with the option of the command instead of the keyword argument."""
     return text.replace("blocks=", "--blocks")
 
 
@@ -336,8 +345,8 @@ def _applied(
         elif isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
             reason = str(error).strip().partition("\n")[0]
             text = (
-                f"blocks must run one after the other, but {plan.name} fails: {reason}; "
-                f"{_by_option(other_blocks(model))}"
+                f"blocks must run one after the other, but {plan.name} fails: {reason}"
+                f"{_by_option(other_blocks(model, plan.name))}"
             )
         else:
             raise

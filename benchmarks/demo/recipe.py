@@ -46,8 +46,8 @@ class Recipe:
     """The settings of the protocol.
 
     ``ascent_share`` is the fraction of each batch that the perturbation is computed from.
-    Masks of GMP are renewed as often as ADMM and SAFE update their duals. The settings of
-    `CHOSEN` are chosen from ``penalties`` and ``rises``.
+    ``dual_update_interval`` is also the number of steps between two masks of GMP. ``penalties``
+    and ``rises`` are the candidates for the settings in `CHOSEN`.
     """
 
     hidden: tuple[int, ...] = (300, 100)
@@ -70,7 +70,7 @@ class Recipe:
     def quick(cls) -> Recipe:
         """Return a short protocol: one seed and two sparsities.
 
-        Settings are chosen all the same, so that no method is untuned.
+        The settings in `CHOSEN` are tuned here too.
         """
         return cls(sparsities=(0.9, 0.98), seeds=(0,))
 
@@ -89,8 +89,8 @@ class Recipe:
     def method(self, run: Run, steps: int) -> safe_core.Method:
         """Return the method of a sparse run.
 
-        ADMM and SAFE have the same cosine penalty. GMP prunes in steps along a cubic. A
-        "fine-tuned" network trains under the mask of the largest weights that it starts from.
+        ADMM and SAFE have the same cosine penalty. GMP raises the sparsity along a cubic. A
+        "fine-tuned" network trains under the mask of its largest initial weights.
         """
         if run.sparsity is None:
             raise ValueError(f"sparsity must be given for a sparse run, got {run!r}")

@@ -52,26 +52,13 @@ class DualUpdates(Constraint):
         return every(self.dual_update_interval, step)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
-        """Return a text if no dual update has happened, or the penalty was still rising."""
+        """Return a text if no dual update has happened, else an empty string."""
         if steps >= self.dual_update_interval:
-            return self._penalty_left(steps)
+            return ""
         return (
             f"no dual update happened in {steps} steps, fewer than dual_update_interval="
             f"{self.dual_update_interval}, so the penalty pulled only towards the support of the "
             "first weights (train longer or choose a smaller interval)"
-        )
-
-    def _penalty_left(self, steps: int) -> str:
-        """Return a text if the penalty was below half of its value at the end of its schedule."""
-        planned = getattr(self.penalty, "steps", None)
-        if not isinstance(planned, int) or steps >= planned:
-            return ""
-        last, end = float(self.penalty(steps - 1)), float(self.penalty(planned))
-        if last >= end / 2:
-            return ""
-        return (
-            f"the penalty was at {last:.3g} of {end:.3g} after {steps} steps, because its schedule "
-            f"is {planned} steps long (train longer, or give the schedule the steps of the run)"
         )
 
     def init(

@@ -141,7 +141,7 @@ class ByName(Pattern):
         self.of(name).check(shape, layout, name)
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a name in the pattern, or in one of its patterns, is unknown."""
+        """Raise ValueError if the pattern, or a distribution in it, names an unknown array."""
         unknown = [name for name in self._by_name if name not in names]
         if unknown:
             raise ValueError(
@@ -150,5 +150,6 @@ class ByName(Pattern):
         found = {name: self._by_name.get(name, self.default) for name in names}
         named = {name for name, own in found.items() if own and name in own.named_arrays}
         for pattern in self.parts:
-            # Patterns may share a distribution. A name of it counts in the array's own pattern.
+            # Patterns may share one distribution. Each then also names arrays of the others,
+            # which is right if the array's own pattern names it too.
             pattern.check_names([n for n, own in found.items() if own == pattern or n in named])

@@ -1,4 +1,4 @@
-"""Lists of blocks that are no chain are refused before anything is pruned."""
+"""Refuse blocks that do not form a chain before anything is pruned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Layer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers behind a reduction, which the first stage does without."""
+    """Layers, after a reduction in every stage but the first."""
 
     def __init__(self, width: int, layers: int, *, reduces: bool) -> None:
         super().__init__()
@@ -60,7 +60,9 @@ def staged() -> nn.Module:
 
 def refused(model: nn.Module, inputs: Any, **options: Any) -> str:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="blocks must return hidden states as they take") as error:
+    with pytest.raises(
+        ValueError, match="blocks must return hidden states of the shape and"
+    ) as error:
         prune_blocks(model, inputs, "magnitude", 0.5, **options)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     return str(error.value)
@@ -76,24 +78,30 @@ def refused(model: nn.Module, inputs: Any, **options: Any) -> str:
 )
 def test_blocks_of_one_class_that_change_the_shape_are_refused(make: Any) -> None:
     message = refused(make(), INPUTS)
-    assert "in Listed" in message
-    assert "blocks= can name another list of blocks, of blocks" in message
-    assert "others" in message
+    assert "in Listed; choose other blocks with blocks=, such as " in message
+    assert message.endswith("others")
 
 
-def test_a_shape_that_only_the_code_of_a_block_changes_is_named() -> None:
+def test_a_message_without_other_lists_names_none() -> None:
+    model = nn.Sequential(nn.Sequential(Layer(4, 8), Layer(8, 4)))
+    assert refused(model, INPUTS, blocks="0").endswith("in Sequential")
+
+
+def test_a_block_whose_attributes_change_the_shape_is_named() -> None:
     model = Listed(Layer(4, 4), Layer(4, 4, stride=2), Layer(4, 4))
     with pytest.raises(ValueError, match=r"blocks\.1 takes .*\(4, 8, 4\) and returns") as error:
         prune_blocks(model, INPUTS, "magnitude", 0.5, batch_size=4)
-    assert "blocks= can name another list of blocks" in str(error.value)
+    assert str(error.value).endswith("; choose other blocks with blocks=, such as others")
 
 
-def test_layers_of_a_stage_are_pruned() -> None:
-    report = prune_blocks(staged(), INPUTS, "magnitude", 0.5, blocks="blocks.1.layers")
-    assert report.sparsity == 0.5
+def test_only_the_layers_of_the_chosen_stage_are_pruned() -> None:
+    model = staged()
+    prune_blocks(model, INPUTS, "magnitude", 0.5, blocks="blocks.1.layers")
+    pruned = {name for name, p in model.named_parameters() if bool((p == 0).any())}
+    assert pruned == {f"blocks.1.layers.{i}.linear.weight" for i in range(2)}
 
 
-def test_blocks_of_one_class_with_other_inner_widths_are_pruned() -> None:
+def test_blocks_of_one_class_with_different_inner_widths_are_pruned() -> None:
     def block(inner: int) -> nn.Module:
         return nn.Sequential(nn.Linear(4, inner), nn.Linear(inner, 4))
 

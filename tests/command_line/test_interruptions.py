@@ -102,7 +102,7 @@ def test_what_a_killed_write_left_in_the_work_folder_is_removed(
     }  # fmt: skip
 
 
-def test_a_work_folder_that_is_not_ours_is_refused_at_the_start(
+def test_a_foreign_or_overlapping_work_folder_is_refused_at_the_start(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:
     foreign = tmp_path / "foreign"
@@ -132,10 +132,18 @@ def test_a_work_folder_that_is_not_ours_is_refused_at_the_start(
     assert {file.name: file.read_text() for file in foreign.iterdir()} == theirs
     assert sorted(file.name for file in folder.iterdir()) == before
     assert not out.exists()
-    (foreign / "manifest.json").write_text('{"name": "a web page"}')
-    message = failed(
-        "prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", foreign
+    work = tmp_path / "work"
+    message = refused(
+        "prune", folder, "--calibration", text, "--out", work / "out", *FAST, "--work-dir", work
     )
-    assert "work_dir must hold a manifest of this library" in message
+    assert "--out must be outside of work_dir" in message.replace("\n", " ")
+    assert not work.exists()
+    (foreign / "lock").unlink()
+    for content in ('{"name": "a web page"}', "[]", "no JSON"):
+        (foreign / "manifest.json").write_text(content)
+        message = refused(
+            "prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", foreign
+        )
+        assert "work_dir must hold a manifest of this library" in message.replace("\n", " ")
+    assert {file.name for file in foreign.iterdir()} == {*theirs, "manifest.json"} - {"lock"}
     assert (foreign / "inputs-1.bin").read_text() == "data"
-    assert (foreign / "lock").read_text() == "theirs"

@@ -328,7 +328,7 @@ def test_a_wrong_distribution_is_refused(call: Any, error: type[Exception], mess
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_an_unknown_name_is_found_at_the_start(by_name: bool) -> None:
-    # Magnitude pruning projects only at the end, when a whole training would be lost.
+    # Magnitude pruning projects only at the end, so a late error would lose the whole training.
     pattern: Any = Unstructured(0.5, "tensor", {"b": 0.1, "typo": 0.2})
     if by_name:
         pattern = ByName({"a": 0.5}, default=pattern)
@@ -343,6 +343,6 @@ def test_patterns_by_name_may_share_a_distribution() -> None:
     pattern = ByName({"a": own, "c": own}, default=default)
     found = project({"a": X, "b": X, "c": X}, pattern).support
     assert {name: int((~mask).sum()) for name, mask in found.items()} == {"a": 4, "b": 12, "c": 8}
-    # A name that would have no effect is refused.
+    # The default's distribution names "a", which has a pattern of its own and would not follow it.
     with pytest.raises(ValueError, match=r"distribution must name sparse tensors, .*got arrays.*a"):
         project({"a": X, "b": X}, ByName({"a": 0.5}, default=default))

@@ -13,7 +13,6 @@ from array_backends import Backend
 import safe_core
 from safe_core import ADMM, AtEnd, Constraint, HardThreshold, Mask, SquaredGradient, Unstructured
 from safe_core.finalization import Finalized, FinalizedTensor, describe, measure, warn
-from safe_core.schedules import cosine, linear
 
 HALF = Unstructured(0.5)
 RISING = Unstructured(safe_core.schedules.linear_sparsity(0.5, steps=10))
@@ -85,14 +84,6 @@ def test_a_tensor_of_which_nothing_is_left_is_named(numbers: Any, emptied: bool)
         (ADMM(dual_update_interval=9), "no dual update happened in 8 steps, fewer than dual_upda"),
         (HardThreshold(interval=9), "never projected in 8 steps, fewer than interval=9"),
         (ADMM(dual_update_interval=8), ""),
-        (
-            ADMM(cosine(0.1, steps=100), dual_update_interval=2),
-            "the penalty was at 0.0012 of 0.1 after 8 steps, because its schedule is 100 steps",
-        ),
-        (ADMM(linear(0.1, steps=13), dual_update_interval=2), ""),
-        (ADMM(linear(0.1, steps=16), dual_update_interval=2), "at 0.0438 of 0.1 after 8 steps"),
-        (ADMM(linear(0.01, steps=100, initial=0.1), dual_update_interval=2), ""),
-        (ADMM(lambda t: 0.1 * t / 100, dual_update_interval=2), ""),
         (HardThreshold(interval=8), ""),
         (Mask(), ""),
         (AtEnd(), ""),

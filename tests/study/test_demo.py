@@ -208,7 +208,7 @@ def test_the_chosen_setting_is_trained_and_shown(monkeypatch):
 
 
 def test_the_short_protocol_chooses_settings_too():
-    # A setting that suits one method does not suit another: a fixed one would leave it untuned.
+    # A fixed setting may suit one method and not another.
     for method in CHOSEN:
         assert Recipe.quick().candidates(method) == Recipe().candidates(method)
         assert len(Recipe.quick().candidates(method)) > 1

@@ -176,7 +176,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path: Path, runs: Runs) -> N
     assert (tmp_path / "recipe.toml").read_text() == "mine"
 
 
-def test_files_that_are_no_study_end_in_one_line(tmp_path: Path, runs: Runs) -> None:
+def test_files_that_are_not_a_study_are_refused_in_one_line(tmp_path: Path, runs: Runs) -> None:
     def message(*arguments: object) -> str:
         result = CliRunner().invoke(app, [str(x) for x in arguments])
         assert result.exit_code == 1, result.output

@@ -242,8 +242,9 @@ class Run:
             with torch.no_grad(), nullcontext() if seen is None else seen:
                 output = self._call(i, arguments, block)
                 finite &= output.isfinite().all()
-            # The settings of a block or its inputs may change the shape.
-            with naming_other_blocks(self.task.model):
+            # Blocks with equal parameters may differ in an attribute, such as a stride, and
+            # learn_structure ran only one of them.
+            with naming_other_blocks(self.task.model, self.task.name):
                 check_alike(block_name(self.task.name, i), hidden, output)
             yield samples, output
         if not bool(finite):

@@ -39,8 +39,8 @@ class PruningSettings(BlockSettings):
         ``work_dir``, or on the device.
     work_dir : path, optional
         A folder for finished blocks: new, empty, or that of an earlier run. The same call resumes
-        after them, with the same bits. A solver of your own must then be a function or a
-        dataclass, so that it can be compared.
+        after the last finished block, and the result is bit-identical. A solver of your own must
+        then be a function or a dataclass, so that it can be compared.
 
     Raises
     ------

@@ -38,7 +38,7 @@ class _Done(BaseException):
 
 
 class NoChainError(ValueError):
-    """The blocks of a model form no chain, in which each takes what the one before returns."""
+    """The blocks do not form a chain: one does not take what the block before it returns."""
 
 
 class Call(NamedTuple):
@@ -61,8 +61,8 @@ class Structure(NamedTuple):
     axes : tuple of mappings of leaf to axis
         For each block, the leaves that have a batch axis, and that axis.
     outputs : tuple of (leaves, TreeSpec, int)
-        For each block, outputs of it or of a block like it, and the index of the hidden states
-        among them.
+        For each block, the recorded outputs of it or of a block with the same modules and shapes,
+        and the index of the hidden states among them.
     dependent : bool
         Whether other arguments depend on the outputs of blocks, so that blocks must be run.
     """
@@ -144,26 +144,30 @@ def find_blocks(model: nn.Module, blocks: Any = None) -> tuple[str, list[nn.Modu
     return name, modules
 
 
-def other_blocks(model: nn.Module) -> str:
-    """Return, for a message, the lists of blocks of a model, longest first.
+def other_blocks(model: nn.Module, chosen: str) -> str:
+    """Return the end of a message that names the lists of blocks besides the chosen one.
+
+    The longest lists come first. Without another list, the text is empty.
 
     Examples
     --------
-    >>> other_blocks(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])}))
-    'blocks= can name another list of blocks, of layers'
+    >>> lists = {name: nn.ModuleList([nn.Linear(2, 2)]) for name in ("encoder", "decoder")}
+    >>> other_blocks(nn.ModuleDict(lists), "encoder")
+    '; choose other blocks with blocks=, such as decoder'
     """
     lists = {n: len(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and m}
+    lists.pop(chosen, None)
     names = sorted(lists, key=lambda name: -lists[name])[:8]
-    return f"blocks= can name another list of blocks, of {', '.join(names)}"
+    return f"; choose other blocks with blocks=, such as {', '.join(names)}" if names else ""
 
 
 @contextmanager
-def naming_other_blocks(model: nn.Module) -> Iterator[None]:
-    """Add the model's class and its lists of blocks to the message of a `NoChainError`."""
+def naming_other_blocks(model: nn.Module, chosen: str) -> Iterator[None]:
+    """Add the model's class and its other lists of blocks to the message of a `NoChainError`."""
     try:
         yield
     except NoChainError as error:
-        text = f"{error}, in {type(model).__name__}; {other_blocks(model)}"
+        text = f"{error}, in {type(model).__name__}{other_blocks(model, chosen)}"
         raise NoChainError(text) from None
 
 
@@ -288,15 +292,15 @@ def learn_structure(
 ) -> tuple[Structure, list[Call]]:
     """Find out from one sample how a model calls its blocks, and return the calls too.
 
-    Of blocks with the same modules and shapes of parameters, one is run; the others return its
-    outputs.
+    Only one of several blocks with the same modules and shapes of parameters is run. The others
+    return its outputs.
 
     Raises
     ------
     NoChainError
         If hidden states do not go unchanged from block to block.
     """
-    with naming_other_blocks(model):
+    with naming_other_blocks(model, name):
         return _learned(model, name, blocks, sample)
 
 
@@ -373,8 +377,9 @@ def check_alike(name: str, taken: Tensor, returned: Tensor) -> None:
     """Raise if a block returns hidden states of another shape or dtype than it takes."""
     if taken.shape != returned.shape or taken.dtype != returned.dtype:
         raise NoChainError(
-            f"blocks must return hidden states as they take them, {name} takes {taken.dtype} "
-            f"{tuple(taken.shape)} and returns {returned.dtype} {tuple(returned.shape)}"
+            "blocks must return hidden states of the shape and dtype that they take, but "
+            f"{name} takes {taken.dtype} {tuple(taken.shape)} and returns {returned.dtype} "
+            f"{tuple(returned.shape)}"
         )
 
 

@@ -25,12 +25,12 @@ _ACTIVATIONS = ("inputs-*.bin", "targets-*.bin")
 
 
 def check_work_folder(path: str | os.PathLike[str]) -> None:
-    """Check that a folder is new, empty or of an earlier run; files of other names are not ours.
+    """Check that a folder is new, empty or that of an earlier run, and change nothing.
 
     Raises
     ------
     ValueError
-        If it is a file, or holds anything else.
+        If it is not a folder, holds files but no manifest, or holds an invalid manifest.
 
     Examples
     --------
@@ -45,13 +45,29 @@ def check_work_folder(path: str | os.PathLike[str]) -> None:
             raise ValueError(rule)
         return
     if (folder / _MANIFEST).is_file():
+        _read_manifest(folder / _MANIFEST)
         return
-    # A run may be killed before its manifest is there.
-    others = sorted(file.name for file in folder.iterdir())
-    others = [name for name in others if name not in (_LOCK, f"{_MANIFEST}.part")]
+    # A run that is killed before it writes its manifest leaves these two files.
+    ours = (_LOCK, f"{_MANIFEST}.part")
+    others = sorted(f.name for f in folder.iterdir() if f.name not in ours or not f.is_file())
     if others:
         more = ", ..." if len(others) > 3 else ""
         raise ValueError(f"{rule}, which holds {', '.join(others[:3])}{more}")
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            "settings": dict(found["settings"]),
+            "notes": list(found["notes"]),
+            "blocks": list(found["blocks"]),
+            "digests": list(found["digests"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"work_dir must hold a manifest of this library, got {file} with {error!r}"
+        ) from error
 
 
 class WorkFolder:
@@ -116,15 +132,9 @@ class WorkFolder:
             raise
 
     def _read(self) -> None:
-        try:
-            manifest = json.loads((self.path / _MANIFEST).read_text())
-            found, self.finished = dict(manifest["settings"]), list(manifest["blocks"])
-            self.notes, self._digests = list(manifest["notes"]), list(manifest["digests"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"work_dir must hold a manifest of this library, got {self.path / _MANIFEST} with "
-                f"{error!r}"
-            ) from error
+        manifest = _read_manifest(self.path / _MANIFEST)
+        found, self.finished = manifest["settings"], manifest["blocks"]
+        self.notes, self._digests = manifest["notes"], manifest["digests"]
         if found != self.settings:
             raise ValueError(
                 f"work_dir must be of a run with the same settings: {self.path} was begun "

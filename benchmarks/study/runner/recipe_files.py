@@ -42,7 +42,7 @@ def parse_recipe(
     allow_code : bool
         Whether code of other folders and of installed modules runs too.
     say : callable
-        Called with a line of text for each file or module whose code runs, before it does.
+        Receives one line of text for each file or module, before its code runs.
 
     Raises
     ------

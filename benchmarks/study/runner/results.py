@@ -66,7 +66,7 @@ def result_files(out: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        If one is no regular file: a FIFO would wait for ever.
+        If one is not a regular file. Reading a FIFO would block.
     """
     found = sorted(out.glob(f"{_STEM}.jsonl")) + sorted(out.glob(f"{_STEM}-*-of-*.jsonl"))
     for file in found:

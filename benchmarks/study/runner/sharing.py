@@ -63,7 +63,7 @@ def held(out: Path, source: str, shard: Shard | None) -> Iterator[None]:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse a file, and a folder that holds anything but a study.
+    """Refuse a path that is not a folder, and a folder that holds anything but a study.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def refuse_foreign(out: Path) -> None:
             raise ValueError(f"out must be a folder, got {out}")
         return
     content = sorted(path.name for path in out.iterdir())
-    if content and not (out / MARKER).is_file():  # a FIFO would wait for a reader
+    if content and not (out / MARKER).is_file():  # opening a FIFO would block
         shown = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
         raise ValueError(
             f"out must be a new or empty folder, or that of an earlier study, got {out}, which "
