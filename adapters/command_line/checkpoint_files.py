@@ -85,19 +85,17 @@ def _shards(index: Path) -> dict[Path, Collection[str] | None]:
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise DamagedFileError(f"{index} must be an index of shards with a weight_map")
-    shards: dict[str, list[str]] = {}
-    for tensor, shard in names.items():
-        shards.setdefault(shard, []).append(tensor)
-    for name in sorted(shards):
+    paths = {}
+    for name in sorted(set(names.values())):
         parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
         if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
             raise DamagedFileError(f"{index} must name shards inside its folder, got {name}")
-        if not (index.parent / name).exists():
+        paths[name] = index.parent / name  # "a" and "./a" are the same path
+        if not paths[name].exists():
             raise DamagedFileError(f"{index} must name existing shards, but {name} is missing")
-    found: dict[Path, list[str]] = {}
-    for name, tensors in sorted(shards.items()):
-        # "a" and "./a" are the same path.
-        found.setdefault(index.parent / name, []).extend(tensors)
+    found: dict[Path, list[str]] = {path: [] for path in paths.values()}
+    for tensor, name in names.items():
+        found[paths[name]].append(tensor)
     return {**found}
 
 

@@ -10,7 +10,7 @@ import safe_core
 __all__ = ["CHOSEN", "Recipe", "Run"]
 
 CHOSEN = {"gmp": "rise", "admm": "penalty", "safe": "penalty"}
-"""By method, the name of its one setting that is chosen on held-out images."""
+"""Map each method to the name of its one setting, which is chosen on held-out images."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from short_runs import short_run
@@ -77,13 +79,10 @@ def test_the_importance_of_one_pattern_says_nothing_about_another() -> None:
     method = method_for(pattern, importance=safe_core.SquaredGradient(decay=0.9))
     optimizer = SparseOptimizer(base, method, model=whole)
     for _ in range(4):
-        for block in (None, optimizer.perturbed()):
-            if block is None:
-                optimizer.zero_grad()
+        optimizer.zero_grad()
+        for block in (nullcontext(), optimizer.perturbed()):
+            with block:
                 model(torch.ones(2, 8)).square().sum().backward()
-            else:
-                with block:
-                    model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
     smallest = unused.weight.detach().abs().flatten().argsort()[:32]
     optimizer.finalize()
