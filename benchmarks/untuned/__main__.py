@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safe_core import untuned
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
@@ -16,43 +18,81 @@ from .table import as_markdown, draw, read
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
+CONSTANTS = {name: getattr(untuned, name) for name in dir(untuned) if name.isupper()}
 
 
-def accuracy(results: Mapping[Any, Any], label: str) -> list[float]:
-    """Return the accuracy of each seed; a run that diverged counts as 0."""
-    return [r.get("accuracy", 0.0) for c, r in results.items() if c.method == label]
+def trained(
+    cell: Cell, methods: Mapping[str, str], out: Path, framework: str, *, tuning: bool = False
+) -> dict[str, list[float]]:
+    """Train the methods, given as tables by label, and return the accuracies of their seeds.
 
-
-def tuned(cell: Cell, out: Path, framework: str) -> dict[str, str]:
-    """Return the table of each comparator with the best accuracy on held-out images."""
-    tried = {
-        f"{label} | {i}": table
-        for label, tables in comparators(cell).items()
-        for i, table in enumerate(tables)
-    }
-    source = recipe(cell, tried, tuning=True, framework=framework)
-    results = run_study(source, out / "tuning", folder=HERE)
-    found = {}
-    for label, tables in comparators(cell).items():
-        means = [mean_and_error(accuracy(results, f"{label} | {i}"))[0] for i in range(len(tables))]
-        found[label] = tables[means.index(max(means))]
+    A run that diverged counts as 0.
+    """
+    source = recipe(cell, methods, tuning=tuning, framework=framework)
+    results = run_study(source, out, folder=HERE)
+    found: dict[str, list[float]] = {label: [] for label in methods}
+    for run, result in results.items():
+        if run.method in found:
+            found[run.method].append(result.get("accuracy", 0.0))
     return found
 
 
+def tuned(cell: Cell, out: Path, framework: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of each comparator with the best accuracy on held-out images."""
+    searches = comparators(cell)
+    scores: dict[str, list[tuple[float, dict[str, Any]]]] = {label: [] for label in searches}
+
+    def best(label: str) -> dict[str, Any]:
+        return max(scores[label], key=lambda found: found[0])[1]
+
+    for stage in ("first", "then"):
+        tried = {
+            f"{label} | {i}": (label, settings)
+            for label, search in searches.items()
+            for i, settings in enumerate(
+                search.start() if stage == "first" else search.around(best(label))
+            )
+        }
+        tables = {
+            name: searches[label].table(cell, values) for name, (label, values) in tried.items()
+        }
+        for name, found in trained(cell, tables, out / stage, framework, tuning=True).items():
+            label, settings = tried[name]
+            scores[label].append((mean_and_error(found)[0], settings))
+    return {label: best(label) for label in searches}
+
+
 def run(cell: Cell, out: Path, framework: str) -> None:
-    """Train one cell, and write its accuracies beside the results."""
-    file = out / "cell.json"
-    if file.exists():
+    """Train what is missing of one cell, and write its accuracies beside the results.
+
+    Ours is trained again when a constant of `safe_core.untuned` has changed.
+    """
+    head = {**cell._asdict(), "framework": framework}
+    file = out / "comparators.json"
+    if not file.exists():
+        chosen = tuned(cell, out, framework)
+        tables = {
+            label: comparators(cell)[label].table(cell, found) for label, found in chosen.items()
+        }
+        methods = {"dense": 'method = "dense"\n', **tables}
+        accuracy = trained(cell, methods, out / "comparators", framework)
+        _write(file, {**head, "accuracy": accuracy, "chosen": chosen})
+    file = out / "ours.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["constants"] == CONSTANTS:
         return
-    chosen = tuned(cell, out, framework)
-    methods = {"dense": 'method = "dense"\n', **chosen, **OURS}
-    source = recipe(cell, methods, tuning=False, framework=framework)
-    results = run_study(source, out / "final", folder=HERE)
-    found = {label: accuracy(results, label) for label in methods}
-    text = json.dumps(
-        {**cell._asdict(), "framework": framework, "accuracy": found, "chosen": chosen}
-    )
-    file.write_text(text, encoding="utf-8")
+    file.unlink(missing_ok=True)
+    results = out / "ours"
+    marked = out / "ours-constants.json"
+    if marked.exists() and json.loads(marked.read_text(encoding="utf-8")) != CONSTANTS:
+        shutil.rmtree(results, ignore_errors=True)
+    _write(marked, CONSTANTS)
+    accuracy = trained(cell, OURS, results, framework)
+    _write(file, {**head, "accuracy": accuracy, "constants": CONSTANTS})
+
+
+def _write(file: Path, found: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found), encoding="utf-8")
 
 
 def main() -> None:
@@ -72,7 +112,7 @@ def main() -> None:
         draw(rows, DOCS / "_static" / "untuned.png")
         return
     index, count = map(int, options.shard.split("/"))
-    mine = [cell for cell in list(cells())[index::count] if options.only in cell.name]
+    mine = [cell for cell in cells() if options.only in cell.name][index::count]
     for i, cell in enumerate(mine):
         print(f"{i + 1}/{len(mine)}: {cell.name}", flush=True)
         run(cell, options.results / options.framework / cell.name, options.framework)

@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["BASES", "OURS", "TASKS", "TUNED", "Cell", "Task", "cells", "comparators", "recipe"]
+__all__ = [
+    "BASES", "OURS", "TASKS", "TUNED", "Cell", "Search", "Task", "cells", "comparators", "recipe",
+]  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -24,6 +26,9 @@ class Task(NamedTuple):
         the test.
     noise : float
         Fraction of the training labels drawn at random.
+    dense_epochs : int
+        Epochs of dense training before, with the higher learning rate of the base. All methods
+        start from its network.
     """
 
     data: str
@@ -32,6 +37,7 @@ class Task(NamedTuple):
     sparsities: tuple[float | str, ...]
     chooses: bool
     noise: float = 0.0
+    dense_epochs: int = 0
 
 
 class Cell(NamedTuple):
@@ -57,59 +63,104 @@ BASES = {
     "AdamW 3e-3": 'optimizer = "adamw"\nlearning_rate = 3e-3\nweight_decay = 1e-2',
     "AdamW 1e-3": 'optimizer = "adamw"\nlearning_rate = 1e-3\nweight_decay = 1e-2',
 }
+_DENSE_RATES = {"SGD 0.03": 0.1, "Adam 1e-3": 3e-3, "AdamW 1e-3": 3e-3}
 _EVERY = dict.fromkeys(BASES, (60,))
 _SMALL = {**_EVERY, "SGD 0.1": (20, 60, 180), "Adam 3e-3": (20, 60, 180)}
 _LARGE = {"SGD 0.1": (20,), "Adam 3e-3": (20,), "AdamW 1e-3": (20,)}
+_TRAINED = {"SGD 0.03": (20,), "Adam 1e-3": (20,)}
 _LENET = 'name = "lenet-300-100"'
+_MNIST = 'name = "parts.py:mnist_5000"'
 _FRACTIONS = (0.8, 0.9, 0.95, 0.98, 0.99)
-TASKS = {
+_FROM_SCRATCH = {
     "digits": Task('name = "digits"', _LENET, _SMALL, _FRACTIONS, chooses=True),
     "digits, random labels": Task(
         'name = "digits"', _LENET, _SMALL, _FRACTIONS, chooses=True, noise=0.5
     ),
     "MNIST 5000": Task(
-        'name = "parts.py:mnist_5000"',
-        'name = "parts.py:convolutional"',
-        _LARGE,
+        _MNIST, 'name = "parts.py:convolutional"', _LARGE, _FRACTIONS, chooses=False
+    ),
+    "MNIST-1D": Task(
+        'name = "parts.py:mnist1d"',
+        _LENET,
+        {**_LARGE, "SGD 0.1": (20, 60)},
         _FRACTIONS,
         chooses=False,
     ),
-    "MNIST-1D": Task(
-        'name = "parts.py:mnist1d"', _LENET, {**_LARGE, "SGD 0.1": (20, 60)}, _FRACTIONS, False
-    ),
     "rows of MNIST 5000": Task(
-        'name = "parts.py:mnist_5000"',
+        _MNIST,
         'name = "parts.py:encoder"',
         {"Adam 1e-3": (20,), "AdamW 1e-3": (20,)},
         (0.75, "2:4"),
         chooses=False,
     ),
 }
-
-PARTS, RADII = (0.3, 0.5, 0.7, 0.85), (0.05, 0.1, 0.2)
-PENALTIES = (0.03, 0.1, 0.3, 1.0)
-_OWN = 'method = "parts.py:{}"\n'
-
-
-def _table(function: str, **values: Any) -> str:
-    given = [f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in values.items()]
-    return _OWN.format(function) + "\n".join(given) + "\n"
-
-
-def _grid(function: str, **lists: Any) -> tuple[str, ...]:
-    named = [[(key, value) for value in values] for key, values in lists.items()]
-    return tuple(_table(function, **dict(pairs)) for pairs in itertools.product(*named))
-
-
-TUNED: dict[str, tuple[str, ...]] = {
-    "magnitude, fine-tuned": _grid("gradual", part=(0.01, 0.3, 0.5, 0.7)),
-    "GMP": _grid("gradual", part=PARTS),
-    "GMP with SAM": _grid("gradual", part=PARTS[1:], rho=RADII),
-    "IMP with SAM": _grid("rounds", count=(3, 6), rho=RADII),
-    "ADMM": _grid("split", penalty=PENALTIES, schedule=("cosine", "constant")),
-    "SAFE, published": _grid("split", penalty=PENALTIES, rho=RADII[1:], schedule=("cosine",)),
+TASKS = _FROM_SCRATCH | {
+    f"{name}, from dense": task._replace(
+        lengths={"AdamW 1e-3": (20,)} if "encoder" in task.model else _TRAINED,
+        dense_epochs=60 if task.chooses else 20,
+    )
+    for name, task in _FROM_SCRATCH.items()
 }
-"""The tables that each comparator is chosen from, by label."""
+
+
+class Search(NamedTuple):
+    """The settings that a comparator is chosen from.
+
+    Attributes
+    ----------
+    function : str
+        Function of ``parts.py`` that builds the method.
+    first : mapping of str to tuple
+        Values by parameter. Every combination is tried.
+    then : mapping of str to tuple
+        Further values by parameter, each tried on the best of ``first``.
+    """
+
+    function: str
+    first: Mapping[str, tuple[Any, ...]]
+    then: Mapping[str, tuple[Any, ...]] = {}
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        """Yield every combination of ``first``."""
+        for values in itertools.product(*self.first.values()):
+            yield dict(zip(self.first, values, strict=True))
+
+    def around(self, best: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the settings that differ from the best by one value of ``then``."""
+        for name, values in self.then.items():
+            yield from ({**best, name: value} for value in values)
+
+    def table(self, cell: Cell, settings: Mapping[str, Any]) -> str:
+        """Return the table of a method in a recipe.
+
+        The setting ``dense`` is the part of the epochs that train a dense network first.
+        """
+        lines = [f'method = "parts.py:{self.function}"']
+        for name, value in settings.items():
+            if name == "dense":
+                first = round(value * cell.epochs)
+                value = f"{{ dense_epochs = {first}, epochs = {cell.epochs - first} }}"
+                lines.append(f"training = {value}")
+            else:
+                shown = f'"{value}"' if isinstance(value, str) else value
+                lines.append(f"{name} = {shown}")
+        return "\n".join(lines) + "\n"
+
+
+_RADII, _CONSTANT = {"rho": (0.05, 0.2)}, {"schedule": ("constant",)}
+_PENALTIES = (0.03, 0.1, 0.3, 1.0)
+_PARTS = (0.3, 0.5, 0.7)
+TUNED: dict[str, Search] = {
+    "magnitude, fine-tuned": Search("fixed", {"dense": _PARTS}),
+    "GMP": Search("gradual", {"part": (*_PARTS, 0.85)}),
+    "GMP with SAM": Search("gradual", {"part": (0.5, 0.7, 0.85), "rho": (0.1,)}, _RADII),
+    "IMP with SAM": Search("rounds", {"count": (3, 6), "rho": (0.1,)}, _RADII),
+    "ADMM": Search("split", {"penalty": _PENALTIES}, _CONSTANT),
+    "SAFE, published": Search(
+        "split", {"penalty": _PENALTIES, "rho": (0.1,)}, {**_RADII, **_CONSTANT}
+    ),
+}
+"""What each comparator is chosen from, by label."""
 
 OURS = {
     "SAFE, untuned": 'method = "safe"\n',
@@ -117,35 +168,49 @@ OURS = {
 }
 
 
-def comparators(cell: Cell) -> dict[str, tuple[str, ...]]:
-    """Return the tables of the comparators that can prune to the sparsity of a cell.
+def comparators(cell: Cell) -> dict[str, Search]:
+    """Return the searches of the comparators of a cell.
 
-    An N:M pattern has no sparsity in between, so gradual pruning is not defined for it.
+    An N:M pattern has no sparsity in between, so gradual pruning is not defined for it: it is
+    pruned at once, with and without SAM. A trained network is pruned at once, without dense
+    training before.
     """
-    if not isinstance(cell.sparsity, str):
-        return TUNED
-    return {label: TUNED[label] for label in ("ADMM", "SAFE, published")}
+    found = dict(TUNED)
+    if isinstance(cell.sparsity, str):
+        del found["GMP"], found["IMP with SAM"], found["GMP with SAM"]
+        found["magnitude with SAM"] = Search("fixed", {"dense": _PARTS, "rho": (0.1,)}, _RADII)
+    if TASKS[cell.task].dense_epochs:
+        for label, search in found.items():
+            first = {name: values for name, values in search.first.items() if name != "dense"}
+            found[label] = search._replace(first=first)
+    return found
 
 
 def cells() -> Iterator[Cell]:
-    """Yield all cells, those of the first tasks first."""
-    for name, task in TASKS.items():
-        for base, lengths in task.lengths.items():
-            for epochs, sparsity in itertools.product(lengths, task.sparsities):
-                yield Cell(name, base, epochs, sparsity)
+    """Yield all cells, those of the longest runs last."""
+    found = (
+        Cell(name, base, epochs, sparsity)
+        for name, task in TASKS.items()
+        for base, lengths in task.lengths.items()
+        for epochs, sparsity in itertools.product(lengths, task.sparsities)
+    )
+    yield from sorted(found, key=lambda cell: cell.epochs > 60)
 
 
 def recipe(cell: Cell, methods: Mapping[str, str], *, tuning: bool, framework: str) -> str:
     """Return the recipe that trains these methods, given as tables by label."""
     task = TASKS[cell.task]
     sparsity = f'"{cell.sparsity}"' if isinstance(cell.sparsity, str) else cell.sparsity
-    validation = 0.25 if tuning else 0.0
+    dense = ""
+    if task.dense_epochs:
+        rate = _DENSE_RATES[cell.base]
+        dense = f"dense_epochs = {task.dense_epochs}\ndense_learning_rate = {rate}"
     head = f"""
 title = "{cell.name}"
 frameworks = ["{framework}"]
 sparsities = [{sparsity}]
 seeds = {[3, 4] if tuning else [0, 1, 2]}
-data = {{ {task.data}, label_noise = [{task.noise}], validation = {validation} }}
+data = {{ {task.data}, label_noise = [{task.noise}], validation = {0.25 if tuning else 0.0} }}
 model = {{ {task.model} }}
 
 [training]
@@ -154,6 +219,7 @@ batch_size = 64
 schedule = "cosine"
 warmup_epochs = {max(cell.epochs // 12, 1)}
 {BASES[cell.base]}
+{dense}
 """
     tables = (f'[[methods]]\nlabel = "{label}"\n{table}' for label, table in methods.items())
     return "\n".join([head, *tables])

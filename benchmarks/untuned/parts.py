@@ -5,12 +5,16 @@ A copy of this file is kept with the results, so it imports installed packages o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 import safe_core
 from safe_core import schedules, untuned
+from safe_core.sparsity_tables import Cubic
 from safe_core.study.data import Dataset, Normalisation, Split
 
 
@@ -92,13 +96,28 @@ def gradual(sparsity: Any, steps: int, *, part: float, rho: float = 0.0) -> safe
     return _masked(schedules.cubic(sparsity, steps=length, every=every), rho)
 
 
-def rounds(sparsity: Any, steps: int, *, count: int, rho: float = 0.0) -> safe_core.Method:
-    """Return iterative magnitude pruning in rounds, the last of which trains the final mask.
+@dataclass(frozen=True)
+class Rounds(Cubic):
+    """Sparsity that removes the same fraction of the remaining weights in every round."""
 
-    One round is magnitude pruning with fine-tuning: train for half of the run, prune, train on.
-    """
+    @cached_property
+    def table(self) -> tuple[Fraction, ...]:
+        """The sparsity of every stage."""
+        stages = self.steps // self.every
+        kept = [(1 - self.value) ** (stage / stages) for stage in range(stages)]
+        final = Fraction(str(self.value))
+        return (*(Fraction(round((1 - k) * 10**6), 10**6) for k in kept), final)
+
+
+def fixed(sparsity: Any, *, rho: float = 0.0) -> safe_core.Method:
+    """Return training under the mask of the largest weights at the start."""
+    return safe_core.Method(sparsity, safe_core.Mask(), safe_core.SAM(rho) if rho else None)
+
+
+def rounds(sparsity: Any, steps: int, *, count: int, rho: float = 0.0) -> safe_core.Method:
+    """Return iterative magnitude pruning, whose last round trains under the final mask."""
     every = max(steps // (count + 1), 1)
-    return _masked(schedules.linear_sparsity(sparsity, steps=count * every, every=every), rho)
+    return _masked(Rounds(sparsity, steps=count * every, every=every), rho)
 
 
 def _masked(sparsity: Any, rho: float) -> safe_core.Method:

@@ -281,6 +281,8 @@ def _network(architecture: Net) -> Any:
 
 def _initial(plan: Plan) -> Any:
     """Return the initial variables on the default device."""
+    if plan.start is not None:
+        return jax.tree.map(jnp.asarray, dict(plan.start))
     network = plan.architecture
     if not isinstance(network, OwnNetwork):
         return jax.tree.map(jnp.asarray, plan.initial_variables())

@@ -175,6 +175,8 @@ def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:
 
 def _initial(plan: Plan) -> nn.Module:
     """Return the network with its initial weights."""
+    if plan.start is not None:
+        return _built(plan.architecture, plan.start)
     if not isinstance(plan.architecture, OwnNetwork):
         return build(plan.architecture, plan.initial_variables())
     with torch.random.fork_rng():

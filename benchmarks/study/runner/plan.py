@@ -42,6 +42,8 @@ class Plan:
         None for dense training.
     seed : int
     augment : bool
+    start : Variables or None
+        Weights to start from, those of a trained network. None draws them at random.
     """
 
     data: Dataset
@@ -50,6 +52,7 @@ class Plan:
     method: Method | None
     seed: int
     augment: bool
+    start: Variables | None = None
 
     @property
     def steps_per_epoch(self) -> int:

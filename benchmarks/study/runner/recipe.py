@@ -314,6 +314,9 @@ class Recipe:
             found |= {f"method.{name}": value for name, value in entry.values(target).items()}
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
             del found[name]
+        if not found["training.dense_epochs"]:
+            # Results that were written before these keys existed count as well.
+            del found["training.dense_epochs"], found["training.dense_learning_rate"]
         return {name: _as_json(value) for name, value in found.items()}
 
 

@@ -14,15 +14,15 @@ from typing import Any
 from safe_core import Method
 
 from .cells import Cell
+from .dense_start import dense_start
 from .machine import machine, peak_memory, reset_peak_memory
 from .measure import MakeSubject, accuracy, constraint_distance, is_finite, measure
 from .plan import Learner, Plan, plan
 from .recipe import Evaluation, Recipe
-from .units import side, trains_dense
+from .units import part, side, trains_dense
 
 __all__ = ["run_cell", "run_unit"]
 
-_NAMES = {"torch": "Torch", "jax": "Jax"}
 Result = dict[str, Any]
 
 
@@ -81,18 +81,18 @@ def run_unit(
     advance : callable
         Called after each epoch.
     """
-    made = [plan(recipe, cell, folder) for cell in unit]
+    start = dense_start(recipe, unit[0], folder, device)
+    made = [replace(plan(recipe, cell, folder), start=start) for cell in unit]
     first, framework = made[0], unit[0].framework
     if trains_dense(first.method):
         first = replace(first, method=None)
     there = side(framework)
-    make_learner = getattr(there, f"{_NAMES[framework]}Learner")
+    make_learner = part(framework, "Learner")
     _warm_up(make_learner, first, device)
     reset_peak_memory()
     there.peak_memory(device)
     learner: Learner = make_learner(first, device)
-    subject = getattr(there, f"{_NAMES[framework]}Subject")
-    make: MakeSubject = partial(_subject, subject, first, device)
+    make: MakeSubject = partial(_subject, part(framework, "Subject"), first, device)
     methods = {cell: p.method for cell, p in zip(unit, made, strict=True)}
     found = _trained(recipe.evaluation, first, learner, methods, make, advance)
     on_device = there.peak_memory(device)

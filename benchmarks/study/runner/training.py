@@ -20,6 +20,9 @@ class Training:
     zero as a cosine or a line, or is multiplied by ``decay`` at each of the ``milestones``
     (schedule ``step``).
 
+    With ``dense_epochs``, a dense network is trained first, and every method starts from it.
+    ``dense_learning_rate`` is its learning rate, by default the same.
+
     Examples
     --------
     >>> training = Training(epochs=2, batch_size=8, learning_rate=0.1)
@@ -38,6 +41,8 @@ class Training:
     momentum: float = key(number(0, 1, excluded=1), 0.9)
     second_moment: float = key(number(0, 1, excluded=1), 0.999)
     weight_decay: float = key(number(0), 0.0)
+    dense_epochs: int = key(integer(0), 0)
+    dense_learning_rate: float | None = key(number(0), None)
 
     def __post_init__(self) -> None:
         if self.warmup_epochs >= self.epochs:
@@ -55,6 +60,39 @@ class Training:
                 f"training.milestones must be below the {self.epochs} epochs, got "
                 f"{list(self.milestones)}"
             )
+
+        if self.dense_epochs and self.schedule == "step":
+            raise ValueError(
+                "training.dense_epochs must be 0 with milestones, which count the epochs of the "
+                f"methods, got {self.dense_epochs}"
+            )
+        if self.dense_learning_rate is not None and not self.dense_epochs:
+            raise ValueError(
+                "training.dense_learning_rate must come with dense_epochs, got "
+                f"{self.dense_learning_rate} without"
+            )
+
+    @property
+    def dense(self) -> Training | None:
+        """The settings of the dense training that comes first, or None without it.
+
+        Examples
+        --------
+        >>> training = Training(epochs=2, batch_size=8, learning_rate=0.01, dense_epochs=20)
+        >>> training.dense.epochs, training.dense.learning_rate, training.dense.dense
+        (20, 0.01, None)
+        """
+        if not self.dense_epochs:
+            return None
+        rate = self.dense_learning_rate
+        return replace(
+            self,
+            epochs=self.dense_epochs,
+            learning_rate=self.learning_rate if rate is None else rate,
+            warmup_epochs=min(self.warmup_epochs, self.dense_epochs - 1),
+            dense_epochs=0,
+            dense_learning_rate=None,
+        )
 
     def changed(self, settings: Mapping[str, Any]) -> Training:
         """Return these settings with some replaced, such as those of one method.

@@ -14,7 +14,7 @@ from .cells import Cell
 from .plan import plan
 from .recipe import Recipe
 
-__all__ = ["FEW_UPDATES", "check", "hints", "side", "trains_dense", "units"]
+__all__ = ["FEW_UPDATES", "check", "hints", "part", "side", "trains_dense", "units"]
 
 FEW_UPDATES = 15
 _SIDES = {"torch": "in_torch", "jax": "in_jax"}
@@ -25,6 +25,11 @@ Unit = tuple[Cell, ...]
 def side(framework: str) -> Any:
     """Return the module that trains in a framework, which is imported on first use."""
     return importlib.import_module(f".{_SIDES[framework]}", __package__)
+
+
+def part(framework: str, name: str) -> Any:
+    """Return the ``Learner`` or ``Subject`` of a framework."""
+    return getattr(side(framework), f"{framework.capitalize()}{name}")
 
 
 def trains_dense(method: Method | None) -> bool:

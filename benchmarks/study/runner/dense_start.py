@@ -1,0 +1,55 @@
+"""Train the dense network that the methods of a study start from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from safe_core.study.models import Variables
+
+from .cells import Cell
+from .measure import is_finite
+from .plan import Learner, plan
+from .recipe import Recipe
+from .units import part
+
+__all__ = ["dense_start"]
+
+
+def dense_start(recipe: Recipe, cell: Cell, folder: Path | None, device: str) -> Variables | None:
+    """Return the trained dense network of a run, or None if its recipe asks for none.
+
+    Runs that differ only in their method and sparsity start from the same network.
+
+    Raises
+    ------
+    ValueError
+        If dense training diverged.
+    """
+    dense = recipe.training_of(cell.method).dense
+    if dense is None:
+        return None
+    like = next(e for e in recipe.methods if recipe.training_of(e.label).dense == dense)
+    sparsity = None if like.is_dense else recipe.sparsities[0]
+    return _trained(recipe, cell._replace(method=like.label, sparsity=sparsity), folder, device)
+
+
+@lru_cache(maxsize=8)  # the seeds of one method take turns
+def _trained(recipe: Recipe, cell: Cell, folder: Path | None, device: str) -> Variables:
+    made = plan(recipe, cell, folder)
+    dense = made.training.dense
+    assert dense is not None
+    made = replace(made, method=None, training=dense)
+    learner: Learner = part(cell.framework, "Learner")(made, device)
+    for epoch in range(dense.epochs):
+        # The methods see the batches of the first epochs, in another order.
+        for images, labels in made.batches(recipe.training_of(cell.method).epochs + epoch):
+            learner.step(images, labels)
+    found = learner.variables()
+    if not is_finite(found):
+        raise ValueError(
+            f"dense training for {dense.epochs} epochs diverged: lower training."
+            f"dense_learning_rate, got {dense.learning_rate}"
+        )
+    return found
