@@ -18,7 +18,7 @@ from .table import as_markdown, draw, read
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
-CONSTANTS = {name: getattr(untuned, name) for name in dir(untuned) if name.isupper()}
+CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int | float)}
 
 
 def trained(

@@ -62,11 +62,12 @@ class Row(NamedTuple):
 def read(folder: Path) -> list[Row]:
     """Read the files of all finished cells, in the order of the tasks."""
     rows = []
-    for file in sorted(folder.glob("*/*/cell.json")):
+    for file in sorted(folder.glob("*/*/ours.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
+        others = json.loads(file.with_name("comparators.json").read_text(encoding="utf-8"))
         cell = Cell(*(found[key] for key in Cell._fields))
         accuracy = {}
-        for label, values in found["accuracy"].items():
+        for label, values in (others["accuracy"] | found["accuracy"]).items():
             mean, error = mean_and_error(values)
             accuracy[label] = (mean, error or 0.0)
         rows.append(Row(cell, found["framework"], accuracy))

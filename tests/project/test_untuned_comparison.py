@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from benchmarks.untuned.cells import (
     BASES,
     OURS,
     TASKS,
-    TUNED,
     Cell,
     cells,
     comparators,
@@ -43,17 +44,23 @@ CHECKED = [
 @pytest.mark.parametrize("cell", CHECKED, ids=lambda cell: cell.name)
 def test_cells_are_recipes_whose_methods_can_be_built(cell: Cell) -> None:
     tables = {
-        f"{label} {i}": table
-        for label, found in comparators(cell).items()
-        for i, table in enumerate(found)
+        f"{label} {i}": search.table(cell, settings)
+        for label, search in comparators(cell).items()
+        for first in search.start()
+        for i, settings in enumerate([first, *search.around(first)])
     }
     found = parse_recipe(recipe(cell, {**tables, **OURS}, tuning=True, framework="torch"), HERE)
     assert (found.data.validation, found.training.epochs) == (0.25, cell.epochs)
-    ours = [entry for entry in found.methods if entry.label in OURS]
-    for entry in ours:
+    for entry in found.methods:
         method = entry.build(cell.sparsity, epochs=20, steps_per_epoch=7, seed=0)
         assert method is not None
-        assert isinstance(method.constraint, Pull)
+        if entry.label in OURS:
+            assert isinstance(method.constraint, Pull)
+        # Dense training before the mask takes its epochs from those of the cell.
+        training = entry.trained(found.training)
+        own = training.dense_epochs - TASKS[cell.task].dense_epochs
+        assert training.epochs + own == cell.epochs
+        assert (own > 0) == ("dense" in entry.label + tables.get(entry.label, ""))
     final = parse_recipe(recipe(cell, OURS, tuning=False, framework="torch"), HERE)
     assert not set(found.seeds) & set(final.seeds)
     assert final.data.validation == 0
@@ -83,6 +90,11 @@ def test_comparators_update_as_often_as_ours() -> None:
     assert parts.split(0.9, steps, penalty=0.1, schedule="constant").constraint.penalty(0) == 0.1
     in_rounds = parts.rounds(0.9, steps, count=3)
     assert [t + 1 for t in range(steps) if in_rounds.is_due(t)] == [285, 570, 855]
+    # Each round keeps the same fraction of what is left.
+    sparsity = parts.Rounds(0.936, steps=3).table
+    kept = [1 - float(s) for s in sparsity]
+    assert kept == pytest.approx([1, 0.4, 0.16, 0.064], abs=1e-6)
+    assert sparsity[-1] == Fraction("0.936")
 
 
 def test_the_best_on_held_out_images_is_chosen(
@@ -92,31 +104,53 @@ def test_the_best_on_held_out_images_is_chosen(
 
     def run_study(source: str, out: Path, **options: Any) -> dict[Run, dict[str, Any]]:
         asked.append(out.name)
-        labels = [line.split('"')[1] for line in source.splitlines() if line.startswith("label")]
-        # The second table of each is the best; the last diverges.
-        return {
-            Run("torch", 0.0, label, 0.9, seed): {"accuracy": 90.0 + (label[-1] == "1")}
-            if not label.endswith("3")
-            else {"diverged": True}
-            for label in labels
-            for seed in (0, 1)
-        }
+        content = tomllib.loads(source)
+        assert (content["data"]["validation"] > 0) == (out.name in ("first", "then"))
+        found: dict[Run, dict[str, Any]] = {}
+        for method in content["methods"]:
+            score = 90.0
+            if method.get("penalty") == 0.1:
+                score += 1
+            if method.get("rho") == 0.2:
+                score += 2
+            if method.get("part") == 0.5:
+                score += 1
+            for seed in content["seeds"]:
+                result = {"diverged": True} if method.get("penalty") == 1.0 else {"accuracy": score}
+                found[Run("torch", 0.0, method["label"], 0.9, seed)] = result
+        return found
 
     monkeypatch.setattr(command, "run_study", run_study)
     cell = Cell("digits", "SGD 0.1", 20, 0.9)
-    assert command.tuned(cell, tmp_path, "torch") == {k: v[1] for k, v in TUNED.items()}
-    command.run(cell, tmp_path, "torch")
-    command.run(cell, tmp_path, "torch")  # finished: nothing is trained again
-    assert asked == ["tuning", "tuning", "final"]
+    out = tmp_path / "torch" / cell.name
+    chosen = command.tuned(cell, out, "torch")
+    assert chosen == {
+        "magnitude, fine-tuned": {"dense": 0.3},
+        "GMP": {"part": 0.5},
+        "GMP with SAM": {"part": 0.5, "rho": 0.2},
+        "IMP with SAM": {"count": 3, "rho": 0.2},
+        "ADMM": {"penalty": 0.1},
+        "SAFE, published": {"penalty": 0.1, "rho": 0.2},
+    }
+    command.run(cell, out, "torch")
+    command.run(cell, out, "torch")  # finished: nothing is trained again
+    assert asked == 2 * ["first", "then"] + ["comparators", "ours"]
+    (row,) = table.read(tmp_path)
+    assert (row.best, row.accuracy["GMP"], row.lead) == ("GMP with SAM", (91.0, 0.0), -3)
+    # Other constants train ours again, and nothing else.
+    monkeypatch.setattr(command, "CONSTANTS", {"RADIUS": 3.0})
+    command.run(cell, out, "torch")
+    assert asked[6:] == ["ours"]
 
 
 def finished(folder: Path, cell: Cell, **accuracy: list[float]) -> None:
     named = {"dense": [98.0], "GMP": accuracy["gmp"], "ADMM": accuracy["admm"]}
     named |= dict(zip(OURS, (accuracy["ours"], accuracy["plain"]), strict=True))
-    row = {**cell._asdict(), "framework": "torch", "accuracy": named, "chosen": {}}
-    file = folder / "torch" / cell.name / "cell.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(row))
+    for name in ("comparators", "ours"):
+        mine = {k: v for k, v in named.items() if (k in OURS) == (name == "ours")}
+        file = folder / "torch" / cell.name / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**cell._asdict(), "framework": "torch", "accuracy": mine}))
 
 
 def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
