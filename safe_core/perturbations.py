@@ -140,8 +140,9 @@ def is_measured(step: int | Array) -> bool | Array:
 def mean_square(before: Array, length: Array, step: int | Array) -> Array:
     """Return the mean squared length of the measured steps, after one more of them.
 
-    ``s <- s + (length^2 - s) / n`` with the number n of measured steps up to ``step``. A length
-    that is not finite leaves s as it is.
+    ``s <- s + (length^2 - s) / n`` with the number n of measured steps up to ``step``. The first
+    length that is not zero sets s, so a parameter can join late. A length that is not finite
+    leaves s as it is.
 
     Parameters
     ----------
@@ -163,8 +164,8 @@ def mean_square(before: Array, length: Array, step: int | Array) -> Array:
     count = step // MEASURE_INTERVAL + 1
     if not isinstance(count, int):
         count = xp.astype(count, before.dtype)
-    length = xp.astype(length, before.dtype, copy=False)
-    found = before + (length * length - before) / count
+    square = xp.astype(length, before.dtype, copy=False) ** 2
+    found = xp.where(before > 0, before + (square - before) / count, square)
     return xp.where(xp.isfinite(found), found, before)
 
 

@@ -174,7 +174,19 @@ def test_the_mean_runs_over_the_measured_steps() -> None:
         assert is_measured(MEASURE_INTERVAL * i)
         s = mean_square(s, np.asarray(length), MEASURE_INTERVAL * i)
         assert float(s) == pytest.approx(np.mean(np.square(lengths[: i + 1])))
-    assert float(mean_square(s, np.asarray(np.nan), 32)) == float(s)
+    for bad in (np.nan, np.inf):
+        assert float(mean_square(s, np.asarray(bad), 32)) == float(s)
+        assert float(mean_square(np.asarray(0.0), np.asarray(bad), 32)) == 0
+
+
+def test_a_parameter_that_joins_late_is_measured_at_once() -> None:
+    s = mean_square(np.asarray(0.0), np.asarray(3.0), 100 * MEASURE_INTERVAL)
+    assert float(s) == 9
+    s = mean_square(s, np.asarray(0.0), 101 * MEASURE_INTERVAL)
+    assert float(s) == pytest.approx(9 * (1 - 1 / 102))
+
+
+def test_only_every_eighth_step_is_measured() -> None:
     assert not any(is_measured(t) for t in range(1, MEASURE_INTERVAL))
 
 
