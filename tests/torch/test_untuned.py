@@ -136,17 +136,13 @@ def test_a_run_of_the_steps_given_ends_on_the_constraint(make: Any, name: str) -
 
 
 @pytest.mark.parametrize("sparsity", [0.75, {"0.weight": 0.75, "2.weight": 0.5}], ids=str)
-def test_half_a_run_is_reported(sparsity: Any) -> None:
+def test_a_sparsity_that_has_not_risen_is_reported(sparsity: Any) -> None:
     run = Run(safe_core.safe(sparsity, steps=60)).train(15)
     with pytest.warns(FinalizeWarning) as found:
         run.optimizer.finalize()
     (text,) = [str(w.message) for w in found]
-    assert "the penalty was at" in text
-    assert "because its schedule is 60 steps long" in text
     assert text.count("the schedule was at sparsity") == 1
-    run = Run(safe_core.safe(sparsity, steps=60)).train(30)
-    with pytest.warns(FinalizeWarning, match=r"penalty was at .* after 30 steps, because its sch"):
-        run.optimizer.finalize()
+    assert "after 15 steps" in text
 
 
 @pytest.mark.parametrize("base", ["sgd", "adam"])
