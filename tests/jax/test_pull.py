@@ -175,8 +175,8 @@ def test_e_is_as_long_as_rho_steps() -> None:
 
 def test_a_state_without_the_length_of_steps_is_refused() -> None:
     tx, params = sparse_optimizer(optax.sgd(0.1), FIXED), make_params()
-    state = tx.init(params)._replace(step_square=None)
-    with pytest.raises(ValueError, match="step_square must be there for a method with in_steps=T"):
+    state = tx.init(params)._replace(motion=None)
+    with pytest.raises(ValueError, match="motion must be there for a method with in_steps=T"):
         tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import warnings
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as distributed
 
 import safe_core
-from safe_core import FinalizeWarning
+from safe_core import FinalizeWarning, untuned
 
 # Precision
 
@@ -163,7 +162,8 @@ def test_after_freezing_nothing_pulls(base: str) -> None:
         assert torch.equal(old == 0, new == 0)
         assert not torch.equal(old, new)
     # The steps before the projection are still part of the unit.
-    unit = math.sqrt(float(run.optimizer._run.step_square()))
+    step, x = run.optimizer._run.motion().sqrt().tolist()
+    unit = step * min(step / x * STEPS / untuned.TRAVEL, 1) ** 2
     assert unit > 0
     assert size(run.perturbation()) == pytest.approx(
         float(run.optimizer.method.radius(run.optimizer.steps)) * unit, rel=1e-3
