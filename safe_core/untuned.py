@@ -30,7 +30,7 @@ RISE = 0.5
 RADIUS = 3.0
 """Radius of the perturbation at its fullest, in steps of the base optimizer."""
 
-TRAVEL = 7.0
+TRAVEL = 6.0
 """The radius is full if all steps of the run, end to end, are this many times as long as the
 weights. A run that travels less has less time to move, and a perturbation slows it further, so its
 radius shrinks with the square of the travel."""

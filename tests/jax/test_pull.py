@@ -189,11 +189,13 @@ def test_arguments_override_the_derived_numbers() -> None:
     method = Method(
         UNTUNED.sparsity,
         Pull(0.7, pull.dual_update_interval),
-        perturbation=SAM(0.3, in_steps=True),
+        perturbation=SAM(0.3, in_steps=True, full_step=e.full_step),
     )
     after, state = train(other, 1)
     found = length(perturbation(other, after, state))
-    assert found == pytest.approx(0.3 * first_step(make_params()), rel=1e-4)
+    step, size = np.sqrt(state.motion)
+    assert step == pytest.approx(first_step(make_params()), rel=1e-4)
+    assert found == pytest.approx(0.3 * step * (step / size / e.full_step) ** 2, rel=1e-4)
     wanted = train(sparse_optimizer(optax.sgd(0.1), method), 5)
     assert_same(train(other, 5)[0], wanted[0], 1e-6)
     with pytest.raises(ValueError, match="learning_rate must be None for a method with decoupled"):
