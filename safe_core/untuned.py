@@ -27,10 +27,10 @@ after the sparsity has risen. From 100 to 800 the accuracy hardly changes."""
 RISE = 0.5
 """Fraction of the run over which the sparsity rises."""
 
-RADIUS = 3.0
+RADIUS = 2.0
 """Radius of the perturbation at its fullest, in steps of the base optimizer."""
 
-TRAVEL = 6.0
+TRAVEL = 5.0
 """The radius is full if all steps of the run, end to end, are this many times as long as the
 weights. A run that travels less has less time to move, and a perturbation slows it further, so its
 radius shrinks with the square of the travel."""
