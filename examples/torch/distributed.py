@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> float:
     dataset, _ = datasets()
     sampler = DistributedSampler(dataset, drop_last=True)
     batches = DataLoader(dataset, 32, sampler=sampler, drop_last=True)
-    method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
+    method = safe_core.safe(0.9, steps=options.epochs * len(batches))
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model)  # create it after wrapping the model
 
