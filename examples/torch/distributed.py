@@ -71,10 +71,10 @@ def train(options: argparse.Namespace) -> float:
             optimizer.zero_grad()
             local = isinstance(model, DistributedDataParallel) and options.local_ascent
             with model.no_sync() if local else nullcontext():
-                nn.functional.cross_entropy(model(x), y).backward()
-            with optimizer.perturbed():
                 loss = nn.functional.cross_entropy(model(x), y)
                 loss.backward()
+            with optimizer.perturbed():
+                nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     optimizer.finalize()
     optimizer.check_sparsity()

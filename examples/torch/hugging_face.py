@@ -53,7 +53,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=256, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4)
     model = GPT2LMHeadModel(config)
-    method = safe_core.safe(0.5, steps=options.steps)
+    method = safe_core.safe(0.5, rho=0.01, penalty=1e-3, dual_update_interval=8)
     base = torch.optim.AdamW(model.parameters(), lr=3e-3)
     optimizer = SparseOptimizer(base, method, model=model)
     with tempfile.TemporaryDirectory() as folder:
