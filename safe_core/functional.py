@@ -177,7 +177,7 @@ class FunctionalStep:
     --------
     >>> import numpy
     >>> import safe_core
-    >>> method = safe_core.safe(0.5, rho=0.1, penalty=1.0, dual_update_interval=1)
+    >>> method = safe_core.safe(0.5, steps=50)
     >>> x, info = [numpy.asarray([2.0, -1.0])], ArrayInfo(("x",), (None,))
     >>> state = start(method, x, [0], info)
     >>> gradient = lambda params: [x - numpy.asarray([3.0, 1.0]) for x in params]

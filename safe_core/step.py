@@ -90,11 +90,11 @@ class StepPlan:
     Examples
     --------
     >>> import safe_core
-    >>> plan = safe_core.safe(0.9).plan()
+    >>> plan = safe_core.safe(0.9, steps=1000).plan()
     >>> [str(evaluation.point) for evaluation in plan.evaluations]
     ['x', 'x + e']
     >>> [operation.name for operation in plan.operations]
-    ['OBSERVE_GRADIENTS', 'ADD_PENALTY', 'BASE_STEP', 'UPDATE_STATE']
+    ['OBSERVE_GRADIENTS', 'BASE_STEP', 'MEASURE_STEP', 'PULL', 'UPDATE_STATE']
     """
 
     evaluations: tuple[Evaluation, ...]

@@ -56,7 +56,7 @@ def sparse_weights(
     --------
     >>> import jax.numpy as jnp, optax, safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
-    >>> method = safe_core.admm(0.5)
+    >>> method = safe_core.admm(0.5, steps=640)
     >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
     >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
     >>> sparse_weights(params, state, method)["kernel"].tolist()

@@ -63,7 +63,7 @@ def value_and_gradients(
     >>> from safe_core.adapters.optax import sparse_optimizer
     >>> def loss(params, x, scale):
     ...     return scale * jnp.mean((x @ params["kernel"]) ** 2)
-    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5, steps=100))
     >>> params = {"kernel": jnp.ones((2, 1))}
     >>> state = tx.init(params)
     >>> value, gradients, grad_fn = value_and_gradients(loss)(params, jnp.eye(2), 2.0)

@@ -74,12 +74,12 @@ def report(
     --------
     >>> import jax, jax.numpy as jnp, optax, safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
-    >>> method = safe_core.admm(0.5)
+    >>> method = safe_core.admm(0.5, steps=640)
     >>> params = {"kernel": jnp.asarray([[1.0, 4.0], [3.0, 2.0]])}
     >>> state = sparse_optimizer(optax.sgd(0.1), method).init(params)
     >>> round(float(report(params, state, method).scalars()["distance"]), 4)
     2.2361
-    >>> compiled = jax.jit(lambda params, state: report(params, state, method, steps=640))
+    >>> compiled = jax.jit(lambda params, state: report(params, state, method))
     >>> compiled(params, state).advice  # on course, or too early to tell
     []
     """

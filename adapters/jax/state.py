@@ -102,7 +102,8 @@ def find_state(state: PyTree) -> SparseOptimizerState:
     >>> import optax
     >>> import safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
-    >>> tx = optax.chain(optax.clip(1.0), sparse_optimizer(optax.sgd(0.1), safe_core.admm(0.5)))
+    >>> method = safe_core.admm(0.5, steps=100)
+    >>> tx = optax.chain(optax.clip(1.0), sparse_optimizer(optax.sgd(0.1), method))
     >>> int(find_state(tx.init({"kernel": jnp.ones((2, 2))})).step)
     0
     """

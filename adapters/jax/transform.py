@@ -106,7 +106,7 @@ def sparse_optimizer(
     >>> y = jax.random.normal(jax.random.key(1), (16, 2))
     >>> def loss(params, x, y):
     ...     return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
+    >>> method = safe_core.safe(sparsity=0.75, steps=200)
     >>> tx = sparse_optimizer(optax.sgd(0.1), method)
     >>> params = {"kernel": jnp.ones((8, 2)), "bias": jnp.zeros(2)}
     >>> state = tx.init(params)

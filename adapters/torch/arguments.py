@@ -26,7 +26,7 @@ def check_arguments(
     """Raise if an argument of `SparseOptimizer` has the wrong type; ``model`` is from `joined`."""
     _check_base(base)
     if not isinstance(method, Method):
-        hint = ": call it, as in safe_core.safe(0.9)" if callable(method) else ""
+        hint = ": call it, as in safe_core.safe(0.9, steps=1000)" if callable(method) else ""
         raise TypeError(f"method must be a safe_core.Method, got {_checks.shown(method)}{hint}")
     refuse_flat_parameters(model)
     if where is not None and not _is_function(where):

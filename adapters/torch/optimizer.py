@@ -106,7 +106,7 @@ class SparseOptimizer(Optimizer):
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(8, 2)
     >>> x, y = torch.randn(16, 8), torch.randn(16, 2)
-    >>> method = safe_core.safe(sparsity=0.75, rho=0.05, penalty=1.0, dual_update_interval=8)
+    >>> method = safe_core.safe(sparsity=0.75, steps=100)
     >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> optimizer = SparseOptimizer(base, method, model=model)
     >>> def closure():
@@ -241,7 +241,7 @@ class SparseOptimizer(Optimizer):
         >>> import safe_core
         >>> model = nn.Linear(8, 2)
         >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = SparseOptimizer(base, safe_core.admm(0.75), model=model)
+        >>> optimizer = SparseOptimizer(base, safe_core.admm(0.75, steps=100), model=model)
         >>> with optimizer.sparse_weights():
         ...     int((model.weight == 0).sum())
         12

@@ -27,7 +27,8 @@ from safe_core.adapters.optax import (
 def train(apply: Callable[..., jax.Array], params: Any, epochs: int) -> tuple[Any, float]:
     """Train to 2:4 sparsity; return the parameters and the test accuracy."""
     train_set, test_set = datasets()
-    method = safe_core.safe("2:4", rho=0.05, penalty=0.1)
+    steps = epochs * (len(train_set[1]) // 64)
+    method = safe_core.safe("2:4", steps=steps)
     tx = sparse_optimizer(optax.adam(2e-3), method)
     state = tx.init(params)
 

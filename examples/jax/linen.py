@@ -47,7 +47,7 @@ def main() -> None:
     key = jax.random.key(0)
     variables = Network().init({"params": key, "dropout": key}, train[0][:1])
     steps = options.epochs * (len(train[1]) // 64)
-    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.5, steps=steps))
+    method = safe_core.safe(0.9, steps=steps)
     tx = sparse_optimizer(optax.sgd(0.05, momentum=0.9), method)
     state = TrainState.create(apply_fn=Network().apply, tx=tx, **variables)
     for epoch in range(options.epochs):

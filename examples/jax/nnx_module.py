@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     train, test = datasets()
     steps = options.epochs * (len(train[1]) // 64)
-    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.3, steps=steps))
+    method = safe_core.safe(0.9, steps=steps)
     model = Network(nnx.Rngs(0))
     tx = sparse_optimizer(optax.sgd(0.05, momentum=0.9), method)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

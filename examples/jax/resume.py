@@ -26,17 +26,14 @@ from safe_core.adapters.optax import (
     value_and_gradients,
 )
 
-METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.SquaredGradient(0.9))
-TX = sparse_optimizer(optax.adam(2e-3), METHOD)
 
-
-@partial(jax.jit, donate_argnums=0)
-def step(run: dict[str, Any], batch: Any) -> dict[str, Any]:
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(tx: Any, run: dict[str, Any], batch: Any) -> dict[str, Any]:
     key, used = jax.random.split(jax.random.wrap_key_data(run["key"]))
     (_, batch_stats), gradients, grad_fn = value_and_gradients(loss_fn, has_aux=True)(
         run["params"], batch, run["batch_stats"], used
     )
-    updates, state = TX.update(gradients, run["state"], run["params"], grad_fn=grad_fn)
+    updates, state = tx.update(gradients, run["state"], run["params"], grad_fn=grad_fn)
     params = optax.apply_updates(run["params"], updates)
     return {
         "params": params,
@@ -54,7 +51,10 @@ def main() -> None:
     train, test = datasets()
     key = jax.random.key(0)
     variables = Network().init({"params": key, "dropout": key}, train[0][:1])
-    run = {**variables, "state": TX.init(variables["params"]), "key": jax.random.key_data(key)}
+    steps = options.epochs * (len(train[1]) // 64)  # of the whole run, also when it resumes
+    method = safe_core.safe(0.9, steps=steps, importance=safe_core.SquaredGradient(0.9))
+    tx = sparse_optimizer(optax.adam(2e-3), method)
+    run = {**variables, "state": tx.init(variables["params"]), "key": jax.random.key_data(key)}
     with ocp.CheckpointManager(options.folder.resolve()) as manager:
         start = manager.latest_step() or 0
         if start:
@@ -63,12 +63,12 @@ def main() -> None:
             print(f"resumed after epoch {start}", flush=True)
         for epoch in range(start, options.epochs):
             for batch in batches(train, epoch):
-                run = step(run, batch)
+                run = step(tx, run, batch)
             manager.save(epoch + 1, args=ocp.args.StandardSave(run))
             manager.wait_until_finished()
             print(f"saved epoch {epoch + 1}", flush=True)
-    params = finalize(run["params"], run["state"], METHOD)
-    check_sparsity(params, METHOD.sparsity)
+    params = finalize(run["params"], run["state"], method)
+    check_sparsity(params, method.sparsity)
     total = sum(float(jnp.sum(x.astype(jnp.float32))) for x in jax.tree.leaves(params))
     print(f"accuracy {accuracy(params, run['batch_stats'], test):.1f}%, sum of weights {total!r}")
 

@@ -26,9 +26,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import safe_core
 from safe_core.adapters.optax import finalize, sparse_optimizer, value_and_gradients
 
-METHOD = safe_core.safe(0.9, rho=0.05, penalty=0.05)
-TX = sparse_optimizer(optax.sgd(0.1, momentum=0.9), METHOD)
-
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
     x = batch[0].reshape(batch[0].shape[0], -1)
@@ -37,10 +34,10 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(x, batch[1]).mean()
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
-def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def step(tx: Any, params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
     loss, gradients, grad_fn = value_and_gradients(loss_fn)(params, batch)
-    updates, state = TX.update(gradients, state, params, grad_fn=grad_fn)
+    updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
     return optax.apply_updates(params, updates), state, loss
 
 
@@ -78,8 +75,10 @@ def main() -> None:
         }
         for a, b in itertools.pairwise(sizes)
     ]
-    state = jax.jit(TX.init)(params)
     train, _ = jax.tree.map(np.asarray, datasets())
+    method = safe_core.safe(0.9, steps=options.epochs * (len(train[1]) // 64))
+    tx = sparse_optimizer(optax.sgd(0.1, momentum=0.9), method)
+    state = jax.jit(tx.init)(params)
     rows = NamedSharding(mesh, PartitionSpec("devices"))
     for epoch in range(options.epochs):
         for batch in batches(train, epoch):
@@ -87,9 +86,9 @@ def main() -> None:
                 jax.make_array_from_callback(x.shape, rows, lambda index, x=x: x[index])
                 for x in batch
             ]
-            params, state, loss = step(params, state, placed)
+            params, state, loss = step(tx, params, state, placed)
     # Under jit, because a process cannot read the shards of the others.
-    projected = jax.jit(lambda params, state: finalize(params, state, METHOD))(params, state)
+    projected = jax.jit(lambda params, state: finalize(params, state, method))(params, state)
     zeros = jax.jit(lambda tree: sum(jnp.sum(layer["kernel"] == 0) for layer in tree))(projected)
     total = sum(a * b for a, b in itertools.pairwise(sizes))
     if options.process == 0:

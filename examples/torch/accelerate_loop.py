@@ -23,11 +23,12 @@ def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     train, test = datasets()
-    model = network()
-    method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
+    batches, model = accelerator.prepare(loader(train)), network()
+    steps = options.epochs * len(batches)  # of each process
+    method = safe_core.safe(0.9, steps=steps)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader(train))
+    model, optimizer = accelerator.prepare(model, optimizer)
     loss_fn = torch.nn.CrossEntropyLoss()
 
     for _ in range(options.epochs):

@@ -29,7 +29,7 @@ def main() -> None:
     batches, model = loader(train, 128), network(dropout=0.2)
     loss_fn = torch.nn.CrossEntropyLoss()
     steps = options.epochs * len(batches)
-    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.1, steps=steps))
+    method = safe_core.safe(0.9, steps=steps)
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model)
 

@@ -27,7 +27,7 @@ def main() -> None:
     train, test = datasets()
     batches, model = loader(train), network().to(device)
     steps = options.epochs * len(batches)
-    method = safe_core.safe(0.9, rho=0.05, penalty=safe_core.schedules.cosine(0.1, steps=steps))
+    method = safe_core.safe(0.9, steps=steps)
     rate = torch.tensor(0.05, device=device)
     base = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model, compile=True)

@@ -60,7 +60,7 @@ def train(options: argparse.Namespace) -> float:
     dataset, _ = datasets()
     sampler = DistributedSampler(dataset, drop_last=True)
     batches = DataLoader(dataset, 32, sampler=sampler, drop_last=True)
-    method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
+    method = safe_core.safe(0.9, steps=options.epochs * len(batches))
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = SparseOptimizer(base, method, model=model)  # create it after wrapping the model
 
@@ -71,10 +71,10 @@ def train(options: argparse.Namespace) -> float:
             optimizer.zero_grad()
             local = isinstance(model, DistributedDataParallel) and options.local_ascent
             with model.no_sync() if local else nullcontext():
-                nn.functional.cross_entropy(model(x), y).backward()
-            with optimizer.perturbed():
                 loss = nn.functional.cross_entropy(model(x), y)
                 loss.backward()
+            with optimizer.perturbed():
+                nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     optimizer.finalize()
     optimizer.check_sparsity()

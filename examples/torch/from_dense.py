@@ -17,8 +17,6 @@ from digits import accuracy, datasets, loader, network
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer, recalibrate
 
-RATE, MOMENTUM = 0.02, 0.9
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -33,7 +31,7 @@ def main() -> None:
     loss_fn = torch.nn.CrossEntropyLoss()
 
     # The dense model: in practice you load it.
-    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=MOMENTUM)
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(10):
         for x, y in batches:
             base.zero_grad()
@@ -48,10 +46,8 @@ def main() -> None:
     print(f"projected at once: accuracy {accuracy(at_once, test):.1f}%")
 
     steps = options.epochs * len(batches)
-    base = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
-    # The cosine halves the sum of the learning rates.
-    penalty = 25 / (RATE / (1 - MOMENTUM) * steps / 2)
-    method = safe_core.safe(options.sparsity, rho=0.05, penalty=penalty, dual_update_interval=16)
+    base = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    method = safe_core.safe(options.sparsity, steps=steps)
     optimizer = SparseOptimizer(base, method, model=model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for epoch in range(1, options.epochs + 1):

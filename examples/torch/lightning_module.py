@@ -32,6 +32,8 @@ class SparseCallback(SparseCallbackMixin, lightning.Callback):
 class Digits(lightning.LightningModule):
     """Train a network with SAFE by automatic optimization."""
 
+    accumulated = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.network = network()
@@ -47,13 +49,17 @@ class Digits(lightning.LightningModule):
         self.log("validation_loss", self.loss(batch))
 
     def configure_optimizers(self) -> SparseOptimizer:
-        method = safe_core.safe(0.9, rho=0.05, penalty=0.05)
+        # Of the whole run; by manual optimization, the trainer counts batches.
+        steps = int(self.trainer.estimated_stepping_batches) // self.accumulated
+        method = safe_core.safe(0.9, steps=steps)
         base = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
         return SparseOptimizer(base, method, model=self)
 
 
 class ManualDigits(Digits):
     """Train by manual optimization, with two accumulated batches per step."""
+
+    accumulated = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class ManualDigits(Digits):
 
     def training_step(self, batch: Any, index: int) -> None:
         self.waiting.append(batch)
-        if len(self.waiting) < 2:
+        if len(self.waiting) < self.accumulated:
             return
         optimizer = self.optimizers()
         optimizer.zero_grad()

@@ -30,7 +30,8 @@ def main() -> None:
     torch.manual_seed(0)
     train, test = datasets()
     batches, model = loader(train), network(dropout=0.1)
-    method = safe_core.safe(0.9, rho=0.05, penalty=0.05, importance=safe_core.SquaredGradient(0.9))
+    steps = options.epochs * len(batches)  # of the whole run, also when it resumes
+    method = safe_core.safe(0.9, steps=steps, importance=safe_core.SquaredGradient(0.9))
     base = torch.optim.AdamW(model.parameters(), lr=2e-3)
     optimizer = SparseOptimizer(base, method, model=model)
     start = 0

@@ -31,7 +31,7 @@ class SparseTrainState(TrainState):  # type: ignore[no-untyped-call]
     >>> import optax, safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
     >>> from safe_core.adapters.jax.gradients import value_and_gradients
-    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5, steps=100))
     >>> params = {"kernel": jnp.ones((2, 1))}
     >>> state = SparseTrainState.create(apply_fn=jnp.matmul, params=params, tx=tx)
     >>> def loss(params, x):
@@ -117,7 +117,7 @@ def nnx_value_and_gradients(
     >>> import optax, safe_core
     >>> from safe_core.adapters.optax import sparse_optimizer
     >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5))
+    >>> tx = sparse_optimizer(optax.sgd(0.1), safe_core.safe(0.5, steps=100))
     >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     >>> @nnx.jit
     ... def step(model, optimizer, x):
