@@ -44,9 +44,9 @@ class StepState:
     flat : list of arrays
         Direction that steps between perturbations reuse, for all parameters. Empty if the
         method reuses none.
-    motion : array of shape (2,), or None
-        Mean squares of the base optimizer's steps and of the sparse parameters. None unless the
-        radius is in steps.
+    motion : array or None
+        Two mean squares: of the base optimizer's steps and of the sparse parameters. None unless
+        the radius is in steps.
     """
 
     split: SplitState

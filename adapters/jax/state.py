@@ -60,8 +60,8 @@ class SparseOptimizerState(NamedTuple):
     setup : StateSetup or None
         What the state was made with, without arrays, to refuse another method or layout; None
         (in checkpoints of early versions) turns these checks off.
-    motion : array of shape (2,), or None
-        Mean squares of the steps of ``base`` and of the sparse parameters, if the radius is in
+    motion : array or None
+        Two mean squares: of the steps of ``base`` and of the sparse parameters, if the radius is in
         steps.
     """
 
