@@ -22,7 +22,7 @@ from .constraints.splitting import penalty_gradient
 from .importance import Importance
 from .layout import Layout
 from .method import Method
-from .perturbations import is_measured, mean_square, norm
+from .perturbations import is_measured, mean_squares, norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
 
@@ -44,14 +44,15 @@ class StepState:
     flat : list of arrays
         Direction that steps between perturbations reuse, for all parameters. Empty if the
         method reuses none.
-    step_square : scalar array or None
-        Mean squared length of the base optimizer's steps. None unless the radius is in steps.
+    motion : array of shape (2,), or None
+        Mean squares of the base optimizer's steps and of the sparse parameters. None unless the
+        radius is in steps.
     """
 
     split: SplitState
     importance: list[Array] | None = None
     flat: list[Array] = field(default_factory=list)
-    step_square: Array | None = None
+    motion: Array | None = None
 
 
 def start(
@@ -104,14 +105,14 @@ def start(
     held = None if source is None else source.init(values)
     joint = method.sparsity.joint
     metric = None if source is None else source.first_metric(held, joint=joint)
-    square = no_step(values) if method.measures_steps else None
-    return StepState(method.init(values, info, metric), held, flat, square)
+    motion = no_motion(values) if method.measures_steps else None
+    return StepState(method.init(values, info, metric), held, flat, motion)
 
 
-def no_step(params: Sequence[Array]) -> Array:
-    """Return the mean squared length of no steps, 0, in float32 or wider."""
+def no_motion(params: Sequence[Array]) -> Array:
+    """Return the mean squares of no steps, two zeros in float32 or wider."""
     xp = array_namespace(params[0])
-    return xp.zeros((), dtype=wide_dtype(xp, params))
+    return xp.zeros(2, dtype=wide_dtype(xp, params))
 
 
 def _check_sparse(params: Sequence[Array], sparse: Sequence[int], info: ArrayInfo) -> None:
@@ -212,7 +213,7 @@ class FunctionalStep:
     _split: SplitState = field(init=False, repr=False)
     _held: list[Array] | None = field(init=False, repr=False)
     _flat: list[Array] = field(init=False, repr=False)
-    _square: Array | None = field(init=False, repr=False)
+    _motion: Array | None = field(init=False, repr=False)
     _plan: StepPlan = field(init=False, repr=False)
     _source: Importance | None = field(init=False, repr=False)
 
@@ -227,14 +228,14 @@ class FunctionalStep:
         self._plan = self.method.plan() if self.plan is None else self.plan
         self._source = self.method.importance if self.importance is None else self.importance
         self._split, self._held = state.split, state.importance
-        self._flat, self._square = list(state.flat), state.step_square
+        self._flat, self._motion = list(state.flat), state.motion
         self._g = self._masked(gradients)
         # The first evaluation is the gradient at x, which the caller has computed already.
         for evaluation in self._plan.evaluations[1:]:
             self._evaluate(evaluation)
         for operation in self._plan.operations:
             getattr(self, f"_{operation.name.lower()}")()
-        return self._updates, StepState(self._split, self._held, self._flat, self._square)
+        return self._updates, StepState(self._split, self._held, self._flat, self._motion)
 
     def _check(self, gradients: Sequence[Array]) -> None:
         """Refuse lists that do not match, which would fail later without a name."""
@@ -262,7 +263,7 @@ class FunctionalStep:
                 self.step,
                 rho=rho,
                 layouts=self.layouts,
-                step_square=self._square,
+                motion=self._motion,
             )
             moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
             second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
@@ -333,11 +334,14 @@ class FunctionalStep:
         self._updates = self.base(self._g)
 
     def _measure_step(self) -> None:
-        def measure(square: Array) -> Array:
-            return mean_square(square, norm(self._of(self._updates)), self.step)
+        def measure(motion: Array) -> Array:
+            xp = array_namespace(motion)
+            found = (norm(self._of(arrays)) for arrays in (self._updates, self.params))
+            lengths = [xp.astype(length, motion.dtype, copy=False) for length in found]
+            return mean_squares(motion, xp.stack(lengths), self.step)
 
         cond = backend_of(self.step).cond
-        self._square = cond(is_measured(self.step), measure, lambda square: square, self._square)
+        self._motion = cond(is_measured(self.step), measure, lambda motion: motion, self._motion)
 
     def _apply_pull(self) -> None:
         moved = []

@@ -172,16 +172,14 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
-        step_square: Array | None = None,
+        motion: Array | None = None,
     ) -> list[Array]:
         """Return the perturbation e of all trainable parameters.
 
-        ``rho`` overrides the method's. ``step_square`` is the mean squared length of the base
-        optimizer's steps, which a radius ``in_steps`` needs.
+        ``rho`` overrides the method's. ``motion`` holds the mean squares of the base
+        optimizer's steps and of the sparse parameters, which a radius ``in_steps`` needs.
         """
-        found = self.direction(
-            params, gradients, step, rho=rho, layouts=layouts, step_square=step_square
-        )
+        found = self.direction(params, gradients, step, rho=rho, layouts=layouts, motion=motion)
         return found.perturbation()
 
     def direction(
@@ -192,7 +190,7 @@ class Method:
         *,
         rho: float | Array | None = None,
         layouts: Sequence[Layout | None] | None = None,
-        step_square: Array | None = None,
+        motion: Array | None = None,
     ) -> Direction:
         """Return e of `perturb` as a factor and vectors, for an adapter that adds in place."""
         if self.perturbation is None:
@@ -202,11 +200,11 @@ class Method:
         found = self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
         if not self.perturbation.in_steps:
             return found
-        if step_square is None:
+        if motion is None:
             raise ValueError(
-                f"step_square must be given for a radius in steps, {self.perturbation!r}, got None"
+                f"motion must be given for a radius in steps, {self.perturbation!r}, got None"
             )
-        return found.in_steps(step_square)
+        return found.in_steps(motion, self.perturbation.full_step)
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
         """Return the direction to reuse, from the gradients at x and at x + e.

@@ -41,7 +41,8 @@ def safe(
         dual updates  every T / 140 steps, at most 32 apart
         sparsity      rises along a cubic over the first half of the run
         weights       off the support are pulled, see `Pull`, at 200 / T * (1 - cos(pi t / T))
-        radius        1 mean step of the base optimizer, rising from 0 over T / 5 steps
+        radius        up to 2 mean steps of the base optimizer, rising from 0 over T / 5 steps,
+                      times min(1, (T l / (5 |x|))^2) for steps of length l
 
     Every number that is given replaces its derivation, and so does a sparsity that is a
     schedule. Without ``steps`` the method is that of the paper, with its numbers. For SAFE-Multi

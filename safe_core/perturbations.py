@@ -24,7 +24,7 @@ __all__ = [
     "Perturbation",
     "flat_direction",
     "is_measured",
-    "mean_square",
+    "mean_squares",
     "norm",
     "reused",
 ]
@@ -108,17 +108,24 @@ class Direction(NamedTuple):
         length = xp.where(self.usable, self.length, xp.ones_like(self.length))
         return scalar_like(self.rho, length) / length
 
-    def in_steps(self, square: Array) -> Direction:
+    def in_steps(self, motion: Array, full_step: float = 0.0) -> Direction:
         """Return the direction with a radius of rho steps of the base optimizer.
 
-        ``square`` is the mean squared length of its steps, see `mean_square`. e is zero as long
-        as no step was measured.
+        ``motion`` holds the mean squares of its steps and of the parameters, see `mean_squares`.
+        e is zero as long as no step was measured. With ``full_step``, see `SAM`.
         """
         xp = array_namespace(self.length)
-        size = xp.sqrt(xp.astype(square, self.length.dtype, copy=False))
-        known, one = (size > 0) & xp.isfinite(size), xp.ones_like(size)
+        step, size = (xp.sqrt(xp.astype(m, self.length.dtype)) for m in (motion[0], motion[1]))
+        known, one = (step > 0) & xp.isfinite(step) & xp.isfinite(size), xp.ones_like(step)
+        radius = xp.where(known, step, one)
+        if full_step:
+            full = full_step * xp.where(known & (size > 0), size, one)
+            share = xp.minimum(radius / full, one)
+            # Parameters that are all zero have no length to compare with.
+            radius = xp.where(size > 0, radius * share**2, radius)
         # A length of 0 is not usable, so e is zero without a step to measure it by.
-        length = xp.where(known, self.length / xp.where(known, size, one), xp.zeros_like(size))
+        known = known & (radius > 0)
+        length = xp.where(known, self.length / xp.where(known, radius, one), xp.zeros_like(step))
         return self._replace(length=length)
 
     def perturbation(self) -> list[Array]:
@@ -137,8 +144,8 @@ def is_measured(step: int | Array) -> bool | Array:
     return step % MEASURE_INTERVAL == 0
 
 
-def mean_square(before: Array, length: Array, step: int | Array) -> Array:
-    """Return the mean squared length of the measured steps, after one more of them.
+def mean_squares(before: Array, lengths: Array, step: int | Array) -> Array:
+    """Return mean squares over the measured steps, after one more of them.
 
     ``s <- s + (length^2 - s) / n`` with the number n of measured steps up to ``step``. The first
     length that is not zero sets s, so a parameter can join late. A length that is not finite
@@ -147,24 +154,24 @@ def mean_square(before: Array, length: Array, step: int | Array) -> Array:
     Parameters
     ----------
     before : array
-        Scalar mean before, 0 at the start.
-    length : array
-        Scalar length of the step, ``|x_{t+1} - x_t|``.
+        Means before, 0 at the start. For `SAM` two: of ``|x_{t+1} - x_t|`` and ``|x_t|``.
+    lengths : array
+        The lengths at this step, shaped as ``before``.
     step : int or integer array
         Step t, for which `is_measured` is True.
 
     Examples
     --------
     >>> import numpy
-    >>> s = mean_square(numpy.asarray(0.0), numpy.asarray(2.0), 0)
-    >>> float(mean_square(s, numpy.asarray(0.0), MEASURE_INTERVAL))
-    2.0
+    >>> s = mean_squares(numpy.zeros(2), numpy.asarray([2.0, 5.0]), 0)
+    >>> mean_squares(s, numpy.asarray([0.0, 5.0]), MEASURE_INTERVAL)
+    array([ 2., 25.])
     """
     xp = array_namespace(before)
     count = step // MEASURE_INTERVAL + 1
     if not isinstance(count, int):
         count = xp.astype(count, before.dtype)
-    square = xp.astype(length, before.dtype, copy=False) ** 2
+    square = xp.astype(lengths, before.dtype, copy=False) ** 2
     found = xp.where(before > 0, before + (square - before) / count, square)
     return xp.where(xp.isfinite(found), found, before)
 
@@ -300,6 +307,9 @@ class Perturbation:
     in_steps: ClassVar[bool] = False
     """Whether rho counts steps of the base optimizer, which are measured during training."""
 
+    full_step: ClassVar[float] = 0.0
+    """Relative length of a step from which on such a radius is full; see `SAM`."""
+
     is_scale_free: ClassVar[bool] = True
     """Whether e stays the same when the loss is multiplied by a positive number."""
 
@@ -366,6 +376,11 @@ class SAM(Perturbation):
         base optimizer has taken so far on the sparse parameters; keyword-only. Every eighth
         step is measured, before a penalty of `Pull` or a mask acts. The radius then follows the
         learning rate and the optimizer: where training moves slowly, e is short.
+    full_step : float
+        With ``in_steps``: the length l of a step relative to that of the sparse parameters,
+        ``l / |x|``, from which on the radius is full; keyword-only. Below it the radius is
+        multiplied by ``(l / (full_step * |x|))**2``. Both lengths are root mean squares over the
+        measured steps. 0, the default, turns this off.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
         others, see `Perturbation`; keyword-only.
@@ -388,10 +403,15 @@ class SAM(Perturbation):
     """
 
     in_steps: bool = field(default=False, kw_only=True)  # type: ignore[misc]
+    full_step: float = field(default=0.0, kw_only=True)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.flag("in_steps", self.in_steps)
+        if _checks.real("full_step", self.full_step, low=0.0) > 0 and not self.in_steps:
+            raise ValueError(
+                f"full_step must be 0 unless the radius is in steps, got {self.full_step!r}"
+            )
 
     def direction(
         self,

@@ -27,8 +27,13 @@ after the sparsity has risen. From 100 to 800 the accuracy hardly changes."""
 RISE = 0.5
 """Fraction of the run over which the sparsity rises."""
 
-RADIUS = 1.0
-"""Radius of the perturbation, in steps of the base optimizer."""
+RADIUS = 2.0
+"""Radius of the perturbation at its fullest, in steps of the base optimizer."""
+
+TRAVEL = 5.0
+"""The radius is full if all steps of the run, end to end, are this many times as long as the
+weights. A run that travels less has less time to move, and a perturbation slows it further, so its
+radius shrinks with the square of the travel."""
 
 WARM_UP = 0.2
 """Fraction of the run over which the radius rises from 0. A full radius from the start can keep
@@ -46,9 +51,12 @@ def pull(steps: int, every: int, state_dtype: str | None = None) -> Pull:
 
 
 def ball(steps: int, **options: float) -> SAM:
-    """Return the perturbation, whose radius in steps rises linearly at first."""
+    """Return the perturbation, whose radius in steps rises linearly at first.
+
+    The radius is ``RADIUS * l * min(1, (T l / (TRAVEL |x|))^2)`` for steps of length l.
+    """
     radius = linear(RADIUS, steps=max(round(WARM_UP * steps), 1))
-    return SAM(radius, in_steps=True, **options)  # type: ignore[arg-type]
+    return SAM(radius, in_steps=True, full_step=TRAVEL / steps, **options)  # type: ignore[arg-type]
 
 
 def rising(pattern: Pattern, steps: int, every: int) -> Pattern:

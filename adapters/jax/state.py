@@ -60,8 +60,9 @@ class SparseOptimizerState(NamedTuple):
     setup : StateSetup or None
         What the state was made with, without arrays, to refuse another method or layout; None
         (in checkpoints of early versions) turns these checks off.
-    step_square : scalar, or None
-        Mean squared length of the steps of ``base``, if the radius is in steps.
+    motion : array of shape (2,), or None
+        Mean squares of the steps of ``base`` and of the sparse parameters, if the radius is in
+        steps.
     """
 
     step: jax.Array
@@ -71,7 +72,7 @@ class SparseOptimizerState(NamedTuple):
     importance: PyTree
     flat_direction: PyTree = None
     setup: Any = None
-    step_square: jax.Array | None = None
+    motion: jax.Array | None = None
 
     @property
     def known_setup(self) -> StateSetup | None:
@@ -253,9 +254,9 @@ def _check_arrays(
             f"reuse={getattr(method.perturbation, 'reuse', 0)!r}; is the state of another method?"
         )
     measures = method.measures_steps
-    if measures != (state.step_square is not None):
+    if measures != (state.motion is not None):
         raise ValueError(
-            f"state.step_square must {'' if measures else 'not '}be there for a method with "
+            f"state.motion must {'' if measures else 'not '}be there for a method with "
             f"in_steps={measures!r}; is the state of another method?"
         )
     check_anchor(state, method)

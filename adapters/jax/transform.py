@@ -16,7 +16,7 @@ import optax
 from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
 from safe_core.finalization import warn
-from safe_core.functional import FunctionalStep, StepState, no_direction, no_step
+from safe_core.functional import FunctionalStep, StepState, no_direction, no_motion
 
 from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
 from .evaluation import LAST, final_projection
@@ -145,10 +145,10 @@ def sparse_optimizer(
         # `optax.tree.map_params` passes params without leaves to see which fields resemble them.
         # An array here tells it to keep this field of the real state as it is.
         setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
-        square = None
+        motion = None
         if method.measures_steps:
-            square = no_step(values) if values else jnp.zeros(())
-        state = StepState(split, held, flat, square)
+            motion = no_motion(values) if values else jnp.zeros(2)
+        state = StepState(split, held, flat, motion)
         return _packed(step, base_state, state, tree, method, setup)
 
     def update(
@@ -227,7 +227,7 @@ def _packed(
         importance=None if state.importance is None else tree.masked(state.importance),
         flat_direction=tree.treedef.unflatten(state.flat) if state.flat else None,
         setup=setup,
-        step_square=state.step_square,
+        motion=state.motion,
     )
 
 
@@ -237,7 +237,7 @@ def _unpacked(state: SparseOptimizerState, tree: SparseTree) -> StepState:
     flat = []
     if state.flat_direction is not None:
         flat = leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
-    return StepState(split_of(state, tree), held, flat, state.step_square)
+    return StepState(split_of(state, tree), held, flat, state.motion)
 
 
 def finalize(

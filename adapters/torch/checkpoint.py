@@ -191,14 +191,14 @@ def _read_entries(
             f"state_dict must {'' if needed else 'not '}hold {_PREFIX}importance for {name}: "
             f"this optimizer has {'an' if needed else 'no'} importance"
         )
-    _check_step_square(name, entries.get("step_square"), method)
+    _check_motion(name, entries.get("motion"), method)
     wide = wide_dtype(torch, [parameter])
     # Not the parameter's dtype, which may be too narrow for the anchor.
     narrow = method.constraint.anchor_dtype is not None
     dtypes = {
         "anchor": torch.bfloat16 if narrow else wide,
         "support": torch.bool,
-        "step_square": wide,
+        "motion": wide,
     }
     return {
         key: value.detach().to(parameter.device, dtypes.get(key, value.dtype), copy=True)
@@ -206,13 +206,13 @@ def _read_entries(
     }
 
 
-def _check_step_square(name: str, square: Tensor | None, method: Method) -> None:
-    """Raise unless the mean squared length of steps is there exactly if the method needs it."""
+def _check_motion(name: str, motion: Tensor | None, method: Method) -> None:
+    """Raise unless the mean squares of steps are there exactly if the method needs them."""
     measures = method.measures_steps
-    shape = None if square is None else tuple(square.shape)
-    if shape != (() if measures else None):
+    shape = None if motion is None else tuple(motion.shape)
+    if shape != ((2,) if measures else None):
         raise ValueError(
-            f"state_dict must hold {'a scalar' if measures else 'no'} {_PREFIX}step_square for "
+            f"state_dict must hold {'two numbers as' if measures else 'no'} {_PREFIX}motion for "
             f"{name}, got {'none' if shape is None else f'shape {shape}'}"
         )
 

@@ -24,9 +24,9 @@ __all__ = [
     "add_penalty_traced_",
     "copy_",
     "count_filled",
-    "distances",
     "local_shards",
     "mask_",
+    "motions",
     "move_traced_",
     "pull_",
     "pulls",
@@ -256,16 +256,18 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     return [int(count) for count in summed(found, tensors).tolist()]
 
 
-def distances(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``|x - before|`` of each parameter over all its shards, in float32 or wider.
+def motions(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``|x - before|`` and ``|before|`` of each parameter, in float32 or wider.
 
-    ``before`` holds local shards.
+    ``before`` holds local shards. The norms run over all shards.
     """
-    pairs = zip(local_shards(params), before, strict=True)
-    parts = [torch.linalg.vector_norm(_widened(x) - _widened(b)) for x, b in pairs]
-    squares = torch.stack([part.to(parts[0].device) for part in parts]).square()
+    parts = []
+    for x, b in zip(local_shards(params), map(_widened, before), strict=True):
+        pair = [torch.linalg.vector_norm(a) for a in (_widened(x) - b, b)]
+        parts.append(torch.stack(pair).square())
+    squares = torch.stack([part.to(parts[0].device) for part in parts])
     found = summed(squares, params).sqrt()
-    return [length.to(p.device) for length, p in zip(found, params, strict=True)]
+    return [both.to(p.device) for both, p in zip(found, params, strict=True)]
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:

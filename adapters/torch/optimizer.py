@@ -588,7 +588,7 @@ class SparseOptimizer(Optimizer):
         """Return the state of the base optimizer and ours, in torch's format.
 
         Our entries of a parameter are ``safe_anchor``, ``safe_support``, ``safe_importance``;
-        ``safe_step_square`` if the radius is in steps; and ``safe_flat_direction`` if the method
+        ``safe_motion`` if the radius is in steps; and ``safe_flat_direction`` if the method
         reuses a direction. Each group also holds ``safe_steps`` and ``safe_method``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():

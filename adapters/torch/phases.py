@@ -285,7 +285,7 @@ class Phases:
             gradients,
             run.steps,
             layouts=self._layouts(params),
-            step_square=run.step_square(),
+            motion=run.motion(),
         )
         # One call per radius: the norm is shared by all groups, only the length differs.
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
@@ -335,7 +335,7 @@ class Phases:
             run.steps,
             rho=widest,
             layouts=layouts,
-            step_square=run.step_square(),
+            motion=run.motion(),
         )
         length = float(norm(steps))
         if length == 0:  # the gradient is zero or not finite: check at a later step

@@ -237,7 +237,7 @@ class Run:
             parameters.store(members, split)
             parameters.store_importance(members, held)
             if self.method.measures_steps:
-                parameters.store_step_squares(members, parameters.step_squares(members))
+                parameters.store_motions(members, parameters.motions(members))
 
     def metric(self, pattern: Any, params: Sequence[Tensor]) -> Any:
         """Return P of parameters that are projected together; None where it is 1."""
@@ -246,17 +246,17 @@ class Run:
             return None
         return source.metric(held, joint=pattern.joint)
 
-    def step_square(self) -> Tensor | None:
-        """Return the mean squared length of steps, over all sparse parameters together.
+    def motion(self) -> Tensor | None:
+        """Return the mean squares of the steps and of all sparse parameters together.
 
         None if the radius is not in steps.
         """
         if not self.method.measures_steps:
             return None
-        held = self.parameters.step_squares(self.active())
+        held = self.parameters.motions(self.active())
         if not held:  # all sparse parameters are frozen, so no step moves them
-            return torch.zeros(())
-        return torch.stack([square.to(held[0].device) for square in held]).sum()
+            return torch.zeros(2)
+        return torch.stack([motion.to(held[0].device) for motion in held]).sum(0)
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:
         """Return the state to save, with an entry for every parameter.
@@ -275,9 +275,9 @@ class Run:
         return own
 
     def freeze(self, sparse: Sequence[Tensor], support: Sequence[Tensor]) -> None:
-        """Make a support final: keep nothing but the mask and the length of steps."""
+        """Make a support final: keep nothing but the mask and the lengths."""
         measured = sparse if self.method.measures_steps else []
-        squares = self.parameters.step_squares(measured)
+        motions = self.parameters.motions(measured)
         self.state.clear()
         for p, mask in zip(sparse, support, strict=True):
             self.state[p] = {"support": mask}
@@ -286,7 +286,7 @@ class Run:
             held = self.base.state.get(p, {}).values()
             likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
             kernels.mask_(likes, [mask] * len(likes))
-        self.parameters.store_step_squares(measured, squares)
+        self.parameters.store_motions(measured, motions)
         self.frozen = True
 
     # The selection

@@ -25,7 +25,7 @@ class ParameterState(NamedTuple):
     Attributes
     ----------
     state : dict of parameter to entries
-        ``anchor``, ``support``, ``importance`` and ``step_square``, changed in-place.
+        ``anchor``, ``support``, ``importance`` and ``motion``, changed in-place.
     selected : mapping of parameter to Selected
 
     Examples
@@ -68,18 +68,18 @@ class ParameterState(NamedTuple):
             for p, importance in zip(params, found, strict=True):
                 self.state[p]["importance"] = importance
 
-    def step_squares(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the mean squared length of the steps of each parameter, 0 before the first."""
-        held = [self.state.get(p, {}).get("step_square") for p in params]
+    def motions(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the mean squares of the steps and of each parameter, 0 before the first step."""
+        held = [self.state.get(p, {}).get("motion") for p in params]
         return [
-            torch.zeros((), dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
+            torch.zeros(2, dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
             for p, s in zip(params, held, strict=True)
         ]
 
-    def store_step_squares(self, params: Sequence[Tensor], squares: Sequence[Tensor]) -> None:
-        """Store the mean squared length of the steps of each parameter."""
-        for p, square in zip(params, squares, strict=True):
-            self.state[p]["step_square"] = square
+    def store_motions(self, params: Sequence[Tensor], motions: Sequence[Tensor]) -> None:
+        """Store the mean squares of each parameter, as `motions` returns them."""
+        for p, motion in zip(params, motions, strict=True):
+            self.state[p]["motion"] = motion
 
     def info(self, params: Sequence[Tensor]) -> ArrayInfo:
         """Return names and layouts of ``params``."""

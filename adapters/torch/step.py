@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Operation
-from safe_core.perturbations import is_measured, mean_square
+from safe_core.perturbations import is_measured, mean_squares
 
 from . import kernels
 from .importance import second_moments
@@ -150,12 +150,12 @@ class _Step:
     def measure_step(self) -> None:
         if not self._measures:
             return
-        lengths = kernels.distances(self.sparse, self.before)
+        lengths = kernels.motions(self.sparse, self.before)
         self.before = []
         parameters = self.run.parameters
-        held = zip(parameters.step_squares(self.sparse), lengths, strict=True)
-        found = [mean_square(square, length, self.run.steps) for square, length in held]
-        parameters.store_step_squares(self.sparse, found)
+        held = zip(parameters.motions(self.sparse), lengths, strict=True)
+        found = [mean_squares(motion, both, self.run.steps) for motion, both in held]
+        parameters.store_motions(self.sparse, found)
 
     def apply_pull(self) -> None:
         kernels.subtract_(self.sparse, [self.pulls[p] for p in self.sparse])

@@ -46,13 +46,6 @@ def test_a_block_ends_on_the_constraint(method: Any, sparsity: Any) -> None:
         assert error(weight) < 0.8 * error(magnitude)
 
 
-def test_a_short_block_is_reported() -> None:
-    short = Reconstruction(METHOD, **{**TRAINING, "epochs": 5})
-    params, inputs = {"kernel": jnp.asarray(WEIGHT.T)}, jnp.asarray(INPUTS)
-    with pytest.warns(safe_core.FinalizeWarning, match="pruning a block: the penalty was at"):
-        reconstruct(lambda p, x: x @ p["kernel"], params, inputs, 0.5, recipe=short)
-
-
 def test_the_settings_name_the_unit_of_the_radius() -> None:
     shown = dict(Reconstruction(METHOD).describe(safe_core.Unstructured(0.5, "row")))
     assert shown["constraint"] == "Pull"

@@ -16,7 +16,7 @@ import safe_core
 from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
 from safe_core.constraints.pull import pulled
 from safe_core.functional import FunctionalStep, StepState, start
-from safe_core.perturbations import MEASURE_INTERVAL, is_measured, mean_square
+from safe_core.perturbations import MEASURE_INTERVAL, is_measured, mean_squares
 
 INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 SUPPORT = np.asarray([[True, False, True], [False, False, True]])
@@ -130,10 +130,10 @@ def test_a_pull_is_refused_with_the_argument_and_its_value() -> None:
 IN_STEPS = Method(0.5, perturbation=SAM(0.5, in_steps=True))
 
 
-def perturb(square: float) -> Any:
+def perturb(square: float, of_x: float = 100.0, method: Method = IN_STEPS) -> Any:
     def run(params: list[Any], gradients: list[Any]) -> Any:
         xp = array_namespace(*params)
-        return IN_STEPS.perturb(params, gradients, 0, step_square=xp.asarray(square))
+        return method.perturb(params, gradients, 0, motion=xp.asarray([square, of_x]))
 
     return run
 
@@ -168,21 +168,38 @@ def test_without_a_length_there_is_no_e(xp: Backend, square: float, gradient: fl
     assert all((x == 0).all() for x in e)
 
 
+@pytest.mark.parametrize(
+    ("of_x", "share"), [(36.0, 1.0), (900.0, 1.0), (3600.0, 0.25), (360_000.0, 0.0025)]
+)
+def test_short_steps_shrink_the_radius(xp: Backend, of_x: float, share: float) -> None:
+    """Steps of length 3 are full where the parameters are up to 10 times as long."""
+    method = Method(0.5, perturbation=SAM(0.5, in_steps=True, full_step=0.1))
+    e = xp.run(perturb(9.0, of_x, method), lists(0), lists(1))
+    assert size(e) == pytest.approx(0.5 * 3.0 * share, rel=1e-5)
+
+
+def test_parameters_that_are_zero_have_a_full_radius(xp: Backend) -> None:
+    method = Method(0.5, perturbation=SAM(0.5, in_steps=True, full_step=0.1))
+    assert size(xp.run(perturb(9.0, 0.0, method), lists(0), lists(1))) == pytest.approx(1.5)
+    for bad in (np.nan, np.inf):
+        assert size(xp.run(perturb(9.0, bad, method), lists(0), lists(1))) == 0
+
+
 def test_the_mean_runs_over_the_measured_steps() -> None:
     s, lengths = np.asarray(0.0), [3.0, 1.0, 0.0, 2.0]
     for i, length in enumerate(lengths):
         assert is_measured(MEASURE_INTERVAL * i)
-        s = mean_square(s, np.asarray(length), MEASURE_INTERVAL * i)
+        s = mean_squares(s, np.asarray(length), MEASURE_INTERVAL * i)
         assert float(s) == pytest.approx(np.mean(np.square(lengths[: i + 1])))
     for bad in (np.nan, np.inf):
-        assert float(mean_square(s, np.asarray(bad), 32)) == float(s)
-        assert float(mean_square(np.asarray(0.0), np.asarray(bad), 32)) == 0
+        assert float(mean_squares(s, np.asarray(bad), 32)) == float(s)
+        assert float(mean_squares(np.asarray(0.0), np.asarray(bad), 32)) == 0
 
 
 def test_a_parameter_that_joins_late_is_measured_at_once() -> None:
-    s = mean_square(np.asarray(0.0), np.asarray(3.0), 100 * MEASURE_INTERVAL)
+    s = mean_squares(np.asarray(0.0), np.asarray(3.0), 100 * MEASURE_INTERVAL)
     assert float(s) == 9
-    s = mean_square(s, np.asarray(0.0), 101 * MEASURE_INTERVAL)
+    s = mean_squares(s, np.asarray(0.0), 101 * MEASURE_INTERVAL)
     assert float(s) == pytest.approx(9 * (1 - 1 / 102))
 
 
@@ -195,9 +212,13 @@ def test_a_radius_in_steps_is_part_of_the_value() -> None:
     assert Method(0.5, perturbation=SAM(0.5, in_steps=True)) == IN_STEPS
     assert IN_STEPS.measures_steps
     assert not Method(0.5, perturbation=SAM(0.5)).measures_steps
+    with pytest.raises(ValueError, match="full_step must be 0 unless the radius is in steps, got"):
+        SAM(0.5, full_step=0.1)
+    with pytest.raises(ValueError, match="full_step must be a finite number of at least 0, got -1"):
+        SAM(0.5, in_steps=True, full_step=-1)
     with pytest.raises(TypeError, match="in_steps must be True or False, got 1"):
         SAM(0.5, in_steps=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="step_square must be given for a radius in steps"):
+    with pytest.raises(ValueError, match="motion must be given for a radius in steps"):
         IN_STEPS.perturb([np.ones(2)], [np.ones(2)], 0)
 
 

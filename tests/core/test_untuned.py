@@ -73,6 +73,7 @@ def test_the_radius_warms_up_and_stays(steps: int) -> None:
     e = safe_core.safe(0.95, steps=steps).perturbation
     assert isinstance(e, SAM)
     assert e.in_steps
+    assert e.full_step * steps == pytest.approx(untuned.TRAVEL)
     assert e.rho(0) == 0
     assert e.rho(max(math.ceil(untuned.WARM_UP * steps), 1)) == e.rho(steps) == untuned.RADIUS
 
@@ -150,7 +151,9 @@ def test_what_is_given_changes_its_part_alone(name: str) -> None:
         assert method.perturbation == kind(options["rho"])  # in the unit of the parameters
     if "perturbation_interval" in options:
         rho = plain.perturbation.rho
-        assert method.perturbation == SAM(rho, in_steps=True, interval=2, reuse=0.5)
+        full = plain.perturbation.full_step
+        wanted = SAM(rho, in_steps=True, full_step=full, interval=2, reuse=0.5)
+        assert method.perturbation == wanted
     if "state_dtype" in options:
         held = plain.constraint
         assert method.constraint == Pull(held.penalty, held.dual_update_interval, "bfloat16")
@@ -270,6 +273,7 @@ def test_the_docstring_quotes_the_constants() -> None:
         f"T / {untuned.UPDATES}",
         f"at most {untuned.LONGEST_INTERVAL}",
         f"{untuned.CONTRACTION:g} / T * (1 - cos(pi t / T))",
-        f"{untuned.RADIUS:g} mean step of the base optimizer",
+        f"up to {untuned.RADIUS:g} mean steps of the base optimizer",
+        f"min(1, (T l / ({untuned.TRAVEL:g} |x|))^2)",
     ):
         assert number in text, number

@@ -62,6 +62,7 @@ class Recipe(NamedTuple):
     added: str = ""  # "x" or "C(x)"
     decoupled: bool = False
     in_steps: bool = False
+    full_step: float = 0.0
     pulled: bool = False
     after: str = "dual"  # or "hard", "mask", "nothing"
 
@@ -83,6 +84,7 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     w_buffer, b_buffer = np.zeros_like(w), np.zeros_like(b)
     flat = np.zeros(w.size + b.size)
     lengths: list[float] = []
+    sizes: list[float] = []
 
     def gradient(w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gw, gb = problem.gradient(w, b)
@@ -95,6 +97,9 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         first = np.concatenate([gw.ravel(), gb])
         if t % recipe.perturbed_every == 0:
             unit = math.sqrt(np.mean(np.square(lengths))) if lengths else 0.0
+            if recipe.full_step and lengths:
+                size = math.sqrt(np.mean(np.square(sizes)))
+                unit *= min(unit / size / recipe.full_step, 1) ** 2
             rho = recipe.rho(t) * (unit if recipe.in_steps else 1)
             moved = w + rho * scale**2 * gw / length
             gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, b + rho * gb / length)
@@ -112,6 +117,8 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         pull = recipe.penalty(t) * (w - z + u) if has_penalty else np.zeros_like(w)
         w_buffer = MOMENTUM * w_buffer + (gw if recipe.decoupled else gw + pull)
         b_buffer = MOMENTUM * b_buffer + gb
+        if t % 8 == 0:
+            sizes.append(float(np.linalg.norm(w)))
         w, b = w - RATE * w_buffer, b - RATE * b_buffer
         if t % 8 == 0:
             lengths.append(RATE * np.linalg.norm(w_buffer))
@@ -166,6 +173,7 @@ def untuned(method: safe_core.Method, *, perturbs: bool) -> tuple[safe_core.Meth
         interval=constraint.dual_update_interval,
         sparsity=lambda t: schedule.table[schedule.stage(t)],
         in_steps=True,
+        full_step=e.full_step if perturbs else 0.0,
         pulled=True,
     )
 
@@ -212,6 +220,14 @@ CASES = {
             0.6, safe_core.ADMM(0.3, 3), perturbation=safe_core.SAM(1.5, in_steps=True)
         ),
         Recipe(rho=lambda t: 1.5, in_steps=True),
+    ),
+    "full radius from a length on": (
+        safe_core.Method(
+            0.6,
+            safe_core.ADMM(0.3, 3),
+            perturbation=safe_core.SAM(1.5, in_steps=True, full_step=0.2),
+        ),
+        Recipe(rho=lambda t: 1.5, in_steps=True, full_step=0.2),
     ),
     "untuned safe": untuned(safe_core.safe(0.6, steps=2 * STEPS), perturbs=True),
     "untuned admm": untuned(safe_core.admm(0.6, steps=2 * STEPS), perturbs=False),

@@ -50,19 +50,19 @@ def test_frozen_sparse_weights_are_no_part_of_the_unit() -> None:
 def test_a_state_without_the_length_of_steps_is_refused() -> None:
     run = Run(UNTUNED).train(2)
     state = run.optimizer.state_dict()
-    del state["state"][0]["safe_step_square"]
+    del state["state"][0]["safe_motion"]
     with pytest.raises(
-        ValueError, match=r"must hold a scalar safe_step_square for 0\.weight, got n"
+        ValueError, match=r"must hold two numbers as safe_motion for 0\.weight, got n"
     ):
         run.optimizer.load_state_dict(state)
-    state["state"][0]["safe_step_square"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"safe_step_square for 0\.weight, got shape \(3,\)"):
+    state["state"][0]["safe_motion"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"safe_motion for 0\.weight, got shape \(3,\)"):
         run.optimizer.load_state_dict(state)
     other = Run(safe_core.admm(0.75, steps=STEPS))
     state = run.optimizer.state_dict()
     for group in state["param_groups"]:
         del group["safe_method"]
-    with pytest.raises(ValueError, match=r"must hold no safe_step_square for 0\.weight, got shape"):
+    with pytest.raises(ValueError, match=r"must hold no safe_motion for 0\.weight, got shape"):
         other.optimizer.load_state_dict(state)
 
 
@@ -92,9 +92,11 @@ def test_the_steps_of_the_base_are_measured_alone(
     run = Run(method, BASES[base], compile=compiled)
     before: list[Tensor] = []
     squares: list[float] = []
+    sizes: list[float] = []
 
     def start(*_: Any) -> None:  # where the base starts: at x, not at x + e
         before[:] = [w.clone() for w in run.weights]
+        sizes.append(size(before) ** 2)
 
     def end(*_: Any) -> None:
         moves = [w - old for w, old in zip(run.weights, before, strict=True)]
@@ -115,6 +117,6 @@ def test_the_steps_of_the_base_are_measured_alone(
         if t % MEASURE_INTERVAL == 0 and not compiled:
             assert_same(before, weights)
     assert len(squares) == 3
-    found = run.optimizer._run.step_square()
+    found = run.optimizer._run.motion()
     assert found is not None
-    assert float(found) == pytest.approx(sum(squares) / 3, rel=1e-4)
+    assert found.tolist() == pytest.approx([sum(squares) / 3, sum(sizes) / 3], rel=1e-4)
