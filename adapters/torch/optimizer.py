@@ -257,8 +257,8 @@ class SparseOptimizer(Optimizer):
 
         A schedule-free optimizer trains other parameters than it evaluates. Call `train` before
         the steps and `eval` before `sparse_weights`, `finalize` and evaluation, on this
-        optimizer and not on the base. `train` raises a ValueError for a method with a decoupled
-        penalty, which the base could not average.
+        optimizer and not on the base. `train` raises a ValueError for a method that moves the
+        parameters by a decoupled penalty or a `Pull`, which the base could not average.
         """
         return switch_of(self._run, self._phases, "train")
 

@@ -27,7 +27,7 @@ from safe_core.adapters.optax import (
     value_and_gradients,
 )
 
-SPARSITY = 0.9
+METHOD = safe_core.safe(0.9, penalty=0.05)
 
 
 def scores_of(params: Any, x: jax.Array) -> jax.Array:
@@ -50,19 +50,18 @@ def initial(key: jax.Array) -> Any:
 
 def run(rho: jax.Array, data: Any) -> tuple[Any, dict[str, jax.Array]]:
     """Train one network; return its sparse parameters and the figures of every step."""
-    method = safe_core.safe(SPARSITY, steps=len(data[1]))
-    tx = sparse_optimizer(optax.adam(2e-3), method, rho=rho)
+    tx = sparse_optimizer(optax.adam(2e-3), METHOD, rho=rho)
     params = initial(jax.random.key(0))
 
     def step(carried: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         params, state = carried
         loss, gradients, grad_fn = value_and_gradients(loss_fn)(params, batch)
         updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
-        figures = {"loss": loss, **report(params, state, method).scalars()}
+        figures = {"loss": loss, **report(params, state, METHOD).scalars()}
         return (optax.apply_updates(params, updates), state), figures
 
     (params, state), figures = jax.lax.scan(step, (params, tx.init(params)), data)
-    return finalize(params, state, method), figures
+    return finalize(params, state, METHOD), figures
 
 
 def main() -> None:
@@ -73,15 +72,15 @@ def main() -> None:
     train_set, (images, labels) = datasets()
     drawn = [batch for epoch in range(options.epochs) for batch in batches(train_set, epoch)]
     x, y = (jnp.stack(parts) for parts in zip(*drawn, strict=True))
-    radii = jnp.asarray([0.0, 0.5, 1.0, 2.0])  # in steps of the base optimizer
+    radii = jnp.asarray([0.0, 0.02, 0.05, 0.1])
     data = (x.reshape(*x.shape[:2], -1), y)
     ensemble, figures = jax.jit(jax.vmap(run, in_axes=(0, None)))(radii, data)
     scores = jax.vmap(scores_of, in_axes=(0, None))(ensemble, images.reshape(len(labels), -1))
     right = (scores.argmax(-1) == labels).mean(-1)
     for rho, share, distance in zip(radii, right, figures["distance"][:, -1], strict=True):
-        print(f"rho {rho:.1f} steps: accuracy {100 * share:.1f}%, distance before {distance:.3f}")
+        print(f"rho {rho:.2f}: accuracy {100 * share:.1f}%, distance before {distance:.3f}")
     best = jax.tree.map(lambda leaf: leaf[right.argmax()], ensemble)
-    check_sparsity(best, SPARSITY)
+    check_sparsity(best, METHOD.sparsity)
     save_safetensors(best, options.out)
     matrices = to_bcoo(best)
     print(f"kept {matrices['first']['kernel'].nse + matrices['second']['kernel'].nse} weights")
