@@ -39,7 +39,8 @@ def safe(
     the number of optimizer steps T as ``steps``, and no other number is needed::
 
         dual updates  every T / 140 steps, at most 32 apart
-        sparsity      rises along a cubic over the first half of the run
+        sparsity      rises along a cubic over half of the run, or over sqrt(300 T) steps of
+                      more than 1200, but at least over T / 5
         weights       off the support are pulled, see `Pull`, at 200 / T * (1 - cos(pi t / T))
         radius        up to 2 mean steps of the base optimizer, rising from 0 over T / 5 steps,
                       times min(1, (T l / (5 |x|))^2) for steps of length l

@@ -7,12 +7,14 @@ optimizer and length of a run.
 
 from __future__ import annotations
 
+import math
+
 from .constraints import Pull
 from .patterns import Pattern
 from .perturbations import SAM
 from .schedules import cosine, linear
 
-__all__ = ["ball", "interval", "pull", "rising"]
+__all__ = ["ball", "interval", "pull", "rise", "rising"]
 
 UPDATES = 140
 """Dual updates of a run. Fewer leave too little time to replace a weight."""
@@ -24,8 +26,10 @@ CONTRACTION = 200.0
 """Sum of the rates of the pull: the gap shrinks by exp(-200) in all, most of it in the second half,
 after the sparsity has risen. From 100 to 800 the accuracy hardly changes."""
 
-RISE = 0.5
-"""Fraction of the run over which the sparsity rises."""
+RISE, RISE_STEPS, SHORTEST_RISE = 0.5, 1200, 0.2
+"""Fraction of the run over which the sparsity rises: `RISE` up to `RISE_STEPS` steps, and less in
+longer runs, down to `SHORTEST_RISE`. A dense network that is trained for long memorises noise,
+which a sparse one does not unlearn. A short run needs the time to choose its weights."""
 
 RADIUS = 2.0
 """Radius of the perturbation at its fullest, in steps of the base optimizer."""
@@ -59,13 +63,21 @@ def ball(steps: int, **options: float) -> SAM:
     return SAM(radius, in_steps=True, full_step=TRAVEL / steps, **options)  # type: ignore[arg-type]
 
 
+def rise(steps: int) -> float:
+    """Return the fraction of the run over which the sparsity rises.
+
+    ``RISE * sqrt(RISE_STEPS / T)``, at most ``RISE`` and at least ``SHORTEST_RISE``.
+    """
+    return max(RISE * min(math.sqrt(RISE_STEPS / steps), 1.0), SHORTEST_RISE)
+
+
 def rising(pattern: Pattern, steps: int, every: int) -> Pattern:
-    """Return the pattern with a sparsity that rises along a cubic over the first half.
+    """Return the pattern with a sparsity that rises along a cubic, see `rise`.
 
     Its stages change at dual updates. A pattern whose sparsity changes already, and an N:M
     pattern, which has no sparsity in between, stay as they are.
     """
-    stages = max(round(RISE * steps / every), 1)
+    stages = max(round(rise(steps) * steps / every), 1)
     # At most 100 stages: every stage costs a count per pool.
     together = -(-stages // 100)
     length = every * together * max(round(stages / together), 1)

@@ -49,9 +49,17 @@ def test_a_run_has_enough_dual_updates_and_ends_at_the_full_sparsity(steps: int)
     assert len(table.table) <= 102
     assert table(0) == 0
     assert table(table.steps) == 0.95
-    assert table.steps <= max(math.ceil((untuned.RISE + 0.1) * steps), interval)
+    assert table.steps <= max(math.ceil((untuned.rise(steps) + 0.1) * steps), interval)
     last = steps // interval * interval
     assert method.sparsity.stage(last) == method.sparsity.stage(None)
+
+
+def test_the_sparsity_rises_over_a_smaller_part_of_longer_runs() -> None:
+    assert untuned.rise(1) == untuned.rise(1200) == 0.5
+    assert untuned.rise(4800) == 0.25
+    assert untuned.rise(7500) == untuned.rise(10**6) == 0.2
+    ends = [safe_core.safe(0.9, steps=n).sparsity.schedule.steps for n in (1200, 4800, 10**6)]
+    assert ends == pytest.approx([600, 1200, 2 * 10**5], rel=0.05)
 
 
 @lengths
@@ -273,6 +281,7 @@ def test_the_docstring_quotes_the_constants() -> None:
         f"T / {untuned.UPDATES}",
         f"at most {untuned.LONGEST_INTERVAL}",
         f"{untuned.CONTRACTION:g} / T * (1 - cos(pi t / T))",
+        f"sqrt({untuned.RISE**2 * untuned.RISE_STEPS:g} T) steps of more than {untuned.RISE_STEPS}",
         f"up to {untuned.RADIUS:g} mean steps of the base optimizer",
         f"min(1, (T l / ({untuned.TRAVEL:g} |x|))^2)",
     ):
