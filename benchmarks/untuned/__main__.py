@@ -70,24 +70,18 @@ def run(cell: Cell, out: Path, framework: str) -> None:
     head = {**cell._asdict(), "framework": framework}
     file = out / "comparators.json"
     if not file.exists():
-        chosen = tuned(cell, out, framework)
-        tables = {
-            label: comparators(cell)[label].table(cell, found) for label, found in chosen.items()
-        }
+        chosen, searches = tuned(cell, out, framework), comparators(cell)
+        tables = {label: searches[label].table(cell, found) for label, found in chosen.items()}
         methods = {"dense": 'method = "dense"\n', **tables}
         accuracy = trained(cell, methods, out / "comparators", framework)
         _write(file, {**head, "accuracy": accuracy, "chosen": chosen})
-    file = out / "ours.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["constants"] == CONSTANTS:
-        return
-    file.unlink(missing_ok=True)
-    results = out / "ours"
-    marked = out / "ours-constants.json"
-    if marked.exists() and json.loads(marked.read_text(encoding="utf-8")) != CONSTANTS:
-        shutil.rmtree(results, ignore_errors=True)
-    _write(marked, CONSTANTS)
-    accuracy = trained(cell, OURS, results, framework)
-    _write(file, {**head, "accuracy": accuracy, "constants": CONSTANTS})
+    file, constants = out / "ours.json", out / "ours-constants.json"
+    if constants.exists() and json.loads(constants.read_text(encoding="utf-8")) != CONSTANTS:
+        file.unlink(missing_ok=True)
+        shutil.rmtree(out / "ours", ignore_errors=True)
+    if not file.exists():
+        _write(constants, CONSTANTS)
+        _write(file, {**head, "accuracy": trained(cell, OURS, out / "ours", framework)})
 
 
 def _write(file: Path, found: Mapping[str, Any]) -> None:

@@ -151,7 +151,7 @@ _RADII, _CONSTANT = {"rho": (0.05, 0.2)}, {"schedule": ("constant",)}
 _PENALTIES = (0.03, 0.1, 0.3, 1.0)
 _PARTS = (0.3, 0.5, 0.7)
 TUNED: dict[str, Search] = {
-    "magnitude, fine-tuned": Search("fixed", {"dense": _PARTS}),
+    "magnitude, fine-tuned": Search("masked", {"dense": _PARTS}),
     "GMP": Search("gradual", {"part": (*_PARTS, 0.85)}),
     "GMP with SAM": Search("gradual", {"part": (0.5, 0.7, 0.85), "rho": (0.1,)}, _RADII),
     "IMP with SAM": Search("rounds", {"count": (3, 6), "rho": (0.1,)}, _RADII),
@@ -160,7 +160,7 @@ TUNED: dict[str, Search] = {
         "split", {"penalty": _PENALTIES, "rho": (0.1,)}, {**_RADII, **_CONSTANT}
     ),
 }
-"""What each comparator is chosen from, by label."""
+"""Map each comparator to the settings that it is chosen from."""
 
 OURS = {
     "SAFE, untuned": 'method = "safe"\n',
@@ -178,7 +178,7 @@ def comparators(cell: Cell) -> dict[str, Search]:
     found = dict(TUNED)
     if isinstance(cell.sparsity, str):
         del found["GMP"], found["IMP with SAM"], found["GMP with SAM"]
-        found["magnitude with SAM"] = Search("fixed", {"dense": _PARTS, "rho": (0.1,)}, _RADII)
+        found["magnitude with SAM"] = Search("masked", {"dense": _PARTS, "rho": (0.1,)}, _RADII)
     if TASKS[cell.task].dense_epochs:
         for label, search in found.items():
             first = {name: values for name, values in search.first.items() if name != "dense"}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import safe_core
-from safe_core import schedules, untuned
+from safe_core import _checks, schedules, untuned
 from safe_core.sparsity_tables import Cubic
 from safe_core.study.data import Dataset, Normalisation, Split
 
@@ -86,6 +86,14 @@ def encoder(classes: int, image: tuple[int, int, int]) -> Any:
     return Encoder()
 
 
+def masked(sparsity: Any, *, rho: float = 0.0) -> safe_core.Method:
+    """Return training under a mask of the largest weights, with SAM if ``rho`` is positive.
+
+    The mask is drawn at the start, and drawn again wherever a schedule changes the sparsity.
+    """
+    return safe_core.Method(sparsity, safe_core.Mask(), safe_core.SAM(rho) if rho else None)
+
+
 def gradual(sparsity: Any, steps: int, *, part: float, rho: float = 0.0) -> safe_core.Method:
     """Return GMP, with SAM if ``rho`` is positive, that prunes over a part of the run.
 
@@ -93,7 +101,7 @@ def gradual(sparsity: Any, steps: int, *, part: float, rho: float = 0.0) -> safe
     """
     every = untuned.interval(steps)
     length = max(round(part * steps / every), 1) * every
-    return _masked(schedules.cubic(sparsity, steps=length, every=every), rho)
+    return masked(schedules.cubic(sparsity, steps=length, every=every), rho=rho)
 
 
 @dataclass(frozen=True)
@@ -102,26 +110,17 @@ class Rounds(Cubic):
 
     @cached_property
     def table(self) -> tuple[Fraction, ...]:
-        """The sparsity of every stage."""
+        """The exact sparsity of every stage. The last one holds after the end."""
         stages = self.steps // self.every
         kept = [(1 - self.value) ** (stage / stages) for stage in range(stages)]
-        final = Fraction(str(self.value))
+        final = _checks.decimal_fraction(self.value)
         return (*(Fraction(round((1 - k) * 10**6), 10**6) for k in kept), final)
-
-
-def fixed(sparsity: Any, *, rho: float = 0.0) -> safe_core.Method:
-    """Return training under the mask of the largest weights at the start."""
-    return safe_core.Method(sparsity, safe_core.Mask(), safe_core.SAM(rho) if rho else None)
 
 
 def rounds(sparsity: Any, steps: int, *, count: int, rho: float = 0.0) -> safe_core.Method:
     """Return iterative magnitude pruning, whose last round trains under the final mask."""
     every = max(steps // (count + 1), 1)
-    return _masked(Rounds(sparsity, steps=count * every, every=every), rho)
-
-
-def _masked(sparsity: Any, rho: float) -> safe_core.Method:
-    return safe_core.imp_sam(sparsity, rho=rho) if rho else safe_core.gmp(sparsity)
+    return masked(Rounds(sparsity, steps=count * every, every=every), rho=rho)
 
 
 def split(

@@ -39,7 +39,7 @@ def test_methods_start_from_one_trained_network(tmp_path: Path) -> None:
     assert dense_start(parse_recipe(COLD), of[0], None, "cpu") is None
 
 
-def test_dense_training_that_diverges_is_named(tmp_path: Path) -> None:
+def test_dense_training_that_diverges_is_named() -> None:
     source = RECIPE.replace("dense_learning_rate = 0.1", "dense_learning_rate = 1e30")
     recipe = parse_recipe(source)
     with pytest.raises(ValueError, match=r"dense training for 8 epochs diverged.*1e\+30"):

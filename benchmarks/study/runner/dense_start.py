@@ -38,13 +38,13 @@ def dense_start(recipe: Recipe, cell: Cell, folder: Path | None, device: str) ->
 @lru_cache(maxsize=8)  # the seeds of one method take turns
 def _trained(recipe: Recipe, cell: Cell, folder: Path | None, device: str) -> Variables:
     made = plan(recipe, cell, folder)
-    dense = made.training.dense
+    later, dense = made.training.epochs, made.training.dense
     assert dense is not None
     made = replace(made, method=None, training=dense)
     learner: Learner = part(cell.framework, "Learner")(made, device)
-    for epoch in range(dense.epochs):
-        # The methods see the batches of the first epochs, in another order.
-        for images, labels in made.batches(recipe.training_of(cell.method).epochs + epoch):
+    # The order of the batches follows from the number of the epoch. The methods take the first.
+    for epoch in range(later, later + dense.epochs):
+        for images, labels in made.batches(epoch):
             learner.step(images, labels)
     found = learner.variables()
     if not is_finite(found):
