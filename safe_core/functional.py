@@ -22,7 +22,8 @@ from .constraints.splitting import penalty_gradient
 from .importance import Importance
 from .layout import Layout
 from .method import Method
-from .perturbations import is_measured, mean_squares, norm
+from .motion import is_measured, mean_squares
+from .perturbations import norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
 

@@ -19,8 +19,9 @@ from .constraints.base import select_support
 from .importance import Importance
 from .layout import Layout
 from .patterns import Pattern, as_pattern
-from .perturbations import Direction, Perturbation, flat_direction, reused
+from .perturbations import Direction, Perturbation
 from .projection import apply_support
+from .reuse import flat_direction, reused
 from .step import Evaluation, Operation, Point, StepPlan
 
 __all__ = ["Method"]
@@ -210,14 +211,14 @@ class Method:
         """Return the direction to reuse, from the gradients at x and at x + e.
 
         Both are gradients of all trainable parameters, at a step that perturbs. See
-        `safe_core.perturbations.flat_direction`.
+        `safe_core.reuse.flat_direction`.
         """
         return flat_direction(first, second)
 
     def reuse(self, gradients: Sequence[Array], flat: Sequence[Array]) -> list[Array]:
         """Return the gradients of a step that reuses the direction ``flat``.
 
-        Call it at steps that do not perturb. See `safe_core.perturbations.reused`.
+        Call it at steps that do not perturb. See `safe_core.reuse.reused`.
         """
         if self.perturbation is None:
             raise ValueError(f"perturbation must not be None to reuse a direction, got {self!r}")

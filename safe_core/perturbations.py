@@ -22,15 +22,8 @@ __all__ = [
     "Direction",
     "GradientAscent",
     "Perturbation",
-    "flat_direction",
-    "is_measured",
-    "mean_squares",
     "norm",
-    "reused",
 ]
-
-MEASURE_INTERVAL = 8
-"""Steps between two measurements of a step's length, which needs a copy of x in PyTorch."""
 
 
 def norm(arrays: Sequence[Array]) -> Array:
@@ -111,21 +104,23 @@ class Direction(NamedTuple):
     def in_steps(self, motion: Array, full_step: float = 0.0) -> Direction:
         """Return the direction with a radius of rho steps of the base optimizer.
 
-        ``motion`` holds the mean squares of its steps and of the parameters, see `mean_squares`.
-        e is zero as long as no step was measured. With ``full_step``, see `SAM`.
+        ``motion`` holds the mean squares of its steps and of the parameters, see
+        `safe_core.motion.mean_squares`. e is zero as long as no step was measured. `SAM`
+        describes ``full_step``.
         """
         xp = array_namespace(self.length)
         step, size = (xp.sqrt(xp.astype(m, self.length.dtype)) for m in (motion[0], motion[1]))
-        known, one = (step > 0) & xp.isfinite(step) & xp.isfinite(size), xp.ones_like(step)
-        radius = xp.where(known, step, one)
+        zero, one = xp.zeros_like(step), xp.ones_like(step)
+        known = (step > 0) & xp.isfinite(step) & xp.isfinite(size)
+        radius = xp.where(known, step, zero)
         if full_step:
-            full = full_step * xp.where(known & (size > 0), size, one)
-            share = xp.minimum(radius / full, one)
             # Parameters that are all zero have no length to compare with.
-            radius = xp.where(size > 0, radius * share**2, radius)
+            compared = known & (size > 0)
+            full = full_step * xp.where(compared, size, one)
+            share = xp.where(compared, xp.minimum(radius / full, one), one)
+            radius = radius * share**2
         # A length of 0 is not usable, so e is zero without a step to measure it by.
-        known = known & (radius > 0)
-        length = xp.where(known, self.length / xp.where(known, radius, one), xp.zeros_like(step))
+        length = xp.where(radius > 0, self.length / xp.where(radius > 0, radius, one), zero)
         return self._replace(length=length)
 
     def perturbation(self) -> list[Array]:
@@ -137,132 +132,6 @@ class Direction(NamedTuple):
         usable, quotient = self.usable, self._quotient
         wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
         return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
-
-
-def is_measured(step: int | Array) -> bool | Array:
-    """Return whether the length of the base optimizer's ``step`` is measured."""
-    return step % MEASURE_INTERVAL == 0
-
-
-def mean_squares(before: Array, lengths: Array, step: int | Array) -> Array:
-    """Return mean squares over the measured steps, after one more of them.
-
-    ``s <- s + (length^2 - s) / n`` with the number n of measured steps up to ``step``. The first
-    length that is not zero sets s, so a parameter can join late. A length that is not finite
-    leaves s as it is.
-
-    Parameters
-    ----------
-    before : array
-        Means before, 0 at the start. For `SAM` two: of ``|x_{t+1} - x_t|`` and ``|x_t|``.
-    lengths : array
-        The lengths at this step, shaped as ``before``.
-    step : int or integer array
-        Step t, for which `is_measured` is True.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> s = mean_squares(numpy.zeros(2), numpy.asarray([2.0, 5.0]), 0)
-    >>> mean_squares(s, numpy.asarray([0.0, 5.0]), MEASURE_INTERVAL)
-    array([ 2., 25.])
-    """
-    xp = array_namespace(before)
-    count = step // MEASURE_INTERVAL + 1
-    if not isinstance(count, int):
-        count = xp.astype(count, before.dtype)
-    square = xp.astype(lengths, before.dtype, copy=False) ** 2
-    found = xp.where(before > 0, before + (square - before) / count, square)
-    return xp.where(xp.isfinite(found), found, before)
-
-
-def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
-    """Return the unit direction in which the perturbed gradient differs from the gradient.
-
-    The result is ``h / |h|`` with ``h = g_s - (g_s . g_0) / |g_0|^2 * g_0``, the component of
-    ``g_s = grad f(x + e)`` orthogonal to ``g_0 = grad f(x)``. Products and norms run over all
-    arrays together. The result is zero if a norm is zero or not finite, or if the gradients
-    differ in direction by no more than rounding.
-
-    Parameters
-    ----------
-    first, second : sequences of arrays
-        Gradients ``g_0`` and ``g_s``, of the same shapes.
-
-    Returns
-    -------
-    list of arrays
-        Unit direction, in float32 or wider.
-
-    References
-    ----------
-    Liu et al. 2022, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR
-    (LookSAM), Algorithm 1, where h is ``g_v``.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> (h,) = flat_direction([numpy.asarray([2.0, 0.0])], [numpy.asarray([3.0, 4.0])])
-    >>> h.round(6)
-    array([0., 1.])
-    """
-    lines = [Direction(arrays, norm(arrays), 1.0) for arrays in (first, second)]
-    a, b = (line.perturbation() for line in lines)
-    # The two gradients are nearly parallel, so subtracting the projection would cancel. For
-    # unit vectors a . b = 1 - |b - a|^2 / 2, hence h = (b - a) + |b - a|^2 / 2 * a, which
-    # only subtracts neighbouring numbers.
-    between = [b_i - a_i for a_i, b_i in zip(a, b, strict=True)]
-    gap = norm(between)
-    xp = array_namespace(gap)
-    h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
-    # Rounding moves each entry by at most half a spacing in either gradient, and the
-    # arithmetic adds a little. A gap of that size is noise, which h / |h| would blow up.
-    spacing = max(float(xp.finfo(g.dtype).eps) for g in (*first, *second))
-    rounding = max(spacing, 4 * float(xp.finfo(gap.dtype).eps))
-    differ = lines[0].usable & lines[1].usable & (gap > rounding)
-    return Direction(h, xp.where(differ, norm(h), xp.zeros_like(gap)), 1.0).perturbation()
-
-
-def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> list[Array]:
-    """Return ``g_0 + weight * |g_0| * h / |h|``, the gradient of a step that does not perturb.
-
-    The norm runs over all arrays together. If it is not finite, g_0 is returned unchanged.
-
-    Parameters
-    ----------
-    gradients : sequence of arrays
-        Gradients ``g_0`` at x.
-    flat : sequence of arrays
-        Direction ``h / |h|`` of the last step that perturbed, from `flat_direction`.
-    weight : float
-        Weight of the direction, alpha in the paper.
-
-    Returns
-    -------
-    list of arrays
-        Gradients in the dtypes of ``gradients``.
-
-    References
-    ----------
-    Liu et al. 2022, Algorithm 1.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> reused([numpy.asarray([3.0, 4.0])], [numpy.asarray([0.0, 1.0])], 0.5)
-    [array([3. , 6.5])]
-    """
-    length = norm(gradients)
-    xp = array_namespace(length)
-    scale = xp.where(xp.isfinite(length), weight * length, xp.zeros_like(length))
-    return [
-        xp.astype(_as(g, h.dtype) + _as(scale, h.dtype) * h, g.dtype, copy=False)
-        for g, h in zip(gradients, flat, strict=True)
-    ]
-
-
-def _as(x: Array, dtype: Any) -> Array:
-    return array_namespace(x).astype(x, dtype, copy=False)
 
 
 @dataclass(frozen=True)

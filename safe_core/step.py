@@ -63,7 +63,7 @@ class Operation(enum.Enum):
     ADD_PENALTY = "g <- g + penalty(t) * (x - anchor)"
     MEASURE_PULL = "p <- learning rate * penalty(t) * (x - anchor)"
     BASE_STEP = "x <- base optimizer step with g"
-    MEASURE_STEP = "at every eighth step: s <- mean of |x_{t+1} - x_t|^2 so far"
+    MEASURE_STEP = "at every eighth step: average |x_{t+1} - x_t|^2 and |x_t|^2 so far"
     APPLY_PULL = "x <- x - p"
     PULL = "off the support: x <- x - (1 - exp(-penalty(t))) * (x - anchor)"
     MASK_PARAMETERS = "x <- x on the support, 0 off it"

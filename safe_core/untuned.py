@@ -26,10 +26,16 @@ CONTRACTION = 200.0
 """Sum of the rates of the pull: the gap shrinks by exp(-200) in all, most of it in the second half,
 after the sparsity has risen. From 100 to 800 the accuracy hardly changes."""
 
-RISE, RISE_STEPS, SHORTEST_RISE = 0.5, 1200, 0.2
-"""Fraction of the run over which the sparsity rises: `RISE` up to `RISE_STEPS` steps, and less in
-longer runs, down to `SHORTEST_RISE`. A dense network that is trained for long memorises noise,
-which a sparse one does not unlearn. A short run needs the time to choose its weights."""
+RISE = 0.5
+"""Fraction of the run over which the sparsity rises. A short run needs the time to choose its
+weights."""
+
+RISE_STEPS = 1200
+"""Steps of the longest run with that fraction. A dense network that is trained for long memorises
+noise, which a sparse one does not unlearn, so the fraction falls in longer runs."""
+
+SHORTEST_RISE = 0.2
+"""The smallest fraction of a run over which the sparsity rises."""
 
 RADIUS = 2.0
 """Radius of the perturbation at its fullest, in steps of the base optimizer."""

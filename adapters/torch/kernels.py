@@ -26,10 +26,10 @@ __all__ = [
     "count_filled",
     "local_shards",
     "mask_",
-    "motions",
     "move_traced_",
     "pull_",
     "pulls",
+    "step_lengths",
     "subtract_",
 ]
 
@@ -256,7 +256,7 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     return [int(count) for count in summed(found, tensors).tolist()]
 
 
-def motions(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+def step_lengths(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
     """Return ``|x - before|`` and ``|before|`` of each parameter, in float32 or wider.
 
     ``before`` holds local shards. The norms run over all shards.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Operation
-from safe_core.perturbations import is_measured, mean_squares
+from safe_core.motion import is_measured, mean_squares
 
 from . import kernels
 from .importance import second_moments
@@ -150,7 +150,7 @@ class _Step:
     def measure_step(self) -> None:
         if not self._measures:
             return
-        lengths = kernels.motions(self.sparse, self.before)
+        lengths = kernels.step_lengths(self.sparse, self.before)
         self.before = []
         parameters = self.run.parameters
         held = zip(parameters.motions(self.sparse), lengths, strict=True)

@@ -16,7 +16,7 @@ import safe_core
 from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
 from safe_core.constraints.pull import pulled
 from safe_core.functional import FunctionalStep, StepState, start
-from safe_core.perturbations import MEASURE_INTERVAL, is_measured, mean_squares
+from safe_core.motion import MEASURE_INTERVAL, is_measured, mean_squares
 
 INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 SUPPORT = np.asarray([[True, False, True], [False, False, True]])

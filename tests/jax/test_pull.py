@@ -18,7 +18,7 @@ from safe_core import SAM, FinalizeWarning, Method, Pull, schedules
 from safe_core.adapters.jax.evaluation import sparse_weights
 from safe_core.adapters.jax.reporting import report
 from safe_core.adapters.optax import finalize, sparse_optimizer
-from safe_core.perturbations import MEASURE_INTERVAL
+from safe_core.motion import MEASURE_INTERVAL
 
 STEPS = 40
 UNTUNED = safe_core.safe(0.75, steps=STEPS)

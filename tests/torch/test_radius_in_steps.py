@@ -12,7 +12,7 @@ from torch import Tensor
 
 import safe_core
 from safe_core import SAM, Method, Pull, schedules
-from safe_core.perturbations import MEASURE_INTERVAL
+from safe_core.motion import MEASURE_INTERVAL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
