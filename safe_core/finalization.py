@@ -264,8 +264,14 @@ def _schedule_left(pattern: Pattern, steps: int) -> str:
     stage, last = pattern.stage(steps), pattern.stage(None)
     if stage == last:
         return ""
-    now, end = (float(pattern.fractions()[i]) for i in (stage, last))
-    return f"the schedule was at sparsity {now:.3g} of {end:.3g} after {steps} steps"
+    now, end = _told_apart(*(float(pattern.fractions()[i]) for i in (stage, last)))
+    return f"the schedule was at sparsity {now} of {end} after {steps} steps"
+
+
+def _told_apart(a: float, b: float) -> tuple[str, str]:
+    """Return two different numbers with as many digits as show that they differ."""
+    shown = ((f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in range(3, 18))
+    return next((pair for pair in shown if pair[0] != pair[1]), (f"{a:g}", f"{b:g}"))
 
 
 def _large(found: Finalized, constraint: Constraint) -> list[str]:
@@ -277,7 +283,7 @@ def _large(found: Finalized, constraint: Constraint) -> list[str]:
     most = listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
-        f"({most}), so x was far from C (raise the penalty or train longer)"
+        f"({most}), so x was far from C ({constraint.if_far})"
     ]
 
 

@@ -22,7 +22,7 @@ from .constraints.splitting import penalty_gradient
 from .importance import Importance
 from .layout import Layout
 from .method import Method
-from .motion import is_measured, mean_squares
+from .motion import braked, is_measured, mean_squares
 from .perturbations import norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
@@ -30,6 +30,8 @@ from .step import Evaluation, StepPlan
 __all__ = ["FunctionalStep", "StepState", "start"]
 
 Gradients = Callable[[list[Array]], list[Array]]
+
+_Evaluated = tuple[list[Array], list[Array], Array | None]
 
 
 @dataclass
@@ -46,8 +48,7 @@ class StepState:
         Direction that steps between perturbations reuse, for all parameters. Empty if the
         method reuses none.
     motion : array or None
-        Two mean squares: of the base optimizer's steps and of the sparse parameters. None unless
-        the radius is in steps.
+        What a radius in steps depends on, see `safe_core.motion`. None for other radii.
     """
 
     split: SplitState
@@ -111,9 +112,9 @@ def start(
 
 
 def no_motion(params: Sequence[Array]) -> Array:
-    """Return the mean squares of no steps, two zeros in float32 or wider."""
+    """Return the state of `safe_core.motion` before step 0, zeros in float32 or wider."""
     xp = array_namespace(params[0])
-    return xp.zeros(2, dtype=wide_dtype(xp, params))
+    return xp.zeros(3, dtype=wide_dtype(xp, params))
 
 
 def _check_sparse(params: Sequence[Array], sparse: Sequence[int], info: ArrayInfo) -> None:
@@ -256,29 +257,41 @@ class FunctionalStep:
         perturbation = self.method.perturbation
         due = perturbation.is_due(self.step)  # type: ignore[union-attr]
 
-        def ascend(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
-            rho = self.rho
-            e = self.method.perturb(
+        def ascend(first: list[Array], flat: list[Array], motion: Array | None) -> _Evaluated:
+            direction = self.method.direction(
                 self.params,
                 first,
                 self.step,
-                rho=rho,
+                rho=self.rho,
                 layouts=self.layouts,
-                motion=self._motion,
+                motion=motion,
             )
+            e = direction.perturbation()
             moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
             second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
+            if motion is not None:
+                motion = self._braked(motion, direction.length, second)
             second = _combined(second, first, evaluation)
             if not self._plan.reuses:
-                return second, flat
-            return second, _cast(self.method.flat_direction(first, second), flat)
+                return second, flat, motion
+            return second, _cast(self.method.flat_direction(first, second), flat), motion
 
-        def stay(first: list[Array], flat: list[Array]) -> tuple[list[Array], list[Array]]:
-            return self.method.reuse(first, flat) if self._plan.reuses else first, flat
+        def stay(first: list[Array], flat: list[Array], motion: Array | None) -> _Evaluated:
+            return self.method.reuse(first, flat) if self._plan.reuses else first, flat, motion
 
         # Under jit this is lax.cond, so steps that do not perturb skip the second gradient.
         cond = backend_of(self.step).cond
-        self._g, self._flat = cond(due, ascend, stay, self._g, self._flat)
+        found = cond(due, ascend, stay, self._g, self._flat, self._motion)
+        self._g, self._flat, self._motion = found
+
+    def _braked(self, motion: Array, first: Array, second: list[Array]) -> Array:
+        growth = self.method.perturbation.max_growth  # type: ignore[union-attr]
+        if not growth:
+            return motion
+        xp = array_namespace(motion)
+        return xp.concat(
+            [motion[:2], xp.reshape(braked(motion[2], first, norm(second), growth), (1,))]
+        )
 
     def _at(self, params: list[Array]) -> list[Array]:
         return self._masked(_cast(self.gradients_at(params), self._g))
@@ -339,7 +352,8 @@ class FunctionalStep:
             xp = array_namespace(motion)
             found = (norm(self._of(arrays)) for arrays in (self._updates, self.params))
             lengths = [xp.astype(length, motion.dtype, copy=False) for length in found]
-            return mean_squares(motion, xp.stack(lengths), self.step)
+            squares = mean_squares(motion[:2], xp.stack(lengths), self.step)
+            return xp.concat([squares, motion[2:]])
 
         cond = backend_of(self.step).cond
         self._motion = cond(is_measured(self.step), measure, lambda motion: motion, self._motion)

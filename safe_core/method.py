@@ -177,8 +177,8 @@ class Method:
     ) -> list[Array]:
         """Return the perturbation e of all trainable parameters.
 
-        ``rho`` overrides the method's. ``motion`` holds the mean squares of the base
-        optimizer's steps and of the sparse parameters, which a radius ``in_steps`` needs.
+        ``rho`` overrides the method's. A radius ``in_steps`` needs ``motion``, see
+        `safe_core.motion`.
         """
         found = self.direction(params, gradients, step, rho=rho, layouts=layouts, motion=motion)
         return found.perturbation()

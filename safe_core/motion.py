@@ -1,4 +1,8 @@
-"""Measure how far the steps of the base optimizer move the sparse parameters."""
+"""Measure what a radius in steps of the base optimizer depends on.
+
+Its state ``motion`` is an array of three numbers: the mean squares of the steps' lengths and of
+the length of the sparse parameters, and the brake b, which multiplies the radius by exp(-b).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array
 
-__all__ = ["MEASURE_INTERVAL", "is_measured", "mean_squares"]
+__all__ = ["MEASURE_INTERVAL", "braked", "is_measured", "mean_squares"]
 
 MEASURE_INTERVAL = 8
 """Steps between two measurements of a step's length, which needs a copy of x in PyTorch."""
+
+
+_BRAKE, _RELEASE = 1 / 4, 1 / 50
 
 
 def is_measured(step: int | Array) -> bool | Array:
@@ -27,7 +34,7 @@ def mean_squares(before: Array, lengths: Array, step: int | Array) -> Array:
     Parameters
     ----------
     before : array
-        Means before, 0 at the start. For `SAM` two: of ``|x_{t+1} - x_t|`` and ``|x_t|``.
+        Means before, 0 at the start.
     lengths : array
         The lengths at this step, shaped as ``before``.
     step : int or integer array
@@ -47,3 +54,34 @@ def mean_squares(before: Array, lengths: Array, step: int | Array) -> Array:
     square = xp.astype(lengths, before.dtype, copy=False) ** 2
     found = xp.where(before > 0, before + (square - before) / count, square)
     return xp.where(xp.isfinite(found), found, before)
+
+
+def braked(brake: Array, first: Array, second: Array, max_growth: float) -> Array:
+    """Return the brake after a step that perturbed.
+
+    ``b <- b + 1/4`` if ``second > max_growth * first``, else ``b <- max(b - 1/50, 0)``. The radius
+    so settles where about one step in fourteen exceeds the growth. Without a finite, positive
+    ``first`` there was no e, and b stays as it is.
+
+    Parameters
+    ----------
+    brake : array
+        Scalar b before, 0 at the start.
+    first, second : arrays
+        Norms of the gradients at x and at x + e. A ``second`` that is not finite brakes.
+    max_growth : float
+        Ratio of the two; see `SAM`.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> b = braked(numpy.asarray(0.0), numpy.asarray(1.0), numpy.asarray(2.0), 1.5)
+    >>> float(b), float(braked(b, numpy.asarray(1.0), numpy.asarray(1.2), 1.5))
+    (0.25, 0.23)
+    """
+    xp = array_namespace(brake)
+    first, second = (xp.astype(x, brake.dtype, copy=False) for x in (first, second))
+    fits = second <= max_growth * first
+    released = brake - xp.minimum(brake, xp.full_like(brake, _RELEASE))
+    found = xp.where(fits, released, brake + _BRAKE)
+    return xp.where((first > 0) & xp.isfinite(first), found, brake)

@@ -55,7 +55,7 @@ def norm(arrays: Sequence[Array]) -> Array:
 
 
 class Direction(NamedTuple):
-    """Perturbation ``e = factor * vectors`` that is not multiplied out yet.
+    """Perturbation ``e = rho * unit / length * vectors`` that is not multiplied out yet.
 
     An adapter that updates in place adds ``factor * vectors`` to x without allocating e.
 
@@ -67,6 +67,8 @@ class Direction(NamedTuple):
         Scalar norm that the radius is divided by.
     rho : float or scalar array
         Perturbation radius.
+    unit : float or scalar array
+        Length that the radius counts, 1 unless it is in steps.
 
     Examples
     --------
@@ -78,15 +80,17 @@ class Direction(NamedTuple):
     vectors: Sequence[Array]
     length: Array
     rho: float | Array
+    unit: float | Array = 1.0
 
     @property
     def usable(self) -> Array:
-        """Whether the length is positive and finite; e is zero otherwise."""
-        return (self.length > 0) & array_namespace(self.length).isfinite(self.length)
+        """Whether the unit is positive, and the length also finite; e is zero otherwise."""
+        finite = array_namespace(self.length).isfinite(self.length)
+        return (self.length > 0) & finite & (self.unit > 0)
 
     @property
     def factor(self) -> Array:
-        """The quotient ``rho / length``, or 0 if the length is not usable.
+        """The quotient ``rho * unit / length``, or 0 if the length is not usable.
 
         The guard is a `where` and not an added epsilon. With an epsilon, e would change when
         the loss is multiplied by a constant, as a loss scaler does.
@@ -97,19 +101,21 @@ class Direction(NamedTuple):
     @property
     def _quotient(self) -> Array:
         xp = array_namespace(self.length)
-        # Replace a bad length before dividing, so that no warning or trap is raised.
-        length = xp.where(self.usable, self.length, xp.ones_like(self.length))
-        return scalar_like(self.rho, length) / length
+        # Replace bad values before dividing, so that no warning or trap is raised.
+        one = xp.ones_like(self.length)
+        length = xp.where(self.usable, self.length, one)
+        unit = xp.where(self.usable, scalar_like(self.unit, one), one)
+        return scalar_like(self.rho, length) * unit / length
 
     def in_steps(self, motion: Array, full_step: float = 0.0) -> Direction:
         """Return the direction with a radius of rho steps of the base optimizer.
 
-        ``motion`` holds the mean squares of its steps and of the parameters, see
-        `safe_core.motion.mean_squares`. e is zero as long as no step was measured. `SAM`
-        describes ``full_step``.
+        ``motion`` is described in `safe_core.motion`. e is zero as long as no step was measured.
+        `SAM` describes ``full_step``.
         """
         xp = array_namespace(self.length)
-        step, size = (xp.sqrt(xp.astype(m, self.length.dtype)) for m in (motion[0], motion[1]))
+        of_step, of_x, brake = (xp.astype(motion[i], self.length.dtype) for i in range(3))
+        step, size = xp.sqrt(of_step), xp.sqrt(of_x)
         zero, one = xp.zeros_like(step), xp.ones_like(step)
         known = (step > 0) & xp.isfinite(step) & xp.isfinite(size)
         radius = xp.where(known, step, zero)
@@ -119,9 +125,7 @@ class Direction(NamedTuple):
             full = full_step * xp.where(compared, size, one)
             share = xp.where(compared, xp.minimum(radius / full, one), one)
             radius = radius * share**2
-        # A length of 0 is not usable, so e is zero without a step to measure it by.
-        length = xp.where(radius > 0, self.length / xp.where(radius > 0, radius, one), zero)
-        return self._replace(length=length)
+        return self._replace(unit=radius * xp.exp(-brake))
 
     def perturbation(self) -> list[Array]:
         """Return ``e``, which is zero if the length is not usable.
@@ -178,6 +182,9 @@ class Perturbation:
 
     full_step: ClassVar[float] = 0.0
     """Relative length of a step from which on such a radius is full; see `SAM`."""
+
+    max_growth: ClassVar[float] = 0.0
+    """Growth of the gradient's norm at x + e beyond which such a radius shrinks; see `SAM`."""
 
     is_scale_free: ClassVar[bool] = True
     """Whether e stays the same when the loss is multiplied by a positive number."""
@@ -250,6 +257,11 @@ class SAM(Perturbation):
         ``l / |x|``, from which on the radius is full; keyword-only. Below it the radius is
         multiplied by ``(l / (full_step * |x|))**2``. Both lengths are root mean squares over the
         measured steps. 0, the default, turns this off.
+    max_growth : float
+        With ``in_steps``: the ratio ``|grad f(x + e)| / |grad f(x)|`` beyond which the radius
+        shrinks, because the loss bends within it; keyword-only. After a step with a larger ratio
+        the radius is multiplied by ``exp(-1/4)``, after others by ``exp(1/50)`` until it is full.
+        0, the default, turns this off.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
         others, see `Perturbation`; keyword-only.
@@ -273,14 +285,17 @@ class SAM(Perturbation):
 
     in_steps: bool = field(default=False, kw_only=True)  # type: ignore[misc]
     full_step: float = field(default=0.0, kw_only=True)  # type: ignore[misc]
+    max_growth: float = field(default=0.0, kw_only=True)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.flag("in_steps", self.in_steps)
-        if _checks.real("full_step", self.full_step, low=0.0) > 0 and not self.in_steps:
-            raise ValueError(
-                f"full_step must be 0 unless the radius is in steps, got {self.full_step!r}"
-            )
+        for name in ("full_step", "max_growth"):
+            value = _checks.real(name, getattr(self, name), low=0.0)
+            if value > 0 and not self.in_steps:
+                raise ValueError(f"{name} must be 0 unless the radius is in steps, got {value!r}")
+        if 0 < self.max_growth < 1:
+            raise ValueError(f"max_growth must be 0 or at least 1, got {self.max_growth!r}")
 
     def direction(
         self,

@@ -45,6 +45,11 @@ TRAVEL = 5.0
 weights. A run that travels less has less time to move, and a perturbation slows it further, so its
 radius shrinks with the square of the travel."""
 
+MAX_GROWTH = 1.4
+"""Growth of the gradient's norm from x to x + e beyond which the radius shrinks. A network that is
+far from fitting its data, such as a language model trained from scratch, only learns more slowly
+under a radius beyond it."""
+
 WARM_UP = 0.2
 """Fraction of the run over which the radius rises from 0. A full radius from the start can keep
 a network from learning anything."""
@@ -63,10 +68,17 @@ def pull(steps: int, every: int, state_dtype: str | None = None) -> Pull:
 def ball(steps: int, **options: float) -> SAM:
     """Return the perturbation, whose radius in steps rises linearly at first.
 
-    The radius is ``RADIUS * l * min(1, (T l / (TRAVEL |x|))^2)`` for steps of length l.
+    The radius is ``RADIUS * l * min(1, (T l / (TRAVEL |x|))^2)`` for steps of length l, and shrinks
+    where the gradient's norm grows by more than MAX_GROWTH from x to x + e.
     """
     radius = linear(RADIUS, steps=max(round(WARM_UP * steps), 1))
-    return SAM(radius, in_steps=True, full_step=TRAVEL / steps, **options)  # type: ignore[arg-type]
+    return SAM(
+        radius,
+        in_steps=True,
+        full_step=TRAVEL / steps,
+        max_growth=MAX_GROWTH,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def rise(steps: int) -> float:

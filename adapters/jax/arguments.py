@@ -18,6 +18,7 @@ __all__ = [
     "check_grad_fn",
     "check_number",
     "is_static_zero",
+    "refuse_averaging",
 ]
 
 
@@ -43,17 +44,36 @@ def check_base_state(base_state: Any) -> None:
 
     It would need both copies as ``params``, while z and u belong to one of them.
     """
-
-    def is_lookahead(node: Any) -> bool:
-        return isinstance(node, tuple) and hasattr(node, "fast_state")
-
-    nodes = jax.tree.leaves(base_state, is_leaf=is_lookahead)
-    found = [type(node).__name__ for node in nodes if is_lookahead(node)]
+    found = _state_with("fast_state", base_state)
     if found:
         raise ValueError(
             "base must work on one copy of the parameters, but optax.lookahead needs a fast and a "
-            f"slow one, got the state {found[0]}"
+            f"slow one, got the state {found}"
         )
+
+
+def refuse_averaging(base_state: Any, method: Method) -> None:
+    """Raise if ``base`` is schedule-free and the method moves parameters after its step.
+
+    Such a base evaluates an average of its iterates, which would not follow the move.
+    """
+    found = _state_with("weight_sum", base_state)
+    if found and method.plan().moves_after_base:
+        raise ValueError(
+            f"method must add its penalty to the gradient with a base of the state {found}, which "
+            "evaluates other parameters than it trains (give penalty= and leave decoupled=False), "
+            f"got {method!r}"
+        )
+
+
+def _state_with(field: str, state: Any) -> str:
+    """Return the name of the first state within ``state`` that has a field, or ''."""
+
+    def has(node: Any) -> bool:
+        return isinstance(node, tuple) and hasattr(node, field)
+
+    found = filter(has, jax.tree.leaves(state, is_leaf=has))
+    return next((type(node).__name__ for node in found), "")
 
 
 def check_number(name: str, value: Any) -> None:

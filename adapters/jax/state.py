@@ -61,8 +61,7 @@ class SparseOptimizerState(NamedTuple):
         What the state was made with, without arrays, to refuse another method or layout; None
         (in checkpoints of early versions) turns these checks off.
     motion : array or None
-        Two mean squares: of the steps of ``base`` and of the sparse parameters, if the radius is in
-        steps.
+        What a radius in steps depends on, see `safe_core.motion`; None for other radii.
     """
 
     step: jax.Array

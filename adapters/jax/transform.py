@@ -18,7 +18,13 @@ from safe_core.backends import selecting_on_host
 from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState, no_direction, no_motion
 
-from .arguments import check_arguments, check_base_state, check_grad_fn, is_static_zero
+from .arguments import (
+    check_arguments,
+    check_base_state,
+    check_grad_fn,
+    is_static_zero,
+    refuse_averaging,
+)
 from .evaluation import LAST, final_projection
 from .importance import importance_in_use, initial_importance, second_moments
 from .state import (
@@ -71,7 +77,9 @@ def sparse_optimizer(
     method : Method
         From `safe_core.safe` or another function of `safe_core`.
     rho, penalty : float, array or schedule, optional
-        Override the method's values. They may be traced, as in `optax.inject_hyperparams`.
+        Override the method's values, in their unit: rho counts steps if the radius of the method
+        is in steps, and the penalty of a `Pull` is a rate. They may be traced, as in
+        `optax.inject_hyperparams`.
     learning_rate : float, array or schedule
         The learning rate of ``base``. Pass it only for a method with a decoupled penalty.
     where : callable or pytree of bool, optional
@@ -131,6 +139,7 @@ def sparse_optimizer(
         values = tree.sparse(params)
         base_state = inner.init(params)
         check_base_state(base_state)
+        refuse_averaging(base_state, method)
         source = importance_in_use(importance, method, tree)
         held = initial_importance(importance, source, params, base_state, tree)
         joint = method.sparsity.joint
@@ -147,7 +156,7 @@ def sparse_optimizer(
         setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
         motion = None
         if method.measures_steps:
-            motion = no_motion(values) if values else jnp.zeros(2)
+            motion = no_motion(values) if values else jnp.zeros(3)
         state = StepState(split, held, flat, motion)
         return _packed(step, base_state, state, tree, method, setup)
 

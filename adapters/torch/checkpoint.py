@@ -207,12 +207,12 @@ def _read_entries(
 
 
 def _check_motion(name: str, motion: Tensor | None, method: Method) -> None:
-    """Raise unless the mean squares of steps are there exactly if the method needs them."""
+    """Raise unless ``motion`` is there exactly if the method needs it."""
     measures = method.measures_steps
     shape = None if motion is None else tuple(motion.shape)
-    if shape != ((2,) if measures else None):
+    if shape != ((3,) if measures else None):
         raise ValueError(
-            f"state_dict must hold {'two numbers as' if measures else 'no'} {_PREFIX}motion for "
+            f"state_dict must hold {'three numbers as' if measures else 'no'} {_PREFIX}motion for "
             f"{name}, got {'none' if shape is None else f'shape {shape}'}"
         )
 

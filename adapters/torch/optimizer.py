@@ -89,7 +89,8 @@ class SparseOptimizer(Optimizer):
     -----
     A param group opts out with ``"sparsify": False``. With True, all its parameters of two or
     more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
-    ``"sparsity"`` of a group override the method's. The perturbation is
+    ``"sparsity"`` of a group override the method's, in their unit: ``"rho"`` counts steps if the
+    radius of the method is in steps, and ``"penalty"`` of a `Pull` is a rate. The perturbation is
     ``e_i = rho_i g_i / |g|`` with the norm over all groups, and groups of equal sparsity are
     projected together. Parameters that are dense or frozen need no state.
 
@@ -396,13 +397,13 @@ class SparseOptimizer(Optimizer):
                 self.state.update({p: {} for p in self._run.trainable() if p not in self.state})
                 return None
             phases.check_step()
-            take_step(self._run, phases.take_first())
+            take_step(self._run, *phases.take())
             phases.count_step()
             return None
         phases.stop_watching()
         with phases.restoring():
             loss = phases.call(closure)
-            take_step(self._run, phases.take_first())
+            take_step(self._run, *phases.take())
         return loss
 
     @torch.no_grad()

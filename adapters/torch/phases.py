@@ -50,6 +50,8 @@ class Phases:
     phase : Phase
     first : dict of parameter to tensor
         Gradients at x, if the method reuses a direction; otherwise empty.
+    norms : tuple of tensors, or None
+        Norms of the gradients at x and at x + e, if the radius depends on them.
     shows_sparse : bool
         Whether `SparseOptimizer.sparse_weights` is open.
     watch : GradientWatch or None
@@ -70,17 +72,18 @@ class Phases:
         """Discard the gradients of the step."""
         self.phase = Phase.START
         self.first: dict[Tensor, Tensor] = {}
+        self.norms: tuple[Tensor, Tensor] | None = None
         self.stop_watching()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts before the first block: its parameters have no gradients.
-        return {**self.__dict__, "phase": Phase.START, "first": {}, "watch": None}
+        return {**self.__dict__, "phase": Phase.START, "first": {}, "norms": None, "watch": None}
 
-    def take_first(self) -> dict[Tensor, Tensor]:
-        """Return the gradients at x, and reset for the next step."""
-        first = self.first
+    def take(self) -> tuple[dict[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Return the gradients at x and the norms, and reset for the next step."""
+        taken = self.first, self.norms
         self.reset()
-        return first
+        return taken
 
     # Gradients that the user should or should not clear
 
@@ -207,6 +210,7 @@ class Phases:
                 self.reset()
             else:
                 self.phase = Phase.READY
+                self._measure_growth(sparse)
                 _add_back(added)
 
     @torch.no_grad()
@@ -289,6 +293,9 @@ class Phases:
         )
         # One call per radius: the norm is shared by all groups, only the length differs.
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
+        perturbation = run.method.perturbation
+        if perturbation is not None and perturbation.max_growth:
+            self.norms = direction.length, direction.length
         copies = run.moved.prepare(params)
         if run.compiled is not None:
             by_factor = {rho: found.factor for rho, found in by_radius.items()}
@@ -303,6 +310,16 @@ class Phases:
                 [copies[i] for i in mine],
                 found._replace(vectors=[direction.vectors[i] for i in mine]),
             )
+
+    @torch.no_grad()
+    def _measure_growth(self, sparse: list[Tensor]) -> None:
+        """Replace the second norm by that of the perturbed gradient, before it is clipped."""
+        if self.norms is None:
+            return
+        run = self.run
+        run.mask_gradients(sparse)
+        found = [p.grad for p in run.trainable() if p.grad is not None]
+        self.norms = self.norms[0], norm(found)
 
     def _layouts(self, params: list[Tensor]) -> list[Any]:
         selected = self.run.selected

@@ -247,7 +247,7 @@ class Run:
         return source.metric(held, joint=pattern.joint)
 
     def motion(self) -> Tensor | None:
-        """Return the mean squares of the steps and of all sparse parameters together.
+        """Return the state of `safe_core.motion` for all sparse parameters together.
 
         None if the radius is not in steps.
         """
@@ -255,8 +255,10 @@ class Run:
             return None
         held = self.parameters.motions(self.active())
         if not held:  # all sparse parameters are frozen, so no step moves them
-            return torch.zeros(2)
-        return torch.stack([motion.to(held[0].device) for motion in held]).sum(0)
+            return torch.zeros(3)
+        together = torch.stack([motion.to(held[0].device) for motion in held])
+        # A parameter that joined late has no brake yet; the others hold the same one.
+        return torch.cat([together[:, :2].sum(0), together[:, 2:].amax(0)])
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:
         """Return the state to save, with an entry for every parameter.

@@ -69,15 +69,15 @@ class ParameterState(NamedTuple):
                 self.state[p]["importance"] = importance
 
     def motions(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the mean squares of the steps and of each parameter, 0 before the first step."""
+        """Return the state of `safe_core.motion` of each parameter, 0 before the first step."""
         held = [self.state.get(p, {}).get("motion") for p in params]
         return [
-            torch.zeros(2, dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
+            torch.zeros(3, dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
             for p, s in zip(params, held, strict=True)
         ]
 
     def store_motions(self, params: Sequence[Tensor], motions: Sequence[Tensor]) -> None:
-        """Store the mean squares of each parameter, as `motions` returns them."""
+        """Store the state of each parameter, as `motions` returns it."""
         for p, motion in zip(params, motions, strict=True):
             self.state[p]["motion"] = motion
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Operation
-from safe_core.motion import is_measured, mean_squares
+from safe_core.motion import braked, is_measured, mean_squares
 
 from . import kernels
 from .importance import second_moments
@@ -18,22 +18,26 @@ __all__ = ["take_step"]
 
 
 @torch.no_grad()
-def take_step(run: Run, first: dict[Tensor, Tensor]) -> None:
+def take_step(
+    run: Run, first: dict[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Take the operations of a step after its gradients are known, and restore x.
 
-    ``first`` holds the gradients at x if the method reuses a direction.
+    ``first`` holds the gradients at x if the method reuses a direction, and ``norms`` those of
+    the gradients at x and at x + e if the radius depends on them.
     """
     if not run.has_gradient():
         return  # optimizers of torch also skip parameters without a gradient
-    _Step(run).take(first)
+    _Step(run, norms).take(first)
     run.steps += 1
 
 
 class _Step:
     """Take one step. Public methods are named after the members of `safe_core.Operation`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, norms: tuple[Tensor, Tensor] | None) -> None:
         self.run = run
+        self.norms = norms
         self.plan = run.plan
         self.sparse = run.sparse()
         self.due = self._due()
@@ -148,13 +152,20 @@ class _Step:
         return bool(self.sparse) and measured
 
     def measure_step(self) -> None:
-        if not self._measures:
-            return
-        lengths = kernels.step_lengths(self.sparse, self.before)
-        self.before = []
-        parameters = self.run.parameters
-        held = zip(parameters.motions(self.sparse), lengths, strict=True)
-        found = [mean_squares(motion, both, self.run.steps) for motion, both in held]
+        run, parameters = self.run, self.run.parameters
+        found = parameters.motions(self.sparse)
+        if self.norms is not None and found:
+            # All parameters hold the same brake, so that each can be saved by itself.
+            perturbation, motion = run.method.perturbation, run.motion()
+            assert perturbation is not None
+            assert motion is not None
+            brake = braked(motion[2], *self.norms, perturbation.max_growth)
+            found = [torch.cat([m[:2], brake.to(m).reshape(1)]) for m in found]
+        if self._measures:
+            lengths = kernels.step_lengths(self.sparse, self.before)
+            self.before = []
+            pairs = zip(found, lengths, strict=True)
+            found = [torch.cat([mean_squares(m[:2], new, run.steps), m[2:]]) for m, new in pairs]
         parameters.store_motions(self.sparse, found)
 
     def apply_pull(self) -> None:

@@ -140,8 +140,18 @@ def test_few_dual_updates_are_named_with_their_number() -> None:
     assert causes(rare, 100, {}) == ["interval"]
     assert "14 dual updates in 1000 steps" in text(rare, 100, {})
     assert causes(safe_core.safe(0.9, steps=STEPS, dual_update_interval=66), 100, {}) == []
-    # They cannot be more frequent than every step.
-    assert causes(safe_core.safe(0.9, steps=10), 5, {}) == []
+
+
+def test_a_run_of_few_steps_is_named() -> None:
+    """The dual updates cannot be more frequent than every step."""
+    for steps, said in ((139, True), (140, False), (200, False)):
+        method = safe_core.safe(0.9, steps=steps)
+        assert causes(method, 50, {}, steps=steps) == ["interval"] * said
+    assert "only 139 steps" in text(safe_core.safe(0.9, steps=139), 50, {}, 139)
+    # A run that has gone on is not short; nor is one whose updates come every step by choice.
+    assert causes(safe_core.safe(0.9, steps=100), 150, {}) == ["length"]
+    chosen = safe_core.safe(0.9, penalty=0.1, dual_update_interval=1)
+    assert causes(chosen, 50, {"distance": 0.01}, steps=100) == []
 
 
 def test_a_mask_that_still_changes_at_the_end_is_named() -> None:

@@ -16,6 +16,7 @@ from safe_core.finalization import Finalized, FinalizedTensor, describe, measure
 
 HALF = Unstructured(0.5)
 RISING = Unstructured(safe_core.schedules.linear_sparsity(0.5, steps=10))
+NEARLY = Unstructured(safe_core.schedules.cubic(0.9, steps=100))
 DRAWN = Unstructured(safe_core.schedules.random_sparsity((0.3, 0.5)))
 
 
@@ -116,6 +117,7 @@ def test_weights_that_were_sparse_already_need_no_training() -> None:
     ("pattern", "steps", "text"),
     [
         (RISING, 9, "schedule was at sparsity 0.45 of 0.5 after 9 steps"),
+        (NEARLY, 99, "schedule was at sparsity 0.899999 of 0.9 after 99 steps"),
         (RISING, 10, ""),
         (DRAWN, 9, ""),
     ],

@@ -16,7 +16,7 @@ import safe_core
 from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
 from safe_core.constraints.pull import pulled
 from safe_core.functional import FunctionalStep, StepState, start
-from safe_core.motion import MEASURE_INTERVAL, is_measured, mean_squares
+from safe_core.motion import MEASURE_INTERVAL, braked, is_measured, mean_squares
 
 INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 SUPPORT = np.asarray([[True, False, True], [False, False, True]])
@@ -130,10 +130,12 @@ def test_a_pull_is_refused_with_the_argument_and_its_value() -> None:
 IN_STEPS = Method(0.5, perturbation=SAM(0.5, in_steps=True))
 
 
-def perturb(square: float, of_x: float = 100.0, method: Method = IN_STEPS) -> Any:
+def perturb(
+    square: float, of_x: float = 100.0, method: Method = IN_STEPS, brake: float = 0.0
+) -> Any:
     def run(params: list[Any], gradients: list[Any]) -> Any:
         xp = array_namespace(*params)
-        return method.perturb(params, gradients, 0, motion=xp.asarray([square, of_x]))
+        return method.perturb(params, gradients, 0, motion=xp.asarray([square, of_x, brake]))
 
     return run
 
@@ -185,6 +187,65 @@ def test_parameters_that_are_zero_have_a_full_radius(xp: Backend) -> None:
         assert size(xp.run(perturb(9.0, bad, method), lists(0), lists(1))) == 0
 
 
+def test_the_brake_shrinks_the_radius(xp: Backend) -> None:
+    plain, braked = (size(xp.run(perturb(9.0, brake=b), lists(0), lists(1))) for b in (0.0, 0.7))
+    assert braked == pytest.approx(plain * math.exp(-0.7), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("brake", "first", "second", "wanted"),
+    [
+        (0.0, 2.0, 3.0, 0.0),  # at the limit
+        (0.0, 2.0, 3.1, 0.25),
+        (0.5, 2.0, 3.1, 0.75),
+        (0.5, 2.0, 0.0, 0.48),
+        (0.01, 2.0, 1.0, 0.0),
+        (0.5, 1e-30, 2e-30, 0.75),
+        (0.5, 2.0, math.nan, 0.75),
+        (0.5, 2.0, math.inf, 0.75),
+        (0.5, 0.0, 1.0, 0.5),  # there was no e
+        (0.5, math.nan, 1.0, 0.5),
+        (0.5, math.inf, 1.0, 0.5),
+        (0.5, math.inf, math.inf, 0.5),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_the_brake_follows_the_growth_of_the_gradient(
+    xp: Backend, brake: float, first: float, second: float, wanted: float, dtype: str
+) -> None:
+    def run(values: list[Any]) -> Any:
+        return [braked(*values, 1.5)]
+
+    arrays = [np.asarray(value, dtype) for value in (brake, first, second)]
+    (found,) = xp.run(run, arrays)
+    assert found.dtype == dtype
+    assert float(found) == pytest.approx(wanted, abs=1e-7)
+
+
+def test_a_radius_within_which_the_loss_bends_shrinks_until_it_does_not() -> None:
+    """With f(x) = x^4 / 4 and x kept at 1, the gradient at 1 + e is (1 + e)^3."""
+    e = SAM(0.2, in_steps=True, max_growth=1.331)  # up to e = 0.1
+    method = Method(0.5, safe_core.Mask(), perturbation=e)
+    params = [np.asarray([[1.0, 0.0]])]
+    state, points = start(method, params, [0], INFO), []
+
+    def gradient(x: list[Any]) -> list[Any]:
+        points.append(float(x[0][0, 0]) - 1)
+        return [x[0] ** 3]
+
+    def base(gradients: list[Any]) -> list[Any]:
+        sign = 1 - 2 * (t % 2)
+        return [np.asarray([[sign, 0.0]])]  # there and back: every step has length 1
+
+    for t in range(200):
+        step = FunctionalStep(method, params, [0], INFO, t, gradient, base)
+        _, state = step.run(gradient(params), state)
+    reached = [point for point in points if point > 0]
+    assert reached[0] == pytest.approx(0.2)
+    assert max(reached[20:]) < 0.1 * math.exp(1 / 50) + 1e-6
+    assert min(reached[20:]) > 0.1 * math.exp(-1 / 4) - 1e-6
+
+
 def test_the_mean_runs_over_the_measured_steps() -> None:
     s, lengths = np.asarray(0.0), [3.0, 1.0, 0.0, 2.0]
     for i, length in enumerate(lengths):
@@ -216,6 +277,11 @@ def test_a_radius_in_steps_is_part_of_the_value() -> None:
         SAM(0.5, full_step=0.1)
     with pytest.raises(ValueError, match="full_step must be a finite number of at least 0, got -1"):
         SAM(0.5, in_steps=True, full_step=-1)
+    with pytest.raises(ValueError, match=r"max_growth must be 0 unless the radius is in steps, go"):
+        SAM(0.5, max_growth=1.5)
+    for bad in (0.5, -1.0, math.inf):
+        with pytest.raises(ValueError, match="max_growth must be"):
+            SAM(0.5, in_steps=True, max_growth=bad)
     with pytest.raises(TypeError, match="in_steps must be True or False, got 1"):
         SAM(0.5, in_steps=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="motion must be given for a radius in steps"):

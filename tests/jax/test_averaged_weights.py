@@ -92,3 +92,20 @@ def test_sparse_optimizer_inside_schedule_free_updates_z_and_u_from_other_weight
         np.testing.assert_allclose(*anchors, rtol=1e-3)
     assert jnp.isfinite(params["kernel"]).all()
     assert right["kernel"].shape == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        safe_core.safe(0.75, steps=100),
+        safe_core.admm(0.75, penalty=0.1, decoupled=True),
+        safe_core.Method(0.75, safe_core.Pull(0.1, 4)),
+    ],
+    ids=["untuned", "decoupled", "pull"],
+)
+def test_a_move_after_the_base_step_is_refused_where_the_base_averages(method: Any) -> None:
+    params = {"kernel": jnp.ones((8, 4))}
+    rate = 0.1 if method.plan().needs_learning_rate else None
+    tx = sparse_optimizer(optax.chain(schedule_free_sgd(0.3)), method, learning_rate=rate)
+    with pytest.raises(ValueError, match=r"its penalty to the gradient .* ScheduleFreeState, which"):
+        tx.init(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import flax.serialization
@@ -189,11 +190,11 @@ def test_arguments_override_the_derived_numbers() -> None:
     method = Method(
         UNTUNED.sparsity,
         Pull(0.7, pull.dual_update_interval),
-        perturbation=SAM(0.3, in_steps=True, full_step=e.full_step),
+        perturbation=replace(e, rho=0.3),
     )
     after, state = train(other, 1)
     found = length(perturbation(other, after, state))
-    step, size = np.sqrt(state.motion)
+    step, size = np.sqrt(state.motion[:2])
     assert step == pytest.approx(first_step(make_params()), rel=1e-4)
     assert found == pytest.approx(0.3 * step * (step / size / e.full_step) ** 2, rel=1e-4)
     wanted = train(sparse_optimizer(optax.sgd(0.1), method), 5)

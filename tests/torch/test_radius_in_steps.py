@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -52,11 +53,11 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
     state = run.optimizer.state_dict()
     del state["state"][0]["safe_motion"]
     with pytest.raises(
-        ValueError, match=r"must hold two numbers as safe_motion for 0\.weight, got n"
+        ValueError, match=r"must hold three numbers as safe_motion for 0\.weight, got n"
     ):
         run.optimizer.load_state_dict(state)
-    state["state"][0]["safe_motion"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"safe_motion for 0\.weight, got shape \(3,\)"):
+    state["state"][0]["safe_motion"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"safe_motion for 0\.weight, got shape \(2,\)"):
         run.optimizer.load_state_dict(state)
     other = Run(safe_core.admm(0.75, steps=STEPS))
     state = run.optimizer.state_dict()
@@ -119,4 +120,70 @@ def test_the_steps_of_the_base_are_measured_alone(
     assert len(squares) == 3
     found = run.optimizer._run.motion()
     assert found is not None
-    assert found.tolist() == pytest.approx([sum(squares) / 3, sum(sizes) / 3], rel=1e-4)
+    assert found.tolist() == pytest.approx([sum(squares) / 3, sum(sizes) / 3, 0], rel=1e-4)
+
+
+BRAKED = Method(0.75, Pull(0.2, 4), perturbation=SAM(50.0, in_steps=True, max_growth=1.1))
+
+
+def brakes(run: Run) -> list[float]:
+    return [float(held["motion"][2]) for held in run.optimizer._run.state.values()]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_the_growth_is_that_of_the_gradients_before_they_are_clipped(
+    clip: bool, scale: float
+) -> None:
+    run, wanted, b = Run(BRAKED, dtype=torch.float64), [], 0.0
+    for _ in range(6):
+        params = list(run.model.parameters())
+        norms = []
+        run.optimizer.zero_grad()
+        (scale * run.loss()).backward()
+        norms.append(size([p.grad for p in params if p.grad is not None]))
+        with run.optimizer.perturbed(loss_scale=scale):
+            (scale * run.loss()).backward()
+            norms.append(size([p.grad for p in params if p.grad is not None]))
+        for p in params:
+            assert p.grad is not None
+            p.grad /= scale
+        if clip:
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
+        assert brakes(run) == [b, b]  # a step that is skipped changes nothing
+        run.optimizer.step()
+        b = b + 1 / 4 if norms[1] > 1.1 * norms[0] else max(b - 1 / 50, 0)
+        wanted.append(b)
+        assert brakes(run) == pytest.approx([b, b])
+    assert wanted[0] == 0  # no step was measured yet, so there was no e
+    assert wanted[-1] > 0.25
+
+
+def test_a_step_that_does_not_perturb_keeps_the_brake() -> None:
+    e = SAM(50.0, in_steps=True, max_growth=1.1, interval=2)
+    run = Run(Method(0.75, Pull(0.2, 4), perturbation=e))
+    seen = [brakes(run.train(1))[0] for _ in range(8)]
+    assert seen[1::2] == seen[0::2]
+    assert seen[-1] > 0
+
+
+def test_a_parameter_that_joins_late_takes_the_brake_of_the_others() -> None:
+    run = Run(BRAKED)
+    run.model[0].weight.requires_grad_(False)
+    run.train(4)
+    run.model[0].weight.requires_grad_(True)
+    held = max(brakes(run))
+    assert held > 0
+    run.train(1)
+    first, second = brakes(run)
+    assert first == second
+    assert abs(first - held) == pytest.approx(1 / 4) or abs(first - held) == pytest.approx(1 / 50)
+
+
+def test_the_brake_is_saved() -> None:
+    run, other = Run(BRAKED).train(6), Run(BRAKED)
+    assert brakes(run)[0] > 0
+    other.model.load_state_dict(run.model.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    assert brakes(other) == brakes(run)
+    assert_same(other.train(3).state(), run.train(3).state())
