@@ -216,7 +216,7 @@ def _interval(found: Figures, course: Course) -> str:
     whole = max(length, found.step)
     if every == 1 and course.constraint.penalty_spans_run and whole < FEWEST_STEPS:
         return (
-            f"the run has only {length} steps, in which a network that starts from random weights "
+            f"the run has only {whole} steps, in which a network that starts from random weights "
             f"does not adapt to zeros (train for {FEWEST_STEPS} or more, or start from a trained "
             "network)"
         )

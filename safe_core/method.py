@@ -119,6 +119,12 @@ class Method:
             raise ValueError(
                 "perturbation must not be None for a gradient at a perturbed point, got None"
             )
+        growth = 0.0 if self.perturbation is None else self.perturbation.max_growth
+        if growth and Point.PROJECTED_PERTURBED in points:
+            raise ValueError(
+                "max_growth must be 0 for a gradient at C(x + e), which differs from that at x by "
+                f"the projection, too, got {growth!r}"
+            )
         # LookSAM's direction is defined by the gradients at x and x + e alone. With a third
         # gradient in the sum it would be the direction of something else.
         reuses = self.perturbation is not None and self.perturbation.reuse > 0
@@ -205,6 +211,8 @@ class Method:
             raise ValueError(
                 f"motion must be given for a radius in steps, {self.perturbation!r}, got None"
             )
+        if motion.shape != (3,):
+            raise ValueError(f"motion must have shape (3,), got {tuple(motion.shape)}")
         return found.in_steps(motion, self.perturbation.full_step)
 
     def flat_direction(self, first: Sequence[Array], second: Sequence[Array]) -> list[Array]:

@@ -44,7 +44,7 @@ def safe(
         weights       off the support are pulled, see `Pull`, at 200 / T * (1 - cos(pi t / T))
         radius        up to 2 mean steps of the base optimizer, rising from 0 over T / 5 steps,
                       times min(1, (T l / (5 |x|))^2) for steps of length l; it shrinks after
-                      steps at which the gradient's norm is over 1.4 times larger at x + e
+                      steps at which the gradient's norm at x + e is over 1.4 times that at x
 
     Every number that is given replaces its derivation, and so does a sparsity that is a
     schedule. Without ``steps`` the method is that of the paper, with its numbers. For SAFE-Multi

@@ -18,6 +18,10 @@ MEASURE_INTERVAL = 8
 
 _BRAKE, _RELEASE = 1 / 4, 1 / 50
 
+_LARGEST = 4.0
+"""Largest brake. Without a bound, noise such as that of dropout could raise it so far that the
+radius would not recover within the run."""
+
 
 def is_measured(step: int | Array) -> bool | Array:
     """Return whether the length of the base optimizer's ``step`` is measured."""
@@ -59,9 +63,9 @@ def mean_squares(before: Array, lengths: Array, step: int | Array) -> Array:
 def braked(brake: Array, first: Array, second: Array, max_growth: float) -> Array:
     """Return the brake after a step that perturbed.
 
-    ``b <- b + 1/4`` if ``second > max_growth * first``, else ``b <- max(b - 1/50, 0)``. The radius
-    so settles where about one step in fourteen exceeds the growth. Without a finite, positive
-    ``first`` there was no e, and b stays as it is.
+    ``b <- min(b + 1/4, 4)`` if ``second > max_growth * first``, else ``b <- max(b - 1/50, 0)``. The
+    radius settles where about one step in fourteen exceeds ``max_growth``. Without a finite,
+    positive ``first`` e is zero, and b stays as it is.
 
     Parameters
     ----------
@@ -83,5 +87,6 @@ def braked(brake: Array, first: Array, second: Array, max_growth: float) -> Arra
     first, second = (xp.astype(x, brake.dtype, copy=False) for x in (first, second))
     fits = second <= max_growth * first
     released = brake - xp.minimum(brake, xp.full_like(brake, _RELEASE))
-    found = xp.where(fits, released, brake + _BRAKE)
+    largest = xp.full_like(brake, _LARGEST)
+    found = xp.where(fits, released, xp.minimum(brake + _BRAKE, largest))
     return xp.where((first > 0) & xp.isfinite(first), found, brake)

@@ -84,7 +84,7 @@ class Direction(NamedTuple):
 
     @property
     def usable(self) -> Array:
-        """Whether the unit is positive, and the length also finite; e is zero otherwise."""
+        """Whether unit and length are positive and the length is finite; e is zero otherwise."""
         finite = array_namespace(self.length).isfinite(self.length)
         return (self.length > 0) & finite & (self.unit > 0)
 
@@ -259,9 +259,12 @@ class SAM(Perturbation):
         measured steps. 0, the default, turns this off.
     max_growth : float
         With ``in_steps``: the ratio ``|grad f(x + e)| / |grad f(x)|`` beyond which the radius
-        shrinks, because the loss bends within it; keyword-only. After a step with a larger ratio
-        the radius is multiplied by ``exp(-1/4)``, after others by ``exp(1/50)`` until it is full.
-        0, the default, turns this off.
+        shrinks, because the loss is far from linear within it; keyword-only. After a step with a
+        larger ratio the radius is multiplied by ``exp(-1/4)``, down to ``exp(-4)`` of the full
+        one, and after others by ``exp(1/50)`` until it is full. The norms run over all trainable
+        parameters. Both gradients must be of the same batch, scale and dropout masks, and clipped
+        afterwards or not at all: clipping one of them changes the ratio, and clipping both hides
+        it. 0, the default, turns this off.
     interval, reuse : int, float
         Perturb at every n-th step only, and reuse part of the perturbed gradient at the
         others, see `Perturbation`; keyword-only.
@@ -269,7 +272,8 @@ class SAM(Perturbation):
     Raises
     ------
     TypeError, ValueError
-        As `Perturbation`.
+        As `Perturbation`, or if ``full_step`` or ``max_growth`` is negative, not finite, or
+        positive without ``in_steps``, or ``max_growth`` lies between 0 and 1.
 
     References
     ----------

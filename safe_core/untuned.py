@@ -47,8 +47,8 @@ radius shrinks with the square of the travel."""
 
 MAX_GROWTH = 1.4
 """Growth of the gradient's norm from x to x + e beyond which the radius shrinks. A network that is
-far from fitting its data, such as a language model trained from scratch, only learns more slowly
-under a radius beyond it."""
+far from fitting its data, such as a language model trained from scratch, learns more slowly under
+such a radius."""
 
 WARM_UP = 0.2
 """Fraction of the run over which the radius rises from 0. A full radius from the start can keep

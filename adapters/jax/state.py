@@ -258,6 +258,8 @@ def _check_arrays(
             f"state.motion must {'' if measures else 'not '}be there for a method with "
             f"in_steps={measures!r}; is the state of another method?"
         )
+    if state.motion is not None and state.motion.shape != (3,):
+        raise ValueError(f"state.motion must have shape (3,), got {state.motion.shape}")
     check_anchor(state, method)
     if state.anchor is None:
         return

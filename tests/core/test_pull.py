@@ -199,6 +199,8 @@ def test_the_brake_shrinks_the_radius(xp: Backend) -> None:
         (0.0, 2.0, 3.1, 0.25),
         (0.5, 2.0, 3.1, 0.75),
         (0.5, 2.0, 0.0, 0.48),
+        (3.9, 2.0, 9.0, 4.0),  # at most
+        (4.0, 2.0, 1.0, 3.98),
         (0.01, 2.0, 1.0, 0.0),
         (0.5, 1e-30, 2e-30, 0.75),
         (0.5, 2.0, math.nan, 0.75),
@@ -286,6 +288,12 @@ def test_a_radius_in_steps_is_part_of_the_value() -> None:
         SAM(0.5, in_steps=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="motion must be given for a radius in steps"):
         IN_STEPS.perturb([np.ones(2)], [np.ones(2)], 0)
+    with pytest.raises(ValueError, match=r"motion must have shape \(3,\), got \(2,\)"):
+        IN_STEPS.perturb([np.ones(2)], [np.ones(2)], 0, motion=np.ones(2))
+    points = safe_core.cram(0.5).evaluations
+    assert Method(0.5, perturbation=SAM(0.5, in_steps=True), evaluations=points).measures_steps
+    with pytest.raises(ValueError, match=r"max_growth must be 0 for a gradient at C\(x \+ e\), wh"):
+        Method(0.5, perturbation=SAM(0.5, in_steps=True, max_growth=1.5), evaluations=points)
 
 
 def test_perturbed_steps_reach_as_far_as_the_steps_before() -> None:

@@ -179,6 +179,9 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
     state = tx.init(params)._replace(motion=None)
     with pytest.raises(ValueError, match="motion must be there for a method with in_steps=T"):
         tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+    old = tx.init(params)._replace(motion=jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"state.motion must have shape \(3,\), got \(2,\)"):
+        tx.update(grad_fn(params), old, params, grad_fn=grad_fn)
 
 
 def test_arguments_override_the_derived_numbers() -> None:
