@@ -22,7 +22,7 @@ from .constraints.splitting import penalty_gradient
 from .importance import Importance
 from .layout import Layout
 from .method import Method
-from .motion import braked, is_measured, mean_squares
+from .motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 from .perturbations import norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
@@ -270,7 +270,7 @@ class FunctionalStep:
             moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
             second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
             if motion is not None:
-                motion = self._braked(motion, direction.length, second)
+                motion = self._shrunk(motion, direction.length, second)
             second = _combined(second, first, evaluation)
             if not self._plan.reuses:
                 return second, flat, motion
@@ -284,14 +284,11 @@ class FunctionalStep:
         found = cond(due, ascend, stay, self._g, self._flat, self._motion)
         self._g, self._flat, self._motion = found
 
-    def _braked(self, motion: Array, first: Array, second: list[Array]) -> Array:
+    def _shrunk(self, motion: Array, first: Array, second: list[Array]) -> Array:
         growth = self.method.perturbation.max_growth  # type: ignore[union-attr]
         if not growth:
             return motion
-        xp = array_namespace(motion)
-        return xp.concat(
-            [motion[:2], xp.reshape(braked(motion[2], first, norm(second), growth), (1,))]
-        )
+        return with_shrinkage(motion, next_shrinkage(motion[2], first, norm(second), growth))
 
     def _at(self, params: list[Array]) -> list[Array]:
         return self._masked(_cast(self.gradients_at(params), self._g))
@@ -352,8 +349,7 @@ class FunctionalStep:
             xp = array_namespace(motion)
             found = (norm(self._of(arrays)) for arrays in (self._updates, self.params))
             lengths = [xp.astype(length, motion.dtype, copy=False) for length in found]
-            squares = mean_squares(motion[:2], xp.stack(lengths), self.step)
-            return xp.concat([squares, motion[2:]])
+            return with_lengths(motion, xp.stack(lengths), self.step)
 
         cond = backend_of(self.step).cond
         self._motion = cond(is_measured(self.step), measure, lambda motion: motion, self._motion)

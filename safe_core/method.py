@@ -232,6 +232,38 @@ class Method:
             raise ValueError(f"perturbation must not be None to reuse a direction, got {self!r}")
         return reused(gradients, flat, self.perturbation.reuse)
 
+    def refuse_averaging(self, base: str) -> None:
+        """Raise if the method moves parameters after the step of a base that averages them.
+
+        A schedule-free ``base`` evaluates an average of its iterates and does not know of the
+        move. A mask is harmless, because it also masks the gradients.
+
+        Parameters
+        ----------
+        base : str
+            What the message calls the base optimizer.
+
+        Raises
+        ------
+        ValueError
+            If the method has a decoupled penalty or a `Pull`.
+
+        Examples
+        --------
+        >>> from safe_core import admm
+        >>> admm(0.5, penalty=0.1).refuse_averaging("SGDScheduleFree")
+        >>> admm(0.5, steps=100).refuse_averaging("SGDScheduleFree")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: method must add its penalty to the gradient with SGDScheduleFree, which ...
+        """
+        if self.plan().moves_after_base:
+            raise ValueError(
+                f"method must add its penalty to the gradient with {base}, which evaluates other "
+                "parameters than it trains (give penalty= and leave decoupled=False), got "
+                f"{self!r}"
+            )
+
     # The importance
 
     def init_importance(self, params: Sequence[Array]) -> list[Array] | None:

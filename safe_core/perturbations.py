@@ -114,7 +114,7 @@ class Direction(NamedTuple):
         `SAM` describes ``full_step``.
         """
         xp = array_namespace(self.length)
-        of_step, of_x, brake = (xp.astype(motion[i], self.length.dtype) for i in range(3))
+        of_step, of_x, shrinkage = (xp.astype(motion[i], self.length.dtype) for i in range(3))
         step, size = xp.sqrt(of_step), xp.sqrt(of_x)
         zero, one = xp.zeros_like(step), xp.ones_like(step)
         known = (step > 0) & xp.isfinite(step) & xp.isfinite(size)
@@ -125,7 +125,7 @@ class Direction(NamedTuple):
             full = full_step * xp.where(compared, size, one)
             share = xp.where(compared, xp.minimum(radius / full, one), one)
             radius = radius * share**2
-        return self._replace(unit=radius * xp.exp(-brake))
+        return self._replace(unit=radius * xp.exp(-shrinkage))
 
     def perturbation(self) -> list[Array]:
         """Return ``e``, which is zero if the length is not usable.

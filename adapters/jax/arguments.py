@@ -58,12 +58,8 @@ def refuse_averaging(base_state: Any, method: Method) -> None:
     Such a base evaluates an average of its iterates, which would not follow the move.
     """
     found = _state_with("weight_sum", base_state)
-    if found and method.plan().moves_after_base:
-        raise ValueError(
-            f"method must add its penalty to the gradient with a base of the state {found}, which "
-            "evaluates other parameters than it trains (give penalty= and leave decoupled=False), "
-            f"got {method!r}"
-        )
+    if found:
+        method.refuse_averaging(f"a base that keeps {found}")
 
 
 def _state_with(field: str, state: Any) -> str:

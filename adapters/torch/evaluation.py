@@ -125,8 +125,8 @@ def switch_of(run: Run, phases: Phases, name: str) -> Callable[[], None]:
         if phases.block and name == _mode(run):
             return
         phases.refuse_within_block(f"{name}()")
-        if name == "train":
-            _refuse_pull(run)
+        if name == "train" and not run.frozen:
+            run.method.refuse_averaging(type(run.base).__name__)
         switch()
         run.forget_copies()
         run.switched = name, run.steps
@@ -156,18 +156,4 @@ def refuse_training_mode(run: Run, call: str) -> None:
         raise ValueError(
             f"{call} must come after eval() of this optimizer, because "
             f"{type(run.base).__name__} trains other parameters than it evaluates"
-        )
-
-
-def _refuse_pull(run: Run) -> None:
-    """Raise for a penalty that moves the parameters outside the base step.
-
-    The base does not know of this move when it computes the parameters that it evaluates. A mask
-    is harmless, because it also masks the gradients.
-    """
-    if run.method.plan().moves_after_base and not run.frozen:
-        raise ValueError(
-            f"method must add its penalty to the gradient with {type(run.base).__name__}, which "
-            "evaluates other parameters than it trains (give penalty= and leave decoupled=False), "
-            f"got {run.method!r}"
         )

@@ -50,7 +50,7 @@ class Phases:
     phase : Phase
     first : dict of parameter to tensor
         Gradients at x, if the method reuses a direction; otherwise empty.
-    norms : tuple of tensors, or None
+    norms : list of tensors
         Norms of the gradients at x and at x + e, if the radius depends on them.
     shows_sparse : bool
         Whether `SparseOptimizer.sparse_weights` is open.
@@ -72,14 +72,14 @@ class Phases:
         """Discard the gradients of the step."""
         self.phase = Phase.START
         self.first: dict[Tensor, Tensor] = {}
-        self.norms: tuple[Tensor, Tensor] | None = None
+        self.norms: list[Tensor] = []
         self.stop_watching()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts before the first block: its parameters have no gradients.
-        return {**self.__dict__, "phase": Phase.START, "first": {}, "norms": None, "watch": None}
+        return {**self.__dict__, "phase": Phase.START, "first": {}, "norms": [], "watch": None}
 
-    def take(self) -> tuple[dict[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    def take(self) -> tuple[dict[Tensor, Tensor], list[Tensor]]:
         """Return the gradients at x and the norms, and reset for the next step."""
         taken = self.first, self.norms
         self.reset()
@@ -295,7 +295,7 @@ class Phases:
         by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
         perturbation = run.method.perturbation
         if perturbation is not None and perturbation.max_growth:
-            self.norms = direction.length, direction.length
+            self.norms = [direction.length]
         copies = run.moved.prepare(params)
         if run.compiled is not None:
             by_factor = {rho: found.factor for rho, found in by_radius.items()}
@@ -313,13 +313,13 @@ class Phases:
 
     @torch.no_grad()
     def _measure_growth(self, sparse: list[Tensor]) -> None:
-        """Replace the second norm by that of the perturbed gradient, before it is clipped."""
-        if self.norms is None:
+        """Add the norm of the perturbed gradient, before it is clipped."""
+        if not self.norms:
             return
         run = self.run
         run.mask_gradients(sparse)
         found = [p.grad for p in run.trainable() if p.grad is not None]
-        self.norms = self.norms[0], norm(found)
+        self.norms.append(norm(found))
 
     def _layouts(self, params: list[Tensor]) -> list[Any]:
         selected = self.run.selected

@@ -257,7 +257,7 @@ class Run:
         if not held:  # all sparse parameters are frozen, so no step moves them
             return torch.zeros(3)
         together = torch.stack([motion.to(held[0].device) for motion in held])
-        # A parameter that joined late has no brake yet; the others hold the same one.
+        # A parameter that joined late has not shrunk yet; the others hold the same number.
         return torch.cat([together[:, :2].sum(0), together[:, 2:].amax(0)])
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safe_core import Operation
-from safe_core.motion import braked, is_measured, mean_squares
+from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 
 from . import kernels
 from .importance import second_moments
@@ -18,9 +18,7 @@ __all__ = ["take_step"]
 
 
 @torch.no_grad()
-def take_step(
-    run: Run, first: dict[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None = None
-) -> None:
+def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = ()) -> None:
     """Take the operations of a step after its gradients are known, and restore x.
 
     ``first`` holds the gradients at x if the method reuses a direction, and ``norms`` those of
@@ -35,7 +33,7 @@ def take_step(
 class _Step:
     """Take one step. Public methods are named after the members of `safe_core.Operation`."""
 
-    def __init__(self, run: Run, norms: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, run: Run, norms: Sequence[Tensor]) -> None:
         self.run = run
         self.norms = norms
         self.plan = run.plan
@@ -152,20 +150,23 @@ class _Step:
         return bool(self.sparse) and measured
 
     def measure_step(self) -> None:
+        if not self.norms and not self._measures:
+            return
         run, parameters = self.run, self.run.parameters
         found = parameters.motions(self.sparse)
-        if self.norms is not None and found:
-            # All parameters hold the same brake, so that each can be saved by itself.
+        if self.norms and found:
+            # Every parameter holds the same shrinkage, so that each can be saved by itself.
             perturbation, motion = run.method.perturbation, run.motion()
             assert perturbation is not None
             assert motion is not None
-            brake = braked(motion[2], *self.norms, perturbation.max_growth)
-            found = [torch.cat([m[:2], brake.to(m).reshape(1)]) for m in found]
+            first, second = self.norms
+            now = next_shrinkage(motion[2], first, second, perturbation.max_growth)
+            found = [with_shrinkage(m, now.to(m.device)) for m in found]
         if self._measures:
             lengths = kernels.step_lengths(self.sparse, self.before)
             self.before = []
             pairs = zip(found, lengths, strict=True)
-            found = [torch.cat([mean_squares(m[:2], new, run.steps), m[2:]]) for m, new in pairs]
+            found = [with_lengths(m, new, run.steps) for m, new in pairs]
         parameters.store_motions(self.sparse, found)
 
     def apply_pull(self) -> None:

@@ -16,7 +16,7 @@ import safe_core
 from safe_core import ADMM, SAM, ArrayInfo, Layout, Method, Pull, schedules
 from safe_core.constraints.pull import pulled
 from safe_core.functional import FunctionalStep, StepState, start
-from safe_core.motion import MEASURE_INTERVAL, braked, is_measured, mean_squares
+from safe_core.motion import MEASURE_INTERVAL, is_measured, mean_squares, next_shrinkage
 
 INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 SUPPORT = np.asarray([[True, False, True], [False, False, True]])
@@ -131,11 +131,11 @@ IN_STEPS = Method(0.5, perturbation=SAM(0.5, in_steps=True))
 
 
 def perturb(
-    square: float, of_x: float = 100.0, method: Method = IN_STEPS, brake: float = 0.0
+    square: float, of_x: float = 100.0, method: Method = IN_STEPS, shrinkage: float = 0.0
 ) -> Any:
     def run(params: list[Any], gradients: list[Any]) -> Any:
         xp = array_namespace(*params)
-        return method.perturb(params, gradients, 0, motion=xp.asarray([square, of_x, brake]))
+        return method.perturb(params, gradients, 0, motion=xp.asarray([square, of_x, shrinkage]))
 
     return run
 
@@ -187,13 +187,15 @@ def test_parameters_that_are_zero_have_a_full_radius(xp: Backend) -> None:
         assert size(xp.run(perturb(9.0, bad, method), lists(0), lists(1))) == 0
 
 
-def test_the_brake_shrinks_the_radius(xp: Backend) -> None:
-    plain, braked = (size(xp.run(perturb(9.0, brake=b), lists(0), lists(1))) for b in (0.0, 0.7))
-    assert braked == pytest.approx(plain * math.exp(-0.7), rel=1e-5)
+def test_the_shrinkage_acts_on_the_radius(xp: Backend) -> None:
+    plain, shrunk = (
+        size(xp.run(perturb(9.0, shrinkage=b), lists(0), lists(1))) for b in (0.0, 0.7)
+    )
+    assert shrunk == pytest.approx(plain * math.exp(-0.7), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("brake", "first", "second", "wanted"),
+    ("shrinkage", "first", "second", "wanted"),
     [
         (0.0, 2.0, 3.0, 0.0),  # at the limit
         (0.0, 2.0, 3.1, 0.25),
@@ -212,20 +214,20 @@ def test_the_brake_shrinks_the_radius(xp: Backend) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_the_brake_follows_the_growth_of_the_gradient(
-    xp: Backend, brake: float, first: float, second: float, wanted: float, dtype: str
+def test_the_shrinkage_follows_the_growth_of_the_gradient(
+    xp: Backend, shrinkage: float, first: float, second: float, wanted: float, dtype: str
 ) -> None:
     def run(values: list[Any]) -> Any:
-        return [braked(*values, 1.5)]
+        return [next_shrinkage(*values, 1.5)]
 
-    arrays = [np.asarray(value, dtype) for value in (brake, first, second)]
+    arrays = [np.asarray(value, dtype) for value in (shrinkage, first, second)]
     (found,) = xp.run(run, arrays)
     assert found.dtype == dtype
     assert float(found) == pytest.approx(wanted, abs=1e-7)
 
 
 def test_a_radius_within_which_the_loss_bends_shrinks_until_it_does_not() -> None:
-    """With f(x) = x^4 / 4 and x kept at 1, the gradient at 1 + e is (1 + e)^3."""
+    """Keep x at 1 with f(x) = x^4 / 4, whose gradient at 1 + e is (1 + e)^3."""
     e = SAM(0.2, in_steps=True, max_growth=1.331)  # up to e = 0.1
     method = Method(0.5, safe_core.Mask(), perturbation=e)
     params = [np.asarray([[1.0, 0.0]])]

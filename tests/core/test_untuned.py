@@ -283,5 +283,6 @@ def test_the_docstring_quotes_the_constants() -> None:
         f"sqrt({untuned.RISE**2 * untuned.RISE_STEPS:g} T) steps of more than {untuned.RISE_STEPS}",
         f"up to {untuned.RADIUS:g} mean steps of the base optimizer",
         f"min(1, (T l / ({untuned.TRAVEL:g} |x|))^2)",
+        f"over {untuned.MAX_GROWTH:g} times that at x",
     ):
         assert number in text, number

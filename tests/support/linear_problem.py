@@ -86,7 +86,7 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     flat = np.zeros(w.size + b.size)
     lengths: list[float] = []
     sizes: list[float] = []
-    brake = 0.0
+    shrinkage = 0.0
 
     def gradient(w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gw, gb = problem.gradient(w, b)
@@ -102,13 +102,13 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
             if recipe.full_step and lengths:
                 size = math.sqrt(np.mean(np.square(sizes)))
                 unit *= min(unit / size / recipe.full_step, 1) ** 2
-            rho = recipe.rho(t) * (unit * math.exp(-brake) if recipe.in_steps else 1)
+            rho = recipe.rho(t) * (unit * math.exp(-shrinkage) if recipe.in_steps else 1)
             moved = w + rho * scale**2 * gw / length
             gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, b + rho * gb / length)
             second = np.concatenate([gw.ravel(), gb])
             if recipe.max_growth:
                 grows = np.linalg.norm(second) > recipe.max_growth * np.linalg.norm(first)
-                brake = brake + 1 / 4 if grows else max(brake - 1 / 50, 0)
+                shrinkage = shrinkage + 1 / 4 if grows else max(shrinkage - 1 / 50, 0)
             flat = second - (second @ first) / (first @ first) * first
         elif recipe.reuse:
             added = recipe.reuse * np.linalg.norm(first) / np.linalg.norm(flat) * flat
@@ -184,6 +184,13 @@ def untuned(method: safe_core.Method, *, perturbs: bool) -> tuple[safe_core.Meth
     )
 
 
+def in_steps(rho: float, **options: float) -> tuple[safe_core.Method, Recipe]:
+    """Return ADMM with a radius in steps."""
+    e = safe_core.SAM(rho, in_steps=True, **options)
+    method = safe_core.Method(0.6, safe_core.ADMM(0.3, 3), perturbation=e)
+    return method, Recipe(rho=lambda t: rho, in_steps=True, **options)
+
+
 CASES = {
     "safe": (_method(), Recipe()),
     "admm": (
@@ -221,28 +228,9 @@ CASES = {
         safe_core.Method(0.6, safe_core.Pull(0.3, 3), perturbation=safe_core.SAM(0.2)),
         Recipe(pulled=True),
     ),
-    "radius in steps": (
-        safe_core.Method(
-            0.6, safe_core.ADMM(0.3, 3), perturbation=safe_core.SAM(1.5, in_steps=True)
-        ),
-        Recipe(rho=lambda t: 1.5, in_steps=True),
-    ),
-    "full radius from a length on": (
-        safe_core.Method(
-            0.6,
-            safe_core.ADMM(0.3, 3),
-            perturbation=safe_core.SAM(1.5, in_steps=True, full_step=0.2),
-        ),
-        Recipe(rho=lambda t: 1.5, in_steps=True, full_step=0.2),
-    ),
-    "radius shrinks where the gradient grows": (
-        safe_core.Method(
-            0.6,
-            safe_core.ADMM(0.3, 3),
-            perturbation=safe_core.SAM(6.0, in_steps=True, max_growth=1.1),
-        ),
-        Recipe(rho=lambda t: 6.0, in_steps=True, max_growth=1.1),
-    ),
+    "radius in steps": in_steps(1.5),
+    "full radius from a length on": in_steps(1.5, full_step=0.2),
+    "radius shrinks where the gradient grows": in_steps(6.0, max_growth=1.1),
     "untuned safe": untuned(safe_core.safe(0.6, steps=2 * STEPS), perturbs=True),
     "untuned admm": untuned(safe_core.admm(0.6, steps=2 * STEPS), perturbs=False),
     "iht": (

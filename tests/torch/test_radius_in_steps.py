@@ -123,10 +123,10 @@ def test_the_steps_of_the_base_are_measured_alone(
     assert found.tolist() == pytest.approx([sum(squares) / 3, sum(sizes) / 3, 0], rel=1e-4)
 
 
-BRAKED = Method(0.75, Pull(0.2, 4), perturbation=SAM(50.0, in_steps=True, max_growth=1.1))
+SHRINKING = Method(0.75, Pull(0.2, 4), perturbation=SAM(50.0, in_steps=True, max_growth=1.1))
 
 
-def brakes(run: Run) -> list[float]:
+def shrinkages(run: Run) -> list[float]:
     return [float(held["motion"][2]) for held in run.optimizer._run.state.values()]
 
 
@@ -135,7 +135,7 @@ def brakes(run: Run) -> list[float]:
 def test_the_growth_is_that_of_the_gradients_before_they_are_clipped(
     clip: bool, scale: float
 ) -> None:
-    run, wanted, b = Run(BRAKED, dtype=torch.float64), [], 0.0
+    run, wanted, b = Run(SHRINKING, dtype=torch.float64), [], 0.0
     for _ in range(6):
         params = list(run.model.parameters())
         norms = []
@@ -150,40 +150,40 @@ def test_the_growth_is_that_of_the_gradients_before_they_are_clipped(
             p.grad /= scale
         if clip:
             torch.nn.utils.clip_grad_norm_(params, 0.1)
-        assert brakes(run) == [b, b]  # a step that is skipped changes nothing
+        assert shrinkages(run) == [b, b]  # a step that is skipped changes nothing
         run.optimizer.step()
         b = b + 1 / 4 if norms[1] > 1.1 * norms[0] else max(b - 1 / 50, 0)
         wanted.append(b)
-        assert brakes(run) == pytest.approx([b, b])
+        assert shrinkages(run) == pytest.approx([b, b])
     assert wanted[0] == 0  # no step was measured yet, so there was no e
     assert wanted[-1] > 0.25
 
 
-def test_a_step_that_does_not_perturb_keeps_the_brake() -> None:
+def test_a_step_that_does_not_perturb_keeps_the_shrinkage() -> None:
     e = SAM(50.0, in_steps=True, max_growth=1.1, interval=2)
     run = Run(Method(0.75, Pull(0.2, 4), perturbation=e))
-    seen = [brakes(run.train(1))[0] for _ in range(8)]
+    seen = [shrinkages(run.train(1))[0] for _ in range(8)]
     assert seen[1::2] == seen[0::2]
     assert seen[-1] > 0
 
 
-def test_a_parameter_that_joins_late_takes_the_brake_of_the_others() -> None:
-    run = Run(BRAKED)
+def test_a_parameter_that_joins_late_takes_the_shrinkage_of_the_others() -> None:
+    run = Run(SHRINKING)
     run.model[0].weight.requires_grad_(False)
     run.train(4)
     run.model[0].weight.requires_grad_(True)
-    held = max(brakes(run))
+    held = max(shrinkages(run))
     assert held > 0
     run.train(1)
-    first, second = brakes(run)
+    first, second = shrinkages(run)
     assert first == second
     assert abs(first - held) == pytest.approx(1 / 4) or abs(first - held) == pytest.approx(1 / 50)
 
 
-def test_the_brake_is_saved() -> None:
-    run, other = Run(BRAKED).train(6), Run(BRAKED)
-    assert brakes(run)[0] > 0
+def test_the_shrinkage_is_saved() -> None:
+    run, other = Run(SHRINKING).train(6), Run(SHRINKING)
+    assert shrinkages(run)[0] > 0
     other.model.load_state_dict(run.model.state_dict())
     other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    assert brakes(other) == brakes(run)
+    assert shrinkages(other) == shrinkages(run)
     assert_same(other.train(3).state(), run.train(3).state())

@@ -163,9 +163,9 @@ def test_after_freezing_nothing_pulls(base: str) -> None:
         assert torch.equal(old == 0, new == 0)
         assert not torch.equal(old, new)
     # The steps before the projection are still part of the unit.
-    *squares, brake = run.optimizer._run.motion().tolist()
+    *squares, shrinkage = run.optimizer._run.motion().tolist()
     step, x = map(math.sqrt, squares)
-    unit = step * min(step / x * STEPS / untuned.TRAVEL, 1) ** 2 * math.exp(-brake)
+    unit = step * min(step / x * STEPS / untuned.TRAVEL, 1) ** 2 * math.exp(-shrinkage)
     assert unit > 0
     assert size(run.perturbation()) == pytest.approx(
         float(run.optimizer.method.radius(run.optimizer.steps)) * unit, rel=1e-3
