@@ -27,6 +27,7 @@ __all__ = ["draw"]
 
 COLOURS = {
     "safe": "C0",
+    "published": "C9",
     "admm": "C1",
     "gmp": "C4",
     "fine-tuned": "C3",
@@ -34,7 +35,8 @@ COLOURS = {
     "dense": "0.45",
 }
 LABELS = {
-    "safe": "SAFE",
+    "safe": "SAFE, no numbers",
+    "published": "SAFE, published",
     "admm": "ADMM",
     "gmp": "GMP",
     "fine-tuned": "magnitude, fine-tuned",
@@ -44,6 +46,7 @@ LABELS = {
 MARKERS = {"torch": "o", "jax": "x"}
 LINES: dict[str, Any] = {"torch": "-", "jax": ":"}
 SHOWN = 0.9  # the sparsity of Figure 1
+SURFACES = ("admm", "published", "safe")  # the networks whose loss is drawn
 
 
 def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
@@ -58,7 +61,7 @@ def draw(cells: Sequence[Cell], recipe: Recipe, folder: Path) -> list[Path]:
     files = {
         "accuracy.png": _accuracy(cells, recipe),
         "weights.png": _weights(clean["dense", None], clean["safe", sparsity]),
-        "landscape.png": _landscape(clean["admm", sparsity], clean["safe", sparsity], data),
+        "landscape.png": _landscape([clean[name, sparsity] for name in SURFACES], data),
     }
     for name, figure in files.items():
         figure.savefig(folder / name, dpi=150, bbox_inches="tight")
@@ -139,15 +142,20 @@ def _weights(dense: Cell, safe: Cell) -> Figure:
     return figure
 
 
-def _landscape(admm: Cell, safe: Cell, data: Dataset) -> Figure:
-    """Draw the training loss around both projected networks, in the same random plane."""
+def _landscape(cells: Sequence[Cell], data: Dataset) -> Figure:
+    """Draw the training loss around the projected networks, in the same random plane."""
     steps = np.linspace(-1, 1, 25)
+    count = len(cells)
     figure, panels = plt.subplots(
-        1, 2, figsize=(8.4, 3.8), subplot_kw={"projection": "3d"}, constrained_layout=True
+        1,
+        count,
+        figsize=(4.2 * count, 3.8),
+        subplot_kw={"projection": "3d"},
+        constrained_layout=True,
     )
-    surfaces = [_surface(cell.layers["projected"], data, steps) for cell in (admm, safe)]
+    surfaces = [_surface(cell.layers["projected"], data, steps) for cell in cells]
     top = max(float(surface.max()) for surface in surfaces)
-    for axes, cell, surface in zip(panels, (admm, safe), surfaces, strict=True):
+    for axes, cell, surface in zip(panels, cells, surfaces, strict=True):
         axes.plot_surface(*np.meshgrid(steps, steps), surface, cmap="viridis", vmin=0, vmax=top)
         axes.set_zlim(0, top)
         title = f"{LABELS[cell.method]}: largest eigenvalue {cell.eigenvalue[0]:.2f}"

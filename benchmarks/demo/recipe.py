@@ -1,4 +1,4 @@
-"""The protocol of the demo: Appendix B.2 of the SAFE paper, on digits."""
+"""The protocol of the demo: Appendix B.2 of the SAFE paper, on digits, and SAFE with no setting."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import safe_core
 
-__all__ = ["CHOSEN", "Recipe", "Run"]
+__all__ = ["CHOSEN", "TRAINED", "Recipe", "Run"]
 
-CHOSEN = {"gmp": "rise", "admm": "penalty", "safe": "penalty"}
-"""Map each method to the name of its one setting, which is chosen on held-out images."""
+CHOSEN = {"gmp": "rise", "admm": "penalty", "published": "penalty"}
+"""Map each tuned method to the name of its one setting, which is chosen on held-out images."""
+
+TRAINED = (*CHOSEN, "safe")
+"""The methods that start from the initial weights."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Run:
 
     Attributes
     ----------
-    method : {"dense", "fine-tuned", "gmp", "admm", "safe"}
+    method : {"dense", "fine-tuned", "gmp", "admm", "published", "safe"}
+        "published" is SAFE with the numbers of the paper, "safe" the one that needs none.
     noise : float
         Fraction of training labels replaced by uniform draws.
     seed : int
@@ -27,8 +31,8 @@ class Run:
     sparsity : float or None
         Fraction of zero weights over all layers together.
     setting : float or None
-        For a method in `CHOSEN`: the final penalty of ADMM and SAFE, or the fraction of the steps
-        over which the sparsity of GMP rises.
+        For a method in `CHOSEN`: the final penalty of ADMM and published SAFE, or the fraction of
+        the steps over which the sparsity of GMP rises.
     held_out : bool
         Whether a fifth of the training set is held out, to choose the setting.
     """
@@ -89,14 +93,17 @@ class Recipe:
     def method(self, run: Run, steps: int) -> safe_core.Method:
         """Return the method of a sparse run.
 
-        ADMM and SAFE have the same cosine penalty. GMP raises the sparsity along a cubic. A
-        "fine-tuned" network trains under the mask of its largest initial weights.
+        ADMM and published SAFE have the same cosine penalty. GMP raises the sparsity along a
+        cubic. SAFE gets the number of steps and nothing else. A "fine-tuned" network trains
+        under the mask of its largest initial weights.
         """
         if run.sparsity is None:
             raise ValueError(f"sparsity must be given for a sparse run, got {run!r}")
         if run.method == "fine-tuned":
             largest = safe_core.schedules.linear_sparsity(run.sparsity, 1, initial=run.sparsity)
             return safe_core.gmp(largest)
+        if run.method == "safe":
+            return safe_core.safe(run.sparsity, steps=steps)
         if run.setting is None:
             raise ValueError(f"setting must be given for {run.method}, got {run!r}")
         every = self.dual_update_interval
@@ -104,7 +111,7 @@ class Recipe:
             rise = every * max(1, round(run.setting * steps / every))  # in whole intervals
             return safe_core.gmp(safe_core.schedules.cubic(run.sparsity, steps=rise, every=every))
         penalty = safe_core.schedules.cosine(run.setting, steps=steps)
-        if run.method == "safe":
+        if run.method == "published":
             return safe_core.safe(
                 run.sparsity, rho=self.rho, penalty=penalty, dual_update_interval=every
             )

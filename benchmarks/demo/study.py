@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 import safe_core
 
 from .data import Layer, accuracy, initial_layers, load
-from .recipe import CHOSEN, Recipe, Run
+from .recipe import CHOSEN, TRAINED, Recipe, Run
 
 __all__ = ["Cell", "count_runs", "study"]
 
@@ -63,8 +63,8 @@ def count_runs(recipe: Recipe) -> int:
     cells = len(recipe.noises) * len(recipe.sparsities)
     candidates = [len(recipe.candidates(method)) for method in CHOSEN]
     choosing = sum(count for count in candidates if count > 1)
-    # A dense network for each noise; in each cell a fine-tuned one, and those of `CHOSEN`.
-    per_seed = len(recipe.noises) + cells * (1 + len(CHOSEN) + choosing)
+    # A dense network for each noise; in each cell a fine-tuned one, and those of `TRAINED`.
+    per_seed = len(recipe.noises) + cells * (1 + len(TRAINED) + choosing)
     return len(recipe.seeds) * per_seed
 
 
@@ -121,9 +121,10 @@ def study(
                 data, x, projected, own = fit(Run("fine-tuned", noise, seed, sparsity), layers)
                 tuned.append((data, x, projected, seconds + own))
             yield measure(Run("fine-tuned", noise, 0, sparsity), tuned)
-            for method in CHOSEN:
+            for method in TRAINED:
                 run = Run(method, noise, 0, sparsity)
-                run = replace(run, setting=choose_setting(recipe, run, fit))
+                if method in CHOSEN:
+                    run = replace(run, setting=choose_setting(recipe, run, fit))
                 yield measure(run, [fit(replace(run, seed=seed)) for seed in recipe.seeds])
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import safe_core
 from safe_core.demo import data, figures, report, study, train_jax, train_torch
-from safe_core.demo.recipe import CHOSEN, Recipe, Run
+from safe_core.demo.recipe import CHOSEN, TRAINED, Recipe, Run
 from safe_core.demo.run import demo
 
 TINY = Recipe(
@@ -22,7 +23,7 @@ TINY = Recipe(
     sparsities=(0.9,),
     seeds=(0,),
 )
-METHODS = ["dense", "one-shot", "fine-tuned", "gmp", "admm", "safe"]
+METHODS = ["dense", "one-shot", "fine-tuned", "gmp", "admm", "published", "safe"]
 TRAINERS = {"torch": train_torch.train, "jax": train_jax.train}
 
 
@@ -63,14 +64,20 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[-1] == pytest.approx(0, abs=1e-12)
 
 
-def test_admm_differs_from_safe_in_the_perturbation_only():
+def test_admm_differs_from_published_safe_in_the_perturbation_only():
     recipe = Recipe()
-    admm, safe = (recipe.method(Run(m, 0.0, 0, 0.9, 0.1), 1140) for m in ("admm", "safe"))
+    admm, safe = (recipe.method(Run(m, 0.0, 0, 0.9, 0.1), 1140) for m in ("admm", "published"))
     assert admm.perturbation is None
     assert replace(safe, perturbation=None) == admm
     penalty = admm.constraint.penalty
     assert [penalty(step) for step in (0, 570, 1140)] == pytest.approx([0.0, 0.05, 0.1])
-    assert recipe.candidates("admm") == recipe.candidates("safe")
+    assert recipe.candidates("admm") == recipe.candidates("published")
+
+
+def test_safe_gets_the_sparsity_and_the_steps_and_nothing_else():
+    assert Recipe().method(Run("safe", 0.0, 0, 0.9), 1140) == safe_core.safe(0.9, steps=1140)
+    assert "safe" in TRAINED
+    assert "safe" not in CHOSEN
 
 
 @pytest.mark.parametrize(("rise", "last"), [(0.5, 576), (0.8, 896)])
@@ -93,7 +100,15 @@ def test_methods_without_their_setting_are_refused():
 
 @pytest.mark.parametrize(
     ("method", "ascent_share"),
-    [("dense", 1), ("gmp", 1), ("admm", 1), ("safe", 1), ("safe", 0.5)],
+    [
+        ("dense", 1),
+        ("gmp", 1),
+        ("admm", 1),
+        ("published", 1),
+        ("published", 0.5),
+        ("safe", 1),
+        ("safe", 0.5),
+    ],
 )
 def test_frameworks_train_the_same_network(method, ascent_share):
     sparsity, setting = None if method == "dense" else 0.9, 0.5 if method == "gmp" else 0.1
@@ -154,7 +169,8 @@ def test_largest_eigenvalue_is_that_of_the_matrix():
 
 
 @pytest.mark.parametrize(
-    ("method", "best"), [("gmp", 0.5), ("gmp", 0.8), ("admm", 0.01), ("admm", 0.1), ("safe", 0.1)]
+    ("method", "best"),
+    [("gmp", 0.5), ("gmp", 0.8), ("admm", 0.01), ("admm", 0.1), ("published", 0.1)],
 )
 def test_the_setting_is_chosen_on_held_out_data(method, best):
     recipe = Recipe(penalties=(0.1, 0.01), rises=(0.8, 0.5), seeds=(0, 1))
@@ -175,7 +191,7 @@ def test_the_setting_is_chosen_on_held_out_data(method, best):
     }
 
 
-@pytest.mark.parametrize(("method", "lowest"), [("gmp", 0.5), ("admm", 0.01), ("safe", 0.01)])
+@pytest.mark.parametrize(("method", "lowest"), [("gmp", 0.5), ("admm", 0.01), ("published", 0.01)])
 def test_of_equally_good_settings_the_lowest_is_chosen(method, lowest):
     recipe = Recipe(penalties=(0.1, 0.01), rises=(0.8, 0.5), seeds=(0,))
     layer = data.Layer(np.zeros((1, 2), np.float32), np.zeros(2, np.float32))
@@ -186,7 +202,7 @@ def test_of_equally_good_settings_the_lowest_is_chosen(method, lowest):
 
 
 def test_the_chosen_setting_is_trained_and_shown(monkeypatch):
-    chosen = {"gmp": 0.8, "admm": 0.01, "safe": 0.1}
+    chosen = {"gmp": 0.8, "admm": 0.01, "published": 0.1}
     runs = []
 
     def train(recipe, run, data, layers, device):
@@ -203,7 +219,7 @@ def test_the_chosen_setting_is_trained_and_shown(monkeypatch):
     assert shown == dict.fromkeys(METHODS, "") | {
         "gmp": "rise 0.8",
         "admm": "penalty 0.01",
-        "safe": "penalty 0.1",
+        "published": "penalty 0.1",
     }
 
 
@@ -242,7 +258,7 @@ def test_every_run_is_counted_and_fine_tuning_starts_from_the_dense_network(reci
     advanced = []
     cells = list(study.study(recipe, "torch", "cpu", advanced.append))
     assert len(advanced) == len(runs) == study.count_runs(recipe)
-    assert [c.method for c in cells[:6]] == METHODS
+    assert [c.method for c in cells[: len(METHODS)]] == METHODS
     tuned = [run for run in runs if run.method == "fine-tuned"]
     assert len(tuned) == len(recipe.noises)
     for run in tuned:

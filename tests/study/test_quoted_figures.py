@@ -253,29 +253,32 @@ def demo(labels: str) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
     return found
 
 
-def leads(of: dict[tuple[str, str], dict[str, tuple[float, float]]], other: str) -> list[float]:
-    """Return by how many points SAFE is ahead of another method, at each sparsity."""
+def leads(
+    of: dict[tuple[str, str], dict[str, tuple[float, float]]], first: str, second: str
+) -> list[float]:
+    """Return by how many points a method is ahead of another one, at each sparsity."""
     accuracy = {key: cell["accuracy"][0] for key, cell in of.items()}
-    return [accuracy["safe", s] - accuracy[other, s] for s in SPARSITIES]
+    return [accuracy[first, s] - accuracy[second, s] for s in SPARSITIES]
+
+
+def best(of: dict[tuple[str, str], dict[str, tuple[float, float]]], sparsity: str) -> float:
+    """Return the highest accuracy at a sparsity."""
+    return max(cell["accuracy"][0] for key, cell in of.items() if key[1] == sparsity)
 
 
 def test_the_demo_with_clean_labels() -> None:
     clean = demo("clean labels")
-    low, middle, high, highest = leads(clean, "admm")
-    assert f"{low:.1f}" == f"{middle:.1f}"
+    shown = {
+        method: "{:.1f} ± {:.1f}%".format(*clean[method, "99%"]["accuracy"])
+        for method in ("safe", "gmp", "published", "admm")
+    }
     assert (
-        f"SAFE is ahead of ADMM by {low:.1f} points at 90% and 95%, {high:.1f} at 98% and "
-        f"{highest:.1f} at 99%"
+        f"{shown['safe']}, against {shown['gmp']} for GMP, {shown['published']} for published SAFE "
+        f"and {shown['admm']} for ADMM. From 90% to 98% it is within 0.2 points of the best"
     ) in DEMO
-    admm = {s: clean["admm", s]["accuracy"] for s in SPARSITIES}
-    ours = {s: clean["safe", s]["accuracy"] for s in SPARSITIES}
-    joint = [(ours[s][0] - admm[s][0]) / math.hypot(ours[s][1], admm[s][1]) for s in SPARSITIES]
-    assert "at most 1.2 joint standard errors" in DEMO
-    assert 1.1 < max(joint) < 1.2
-    gmp, safe = (clean[method, "99%"]["accuracy"] for method in ("gmp", "safe"))
-    assert gmp[0] == max(cell["accuracy"][0] for key, cell in clean.items() if key[1] == "99%")
-    assert f"{gmp[0]:.1f} ± {gmp[1]:.1f}%, against {safe[0]:.1f} ± {safe[1]:.1f}% for SAFE" in DEMO
-    assert max(map(abs, leads(clean, "gmp")[:3])) < 0.5
+    assert clean["safe", "99%"]["accuracy"][0] == best(clean, "99%")
+    for s in SPARSITIES[:3]:
+        assert best(clean, s) - clean["safe", s]["accuracy"][0] < 0.2
     tuned = [clean["fine-tuned", s]["accuracy"][0] for s in SPARSITIES]
     assert clean["safe", "90%"]["accuracy"][0] - tuned[0] < 1
     assert clean["safe", "95%"]["accuracy"][0] - tuned[1] > 2
@@ -285,27 +288,37 @@ def test_the_demo_with_clean_labels() -> None:
 def test_the_demo_with_label_noise() -> None:
     noisy = demo("50% label noise")
     for s in SPARSITIES:
-        of = {method: cell["accuracy"][0] for (method, t), cell in noisy.items() if t in ("", s)}
-        assert of["safe"] == max(of.values())
-        assert of["safe"] - of["dense"] > 19
-    first, second, *rest = (round(lead) for lead in leads(noisy, "admm"))
-    assert len(set(rest)) == 1
-    gmp = ", ".join(f"{lead:.0f}" for lead in leads(noisy, "gmp")).rpartition(", ")
-    assert (
-        f"of ADMM by {first} points at 90%, {second} at 95% and {rest[0]} at 98% and 99%, and "
-        f"ahead of GMP by {gmp[0]} and {gmp[2]} points"
-    ) in DEMO
+        assert noisy["published", s]["accuracy"][0] == best(noisy, s)
+    behind = leads(noisy, "published", "safe")
+    assert f"behind it by {behind[0]:.1f} points at 90% and by about 2 points above" in DEMO
+    assert {round(points) for points in behind[1:]} == {2}
+    admm = leads(noisy, "admm", "safe")
+    assert f"behind ADMM by {admm[2]:.1f} points at 98% and by {admm[3]:.1f} at 99%" in DEMO
+    assert max(admm[:2]) < 0
+    gmp = ", ".join(f"{lead:.0f}" for lead in leads(noisy, "safe", "gmp")).rpartition(", ")
+    assert f"ahead of GMP by {gmp[0]} and {gmp[2]} points" in DEMO
+
+
+def test_what_the_perturbation_brings_in_the_demo() -> None:
+    clean = leads(demo("clean labels"), "published", "admm")
+    assert f"It brings {min(clean):.1f} to {max(clean):.1f} points with clean labels" in DEMO
+    noisy = [f"{lead:.0f}" for lead in leads(demo("50% label noise"), "published", "admm")]
+    assert f"and {', '.join(noisy[:3])} and {noisy[3]} points with random ones" in DEMO
 
 
 def test_the_demo_is_flattest_with_safe() -> None:
     for labels in ("clean labels", "50% label noise"):
         of = {key: cell["eigenvalue"][0] for key, cell in demo(labels).items()}
         for s in SPARSITIES:
-            assert 0.3 <= of["safe", s] / of["admm", s] < 0.55
+            assert 0.3 <= of["published", s] / of["admm", s] < 0.55
+            if labels != "clean labels":
+                assert of["safe", s] < of["published", s]
+            elif s in ("90%", "95%"):
+                assert of["safe", s] == pytest.approx(of["admm", s], rel=0.1)
 
 
 def test_the_demo_and_the_comparison_differ_as_stated() -> None:
     clean, rows = demo("clean labels"), table(COMPARISON, "clean labels: accuracy, %")
-    assert "There SAFE is ahead of GMP at 99% zeros with clean labels" in DEMO
+    assert "There published SAFE is ahead of GMP at 99% zeros with clean labels" in DEMO
     assert rows["SAFE, cosine penalty"]["99%"][0] > rows["GMP"]["99%"][0]
-    assert clean["safe", "99%"]["accuracy"][0] < clean["gmp", "99%"]["accuracy"][0]
+    assert clean["published", "99%"]["accuracy"][0] < clean["gmp", "99%"]["accuracy"][0]
