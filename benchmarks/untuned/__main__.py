@@ -13,8 +13,8 @@ from safe_core import untuned
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
-from .cells import OURS, Cell, cells, comparators, recipe
-from .table import as_markdown, draw, read
+from .cells import ABLATED, ABLATIONS, OURS, Cell, cells, comparators, recipe
+from .table import ablations_as_markdown, as_markdown, draw, read, read_ablations
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
@@ -63,10 +63,7 @@ def tuned(cell: Cell, out: Path, framework: str) -> dict[str, dict[str, Any]]:
 
 
 def run(cell: Cell, out: Path, framework: str) -> None:
-    """Train what is missing of one cell, and write its accuracies beside the results.
-
-    Ours is trained again when a constant of `safe_core.untuned` has changed.
-    """
+    """Train what is missing of one cell, and write its accuracies beside the results."""
     head = {**cell._asdict(), "framework": framework}
     file = out / "comparators.json"
     if not file.exists():
@@ -75,13 +72,27 @@ def run(cell: Cell, out: Path, framework: str) -> None:
         methods = {"dense": 'method = "dense"\n', **tables}
         accuracy = trained(cell, methods, out / "comparators", framework)
         _write(file, {**head, "accuracy": accuracy, "chosen": chosen})
-    file, constants = out / "ours.json", out / "ours-constants.json"
+    _train_ours(cell, OURS, out / "ours", framework)
+
+
+def ablate(cell: Cell, out: Path, framework: str) -> None:
+    """Train SAFE with one part changed at a time, and write the accuracies."""
+    _train_ours(cell, ABLATIONS, out / "ablations", framework)
+
+
+def _train_ours(cell: Cell, methods: Mapping[str, str], out: Path, framework: str) -> None:
+    """Train methods that depend on the constants of `safe_core.untuned`.
+
+    They are trained again when a constant has changed.
+    """
+    file, constants = (out.with_name(f"{out.name}{end}") for end in (".json", "-constants.json"))
     if constants.exists() and json.loads(constants.read_text(encoding="utf-8")) != CONSTANTS:
         file.unlink(missing_ok=True)
-        shutil.rmtree(out / "ours", ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
     if not file.exists():
         _write(constants, CONSTANTS)
-        _write(file, {**head, "accuracy": trained(cell, OURS, out / "ours", framework)})
+        head = {**cell._asdict(), "framework": framework}
+        _write(file, {**head, "accuracy": trained(cell, methods, out, framework)})
 
 
 def _write(file: Path, found: Mapping[str, Any]) -> None:
@@ -97,19 +108,25 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cells whose name holds this text")
     parser.add_argument("--framework", default="torch", choices=["torch", "jax"])
     parser.add_argument(
+        "--ablations", action="store_true", help="train SAFE with one part changed at a time"
+    )
+    parser.add_argument(
         "--tables", action="store_true", help="train nothing, and write the table and the figure"
     )
     options = parser.parse_args()
     if options.tables:
         rows = read(options.results)
+        parts = ablations_as_markdown(read_ablations(options.results))
         (DOCS / "untuned_table.md").write_text(as_markdown(rows), encoding="utf-8")
+        (DOCS / "untuned_ablations.md").write_text(parts, encoding="utf-8")
         draw(rows, DOCS / "_static" / "untuned.png")
         return
     index, count = map(int, options.shard.split("/"))
-    mine = [cell for cell in cells() if options.only in cell.name][index::count]
+    todo, train = (ABLATED, ablate) if options.ablations else (cells(), run)
+    mine = [cell for cell in todo if options.only in cell.name][index::count]
     for i, cell in enumerate(mine):
         print(f"{i + 1}/{len(mine)}: {cell.name}", flush=True)
-        run(cell, options.results / options.framework / cell.name, options.framework)
+        train(cell, options.results / options.framework / cell.name, options.framework)
 
 
 if __name__ == "__main__":

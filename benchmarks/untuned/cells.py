@@ -7,8 +7,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = [
-    "BASES", "OURS", "TASKS", "TUNED", "Cell", "Search", "Task", "cells", "comparators", "recipe",
+    "ABLATED", "ABLATIONS", "BASES", "OURS", "PLAIN", "SAFE", "TASKS", "TUNED", "Cell", "Runs",
+    "Search", "Task", "cells", "comparators", "recipe",
 ]  # fmt: skip
+
+
+class Runs(NamedTuple):
+    """Every base at every sparsity, for one length in epochs."""
+
+    bases: tuple[str, ...]
+    epochs: int
+    sparsities: tuple[float | str, ...]
 
 
 class Task(NamedTuple):
@@ -18,9 +27,8 @@ class Task(NamedTuple):
     ----------
     data, model : str
         TOML values of the recipe.
-    lengths : mapping of str to tuple of int
-        Epochs by base.
-    sparsities : tuple of float or str
+    runs : tuple of Runs
+        Bases, lengths and sparsities that are tried.
     chooses : bool
         Whether the constants of `safe_core.untuned` were chosen on this task. The others are
         the test.
@@ -33,8 +41,7 @@ class Task(NamedTuple):
 
     data: str
     model: str
-    lengths: Mapping[str, tuple[int, ...]]
-    sparsities: tuple[float | str, ...]
+    runs: tuple[Runs, ...]
     chooses: bool
     noise: float = 0.0
     dense_epochs: int = 0
@@ -64,39 +71,43 @@ BASES = {
     "AdamW 1e-3": 'optimizer = "adamw"\nlearning_rate = 1e-3\nweight_decay = 1e-2',
 }
 _DENSE_RATES = {"SGD 0.03": 0.1, "Adam 1e-3": 3e-3, "AdamW 1e-3": 3e-3}
-_EVERY = dict.fromkeys(BASES, (60,))
-_SMALL = {**_EVERY, "SGD 0.1": (20, 60, 180), "Adam 3e-3": (20, 60, 180)}
-_LARGE = {"SGD 0.1": (20,), "Adam 3e-3": (20,), "AdamW 1e-3": (20,)}
-_TRAINED = {"SGD 0.03": (20,), "Adam 1e-3": (20,)}
 _LENET = 'name = "lenet-300-100"'
 _MNIST = 'name = "parts.py:mnist_5000"'
-_FRACTIONS = (0.8, 0.9, 0.95, 0.98, 0.99)
+# Two bases take every sparsity; the others, and the other lengths, those where methods differ.
+_ALL, _HIGH, _HIGHEST = (0.8, 0.9, 0.95, 0.98, 0.99), (0.9, 0.95, 0.99), (0.95, 0.99)
+_TWO = ("SGD 0.1", "Adam 3e-3")
+_DIGITS = (
+    Runs(_TWO, 60, _ALL),
+    Runs(tuple(base for base in BASES if base not in _TWO), 60, _HIGHEST),
+    Runs(_TWO, 20, _HIGH),
+    Runs(_TWO, 180, _HIGHEST),
+)
+_LARGER = (Runs(("SGD 0.1",), 20, _ALL), Runs(("Adam 3e-3", "AdamW 1e-3"), 20, _HIGHEST))
+_ENCODER = (0.75, "2:4")
 _FROM_SCRATCH = {
-    "digits": Task('name = "digits"', _LENET, _SMALL, _FRACTIONS, chooses=True),
-    "digits, random labels": Task(
-        'name = "digits"', _LENET, _SMALL, _FRACTIONS, chooses=True, noise=0.5
-    ),
-    "MNIST 5000": Task(
-        _MNIST, 'name = "parts.py:convolutional"', _LARGE, _FRACTIONS, chooses=False
-    ),
+    "digits": Task('name = "digits"', _LENET, _DIGITS, chooses=True),
+    "digits, random labels": Task('name = "digits"', _LENET, _DIGITS, chooses=True, noise=0.5),
+    "MNIST 5000": Task(_MNIST, 'name = "parts.py:convolutional"', _LARGER, chooses=False),
     "MNIST-1D": Task(
         'name = "parts.py:mnist1d"',
         _LENET,
-        {**_LARGE, "SGD 0.1": (20, 60)},
-        _FRACTIONS,
+        (*_LARGER, Runs(("SGD 0.1",), 60, _HIGH)),
         chooses=False,
     ),
     "rows of MNIST 5000": Task(
         _MNIST,
         'name = "parts.py:encoder"',
-        {"Adam 1e-3": (20,), "AdamW 1e-3": (20,)},
-        (0.75, "2:4"),
+        (Runs(("Adam 1e-3", "AdamW 1e-3"), 20, _ENCODER),),
         chooses=False,
     ),
 }
 TASKS = _FROM_SCRATCH | {
     f"{name}, from dense": task._replace(
-        lengths={"AdamW 1e-3": (20,)} if "encoder" in task.model else _TRAINED,
+        runs=(
+            Runs(("AdamW 1e-3",), 20, _ENCODER)
+            if "encoder" in task.model
+            else Runs(("SGD 0.03", "Adam 1e-3"), 20, _HIGH),
+        ),
         dense_epochs=60 if task.chooses else 20,
     )
     for name, task in _FROM_SCRATCH.items()
@@ -162,10 +173,28 @@ TUNED: dict[str, Search] = {
 }
 """Map each comparator to the settings that it is chosen from."""
 
-OURS = {
-    "SAFE, untuned": 'method = "safe"\n',
-    "without perturbation, untuned": 'method = "admm"\n',
+SAFE, PLAIN = "SAFE, untuned", "without perturbation, untuned"
+OURS = {SAFE: 'method = "safe"\n', PLAIN: 'method = "admm"\n'}
+
+ABLATIONS = OURS | {
+    label: f'method = "parts.py:changed"\npart = "{part}"\n'
+    for label, part in {
+        "final sparsity from the start": "rise",
+        "a mask in place of the pull": "pull",
+        "a quarter of the dual updates": "interval",
+        "radius without regard to travel": "travel",
+        "radius without regard to growth": "growth",
+    }.items()
 }
+"""Map SAFE and its variants with one part changed to their tables."""
+
+ABLATED = [
+    Cell(name, base, 60, sparsity)
+    for name in ("digits", "digits, random labels")
+    for base in ("SGD 0.1", "Adam 1e-3")
+    for sparsity in _HIGHEST
+]
+"""Cells of the ablations: tasks that the constants were chosen on, with two bases."""
 
 
 def comparators(cell: Cell) -> dict[str, Search]:
@@ -189,10 +218,10 @@ def comparators(cell: Cell) -> dict[str, Search]:
 def cells() -> Iterator[Cell]:
     """Yield all cells, those of the longest runs last."""
     found = (
-        Cell(name, base, epochs, sparsity)
+        Cell(name, base, runs.epochs, sparsity)
         for name, task in TASKS.items()
-        for base, lengths in task.lengths.items()
-        for epochs, sparsity in itertools.product(lengths, task.sparsities)
+        for runs in task.runs
+        for base, sparsity in itertools.product(runs.bases, runs.sparsities)
     )
     yield from sorted(found, key=lambda cell: cell.epochs > 60)
 

@@ -5,7 +5,7 @@ A copy of this file is kept with the results, so it imports installed packages o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 import safe_core
 from safe_core import _checks, schedules, untuned
+from safe_core.patterns import as_pattern
 from safe_core.sparsity_tables import Cubic
 from safe_core.study.data import Dataset, Normalisation, Split
 
@@ -121,6 +122,26 @@ def rounds(sparsity: Any, steps: int, *, count: int, rho: float = 0.0) -> safe_c
     """Return iterative magnitude pruning, whose last round trains under the final mask."""
     every = max(steps // (count + 1), 1)
     return masked(Rounds(sparsity, steps=count * every, every=every), rho=rho)
+
+
+def changed(sparsity: Any, steps: int, *, part: str) -> safe_core.Method:
+    """Return `safe_core.safe` with one part changed, to see what that part brings.
+
+    ``part`` is "rise" (the final sparsity from the start), "pull" (the weights off the mask are
+    set to zero), "interval" (a quarter of the dual updates), "travel" (a radius that does not
+    depend on how far the run moves) or "growth" (one that does not depend on the gradient's).
+    """
+    method = safe_core.safe(sparsity, steps=steps)
+    ball = method.perturbation
+    if part == "rise":
+        return replace(method, sparsity=as_pattern(sparsity))
+    if part == "pull":
+        return replace(method, constraint=safe_core.Mask())
+    if part == "interval":
+        every = 4 * untuned.interval(steps)
+        return safe_core.safe(sparsity, steps=steps, dual_update_interval=every)
+    option = {"travel": "full_step", "growth": "max_growth"}[part]
+    return replace(method, perturbation=replace(ball, **{option: 0.0}))
 
 
 def split(

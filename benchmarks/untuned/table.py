@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_core.study.runner.statistics import mean_and_error
 
-from .cells import OURS, TASKS, Cell
+from .cells import ABLATIONS, OURS, PLAIN, SAFE, TASKS, Cell, cells
 
-__all__ = ["Row", "as_markdown", "draw", "read"]
+__all__ = ["Row", "ablations_as_markdown", "as_markdown", "draw", "read", "read_ablations"]
 
-SAFE, PLAIN = OURS
 MARGIN = 0.5  # points that the best tuned comparator may be ahead
 
 
@@ -61,16 +60,12 @@ class Row(NamedTuple):
 
 def read(folder: Path) -> list[Row]:
     """Read the files of all finished cells, in the order of the tasks."""
-    rows = []
+    planned, rows = set(cells()), []
     for file in sorted(folder.glob("*/*/ours.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
         others = json.loads(file.with_name("comparators.json").read_text(encoding="utf-8"))
-        cell = Cell(*(found[key] for key in Cell._fields))
-        accuracy = {}
-        for label, values in (others["accuracy"] | found["accuracy"]).items():
-            mean, error = mean_and_error(values)
-            accuracy[label] = (mean, error or 0.0)
-        rows.append(Row(cell, found["framework"], accuracy))
+        row = _row(file, others["accuracy"])
+        if row.cell in planned:
+            rows.append(row)
     order = list(TASKS)
     return sorted(
         rows,
@@ -84,6 +79,36 @@ def read(folder: Path) -> list[Row]:
     )
 
 
+def read_ablations(folder: Path) -> list[Row]:
+    """Read the files of all finished ablations."""
+    return [_row(file) for file in sorted(folder.glob("*/*/ablations.json"))]
+
+
+def _row(file: Path, others: Mapping[str, list[float]] | None = None) -> Row:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    accuracy = {}
+    for label, values in ((others or {}) | found["accuracy"]).items():
+        mean, error = mean_and_error(values)
+        accuracy[label] = (mean, error or 0.0)
+    return Row(Cell(*(found[key] for key in Cell._fields)), found["framework"], accuracy)
+
+
+def ablations_as_markdown(rows: Sequence[Row]) -> str:
+    """Return the accuracy of every variant by cell, and its mean."""
+    labels = [label for label in ABLATIONS if all(label in row.accuracy for row in rows)]
+    lines = [
+        "| task | base | zeros | " + " | ".join(labels) + " |",
+        "| --- | --- | ---: |" + " ---: |" * len(labels),
+    ]
+    for row in rows:
+        shown = ["{:.1f} ± {:.1f}".format(*row.accuracy[label]) for label in labels]
+        cell = row.cell
+        parts = (cell.task, cell.base, f"{100 * cell.sparsity:g}%", *shown)
+        lines.append("| " + " | ".join(parts) + " |")
+    means = [f"{_average(row.accuracy[label][0] for row in rows):.1f}" for label in labels]
+    return "\n".join([*lines, "| mean | | | " + " | ".join(means) + " |"]) + "\n"
+
+
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return a summary by half of the tasks, and every cell."""
     halves = {
@@ -93,7 +118,11 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "tasks that the constants were chosen on": [r for r in rows if TASKS[r.cell.task].chooses],
         "other tasks": [r for r in rows if not TASKS[r.cell.task].chooses],
     }
-    parts = [_summary({name: found for name, found in halves.items() if found})]
+    finished = sum(row.framework == "torch" for row in rows)
+    parts = [
+        f"{finished} of {sum(1 for _ in cells())} cells in PyTorch, {len(rows) - finished} in JAX.",
+        _summary({name: found for name, found in halves.items() if found}),
+    ]
     for task in TASKS:
         mine = [row for row in rows if row.cell.task == task]
         if mine:
