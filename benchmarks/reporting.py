@@ -55,7 +55,7 @@ def _torch(width: int, repeats: int) -> list[Result]:
 
     def give() -> None:
         for p, g in zip(params, gradients, strict=True):
-            p.grad = g
+            p.grad = g.detach()
 
     def step() -> None:
         give()

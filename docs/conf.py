@@ -22,6 +22,8 @@ exclude_patterns = [
     "jax/setup.md",
     "pytorch/setup.md",
     "savings_table.md",
+    "untuned_ablations.md",
+    "untuned_table.md",
 ]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3

@@ -189,9 +189,13 @@ ABLATIONS = OURS | {
 """Map SAFE and its variants with one part changed to their tables."""
 
 ABLATED = [
-    Cell(name, base, 60, sparsity)
+    Cell(name + start, base, epochs, sparsity)
+    for start, epochs, bases in (
+        ("", 60, ("SGD 0.1", "Adam 1e-3")),
+        (", from dense", 20, ("Adam 1e-3",)),
+    )
     for name in ("digits", "digits, random labels")
-    for base in ("SGD 0.1", "Adam 1e-3")
+    for base in bases
     for sparsity in _HIGHEST
 ]
 """Cells of the ablations: tasks that the constants were chosen on, with two bases."""

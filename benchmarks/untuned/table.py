@@ -170,34 +170,46 @@ def _cells(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against sparsity by task: the mean over bases and lengths."""
+    """Draw accuracy against sparsity by task, for the base and length with most sparsities."""
     from matplotlib.figure import Figure
 
     tasks = [t for t in TASKS if any(r.cell.task == t for r in rows)]
-    figure = Figure(figsize=(2.6 * len(tasks), 2.8), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    across = min(len(tasks), 5)
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[len(tasks) :]:
+        axes.remove()
     lines = {
         "best tuned": ("#D55E00", lambda row: row.accuracy[row.best][0]),
         SAFE: ("#0072B2", lambda row: row.accuracy[SAFE][0]),
         PLAIN: ("0.5", lambda row: row.accuracy[PLAIN][0]),
     }
-    for axes, task in zip(panels, tasks, strict=True):
-        mine = [row for row in rows if row.cell.task == task]
-        sparsities = list(dict.fromkeys(row.cell.sparsity for row in mine))
+    for axes, task in zip(panels, tasks, strict=False):
+        (base, epochs), mine = _longest_line([row for row in rows if row.cell.task == task])
+        sparsities = [row.cell.sparsity for row in mine]
         for label, (colour, value) in lines.items():
-            means = [
-                _average(map(value, (r for r in mine if r.cell.sparsity == s))) for s in sparsities
-            ]
-            axes.plot(range(len(sparsities)), means, "o-", color=colour, markersize=3, label=label)
+            shown = [value(row) for row in mine]
+            axes.plot(range(len(mine)), shown, "o-", color=colour, markersize=3, label=label)
         names = [s if isinstance(s, str) else f"{100 * s:g}%" for s in sparsities]
         axes.set_xticks(range(len(sparsities)), names, fontsize=8)
-        axes.set_title(task, fontsize=9)
+        axes.set_title(f"{task}\n{base}, {epochs} epochs", fontsize=9)
         axes.set_xlabel("zeros", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy, %", fontsize=8)
+    for axes in panels[: len(tasks) : across]:
+        axes.set_ylabel("test accuracy, %", fontsize=8)
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=200)
+
+
+def _longest_line(rows: Iterable[Row]) -> tuple[tuple[str, int], list[Row]]:
+    """Return the base and length with the most sparsities, and their rows in PyTorch."""
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row.framework == "torch":
+            lines.setdefault((row.cell.base, row.cell.epochs), []).append(row)
+    return max(lines.items(), key=lambda line: len(line[1]))
 
 
 def _average(values: Iterable[Any]) -> float:

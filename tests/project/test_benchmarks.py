@@ -124,7 +124,8 @@ def test_a_run_of_pruning_that_has_results_is_left_out(
 
 @pytest.mark.long
 def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
-    named = ["--case", "selection", "--case", "memory", "--case", "reading"]
+    named = ["--case", "selection", "--case", "memory", "--case", "reading", "--case", "torch"]
+    named += ["--case", "block", "--case", "report"]
     command = [sys.executable, "-m", "benchmarks", "--quick", *named, "--json", tmp_path / "r.json"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import safe_core
 from safe_core import Mask, Pull, untuned
 from safe_core.study.runner import parse_recipe
 from safe_core.study.runner.cells import Cell as Run
@@ -23,6 +24,8 @@ from benchmarks.untuned import (
     table,
 )
 from benchmarks.untuned.cells import (
+    ABLATED,
+    ABLATIONS,
     BASES,
     OURS,
     TASKS,
@@ -141,6 +144,65 @@ def test_the_best_on_held_out_images_is_chosen(
     monkeypatch.setattr(command, "CONSTANTS", {"RADIUS": 3.0})
     command.run(cell, out, "torch")
     assert asked[6:] == ["ours"]
+
+
+def test_ablations_change_one_part_of_the_default() -> None:
+    default = safe_core.safe(0.95, steps=1140)
+    found = {
+        part: parts.changed(0.95, 1140, part=part)
+        for part in ("rise", "pull", "interval", "travel", "growth")
+    }
+    differs = {
+        part: [
+            name
+            for name in ("sparsity", "constraint", "perturbation")
+            if getattr(method, name) != getattr(default, name)
+        ]
+        for part, method in found.items()
+    }
+    assert differs == {
+        "rise": ["sparsity"],
+        "pull": ["constraint"],
+        # The pattern rises at dual updates, and the pull counts them.
+        "interval": ["sparsity", "constraint"],
+        "travel": ["perturbation"],
+        "growth": ["perturbation"],
+    }
+    assert found["rise"].sparsity.sparsity_of("x") == 0.95
+    assert (found["travel"].perturbation.full_step, found["growth"].perturbation.max_growth) == (
+        0,
+        0,
+    )
+    interval = found["interval"].constraint.dual_update_interval
+    assert interval == 4 * default.constraint.dual_update_interval
+
+
+def test_ablations_are_trained_once_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_study(source: str, out: Path, **options: Any) -> dict[Run, dict[str, Any]]:
+        content = tomllib.loads(source)
+        asked.append(content["title"])
+        scores = {label: 90.0 + i for i, label in enumerate(ABLATIONS)}
+        assert [method["label"] for method in content["methods"]] == list(scores)
+        return {
+            Run("torch", 0.0, label, 0.9, seed): {"accuracy": scores[label] + seed}
+            for label in scores
+            for seed in content["seeds"]
+        }
+
+    monkeypatch.setattr(command, "run_study", run_study)
+    for cell in (ABLATED[0], ABLATED[0], ABLATED[-1]):
+        command.ablate(cell, tmp_path / "torch" / cell.name, "torch")
+    assert asked == [ABLATED[0].name, ABLATED[-1].name]
+    text = table.ablations_as_markdown(table.read_ablations(tmp_path))
+    assert "| digits | SGD 0.1 | 95% | 91.0 ± 0.6 | 92.0 ± 0.6 |" in text
+    assert text.endswith("| mean | | | 91.0 | 92.0 | 93.0 | 94.0 | 95.0 | 96.0 | 97.0 |\n")
+    assert {TASKS[cell.task].chooses for cell in ABLATED} == {True}
+    for cell in ABLATED:
+        parse_recipe(recipe(cell, ABLATIONS, tuning=False, framework="torch"), HERE)
 
 
 def finished(folder: Path, cell: Cell, **accuracy: list[float]) -> None:
