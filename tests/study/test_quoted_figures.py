@@ -322,3 +322,14 @@ def test_the_demo_and_the_comparison_differ_as_stated() -> None:
     assert "There published SAFE is ahead of GMP at 99% zeros with clean labels" in DEMO
     assert rows["SAFE, cosine penalty"]["99%"][0] > rows["GMP"]["99%"][0]
     assert clean["published", "99%"]["accuracy"][0] < clean["gmp", "99%"]["accuracy"][0]
+
+
+def test_where_safe_without_tuning_is_behind() -> None:
+    text = (ROOT / "docs" / "untuned_table.md").read_text(encoding="utf-8")
+    section = text.split("**MNIST-1D**")[1].split("\n\n**")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if "| SGD 0.1 " in line]
+    leads = {(int(row[1]), row[2].strip()): float(row[-1].strip(" *")) for row in rows}
+    assert len(leads) >= 8
+    behind = [lead for (_, zeros), lead in leads.items() if zeros in ("80%", "90%", "95%")]
+    assert {round(lead) for lead in behind} == {-6, -7}
+    assert "are ahead by 6 to 7 points from 80% to 95%" in page("docs/untuned.md")
