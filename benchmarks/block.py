@@ -65,7 +65,7 @@ def block_step(*, hidden: int, tokens: int, repeats: int) -> list[Result]:
 
         def give() -> None:
             for p, g in zip(params, gradients, strict=True):
-                p.grad = g.detach()  # a new tensor, as from a backward pass
+                p.grad = g.detach()  # see `steps`
 
         return lambda: step(give)
 

@@ -77,7 +77,7 @@ def savings(
         for noise, sparsity in cells:
             accuracies = []
             for seed in range(seeds):
-                run = Run("safe", noise, seed, sparsity, PENALTY)
+                run = Run("published", noise, seed, sparsity, PENALTY)
                 given = data.load(recipe, run)
                 layers = data.initial_layers(recipe, run, given.inputs.shape[1])
                 _, projected = train_jax.train(recipe, run, given, layers, "cpu")

@@ -13,7 +13,7 @@ CHOSEN = {"gmp": "rise", "admm": "penalty", "published": "penalty"}
 """Map each tuned method to the name of its one setting, which is chosen on held-out images."""
 
 TRAINED = (*CHOSEN, "safe")
-"""The methods that start from the initial weights."""
+"""The sparse methods that start from the initial weights."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Run:
     Attributes
     ----------
     method : {"dense", "fine-tuned", "gmp", "admm", "published", "safe"}
-        "published" is SAFE with the numbers of the paper, "safe" the one that needs none.
+        "published" is SAFE as in its paper, "safe" the form that needs no number.
     noise : float
         Fraction of training labels replaced by uniform draws.
     seed : int
@@ -94,7 +94,7 @@ class Recipe:
         """Return the method of a sparse run.
 
         ADMM and published SAFE have the same cosine penalty. GMP raises the sparsity along a
-        cubic. SAFE gets the number of steps and nothing else. A "fine-tuned" network trains
+        cubic. SAFE gets the sparsity and the number of steps. A "fine-tuned" network trains
         under the mask of its largest initial weights.
         """
         if run.sparsity is None:
@@ -103,6 +103,8 @@ class Recipe:
             largest = safe_core.schedules.linear_sparsity(run.sparsity, 1, initial=run.sparsity)
             return safe_core.gmp(largest)
         if run.method == "safe":
+            if run.setting is not None:
+                raise ValueError(f"setting must be None for safe, got {run!r}")
             return safe_core.safe(run.sparsity, steps=steps)
         if run.setting is None:
             raise ValueError(f"setting must be given for {run.method}, got {run!r}")

@@ -35,7 +35,7 @@ _ONE_THREAD = {
 def demo(
     recipe: Recipe, frameworks: Sequence[str], folder: Path, *, device: str = "cpu"
 ) -> list[Cell]:
-    """Train and compare dense networks and those of magnitude pruning, GMP, ADMM and SAFE.
+    """Train dense networks, prune by magnitude, GMP, ADMM and SAFE, and compare.
 
     Parameters
     ----------

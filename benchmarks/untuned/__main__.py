@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safe_core import untuned
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
 from .cells import ABLATED, ABLATIONS, OURS, Cell, cells, comparators, recipe
-from .table import ablations_as_markdown, as_markdown, draw, read, read_ablations
+from .table import CONSTANTS, ablations_as_markdown, as_markdown, draw, read, read_ablations
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
-CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int | float)}
 
 
 def trained(
@@ -83,13 +81,14 @@ def ablate(cell: Cell, out: Path, framework: str) -> None:
 def _train_ours(cell: Cell, methods: Mapping[str, str], out: Path, framework: str) -> None:
     """Train methods that depend on the constants of `safe_core.untuned`.
 
-    They are trained again when a constant has changed.
+    They are trained again when a constant has changed, and so is a method that is new.
     """
     file, constants = (out.with_name(f"{out.name}{end}") for end in (".json", "-constants.json"))
     if constants.exists() and json.loads(constants.read_text(encoding="utf-8")) != CONSTANTS:
         file.unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)
-    if not file.exists():
+    found = json.loads(file.read_text(encoding="utf-8"))["accuracy"] if file.exists() else {}
+    if not methods.keys() <= found.keys():
         _write(constants, CONSTANTS)
         head = {**cell._asdict(), "framework": framework}
         _write(file, {**head, "accuracy": trained(cell, methods, out, framework)})

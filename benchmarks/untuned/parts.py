@@ -128,20 +128,23 @@ def changed(sparsity: Any, steps: int, *, part: str) -> safe_core.Method:
     """Return `safe_core.safe` with one part changed, to see what that part brings.
 
     ``part`` is "rise" (the final sparsity from the start), "pull" (the weights off the mask are
-    set to zero), "interval" (a quarter of the dual updates), "travel" (a radius that does not
-    depend on how far the run moves) or "growth" (one that does not depend on the gradient's).
+    set to zero), "weak" (a tenth of the pull), "interval" (a quarter of the dual updates),
+    "travel" (a radius that does not depend on how far the run moves) or "growth" (a radius that
+    does not depend on the growth of the gradient).
     """
     method = safe_core.safe(sparsity, steps=steps)
-    ball = method.perturbation
     if part == "rise":
         return replace(method, sparsity=as_pattern(sparsity))
     if part == "pull":
         return replace(method, constraint=safe_core.Mask())
+    if part == "weak":
+        rate = schedules.cosine(0.2 * untuned.CONTRACTION / steps, steps)  # a tenth of `pull`
+        return replace(method, constraint=replace(method.constraint, penalty=rate))
     if part == "interval":
         every = 4 * untuned.interval(steps)
         return safe_core.safe(sparsity, steps=steps, dual_update_interval=every)
     option = {"travel": "full_step", "growth": "max_growth"}[part]
-    return replace(method, perturbation=replace(ball, **{option: 0.0}))
+    return replace(method, perturbation=replace(method.perturbation, **{option: 0.0}))
 
 
 def split(

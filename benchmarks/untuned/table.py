@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from safe_core import untuned
 from safe_core.study.runner.statistics import mean_and_error
 
-from .cells import ABLATIONS, OURS, PLAIN, SAFE, TASKS, Cell, cells
+from .cells import ABLATED, ABLATIONS, BASES, OURS, PLAIN, SAFE, TASKS, Cell, cells
 
-__all__ = ["Row", "ablations_as_markdown", "as_markdown", "draw", "read", "read_ablations"]
+__all__ = [
+    "CONSTANTS", "Row", "ablations_as_markdown", "as_markdown", "draw", "read", "read_ablations",
+]  # fmt: skip
+
+CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int | float)}
+"""Constants that results of ours hold for. Results with other ones are not shown."""
+
 
 MARGIN = 0.5  # points that the best tuned comparator may be ahead
 
@@ -60,12 +67,10 @@ class Row(NamedTuple):
 
 def read(folder: Path) -> list[Row]:
     """Read the files of all finished cells, in the order of the tasks."""
-    planned, rows = set(cells()), []
-    for file in sorted(folder.glob("*/*/ours.json")):
+    rows = []
+    for file in _current(folder, "ours", set(cells())):
         others = json.loads(file.with_name("comparators.json").read_text(encoding="utf-8"))
-        row = _row(file, others["accuracy"])
-        if row.cell in planned:
-            rows.append(row)
+        rows.append(_row(file, others["accuracy"]))
     order = list(TASKS)
     return sorted(
         rows,
@@ -80,8 +85,19 @@ def read(folder: Path) -> list[Row]:
 
 
 def read_ablations(folder: Path) -> list[Row]:
-    """Read the files of all finished ablations."""
-    return [_row(file) for file in sorted(folder.glob("*/*/ablations.json"))]
+    """Read the files of all finished ablations, in the order of `ABLATED`."""
+    rows = [_row(file) for file in _current(folder, "ablations", set(ABLATED))]
+    return sorted(rows, key=lambda row: ABLATED.index(row.cell))
+
+
+def _current(folder: Path, name: str, planned: set[Cell]) -> Iterator[Path]:
+    """Yield the results of planned cells that were trained with the constants of today."""
+    for file in sorted(folder.glob(f"*/*/{name}.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        constants = file.with_name(f"{name}-constants.json").read_text(encoding="utf-8")
+        cell = Cell(*(found[key] for key in Cell._fields))
+        if cell in planned and json.loads(constants) == CONSTANTS:
+            yield file
 
 
 def _row(file: Path, others: Mapping[str, list[float]] | None = None) -> Row:
@@ -95,18 +111,19 @@ def _row(file: Path, others: Mapping[str, list[float]] | None = None) -> Row:
 
 def ablations_as_markdown(rows: Sequence[Row]) -> str:
     """Return the accuracy of every variant by cell, and its mean."""
-    labels = [label for label in ABLATIONS if all(label in row.accuracy for row in rows)]
     lines = [
-        "| task | base | zeros | " + " | ".join(labels) + " |",
-        "| --- | --- | ---: |" + " ---: |" * len(labels),
+        "| task | base | epochs | zeros | " + " | ".join(ABLATIONS) + " |",
+        "| --- | --- | ---: | ---: |" + " ---: |" * len(ABLATIONS),
     ]
     for row in rows:
-        shown = ["{:.1f} ± {:.1f}".format(*row.accuracy[label]) for label in labels]
+        shown = [
+            "{:.1f} ± {:.1f}".format(*row.accuracy[label]) if label in row.accuracy else ""
+            for label in ABLATIONS
+        ]
         cell = row.cell
-        parts = (cell.task, cell.base, f"{100 * cell.sparsity:g}%", *shown)
-        lines.append("| " + " | ".join(parts) + " |")
-    means = [f"{_average(row.accuracy[label][0] for row in rows):.1f}" for label in labels]
-    return "\n".join([*lines, "| mean | | | " + " | ".join(means) + " |"]) + "\n"
+        parts = (cell.task, cell.base, cell.epochs, f"{100 * cell.sparsity:g}%", *shown)
+        lines.append("| " + " | ".join(map(str, parts)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -173,7 +190,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against sparsity by task, for the base and length with most sparsities."""
     from matplotlib.figure import Figure
 
-    tasks = [t for t in TASKS if any(r.cell.task == t for r in rows)]
+    rows = [row for row in rows if row.framework == "torch"]
+    tasks = [task for task in TASKS if any(row.cell.task == task for row in rows)]
+    if not tasks:
+        raise ValueError("rows must have a cell in PyTorch to draw, got none")
     across = min(len(tasks), 5)
     down = -(-len(tasks) // across)
     figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
@@ -204,14 +224,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _longest_line(rows: Iterable[Row]) -> tuple[tuple[str, int], list[Row]]:
-    """Return the base and length with the most sparsities, and their rows in PyTorch."""
+    """Return the base and length with the most sparsities, and their rows.
+
+    Of several, it is the first in the order of `BASES`.
+    """
     lines: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        if row.framework == "torch":
-            lines.setdefault((row.cell.base, row.cell.epochs), []).append(row)
+    for row in sorted(rows, key=lambda row: list(BASES).index(row.cell.base)):
+        lines.setdefault((row.cell.base, row.cell.epochs), []).append(row)
     return max(lines.items(), key=lambda line: len(line[1]))
-
-
-def _average(values: Iterable[Any]) -> float:
-    found = list(values)
-    return sum(found) / len(found)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from safe_core import project
+from safe_core import ADMM, project
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import peers, pruning_tables, steps  # noqa: E402
+from benchmarks import peers, pruning_tables, savings, steps  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
@@ -120,6 +120,24 @@ def test_a_run_of_pruning_that_has_results_is_left_out(
     assert len(found) == {"growth": 2 * 2, "first block": 2 * 3}[study]
     options.results.write_text("".join(json.dumps(line) + "\n" for line in found[1:]))
     assert list(runs(options)) == found[:1]
+
+
+def test_the_savings_are_those_of_the_published_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+
+    def train(recipe: Any, run: Any, given: Any, layers: Any, device: str) -> Any:
+        found[run.noise, run.sparsity] = recipe.method(run, 1000)
+        return layers, layers
+
+    monkeypatch.setattr(savings.train_jax, "train", train)
+    recipes = {"SAFE": savings.variants(epochs=1)["SAFE"]}
+    ((name, accuracies),) = savings.savings(recipes, [(0.5, 0.95)], seeds=2)
+    assert (name, [len(a) for a in accuracies]) == ("SAFE", [2])
+    (method,) = found.values()
+    assert isinstance(method.constraint, ADMM)
+    assert method.constraint.penalty(1000) == savings.PENALTY
+    assert method.perturbation.rho(0) == 0.1
+    assert method.sparsity.sparsity_of("x") == 0.95
 
 
 @pytest.mark.long

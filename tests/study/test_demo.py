@@ -36,7 +36,7 @@ def test_split_and_batches_follow_the_protocol():
     assert full.order.shape == (60 * (1257 // 64), 64)
     first_epoch = full.order[: 1257 // 64].ravel()
     assert len(set(first_epoch)) == len(first_epoch)
-    held = data.load(Recipe(), Run("safe", 0.0, 0, 0.9, 0.1, held_out=True))
+    held = data.load(Recipe(), Run("published", 0.0, 0, 0.9, 0.1, held_out=True))
     assert len(held.validation[1]) == 252
     assert len(held.labels) + len(held.validation[1]) == 1257
 
@@ -96,6 +96,8 @@ def test_methods_without_their_setting_are_refused():
     for method in CHOSEN:
         with pytest.raises(ValueError, match="setting must be given"):
             Recipe().method(Run(method, 0.0, 0, 0.9), 1140)
+    with pytest.raises(ValueError, match="setting must be None"):
+        Recipe().method(Run("safe", 0.0, 0, 0.9, 0.1), 1140)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,8 @@ def test_methods_without_their_setting_are_refused():
     ],
 )
 def test_frameworks_train_the_same_network(method, ascent_share):
-    sparsity, setting = None if method == "dense" else 0.9, 0.5 if method == "gmp" else 0.1
+    sparsity = None if method == "dense" else 0.9
+    setting = {"gmp": 0.5, "safe": None}.get(method, 0.1)
     recipe, run = replace(TINY, ascent_share=ascent_share), Run(method, 0.0, 0, sparsity, setting)
     batches = data.load(recipe, run)
     start = data.initial_layers(recipe, run, 64)

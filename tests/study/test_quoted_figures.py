@@ -290,31 +290,41 @@ def test_the_demo_with_label_noise() -> None:
     for s in SPARSITIES:
         assert noisy["published", s]["accuracy"][0] == best(noisy, s)
     behind = leads(noisy, "published", "safe")
-    assert f"behind it by {behind[0]:.1f} points at 90% and by about 2 points above" in DEMO
+    assert (
+        f"behind it by {behind[0]:.1f} points at 90% and by about 2 points at the higher sparsities"
+        in DEMO
+    )
     assert {round(points) for points in behind[1:]} == {2}
     admm = leads(noisy, "admm", "safe")
-    assert f"behind ADMM by {admm[2]:.1f} points at 98% and by {admm[3]:.1f} at 99%" in DEMO
-    assert max(admm[:2]) < 0
+    assert (
+        f"ahead of ADMM by {-admm[0]:.1f} points at 90% and {-admm[1]:.1f} at 95%, and behind by "
+        f"{admm[2]:.1f} at 98% and by {admm[3]:.1f} at 99%"
+    ) in DEMO
     gmp = ", ".join(f"{lead:.0f}" for lead in leads(noisy, "safe", "gmp")).rpartition(", ")
     assert f"ahead of GMP by {gmp[0]} and {gmp[2]} points" in DEMO
 
 
 def test_what_the_perturbation_brings_in_the_demo() -> None:
-    clean = leads(demo("clean labels"), "published", "admm")
+    table = demo("clean labels")
+    clean = leads(table, "published", "admm")
+    for lead, s in zip(clean, SPARSITIES, strict=True):
+        joint = math.hypot(*(table[name, s]["accuracy"][1] for name in ("published", "admm")))
+        assert lead <= 1.2 * joint
     assert f"It brings {min(clean):.1f} to {max(clean):.1f} points with clean labels" in DEMO
     noisy = [f"{lead:.0f}" for lead in leads(demo("50% label noise"), "published", "admm")]
     assert f"and {', '.join(noisy[:3])} and {noisy[3]} points with random ones" in DEMO
 
 
-def test_the_demo_is_flattest_with_safe() -> None:
+def test_the_perturbation_makes_the_networks_of_the_demo_flatter() -> None:
     for labels in ("clean labels", "50% label noise"):
         of = {key: cell["eigenvalue"][0] for key, cell in demo(labels).items()}
         for s in SPARSITIES:
             assert 0.3 <= of["published", s] / of["admm", s] < 0.55
             if labels != "clean labels":
                 assert of["safe", s] < of["published", s]
-            elif s in ("90%", "95%"):
-                assert of["safe", s] == pytest.approx(of["admm", s], rel=0.1)
+            else:
+                ratio = {"90%": 1, "95%": 1, "98%": 2 / 3, "99%": 0.3}[s]
+                assert of["safe", s] / of["admm", s] == pytest.approx(ratio, rel=0.1)
 
 
 def test_the_demo_and_the_comparison_differ_as_stated() -> None:
@@ -328,8 +338,54 @@ def test_where_safe_without_tuning_is_behind() -> None:
     text = (ROOT / "docs" / "untuned_table.md").read_text(encoding="utf-8")
     section = text.split("**MNIST-1D**")[1].split("\n\n**")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if "| SGD 0.1 " in line]
-    leads = {(int(row[1]), row[2].strip()): float(row[-1].strip(" *")) for row in rows}
-    assert len(leads) >= 8
-    behind = [lead for (_, zeros), lead in leads.items() if zeros in ("80%", "90%", "95%")]
-    assert {round(lead) for lead in behind} == {-6, -7}
-    assert "are ahead by 6 to 7 points from 80% to 95%" in page("docs/untuned.md")
+    behind = {
+        (row[4].strip(), round(float(row[-1].strip(" *"))))
+        for row in rows
+        if row[2].strip() in ("80%", "90%", "95%")
+    }
+    assert behind == {("SAFE, published", -6), ("ADMM", -7), ("SAFE, published", -7)}
+    assert "is ahead by 6 to 7 points from 80% to 95%" in page("docs/untuned.md")
+
+
+def ablations() -> dict[tuple[str, str, str], dict[str, float]]:
+    """Return what each changed part costs, by task, base and sparsity, for the default's runs."""
+    lines = (ROOT / "docs" / "untuned_ablations.md").read_text(encoding="utf-8").splitlines()
+    heads, *rows = ([entry.strip() for entry in line.strip("|").split("|")] for line in lines)
+    costs = {}
+    for task, base, epochs, zeros, default, *others in rows[1:]:
+        if epochs in ("20", "60") and "MNIST" not in task:
+            first = number(default)
+            costs[task, base, zeros] = {
+                head: first[0] - number(entry)[0]
+                for head, entry in zip(heads[5:], others, strict=True)
+                if entry
+            }
+    return costs
+
+
+def test_what_the_parts_of_safe_without_tuning_bring() -> None:
+    text, costs = page("docs/untuned.md"), ablations()
+    trained = {key: cost for key, cost in costs.items() if "dense" not in key[0] or key[2] != "99%"}
+    rise = {key: cost["final sparsity from the start"] for key, cost in trained.items()}
+    assert min(cost for key, cost in rise.items() if key[1] == "Adam 1e-3") > 10
+    assert max(abs(cost) for key, cost in rise.items() if key[1] == "SGD 0.1") < 1.5
+    pull = {key: cost["a mask in place of the pull"] for key, cost in costs.items()}
+    assert round(pull.pop(("digits, random labels", "SGD 0.1", "95%"))) == 9
+    assert round(pull.pop(("digits", "Adam 1e-3", "99%"))) == 5
+    assert max(map(abs, pull.values())) <= 3.05
+    assert "ahead of a mask by 9 points" in text
+    fewer = {key: cost["a quarter of the dual updates"] for key, cost in trained.items()}
+    assert round(max(fewer.values())) == 26
+    assert max(cost for key, cost in fewer.items() if key[1] == "SGD 0.1") < 0.5
+    plain = {key: cost["without perturbation, untuned"] for key, cost in trained.items()}
+    noisy = [round(plain["digits, random labels", "SGD 0.1", zeros]) for zeros in ("95%", "99%")]
+    assert f"brings {noisy[0]} and {noisy[1]} points with SGD and random labels" in text
+    slow = [cost for key, cost in plain.items() if key[1] == "Adam 1e-3"]
+    assert -2 < min(slow) <= max(slow) < 0.05
+    travel = {key: cost["radius without regard to travel"] for key, cost in trained.items()}
+    first, second = sorted(travel.values())[:-3:-1]
+    assert f"Adam loses {first:.0f} points under random labels at 99%, and {second:.0f} at" in text
+    growth = [cost["radius without regard to growth"] for cost in costs.values()]
+    assert max(map(abs, growth)) < 2
+    failed = [cost for key, cost in costs.items() if key not in trained]
+    assert len(failed) == 2
