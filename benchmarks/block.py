@@ -14,6 +14,7 @@ import safe_core
 from safe_core.adapters.torch import SparseOptimizer
 
 from .peers import MinimalSAM, TwoArrayADMM
+from .steps import give
 from .timing import Result, interleaved
 
 __all__ = ["block_step"]
@@ -62,12 +63,7 @@ def block_step(*, hidden: int, tokens: int, repeats: int) -> list[Result]:
         if forward:
             return lambda: step(closure)
         gradients = [torch.randn_like(p) / 100 for p in params]
-
-        def give() -> None:
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = g.detach()  # see `steps`
-
-        return lambda: step(give)
+        return lambda: step(lambda: give(params, gradients))
 
     results = []
     for case, forward, budget in (

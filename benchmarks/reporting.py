@@ -13,7 +13,7 @@ from torch import nn
 from safe_core.adapters.optax import report, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 
-from .steps import METHOD, SmallResNet, resnet50_shapes
+from .steps import METHOD, SmallResNet, give, resnet50_shapes
 from .timing import Result, interleaved
 
 __all__ = ["reports"]
@@ -53,15 +53,8 @@ def _torch(width: int, repeats: int) -> list[Result]:
     base = torch.optim.SGD(params, lr=1e-5, momentum=0.9)
     optimizer = SparseOptimizer(base, METHOD, where=lambda name, p: p.ndim > 1)
 
-    def give() -> None:
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g.detach()
-
     def step() -> None:
-        give()
-        with optimizer.perturbed():
-            give()
-        optimizer.step()
+        optimizer.step(lambda: give(params, gradients))
 
     candidates: dict[str, Callable[[], Any]] = {
         "the optimizer's own step, PyTorch": step,

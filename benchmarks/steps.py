@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from safe_core.adapters.torch import SparseOptimizer
 from .peers import MinimalSAM, TwoArrayADMM
 from .timing import Result, interleaved
 
-__all__ = ["jax_step", "resnet50_shapes", "torch_step", "whole_step"]
+__all__ = ["give", "jax_step", "resnet50_shapes", "torch_step", "whole_step"]
 
 INTERVAL = 32
 METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3, dual_update_interval=INTERVAL)
@@ -54,9 +54,13 @@ def _parameters(shapes: list[tuple[int, ...]]) -> tuple[list[nn.Parameter], list
     return params, gradients
 
 
-def _give(params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+def give(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Set the gradients, as a closure does whose backward pass costs nothing.
+
+    They are new tensors that share the memory: `SparseOptimizer` takes a closure that leaves the
+    same tensors in place for one without a backward pass.
+    """
     for p, g in zip(params, gradients, strict=True):
-        # `SparseOptimizer` refuses a closure that leaves the same tensors in place.
         p.grad = g.detach()
 
 
@@ -65,7 +69,7 @@ def _plain(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
     optimizer = base(params, **options)
 
     def step() -> None:
-        _give(params, gradients)
+        give(params, gradients)
         optimizer.step()
 
     return step
@@ -79,9 +83,9 @@ def _sam(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], N
         first, optimizer.base.step = torch.compile(first), torch.compile(optimizer.base.step)
 
     def step() -> None:
-        _give(params, gradients)
+        give(params, gradients)
         first()
-        _give(params, gradients)
+        give(params, gradients)
         second()
 
     return step
@@ -93,7 +97,7 @@ def _admm(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
     optimizer = TwoArrayADMM(params, inner, sparsity=0.95, penalty=1e-3, interval=INTERVAL)
 
     def step() -> None:
-        _give(params, gradients)
+        give(params, gradients)
         optimizer.step()
 
     return step
@@ -113,7 +117,7 @@ def _ours(
     )
 
     def step() -> None:
-        optimizer.step(lambda: _give(params, gradients))
+        optimizer.step(lambda: give(params, gradients))
 
     return step
 

@@ -1,4 +1,4 @@
-"""The protocol of the demo: Appendix B.2 of the SAFE paper, on digits, and SAFE with no setting."""
+"""The protocol of the demo: Appendix B.2 of the SAFE paper, on digits, and SAFE without numbers."""
 
 from __future__ import annotations
 

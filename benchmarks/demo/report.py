@@ -34,12 +34,11 @@ LEGEND = (
     "LeNet-300-100 on scikit-learn's handwritten digits. One-shot: the smallest weights of the "
     "dense network removed. Fine-tuned: then trained again under that mask, with the same "
     "recipe. GMP: gradual magnitude pruning. Published: SAFE as in its paper. Safe: SAFE without "
-    "numbers. Target: the sparsity asked for. Zeros: zero weights "
-    "out of all weights. Setting, chosen on held-out images: the final penalty, or the fraction "
-    "of the steps over which the sparsity rises. Accuracy: test accuracy after the final "
-    "projection, mean and standard error over seeds. Eigenvalue: the largest eigenvalue of "
-    "the Hessian of the training loss after the final projection. Distance: Euclidean "
-    "distance from the constraint before it."
+    "numbers. Target: the sparsity asked for. Zeros: zero weights out of all weights. Setting, "
+    "chosen on held-out images: the final penalty, or the fraction of the steps over which the "
+    "sparsity rises. Accuracy: test accuracy after the final projection, mean and standard error "
+    "over seeds. Eigenvalue: the largest eigenvalue of the Hessian of the training loss after the "
+    "final projection. Distance: Euclidean distance from the constraint before it."
 )
 
 

@@ -138,8 +138,9 @@ def changed(sparsity: Any, steps: int, *, part: str) -> safe_core.Method:
     if part == "pull":
         return replace(method, constraint=safe_core.Mask())
     if part == "weak":
-        rate = schedules.cosine(0.2 * untuned.CONTRACTION / steps, steps)  # a tenth of `pull`
-        return replace(method, constraint=replace(method.constraint, penalty=rate))
+        full = method.constraint.penalty
+        weak = replace(method.constraint, penalty=replace(full, value=full.value / 10))
+        return replace(method, constraint=weak)
     if part == "interval":
         every = 4 * untuned.interval(steps)
         return safe_core.safe(sparsity, steps=steps, dual_update_interval=every)

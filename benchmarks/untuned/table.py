@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ __all__ = [
 
 CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int | float)}
 """Constants that results of ours hold for. Results with other ones are not shown."""
-
 
 MARGIN = 0.5  # points that the best tuned comparator may be ahead
 
@@ -38,6 +37,22 @@ class Row(NamedTuple):
     cell: Cell
     framework: str
     accuracy: dict[str, tuple[float, float]]
+
+    @property
+    def base(self) -> str:
+        """The base optimizer, with the framework if it is JAX."""
+        return self.cell.base if self.framework == "torch" else f"{self.cell.base}, JAX"
+
+    @property
+    def zeros(self) -> str:
+        """The sparsity as text."""
+        sparsity = self.cell.sparsity
+        return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:g}%"
+
+    def shown(self, label: str) -> str:
+        """Return mean and standard error as text, empty if the label was not trained."""
+        found = self.accuracy.get(label)
+        return "{:.1f} ± {:.1f}".format(*found) if found else ""
 
     @property
     def tuned(self) -> list[str]:
@@ -67,10 +82,12 @@ class Row(NamedTuple):
 
 def read(folder: Path) -> list[Row]:
     """Read the files of all finished cells, in the order of the tasks."""
+    planned = set(cells())
     rows = []
-    for file in _current(folder, "ours", set(cells())):
-        others = json.loads(file.with_name("comparators.json").read_text(encoding="utf-8"))
-        rows.append(_row(file, others["accuracy"]))
+    for file, ours in _current(folder, "ours"):
+        if ours.cell in planned:
+            others = _row(file.with_name("comparators.json"))
+            rows.append(ours._replace(accuracy=others.accuracy | ours.accuracy))
     order = list(TASKS)
     return sorted(
         rows,
@@ -86,42 +103,36 @@ def read(folder: Path) -> list[Row]:
 
 def read_ablations(folder: Path) -> list[Row]:
     """Read the files of all finished ablations, in the order of `ABLATED`."""
-    rows = [_row(file) for file in _current(folder, "ablations", set(ABLATED))]
+    rows = [row for _, row in _current(folder, "ablations") if row.cell in ABLATED]
     return sorted(rows, key=lambda row: ABLATED.index(row.cell))
 
 
-def _current(folder: Path, name: str, planned: set[Cell]) -> Iterator[Path]:
-    """Yield the results of planned cells that were trained with the constants of today."""
+def _current(folder: Path, name: str) -> Iterator[tuple[Path, Row]]:
+    """Yield the files and rows that were trained with the constants of today."""
     for file in sorted(folder.glob(f"*/*/{name}.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
         constants = file.with_name(f"{name}-constants.json").read_text(encoding="utf-8")
-        cell = Cell(*(found[key] for key in Cell._fields))
-        if cell in planned and json.loads(constants) == CONSTANTS:
-            yield file
+        if json.loads(constants) == CONSTANTS:
+            yield file, _row(file)
 
 
-def _row(file: Path, others: Mapping[str, list[float]] | None = None) -> Row:
+def _row(file: Path) -> Row:
     found = json.loads(file.read_text(encoding="utf-8"))
     accuracy = {}
-    for label, values in ((others or {}) | found["accuracy"]).items():
+    for label, values in found["accuracy"].items():
         mean, error = mean_and_error(values)
         accuracy[label] = (mean, error or 0.0)
     return Row(Cell(*(found[key] for key in Cell._fields)), found["framework"], accuracy)
 
 
 def ablations_as_markdown(rows: Sequence[Row]) -> str:
-    """Return the accuracy of every variant by cell, and its mean."""
+    """Return the accuracy of every variant by cell."""
     lines = [
         "| task | base | epochs | zeros | " + " | ".join(ABLATIONS) + " |",
         "| --- | --- | ---: | ---: |" + " ---: |" * len(ABLATIONS),
     ]
     for row in rows:
-        shown = [
-            "{:.1f} ± {:.1f}".format(*row.accuracy[label]) if label in row.accuracy else ""
-            for label in ABLATIONS
-        ]
-        cell = row.cell
-        parts = (cell.task, cell.base, cell.epochs, f"{100 * cell.sparsity:g}%", *shown)
+        shown = (row.shown(label) for label in ABLATIONS)
+        parts = (row.cell.task, row.base, row.cell.epochs, row.zeros, *shown)
         lines.append("| " + " | ".join(map(str, parts)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -177,12 +188,10 @@ def _cells(rows: Sequence[Row]) -> str:
     heads = ("base", "epochs", "zeros", "dense", "best tuned", "", SAFE, PLAIN, "lead")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
-        cell, show = row.cell, lambda label, row=row: "{:.1f} ± {:.1f}".format(*row.accuracy[label])
-        zeros = cell.sparsity if isinstance(cell.sparsity, str) else f"{100 * cell.sparsity:g}%"
-        base = cell.base if row.framework == "torch" else f"{cell.base}, JAX"
         lead = f"**{row.lead:+.1f}**" if row.is_behind else f"{row.lead:+.1f}"
-        values = (base, cell.epochs, zeros, show("dense"), row.best, show(row.best))
-        lines.append("| " + " | ".join(map(str, (*values, show(SAFE), show(PLAIN), lead))) + " |")
+        dense, best, ours, plain = map(row.shown, ("dense", row.best, SAFE, PLAIN))
+        values = (row.base, row.cell.epochs, row.zeros, dense, row.best, best, ours, plain, lead)
+        lines.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(lines)
 
 
@@ -205,14 +214,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         SAFE: ("#0072B2", lambda row: row.accuracy[SAFE][0]),
         PLAIN: ("0.5", lambda row: row.accuracy[PLAIN][0]),
     }
-    for axes, task in zip(panels, tasks, strict=False):
+    for axes, task in zip(panels[: len(tasks)], tasks, strict=True):
         (base, epochs), mine = _longest_line([row for row in rows if row.cell.task == task])
-        sparsities = [row.cell.sparsity for row in mine]
         for label, (colour, value) in lines.items():
             shown = [value(row) for row in mine]
             axes.plot(range(len(mine)), shown, "o-", color=colour, markersize=3, label=label)
-        names = [s if isinstance(s, str) else f"{100 * s:g}%" for s in sparsities]
-        axes.set_xticks(range(len(sparsities)), names, fontsize=8)
+        axes.set_xticks(range(len(mine)), [row.zeros for row in mine], fontsize=8)
         axes.set_title(f"{task}\n{base}, {epochs} epochs", fontsize=9)
         axes.set_xlabel("zeros", fontsize=8)
         axes.tick_params(labelsize=8)
