@@ -59,8 +59,10 @@ METHODS: dict[str, Callable[[Cell], Any]] = {
     "SparseGPT": lambda cell: SparseGPT(),
     "ALPS": lambda cell: ALPS(),
     "IMP+SAM": lambda cell: IterativeSAM(epochs=cell.epochs),
-    "SAFE": lambda cell: SafeReconstruction(epochs=cell.epochs),
-    "SAFE+": lambda cell: SafeReconstruction(epochs=cell.epochs, importance="wanda"),
+    "SAFE, published": lambda cell: SafeReconstruction(epochs=cell.epochs, published=True),
+    "SAFE+, published": lambda cell: SafeReconstruction(
+        epochs=cell.epochs, importance="wanda", published=True
+    ),
     "SAFE+, tuned": lambda cell: _tuned(cell.epochs, *TUNED[cell.study]),
 }
 

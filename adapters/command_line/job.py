@@ -86,7 +86,7 @@ class PruningJob:
         `safe_core.command_line.input_files.read_input_file`. ``samples`` rows are drawn from it.
     text_field : str
         The field of the text in the records of JSON files.
-    epochs, learning_rate, rho, penalty, dual_update_interval : optional
+    epochs, learning_rate, rho, penalty, dual_update_interval, start : optional
         Settings of methods that train, "safe" and "safe+", see
         `safe_core.reconstruction.Reconstruction` for their defaults.
     settings : PruningSettings
@@ -123,6 +123,7 @@ class PruningJob:
     rho: float | None = None
     penalty: float | None = None
     dual_update_interval: int | None = None
+    start: str | None = None
     settings: PruningSettings = _DEFAULTS
     trust_remote_code: bool = False
 
@@ -189,6 +190,7 @@ class PruningJob:
             rho=self.rho,
             penalty=self.penalty,
             dual_update_interval=self.dual_update_interval,
+            start=self.start,
         )
 
     def settings_on(self, device: torch.device) -> PruningSettings:

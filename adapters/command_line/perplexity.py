@@ -43,6 +43,9 @@ class Perplexity(NamedTuple):
     windows : int
     unused : int
         Tokens at the end that do not fill a window.
+    standard_error : float or None
+        Standard error of the perplexity, from the spread of the losses of windows; None for a
+        single window. Windows of one text resemble each other, so it is a lower bound.
     """
 
     perplexity: float
@@ -50,6 +53,7 @@ class Perplexity(NamedTuple):
     predictions: int
     windows: int
     unused: int
+    standard_error: float | None
 
 
 class _Window(NamedTuple):
@@ -142,7 +146,7 @@ def perplexity(
     windows = _windows(len(tokens), length, stride)
     if device is None:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    total, done = 0.0, 0
+    sums: list[float] = []
     with evaluation_mode(model), torch.no_grad():
         for some in (windows[i : i + batch_size] for i in range(0, len(windows), batch_size)):
             ids = torch.stack([tokens[w.start : w.start + length] for w in some]).to(device)
@@ -150,12 +154,11 @@ def perplexity(
             logits = output if torch.is_tensor(output) else output.logits
             rows = zip(logits, ids, some, strict=True)
             losses = [_loss(row, target, window.scored) for row, target, window in rows]
-            total += float(torch.stack(losses).sum())  # the only wait for the device
-            done += len(some)
+            sums += torch.stack(losses).tolist()  # the only wait for the device
             if progress is not None:
-                progress(done, len(windows))
+                progress(len(sums), len(windows))
     predictions = sum(w.scored for w in windows)
-    loss = total / predictions
+    loss = math.fsum(sums) / predictions
     if not math.isfinite(loss):
         for name, p in model.named_parameters():
             if p.is_floating_point() and not bool(p.detach().float().isfinite().all()):
@@ -163,7 +166,15 @@ def perplexity(
         raise ValueError(f"model must return finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
     value = math.exp(loss) if loss < 700 else math.inf
-    return Perplexity(value, loss, predictions, len(windows), unused)
+    error = None if len(windows) == 1 else value * _standard_error(sums, windows, loss)
+    return Perplexity(value, loss, predictions, len(windows), unused, error)
+
+
+def _standard_error(sums: Sequence[float], windows: Sequence[_Window], loss: float) -> float:
+    """Return the standard error of the mean loss, the ratio of two sums over windows."""
+    spread = math.fsum((s - w.scored * loss) ** 2 for s, w in zip(sums, windows, strict=True))
+    n, predictions = len(windows), sum(w.scored for w in windows)
+    return math.sqrt(n / (n - 1) * spread) / predictions
 
 
 def _windows(n: int, length: int, stride: int) -> list[_Window]:

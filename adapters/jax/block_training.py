@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.finalization import pruning_a_block
 from safe_core.patterns import Pattern
@@ -18,10 +19,11 @@ from safe_core.solvers import Gram
 from safe_core.solvers.gram import positive_squares
 
 from .gradients import value_and_gradients
+from .layers import prune_layers
 from .transform import finalize, sparse_optimizer
 from .tree import SparseTree
 
-__all__ = ["BlockTraining", "Reconstructed", "sample_count", "take_rows", "widened"]
+__all__ = ["BlockTraining", "Reconstructed", "grams_of", "sample_count", "take_rows", "widened"]
 
 PyTree = Any
 
@@ -60,15 +62,21 @@ class BlockTraining:
     ) -> None:
         self.apply_fn, self.recipe, self.samples = apply_fn, recipe, samples
         self.where, self.layout = where, layout
-        self.method = recipe.bound(pattern)
-        steps = len(batches_in_order([range(samples)], recipe.batch_size))
-        rates = jnp.asarray([recipe.rate(t, steps) for t in range(recipe.epochs * steps)])
-        # A table of the rates, because a recipe computes them in Python, not in JAX.
-        self._rate = lambda step: rates[step]
-        self._base = optax.adam(self._rate, *recipe.betas)
+        self.pattern = pattern
+        each = len(batches_in_order([range(samples)], recipe.batch_size))
+        steps = recipe.epochs * each
+        self.method = recipe.bound(pattern, steps)
+        # A table of the shares, because a recipe computes them in Python, not in JAX.
+        shares = jnp.asarray([recipe.share(t, each) for t in range(steps)])
+        self._base = optax.chain(
+            optax.adam(lambda step: shares[step], *recipe.betas), self._scaled_by_peak()
+        )
+        # Only a decoupled penalty asks for the rate, which then does not depend on the weights.
+        self._rate = lambda step: recipe.peak(0.0) * shares[step]
         # No importance here: P is in the state, so blocks with different P share a program.
         self._tx = self._optimizer(None)
         self._epoch = jax.jit(self._steps, donate_argnums=0)
+        self._mean_loss = jax.jit(self._mean_of_batches)
 
     def __call__(
         self,
@@ -82,23 +90,35 @@ class BlockTraining:
     ) -> Reconstructed:
         # Copies, because the compiled epoch donates its buffers, and the caller keeps `params`.
         wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)
+        start, first = None, self.recipe.initial
+        data, order = (inputs, targets), self._batches(seed, block, 0)
+        if first is not None:
+            grams, where, layout = self._grams(importance), self.where, self.layout
+            wide = prune_layers(wide, grams, first, self.pattern, where=where, layout=layout)
+            start = jax.tree.map(jnp.copy, wide)
+            loss_at_start = float(self._mean_loss(start, data, *order))
+            if grams and self.recipe.importance is None:
+                importance = None  # its Gram matrices were for the start
         if isinstance(importance, Mapping):
             importance = self._of_grams(wide, importance)
         carried, losses = (wide, self._optimizer(importance).init(wide)), []
         kept = self._non_zeros(wide)
         for k in range(self.recipe.epochs):
             whole, rest = self._batches(seed, block, k)
-            carried, mean = self._epoch(carried, (inputs, targets), kept, whole, rest)
+            carried, mean = self._epoch(carried, data, kept, whole, rest)
             losses.append(float(mean))
             if not np.isfinite(losses[-1]):
+                rate = self.recipe.peak(self._root_mean_square(params if start is None else start))
                 raise ValueError(
-                    "learning_rate must be low enough for a finite loss, got "
-                    f"{self.recipe.learning_rate!r} and a loss of {losses[-1]} in epoch {k} of "
-                    f"block {block}"
+                    f"learning_rate must be low enough for a finite loss, got {float(rate):g} and "
+                    f"a loss of {losses[-1]} in epoch {k} of block {block}"
                 )
         steps = self.recipe.epochs * -(-self.samples // self.recipe.batch_size)
         with pruning_a_block(self.method.constraint, self.method.sparsity, steps):
             found = finalize(*carried, self.method, layout=self.layout)
+        # A start is a solution already, which training must not make worse.
+        if start is not None and not float(self._mean_loss(found, data, *order)) <= loss_at_start:
+            found = start
         return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
 
     def _non_zeros(self, params: PyTree) -> dict[int, jax.Array]:
@@ -120,6 +140,52 @@ class BlockTraining:
             layout=self.layout,
             importance=importance,
         )
+
+    def _scaled_by_peak(self) -> optax.GradientTransformation:
+        """Return the transform that multiplies updates by the peak learning rate.
+
+        The peak depends on the weights of a block, so it is in the state: blocks with different
+        peaks share a program.
+        """
+
+        def init(params: PyTree) -> jax.Array:
+            return jnp.asarray(self.recipe.peak(self._root_mean_square(params)))
+
+        def update(updates: PyTree, peak: jax.Array, params: Any = None) -> tuple[PyTree, Any]:
+            return jax.tree.map(lambda u: u * peak.astype(u.dtype), updates), peak
+
+        return optax.GradientTransformation(init, update)
+
+    def _root_mean_square(self, params: PyTree) -> jax.Array:
+        """Return the root mean square of all entries of the weights to prune."""
+        weights = SparseTree.read(params, self.where, self.layout).sparse(params)
+        squares = sum(jnp.sum(widened(w) ** 2) for w in weights)
+        return jnp.sqrt(squares / max(1, sum(w.size for w in weights)))
+
+    def _grams(self, importance: Any) -> Mapping[str, Gram]:
+        """Return the Gram matrices that the start is computed from."""
+        first, grams = self.recipe.initial, grams_of(importance)
+        if first is None or first.needs == "nothing":
+            return {}
+        if not grams:
+            raise ValueError(
+                f"importance must hold Gram matrices, from which {first.name} computes the start, "
+                "such as linen_grams and nnx_grams return, or the recipe must have "
+                f"start='dense', got {_checks.shown(importance)}"
+            )
+        return grams
+
+    def _mean_of_batches(
+        self, params: PyTree, data: PyTree, whole: jax.Array, rest: jax.Array
+    ) -> jax.Array:
+        """Return the mean over batches of the loss."""
+
+        def of(rows: jax.Array) -> jax.Array:
+            batch, target = take_rows(data, rows)
+            return self._loss(params, batch, target)
+
+        losses = jax.lax.map(of, whole)
+        return (jnp.append(losses, of(rest)) if rest.size else losses).mean()
 
     def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
         """Return P from the mean squares of inputs, and drop Gram matrices of dense leaves."""
@@ -175,6 +241,12 @@ class BlockTraining:
     def _loss(self, params: PyTree, batch: PyTree, target: jax.Array) -> jax.Array:
         output = self.apply_fn(params, batch)
         return jnp.mean((widened(output) - widened(target)) ** 2)
+
+
+def grams_of(importance: Any) -> dict[str, Gram]:
+    """Return the Gram matrices of an importance by path, which may hold none."""
+    given = importance.items() if isinstance(importance, Mapping) else ()
+    return {path: gram for path, gram in given if isinstance(gram, Gram)}
 
 
 def sample_count(inputs: PyTree) -> int:

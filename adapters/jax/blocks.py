@@ -25,8 +25,16 @@ from safe_core.reconstruction import (
 )
 from safe_core.solvers import Gram, named_solver
 
-from .block_solvers import Block, BlockSolver, block_solver, prune_layers
-from .block_training import BlockTraining, Reconstructed, sample_count, take_rows, widened
+from .block_solvers import Block, BlockSolver, block_solver
+from .block_training import (
+    BlockTraining,
+    Reconstructed,
+    grams_of,
+    sample_count,
+    take_rows,
+    widened,
+)
+from .layers import prune_layers
 from .tree import SparseTree, is_function
 
 __all__ = [
@@ -96,13 +104,15 @@ def reconstruct(
     sparsity : float, str or pattern
         As for `safe_core.project`; a number is the sparsity of each weight.
     recipe : Reconstruction, optional
-        Training settings and method; the paper's by default.
+        Training settings and method. By default it is ``Reconstruction()`` if ``importance`` holds
+        Gram matrices, and ``Reconstruction(start="dense")`` otherwise.
     targets : array, optional
         The outputs that the block should have; by default those of the dense block.
     importance : pytree or mapping of path to array or Gram, optional
         P. From a Gram matrix the mean square of each input is used, with a tiny value for inputs
-        that are never active. A recipe with ``importance="wanda"`` (SAFE+) needs it: pass the
-        result of `linen_grams` or `nnx_grams`.
+        that are never active. A recipe with ``importance="wanda"`` (SAFE+) needs it, and so does
+        one that starts at the solution of a layer-wise solver: pass the result of `linen_grams`
+        or `nnx_grams`.
     where, layout : optional
         As for `sparse_optimizer`.
     seed : int
@@ -128,14 +138,16 @@ def reconstruct(
     ...     return jnp.tanh(x @ params["kernel"])
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> recipe = Reconstruction(epochs=2, dual_update_interval=2)
-    >>> found = reconstruct(block, params, inputs, 0.5, recipe=recipe)
+    >>> recipe = Reconstruction(epochs=10)
+    >>> grams = {"kernel": Gram.of(inputs)}
+    >>> found = reconstruct(block, params, inputs, 0.5, recipe=recipe, importance=grams)
     >>> int((found.params["kernel"] == 0).sum())
     16
     """
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function, got {type(apply_fn)!r}")
-    recipe = Reconstruction() if recipe is None else recipe
+    if recipe is None:
+        recipe = Reconstruction(start=None if grams_of(importance) else "dense")
     if not isinstance(recipe, Reconstruction):
         raise TypeError(f"recipe must be a Reconstruction, got {_checks.shown(recipe)}")
     if recipe.importance is not None and importance is None:
@@ -230,7 +242,7 @@ def prune_blocks(
     >>> weights = jax.random.normal(jax.random.key(0), (3, 8, 8)) / 8
     >>> blocks = [Block(block, {"kernel": kernel}, grams) for kernel in weights]
     >>> inputs = jax.random.normal(jax.random.key(1), (16, 8))
-    >>> solver = Reconstruction(importance="wanda", epochs=2, dual_update_interval=2)
+    >>> solver = Reconstruction(importance="wanda", epochs=10)
     >>> [pruned.sparsity for pruned in prune_blocks(blocks, inputs, solver, "2:4")]
     [0.5, 0.5, 0.5]
     """

@@ -6,16 +6,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from .. import _checks
+from ..constraints import Constraint
 from ..method import Method
-from ..methods import safe
-from ..patterns import Pattern
+from ..methods import admm, safe
+from ..patterns import Pattern, Unstructured
 from ..schedules import Constant
-from .base import Needs, Solver
+from .alps import ALPS
+from .base import LayerSolver, Needs, Solver
 
 __all__ = ["Reconstruction"]
 
-_RADIUS = 2e-4  # of the paper for language models
-_OPTIONS = ("rho", "penalty", "dual_update_interval")
+_PUBLISHED: dict[str, Any] = {"rho": 2e-4, "penalty": 1e-3, "dual_update_interval": 32}
+_PUBLISHED_RATE = 2e-4
+_RATE = 0.01
+"""Peak learning rate, relative to the root mean square of the weights at the start."""
+_ORDER: tuple[Needs, ...] = ("nothing", "squares", "gram")
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,23 @@ class Reconstruction(Solver):
     """Minimise the reconstruction error of a block under a sparsity constraint, by SAFE.
 
     ``f(x) = mean((block_x(inputs) - targets)**2)`` over all parameters x of the block. Its
-    weights become sparse; biases and norms are trained too. The defaults are those of the paper:
-    Adam, a linear warm-up and a linear decay of the learning rate, rho 2e-4, K = 32 and a
-    constant penalty of 1e-3.
+    weights become sparse; biases and norms are trained too. The optimizer is Adam, with a linear
+    warm-up and a linear decay of the learning rate.
+
+    By default nothing has to be chosen. Training starts at the solution of `ALPS`, so
+    ``x_0 = z_0`` and ``u_0 = 0``, at a learning rate that is relative to the weights, and T
+    steps under the `safe_core.Pull` that ``safe_core.admm(sparsity, steps=T)`` derives. There is
+    no perturbation unless ``rho`` is given: with a fixed start it only took time in our studies.
+    If the training ends with a larger error than it started with, the start is kept.
 
     Attributes
     ----------
     method : Method, optional
-        Replaces ``safe_core.safe(sparsity, rho=2e-4)``, for example by ADMM. Its sparsity is
-        replaced by the requested one, which must be a schedule for `safe_core.gmp` and
-        `safe_core.imp_sam`.
-    learning_rate : float
-        The peak learning rate.
+        Replaces the derived one. Its sparsity is replaced by the requested one, which must be a
+        schedule for `safe_core.gmp` and `safe_core.imp_sam`.
+    learning_rate : float, optional
+        The peak learning rate. By default it is 0.01 times the root mean square of the weights
+        that are pruned, as training starts.
     betas : pair of float
         The betas of Adam.
     epochs : int
@@ -47,7 +57,14 @@ class Reconstruction(Solver):
         P of the projection: 1 (SAFE), or the mean square of each input feature in the dense
         block (SAFE+).
     rho, penalty, dual_update_interval : optional
-        Arguments of `safe_core.safe`, if ``method`` is None.
+        Arguments of `safe_core.safe`, if ``method`` is None. Each replaces what is derived.
+    start : str, LayerSolver or "dense", optional
+        The layer-wise solver whose solution training starts at. "dense" starts at the dense
+        weights, and the sparsity of the derived method then rises. By default it is ALPS, or
+        "dense" if ``published`` is set or a method is given.
+    published : bool
+        Whether all defaults are those of the paper for language models: the dense start, the
+        learning rate 2e-4, rho 2e-4, K = 32 and a constant penalty of 1e-3.
 
     Raises
     ------
@@ -62,14 +79,16 @@ class Reconstruction(Solver):
     Examples
     --------
     >>> safe_plus = Reconstruction(importance="wanda")
-    >>> safe_plus.rate(0, 16), safe_plus.rate(32, 16), safe_plus.rate(256, 16)
-    (6.25e-06, 0.0002, 0.0001)
-    >>> safe_plus.name, safe_plus.needs
-    ('safe+', 'squares')
+    >>> safe_plus.name, safe_plus.needs, safe_plus.initial.name
+    ('safe+', 'gram', 'alps')
+    >>> [safe_plus.share(step, steps_per_epoch=16) for step in (0, 32, 256)]
+    [0.03125, 1.0, 0.5]
+    >>> Reconstruction(published=True).name
+    'safe-published'
     """
 
     method: Method | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     epochs: int = 30
     warmup_epochs: int | None = None
@@ -78,13 +97,16 @@ class Reconstruction(Solver):
     rho: Any = None
     penalty: Any = None
     dual_update_interval: int | None = None
+    start: Any = None
+    published: bool = False
 
     def __post_init__(self) -> None:
         if self.method is not None and not isinstance(self.method, Method):
             raise TypeError(
                 f"method must be a safe_core.Method or None, got {_checks.shown(self.method)}"
             )
-        _checks.real("learning_rate", self.learning_rate, low=0.0)
+        if self.learning_rate is not None:
+            _checks.real("learning_rate", self.learning_rate, low=0.0)
         if not isinstance(self.betas, tuple | list):
             raise TypeError(f"betas must be a pair of numbers, got {_checks.shown(self.betas)}")
         if len(self.betas) != 2 or not all(0 <= _checks.real("betas", b) < 1 for b in self.betas):
@@ -96,40 +118,72 @@ class Reconstruction(Solver):
             )
         _checks.integer("batch_size", self.batch_size, low=1)
         _checks.choice("importance", self.importance, (None, "wanda"))
-        if self.importance is not None and self.method is not None and self.method.importance:
+        _checks.flag("published", self.published)
+        _ = self.initial  # checks the start
+        if self.method is None:
+            self._derived(Unstructured(0.5), 1)  # checks the other options
+            return
+        if self.importance is not None and self.method.importance:
             raise ValueError(
                 f"importance must be None where the method has {self.method.importance!r}, got "
                 f"{self.importance!r}"
             )
-        if self.method is None:
-            safe(0.5, **self._options())  # checks them
-            return
-        for name in _OPTIONS:
-            if getattr(self, name) is not None:
+        if self.method.plan().needs_learning_rate and self.learning_rate is None:
+            raise ValueError(
+                "learning_rate must be given for a method with a decoupled penalty, got None"
+            )
+        for name in (*_PUBLISHED, "published"):
+            if getattr(self, name) not in (None, False):
                 raise ValueError(
-                    f"{name} must be None if a method is given, which has its own, got "
-                    f"{getattr(self, name)!r}"
+                    f"{name} must be left out if a method is given, which has its own settings, "
+                    f"got {getattr(self, name)!r}"
                 )
 
     def _options(self) -> dict[str, Any]:
-        """Return the arguments of `safe_core.safe`."""
-        given = {name: getattr(self, name) for name in _OPTIONS}
-        return {"rho": _RADIUS} | {name: x for name, x in given.items() if x is not None}
+        """Return the arguments of `safe_core.safe` that are given."""
+        given = {name: getattr(self, name) for name in _PUBLISHED}
+        return {name: x for name, x in given.items() if x is not None}
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name on the command line: "safe" or "safe+"."""
-        return "safe+" if self.importance else "safe"
+        """The name on the command line: "safe" or "safe+", and "-published" for the paper's."""
+        return ("safe+" if self.importance else "safe") + "-published" * self.published
+
+    @property
+    def initial(self) -> LayerSolver | None:
+        """The solver whose solution training starts at, or None for the dense weights."""
+        from .registry import as_solver, named_solvers  # which list this class
+
+        if self.start is None:
+            return None if self.published or self.method is not None else ALPS()
+        if isinstance(self.start, str):
+            named = named_solvers().items()
+            known = [name for name, solver in named if isinstance(solver, LayerSolver)]
+            _checks.choice("start", self.start, ("dense", *known))
+            if self.start == "dense":
+                return None
+        found = as_solver(self.start)
+        if not isinstance(found, LayerSolver):
+            raise TypeError(
+                f"start must be 'dense' or a solver that prunes layers, got {self.start!r}"
+            )
+        return found
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        """Which statistics of inputs are needed: none, or their squares for SAFE+."""
-        return "squares" if self.importance else "nothing"
+        """Which statistics of inputs are needed: those of the start, and squares for SAFE+."""
+        first = self.initial
+        own: Needs = "squares" if self.importance else "nothing"
+        return max(own, "nothing" if first is None else first.needs, key=_ORDER.index)
 
     @classmethod
     def named(cls) -> tuple[Solver, ...]:
-        """Return SAFE and SAFE+ with their default settings."""
-        return cls(), cls(importance="wanda")
+        """Return SAFE and SAFE+ with their default settings, and with those of the paper."""
+        return tuple(
+            cls(importance=importance, published=published)
+            for published in (False, True)
+            for importance in (None, "wanda")
+        )
 
     @property
     def warmup(self) -> int:
@@ -147,37 +201,63 @@ class Reconstruction(Solver):
 
     def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
         """Return names and values of the settings under a pattern, for reports."""
-        method, (first, second) = self.bound(pattern), self.betas
+        method, (first, second) = self.bound(pattern, _SOME_STEPS), self.betas
         radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
         if method.perturbation is not None and method.perturbation.in_steps:
             radius += " mean steps of the optimizer"
         ranked = "magnitude times norm of input" if self.importance else "magnitude"
+        initial = self.initial
+        rate = self.learning_rate if self.learning_rate is not None else _PUBLISHED_RATE
+        derived = self.learning_rate is None and not self.published
         return [
             ("solver", f"{type(self).__name__}, trained on the reconstruction error of each block"),
+            (
+                "starts at",
+                "the dense weights" if initial is None else f"the solution of {initial.name}",
+            ),
             (
                 "weights ranked by",
                 ranked if method.importance is None else f"`{method.importance!r}`",
             ),
             ("perturbation radius (rho)", radius),
-            *_constraint_settings(method.constraint),
+            *self._constraint_settings(method.constraint),
             ("optimizer", f"Adam, betas {first:g} and {second:g}"),
-            ("peak learning rate", f"{self.learning_rate:g}"),
+            (
+                "peak learning rate",
+                f"{_RATE:g} times the root mean square of the weights" if derived else f"{rate:g}",
+            ),
             ("epochs", str(self.epochs)),
             ("warm-up epochs", str(self.warmup)),
         ]
 
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate at a step: up to the peak, then down to 0 after the last."""
+    def _constraint_settings(self, constraint: Constraint) -> list[tuple[str, str]]:
+        """Return the settings of a constraint that are not the default."""
+        rows = [("constraint", type(constraint).__name__)]
+        for f in fields(constraint):
+            value = getattr(constraint, f.name)
+            if self.method is None and not self.published and getattr(self, f.name, 0) is None:
+                value = "derived from the number of steps"
+            if f.name in _SYMBOLS or value != f.default:
+                rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
+        return rows
+
+    def share(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate at a step over its peak: rising to 1, then falling to 0."""
         rising, steps = (n * steps_per_epoch for n in (self.warmup, self.epochs))
         if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        falling = self.learning_rate * (steps - step) / max(1, steps - rising)
-        return min(self.learning_rate, falling)
+            return (step + 1) / rising
+        return min(1.0, (steps - step) / max(1, steps - rising))
 
-    def bound(self, sparsity: Pattern) -> Method:
-        """Return the method with a sparsity."""
+    def peak(self, root_mean_square: Any) -> Any:
+        """Return the peak learning rate for weights with this root mean square at the start."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _PUBLISHED_RATE if self.published else _RATE * root_mean_square
+
+    def bound(self, sparsity: Pattern, steps: int) -> Method:
+        """Return the method with a sparsity, for a run of this many steps."""
         if self.method is None:
-            return safe(sparsity, **self._options())
+            return self._derived(sparsity, steps)
         if self.method.constraint.masks_gradients and sparsity.schedule is None:
             raise ValueError(
                 "sparsity must change over time for a method of masks, such as "
@@ -185,18 +265,18 @@ class Reconstruction(Solver):
             )
         return replace(self.method, sparsity=sparsity)
 
+    def _derived(self, sparsity: Pattern, steps: int) -> Method:
+        options = self._options()
+        if self.published:
+            return safe(sparsity, **_PUBLISHED | options)
+        make = admm if self.rho is None else safe
+        method = make(sparsity, steps=steps, **options)
+        # A start that is sparse already has nothing to remove step by step.
+        return method if self.initial is None else replace(method, sparsity=sparsity)
+
 
 _SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
-
-
-def _constraint_settings(constraint: Any) -> list[tuple[str, str]]:
-    """Return the settings of a constraint that are not the default."""
-    rows = [("constraint", type(constraint).__name__)]
-    for f in fields(constraint):
-        value = getattr(constraint, f.name)
-        if f.name in _SYMBOLS or value != f.default:
-            rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
-    return rows
+_SOME_STEPS = 1000  # of a run that is described; what depends on it is not shown
 
 
 def _value(value: Any) -> str:

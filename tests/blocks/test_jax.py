@@ -324,7 +324,7 @@ def test_a_solver_gets_the_statistics_that_it_needs() -> None:
 @short_run
 def test_the_first_block_is_reconstructed_as_alone() -> None:
     (apply_fn, params, _), *_ = chain()
-    recipe = Reconstruction(learning_rate=1e-2, epochs=2, batch_size=4)
+    recipe = Reconstruction(learning_rate=1e-2, epochs=2, batch_size=4, start="dense")
     alone = reconstruct(apply_fn, params, inputs(), 0.5, recipe=recipe, seed=2)
     first, second = prune_blocks(chain(), inputs(), recipe, 0.5, batch_size=4, seed=2)
     np.testing.assert_array_equal(first.params["kernel"], alone.params["kernel"])
@@ -401,7 +401,7 @@ def test_a_bad_argument_of_a_chain_is_named(options: Any, error: Any, message: s
 @short_run
 def test_a_narrow_block_is_trained_in_float32_and_returned_as_it_was() -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4), jnp.bfloat16)}
-    recipe = Reconstruction(learning_rate=1e-4, epochs=3)
+    recipe = Reconstruction(learning_rate=1e-4, epochs=3, start="dense")
     x = inputs().astype(jnp.bfloat16)
     found = reconstruct(lambda p, x: x @ p["kernel"].astype(x.dtype), params, x, 0.5, recipe=recipe)
     assert found.params["kernel"].dtype == jnp.bfloat16
@@ -411,7 +411,7 @@ def test_a_narrow_block_is_trained_in_float32_and_returned_as_it_was() -> None:
 
 def test_targets_may_be_given() -> None:
     params, x = {"kernel": jnp.eye(8)}, inputs()
-    recipe = Reconstruction(learning_rate=1e-2, epochs=20, batch_size=2)
+    recipe = Reconstruction(learning_rate=1e-2, epochs=20, batch_size=2, start="dense")
     found = reconstruct(lambda p, x: x @ p["kernel"], params, x, 0.25, recipe=recipe, targets=2 * x)
     assert found.losses[-1] < 0.6 * found.losses[0]
 
@@ -435,7 +435,11 @@ def test_targets_may_be_given() -> None:
         ({"seed": -1}, ValueError, "seed"),
         ({"importance": lambda params: params}, TypeError, "importance must hold arrays"),
         (
-            {"recipe": Reconstruction(learning_rate=1e30, epochs=2, warmup_epochs=0)},
+            {
+                "recipe": Reconstruction(
+                    learning_rate=1e30, epochs=2, warmup_epochs=0, start="dense"
+                )
+            },
             ValueError,
             "learning_rate must be low enough",
         ),
@@ -469,7 +473,7 @@ def _some_blocks(count: int = 2) -> list[Any]:
 @short_run
 def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
     inputs = jax.random.normal(jax.random.key(1), (6, 8))
-    solver = Reconstruction(epochs=2, batch_size=2, learning_rate=1e-2)
+    solver = Reconstruction(epochs=2, batch_size=2, learning_rate=1e-2, start="dense")
     first = prune_blocks(
         _some_blocks(), inputs, solver, "2:4", where=lambda name, x: name.startswith("up")
     )
@@ -486,7 +490,9 @@ def test_a_second_call_keeps_the_zeros_of_the_first() -> None:
 
 
 @short_run
-@pytest.mark.parametrize("solver", ["magnitude", Reconstruction(epochs=2, batch_size=2)])
+@pytest.mark.parametrize(
+    "solver", ["magnitude", Reconstruction(epochs=2, batch_size=2, start="dense")]
+)
 def test_weights_can_have_sparsities_of_their_own(solver: Any) -> None:
     inputs = jax.random.normal(jax.random.key(1), (6, 8))
     sparsity = {"up/kernel": "2:4", "down/kernel": 0.75}

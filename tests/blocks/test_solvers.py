@@ -104,7 +104,7 @@ def refit(w: np.ndarray, h: np.ndarray, support: np.ndarray) -> np.ndarray:
 def test_the_rate_rises_in_two_epochs_or_in_half_of_fewer() -> None:
     assert [Reconstruction(epochs=n).warmup for n in (1, 2, 3, 4, 30)] == [0, 1, 1, 2, 2]
     one = replace(Reconstruction(), epochs=1)
-    assert [one.rate(t, 2) for t in range(3)] == [2e-4, 1e-4, 0.0]
+    assert [one.share(t, 2) for t in range(3)] == [1.0, 0.5, 0.0]
     assert Reconstruction(epochs=1, warmup_epochs=1).warmup == 1
     with pytest.raises(ValueError, match="warmup_epochs must be at most epochs=1, got 2"):
         Reconstruction(epochs=1, warmup_epochs=2)
@@ -626,7 +626,10 @@ def test_wanda_takes_the_diagonal_alone(change: Any, message: str) -> None:
 
 
 def test_solvers_are_known_by_their_names() -> None:
-    wanted = ["alps", "magnitude", "safe", "safe+", "sparsegpt", "wanda"]
+    wanted = [
+        "alps", "magnitude", "safe", "safe+", "safe+-published", "safe-published", "sparsegpt",
+        "wanda",
+    ]  # fmt: skip
     assert list(named_solvers()) == wanted
     assert [named_solver(name).name for name in wanted] == wanted
     assert as_solver("wanda") == as_solver(Wanda) == Wanda()
@@ -643,14 +646,15 @@ def test_an_exported_solver_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_settings_of_training_are_those_of_solvers_that_train() -> None:
-    recipe = named_solver("safe+").configured(batch_size=3, penalty=0.1, epochs=None, rho=1e-3)
-    assert recipe == Reconstruction(batch_size=3, importance="wanda", penalty=0.1, rho=1e-3)
-    method = recipe.bound(Unstructured(0.5, scope="tensor"))
+    given: Any = {"batch_size": 3, "penalty": 0.1, "rho": 1e-3}
+    recipe = named_solver("safe+-published").configured(epochs=None, **given)
+    assert recipe == Reconstruction(importance="wanda", published=True, **given)
+    method = recipe.bound(Unstructured(0.5, scope="tensor"), 9)
     plain = safe(Unstructured(0.5, scope="tensor"), rho=1e-3, penalty=0.1)
     assert method == plain
     with pytest.raises(ValueError, match="rho must be left out for alps, which does not train"):
         named_solver("alps").configured(batch_size=3, rho=1e-3)
-    with pytest.raises(ValueError, match=r"rho must be None if a method is given.* got 0\.1"):
+    with pytest.raises(ValueError, match=r"rho must be left out if a method is given.* got 0\.1"):
         Reconstruction(admm(0.5), rho=0.1)
     with pytest.raises(ValueError, match="dual_update_interval must be at least 1"):
         Reconstruction(dual_update_interval=0)

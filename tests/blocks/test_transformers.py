@@ -296,7 +296,7 @@ def test_a_model_may_be_its_list_of_blocks() -> None:
 
 @short_run
 def test_tokens_are_unknown_where_nothing_looks_at_them() -> None:
-    solver = SafeReconstruction(epochs=1, batch_size=4)
+    solver = SafeReconstruction(epochs=1, batch_size=4, start="dense")
     report = prune_blocks(Chain(), DATA, solver, 0.5)
     assert [b.weights["weight"].tokens for b in report.blocks] == [None] * 4
 
@@ -537,7 +537,9 @@ def plain_loop(model: Any, hidden: Tensor) -> tuple[Any, Tensor]:
 @short_run
 def test_safe_is_a_plain_loop() -> None:
     model, wanted, inputs = model_of("llama"), model_of("llama"), inputs_of("llama")
-    solver = SafeReconstruction(importance="wanda", epochs=5, batch_size=len(inputs))
+    solver = SafeReconstruction(
+        importance="wanda", published=True, epochs=5, batch_size=len(inputs)
+    )
     losses: list[Progress] = []
     prune_blocks(model, inputs, solver, 0.5, progress=losses.append)
     hidden = wanted.model.embed_tokens(inputs).detach()
@@ -595,7 +597,7 @@ def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(dtype: torch.dtype) 
             assert weight.kept * 2 == p.numel()
             assert int((p == 0).sum()) == p.numel() // 2
     error = in_32_bits.blocks[0].relative_error
-    assert report.blocks[0].relative_error == pytest.approx(error, rel=0.05)
+    assert report.blocks[0].relative_error == pytest.approx(error, rel=0.15)
 
 
 @short_run
@@ -608,7 +610,8 @@ def test_positions_have_the_dtype_that_a_block_is_computed_in(dtype: torch.dtype
         seen.add((torch.is_grad_enabled(), *(t.dtype for t in tensors)))
 
     model.model.layers[1].register_forward_pre_hook(watch, with_kwargs=True)
-    prune_blocks(model, inputs_of("llama"), SafeReconstruction(epochs=1), 0.5)
+    solver = SafeReconstruction(epochs=1, start="dense")
+    prune_blocks(model, inputs_of("llama"), solver, 0.5)
     assert seen == {(False, *[dtype] * 4), (True, *[torch.float32] * 4)}
 
 
@@ -938,10 +941,10 @@ def test_solvers_that_differ_are_told_apart() -> None:
 @short_run
 def test_a_run_does_not_go_on_by_other_defaults(tmp_path: Path, monkeypatch: Any) -> None:
     """A default that a later release changes makes another run."""
-    solver = SafeReconstruction(epochs=1)
+    solver = SafeReconstruction(epochs=1, published=True)
     prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)
     monkeypatch.setattr(
-        SafeReconstruction, "bound", lambda self, sparsity: safe_core.safe(sparsity, rho=1e-3)
+        SafeReconstruction, "bound", lambda self, sparsity, _: safe_core.safe(sparsity, rho=1e-3)
     )
     with pytest.raises(ValueError, match=r"begun with method=.*0\.0002.*, got method=.*0\.001"):
         prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)

@@ -39,10 +39,14 @@ def test_perplexity_is_that_of_separate_windows(folder: Path, text: Path) -> Non
     assert found["perplexity"] == pytest.approx(math.exp(-wanted.mean()), rel=1e-5)
     assert found["predictions"] == len(wanted) == 47 * len(windows)
     assert (found["windows"], found["unused"]) == (len(windows), len(ids) - 48 * len(windows))
+    means = np.asarray([-log_likelihoods(model, w).mean() for w in windows])
+    error = found["perplexity"] * means.std(ddof=1) / math.sqrt(len(windows))
+    assert found["standard_error"] == pytest.approx(error, rel=1e-3)
     several = perplexity(model, ids, 48, batch_size=5)
     assert several.loss == pytest.approx(found["loss"], rel=1e-4)  # products in bfloat16
     line = run("perplexity", folder, "--text", text, "--length", 48, "--device", "cpu").stdout
-    assert line.startswith(f"perplexity {found['perplexity']:.4f} ")
+    assert line.startswith(f"perplexity {found['perplexity']:.4f} ± {error:.2g} (loss ")
+    assert perplexity(model, ids[:48], 48).standard_error is None
     # Published programs multiply the mean of a window by its length, and divide by all lengths.
     scaled = [48 * log_likelihoods(model, w).mean() for w in windows]
     assert -sum(scaled) / (48 * len(windows)) == pytest.approx(found["loss"], rel=1e-6)
@@ -68,6 +72,7 @@ def test_overlapping_windows_score_each_token_once(folder: Path, stride: int) ->
     assert found.predictions == len(wanted) == 149
     assert found.loss == pytest.approx(-np.mean(wanted), rel=1e-3)
     assert found.unused == 0
+    assert 0 < (found.standard_error or 0) < found.perplexity
 
 
 def lambda_module(value: float) -> torch.nn.Module:

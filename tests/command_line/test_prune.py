@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("method", "sparsity"),
-    [("safe+", "2:4"), ("safe", "0.29"), ("wanda", "0.5"), ("magnitude", "4:8"),
-     ("sparsegpt", "0.5"), ("alps", "2:4")],
+    [("safe+", "2:4"), ("safe", "0.29"), ("safe+-published", "0.5"), ("wanda", "0.5"),
+     ("magnitude", "4:8"), ("sparsegpt", "0.5"), ("alps", "2:4")],
 )  # fmt: skip
 def test_prune_saves_a_sparse_model(
     folder: Path, text: Path, tmp_path: Path, method: str, sparsity: str
@@ -78,10 +78,12 @@ def test_prune_saves_a_sparse_model(
     assert row.split()[4:6] == ["512", str(inspected[name].zeros)]
 
 
+TRAINED = ["| epochs | 1 |", "up epochs | 0 |"]
 SAFE = [
-    "(rho) | 0.0002 |", "| constraint | ADMM |", "(lambda) | 0.001 |", "(K) | 32 |",
-    "| epochs | 1 |", "up epochs | 0 |",
-    "| peak learning rate | 0.0002 |", "| optimizer | Adam, betas 0.9 and 0.95 |",
+    *TRAINED, "| starts at | the solution of alps |", "(rho) | none |", "| constraint | Pull |",
+    "(lambda) | derived from the number of steps |", "(K) | derived from the number of steps |",
+    "rate | 0.01 times the root mean square of the weights |",
+    "| optimizer | Adam, betas 0.9 and 0.95 |",
     "| batch | 8 samples |", "| inputs of a block | outputs of the pruned blocks before it |",
     "| targets of a block | its dense outputs for the outputs of the pruned blocks before it |",
 ]  # fmt: skip
@@ -93,6 +95,16 @@ CARDS = {
         "| magnitude times norm of input |",
     ],
     "safe": [*SAFE, "| method | safe |", "| 0.29, scope tensor |", "| magnitude |"],
+    "safe+-published": [
+        *TRAINED,
+        "| starts at | the dense weights |",
+        "(rho) | 0.0002 |",
+        "| constraint | ADMM |",
+        "(lambda) | 0.001 |",
+        "(K) | 32 |",
+        "rate | 0.0002 |",
+        "| method | safe+-published |",
+    ],
     "wanda": ["| method | wanda |", "| solver | Wanda |", "| 0.5, scope row |"],
     "magnitude": ["| solver | Magnitude |", "| requested sparsity | 4:8 |"],
     "sparsegpt": ["| solver | SparseGPT |", "| block size | 128 |", "| damping | 0.01 |"],
@@ -174,7 +186,7 @@ def test_settings_reach_the_pruning(
         3, "--learning-rate", 0.5, "--target-inputs", "dense", "--propagate", "dense",
         "--offload", "none", "--work-dir", tmp_path / "work", "--device", "cpu", "--blocks",
         "model.layers", "--only", r"layers\.1\..*up", "--rho", 0.01, "--penalty", 0.1,
-        "--dual-update-interval", 5,
+        "--dual-update-interval", 5, "--start", "sparsegpt",
     )  # fmt: skip
     assert "must run on a window of 32 tokens, but fails: stop" in message
     batches = seen.pop("batches")
@@ -186,7 +198,7 @@ def test_settings_reach_the_pruning(
     assert seen == {
         "solver": Reconstruction(
             importance="wanda", epochs=9, batch_size=3, learning_rate=0.5, rho=0.01, penalty=0.1,
-            dual_update_interval=5,
+            dual_update_interval=5, start="sparsegpt",
         ),
         "sparsity": Unstructured(0.25, scope="row"),
         "settings": PruningSettings(
@@ -369,7 +381,8 @@ def test_code_of_a_model_runs_only_if_asked(
 def test_a_run_that_diverges_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
     result = run(
         "prune", folder, "--calibration", text, "--sparsity", "0.5", "--out", tmp_path / "out",
-        "--method", "safe", "--epochs", 2, "--learning-rate", 50, "--device", "cpu", *SHORT,
+        "--method", "safe", "--epochs", 2, "--learning-rate", 50, "--start", "dense",
+        "--device", "cpu", *SHORT,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "differ from the dense model by more than their whole output" in result.output

@@ -484,7 +484,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("projected_gradient", lambda: safe_core.admm(0.5, projected_gradient=1), T, "1"),
     ("sparsity", lambda: safe_core.gmp(0.5), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.imp_sam("2:4"), V, "NM("),
-    ("sparsity", lambda: RECIPE.bound(safe_core.Unstructured(0.5)), V, "sparsity=0.5"),
+    ("sparsity", lambda: RECIPE.bound(safe_core.Unstructured(0.5), 9), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
     ("interval", lambda: safe_core.cram(0.5, importance_interval=1.5), T, "1.5"),

@@ -21,7 +21,7 @@ from safe_core import ADMM, project
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import peers, pruning_tables, savings, steps  # noqa: E402
+from benchmarks import blocks, peers, pruning_tables, savings, steps  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
@@ -96,6 +96,28 @@ def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
     assert "| ours | **3 ± 1** | **1 ± 0** | **4 ± 1** |" in text  # blocks and their sum
     with pytest.raises(ValueError, match="one setting for llama"):
         pruning_tables.tables([dense | {"epochs": 3}, *found], ["ours"], {})
+
+
+def test_a_table_of_blocks_relates_errors_to_those_of_alps() -> None:
+    def run(method: str, *errors: float) -> dict[str, Any]:
+        cell = {"model": "a", "sparsity": "2:4", "method": method}
+        return cell | {"calibration": list(errors), "held out": [2 * e for e in errors]}
+
+    text = blocks.markdown([run("ALPS", 0.1, 0.4), run("SAFE+", 0.05, 0.05)])
+    assert "| a | 2:4 | 0.2 / 0.4 | 0.25 / 0.25 |" in text
+    assert "| **geometric mean** | | | 0.25 / 0.25 |" in text
+
+
+@pytest.mark.parametrize("method", ["ALPS", "SAFE+"])
+def test_errors_of_blocks_are_measured_on_both_sets_of_inputs(method: str) -> None:
+    torch.manual_seed(0)
+    small = blocks.first_blocks(blocks.random_gpt2(8), 2)
+    small = small._replace(held_out=small.calibration)
+    dense = [p.clone() for p in small.model.parameters()]
+    solver = blocks.METHODS[method]()
+    found = blocks.errors(small, solver, "2:4")
+    assert found["held out"] == pytest.approx(found["calibration"], rel=1e-3)
+    assert all(map(torch.equal, small.model.parameters(), dense))
 
 
 @pytest.mark.parametrize("study", ["growth", "first block"])

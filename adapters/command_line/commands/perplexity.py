@@ -53,7 +53,9 @@ def perplexity(
     if as_json:
         typer.echo(json.dumps(found._asdict()))
     else:
+        error = "" if found.standard_error is None else f" ± {found.standard_error:.2g}"
         typer.echo(
-            f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f}), {found.predictions:,} "
-            f"predictions in {found.windows:,} windows, {found.unused:,} tokens unused"
+            f"perplexity {found.perplexity:.4f}{error} (loss {found.loss:.6f}), "
+            f"{found.predictions:,} predictions in {found.windows:,} windows, "
+            f"{found.unused:,} tokens unused"
         )

@@ -102,16 +102,34 @@ def prune(
         int | None, typer.Option(help="safe, safe+: passes over the samples; 30 by default.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="safe, safe+: peak learning rate; 0.0002 by default.")
+        float | None,
+        typer.Option(
+            help="safe, safe+: peak learning rate; by default 0.01 times the root mean square of "
+            "the weights."
+        ),
     ] = None,
     rho: Annotated[
-        float | None, typer.Option(help="safe, safe+: perturbation radius; 0.0002 by default.")
+        float | None,
+        typer.Option(help="safe, safe+: perturbation radius; by default nothing is perturbed."),
     ] = None,
     penalty: Annotated[
-        float | None, typer.Option(help="safe, safe+: penalty lambda; 0.001 by default.")
+        float | None,
+        typer.Option(
+            help="safe, safe+: penalty lambda, instead of a pull derived from the number of steps."
+        ),
     ] = None,
     dual_update_interval: Annotated[
-        int | None, typer.Option(help="safe, safe+: steps between dual updates; 32 by default.")
+        int | None,
+        typer.Option(
+            help="safe, safe+: steps between dual updates; derived from their number by default."
+        ),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="safe, safe+: the method whose solution training starts at, or dense; alps by "
+            "default."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
     propagate: Annotated[
@@ -132,8 +150,9 @@ def prune(
     """Prune a transformer block by block with a calibration text or other inputs, and save it.
 
     The new folder holds the weights, the tokenizer and a model card with all settings. It loads
-    like the old one. Without training, alps is the most accurate and magnitude the fastest;
-    safe+ trains each block.
+    like the old one. safe+ is the most accurate: it trains each block from the solution of alps,
+    which is the most accurate without training. magnitude is the fastest. safe-published and
+    safe+-published train with the settings of the paper.
     """
     from safe_core.adapters.torch.blocks.settings import PruningSettings
 
@@ -158,6 +177,7 @@ def prune(
         rho=rho,
         penalty=penalty,
         dual_update_interval=dual_update_interval,
+        start=start,
         settings=PruningSettings(
             propagate=propagate.value,
             target_inputs=target_inputs.value,

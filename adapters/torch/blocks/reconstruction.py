@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from safe_core.reconstruction import Reconstruction
 from ..optimizer import SparseOptimizer
 from .fingerprints import identity
 from .memory import BlockSize
-from .solver import BlockProblem, BlockSolver, WorkBytes
+from .solver import BlockProblem, BlockSolver, LayerByLayer, WorkBytes
 
 __all__ = ["SafeReconstruction", "wide_mse"]
 
@@ -34,7 +34,7 @@ class SafeReconstruction(Reconstruction, BlockSolver):
     Attributes
     ----------
     method, learning_rate, betas, epochs, warmup_epochs, batch_size, importance, rho, penalty, \
-dual_update_interval
+dual_update_interval, start, published
         As in `safe_core.reconstruction.Reconstruction`.
     autocast : bool, optional
         Whether to compute in bfloat16, with parameters in float32. The default is True on a GPU
@@ -50,8 +50,8 @@ dual_update_interval
 
     Examples
     --------
-    >>> SafeReconstruction(importance="wanda").rate(0, 16)
-    6.25e-06
+    >>> SafeReconstruction(importance="wanda").share(0, 16)
+    0.03125
     """
 
     autocast: bool | None = None
@@ -69,43 +69,58 @@ dual_update_interval
         return device.type == "cuda" and dtype.itemsize == 2
 
     @property
-    def watches(self) -> Literal["nothing", "squares"]:  # type: ignore[override]
-        """The statistics of inputs to record: sums of squares for SAFE+."""
-        return "squares" if self.importance else "nothing"
+    def watches(self) -> Literal["nothing", "tokens", "squares", "gram"]:  # type: ignore[override]
+        """The statistics of inputs to record: those that are needed."""
+        return self.needs
 
     def described(self, pattern: Pattern) -> dict[str, str]:
         """Return what must be the same for a run to be resumed, resolved defaults included."""
         return {
             "solver": identity(self),
-            "method": identity(self.bound(pattern)),
+            "method": identity(self.bound(pattern, 1000)),  # equal if derived by equal constants
+            "start": identity(self.initial),
             "warmup": str(self.warmup),
         }
 
     def memory(self, size: BlockSize, work: WorkBytes) -> int:
-        """Return the bytes for the optimizer's state and a forward and backward pass."""
-        return size.reconstruction(
-            work(self.batch_size, backward=True, autocast=self.autocasts(size.device, size.dtype))
-        )
+        """Return the bytes for the start, or for the optimizer's state and a pass."""
+        autocast = self.autocasts(size.device, size.dtype)
+        training = size.reconstruction(work(self.batch_size, backward=True, autocast=autocast))
+        if self.initial is None:
+            return training
+        # The solutions of all layers are held at once, and a copy of the start during training.
+        solving = LayerByLayer(self.initial).memory(size, work) + size.number * size.sparse
+        return max(training + size.number * size.trained + size.sparse, solving)
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Train the block in float32 or wider, and return its parameters and the supports."""
-        assert problem.dense is not None  # no solver has run before
-        wide = wide_dtype(torch, list(problem.dense.parameters()))
+        dense = problem.dense
+        assert dense is not None  # no solver has run before
+        wide = wide_dtype(torch, list(dense.parameters()))
+        layouts = {key: found.layout for key, found in problem.statistics.items()}
+        importance = None
+        if self.importance is not None:
+            importance = {
+                key: found.importance(tuple(dense.get_parameter(key).shape))
+                for key, found in problem.statistics.items()
+            }
+        first = self.initial
+        start = None if first is None else list(LayerByLayer(first).solutions(problem))
+        del dense
         block = problem.in_dtype(wide)
         params = dict(block.named_parameters())
         for key, p in params.items():
             p.requires_grad_(key in problem.trainable)
-        importance = None
-        if self.importance is not None:
-            importance = {
-                key: found.importance(tuple(params[key].shape))
-                for key, found in problem.statistics.items()
-            }
-        _keep_zeros(p for key, p in params.items() if key not in problem.statistics)
+        with torch.no_grad():
+            for key, solved, _ in start or ():
+                params[key].copy_(solved)
+        supports = None if start is None else {key: support for key, _, support in start}
+        del start
+        _keep_zeros(p for key, p in params.items() if key not in layouts)
         epoch, steps = problem.batches(self.batch_size, wide)
-        supports = self.solve(
+        found = self.solve(
             block,
-            {key: found.layout for key, found in problem.statistics.items()},
+            layouts,
             importance,
             problem.pattern,
             epoch,
@@ -113,8 +128,9 @@ dual_update_interval
             problem.report,
             name=problem.name,
             autocast=self.autocasts(problem.device, problem.dtype),
+            start=supports,
         )
-        return {key: p.detach() for key, p in params.items() if p.requires_grad}, supports
+        return {key: p.detach() for key, p in params.items() if p.requires_grad}, found
 
     def solve(
         self,
@@ -128,6 +144,7 @@ dual_update_interval
         *,
         name: str = "block",
         autocast: bool = False,
+        start: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Train a block in place, project it, and return the supports by name.
 
@@ -147,19 +164,52 @@ dual_update_interval
         name : str
             The name of the block, for messages.
         autocast : bool
+        start : mapping of name to tensor, optional
+            The supports of the weights, if they are sparse already. They are kept, and so is the
+            block, if training increases the mean loss over the batches.
 
         Raises
         ------
         ValueError
             If the loss is not finite after an epoch.
         """
-        optimizer = self._optimizer(block, weights, importance, sparsity)
+        steps = self.epochs * steps_per_epoch
+        optimizer = self._optimizer(block, weights, importance, sparsity, steps)
+        named = optimizer.sparse_parameters()
+
+        def loss() -> float:
+            return self.loss(block, epoch(0), autocast=autocast)
+
+        # A start is a solution already, which training must not make worse.
+        kept = None if start is None else _Solution.of(block, start, loss())
         self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
         method = optimizer.method
         with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
             optimizer.finalize(freeze=True)
-        named = optimizer.sparse_parameters()
+        if kept is not None and not loss() <= kept.loss:
+            kept.restore(block)
+            return dict(kept.supports)
         return {name: optimizer.state[p]["support"] for name, p in named.items()}
+
+    def loss(
+        self,
+        block: nn.Module,
+        batches: Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]],
+        *,
+        autocast: bool = False,
+    ) -> float:
+        """Return the mean loss of a block over batches of equal weight."""
+        device = next(block.parameters()).device
+        total, count = torch.zeros((), device=device), 0
+        for run, target in batches:
+            # A compiled block would be compiled again without gradients.
+            with (
+                torch.set_grad_enabled(bool(self.compile)),
+                torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+            ):
+                total += wide_mse(run(block), target).detach()
+            count += 1
+        return float(total) / count
 
     def train(
         self,
@@ -185,7 +235,7 @@ dual_update_interval
             total, count = torch.zeros((), device=device), 0
             for run, target in epoch(k):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step, steps_per_epoch)
+                    group["lr"] = group["peak"] * self.share(step, steps_per_epoch)
 
                 def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -196,9 +246,10 @@ dual_update_interval
                 step += 1
             mean = float(total) / count  # the only value that is read from the device
             if not math.isfinite(mean):
+                rate = optimizer.param_groups[0]["peak"]
                 raise ValueError(
-                    "learning_rate must be low enough for a finite loss, got "
-                    f"{self.learning_rate!r} and a loss of {mean} in epoch {k} of {name}"
+                    f"learning_rate must be low enough for a finite loss, got {rate:g} and a loss "
+                    f"of {mean} in epoch {k} of {name}"
                 )
             report(k, mean)
 
@@ -208,19 +259,48 @@ dual_update_interval
         weights: Mapping[str, Layout],
         importance: Mapping[str, Tensor] | None,
         sparsity: Pattern,
+        steps: int,
     ) -> SparseOptimizer:
         trained = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
         fused = trained[0][1].device.type == "cuda"
+        peak = float(self.peak(_root_mean_square(p for name, p in trained if name in weights)))
         base = torch.optim.Adam(
-            trained, lr=self.learning_rate, betas=self.betas, fused=fused or None
+            [{"params": trained, "peak": peak}], lr=peak, betas=self.betas, fused=fused or None
         )
         return SparseOptimizer(
             base,
-            self.bound(sparsity),
+            self.bound(sparsity, steps),
             where=lambda name, p: name in weights,
             layout=dict(weights),
             importance=importance,
         )
+
+
+class _Solution(NamedTuple):
+    """A copy of the trained parameters of a block, the supports of its weights, and its loss."""
+
+    values: dict[str, Tensor]
+    supports: Mapping[str, Tensor]
+    loss: float
+
+    @classmethod
+    def of(cls, block: nn.Module, supports: Mapping[str, Tensor], loss: float) -> _Solution:
+        trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
+        return cls({name: p.detach().clone() for name, p in trained.items()}, supports, loss)
+
+    @torch.no_grad()
+    def restore(self, block: nn.Module) -> None:
+        for name, value in self.values.items():
+            block.get_parameter(name).copy_(value)
+
+
+def _root_mean_square(weights: Iterable[Tensor]) -> float:
+    """Return the root mean square of all entries of the weights."""
+    squares, entries = 0.0, 0
+    for w in weights:
+        squares += float(w.detach().square().sum(dtype=torch.float64))
+        entries += w.numel()
+    return math.sqrt(squares / max(entries, 1))
 
 
 @torch.no_grad()

@@ -150,21 +150,27 @@ class LayerByLayer(BlockSolver):
         return held + max([work(), *layers])
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Prune the weights of the dense block in place, one after the other.
-
-        The statistics of a weight are freed as soon as it is pruned.
-        """
+        """Prune the weights of the dense block in place, one after the other."""
         dense = problem.dense
         assert dense is not None  # no solver has run before
         values, supports = {}, {}
+        for key, solved, support in self.solutions(problem):
+            values[key], supports[key] = dense.get_parameter(key).detach(), support
+            values[key].copy_(solved)
+        return values, supports
+
+    @torch.no_grad()
+    def solutions(self, problem: BlockProblem) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the name, the values in float32 or wider, and the support of each weight.
+
+        The statistics of a weight are freed as soon as it is solved.
+        """
+        assert problem.dense is not None  # no solver has run before
         for key in list(problem.statistics):
             found = problem.statistics.pop(key)
-            values[key] = dense.get_parameter(key).detach()
-            with torch.no_grad():
-                wide = values[key].to(wide_dtype(torch, [values[key]]))
-                solved, supports[key] = self._layer(f"{problem.name}.{key}", wide, found, problem)
-                values[key].copy_(solved)
-        return values, supports
+            dense = problem.dense.get_parameter(key).detach()
+            wide = dense.to(wide_dtype(torch, [dense]))
+            yield key, *self._layer(f"{problem.name}.{key}", wide, found, problem)
 
     def _layer(
         self, name: str, weight: Tensor, found: InputStatistics, problem: BlockProblem

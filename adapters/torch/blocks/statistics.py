@@ -93,9 +93,10 @@ class InputStatistics(NamedTuple):
         Features that are never active get a tiny positive value, so that their entries rank by
         magnitude among each other. So do all entries of an expert without tokens.
         """
-        assert self.sums is not None  # recorded as "squares"
-        tokens = self.tokens.clamp(min=1).to(self.sums.device)
-        filled: Tensor = positive_squares(self.sums / tokens[:, None])
+        assert self.sums is not None  # recorded as "squares" or "gram"
+        squares = self.sums.diagonal(dim1=-2, dim2=-1) if self.sums.ndim == 3 else self.sums
+        tokens = self.tokens.clamp(min=1).to(squares.device)
+        filled: Tensor = positive_squares(squares / tokens[:, None])
         axes = (*self.layout.batch_axes, *self.layout.input_axes)
         return filled.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
 

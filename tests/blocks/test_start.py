@@ -1,0 +1,215 @@
+"""Blocks are trained from the solution of a layer-wise solver, in both frameworks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import safe_core
+from safe_core.adapters.jax.blocks import prune_blocks as prune_jax
+from safe_core.adapters.jax.blocks import prune_layers, reconstruct
+from safe_core.adapters.jax.flax.blocks import linen_block
+from safe_core.adapters.torch.blocks import SafeReconstruction, prune_blocks
+from safe_core.reconstruction import Reconstruction
+from safe_core.solvers import ALPS, Gram
+
+WIDTH = 16
+PATTERNS = [0.5, 0.8, "2:4", safe_core.Block((2, 2), 0.5, scope="tensor"), safe_core.Channel(0.25)]
+
+
+class Block(nn.Module):
+    """Two layers behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class JaxBlock(linen.Module):
+    """The same in Flax."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = linen.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x)
+        y = jnp.tanh(linen.Dense(2 * WIDTH, precision="highest", name="up")(y))
+        return x + linen.Dense(WIDTH, precision="highest", name="down")(y)
+
+
+class Model(nn.Module):
+    """Two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def inputs() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(48, 3, WIDTH)) @ rng.normal(size=(WIDTH, WIDTH)) / 4
+
+
+def flax_params(block: nn.Module) -> dict[str, Any]:
+    """The parameters of a block as those of `JaxBlock`."""
+    kinds = {"norm.weight": "scale", "up.weight": "kernel", "down.weight": "kernel"}
+    tree: dict[str, Any] = {}
+    for name, p in block.named_parameters():
+        leaf = kinds.get(name, "bias")
+        tree.setdefault(name.split(".")[0], {})[leaf] = jnp.asarray(p.detach().numpy().T)
+    return tree
+
+
+def errors(solver: Any, sparsity: Any, **settings: Any) -> list[float]:
+    model = Model().double()
+    report = prune_blocks(model, torch.tensor(inputs()), solver, sparsity, **settings)
+    return [block.relative_error for block in report.blocks]
+
+
+@pytest.mark.parametrize("name", ["safe", "safe+"])
+@pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
+def test_the_default_is_ahead_of_alps_in_every_block(name: str, sparsity: Any) -> None:
+    found, alps = errors(name, sparsity), errors("alps", sparsity)
+    assert all(a < 0.9 * b for a, b in zip(found, alps, strict=True))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+@pytest.mark.parametrize("name", ["safe", "safe+"])
+def test_jax_is_the_same(name: str, sparsity: Any) -> None:
+    model = Model().double()
+    dense = [flax_params(block) for block in model.blocks]
+    kind = {"importance": "wanda" if name == "safe+" else None, "epochs": 10}
+    wanted = prune_blocks(model, torch.tensor(inputs()), SafeReconstruction(**kind), sparsity)
+    blocks = [linen_block(JaxBlock(), {"params": params}) for params in dense]
+    got = prune_jax(blocks, jnp.asarray(inputs()), Reconstruction(**kind), sparsity)
+    for found, report, block in zip(got, wanted.blocks, model.blocks, strict=True):
+        # The conjugate gradients of ALPS amplify rounding, and the start is their result.
+        assert found.relative_error == pytest.approx(report.relative_error, rel=1e-6)
+        for (path, b), (_, a) in zip(
+            *map(jax.tree.leaves_with_path, (found.params, flax_params(block))), strict=True
+        ):
+            np.testing.assert_array_equal(a != 0, b != 0, err_msg=str(path))
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-6, err_msg=str(path))
+
+
+# A rate at which the loss stays finite and training ends far from where it began.
+WILD: dict[str, Any] = {"learning_rate": 30.0, "epochs": 2, "warmup_epochs": 0}
+
+
+def test_a_start_is_kept_if_training_makes_it_worse() -> None:
+    solved, model, free = Model().double(), Model().double(), Model().double()
+    x = torch.tensor(inputs())
+    prune_blocks(solved, x, ALPS(), 0.5)
+    prune_blocks(model, x, SafeReconstruction(**WILD), 0.5)
+    prune_blocks(free, x, SafeReconstruction(**WILD, start="dense"), 0.5)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, solved.get_parameter(name)), name
+    assert not torch.equal(free.blocks[0].up.bias, solved.blocks[0].up.bias)
+
+
+def test_a_start_is_kept_in_jax_too() -> None:
+    block = linen_block(JaxBlock(), {"params": flax_params(Block().double())})
+    x = jnp.asarray(inputs())
+    grams = block.grams(block.params, x)
+    solved = prune_layers(block.params, grams, ALPS(), 0.5)
+    found = reconstruct(
+        block.apply_fn, block.params, x, 0.5, recipe=Reconstruction(**WILD), importance=grams
+    )
+    assert len(found.losses) == 2
+    jax.tree.map(np.testing.assert_array_equal, found.params, solved)
+
+
+def test_the_learning_rate_follows_the_scale_of_the_weights() -> None:
+    """A linear block that is scaled by a power of two takes the same course, scaled."""
+
+    def pruned(scale: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False).double()])
+        model.forward = lambda x: model.blocks[0](x)  # type: ignore[method-assign]
+        with torch.no_grad():
+            model.blocks[0].weight.mul_(scale)
+        # Adam's epsilon has a scale of its own, which these losses are far above.
+        prune_blocks(model, 64 * torch.tensor(inputs()), SafeReconstruction(epochs=5), 0.5)
+        return model.blocks[0].weight.detach() / scale
+
+    torch.testing.assert_close(pruned(1.0), pruned(8.0), rtol=1e-6, atol=1e-8)
+
+
+def test_a_start_without_gram_matrices_is_refused_in_jax() -> None:
+    params, x = {"kernel": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    message = r"importance must hold Gram matrices, .* alps .* or .* start='dense', got None"
+    with pytest.raises(ValueError, match=message):
+        reconstruct(lambda p, x: x @ p["kernel"], params, x, 0.5, recipe=Reconstruction())
+
+
+def test_without_a_recipe_gram_matrices_choose_the_start() -> None:
+    rng = np.random.default_rng(0)
+    params, x = {"kernel": jnp.asarray(rng.normal(size=(16, 8)))}, jnp.asarray(inputs()[:, 0])
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["kernel"]
+
+    grams = {"kernel": Gram.of(x)}
+    given = reconstruct(apply, params, x, 0.5, importance=grams)
+    start = reconstruct(apply, params, x, 0.5, recipe=Reconstruction(), importance=grams)
+    dense = reconstruct(apply, params, x, 0.5, recipe=Reconstruction(start="dense"))
+    jax.tree.map(np.testing.assert_array_equal, given.params, start.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, reconstruct(apply, params, x, 0.5).params, dense.params
+    )
+    assert given.losses[-1] < dense.losses[-1]
+
+
+def test_gram_matrices_of_the_start_are_no_importance() -> None:
+    """Without importance entries rank by magnitude, although the start needs the inputs."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(16, 8)))}
+    x = jnp.asarray(inputs()[:, 0] * np.linspace(0.1, 3.0, WIDTH))
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["kernel"]
+
+    def support(importance: Any) -> np.ndarray:
+        # The targets make the start a bad one, and the penalty is too small to keep its support.
+        method = safe_core.admm(0.5, penalty=1e-9, dual_update_interval=1)
+        recipe = Reconstruction(
+            method, learning_rate=0.05, epochs=10, start="alps", importance=importance
+        )
+        found = reconstruct(
+            apply, params, x, 0.5, recipe=recipe, importance={"kernel": Gram.of(x)},
+            targets=-apply(params, x),
+        )  # fmt: skip
+        return np.asarray(found.params["kernel"] != 0)
+
+    assert support(None).sum() == support("wanda").sum() == 64
+    assert (support(None) != support("wanda")).any()
+
+
+def test_masked_zeros_of_dense_weights_stay() -> None:
+    """Weights that are not pruned keep their zeros under a start too."""
+    model = Model().double()
+    with torch.no_grad():
+        model.blocks[0].down.weight[::2] = 0
+    before = copy.deepcopy(model.blocks[0].down.weight)
+    solver = SafeReconstruction(epochs=2)
+    prune_blocks(model, torch.tensor(inputs()), solver, 0.5, where=lambda name, p: "up" in name)
+    after = model.blocks[0].down.weight
+    assert torch.equal(after == 0, before == 0)
+    assert not torch.equal(after, before)
