@@ -172,18 +172,15 @@ def advise(found: Figures, course: Course) -> list[Advice]:
 def _length(found: Figures, course: Course) -> str:
     """Return a text if the run is not as long as its schedules."""
     short, planned = _shortfalls(course), course.planned
-    if short:
-        return f"at the end of the run {'; '.join(short)}"
-    if planned is None or not course.constraint.penalty_spans_run:
-        return ""
-    # A run of unknown length is known to be longer than planned once it is.
-    known = max(found.step, planned if course.steps is None else course.steps)
-    if abs(known - planned) <= OTHER_LENGTH * planned:
-        return ""
-    return (
-        f"the run takes {known} steps, and its schedules were made for {planned} (give the method "
-        "the steps of the run)"
-    )
+    if planned is not None and course.constraint.penalty_spans_run:
+        # A run of unknown length is known to be longer than planned once it is.
+        known = max(found.step, planned if course.steps is None else course.steps)
+        if abs(known - planned) > OTHER_LENGTH * planned:
+            return (
+                f"the run takes {known} steps, and the method was made for {planned} (give the "
+                "method the steps of the run)"
+            )
+    return f"at the end of the run {'; '.join(short)}" if short else ""
 
 
 def _shortfalls(course: Course) -> list[str]:
@@ -216,9 +213,8 @@ def _interval(found: Figures, course: Course) -> str:
     whole = max(length, found.step)
     if every == 1 and course.constraint.penalty_spans_run and whole < FEWEST_STEPS:
         return (
-            f"the run has only {whole} steps, in which a network that starts from random weights "
-            f"does not adapt to zeros (train for {FEWEST_STEPS} or more, or start from a trained "
-            "network)"
+            f"the run has {whole} steps, and a network that starts from random weights needs "
+            f"{FEWEST_STEPS} or more to adapt to zeros (one that is trained already may need fewer)"
         )
     if every == 1 or length // every >= FEWEST_UPDATES:
         return ""

@@ -190,7 +190,9 @@ def warn(
     >>> from safe_core import ADMM, Unstructured
     >>> warn(Finalized(100, []), ADMM(), [Unstructured(0.5)])
     """
-    texts = [*_unfinished(found, constraint, patterns, importance), *_large(found, constraint)]
+    texts = _unfinished(found, constraint, patterns, importance)
+    # A run that was too short is far from the constraint for no other reason.
+    texts += _large(found, constraint, "" if texts else f" ({constraint.if_far})")
     if found.emptied:
         texts.append(f"the projection sets all entries to zero in {listed(found.emptied)}")
     if texts:
@@ -245,7 +247,8 @@ def shortfalls(constraint: Constraint, patterns: Sequence[Pattern], steps: int) 
     >>> from safe_core import Mask, Unstructured
     >>> from safe_core.schedules import cubic
     >>> shortfalls(Mask(), [Unstructured(cubic(0.5, steps=200, every=100))], 100)
-    ['the schedule was at sparsity 0.438 of 0.5 after 100 steps']
+    ['the sparsity was at 0.438 of 0.5 after 100 steps, because its schedule has 200 (train to its \
+end, or give the method the steps of the run)']
     """
     parts = _parts(patterns)
     texts = [constraint.unfinished(part, steps) for part in parts]
@@ -265,7 +268,12 @@ def _schedule_left(pattern: Pattern, steps: int) -> str:
     if stage == last:
         return ""
     now, end = _told_apart(*(float(pattern.fractions()[i]) for i in (stage, last)))
-    return f"the schedule was at sparsity {now} of {end} after {steps} steps"
+    # The stages end where the schedule has risen, which may be long before the end of the run.
+    whole = pattern.schedule.start + pattern.schedule.steps
+    return (
+        f"the sparsity was at {now} of {end} after {steps} steps, because its schedule has {whole} "
+        "(train to its end, or give the method the steps of the run)"
+    )
 
 
 def _told_apart(a: float, b: float) -> tuple[str, str]:
@@ -274,7 +282,7 @@ def _told_apart(a: float, b: float) -> tuple[str, str]:
     return next((pair for pair in shown if pair[0] != pair[1]), (f"{a:g}", f"{b:g}"))
 
 
-def _large(found: Finalized, constraint: Constraint) -> list[str]:
+def _large(found: Finalized, constraint: Constraint, remedy: str) -> list[str]:
     """Return a text if the projection removes much, unless the method prunes at the end."""
     # Not `distance > LARGE_DISTANCE`: norms that overflowed give NaN.
     if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
@@ -283,7 +291,7 @@ def _large(found: Finalized, constraint: Constraint) -> list[str]:
     most = listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
-        f"({most}), so x was far from C ({constraint.if_far})"
+        f"({most}), so x was far from the sparse weights{remedy}"
     ]
 
 

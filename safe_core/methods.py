@@ -61,7 +61,8 @@ def safe(
         Perturbation radius; without ``steps``, 0.1 by default. The paper uses 0.1 for vision
         and 2e-4 for language models.
     penalty : float or schedule, optional
-        Penalty parameter lambda of `ADMM`, which takes the place of the pull; without ``steps``,
+        Penalty parameter lambda of `ADMM`, which takes the place of the pull. Dual updates are
+        then T / 20 steps apart, at most 32. Without ``steps``,
         1e-3 by default. The paper uses 1e-4 to 1e-1, with a cosine schedule for vision and
         constant for language models. Higher sparsity needs a higher penalty.
     dual_update_interval : int, optional
@@ -150,7 +151,8 @@ def _splitting(
         return sparsity, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
     steps = _positive(steps)
     if interval is None:
-        interval = untuned.interval(steps)
+        derive = untuned.interval if penalty is None else untuned.penalty_interval
+        interval = derive(steps)
     interval = _checks.integer("dual_update_interval", interval, low=1)
     pattern = untuned.rising(as_pattern(sparsity), steps, interval)
     if penalty is not None:

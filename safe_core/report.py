@@ -173,7 +173,9 @@ class Report(NamedTuple):
         step = f"step {int(self.step)}" + ("" if length is None else f" of {length}")
         lines = [f"{step}: {'; '.join(texts)}"]
         if self.course is not None:
-            lines += [f"{item.cause}: {item.text}" for item in self.advice] or ["on course"]
+            lines += [f"{item.cause}: {item.text}" for item in self.advice] or [
+                "on course to the constraint"
+            ]
         return "\n".join(lines)
 
     def scalars(self) -> dict[str, float]:

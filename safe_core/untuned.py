@@ -14,7 +14,7 @@ from .patterns import Pattern
 from .perturbations import SAM
 from .schedules import cosine, linear
 
-__all__ = ["ball", "interval", "pull", "rise", "rising"]
+__all__ = ["ball", "interval", "penalty_interval", "pull", "rise", "rising"]
 
 UPDATES = 140
 """Dual updates of a run. Fewer leave too little time to replace a weight."""
@@ -58,6 +58,16 @@ a network from learning anything."""
 def interval(steps: int) -> int:
     """Return the steps between two dual updates."""
     return min(max(round(steps / UPDATES), 1), LONGEST_INTERVAL)
+
+
+def penalty_interval(steps: int) -> int:
+    """Return the steps between two dual updates under a penalty of `ADMM` instead of the pull.
+
+    The gradient of a penalty moves the weights slowly. If updates follow one another meanwhile, u
+    grows until the weights overshoot. The paper updates every 32 steps; 20 updates serve a short
+    run.
+    """
+    return min(max(round(steps / 20), 1), LONGEST_INTERVAL)
 
 
 def pull(steps: int, every: int, state_dtype: str | None = None) -> Pull:

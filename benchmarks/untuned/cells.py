@@ -159,17 +159,16 @@ class Search(NamedTuple):
 
 
 _RADII, _CONSTANT = {"rho": (0.05, 0.2)}, {"schedule": ("constant",)}
-_PENALTIES = (0.03, 0.1, 0.3, 1.0)
+# The interval of the paper, or that of SAFE without tuning.
+_SPLIT = {"penalty": (0.03, 0.1, 0.3, 1.0), "interval": (32, 0)}
 _PARTS = (0.3, 0.5, 0.7)
 TUNED: dict[str, Search] = {
     "magnitude, fine-tuned": Search("masked", {"dense": _PARTS}),
     "GMP": Search("gradual", {"part": (*_PARTS, 0.85)}),
     "GMP with SAM": Search("gradual", {"part": (0.5, 0.7, 0.85), "rho": (0.1,)}, _RADII),
     "IMP with SAM": Search("rounds", {"count": (3, 6), "rho": (0.1,)}, _RADII),
-    "ADMM": Search("split", {"penalty": _PENALTIES}, _CONSTANT),
-    "SAFE, published": Search(
-        "split", {"penalty": _PENALTIES, "rho": (0.1,)}, {**_RADII, **_CONSTANT}
-    ),
+    "ADMM": Search("split", _SPLIT, _CONSTANT),
+    "SAFE, published": Search("split", {**_SPLIT, "rho": (0.1,)}, {**_RADII, **_CONSTANT}),
 }
 """Map each comparator to the settings that it is chosen from."""
 

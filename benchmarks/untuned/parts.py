@@ -149,14 +149,20 @@ def changed(sparsity: Any, steps: int, *, part: str) -> safe_core.Method:
 
 
 def split(
-    sparsity: Any, steps: int, *, penalty: float, schedule: str = "cosine", rho: float = 0.0
+    sparsity: Any,
+    steps: int,
+    *,
+    penalty: float,
+    interval: int,
+    schedule: str = "cosine",
+    rho: float = 0.0,
 ) -> safe_core.Method:
     """Return ADMM, or SAFE as published if ``rho`` is positive.
 
-    Its dual updates come as often as those of `safe_core.safe`.
+    With the interval 0 its dual updates come as often as those of `safe_core.safe`.
     """
     rises = schedules.cosine(penalty, steps=steps) if schedule == "cosine" else penalty
-    options = {"penalty": rises, "dual_update_interval": untuned.interval(steps)}
+    options = {"penalty": rises, "dual_update_interval": interval or untuned.interval(steps)}
     if rho:
         return safe_core.safe(sparsity, rho=rho, **options)
     return safe_core.admm(sparsity, **options)

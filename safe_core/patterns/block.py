@@ -70,8 +70,9 @@ class Block(FractionPattern):
         """Raise ValueError if blocks do not divide an axis or the axis roles are unknown."""
         what = "a Block pattern"
         layout = require_roles(layout, name, what, inputs=True, outputs=True, shape=shape)
+        advised = replace(self, ragged="dense", sparsity=float(self.fractions()[-1]))
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
-            whole_units(size, unit, self.ragged, name, role, replace(self, ragged="dense"))
+            whole_units(size, unit, self.ragged, name, role, advised)
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
         """Return the sums of ``P v^2`` over every block, in storage order.

@@ -107,6 +107,16 @@ def test_a_constraint_of_a_user_must_have_been_updated() -> None:
     assert not messages(removed()._replace(steps=9), Rare(), [HALF])
 
 
+def test_a_run_that_was_too_short_gets_no_other_remedy() -> None:
+    """The schedule is why the weights are far, so a higher penalty would not be the answer."""
+    far = removed(0.5)._replace(steps=9)
+    (text,) = messages(far, ADMM(dual_update_interval=1), [RISING])
+    (whole,) = messages(far._replace(steps=10), ADMM(dual_update_interval=1), [RISING])
+    for found in (text, whole):
+        assert "so x was far from the sparse weights" in found
+    assert ("raise the penalty" in text, "raise the penalty" in whole) == (False, True)
+
+
 def test_weights_that_were_sparse_already_need_no_training() -> None:
     there = Finalized(0, [FinalizedTensor("w", 4, 0, 2, 1.0, 0.0, False)])
     assert not messages(there, ADMM(), [RISING])
@@ -116,8 +126,8 @@ def test_weights_that_were_sparse_already_need_no_training() -> None:
 @pytest.mark.parametrize(
     ("pattern", "steps", "text"),
     [
-        (RISING, 9, "schedule was at sparsity 0.45 of 0.5 after 9 steps"),
-        (NEARLY, 99, "schedule was at sparsity 0.899999 of 0.9 after 99 steps"),
+        (RISING, 9, "the sparsity was at 0.45 of 0.5 after 9 steps"),
+        (NEARLY, 99, "the sparsity was at 0.899999 of 0.9 after 99 steps"),
         (RISING, 10, ""),
         (DRAWN, 9, ""),
     ],
@@ -139,7 +149,10 @@ def test_a_schedule_of_one_array_that_has_not_ended_is_reported_once(
     named = {"a": 0.5, "b": RISING, "c": safe_core.Channel(RISING.sparsity)}
     pattern = safe_core.ByName(named, default="2:4")
     (text,) = messages(removed()._replace(steps=9), constraint, [pattern])
-    assert text == "finalize: the schedule was at sparsity 0.45 of 0.5 after 9 steps"
+    assert text == (
+        "finalize: the sparsity was at 0.45 of 0.5 after 9 steps, because its schedule has 10 "
+        "(train to its end, or give the method the steps of the run)"
+    )
     assert not messages(removed()._replace(steps=10), constraint, [pattern])
 
 

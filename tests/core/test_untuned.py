@@ -135,8 +135,10 @@ def test_a_constant_sparsity_rises(sparsity: Any, rises: bool | None) -> None:
 # What is given
 
 OVERRIDES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "penalty": ({"penalty": 0.3}, {"constraint"}),
-    "penalty schedule": ({"penalty": schedules.cosine(0.1, 9)}, {"constraint"}),
+    # Dual updates are rarer under a penalty, and the sparsity rises at them.
+    "penalty": ({"penalty": 0.3}, {"constraint", "sparsity"}),
+    "penalty schedule": ({"penalty": schedules.cosine(0.1, 9)}, {"constraint", "sparsity"}),
+    "penalty, interval": ({"penalty": 0.3, "dual_update_interval": 7}, {"constraint"}),
     "rho": ({"rho": 0.2}, {"perturbation"}),
     "rho schedule": ({"rho": schedules.linear(0.2, 9)}, {"perturbation"}),
     "adaptive": ({"rho": 0.2, "adaptive": True}, {"perturbation"}),
@@ -154,8 +156,7 @@ def test_what_is_given_changes_its_part_alone(name: str) -> None:
     method, plain = safe_core.safe(0.8, steps=1000, **options), safe_core.safe(0.8, steps=1000)
     assert changed(method, plain) == wanted
     if "penalty" in options:
-        interval = plain.constraint.dual_update_interval
-        assert method.constraint == ADMM(options["penalty"], interval)
+        assert method.constraint == ADMM(options["penalty"], 7 if "interval" in name else 32)
     if "rho" in options:
         kind = ASAM if options.get("adaptive") else SAM
         assert method.perturbation == kind(options["rho"])  # in the unit of the parameters
@@ -164,6 +165,14 @@ def test_what_is_given_changes_its_part_alone(name: str) -> None:
     if "state_dtype" in options:
         held = plain.constraint
         assert method.constraint == Pull(held.penalty, held.dual_update_interval, "bfloat16")
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (20, 1), (380, 19), (640, 32), (9000, 32)])
+def test_a_penalty_has_time_between_dual_updates(steps: int, every: int) -> None:
+    method = safe_core.admm(0.8, steps=steps, penalty=0.1)
+    assert method.constraint.dual_update_interval == every
+    given = safe_core.admm(0.8, steps=steps, penalty=0.1, dual_update_interval=3)
+    assert given.constraint.dual_update_interval == 3
 
 
 def test_an_interval_that_is_given_sets_the_stages_of_the_rise_and_nothing_else() -> None:

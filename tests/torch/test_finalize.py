@@ -145,7 +145,7 @@ def test_each_group_is_judged_by_its_own_sparsity() -> None:
         model(torch.ones(1, 8)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    with pytest.warns(FinalizeWarning, match="schedule was at sparsity 0.25 of 0.5 after 2 steps"):
+    with pytest.warns(FinalizeWarning, match="sparsity was at 0.25 of 0.5 after 2 steps"):
         optimizer.finalize()
 
 

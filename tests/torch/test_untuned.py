@@ -141,7 +141,7 @@ def test_a_sparsity_that_has_not_risen_is_reported(sparsity: Any) -> None:
     with pytest.warns(FinalizeWarning) as found:
         run.optimizer.finalize()
     (text,) = [str(w.message) for w in found]
-    assert text.count("the schedule was at sparsity") == 1
+    assert text.count("the sparsity was at") == 1
     assert "after 15 steps" in text
 
 
