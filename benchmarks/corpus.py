@@ -1,4 +1,4 @@
-"""A text corpus on every machine: the source of Python's standard library."""
+"""Texts that every machine has: the source and documentation of Python's standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["sentences", "source"]
+__all__ = ["documentation", "sentences", "source"]
 
 _HELD_OUT = 20  # one file in 20 is held out
 
@@ -23,6 +23,12 @@ def source(held_out: bool) -> Tensor:
     """Return the concatenated bytes of the held-out files, or of all others."""
     text = b"".join(path.read_bytes() for path in _files(held_out))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+@cache
+def documentation(held_out: bool) -> str:
+    """Return the documentation strings of the held-out files, or of all others, joined."""
+    return "\n\n".join(text for path in _files(held_out) for text in _docstrings(path) if text)
 
 
 @cache

@@ -96,7 +96,8 @@ def test_each_number_that_is_given_replaces_its_derivation() -> None:
     assert radius.perturbation == safe_core.SAM(0.1)
     assert radius.constraint == plain.constraint
     penalty = Reconstruction(penalty=0.1).bound(HALF, 480).constraint
-    assert penalty == safe_core.ADMM(0.1, plain.constraint.update_interval)
+    assert penalty == safe_core.admm(0.5, steps=480, penalty=0.1).constraint
+    assert penalty.update_interval == 24
     assert Reconstruction(learning_rate=0.3).peak(2.0) == 0.3
     assert Reconstruction().peak(2.0) == 0.02
 

@@ -21,7 +21,7 @@ from safe_core import ADMM, project
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import blocks, peers, pruning_tables, savings, steps  # noqa: E402
+from benchmarks import blocks, corpus, peers, pruning_tables, savings, smollm2, steps  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
@@ -106,6 +106,25 @@ def test_a_table_of_blocks_relates_errors_to_those_of_alps() -> None:
     text = blocks.markdown([run("ALPS", 0.1, 0.4), run("SAFE+", 0.05, 0.05)])
     assert "| a | 2:4 | 0.2 / 0.4 | 0.25 / 0.25 |" in text
     assert "| **geometric mean** | | | 0.25 / 0.25 |" in text
+
+
+def test_a_table_of_perplexities_marks_the_best_and_leaves_gaps() -> None:
+    def run(method: str, sparsity: str, perplexity: float) -> dict[str, Any]:
+        line = {"method": method, "sparsity": sparsity, "perplexity": perplexity}
+        return line | {"standard_error": 0.5, "seconds_per_block": 2.0, "bytes": 3e6}
+
+    lines = [run("Dense", "0", 9.0), run("ALPS", "0.5", 12.0), run("SAFE+", "0.5", 11.0)]
+    text = smollm2.markdown([*lines, run("ALPS", "2:4", 14.0)])
+    assert text.startswith("| perplexity (dense 9.00 ± 0.50) | 0.5 | 2:4 | s per block | MB |")
+    assert "| ALPS | 12.00 ± 0.50 | **14.00 ± 0.50** | 2.0 | 3 |" in text
+    assert "| SAFE+ | **11.00 ± 0.50** |  | 2.0 | 3 |" in text
+
+
+def test_documentation_comes_from_different_files() -> None:
+    seen, held_out = corpus.documentation(False), corpus.documentation(True)
+    assert len(seen) > 5 * len(held_out) > 100_000
+    longest = max(held_out.split("\n\n"), key=len)
+    assert longest not in seen
 
 
 @pytest.mark.parametrize("method", ["ALPS", "SAFE+"])
