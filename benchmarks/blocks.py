@@ -122,6 +122,7 @@ def _error(blocks: Blocks, dense: nn.Module, sparse: nn.Module) -> float:
         sums[1] += wanted.square().sum()
 
     handle = dense.register_forward_hook(compare, with_kwargs=True)
+    # Only models with a head generate, and take this argument.
     options = {} if blocks.model.base_model is blocks.model else {"use_cache": False}
     for part in blocks.held_out.split(32):
         blocks.model(input_ids=part, **options)
@@ -140,12 +141,13 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         makers["MiniLM"] = lambda samples: encoder(options.encoder, samples)
     if options.llama is not None:
         makers["byte Llama"] = lambda samples: llama(options.llama, samples)
-    keys = ("model", "sparsity", "method")
+    keys = ("model", "sparsity", "method", "samples", "blocks")
     done = {tuple(line[key] for key in keys) for line in lines(options.results)}
     for model, make in makers.items():
         for sparsity in SPARSITIES:
             for method in options.methods:
-                run = dict(zip(keys, (model, sparsity, method), strict=True))
+                cell = (model, sparsity, method, options.samples, options.blocks)
+                run = dict(zip(keys, cell, strict=True))
                 if tuple(run.values()) in done:
                     continue
                 torch.manual_seed(0)
@@ -209,7 +211,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="first blocks of each model")
     parser.add_argument("--samples", type=int, default=256, help="calibration samples")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS)[:5], help="default: five"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS)[:5],
+        help="default: five",
     )
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
     options = parser.parse_args()

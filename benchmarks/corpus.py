@@ -27,7 +27,7 @@ def source(held_out: bool) -> Tensor:
 
 @cache
 def documentation(held_out: bool) -> str:
-    """Return the documentation strings of the held-out files, or of all others, joined."""
+    """Return the docstrings of the held-out files, or of all others, joined."""
     return "\n\n".join(text for path in _files(held_out) for text in _docstrings(path) if text)
 
 

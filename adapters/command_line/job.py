@@ -87,7 +87,7 @@ class PruningJob:
     text_field : str
         The field of the text in the records of JSON files.
     epochs, learning_rate, rho, penalty, dual_update_interval, start : optional
-        Settings of methods that train, "safe" and "safe+", see
+        Settings of methods that train, such as "safe" and "safe+", see
         `safe_core.reconstruction.Reconstruction` for their defaults.
     settings : PruningSettings
         The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is

@@ -45,7 +45,8 @@ class Perplexity(NamedTuple):
         Tokens at the end that do not fill a window.
     standard_error : float or None
         Standard error of the perplexity, from the spread of the losses of windows; None for a
-        single window. Windows of one text resemble each other, so it is a lower bound.
+        single window. It assumes independent windows. Those of one text are not, so the true
+        error is larger.
     """
 
     perplexity: float

@@ -32,8 +32,8 @@ class Block(NamedTuple):
     params : pytree
     grams : callable, optional
         ``grams(params, inputs)`` returns the Gram matrices of the inputs of each weight, a
-        mapping of path to `safe_core.solvers.Gram`. Only SAFE and magnitude pruning do not need
-        it.
+        mapping of path to `safe_core.solvers.Gram`. Magnitude pruning does not need it, nor
+        does SAFE with ``start="dense"``.
     """
 
     apply_fn: Callable[[PyTree, PyTree], jax.Array]

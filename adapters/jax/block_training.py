@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.finalization import pruning_a_block
 from safe_core.patterns import Pattern
@@ -71,7 +70,10 @@ class BlockTraining:
         self._base = optax.chain(
             optax.adam(lambda step: shares[step], *recipe.betas), self._scaled_by_peak()
         )
-        # Only a decoupled penalty asks for the rate, which then does not depend on the weights.
+        if self.method.plan().needs_learning_rate and recipe.learning_rate is None:
+            raise ValueError(
+                "learning_rate must be given for a method with a decoupled penalty, got None"
+            )
         self._rate = lambda step: recipe.peak(0.0) * shares[step]
         # No importance here: P is in the state, so blocks with different P share a program.
         self._tx = self._optimizer(None)
@@ -90,15 +92,13 @@ class BlockTraining:
     ) -> Reconstructed:
         # Copies, because the compiled epoch donates its buffers, and the caller keeps `params`.
         wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)
-        start, first = None, self.recipe.initial
+        start, first, grams = None, self.recipe.initial, grams_of(importance)
         data, order = (inputs, targets), self._batches(seed, block, 0)
         if first is not None:
-            grams, where, layout = self._grams(importance), self.where, self.layout
+            where, layout = self.where, self.layout
             wide = prune_layers(wide, grams, first, self.pattern, where=where, layout=layout)
             start = jax.tree.map(jnp.copy, wide)
             loss_at_start = float(self._mean_loss(start, data, *order))
-            if grams and self.recipe.importance is None:
-                importance = None  # its Gram matrices were for the start
         if isinstance(importance, Mapping):
             importance = self._of_grams(wide, importance)
         carried, losses = (wide, self._optimizer(importance).init(wide)), []
@@ -162,19 +162,6 @@ class BlockTraining:
         squares = sum(jnp.sum(widened(w) ** 2) for w in weights)
         return jnp.sqrt(squares / max(1, sum(w.size for w in weights)))
 
-    def _grams(self, importance: Any) -> Mapping[str, Gram]:
-        """Return the Gram matrices that the start is computed from."""
-        first, grams = self.recipe.initial, grams_of(importance)
-        if first is None or first.needs == "nothing":
-            return {}
-        if not grams:
-            raise ValueError(
-                f"importance must hold Gram matrices, from which {first.name} computes the start, "
-                "such as linen_grams and nnx_grams return, or the recipe must have "
-                f"start='dense', got {_checks.shown(importance)}"
-            )
-        return grams
-
     def _mean_of_batches(
         self, params: PyTree, data: PyTree, whole: jax.Array, rest: jax.Array
     ) -> jax.Array:
@@ -187,14 +174,19 @@ class BlockTraining:
         losses = jax.lax.map(of, whole)
         return (jnp.append(losses, of(rest)) if rest.size else losses).mean()
 
-    def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any]:
-        """Return P from the mean squares of inputs, and drop Gram matrices of dense leaves."""
+    def _of_grams(self, params: PyTree, importance: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return P: arrays, and for SAFE+ the mean squares of inputs from Gram matrices.
+
+        Gram matrices of dense leaves are left out.
+        """
         names = SparseTree.read(params, self.where, self.layout).info.names
-        return {
-            name: positive_squares(p.mean_squares()) if isinstance(p, Gram) else p
-            for name, p in importance.items()
-            if name in names or not isinstance(p, Gram)
-        }
+        given = {}
+        for name, p in importance.items():
+            if not isinstance(p, Gram):
+                given[name] = p
+            elif self.recipe.importance is not None and name in names:
+                given[name] = positive_squares(p.mean_squares())
+        return given or None
 
     def _batches(self, seed: int, block: int, epoch: int) -> tuple[Any, Any]:
         """Return the samples of full batches, of shape (count, size), and of the smaller last.

@@ -104,15 +104,15 @@ def reconstruct(
     sparsity : float, str or pattern
         As for `safe_core.project`; a number is the sparsity of each weight.
     recipe : Reconstruction, optional
-        Training settings and method. By default it is ``Reconstruction()`` if ``importance`` holds
-        Gram matrices, and ``Reconstruction(start="dense")`` otherwise.
+        Training settings and method. By default it is ``Reconstruction(importance="wanda")`` if
+        ``importance`` holds Gram matrices, and ``Reconstruction(start="dense")`` otherwise.
     targets : array, optional
         The outputs that the block should have; by default those of the dense block.
     importance : pytree or mapping of path to array or Gram, optional
-        P. From a Gram matrix the mean square of each input is used, with a tiny value for inputs
-        that are never active. A recipe with ``importance="wanda"`` (SAFE+) needs it, and so does
-        one that starts at the solution of a layer-wise solver: pass the result of `linen_grams`
-        or `nnx_grams`.
+        P as arrays, or the Gram matrices of the inputs, as `linen_grams` and `nnx_grams` return
+        them. The start is computed from Gram matrices. A recipe with ``importance="wanda"``
+        (SAFE+) also takes P from them: the mean square of each input, with a tiny value for
+        inputs that are never active.
     where, layout : optional
         As for `sparse_optimizer`.
     seed : int
@@ -147,12 +147,20 @@ def reconstruct(
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function, got {type(apply_fn)!r}")
     if recipe is None:
-        recipe = Reconstruction(start=None if grams_of(importance) else "dense")
+        grams = grams_of(importance)
+        recipe = Reconstruction(importance="wanda") if grams else Reconstruction(start="dense")
     if not isinstance(recipe, Reconstruction):
         raise TypeError(f"recipe must be a Reconstruction, got {_checks.shown(recipe)}")
     if recipe.importance is not None and importance is None:
         raise ValueError(
             f"importance must be given for a recipe with importance={recipe.importance!r}, got None"
+        )
+    first = recipe.initial
+    if first is not None and first.needs != "nothing" and not grams_of(importance):
+        raise ValueError(
+            f"importance must hold Gram matrices, from which {first.name} computes the start, such "
+            "as linen_grams and nnx_grams return, or the recipe must have start='dense', got "
+            f"{type(importance).__name__}"
         )
     if importance is not None and is_function(importance):
         raise TypeError(f"importance must hold arrays, got {importance!r}")
@@ -323,7 +331,8 @@ def _checked(i: int, block: Any, needs: str) -> Block:
         raise TypeError(f"apply_fn must be a function, got {type(found.apply_fn)!r} in block {i}")
     if needs != "nothing" and found.grams is None:
         raise ValueError(
-            f"grams must be given for a solver that needs {needs} of inputs, got None in block {i}"
+            f"grams must be given for a solver that needs {needs} of inputs, such as SAFE without "
+            f"start='dense', got None in block {i}"
         )
     return found
 

@@ -56,6 +56,7 @@ def prune_layers(
 
     Examples
     --------
+    >>> import jax
     >>> from safe_core.solvers import SparseGPT
     >>> inputs = jax.random.normal(jax.random.key(1), (64, 8))
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}

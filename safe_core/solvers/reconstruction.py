@@ -13,14 +13,15 @@ from ..patterns import Pattern, Unstructured
 from ..schedules import Constant
 from .alps import ALPS
 from .base import LayerSolver, Needs, Solver
+from .registry import as_solver, named_solvers
 
 __all__ = ["Reconstruction"]
 
 _PUBLISHED: dict[str, Any] = {"rho": 2e-4, "penalty": 1e-3, "dual_update_interval": 32}
 _PUBLISHED_RATE = 2e-4
-_RATE = 0.01
-"""Peak learning rate, relative to the root mean square of the weights at the start."""
-_ORDER: tuple[Needs, ...] = ("nothing", "squares", "gram")
+_RATE = 0.01  # relative to the root mean square of the weights at the start
+_ORDER: tuple[Needs, ...] = ("nothing", "squares", "gram")  # each can be computed from the next
+SOME_STEPS = 1000  # of a run whose method is described or compared, when its length is unknown
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class Reconstruction(Solver):
     weights become sparse; biases and norms are trained too. The optimizer is Adam, with a linear
     warm-up and a linear decay of the learning rate.
 
-    By default nothing has to be chosen. Training starts at the solution of `ALPS`, so
-    ``x_0 = z_0`` and ``u_0 = 0``, at a learning rate that is relative to the weights, and T
-    steps under the `safe_core.Pull` that ``safe_core.admm(sparsity, steps=T)`` derives. There is
-    no perturbation unless ``rho`` is given: with a fixed start it only took time in our studies.
-    If the training ends with a larger error than it started with, the start is kept.
+    No setting has to be chosen. Training starts at the solution of `ALPS`: ``x_0 = z_0`` and
+    ``u_0 = 0``. The learning rate is relative to the weights. The pull is that of
+    ``safe_core.admm(sparsity, steps=T)`` for a run of T steps. Gradients are taken at x only,
+    unless ``rho`` is given: a perturbation slowed the training and did not lower the error on
+    held-out inputs where it was tried. If training increases the error, the start is kept. The
+    two errors are means over batches, in float32 or wider.
 
     Attributes
     ----------
     method : Method, optional
-        Replaces the derived one. Its sparsity is replaced by the requested one, which must be a
-        schedule for `safe_core.gmp` and `safe_core.imp_sam`.
+        Replaces the method that is derived from the number of steps. Its sparsity is replaced by
+        the requested one, which must be a schedule for `safe_core.gmp` and `safe_core.imp_sam`.
     learning_rate : float, optional
         The peak learning rate. By default it is 0.01 times the root mean square of the weights
         that are pruned, as training starts.
@@ -58,10 +60,11 @@ class Reconstruction(Solver):
         block (SAFE+).
     rho, penalty, dual_update_interval : optional
         Arguments of `safe_core.safe`, if ``method`` is None. Each replaces what is derived.
-    start : str, LayerSolver or "dense", optional
-        The layer-wise solver whose solution training starts at. "dense" starts at the dense
-        weights, and the sparsity of the derived method then rises. By default it is ALPS, or
-        "dense" if ``published`` is set or a method is given.
+    start : str, LayerSolver, class or callable, optional
+        The layer-wise solver whose solution training starts at, by name or as
+        `safe_core.solvers.as_solver` takes it. "dense" starts at the dense weights, and the
+        sparsity of the derived method then rises. By default it is ALPS, or "dense" if
+        ``published`` is set or a method is given.
     published : bool
         Whether all defaults are those of the paper for language models: the dense start, the
         learning rate 2e-4, rho 2e-4, K = 32 and a constant penalty of 1e-3.
@@ -128,10 +131,6 @@ class Reconstruction(Solver):
                 f"importance must be None where the method has {self.method.importance!r}, got "
                 f"{self.importance!r}"
             )
-        if self.method.plan().needs_learning_rate and self.learning_rate is None:
-            raise ValueError(
-                "learning_rate must be given for a method with a decoupled penalty, got None"
-            )
         for name in (*_PUBLISHED, "published"):
             if getattr(self, name) not in (None, False):
                 raise ValueError(
@@ -147,19 +146,16 @@ class Reconstruction(Solver):
     @property
     def name(self) -> str:  # type: ignore[override]
         """The name on the command line: "safe" or "safe+", and "-published" for the paper's."""
-        return ("safe+" if self.importance else "safe") + "-published" * self.published
+        name = "safe+" if self.importance else "safe"
+        return f"{name}-published" if self.published else name
 
     @property
     def initial(self) -> LayerSolver | None:
         """The solver whose solution training starts at, or None for the dense weights."""
-        from .registry import as_solver, named_solvers  # which list this class
-
         if self.start is None:
             return None if self.published or self.method is not None else ALPS()
         if isinstance(self.start, str):
-            named = named_solvers().items()
-            known = [name for name, solver in named if isinstance(solver, LayerSolver)]
-            _checks.choice("start", self.start, ("dense", *known))
+            _checks.choice("start", self.start, ("dense", *named_solvers(LayerSolver)))
             if self.start == "dense":
                 return None
         found = as_solver(self.start)
@@ -201,7 +197,7 @@ class Reconstruction(Solver):
 
     def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
         """Return names and values of the settings under a pattern, for reports."""
-        method, (first, second) = self.bound(pattern, _SOME_STEPS), self.betas
+        method, (first, second) = self.bound(pattern, SOME_STEPS), self.betas
         radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
         if method.perturbation is not None and method.perturbation.in_steps:
             radius += " mean steps of the optimizer"
@@ -276,7 +272,6 @@ class Reconstruction(Solver):
 
 
 _SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
-_SOME_STEPS = 1000  # of a run that is described; what depends on it is not shown
 
 
 def _value(value: Any) -> str:

@@ -9,18 +9,19 @@ from .base import FunctionSolver, Solver
 __all__ = ["as_solver", "named_solver", "named_solvers"]
 
 
-def named_solvers() -> dict[str, Solver]:
-    """Return every exported solver with its default settings, by name.
+def named_solvers(kind: type[Solver] = Solver) -> dict[str, Solver]:
+    """Return every exported solver of a kind with its default settings, by name.
 
     Examples
     --------
-    >>> list(named_solvers())
-    ['alps', 'magnitude', 'safe', 'safe+', 'sparsegpt', 'wanda']
+    >>> list(named_solvers())  # doctest: +NORMALIZE_WHITESPACE
+    ['alps', 'magnitude', 'safe', 'safe+', 'safe+-published', 'safe-published', 'sparsegpt',
+     'wanda']
     """
     from safe_core import solvers  # which imports this module
 
     exported = [getattr(solvers, name) for name in solvers.__all__]
-    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, Solver)]
+    kinds = [x for x in exported if isinstance(x, type) and issubclass(x, kind)]
     found = {solver.name: solver for kind in kinds for solver in kind.named()}
     return dict(sorted(found.items()))
 

@@ -123,11 +123,6 @@ def test_a_start_is_a_solver_of_layers_by_name_or_value() -> None:
             ValueError,
             r"published must be left out if a method is given, .* got True",
         ),
-        (
-            {"method": safe_core.safe(0.5, decoupled=True)},
-            ValueError,
-            r"learning_rate must be given for a method with a decoupled penalty, got None",
-        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given: Any, error: type, message: str) -> None:

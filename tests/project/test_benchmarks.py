@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from safe_core import ADMM, project
+from safe_core.adapters.torch.blocks import prune_blocks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import blocks, corpus, peers, pruning_tables, savings, smollm2, steps  # noqa: E402
+from benchmarks.iterative import IterativeSAM  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
@@ -111,13 +113,16 @@ def test_a_table_of_blocks_relates_errors_to_those_of_alps() -> None:
 def test_a_table_of_perplexities_marks_the_best_and_leaves_gaps() -> None:
     def run(method: str, sparsity: str, perplexity: float) -> dict[str, Any]:
         line = {"method": method, "sparsity": sparsity, "perplexity": perplexity}
-        return line | {"standard_error": 0.5, "seconds_per_block": 2.0, "bytes": 3e6}
+        line |= dict.fromkeys(smollm2.SETTINGS, 4)
+        return line | {"standard_error": 0.5, "seconds_per_block": 2.0, "predicted_bytes": 3e6}
 
     lines = [run("Dense", "0", 9.0), run("ALPS", "0.5", 12.0), run("SAFE+", "0.5", 11.0)]
     text = smollm2.markdown([*lines, run("ALPS", "2:4", 14.0)])
     assert text.startswith("| perplexity (dense 9.00 ± 0.50) | 0.5 | 2:4 | s per block | MB |")
     assert "| ALPS | 12.00 ± 0.50 | **14.00 ± 0.50** | 2.0 | 3 |" in text
     assert "| SAFE+ | **11.00 ± 0.50** |  | 2.0 | 3 |" in text
+    with pytest.raises(ValueError, match="results must have one setting"):
+        smollm2.markdown([*lines, run("ALPS", "2:4", 14.0) | {"epochs": 3}])
 
 
 def test_documentation_comes_from_different_files() -> None:
@@ -202,3 +207,12 @@ def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
         "state in bfloat16, safe_core in PyTorch": 3,
         "state in bfloat16, safe_core in JAX": 3,
     }
+
+
+def test_imp_sam_prunes_a_block() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    solver = IterativeSAM(epochs=10, published=True)
+    report = prune_blocks(model, torch.randn(16, 8), solver, 0.5, blocks=model)
+    assert report.sparsity == 0.5
+    assert int((model[0].weight == 0).sum()) == 32

@@ -99,36 +99,42 @@ def prune(
         str | None, typer.Option(help="Regular expression: leave weights with such a name dense.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="safe, safe+: passes over the samples; 30 by default.")
+        int | None,
+        typer.Option(help="Methods that train: passes over the samples; 30 by default."),
     ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="safe, safe+: peak learning rate; by default 0.01 times the root mean square of "
-            "the weights."
+            help="Methods that train: peak learning rate; by default 0.01 times the root mean "
+            "square of the weights, or 0.0002 for the published methods."
         ),
     ] = None,
     rho: Annotated[
         float | None,
-        typer.Option(help="safe, safe+: perturbation radius; by default nothing is perturbed."),
+        typer.Option(
+            help="Methods that train: perturbation radius; by default none, or 0.0002 for the "
+            "published methods."
+        ),
     ] = None,
     penalty: Annotated[
         float | None,
         typer.Option(
-            help="safe, safe+: penalty lambda, instead of a pull derived from the number of steps."
+            help="Methods that train: penalty lambda, in place of a pull; 0.001 by default for the "
+            "published methods."
         ),
     ] = None,
     dual_update_interval: Annotated[
         int | None,
         typer.Option(
-            help="safe, safe+: steps between dual updates; derived from their number by default."
+            help="Methods that train: steps between dual updates; by default derived from the "
+            "number of steps, or 32 for the published methods."
         ),
     ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            help="safe, safe+: the method whose solution training starts at, or dense; alps by "
-            "default."
+            help="Methods that train: the method whose solution training starts at, or dense; "
+            "alps by default, or dense for the published methods."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
@@ -150,9 +156,9 @@ def prune(
     """Prune a transformer block by block with a calibration text or other inputs, and save it.
 
     The new folder holds the weights, the tokenizer and a model card with all settings. It loads
-    like the old one. safe+ is the most accurate: it trains each block from the solution of alps,
-    which is the most accurate without training. magnitude is the fastest. safe-published and
-    safe+-published train with the settings of the paper.
+    like the old one. safe+ trains each block from the solution of alps, and keeps that solution
+    where training does not improve it. Without training alps is the most accurate, and magnitude
+    the fastest. safe-published and safe+-published train with the settings of the paper.
     """
     from safe_core.adapters.torch.blocks.settings import PruningSettings
 

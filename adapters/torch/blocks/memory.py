@@ -184,15 +184,16 @@ class BlockSize(NamedTuple):
             device=device,
         )
 
-    def reconstruction(self, work: int) -> int:
+    def reconstruction(self, work: int, *, perturbs: bool) -> int:
         """Return the bytes of SAFE on the block; a forward and backward pass takes ``work``.
 
-        It holds the parameters in float32 or wider; gradients, a copy and two moments of Adam of
-        those that are trained; anchors and one-byte supports of those that are pruned. A dual
-        update adds scores and a second support, but holds no activations.
+        It holds the parameters in float32 or wider; gradients, two moments of Adam and, if it
+        ``perturbs``, a copy of those that are trained; anchors and one-byte supports of those
+        that are pruned. A dual update adds scores and a second support, but holds no activations.
         """
         split = (self.number + 1) * self.sparse
-        state = self.number * (self.entries + 4 * self.trained) + split
+        held = 4 if perturbs else 3
+        state = self.number * (self.entries + held * self.trained) + split
         return state + max(work, split)
 
     def statistics(self, kind: str) -> int:

@@ -195,7 +195,7 @@ def plan_pruning(
     >>> plan.name, list(plan.weights)
     ('blocks', ['blocks.0.weight', 'blocks.1.weight'])
     >>> print(plan.memory)
-    device 3.2 KiB, host 0 B, disk 0 B
+    device 4.7 KiB, host 0 B, disk 0 B
     """
     settings = changed(settings, changes)
     scope = named_solver(solver).default_scope if isinstance(solver, str) else "tensor"

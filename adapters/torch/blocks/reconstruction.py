@@ -14,8 +14,9 @@ from safe_core import _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.finalization import pruning_a_block
 from safe_core.layout import Layout
-from safe_core.patterns import Pattern
+from safe_core.patterns import Pattern, Unstructured
 from safe_core.reconstruction import Reconstruction
+from safe_core.solvers.reconstruction import SOME_STEPS
 
 from ..optimizer import SparseOptimizer
 from .fingerprints import identity
@@ -77,19 +78,24 @@ dual_update_interval, start, published
         """Return what must be the same for a run to be resumed, resolved defaults included."""
         return {
             "solver": identity(self),
-            "method": identity(self.bound(pattern, 1000)),  # equal if derived by equal constants
+            "method": identity(self.bound(pattern, SOME_STEPS)),
             "start": identity(self.initial),
+            "peak": repr(self.peak(1.0)),
             "warmup": str(self.warmup),
         }
 
     def memory(self, size: BlockSize, work: WorkBytes) -> int:
         """Return the bytes for the start, or for the optimizer's state and a pass."""
         autocast = self.autocasts(size.device, size.dtype)
-        training = size.reconstruction(work(self.batch_size, backward=True, autocast=autocast))
+        perturbs = self.bound(Unstructured(0.5), SOME_STEPS).plan().perturbs
+        training = size.reconstruction(
+            work(self.batch_size, backward=True, autocast=autocast), perturbs=perturbs
+        )
         if self.initial is None:
             return training
-        # The solutions of all layers are held at once, and a copy of the start during training.
-        solving = LayerByLayer(self.initial).memory(size, work) + size.number * size.sparse
+        # All solutions and supports are held at once, and a copy of the start during training.
+        solutions = (size.number + 1) * size.sparse
+        solving = LayerByLayer(self.initial).memory(size, work) + solutions
         return max(training + size.number * size.trained + size.sparse, solving)
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -104,18 +110,14 @@ dual_update_interval, start, published
                 key: found.importance(tuple(dense.get_parameter(key).shape))
                 for key, found in problem.statistics.items()
             }
-        first = self.initial
-        start = None if first is None else list(LayerByLayer(first).solutions(problem))
+        start = self._start(problem)
         del dense
         block = problem.in_dtype(wide)
         params = dict(block.named_parameters())
         for key, p in params.items():
             p.requires_grad_(key in problem.trainable)
-        with torch.no_grad():
-            for key, solved, _ in start or ():
-                params[key].copy_(solved)
-        supports = None if start is None else {key: support for key, _, support in start}
-        del start
+        supports = None if start is None else _put(params, start)
+        del start  # and with it the solutions
         _keep_zeros(p for key, p in params.items() if key not in layouts)
         epoch, steps = problem.batches(self.batch_size, wide)
         found = self.solve(
@@ -128,9 +130,14 @@ dual_update_interval, start, published
             problem.report,
             name=problem.name,
             autocast=self.autocasts(problem.device, problem.dtype),
-            start=supports,
+            supports=supports,
         )
         return {key: p.detach() for key, p in params.items() if p.requires_grad}, found
+
+    def _start(self, problem: BlockProblem) -> list[tuple[str, Tensor, Tensor]] | None:
+        """Return the name, the values and the support of each weight as training starts."""
+        first = self.initial
+        return None if first is None else list(LayerByLayer(first).solutions(problem))
 
     def solve(
         self,
@@ -144,7 +151,7 @@ dual_update_interval, start, published
         *,
         name: str = "block",
         autocast: bool = False,
-        start: Mapping[str, Tensor] | None = None,
+        supports: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Train a block in place, project it, and return the supports by name.
 
@@ -164,15 +171,17 @@ dual_update_interval, start, published
         name : str
             The name of the block, for messages.
         autocast : bool
-        start : mapping of name to tensor, optional
-            The supports of the weights, if they are sparse already. They are kept, and so is the
-            block, if training increases the mean loss over the batches.
+        supports : mapping of name to tensor, optional
+            Supports of the weights of a block that is sparse already. If training increases the
+            loss, the block is restored and these are returned.
 
         Raises
         ------
         ValueError
             If the loss is not finite after an epoch.
         """
+        if self.compile:
+            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
         steps = self.epochs * steps_per_epoch
         optimizer = self._optimizer(block, weights, importance, sparsity, steps)
         named = optimizer.sparse_parameters()
@@ -181,12 +190,12 @@ dual_update_interval, start, published
             return self.loss(block, epoch(0), autocast=autocast)
 
         # A start is a solution already, which training must not make worse.
-        kept = None if start is None else _Solution.of(block, start, loss())
+        kept = None if supports is None else _Solution.of(block, supports, loss())
         self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
         method = optimizer.method
         with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
             optimizer.finalize(freeze=True)
-        if kept is not None and not loss() <= kept.loss:
+        if kept is not None and not loss() <= kept.loss:  # not `>`: a loss may be NaN
             kept.restore(block)
             return dict(kept.supports)
         return {name: optimizer.state[p]["support"] for name, p in named.items()}
@@ -198,7 +207,7 @@ dual_update_interval, start, published
         *,
         autocast: bool = False,
     ) -> float:
-        """Return the mean loss of a block over batches of equal weight."""
+        """Return the mean of the losses of the batches."""
         device = next(block.parameters()).device
         total, count = torch.zeros((), device=device), 0
         for run, target in batches:
@@ -207,7 +216,7 @@ dual_update_interval, start, published
                 torch.set_grad_enabled(bool(self.compile)),
                 torch.autocast(device.type, torch.bfloat16, enabled=autocast),
             ):
-                total += wide_mse(run(block), target).detach()
+                total = total + wide_mse(run(block), target).detach()
             count += 1
         return float(total) / count
 
@@ -228,14 +237,14 @@ dual_update_interval, start, published
         batch only after the step on the one before.
         """
         device = next(block.parameters()).device
-        if self.compile:
-            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         step = 0
         for k in range(self.epochs):
             total, count = torch.zeros((), device=device), 0
             for run, target in epoch(k):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * self.share(step, steps_per_epoch)
+                    group["lr"] = group["initial_lr"] * self.share(step, steps_per_epoch)
 
                 def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -246,7 +255,7 @@ dual_update_interval, start, published
                 step += 1
             mean = float(total) / count  # the only value that is read from the device
             if not math.isfinite(mean):
-                rate = optimizer.param_groups[0]["peak"]
+                rate = optimizer.param_groups[0]["initial_lr"]
                 raise ValueError(
                     f"learning_rate must be low enough for a finite loss, got {rate:g} and a loss "
                     f"of {mean} in epoch {k} of {name}"
@@ -264,9 +273,7 @@ dual_update_interval, start, published
         trained = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
         fused = trained[0][1].device.type == "cuda"
         peak = float(self.peak(_root_mean_square(p for name, p in trained if name in weights)))
-        base = torch.optim.Adam(
-            [{"params": trained, "peak": peak}], lr=peak, betas=self.betas, fused=fused or None
-        )
+        base = torch.optim.Adam(trained, lr=peak, betas=self.betas, fused=fused or None)
         return SparseOptimizer(
             base,
             self.bound(sparsity, steps),
@@ -274,6 +281,18 @@ dual_update_interval, start, published
             layout=dict(weights),
             importance=importance,
         )
+
+
+@torch.no_grad()
+def _put(
+    params: Mapping[str, Tensor], start: Iterable[tuple[str, Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Copy solutions into the parameters, and return their supports."""
+    supports = {}
+    for key, solved, support in start:
+        params[key].copy_(solved)
+        supports[key] = support
+    return supports
 
 
 class _Solution(NamedTuple):

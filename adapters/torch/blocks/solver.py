@@ -93,7 +93,7 @@ class BlockSolver(Solver, ABC):
 
     Examples
     --------
-    >>> as_block_solver("sparsegpt").watches, as_block_solver("safe").watches
+    >>> as_block_solver("sparsegpt").watches, as_block_solver("safe-published").watches
     ('gram', 'nothing')
     """
 
