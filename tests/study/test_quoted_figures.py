@@ -347,6 +347,22 @@ def test_where_safe_without_tuning_is_behind() -> None:
     assert "is ahead by 6 to 7 points from 80% to 95%" in page("docs/untuned.md")
 
 
+def test_how_often_safe_without_tuning_is_behind() -> None:
+    text = (ROOT / "docs" / "untuned_table.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("| cells behind the best")]
+    behind, cells = map(int, line.strip("| ").split("|")[-1].split(" of "))
+    assert 0.4 <= behind / cells <= 0.6
+    assert "is behind in half of the cells" in page("docs/untuned.md")
+    section = text.split("**digits, random labels**")[1].split("\n\n**")[0]
+    leads = [
+        float(line.strip("|").split("|")[-1].strip(" *"))
+        for line in section.splitlines()
+        if line.startswith("| SGD")
+    ]
+    assert all(-5 <= lead <= -2 for lead in leads)
+    assert "ADMM and published SAFE, tuned, are ahead by 2 to 5 points" in page("docs/untuned.md")
+
+
 def ablations() -> dict[tuple[str, str, str, str], dict[str, float]]:
     """Return the accuracy of every variant, by task, base, epochs and sparsity."""
     lines = (ROOT / "docs" / "untuned_ablations.md").read_text(encoding="utf-8").splitlines()
