@@ -20,6 +20,7 @@ from .constraints import Constraint
 from .importance import Importance
 from .patterns import Pattern
 from .perturbations import norm
+from .sparsity_tables import Cubic
 
 __all__ = [
     "LARGE_DISTANCE",
@@ -262,14 +263,15 @@ def _parts(patterns: Sequence[Pattern]) -> list[Pattern]:
 
 def _schedule_left(pattern: Pattern, steps: int) -> str:
     """Return a text if the sparsity schedule has not reached its end."""
-    if pattern.schedule is None or pattern.schedule.is_random:
+    schedule = pattern.schedule
+    if not isinstance(schedule, Cubic):  # it is constant, or drawn at random
         return ""
     stage, last = pattern.stage(steps), pattern.stage(None)
     if stage == last:
         return ""
     now, end = _told_apart(*(float(pattern.fractions()[i]) for i in (stage, last)))
     # The stages end where the schedule has risen, which may be long before the end of the run.
-    whole = pattern.schedule.start + pattern.schedule.steps
+    whole = schedule.start + schedule.steps
     return (
         f"the sparsity was at {now} of {end} after {steps} steps, because its schedule has {whole} "
         "(train to its end, or give the method the steps of the run)"

@@ -254,9 +254,11 @@ def _check_arrays(
         )
     measures = method.measures_steps
     if measures != (state.motion is not None):
+        units = ("the unit of the parameters", "steps of the base optimizer")
         raise ValueError(
-            f"state.motion must {'' if measures else 'not '}be there for a method with "
-            f"in_steps={measures!r}; is the state of another method?"
+            f"state must come from a method whose radius is in {units[measures]}, as that of this "
+            f"one, got a state with a radius in {units[not measures]}: safe(sparsity) and "
+            "safe(sparsity, steps=T) differ in it"
         )
     if state.motion is not None and state.motion.shape != (3,):
         raise ValueError(f"state.motion must have shape (3,), got {state.motion.shape}")

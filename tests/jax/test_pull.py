@@ -177,7 +177,10 @@ def test_e_is_as_long_as_rho_steps() -> None:
 def test_a_state_without_the_length_of_steps_is_refused() -> None:
     tx, params = sparse_optimizer(optax.sgd(0.1), FIXED), make_params()
     state = tx.init(params)._replace(motion=None)
-    with pytest.raises(ValueError, match="motion must be there for a method with in_steps=T"):
+    with pytest.raises(
+        ValueError,
+        match=r"state must come from a method whose radius is in steps of the base .*, got",
+    ):
         tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     old = tx.init(params)._replace(motion=jnp.zeros(2))
     with pytest.raises(ValueError, match=r"state.motion must have shape \(3,\), got \(2,\)"):
