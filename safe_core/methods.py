@@ -61,10 +61,10 @@ def safe(
         Perturbation radius; without ``steps``, 0.1 by default. The paper uses 0.1 for vision
         and 2e-4 for language models.
     penalty : float or schedule, optional
-        Penalty parameter lambda of `ADMM`, which takes the place of the pull. Dual updates are
-        then T / 20 steps apart, at most 32. Without ``steps``,
-        1e-3 by default. The paper uses 1e-4 to 1e-1, with a cosine schedule for vision and
-        constant for language models. Higher sparsity needs a higher penalty.
+        Penalty parameter lambda of `ADMM`, which takes the place of the pull; dual updates are
+        then T / 20 steps apart, at most 32. Without ``steps``, 1e-3 by default. The paper uses
+        1e-4 to 1e-1, with a cosine schedule for vision and constant for language models. Higher
+        sparsity needs a higher penalty.
     dual_update_interval : int, optional
         Steps K between two dual updates; without ``steps``, 32 by default.
     importance : Importance, optional

@@ -44,9 +44,10 @@ class Perplexity(NamedTuple):
     unused : int
         Tokens at the end that do not fill a window.
     standard_error : float or None
-        Standard error of the perplexity, from the spread of the losses of windows; None for a
-        single window. It assumes independent windows. Those of one text are not, so the true
-        error is larger.
+        Standard error of the perplexity, ``perplexity * sqrt(n / (n - 1) * sum_w (s_w - k_w *
+        loss)^2) / predictions`` for n windows with k_w predictions and a summed loss s_w each;
+        None for a single window. It assumes independent windows. Those of one text are not, so
+        the true error is larger.
     """
 
     perplexity: float
@@ -167,14 +168,16 @@ def perplexity(
         raise ValueError(f"model must return finite log likelihoods, got a mean of {-loss}")
     unused = len(tokens) % length if stride == length else 0
     value = math.exp(loss) if loss < 700 else math.inf
-    error = None if len(windows) == 1 else value * _standard_error(sums, windows, loss)
+    error = None if len(windows) == 1 else value * _standard_error(sums, windows, loss, predictions)
     return Perplexity(value, loss, predictions, len(windows), unused, error)
 
 
-def _standard_error(sums: Sequence[float], windows: Sequence[_Window], loss: float) -> float:
+def _standard_error(
+    sums: Sequence[float], windows: Sequence[_Window], loss: float, predictions: int
+) -> float:
     """Return the standard error of the mean loss, the ratio of two sums over windows."""
     spread = math.fsum((s - w.scored * loss) ** 2 for s, w in zip(sums, windows, strict=True))
-    n, predictions = len(windows), sum(w.scored for w in windows)
+    n = len(windows)
     return math.sqrt(n / (n - 1) * spread) / predictions
 
 

@@ -63,10 +63,10 @@ class BlockTraining:
         self.where, self.layout = where, layout
         self.pattern = pattern
         each = len(batches_in_order([range(samples)], recipe.batch_size))
-        steps = recipe.epochs * each
-        self.method = recipe.bound(pattern, steps)
+        self.steps = recipe.epochs * each
+        self.method = recipe.bound(pattern, self.steps)
         # A table of the shares, because a recipe computes them in Python, not in JAX.
-        shares = jnp.asarray([recipe.share(t, each) for t in range(steps)])
+        shares = jnp.asarray([recipe.share(t, each) for t in range(self.steps)])
         self._base = optax.chain(
             optax.adam(lambda step: shares[step], *recipe.betas), self._scaled_by_peak()
         )
@@ -113,8 +113,7 @@ class BlockTraining:
                     f"learning_rate must be low enough for a finite loss, got {float(rate):g} and "
                     f"a loss of {losses[-1]} in epoch {k} of block {block}"
                 )
-        steps = self.recipe.epochs * -(-self.samples // self.recipe.batch_size)
-        with pruning_a_block(self.method.constraint, self.method.sparsity, steps):
+        with pruning_a_block(self.method.constraint, self.method.sparsity, self.steps):
             found = finalize(*carried, self.method, layout=self.layout)
         # A start is a solution already, which training must not make worse.
         if start is not None and not float(self._mean_loss(found, data, *order)) <= loss_at_start:

@@ -254,11 +254,11 @@ def _check_arrays(
         )
     measures = method.measures_steps
     if measures != (state.motion is not None):
-        units = ("the unit of the parameters", "steps of the base optimizer")
+        kinds = ("does not measure", "measures")
         raise ValueError(
-            f"state must come from a method whose radius is in {units[measures]}, as that of this "
-            f"one, got a state with a radius in {units[not measures]}: safe(sparsity) and "
-            "safe(sparsity, steps=T) differ in it"
+            f"state must come from a method that {kinds[measures]} the steps of the base "
+            f"optimizer, as this one, got a state of one that {kinds[not measures]} them: "
+            "safe(sparsity, steps=T) does, safe(sparsity) and admm do not"
         )
     if state.motion is not None and state.motion.shape != (3,):
         raise ValueError(f"state.motion must have shape (3,), got {state.motion.shape}")

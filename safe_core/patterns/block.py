@@ -70,7 +70,7 @@ class Block(FractionPattern):
         """Raise ValueError if blocks do not divide an axis or the axis roles are unknown."""
         what = "a Block pattern"
         layout = require_roles(layout, name, what, inputs=True, outputs=True, shape=shape)
-        advised = replace(self, ragged="dense", sparsity=float(self.fractions()[-1]))
+        advised = replace(self, ragged="dense", sparsity=self.sparsity_of(name))
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
             whole_units(size, unit, self.ragged, name, role, advised)
 

@@ -131,12 +131,12 @@ class Reconstruction(Solver):
                 f"importance must be None where the method has {self.method.importance!r}, got "
                 f"{self.importance!r}"
             )
-        for name in (*_PUBLISHED, "published"):
-            if getattr(self, name) not in (None, False):
-                raise ValueError(
-                    f"{name} must be left out if a method is given, which has its own settings, "
-                    f"got {getattr(self, name)!r}"
-                )
+        given = self._options() | ({"published": True} if self.published else {})
+        for name, value in given.items():
+            raise ValueError(
+                f"{name} must be left out if a method is given, which has its own settings, got "
+                f"{value!r}"
+            )
 
     def _options(self) -> dict[str, Any]:
         """Return the arguments of `safe_core.safe` that are given."""
@@ -203,8 +203,9 @@ class Reconstruction(Solver):
             radius += " mean steps of the optimizer"
         ranked = "magnitude times norm of input" if self.importance else "magnitude"
         initial = self.initial
-        rate = self.learning_rate if self.learning_rate is not None else _PUBLISHED_RATE
-        derived = self.learning_rate is None and not self.published
+        rate = f"{self.peak(0.0):g}"
+        if self.learning_rate is None and not self.published:
+            rate = f"{_RATE:g} times the root mean square of the weights"
         return [
             ("solver", f"{type(self).__name__}, trained on the reconstruction error of each block"),
             (
@@ -218,34 +219,47 @@ class Reconstruction(Solver):
             ("perturbation radius (rho)", radius),
             *self._constraint_settings(method.constraint),
             ("optimizer", f"Adam, betas {first:g} and {second:g}"),
-            (
-                "peak learning rate",
-                f"{_RATE:g} times the root mean square of the weights" if derived else f"{rate:g}",
-            ),
+            ("peak learning rate", rate),
             ("epochs", str(self.epochs)),
             ("warm-up epochs", str(self.warmup)),
         ]
 
     def _constraint_settings(self, constraint: Constraint) -> list[tuple[str, str]]:
         """Return the settings of a constraint that are not the default."""
+        derives = self.method is None and not self.published
+        derived = _PUBLISHED.keys() - self._options() if derives else ()
         rows = [("constraint", type(constraint).__name__)]
         for f in fields(constraint):
             value = getattr(constraint, f.name)
-            if self.method is None and not self.published and getattr(self, f.name, 0) is None:
+            if f.name in derived:
                 value = "derived from the number of steps"
             if f.name in _SYMBOLS or value != f.default:
                 rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
         return rows
 
     def share(self, step: int, steps_per_epoch: int) -> float:
-        """Return the learning rate at a step over its peak: rising to 1, then falling to 0."""
+        """Return the learning rate at step t over its peak, a number in [0, 1].
+
+        It is ``(t + 1) / W`` in the W steps of the warm-up. After them it is
+        ``(T - t) / (T - W)``, at most 1, where T is the number of all steps.
+        """
         rising, steps = (n * steps_per_epoch for n in (self.warmup, self.epochs))
         if step < rising:
             return (step + 1) / rising
         return min(1.0, (steps - step) / max(1, steps - rising))
 
     def peak(self, root_mean_square: Any) -> Any:
-        """Return the peak learning rate for weights with this root mean square at the start."""
+        """Return the peak learning rate.
+
+        It is ``learning_rate`` if that is given, 2e-4 for the published settings, and otherwise
+        ``0.01 * root_mean_square``. The argument is a number or a scalar array, the root mean
+        square of all entries of the weights to prune as training starts.
+
+        Examples
+        --------
+        >>> Reconstruction().peak(0.5), Reconstruction(published=True).peak(0.5)
+        (0.005, 0.0002)
+        """
         if self.learning_rate is not None:
             return self.learning_rate
         return _PUBLISHED_RATE if self.published else _RATE * root_mean_square

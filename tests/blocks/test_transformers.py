@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import inspect
@@ -584,12 +585,16 @@ def test_safe_lowers_the_error_of_the_projection() -> None:
     assert errors["safe+"] < 0.5 * errors["one-shot"]
 
 
+# ALPS meets near-ties in these small layers, which 16 bits turn the other way.
 @short_run
+@pytest.mark.parametrize(("published", "rel"), [(True, 0.05), (False, 0.15)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(dtype: torch.dtype) -> None:
-    model = model_of("llama", dtype)
-    report = prune_blocks(model, inputs_of("llama"), SHORT, 0.5)
-    in_32_bits = prune_blocks(model_of("llama"), inputs_of("llama"), SHORT, 0.5)
+def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(
+    dtype: torch.dtype, published: bool, rel: float
+) -> None:
+    model, solver = model_of("llama", dtype), dataclasses.replace(SHORT, published=published)
+    report = prune_blocks(model, inputs_of("llama"), solver, 0.5)
+    in_32_bits = prune_blocks(model_of("llama"), inputs_of("llama"), solver, 0.5)
     assert {p.dtype for p in model.parameters()} == {dtype}
     for block in report.blocks:
         for name, weight in block.weights.items():
@@ -597,7 +602,7 @@ def test_models_in_16_bits_keep_their_dtype_and_exact_zeros(dtype: torch.dtype) 
             assert weight.kept * 2 == p.numel()
             assert int((p == 0).sum()) == p.numel() // 2
     error = in_32_bits.blocks[0].relative_error
-    assert report.blocks[0].relative_error == pytest.approx(error, rel=0.15)
+    assert report.blocks[0].relative_error == pytest.approx(error, rel=rel)
 
 
 @short_run

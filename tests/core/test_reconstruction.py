@@ -119,6 +119,11 @@ def test_a_start_is_a_solver_of_layers_by_name_or_value() -> None:
         ({"start": "safe"}, ValueError, r"start must be .* got 'safe'"),
         ({"start": Reconstruction()}, TypeError, r"start must be 'dense' or a solver .* got Recon"),
         (
+            {"method": safe_core.safe(0.5), "rho": 0.0},
+            ValueError,
+            r"rho must be left out if a method is given, .* got 0\.0",
+        ),
+        (
             {"method": safe_core.safe(0.5), "published": True},
             ValueError,
             r"published must be left out if a method is given, .* got True",

@@ -179,7 +179,8 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
     state = tx.init(params)._replace(motion=None)
     with pytest.raises(
         ValueError,
-        match=r"state must come from a method whose radius is in steps of the base .*, got",
+        match=r"state must come from a method that measures the steps of the base optimizer, .*"
+        "got a state of one that does not measure them",
     ):
         tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     old = tx.init(params)._replace(motion=jnp.zeros(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -91,11 +91,12 @@ dual_update_interval, start, published
         training = size.reconstruction(
             work(self.batch_size, backward=True, autocast=autocast), perturbs=perturbs
         )
-        if self.initial is None:
+        first = self.initial
+        if first is None:
             return training
         # All solutions and supports are held at once, and a copy of the start during training.
         solutions = (size.number + 1) * size.sparse
-        solving = LayerByLayer(self.initial).memory(size, work) + solutions
+        solving = LayerByLayer(first).memory(size, work) + solutions
         return max(training + size.number * size.trained + size.sparse, solving)
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -113,6 +114,8 @@ dual_update_interval, start, published
         start = self._start(problem)
         del dense
         block = problem.in_dtype(wide)
+        if self.compile:
+            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
         params = dict(block.named_parameters())
         for key, p in params.items():
             p.requires_grad_(key in problem.trainable)
@@ -180,14 +183,13 @@ dual_update_interval, start, published
         ValueError
             If the loss is not finite after an epoch.
         """
-        if self.compile:
-            block.compile(mode=self.compile if isinstance(self.compile, str) else None)
         steps = self.epochs * steps_per_epoch
         optimizer = self._optimizer(block, weights, importance, sparsity, steps)
-        named = optimizer.sparse_parameters()
 
         def loss() -> float:
-            return self.loss(block, epoch(0), autocast=autocast)
+            # A compiled block would be compiled again without gradients.
+            with torch.set_grad_enabled(bool(self.compile)):
+                return _mean_loss(block, epoch(0), autocast=autocast)
 
         # A start is a solution already, which training must not make worse.
         kept = None if supports is None else _Solution.of(block, supports, loss())
@@ -198,27 +200,8 @@ dual_update_interval, start, published
         if kept is not None and not loss() <= kept.loss:  # not `>`: a loss may be NaN
             kept.restore(block)
             return dict(kept.supports)
+        named = optimizer.sparse_parameters()
         return {name: optimizer.state[p]["support"] for name, p in named.items()}
-
-    def loss(
-        self,
-        block: nn.Module,
-        batches: Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]],
-        *,
-        autocast: bool = False,
-    ) -> float:
-        """Return the mean of the losses of the batches."""
-        device = next(block.parameters()).device
-        total, count = torch.zeros((), device=device), 0
-        for run, target in batches:
-            # A compiled block would be compiled again without gradients.
-            with (
-                torch.set_grad_enabled(bool(self.compile)),
-                torch.autocast(device.type, torch.bfloat16, enabled=autocast),
-            ):
-                total = total + wide_mse(run(block), target).detach()
-            count += 1
-        return float(total) / count
 
     def train(
         self,
@@ -247,9 +230,7 @@ dual_update_interval, start, published
                     group["lr"] = group["initial_lr"] * self.share(step, steps_per_epoch)
 
                 def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                        output = run(block)
-                    return wide_mse(output, target)
+                    return _loss(block, run, target, autocast=autocast)
 
                 total, count = total + _step(optimizer, loss_of), count + 1
                 step += 1
@@ -272,7 +253,7 @@ dual_update_interval, start, published
     ) -> SparseOptimizer:
         trained = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
         fused = trained[0][1].device.type == "cuda"
-        peak = float(self.peak(_root_mean_square(p for name, p in trained if name in weights)))
+        peak = float(self.peak(_root_mean_square([p for name, p in trained if name in weights])))
         base = torch.optim.Adam(trained, lr=peak, betas=self.betas, fused=fused or None)
         return SparseOptimizer(
             base,
@@ -313,13 +294,10 @@ class _Solution(NamedTuple):
             block.get_parameter(name).copy_(value)
 
 
-def _root_mean_square(weights: Iterable[Tensor]) -> float:
-    """Return the root mean square of all entries of the weights."""
-    squares, entries = 0.0, 0
-    for w in weights:
-        squares += float(w.detach().square().sum(dtype=torch.float64))
-        entries += w.numel()
-    return math.sqrt(squares / max(entries, 1))
+def _root_mean_square(weights: Sequence[Tensor]) -> float:
+    """Return the root mean square of all entries of the weights, by one read from the device."""
+    squares = torch.stack([w.detach().square().sum(dtype=torch.float64) for w in weights])
+    return math.sqrt(float(squares.sum()) / max(sum(w.numel() for w in weights), 1))
 
 
 @torch.no_grad()
@@ -341,6 +319,26 @@ def wide_mse(output: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error, in float32 or wider."""
     dtype = wide_dtype(torch, [output, target])
     return nn.functional.mse_loss(output.to(dtype), target.to(dtype))
+
+
+def _loss(
+    block: nn.Module, run: Callable[[nn.Module], Tensor], target: Tensor, *, autocast: bool
+) -> Tensor:
+    """Return the loss of one batch."""
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
+        output = run(block)
+    return wide_mse(output, target)
+
+
+def _mean_loss(
+    block: nn.Module,
+    batches: Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]],
+    *,
+    autocast: bool,
+) -> float:
+    """Return the mean of the losses of the batches, by one read from the device."""
+    losses = [_loss(block, run, y, autocast=autocast).detach() for run, y in batches]
+    return float(torch.stack(losses).mean())
 
 
 def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:
