@@ -384,7 +384,7 @@ def test_what_the_parts_of_safe_without_tuning_bring() -> None:
     assert max(max(found[key].values()) for key in failed) < 25.5
 
     def costs(variant: str, base: str | None = None) -> dict[tuple[str, ...], float]:
-        """By how much the default is ahead; with a base, in its shorter runs on the digits."""
+        """Return the points that the default is ahead; with a base, in its short digits runs."""
         chosen = found.keys() - failed
         if base:
             chosen = {key for key in chosen - {long, mnist} if base in key[1]}
