@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,16 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from safe_core.adapters.torch.blocks.structure import find_blocks
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.solvers import ALPS, SparseGPT
 
-from .corpus import sentences, source
-from .report import machine, machine_table
+from .corpus import source, windows
+from .report import write_below_machine
+from .results import append, lines
+from .transformers import Encoder, Llama
 
-__all__ = ["METHODS", "Blocks", "errors", "markdown"]
+__all__ = ["METHODS", "Blocks", "errors", "first_blocks", "markdown", "random_gpt2"]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "blocks_table.md"
 SPARSITIES = ("0.5", "0.7", "2:4", "4:8")
@@ -57,26 +58,15 @@ class Blocks(NamedTuple):
 
 def llama(folder: Path, samples: int) -> Blocks:
     """Return a Llama over bytes, with windows of Python's standard library."""
-
-    def windows(held_out: bool) -> Tensor:
-        tokens = source(held_out)
-        starts = np.random.default_rng(0).integers(len(tokens) - 64, size=samples)
-        return tokens[torch.from_numpy(starts)[:, None] + torch.arange(64)]
-
-    return Blocks(AutoModelForCausalLM.from_pretrained(folder), windows(False), windows(True))
+    seen, held_out = (windows(source(held), samples, 64, seed=0) for held in (False, True))
+    return Blocks(Llama(folder).load(), seen, held_out)
 
 
 def encoder(folder: Path, samples: int) -> Blocks:
     """Return all-MiniLM-L6-v2, with sentences of docstrings, cut to one length."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def rows(held_out: bool) -> Tensor:
-        ids = tokenizer(sentences(held_out))["input_ids"]
-        found = torch.tensor([row[:24] for row in ids if len(row) >= 24])
-        order = np.random.default_rng(0).permutation(len(found))
-        return found[torch.from_numpy(order[:samples])]
-
-    return Blocks(AutoModel.from_pretrained(folder), rows(False), rows(True))
+    study = Encoder(folder)
+    seen, held_out = (study.rows(held, 24, samples, seed=0) for held in (False, True))
+    return Blocks(study.load(), seen, held_out)
 
 
 def random_gpt2(samples: int) -> Blocks:
@@ -156,11 +146,6 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield run | errors(blocks, METHODS[method](), pattern)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the finished runs of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def markdown(results: list[dict[str, Any]]) -> str:
     """Return a table of errors relative to ALPS, as geometric means over the blocks of a cell."""
     found = {(r["model"], r["sparsity"], r["method"]): r for r in results}
@@ -215,18 +200,14 @@ def main() -> None:
         nargs="+",
         choices=METHODS,
         default=list(METHODS)[:5],
-        help="default: five",
+        help="default: the first five",
     )
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
     options = parser.parse_args()
     if options.table:
-        machine_rows = "\n".join(machine_table(machine()))
-        TABLE.write_text(f"{machine_rows}\n\n{markdown(lines(options.results))}", encoding="utf-8")
+        write_below_machine(TABLE, markdown(lines(options.results)))
         return
-    for line in runs(options):
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print({key: value for key, value in line.items() if key != "seconds"}, flush=True)
+    append(options.results, runs(options), hidden=("seconds",))
 
 
 if __name__ == "__main__":

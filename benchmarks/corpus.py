@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["documentation", "sentences", "source"]
+__all__ = ["documentation", "sentences", "source", "windows"]
 
 _HELD_OUT = 20  # one file in 20 is held out
 
@@ -23,6 +24,12 @@ def source(held_out: bool) -> Tensor:
     """Return the concatenated bytes of the held-out files, or of all others."""
     text = b"".join(path.read_bytes() for path in _files(held_out))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def windows(tokens: Tensor, samples: int, length: int, *, seed: int) -> Tensor:
+    """Return windows of a text, drawn by the seed, of shape (samples, length)."""
+    starts = np.random.default_rng(seed).integers(len(tokens) - length, size=samples)
+    return tokens[torch.from_numpy(starts)[:, None] + torch.arange(length)]
 
 
 @cache

@@ -43,7 +43,9 @@ class IterativeSAM(SafeReconstruction):
         if not isinstance(sparsity, Unstructured):
             raise TypeError(f"sparsity must be Unstructured for IMP+SAM, got {sparsity!r}")
         if supports is not None:
-            raise ValueError("start must be 'dense' for IMP+SAM, whose masks begin full")
+            raise ValueError(
+                f"start must be 'dense' for IMP+SAM, whose masks begin full, got {self.start!r}"
+            )
         params = {key: p for key, p in block.named_parameters() if key in weights}
         supports = {key: torch.ones_like(p, dtype=torch.bool) for key, p in params.items()}
         optimizer = SparseOptimizer(

@@ -13,7 +13,7 @@ import torch
 
 from .timing import Result
 
-__all__ = ["machine", "machine_table", "plot", "tables"]
+__all__ = ["machine", "machine_table", "plot", "tables", "write_below_machine"]
 
 
 def machine() -> dict[str, str]:
@@ -42,6 +42,11 @@ def machine_table(described: dict[str, str]) -> list[str]:
     """Return the description of a machine as lines of Markdown."""
     rows = [f"| {name} | {value} |" for name, value in described.items()]
     return ["| machine | |", "| --- | --- |", *rows]
+
+
+def write_below_machine(path: Path, table: str) -> None:
+    """Write a table below that of this machine."""
+    path.write_text("\n".join(machine_table(machine())) + f"\n\n{table}", encoding="utf-8")
 
 
 def tables(results: Sequence[Result], described: dict[str, str]) -> str:

@@ -13,7 +13,6 @@ Results are appended as one line of JSON per run; finished runs are skipped.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -28,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.command_line.perplexity import perplexity
 
-from .corpus import documentation
-from .report import machine, machine_table
+from .corpus import documentation, windows
+from .report import write_below_machine
+from .results import append, lines
 
 __all__ = ["METHODS", "markdown"]
 
@@ -62,9 +62,8 @@ def _tokens(folder: Path, held_out: bool) -> Tensor:
 
 def calibration(options: argparse.Namespace) -> Tensor:
     """Return windows of the documentation, drawn by the seed."""
-    tokens, random = _tokens(options.model, False), np.random.default_rng(options.seed)
-    starts = random.integers(len(tokens) - options.length, size=options.samples)
-    return tokens[torch.from_numpy(starts)[:, None] + torch.arange(options.length)]
+    tokens = _tokens(options.model, False)
+    return windows(tokens, options.samples, options.length, seed=options.seed)
 
 
 def settings(options: argparse.Namespace) -> dict[str, int]:
@@ -110,11 +109,6 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for method, sparsity in cells:
         if (method, sparsity) not in done:
             yield run(method, sparsity, options)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the finished runs of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -169,15 +163,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
     options = parser.parse_args()
     if options.table:
-        rows = "\n".join(machine_table(machine()))
-        TABLE.write_text(f"{rows}\n\n{markdown(lines(options.results))}", encoding="utf-8")
+        write_below_machine(TABLE, markdown(lines(options.results)))
         return
     if options.model is None:
         parser.error("--model must name the folder of the GGUF file")
-    for line in runs(options):
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print({key: value for key, value in line.items() if key != "block_errors"}, flush=True)
+    append(options.results, runs(options), hidden=("block_errors",))
 
 
 if __name__ == "__main__":

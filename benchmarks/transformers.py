@@ -16,7 +16,6 @@ line of JSON per method, sparsity and seed; finished runs are skipped. MINILM is
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -41,10 +40,11 @@ from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.command_line.perplexity import perplexity
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda
 
-from .corpus import sentences, source
+from .corpus import sentences, source, windows
 from .iterative import IterativeSAM
 from .pruning_tables import tables
 from .report import machine
+from .results import append, lines
 
 __all__ = ["Cell", "main"]
 
@@ -107,9 +107,7 @@ class Llama:
         return AutoModelForCausalLM.from_pretrained(self.folder).eval()
 
     def calibration(self, cell: Cell) -> Tensor:
-        tokens, random = source(held_out=False), np.random.default_rng(cell.seed)
-        starts = torch.from_numpy(random.integers(len(tokens) - cell.length, size=cell.samples))
-        return tokens[starts[:, None] + torch.arange(cell.length)]
+        return windows(source(held_out=False), cell.samples, cell.length, seed=cell.seed)
 
     def judge(self, model: nn.Module, dense: nn.Module, cell: Cell) -> dict[str, float]:
         tokens = source(held_out=True)[: self.predictions]
@@ -129,8 +127,7 @@ class Encoder:
         return AutoModel.from_pretrained(self.folder).eval()
 
     def calibration(self, cell: Cell) -> Tensor:
-        rows = self._tokens(held_out=False, length=cell.length)
-        return rows[np.random.default_rng(cell.seed).permutation(len(rows))[: cell.samples]]
+        return self.rows(False, cell.length, cell.samples, seed=cell.seed)
 
     def judge(self, model: nn.Module, dense: nn.Module, cell: Cell) -> dict[str, float]:
         rows = self.held_out()
@@ -142,6 +139,11 @@ class Encoder:
 
     def held_out(self) -> Tensor:
         return self._tokens(held_out=True, length=24)
+
+    def rows(self, held_out: bool, length: int, samples: int, *, seed: int) -> Tensor:
+        """Return some sentences, drawn by the seed and truncated to one length."""
+        tokens = self._tokens(held_out, length)
+        return tokens[np.random.default_rng(seed).permutation(len(tokens))[:samples]]
 
     def _tokens(self, held_out: bool, length: int) -> Tensor:
         """Return sentences truncated to one length, so that none needs padding."""
@@ -235,10 +237,6 @@ def growth(cell: Cell, hidden: int, device: str) -> dict[str, Any]:
     return {**asdict(cell), "hidden": hidden, "block_seconds": [report.blocks[0].seconds]}
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transformers", description=__doc__.split("\n")[0]
@@ -273,11 +271,7 @@ def main() -> None:
         runs = _growth_runs(options)
     else:
         runs = _first_block_runs(options) if options.first_block else _study_runs(options)
-    for line in runs:
-        with options.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {k: v for k, v in line.items() if isinstance(v, (str, int, float))}
-        print(shown, flush=True)
+    append(options.results, runs, hidden=("drift", "block_errors", "block_seconds"))
 
 
 STUDIES: dict[str, Callable[[Path], Any]] = {"llama": Llama, "encoder": Encoder}

@@ -6,13 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from twin_blocks import JaxBlock, for_linen, torch_model
 
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks as prune_jax
@@ -26,59 +26,13 @@ WIDTH = 16
 PATTERNS = [0.5, 0.8, "2:4", safe_core.Block((2, 2), 0.5, scope="tensor"), safe_core.Channel(0.25)]
 
 
-class Block(nn.Module):
-    """Two layers behind a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-class JaxBlock(linen.Module):
-    """The same in Flax."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = linen.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x)
-        y = jnp.tanh(linen.Dense(2 * WIDTH, precision="highest", name="up")(y))
-        return x + linen.Dense(WIDTH, precision="highest", name="down")(y)
-
-
-class Model(nn.Module):
-    """Two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 def inputs() -> np.ndarray:
     rng = np.random.default_rng(0)
     return rng.normal(size=(48, 3, WIDTH)) @ rng.normal(size=(WIDTH, WIDTH)) / 4
 
 
-def flax_params(block: nn.Module) -> dict[str, Any]:
-    """The parameters of a block as those of `JaxBlock`."""
-    kinds = {"norm.weight": "scale", "up.weight": "kernel", "down.weight": "kernel"}
-    tree: dict[str, Any] = {}
-    for name, p in block.named_parameters():
-        leaf = kinds.get(name, "bias")
-        tree.setdefault(name.split(".")[0], {})[leaf] = jnp.asarray(p.detach().numpy().T)
-    return tree
-
-
 def errors(solver: Any, sparsity: Any, **settings: Any) -> list[float]:
-    model = Model().double()
+    model = torch_model(WIDTH)
     report = prune_blocks(model, torch.tensor(inputs()), solver, sparsity, **settings)
     return [block.relative_error for block in report.blocks]
 
@@ -93,8 +47,8 @@ def test_the_default_is_ahead_of_alps_in_every_block(name: str, sparsity: Any) -
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 @pytest.mark.parametrize("name", ["safe", "safe+"])
 def test_jax_is_the_same(name: str, sparsity: Any) -> None:
-    model = Model().double()
-    dense = [flax_params(block) for block in model.blocks]
+    model = torch_model(WIDTH)
+    dense = [for_linen(block) for block in model.blocks]
     kind = {"importance": "wanda" if name == "safe+" else None, "epochs": 10}
     wanted = prune_blocks(model, torch.tensor(inputs()), SafeReconstruction(**kind), sparsity)
     blocks = [linen_block(JaxBlock(), {"params": params}) for params in dense]
@@ -103,7 +57,7 @@ def test_jax_is_the_same(name: str, sparsity: Any) -> None:
         # The conjugate gradients of ALPS amplify rounding, and the start is their result.
         assert found.relative_error == pytest.approx(report.relative_error, rel=1e-6)
         for (path, b), (_, a) in zip(
-            *map(jax.tree.leaves_with_path, (found.params, flax_params(block))), strict=True
+            *map(jax.tree.leaves_with_path, (found.params, for_linen(block))), strict=True
         ):
             np.testing.assert_array_equal(a != 0, b != 0, err_msg=str(path))
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-6, err_msg=str(path))
@@ -114,7 +68,7 @@ WILD: dict[str, Any] = {"learning_rate": 30.0, "epochs": 2, "warmup_epochs": 0}
 
 
 def test_a_start_is_kept_if_training_makes_it_worse() -> None:
-    solved, model, free = Model().double(), Model().double(), Model().double()
+    solved, model, free = torch_model(WIDTH), torch_model(WIDTH), torch_model(WIDTH)
     x = torch.tensor(inputs())
     prune_blocks(solved, x, ALPS(), 0.5)
     prune_blocks(model, x, SafeReconstruction(**WILD), 0.5)
@@ -122,13 +76,13 @@ def test_a_start_is_kept_if_training_makes_it_worse() -> None:
     for name, p in model.named_parameters():
         assert torch.equal(p, solved.get_parameter(name)), name
     # From the dense weights the same training does harm, so it was the start that was kept.
-    dense = Model().double().blocks[0](x)
+    dense = torch_model(WIDTH).blocks[0](x)
     ends = [(other.blocks[0](x) - dense).square().mean().item() for other in (solved, free)]
     assert ends[1] > 10 * ends[0]
 
 
 def test_a_start_is_kept_in_jax_too() -> None:
-    block = linen_block(JaxBlock(), {"params": flax_params(Block().double())})
+    block = linen_block(JaxBlock(), {"params": for_linen(torch_model(WIDTH).blocks[0])})
     x = jnp.asarray(inputs())
     grams = block.grams(block.params, x)
     solved = prune_layers(block.params, grams, ALPS(), 0.5)
@@ -209,7 +163,7 @@ def test_gram_matrices_of_the_start_are_no_importance() -> None:
 
 def test_masked_zeros_of_dense_weights_stay() -> None:
     """Weights that are not pruned keep their zeros under a start too."""
-    model = Model().double()
+    model = torch_model(WIDTH)
     with torch.no_grad():
         model.blocks[0].down.weight[::2] = 0
     before = copy.deepcopy(model.blocks[0].down.weight)
@@ -224,7 +178,7 @@ def test_a_run_resumes_from_its_start_but_not_at_another_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, solver = torch.tensor(inputs()), SafeReconstruction(epochs=2)
-    whole, resumed = Model().double(), Model().double()
+    whole, resumed = torch_model(WIDTH), torch_model(WIDTH)
     prune_blocks(whole, x, solver, 0.5)
     stopped = []
 
@@ -235,13 +189,13 @@ def test_a_run_resumes_from_its_start_but_not_at_another_rate(
 
     with pytest.raises(KeyboardInterrupt):
         prune_blocks(resumed, x, solver, 0.5, work_dir=tmp_path, progress=stop)
-    again = Model().double()
+    again = torch_model(WIDTH)
     prune_blocks(again, x, solver, 0.5, work_dir=tmp_path)
     for name, p in again.named_parameters():
         assert torch.equal(p, whole.get_parameter(name)), name
     monkeypatch.setattr("safe_core.solvers.reconstruction._RATE", 0.02)
     with pytest.raises(ValueError, match=r"begun with peak=.*0\.01.*, got peak=.*0\.02"):
-        prune_blocks(Model().double(), x, solver, 0.5, work_dir=tmp_path)
+        prune_blocks(torch_model(WIDTH), x, solver, 0.5, work_dir=tmp_path)
 
 
 def test_a_decoupled_penalty_needs_a_rate_in_jax() -> None:
@@ -250,4 +204,4 @@ def test_a_decoupled_penalty_needs_a_rate_in_jax() -> None:
     with pytest.raises(ValueError, match="learning_rate must be given for a method with a decou"):
         reconstruct(lambda p, x: x @ p["kernel"], params, x, 0.5, recipe=recipe)
     # PyTorch reads the rate from the param group.
-    prune_blocks(Model().double(), torch.tensor(inputs()), SafeReconstruction(recipe.method), 0.5)
+    prune_blocks(torch_model(WIDTH), torch.tensor(inputs()), SafeReconstruction(recipe.method), 0.5)

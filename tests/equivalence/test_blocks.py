@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from short_runs import short_run
-from torch import nn
+from twin_blocks import JaxBlock, for_linen, torch_model
 
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks as prune_jax
@@ -28,59 +27,12 @@ WIDTH, TOKENS, SAMPLES = 8, 3, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class TorchBlock(nn.Module):
-    """Two layers behind a norm, with biases."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-class JaxBlock(linen.Module):
-    """The same."""
-
-    @linen.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = linen.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x)
-        y = jnp.tanh(linen.Dense(2 * WIDTH, precision="highest", name="up")(y))
-        return x + linen.Dense(WIDTH, precision="highest", name="down")(y)
-
-
-class Model(nn.Module):
-    """Two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([TorchBlock(), TorchBlock()])
-        for p in self.parameters():  # norms and biases too
-            p.data += 0.3 * torch.randn_like(p)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def as_numpy(model: Model) -> list[dict[str, np.ndarray]]:
-    """The parameters of each block, weights as (input, output)."""
-    return [
-        {name: p.detach().cpu().numpy().T.copy() for name, p in block.named_parameters()}
-        for block in model.blocks
-    ]
-
-
-def for_linen(params: dict[str, np.ndarray]) -> dict[str, dict[str, jax.Array]]:
-    tree: dict[str, dict[str, jax.Array]] = {}
-    for name, array in params.items():
-        module, leaf = name.split(".")
-        kind = ("scale" if array.ndim == 1 else "kernel") if leaf == "weight" else leaf
-        tree.setdefault(module, {})[kind] = jnp.asarray(array)
-    return tree
+def model_of_blocks() -> Any:
+    """Return two blocks with random norms and biases too."""
+    model = torch_model(WIDTH)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return model
 
 
 # From the dense block's own targets the first gradient is rounding alone, whose direction no two
@@ -110,8 +62,8 @@ def quick_to_compile() -> Iterator[None]:
     [("safe", 0.5), ("safe", "2:4"), ("safe+", 0.5), ("safe+", "2:4"), (Wanda(), 0.5)],
 )
 def test_frameworks_agree(solver: Any, sparsity: Any) -> None:
-    model = Model().double().to(DEVICE)
-    dense = as_numpy(model)
+    model = model_of_blocks().to(DEVICE)
+    dense = [for_linen(block) for block in model.blocks]
     inputs = np.random.default_rng(0).normal(size=(SAMPLES, TOKENS, WIDTH))
     inputs *= np.linspace(0.2, 2.0, WIDTH)
     solvers = [solver, solver]
@@ -122,19 +74,18 @@ def test_frameworks_agree(solver: Any, sparsity: Any) -> None:
         ]
     rules: Any = {"target_inputs": "dense", "batch_size": 4, "seed": 3}
     wanted = prune_torch(model, torch.tensor(inputs, device=DEVICE), solvers[0], sparsity, **rules)
-    blocks = [linen_block(JaxBlock(), {"params": for_linen(params)}) for params in dense]
+    blocks = [linen_block(JaxBlock(), {"params": params}) for params in dense]
     got = prune_jax(blocks, jnp.asarray(inputs), solvers[1], sparsity, **rules)
-    for found, report, params, before in zip(
-        got, wanted.blocks, as_numpy(model), dense, strict=True
-    ):
+    after = [for_linen(block) for block in model.blocks]
+    for found, report, params, before in zip(got, wanted.blocks, after, dense, strict=True):
         assert found.relative_error == pytest.approx(report.relative_error, rel=1e-9)
         for (path, b), (_, a) in zip(
-            *map(jax.tree.leaves_with_path, (found.params, for_linen(params))), strict=True
+            *map(jax.tree.leaves_with_path, (found.params, params)), strict=True
         ):
             np.testing.assert_array_equal(a != 0, b != 0, err_msg=str(path))
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-9, err_msg=str(path))
         if isinstance(solver, str):  # else agreement would mean little
-            moved = params["up.weight"] != 0
-            start = safe_core.project(before["up.weight"].T, sparsity).support.T
-            assert (moved != start).any()
-            assert np.abs(params["up.bias"] - before["up.bias"]).max() > 1e-2
+            up, first = params["up"], before["up"]
+            start = safe_core.project(first["kernel"].T, sparsity).support.T
+            assert ((up["kernel"] != 0) != start).any()
+            assert np.abs(up["bias"] - first["bias"]).max() > 1e-2
