@@ -237,6 +237,13 @@ def test_a_fraction_and_a_string_stand_for_patterns(xp: Backend) -> None:
     assert_same(xp.run(projector("2:4"), v).support, [np.asarray([[True] * 2 + [False] * 2])] * 2)
 
 
+def test_a_rising_block_pattern_advises_its_final_sparsity() -> None:
+    """The schedule is derived, so a message must not ask a user to write it."""
+    rising = Block((5, 4), 0.75).rising(100, 10)
+    with pytest.raises(ValueError, match=r"pass sparsity=Block\(shape=\(5, 4\), sparsity=0\.75, "):
+        rising.check((10, 50), Layout((1,), (0,)), "w")
+
+
 # Ties
 
 SHAPES = ((12, 16), (48,), (8, 4, 4))
