@@ -12,8 +12,16 @@ __all__ = ["as_solver", "named_solver", "named_solvers"]
 def named_solvers(kind: type[Solver] = Solver) -> dict[str, Solver]:
     """Return every exported solver of a kind with its default settings, by name.
 
+    Parameters
+    ----------
+    kind : subclass of Solver
+        The base class of the solvers to return, such as `LayerSolver`.
+
     Examples
     --------
+    >>> from safe_core.solvers import LayerSolver
+    >>> list(named_solvers(LayerSolver))
+    ['alps', 'magnitude', 'sparsegpt', 'wanda']
     >>> list(named_solvers())  # doctest: +NORMALIZE_WHITESPACE
     ['alps', 'magnitude', 'safe', 'safe+', 'safe+-published', 'safe-published', 'sparsegpt',
      'wanda']
