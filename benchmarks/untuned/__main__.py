@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,21 @@ from typing import Any
 from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
+from ..results import append
 from .cells import ABLATED, ABLATIONS, OURS, Cell, cells, comparators, recipe
-from .table import CONSTANTS, ablations_as_markdown, as_markdown, draw, read, read_ablations
+from .table import (
+    CONSTANTS,
+    ablations_as_markdown,
+    as_markdown,
+    draw,
+    latest,
+    read,
+    read_ablations,
+)
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs"
+RESULTS = DOCS / "untuned_results.jsonl"
 
 
 def trained(
@@ -60,49 +69,61 @@ def tuned(cell: Cell, out: Path, framework: str) -> dict[str, dict[str, Any]]:
     return {label: best(label) for label in searches}
 
 
-def run(cell: Cell, out: Path, framework: str) -> None:
-    """Train what is missing of one cell, and write its accuracies beside the results."""
-    head = {**cell._asdict(), "framework": framework}
-    file = out / "comparators.json"
-    if not file.exists():
+def run(cell: Cell, results: Path, runs: Path, framework: str) -> None:
+    """Train what is missing of one cell, and append its accuracies to the results."""
+    out = runs / framework / cell.name
+    if (cell, framework) not in latest(results, "comparators"):
         chosen, searches = tuned(cell, out, framework), comparators(cell)
         tables = {label: searches[label].table(cell, found) for label, found in chosen.items()}
         methods = {"dense": 'method = "dense"\n', **tables}
         accuracy = trained(cell, methods, out / "comparators", framework)
-        _write(file, {**head, "accuracy": accuracy, "chosen": chosen})
-    _train_ours(cell, OURS, out / "ours", framework)
+        _add(results, "comparators", cell, framework, accuracy, chosen=chosen)
+    _train_ours("ours", cell, OURS, results, out, framework)
 
 
-def ablate(cell: Cell, out: Path, framework: str) -> None:
-    """Train SAFE with one part changed at a time, and write the accuracies."""
-    _train_ours(cell, ABLATIONS, out / "ablations", framework)
+def ablate(cell: Cell, results: Path, runs: Path, framework: str) -> None:
+    """Train SAFE with one part changed at a time, and append the accuracies to the results."""
+    _train_ours("ablations", cell, ABLATIONS, results, runs / framework / cell.name, framework)
 
 
-def _train_ours(cell: Cell, methods: Mapping[str, str], out: Path, framework: str) -> None:
+def _train_ours(
+    part: str, cell: Cell, methods: Mapping[str, str], results: Path, out: Path, framework: str
+) -> None:
     """Train methods that depend on the constants of `safe_core.untuned`.
 
     They are trained again when a constant has changed, and so is a method that is new.
     """
-    file, constants = (out.with_name(f"{out.name}{end}") for end in (".json", "-constants.json"))
-    if constants.exists() and json.loads(constants.read_text(encoding="utf-8")) != CONSTANTS:
-        file.unlink(missing_ok=True)
-        shutil.rmtree(out, ignore_errors=True)
-    found = json.loads(file.read_text(encoding="utf-8"))["accuracy"] if file.exists() else {}
-    if not methods.keys() <= found.keys():
-        _write(constants, CONSTANTS)
-        head = {**cell._asdict(), "framework": framework}
-        _write(file, {**head, "accuracy": trained(cell, methods, out, framework)})
+    found = latest(results, part).get((cell, framework))
+    if found is None or not methods.keys() <= found["accuracy"].keys():
+        # Runs in this folder may be of other constants.
+        shutil.rmtree(out / part, ignore_errors=True)
+        accuracy = trained(cell, methods, out / part, framework)
+        _add(results, part, cell, framework, accuracy, constants=CONSTANTS)
 
 
-def _write(file: Path, found: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found), encoding="utf-8")
+def _add(
+    results: Path,
+    part: str,
+    cell: Cell,
+    framework: str,
+    accuracy: Mapping[str, list[float]],
+    **more: Any,
+) -> None:
+    # Five digits show every image of the test data, and keep the file small.
+    rounded = {label: [round(a, 3) for a in values] for label, values in accuracy.items()}
+    line = {"part": part, **cell._asdict(), "framework": framework, "accuracy": rounded, **more}
+    append(results, [line], hidden=("chosen", "constants"))
 
 
 def main() -> None:
     """Run the cells of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.untuned", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("study-results/untuned"))
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="JSONL file to which cells are added"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("study-results/untuned"), help="folder of single runs"
+    )
     parser.add_argument("--shard", default="0/1", help="run every n-th cell, as in 0/2 and 1/2")
     parser.add_argument("--only", default="", help="run the cells whose name holds this text")
     parser.add_argument("--framework", default="torch", choices=["torch", "jax"])
@@ -125,7 +146,7 @@ def main() -> None:
     mine = [cell for cell in todo if options.only in cell.name][index::count]
     for i, cell in enumerate(mine):
         print(f"{i + 1}/{len(mine)}: {cell.name}", flush=True)
-        train(cell, options.results / options.framework / cell.name, options.framework)
+        train(cell, options.results, options.runs, options.framework)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safe_core import untuned
 from safe_core.study.runner.statistics import mean_and_error
 
+from ..results import lines
 from .cells import ABLATED, ABLATIONS, BASES, OURS, PLAIN, SAFE, TASKS, Cell, cells
 
 __all__ = [
-    "CONSTANTS", "Row", "ablations_as_markdown", "as_markdown", "draw", "read", "read_ablations",
+    "CONSTANTS", "Row", "ablations_as_markdown", "as_markdown", "draw", "latest", "read",
+    "read_ablations",
 ]  # fmt: skip
 
 CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int | float)}
@@ -80,15 +81,27 @@ class Row(NamedTuple):
         return -self.lead > max(MARGIN, 2 * joint)
 
 
-def read(folder: Path) -> list[Row]:
-    """Read the files of all finished cells, in the order of the tasks."""
-    planned = set(cells())
-    rows = []
-    for file, ours in _current(folder, "ours"):
-        if ours.cell in planned:
-            others = _row(file.with_name("comparators.json"))
-            rows.append(ours._replace(accuracy=others.accuracy | ours.accuracy))
-    order = list(TASKS)
+def latest(results: Path, part: str) -> dict[tuple[Cell, str], dict[str, Any]]:
+    """Return the last line of each cell and framework, for one part of the results.
+
+    Lines of ours with other constants than those of `safe_core.untuned` are left out.
+    """
+    return {
+        (Cell(*(line[key] for key in Cell._fields)), line["framework"]): line
+        for line in lines(results)
+        if line["part"] == part and line.get("constants", CONSTANTS) == CONSTANTS
+    }
+
+
+def read(results: Path) -> list[Row]:
+    """Read all finished cells, in the order of the tasks."""
+    planned, order = set(cells()), list(TASKS)
+    others = latest(results, "comparators")
+    rows = [
+        Row(*key, _means(others[key]) | _means(line))
+        for key, line in latest(results, "ours").items()
+        if key[0] in planned
+    ]
     return sorted(
         rows,
         key=lambda row: (
@@ -101,27 +114,16 @@ def read(folder: Path) -> list[Row]:
     )
 
 
-def read_ablations(folder: Path) -> list[Row]:
-    """Read the files of all finished ablations, in the order of `ABLATED`."""
-    rows = [row for _, row in _current(folder, "ablations") if row.cell in ABLATED]
+def read_ablations(results: Path) -> list[Row]:
+    """Read all finished ablations, in the order of `ABLATED`."""
+    found = latest(results, "ablations").items()
+    rows = [Row(*key, _means(line)) for key, line in found if key[0] in ABLATED]
     return sorted(rows, key=lambda row: ABLATED.index(row.cell))
 
 
-def _current(folder: Path, name: str) -> Iterator[tuple[Path, Row]]:
-    """Yield the files and rows that were trained with the constants of today."""
-    for file in sorted(folder.glob(f"*/*/{name}.json")):
-        constants = file.with_name(f"{name}-constants.json").read_text(encoding="utf-8")
-        if json.loads(constants) == CONSTANTS:
-            yield file, _row(file)
-
-
-def _row(file: Path) -> Row:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    accuracy = {}
-    for label, values in found["accuracy"].items():
-        mean, error = mean_and_error(values)
-        accuracy[label] = (mean, error or 0.0)
-    return Row(Cell(*(found[key] for key in Cell._fields)), found["framework"], accuracy)
+def _means(line: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    found = {label: mean_and_error(values) for label, values in line["accuracy"].items()}
+    return {label: (mean, error or 0.0) for label, (mean, error) in found.items()}
 
 
 def ablations_as_markdown(rows: Sequence[Row]) -> str:

@@ -127,9 +127,8 @@ def test_the_best_on_held_out_images_is_chosen(
         return found
 
     monkeypatch.setattr(command, "run_study", run_study)
-    cell = Cell("digits", "SGD 0.1", 20, 0.9)
-    out = tmp_path / "torch" / cell.name
-    chosen = command.tuned(cell, out, "torch")
+    cell, results = Cell("digits", "SGD 0.1", 20, 0.9), tmp_path / "results.jsonl"
+    chosen = command.tuned(cell, tmp_path, "torch")
     assert chosen == {
         "magnitude, fine-tuned": {"dense": 0.3},
         "GMP": {"part": 0.5},
@@ -138,21 +137,21 @@ def test_the_best_on_held_out_images_is_chosen(
         "ADMM": {"penalty": 0.1, "interval": 32},
         "SAFE, published": {"penalty": 0.1, "interval": 32, "rho": 0.2},
     }
-    command.run(cell, out, "torch")
-    command.run(cell, out, "torch")  # finished: nothing is trained again
+    command.run(cell, results, tmp_path, "torch")
+    command.run(cell, results, tmp_path, "torch")  # finished: nothing is trained again
     assert asked == 2 * ["first", "then"] + ["comparators", "ours"]
-    (row,) = table.read(tmp_path)
+    (row,) = table.read(results)
     assert (row.best, row.accuracy["GMP"], row.lead) == ("GMP with SAM", (91.0, 0.0), -3)
     # Other constants train ours again, and nothing else.
     for module in (command, table):
         monkeypatch.setattr(module, "CONSTANTS", {"RADIUS": 3.0})
-    assert table.read(tmp_path) == []
-    command.run(cell, out, "torch")
+    assert table.read(results) == []
+    command.run(cell, results, tmp_path, "torch")
     assert asked[6:] == ["ours"]
-    assert len(table.read(tmp_path)) == 1
+    assert len(table.read(results)) == 1
     # A method that is new is trained too.
     monkeypatch.setattr(command, "OURS", {**OURS, "new": 'method = "admm"\n'})
-    command.run(cell, out, "torch")
+    command.run(cell, results, tmp_path, "torch")
     assert asked[7:] == ["ours"]
 
 
@@ -209,9 +208,10 @@ def test_ablations_are_trained_once_and_shown(
 
     monkeypatch.setattr(command, "run_study", run_study)
     for cell in (ABLATED[-1], ABLATED[0], ABLATED[0]):
-        command.ablate(cell, tmp_path / "torch" / cell.name, "torch")
+        command.ablate(cell, tmp_path / "results.jsonl", tmp_path, "torch")
     assert asked == [ABLATED[-1].name, ABLATED[0].name]
-    first, last = table.ablations_as_markdown(table.read_ablations(tmp_path)).splitlines()[2:]
+    found = table.read_ablations(tmp_path / "results.jsonl")
+    first, last = table.ablations_as_markdown(found).splitlines()[2:]
     assert first.startswith("| digits | SGD 0.1 | 60 | 95% | 91.0 ± 0.6 | 92.0 ± 0.6 |")
     assert last.startswith("| MNIST-1D | SGD 0.1 | 60 | 95% | 81.0 ± 0.6 | 82.0 ± 0.6 |")
     for cell in ABLATED:
@@ -221,27 +221,30 @@ def test_ablations_are_trained_once_and_shown(
 COUNT = len(list(cells()))
 
 
-def finished(folder: Path, cell: Cell, **accuracy: list[float]) -> None:
+def finished(results: Path, cell: Cell, **accuracy: list[float]) -> None:
     named = {"dense": [98.0], "GMP": accuracy["gmp"], "ADMM": accuracy["admm"]}
-    named |= dict(zip(OURS, (accuracy["ours"], accuracy["plain"]), strict=True))
-    for name in ("comparators", "ours"):
-        mine = {k: v for k, v in named.items() if (k in OURS) == (name == "ours")}
-        file = folder / "torch" / cell.name / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**cell._asdict(), "framework": "torch", "accuracy": mine}))
-    constants = folder / "torch" / cell.name / "ours-constants.json"
-    constants.write_text(json.dumps(table.CONSTANTS))
+    ours = dict(zip(OURS, (accuracy["ours"], accuracy["plain"]), strict=True))
+    head = {**cell._asdict(), "framework": "torch"}
+    lines = [
+        {"part": "comparators", **head, "accuracy": named},
+        {"part": "ours", **head, "accuracy": ours, "constants": table.CONSTANTS},
+        # Results with other constants are not shown, even if they are newer.
+        {"part": "ours", **head, "accuracy": {key: [0.0] for key in ours}, "constants": {}},
+    ]
+    with results.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
     cells = [Cell("digits", "SGD 0.1", 60, s) for s in (0.9, 0.95)]
     noisy = cells[0]._replace(task="digits, random labels")
-    finished(tmp_path, cells[0], gmp=[97, 97], admm=[90, 90], ours=[95, 95], plain=[94, 94])
-    finished(tmp_path, cells[1], gmp=[97, 91], admm=[90, 90], ours=[92, 92], plain=[94, 94])
-    finished(tmp_path, noisy, gmp=[60, 60], admm=[70, 70], ours=[80, 80], plain=[60, 60])
+    finished(results, cells[0], gmp=[97, 97], admm=[90, 90], ours=[95, 95], plain=[94, 94])
+    finished(results, cells[1], gmp=[97, 91], admm=[90, 90], ours=[92, 92], plain=[94, 94])
+    finished(results, noisy, gmp=[60, 60], admm=[70, 70], ours=[80, 80], plain=[60, 60])
     unplanned = cells[0]._replace(epochs=61)
-    finished(tmp_path, unplanned, gmp=[1, 1], admm=[1, 1], ours=[1, 1], plain=[1, 1])
-    rows = table.read(tmp_path)
+    finished(results, unplanned, gmp=[1, 1], admm=[1, 1], ours=[1, 1], plain=[1, 1])
+    rows = table.read(results)
     assert [row.best for row in rows] == ["GMP", "GMP", "ADMM"]
     assert [row.lead for row in rows] == [-2, -2, 10]
     # In the second cell the error of GMP is 3 points.
