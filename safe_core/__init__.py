@@ -21,8 +21,18 @@ from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
-from .methods import admm, cram, gmp, iht, imp_sam, magnitude, safe
-from .patterns import NM, Block, ByName, Channel, FractionPattern, Pattern, Units, Unstructured
+from .methods import admm, cram, gmp, iht, imp_sam, keep_zeros, magnitude, safe
+from .patterns import (
+    NM,
+    Block,
+    ByName,
+    Channel,
+    FixedZeros,
+    FractionPattern,
+    Pattern,
+    Units,
+    Unstructured,
+)
 from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
 from .projection import Projection, project
 from .step import Evaluation, Operation, Point, StepPlan
@@ -43,6 +53,7 @@ __all__ = [
     "Direction",
     "Evaluation",
     "FinalizeWarning",
+    "FixedZeros",
     "FractionPattern",
     "GradientAscent",
     "HardThreshold",
@@ -69,6 +80,7 @@ __all__ = [
     "iht",
     "imp_sam",
     "importance",
+    "keep_zeros",
     "magnitude",
     "project",
     "safe",

@@ -8,12 +8,12 @@ from . import _checks, untuned
 from .constraints import ADMM, AtEnd, Constraint, HardThreshold, Mask
 from .importance import Importance
 from .method import Method
-from .patterns import as_pattern
+from .patterns import FixedZeros, as_pattern
 from .perturbations import ASAM, SAM, GradientAscent, Perturbation
 from .schedules import Schedule
 from .step import Evaluation, Point
 
-__all__ = ["admm", "cram", "gmp", "iht", "imp_sam", "magnitude", "safe"]
+__all__ = ["admm", "cram", "gmp", "iht", "imp_sam", "keep_zeros", "magnitude", "safe"]
 
 
 def safe(
@@ -364,6 +364,38 @@ def _gradual(method: Method) -> Method:
             f"{method.sparsity!r}"
         )
     return method
+
+
+def keep_zeros(*, rho: float | Schedule = 0.0, adaptive: bool = False) -> Method:
+    """Return training that keeps the zeros of the weights, to fine-tune a sparse network.
+
+    The mask of every weight is where it is not zero at the start. Gradients and weights are zero
+    off the mask at every step, whatever pattern the network was pruned to.
+
+    Parameters
+    ----------
+    rho : float or schedule
+        Radius of a perturbation as in `safe`, within the mask; 0 for none.
+    adaptive : bool
+        See `safe`.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from safe_core import ArrayInfo
+    >>> keep_zeros().init([numpy.asarray([0.0, 3.0])], ArrayInfo(("w",), (None,))).support
+    [array([False,  True])]
+    """
+    return Method(FixedZeros(), Mask(), perturbation=_ball(rho, adaptive))
 
 
 def iht(

@@ -2,8 +2,8 @@
 
 `SparseOptimizer` wraps the optimizer of a training loop. The other names help the loop around
 it: they support trainers, recalibrate batch normalisation, replay random numbers, compute
-importances and measure flatness. `safe_core.adapters.torch.blocks` prunes a trained model block
-by block.
+importances, change sparse models by low-rank matrices, and measure flatness.
+`safe_core.adapters.torch.blocks` prunes a trained model block by block.
 """
 
 from safe_core._installed import require
@@ -13,6 +13,7 @@ require(__name__, "torch", extra="torch")
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
+from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
 from .trainers import SparseTrainerMixin, perturbed, unwrap
@@ -23,8 +24,10 @@ __all__ = [
     "SparseCallbackMixin",
     "SparseOptimizer",
     "SparseTrainerMixin",
+    "add_low_rank",
     "hessian_diagonal",
     "loss_surface",
+    "merge_low_rank",
     "perturbed",
     "prunable_weights",
     "recalibrate",

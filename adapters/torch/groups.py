@@ -83,7 +83,9 @@ def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
     if "sparsity" not in settings:
         return method.sparsity
     try:
-        return as_pattern(settings["sparsity"])
+        found = as_pattern(settings["sparsity"])
+        method.constraint.check(found)
+        return found
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("sparsity", "sparsity of a param group", 1)) from None
 

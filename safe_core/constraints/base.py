@@ -116,6 +116,12 @@ class Constraint:
 
     def check(self, pattern: Pattern) -> None:
         """Raise ValueError if the constraint does not work with ``pattern``."""
+        fixed = [part for part in pattern.parts if part.only_masks]
+        if fixed and not self.masks_gradients:
+            raise ValueError(
+                "sparsity must ask for zeros where the constraint lets weights come back, got "
+                f"{fixed[0]!r} for {type(self).__name__}: give a sparsity, or keep zeros with Mask"
+            )
 
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether the state and the importance are updated after ``step``."""

@@ -11,6 +11,7 @@ from .block import Block
 from .by_name import ByName
 from .channel import Channel
 from .distribution import erdos_renyi_kernel
+from .fixed_zeros import FixedZeros
 from .nm import NM
 from .parsing import as_pattern
 from .unstructured import Unstructured
@@ -20,6 +21,7 @@ __all__ = [
     "Block",
     "ByName",
     "Channel",
+    "FixedZeros",
     "FractionPattern",
     "Pattern",
     "Units",

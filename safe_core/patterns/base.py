@@ -50,6 +50,9 @@ class Pattern:
     ranks: ClassVar[Literal["entries", "units"]] = "entries"
     """The scores that `units` gets: ``sqrt(P) |v|`` to rank entries, or ``P v^2`` to sum up."""
 
+    only_masks: ClassVar[bool] = False
+    """Whether zeros must be kept from the start, because the pattern does not ask for them."""
+
     group: ClassVar[int | None] = None
     """The number of consecutive inputs decided together, such as m of N:M, or None."""
 
