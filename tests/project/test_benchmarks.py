@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from safe_core import ADMM, project
 from safe_core.adapters.torch.blocks import prune_blocks
@@ -123,6 +124,40 @@ def test_a_table_of_perplexities_marks_the_best_and_leaves_gaps() -> None:
     assert "| SAFE+ | **11.00 ± 0.50** |  | 2.0 | 3 |" in text
     with pytest.raises(ValueError, match="results must have one setting"):
         smollm2.markdown([*lines, run("ALPS", "2:4", 14.0) | {"epochs": 3}])
+    tuned = run("SAFE+", "0.5", 10.0) | {"tuned": smollm2.TUNING[1]}
+    text = smollm2.markdown([*lines, tuned])
+    assert "| SAFE+ | **11.00 ± 0.50** | 2.0 | 3 |" in text
+    assert "| SAFE+, 0.5 | 11.00 ± 0.50 |  | 10.00 ± 0.50 |" in text
+
+
+@pytest.mark.parametrize("kind", smollm2.TUNING)
+def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    texts = {held: torch.arange(400) % 8 for held in (False, True)}
+    monkeypatch.setattr(smollm2, "dense_model", lambda options: LlamaForCausalLM(config))
+    monkeypatch.setattr(smollm2, "_tokens", lambda folder, held: texts[held])
+    options = Namespace(samples=8, length=16, epochs=1, tokens=160, seed=0, rank=4, steps=60)
+    options.batch, options.device, options.model, options.pruned = 4, "cpu", tmp_path, tmp_path
+    options.results, options.methods, options.sparsities = tmp_path / "r", ["Magnitude"], ["2:4"]
+    options.tune = False
+    dense, pruned = smollm2.runs(options)
+    assert (dense["method"], pruned["method"], pruned["achieved"]) == ("Dense", "Magnitude", 0.5)
+    options.tune = True
+    monkeypatch.setattr(smollm2, "TUNING", (kind,))
+    (tuned,) = smollm2.runs(options)  # raises if zeros are lost
+    assert tuned["perplexity"] < 0.99 * pruned["perplexity"]
+    options.results.write_text(json.dumps(tuned) + "\n")
+    assert list(smollm2.runs(options)) == []
 
 
 def test_documentation_comes_from_different_files() -> None:
