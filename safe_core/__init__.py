@@ -5,6 +5,7 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 """
 
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
+from .baselines import cram, gmp, iht, imp_sam, magnitude
 from .certificate import stationarity_gap
 from .constraints import (
     ADMM,
@@ -21,7 +22,7 @@ from .finalization import FinalizeWarning
 from .importance import Importance, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
-from .methods import admm, cram, gmp, iht, imp_sam, keep_zeros, magnitude, safe
+from .methods import admm, elsa, keep_zeros, safe
 from .patterns import (
     NM,
     Block,
@@ -76,6 +77,7 @@ __all__ = [
     "WeightCoverage",
     "admm",
     "cram",
+    "elsa",
     "gmp",
     "iht",
     "imp_sam",

@@ -22,6 +22,7 @@ __all__ = [
     "Direction",
     "GradientAscent",
     "Perturbation",
+    "ball",
     "norm",
 ]
 
@@ -422,3 +423,8 @@ class GradientAscent(Perturbation):
         # which makes the direction unusable and e zero.
         one = xp.ones_like(length)
         return Direction(gradients, xp.where(xp.isfinite(length), one, math.inf * one), rho)
+
+
+def ball(rho: Any, adaptive: Any, **options: Any) -> Perturbation:
+    """Return `ASAM` if ``adaptive`` is True, else `SAM`."""
+    return (ASAM if _checks.flag("adaptive", adaptive) else SAM)(rho, **options)

@@ -33,12 +33,14 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Exponential",
     "Linear",
     "LinearSparsity",
     "RandomSparsity",
     "constant",
     "cosine",
     "cubic",
+    "exponential",
     "linear",
     "linear_sparsity",
     "random_sparsity",
@@ -126,6 +128,25 @@ class Cosine(Linear):
         return xp.sin(0.5 * math.pi * progress) ** 2
 
 
+@dataclass(frozen=True)
+class Exponential(Linear):
+    """A geometric sequence from ``initial`` at step 0 to ``value`` at ``steps``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("value", "initial"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+
+    def _rise(self, step: int | Array) -> float | Array:
+        progress, growth = super()._rise(step), math.log(self.value / self.initial)
+        if growth == 0:
+            return progress
+        if isinstance(step, int):
+            return math.expm1(growth * progress) / math.expm1(growth)
+        return array_namespace(step).expm1(growth * progress) / math.expm1(growth)
+
+
 def constant(value: float) -> Constant:
     """Return the schedule with ``value`` at every step.
 
@@ -210,6 +231,34 @@ def cosine(value: float, steps: int, initial: float = 0.0) -> Cosine:
     (0.0, 0.0005, 0.001)
     """
     return Cosine(value, steps, initial)
+
+
+def exponential(value: float, steps: int, initial: float) -> Exponential:
+    """Return the schedule ``initial * (value / initial) ** min(t / steps, 1)``.
+
+    Parameters
+    ----------
+    value, initial : float
+        Value from step ``steps`` on, and at step 0. Both must be above 0.
+    steps : int
+        Length of the ramp, in optimizer steps.
+
+    Returns
+    -------
+    Exponential
+        A frozen dataclass, ``step -> value``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a value is not a positive number, or ``steps`` is not a positive integer.
+
+    Examples
+    --------
+    >>> [round(exponential(1e-1, steps=2, initial=1e-3)(t), 9) for t in range(4)]
+    [0.001, 0.01, 0.1, 0.1]
+    """
+    return Exponential(value, steps, initial)
 
 
 def as_schedule(name: str, value: Any) -> Schedule:

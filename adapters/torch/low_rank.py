@@ -132,6 +132,14 @@ def merge_low_rank(model: nn.Module) -> list[str]:
     ------
     ValueError
         If the model has no such weight.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[0.0, 3.0]]))
+    >>> names = add_low_rank(model, rank=1)
+    >>> merge_low_rank(model), model.weight.tolist()
+    (['weight'], [[0.0, 3.0]])
     """
     merged = []
     for path, module in list(model.named_modules()):

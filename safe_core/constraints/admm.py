@@ -40,7 +40,8 @@ class ADMM(DualUpdates):
         Over-relaxation alpha in (0, 2); 1 is plain ADMM.
     rescale_dual : bool
         Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` when the penalty changes.
-        u is the dual variable divided by lambda, so this keeps the dual variable itself.
+        u is the dual variable divided by lambda, so this keeps the dual variable itself. After a
+        penalty of 0, which has no such quotient, u stays as it is.
     state_dtype : {None, "bfloat16"}
         Dtype of the stored ``z - u``. None is float32, or the dtype of the parameter if that
         is wider: 5 bytes per float32 parameter, with the support. "bfloat16" needs 3 bytes
@@ -50,6 +51,9 @@ class ADMM(DualUpdates):
         Whether the penalty is a step of its own, ``x -= learning rate * penalty(t) *
         (x_t - z + u)``, next to the base step (Algorithm 1, line 13). An adaptive base
         optimizer then does not rescale the penalty.
+    first_dual_update : int, optional
+        Steps before the first dual update, from 1 to the interval, which is the default. With 1
+        the updates follow the steps 0, K, 2 K and so on.
 
     Raises
     ------
@@ -75,6 +79,7 @@ class ADMM(DualUpdates):
     rescale_dual: bool = False
     state_dtype: str | None = None
     decoupled: bool = False
+    first_dual_update: int | None = None
 
     def __post_init__(self) -> None:
         self.check_fields()
@@ -82,6 +87,14 @@ class ADMM(DualUpdates):
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
         for name in ("rescale_dual", "decoupled"):
             _checks.flag(name, getattr(self, name))
+        first = self.first_dual_update
+        if first is not None and not (
+            _checks.integer("first_dual_update", first, low=1) <= self.dual_update_interval
+        ):
+            raise ValueError(
+                "first_dual_update must not be above dual_update_interval="
+                f"{self.dual_update_interval}, got {first!r}"
+            )
         if self.rescale_dual and getattr(self.penalty, "has_zero_after_start", True):
             raise ValueError(
                 "penalty must be known to stay positive after step 0, because rescale_dual "
@@ -110,6 +123,12 @@ class ADMM(DualUpdates):
         """Operations after the base step: apply the pull of a decoupled penalty."""
         return (Operation.APPLY_PULL,) if self.decoupled else ()
 
+    @property
+    def steps_before_update(self) -> int:
+        """Steps before the first dual update."""
+        first = self.first_dual_update
+        return self.dual_update_interval if first is None else first
+
     def rescale(self, split: SplitState, step: int | Array) -> SplitState:
         """Return the state with u rescaled for the penalty of ``step``."""
         # Step 0 has no penalty before it; its schedule may even start at 0.
@@ -122,4 +141,8 @@ class ADMM(DualUpdates):
         return splitting.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
 
     def _ratio(self, step: int | Array) -> float | Array:
-        return self.penalty(step - 1) / self.penalty(step)
+        before, now = self.penalty(step - 1), self.penalty(step)
+        if isinstance(before, int | float):
+            return before / now if before else 1.0
+        xp = array_namespace(before)
+        return xp.where(before == 0, xp.ones_like(before), before / now)

@@ -47,13 +47,18 @@ class DualUpdates(Constraint):
         """Steps between two dual updates."""
         return self.dual_update_interval
 
+    @property
+    def steps_before_update(self) -> int:
+        """Steps before the first dual update."""
+        return self.dual_update_interval
+
     def is_due(self, pattern: Pattern, step: int | Array) -> bool | Array:
         """Return whether a dual update follows ``step``."""
-        return every(self.dual_update_interval, step)
+        return every(self.dual_update_interval, step - self.steps_before_update)
 
     def unfinished(self, pattern: Pattern, steps: int) -> str:
         """Return a text if no dual update has happened, else an empty string."""
-        if steps >= self.dual_update_interval:
+        if steps >= self.steps_before_update:
             return ""
         return (
             f"no dual update happened in {steps} steps, fewer than dual_update_interval="
