@@ -34,6 +34,7 @@ from safe_core.command_line.perplexity import perplexity
 from .corpus import documentation, windows
 from .report import write_below_machine
 from .results import append, lines
+from .training import fit
 
 __all__ = ["METHODS", "markdown"]
 
@@ -121,23 +122,15 @@ def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> 
     model.load_state_dict(torch.load(_file(method, sparsity, options), weights_only=True))
     optimizer: Any
     if kind == "low-rank change":
-        rate = 1e-3
         add_low_rank(model, rank=options.rank, where=lambda name, p: "proj" in name)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), rate)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-3)
     else:
-        rate = 1e-4
-        base = torch.optim.AdamW(model.parameters(), rate)
+        base = torch.optim.AdamW(model.parameters(), 1e-4)
         optimizer = SparseOptimizer(base, safe_core.keep_zeros(), model=model)
     zeros = count_zeros(model)
-    model.to(options.device).train()
+    model.to(options.device)
     tokens, started = _tokens(options.model, False), time.monotonic()
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 10, 1 - step / options.steps)
-        rows = windows(tokens, options.batch, options.length, seed=step).to(options.device)
-        optimizer.zero_grad()
-        model(input_ids=rows, labels=rows, use_cache=False).loss.backward()
-        optimizer.step()
+    fit(model, optimizer, tokens, options.steps, batch=options.batch, length=options.length)
     seconds = time.monotonic() - started
     if kind == "low-rank change":
         merge_low_rank(model)

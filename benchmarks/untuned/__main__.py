@@ -131,15 +131,19 @@ def main() -> None:
         "--ablations", action="store_true", help="train SAFE with one part changed at a time"
     )
     parser.add_argument(
-        "--tables", action="store_true", help="train nothing, and write the table and the figure"
+        "--tables",
+        action="store_true",
+        help="train nothing, and write the tables and the figure of what is finished",
     )
     options = parser.parse_args()
     if options.tables:
-        rows = read(options.results)
-        parts = ablations_as_markdown(read_ablations(options.results))
-        (DOCS / "untuned_table.md").write_text(as_markdown(rows), encoding="utf-8")
-        (DOCS / "untuned_ablations.md").write_text(parts, encoding="utf-8")
-        draw(rows, DOCS / "_static" / "untuned.png")
+        rows, parts = read(options.results), read_ablations(options.results)
+        if rows:
+            (DOCS / "untuned_table.md").write_text(as_markdown(rows), encoding="utf-8")
+            draw(rows, DOCS / "_static" / "untuned.png")
+        if parts:
+            text = ablations_as_markdown(parts)
+            (DOCS / "untuned_ablations.md").write_text(text, encoding="utf-8")
         return
     index, count = map(int, options.shard.split("/"))
     todo, train = (ABLATED, ablate) if options.ablations else (cells(), run)

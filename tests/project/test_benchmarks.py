@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,23 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import safe_core
 from safe_core import ADMM, project
 from safe_core.adapters.torch.blocks import prune_blocks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import blocks, corpus, peers, pruning_tables, savings, smollm2, steps  # noqa: E402
+from benchmarks import (  # noqa: E402
+    blocks,
+    corpus,
+    elsa,
+    peers,
+    pruning_tables,
+    savings,
+    smollm2,
+    steps,
+)
 from benchmarks.iterative import IterativeSAM  # noqa: E402
 from benchmarks.report import plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
@@ -158,6 +169,38 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
     assert tuned["perplexity"] < 0.99 * pruned["perplexity"]
     options.results.write_text(json.dumps(tuned) + "\n")
     assert list(smollm2.runs(options)) == []
+
+
+@pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ADMM, untuned", "ELSA"])
+def test_every_kind_of_run_against_elsa_ends_sparse(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(elsa, "PREDICTIONS", 2048)
+    monkeypatch.setattr(elsa, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(elsa, "PENALTIES", (10.0,))
+    options = Namespace(steps=30, seed=0, llama=tmp_path, results=tmp_path / "results.jsonl")
+    options.sparsities, options.methods = [0.5], [method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", safe_core.FinalizeWarning)
+        dense, *found = elsa.runs(options)  # raises if zeros are lost
+    assert [line["rate"] for line in found] == [1e-3, 3e-3]
+    assert found[1]["found"]["test"] < 0.9 * dense["found"]["test"]
+    # The table shows the run that is better on the other half of the text.
+    found[0]["found"] = {"choice": 1.0, "test": 50.0}
+    assert f"| {method} | **50.00** |" in elsa.markdown([dense, *found])
+    options.results.write_text("".join(json.dumps(line) + "\n" for line in [dense, *found]))
+    assert list(elsa.runs(options)) == []
 
 
 def test_documentation_comes_from_different_files() -> None:
