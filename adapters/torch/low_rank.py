@@ -29,8 +29,8 @@ class _MaskedLowRank(nn.Module):
         batch, dtype = weight.shape[:stacked], wide_dtype(torch, [weight])
         options = {"dtype": dtype, "device": weight.device}
         self.scale = scale
-        self.a = nn.Parameter(torch.empty(*batch, rank, math.prod(columns), **options))  # type: ignore[arg-type]
-        self.b = nn.Parameter(torch.zeros(*batch, rows, rank, **options))  # type: ignore[arg-type]
+        self.a = nn.Parameter(torch.empty(*batch, rank, math.prod(columns), **options))
+        self.b = nn.Parameter(torch.zeros(*batch, rows, rank, **options))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.register_buffer("mask", weight.detach() != 0, persistent=False)
 
@@ -109,7 +109,7 @@ def add_low_rank(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module, attribute, _, p in chosen:
-        change = _MaskedLowRank(p, prunable.get(p), rank, scale)  # type: ignore[call-overload]
+        change = _MaskedLowRank(p, prunable.get(p), rank, scale)
         parametrize.register_parametrization(module, attribute, change)
     return [name for _, _, name, _ in chosen]
 
@@ -144,7 +144,7 @@ def merge_low_rank(model: nn.Module) -> list[str]:
     merged = []
     for path, module in list(model.named_modules()):
         for attribute in list(getattr(module, "parametrizations", ())):
-            parts = module.parametrizations[attribute]  # type: ignore[index, union-attr]
+            parts = module.parametrizations[attribute]
             if len(parts) == 1 and isinstance(parts[0], _MaskedLowRank):
                 parametrize.remove_parametrizations(module, attribute)
                 merged.append(f"{path}.{attribute}" if path else attribute)
