@@ -250,6 +250,7 @@ def elsa(
     scope: Literal["global", "tensor", "row"] = "tensor",
     rescale_dual: bool = True,
     state_dtype: str | None = None,
+    packed_support: bool = False,
     first_dual_update: int | None = None,
 ) -> Method:
     """Return ELSA, which prunes a trained language model by ADMM through Adam, with one gradient.
@@ -278,7 +279,8 @@ def elsa(
     rescale_dual : bool
         Whether u is rescaled when the penalty changes, see `ADMM`. False with a ``state_dtype``.
     state_dtype : {None, "bfloat16"}
-        See `ADMM`.
+    packed_support : bool
+        See `ADMM`. "bfloat16" and True are ELSA-L: 2.125 bytes for z and u of a parameter.
     first_dual_update : int, optional
         See `ADMM`. The published code updates after the first step, ``first_dual_update=1``.
 
@@ -311,6 +313,7 @@ def elsa(
         and state_dtype is None
         and not isinstance(lam, Constant),
         state_dtype=state_dtype,
+        packed_support=packed_support,
         first_dual_update=first_dual_update,
     )
     importance = SecondMoment() if score == "objective" else None

@@ -12,7 +12,14 @@ from safe_core.finalization import Finalized, describe, measure
 from safe_core.projection import apply_support
 
 from .importance import placed
-from .state import Layouts, SparseOptimizerState, check_layout, find_state, trained_tree
+from .state import (
+    Layouts,
+    SparseOptimizerState,
+    check_layout,
+    find_state,
+    split_of,
+    trained_tree,
+)
 from .tree import SparseTree
 
 __all__ = ["LAST", "FinalProjection", "final_projection", "last_metric", "sparse_weights"]
@@ -125,7 +132,7 @@ def final_projection(
     else:
         metric = None if importance is None else placed(importance, values, tree)
     with selecting_on_host(select_on_host):
-        check_layout(tree.sparse(ours.support), method, tree)
+        check_layout(split_of(ours, tree).support, method, tree)
         support = method.support_at(values, tree.info, None, metric)
     return FinalProjection(tree, tree.leaves(params), support, ours.step)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from safe_core import Layout, Method, SplitState
 from safe_core.backends import backend_of
 from safe_core.constraints.splitting import is_projected
+from safe_core.packing import unpacked
 
 from .leaves import check_one_copy, difference
 from .state_setup import StateSetup, register_with_flax, source_text
@@ -123,7 +124,10 @@ def split_of(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
     """Return the state of the constraint as lists over the sparse leaves."""
     check_single(state)
     anchor = [] if state.anchor is None else tree.sparse(state.anchor)
-    return SplitState(anchor, tree.sparse(state.support))
+    supports = tree.sparse(state.support)
+    if anchor:  # without anchors none is packed
+        supports = [unpacked(s, a) for s, a in zip(supports, anchor, strict=True)]
+    return SplitState(anchor, supports)
 
 
 def trained_tree(
@@ -207,6 +211,8 @@ def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
     """
     pairs = zip(tree.info.names, tree.sparse(params), tree.sparse(state.support), strict=True)
     for name, x, support in pairs:
+        if _is_packed(support, x):
+            continue
         if x.shape != support.shape:
             raise ValueError(
                 f"params must have the shapes of those that state was made of, which is "
@@ -217,6 +223,11 @@ def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
                 f"state.support of {name} must be bool, got {support.dtype}: no wrapper may do "
                 "arithmetic on the state, as optax.lookahead does with reset_state=True"
             )
+
+
+def _is_packed(support: jax.Array, x: Any) -> bool:
+    *lead, n = x.shape or (1,)
+    return support.dtype == jnp.uint8 and support.shape == (*lead, -(-n // 8))
 
 
 def check_update(

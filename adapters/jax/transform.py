@@ -17,6 +17,7 @@ from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
 from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState, no_direction, no_motion
+from safe_core.packing import packed
 
 from .arguments import (
     check_arguments,
@@ -228,11 +229,14 @@ def _packed(
     setup: Any,
 ) -> SparseOptimizerState:
     """Return the state as pytrees, from lists over the sparse leaves."""
+    supports = state.split.support
+    if method.constraint.packs_support:
+        supports = [packed(support) for support in supports]
     return SparseOptimizerState(
         step=step,
         base=base,
         anchor=tree.masked(state.split.anchor) if method.constraint.has_anchor else None,
-        support=tree.masked(state.split.support),
+        support=tree.masked(supports),
         importance=None if state.importance is None else tree.masked(state.importance),
         flat_direction=tree.treedef.unflatten(state.flat) if state.flat else None,
         setup=setup,

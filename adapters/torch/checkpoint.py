@@ -172,11 +172,15 @@ def _read_entries(
     """Return the entries of one sparse parameter, checked and cast."""
     full = tuple(parameter.shape)
     has_anchor = method.constraint.has_anchor and not frozen
-    for key in ("anchor", "support") if has_anchor else ("support",):
+    packs = method.constraint.packs_support and not frozen
+    shapes = {"support": (*full[:-1], -(-full[-1] // 8)) if packs else full}
+    if has_anchor:
+        shapes["anchor"] = full
+    for key, wanted in shapes.items():
         shape = tuple(entries[key].shape) if key in entries else None
-        if shape != full:
+        if shape != wanted:
             raise ValueError(
-                f"state_dict must hold {_PREFIX}{key} of shape {full} for {name}, got {shape}"
+                f"state_dict must hold {_PREFIX}{key} of shape {wanted} for {name}, got {shape}"
             )
     if "importance" in entries and not broadcasts(entries["importance"].shape, full):
         raise ValueError(
@@ -197,7 +201,7 @@ def _read_entries(
     narrow = method.constraint.anchor_dtype is not None
     dtypes = {
         "anchor": torch.bfloat16 if narrow else wide,
-        "support": torch.bool,
+        "support": torch.uint8 if packs else torch.bool,
         "motion": wide,
     }
     return {

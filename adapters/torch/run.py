@@ -165,7 +165,7 @@ class Run:
     @property
     def parameters(self) -> ParameterState:
         """The state of the sparse parameters."""
-        return ParameterState(self.state, self.selected)
+        return ParameterState(self.state, self.selected, packs=self.method.constraint.packs_support)
 
     def trainable(self) -> list[Tensor]:
         """Return all parameters that require gradients."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from safe_core import ArrayInfo, Pattern, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import check_importance
-from safe_core.backends.torch_sharding import sharded_like
+from safe_core.backends.torch_sharding import is_sharded, sharded_like
 from safe_core.layout import place_importance
+from safe_core.packing import packed, unpacked
 
 from .selection import Selected
 
@@ -27,6 +28,8 @@ class ParameterState(NamedTuple):
     state : dict of parameter to entries
         ``anchor``, ``support``, ``importance`` and ``motion``, changed in-place.
     selected : mapping of parameter to Selected
+    packs : bool
+        Whether supports are stored by `safe_core.packing`.
 
     Examples
     --------
@@ -39,6 +42,7 @@ class ParameterState(NamedTuple):
 
     state: dict[Tensor, dict[str, Any]]
     selected: Mapping[Tensor, Selected]
+    packs: bool = False
 
     def has(self, p: Tensor) -> bool:
         """Return whether z and u of a parameter are initialised."""
@@ -48,12 +52,15 @@ class ParameterState(NamedTuple):
         """Return anchors and supports of ``params``; no anchors if the method has none."""
         entries = [self.state[p] for p in params]
         anchors = [e["anchor"] for e in entries if "anchor" in e]
-        return SplitState(anchors, [e["support"] for e in entries])
+        supports = [e["support"] for e in entries]
+        if self.packs:
+            supports = [_unpacked(s, p.detach()) for s, p in zip(supports, params, strict=True)]
+        return SplitState(anchors, supports)
 
     def store(self, params: Sequence[Tensor], split: SplitState) -> None:
         """Store anchors and supports of ``params``."""
         for p, support in zip(params, split.support, strict=True):
-            self.state[p]["support"] = support
+            self.state[p]["support"] = packed(support) if self.packs else support
         for p, anchor in zip(params, split.anchor, strict=bool(split.anchor)):
             self.state[p]["anchor"] = anchor
 
@@ -117,3 +124,9 @@ class ParameterState(NamedTuple):
         pairs = zip(params, placed, strict=True)
         # Copies: the caller may change its tensors in-place later.
         return [sharded_like(p.detach(), own).clone() for p, own in pairs]
+
+
+def _unpacked(support: Tensor, p: Any) -> Tensor:
+    found = unpacked(support, p)
+    # Packing replicates an axis that is cut within a byte.
+    return found.redistribute(p.device_mesh, p.placements) if is_sharded(p) else found

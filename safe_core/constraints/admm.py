@@ -44,7 +44,7 @@ class ADMM(DualUpdates):
         penalty of 0, which has no such quotient, u stays as it is.
     state_dtype : {None, "bfloat16"}
         Dtype of the stored ``z - u``. None is float32, or the dtype of the parameter if that
-        is wider: 5 bytes per float32 parameter, with the support. "bfloat16" needs 3 bytes
+        is wider: 5 bytes per float32 parameter, with the support. "bfloat16" needs 3 bytes,
         and rounds stochastically at dual updates. NumPy has no bfloat16. It cannot be
         combined with ``rescale_dual``.
     decoupled : bool
@@ -54,6 +54,9 @@ class ADMM(DualUpdates):
     first_dual_update : int, optional
         Steps before the first dual update, from 1 to the interval, which is the default. With 1
         the updates follow the steps 0, K, 2 K and so on.
+    packed_support : bool
+        Whether adapters store the support in an eighth of a byte for each entry. They unpack it at
+        dual updates and reports only. With a bfloat16 state, z and u then take 2.125 bytes.
 
     Raises
     ------
@@ -80,12 +83,13 @@ class ADMM(DualUpdates):
     state_dtype: str | None = None
     decoupled: bool = False
     first_dual_update: int | None = None
+    packed_support: bool = False
 
     def __post_init__(self) -> None:
         self.check_fields()
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
             raise ValueError(f"relaxation must be in (0, 2), got {self.relaxation!r}")
-        for name in ("rescale_dual", "decoupled"):
+        for name in ("rescale_dual", "decoupled", "packed_support"):
             _checks.flag(name, getattr(self, name))
         first = self.first_dual_update
         if first is not None and not (
@@ -105,6 +109,11 @@ class ADMM(DualUpdates):
                 "state_dtype must be None under rescale_dual, which changes the stored u at "
                 f"every step, got {self.state_dtype!r}"
             )
+
+    @property
+    def packs_support(self) -> bool:  # type: ignore[override]
+        """Whether adapters store the support with one bit for each entry."""
+        return self.packed_support
 
     @property
     def allows_other_penalty(self) -> bool:  # type: ignore[override]

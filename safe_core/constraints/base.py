@@ -79,6 +79,9 @@ class Constraint:
     anchor_dtype: ClassVar[str | None] = None
     """The dtype of anchors; None is float32, or the parameter's dtype if that is wider."""
 
+    packs_support: ClassVar[bool] = False
+    """Whether adapters store the support with one bit for each entry."""
+
     allows_other_penalty: ClassVar[bool] = True
     """Whether an adapter may override the penalty, for example for one param group."""
 

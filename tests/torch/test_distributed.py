@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,10 +25,23 @@ STEPS = 8
 @pytest.mark.parametrize(
     ("world", "kinds"),
     [
-        (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local"]),
-        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "tp-fsdp"]),
+        (
+            2,
+            [
+                "ddp",
+                "ddp-reuse",
+                "fsdp",
+                "fsdp-reuse",
+                "fsdp-untuned",
+                "fsdp-packed",
+                "tp",
+                "tp-packed",
+                "local",
+            ],
+        ),
+        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp"]),
     ],
-    ids=["two", "four"],
+    ids=["two", "two packed", "four"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
     finished = subprocess.run(
@@ -84,7 +98,12 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     else:
         if kind == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
             rows = slice(rank // 2 * 16, (rank // 2 + 1) * 16)
-        _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
+        _train(
+            model,
+            optimizer,
+            slice(None) if kind in ("tp", "tp-packed") else rows,
+            local=kind == "local",
+        )
     alone = _network()
     reference = _optimizer(alone, kind)
     if kind == "local":
@@ -156,7 +175,7 @@ def _wrap(kind: str, model: Any, mesh: Any) -> Any:
         # The views are gradients that the reducer writes to in place.
         views = kind == "ddp-reuse"
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
-    if kind == "tp":
+    if kind in ("tp", "tp-packed"):
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         return parallelize_module(model, mesh, plan)
     if kind.startswith("fsdp"):
@@ -190,6 +209,8 @@ def _optimizer(model: Any, kind: str) -> Any:
         importance=None if kind == "tp-fsdp" else safe_core.SquaredGradient(0.9),
         **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )
+    if kind.endswith("packed"):
+        method = replace(method, constraint=replace(method.constraint, packed_support=True))
     base, given = torch.optim.Adam(model.parameters(), lr=0.01), None
     if kind == "tp-fsdp":
         generator = torch.Generator().manual_seed(2)
