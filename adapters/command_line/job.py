@@ -93,6 +93,9 @@ class PruningJob:
         The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is
         also that of training steps. ``device`` may be "auto", and is by default, for a GPU if
         there is one; ``where`` must be None, see ``only``.
+    gguf_file : str, optional
+        The name of the GGUF file in the folder to prune; by default the only one, if the folder
+        has no other weights.
     trust_remote_code : bool
         Whether to run code that comes with the model.
 
@@ -125,6 +128,7 @@ class PruningJob:
     dual_update_interval: int | None = None
     start: str | None = None
     settings: PruningSettings = _DEFAULTS
+    gguf_file: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

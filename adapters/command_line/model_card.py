@@ -6,7 +6,6 @@ import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .output import by_option, printable
@@ -14,6 +13,7 @@ from .output import by_option, printable
 if TYPE_CHECKING:
     from .input_files import InputFile
     from .pruning import PruningJob, PruningResult
+    from .source import Source
     from .text_files import TextFile
 
 __all__ = ["code", "escaped", "markdown_table", "model_card"]
@@ -26,7 +26,10 @@ _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
 def model_card(
-    job: PruningJob, result: PruningResult, files: Sequence[TextFile | InputFile]
+    job: PruningJob,
+    source: Source,
+    result: PruningResult,
+    files: Sequence[TextFile | InputFile],
 ) -> str:
     """Return the text of a README.md, with the calibration files as they were read.
 
@@ -37,11 +40,12 @@ def model_card(
     >>> model_card.__name__
     'model_card'
     """
-    source = Path(job.model).resolve().name
-    title, named = escaped(source), code(source)
+    name = source.folder.resolve().name
+    title, named = escaped(name), code(name)
     report, s = result.report, job.settings
     targets = s.target_inputs if s.propagate == "pruned" else "dense"
     settings = [
+        *_dequantised(source),
         ("requested sparsity", escaped(job.rules.describe())),
         ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
         ("method", escaped(job.method)),
@@ -104,6 +108,14 @@ def model_card(
             "",
         ]
     )
+
+
+def _dequantised(source: Source) -> list[tuple[str, str]]:
+    """Return the row that tells of dequantised weights, if there are any."""
+    if source.gguf is None or not source.blocks:
+        return []
+    types = ", ".join(source.blocks)
+    return [("weights of the model", f"dequantised from {code(source.gguf.name)} ({types})")]
 
 
 def _entries(result: PruningResult) -> int:

@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Json", "TextField", "Trust"]
+__all__ = ["Device", "GgufFile", "Json", "TextField", "Trust"]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(help="The GGUF file of the model folder to load; by default the only one."),
 ]
 Device = Annotated[str, typer.Option(help='PyTorch device, or "auto" for a GPU if there is one.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures.")]

@@ -23,23 +23,16 @@ from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
 from safe_core.adapters.torch.blocks.work_folder import check_work_folder
 
-from .checkpoint_files import check_weights, weight_files
 from .drafts import check_new_folder, save_somewhere, written_at_once
 from .input_files import InputFile, read_input_file
 from .job import PruningJob, find_solver
 from .model_card import model_card
-from .model_folder import (
-    check_model_folder,
-    chosen_device,
-    load_tokenizer,
-    quantisation,
-    read_model,
-)
+from .model_folder import chosen_device, load_tokenizer, read_model
 from .output import printable
 from .perplexity import check_length
 from .saving import Imprint, check_saved, copy_other_files
+from .source import check_source
 from .sparsities import check_matches, parse_sparsity
-from .stored_tensors import FORMATS
 from .text_files import TextFile, read_text_file
 
 __all__ = [
@@ -157,17 +150,19 @@ def prune_folder(
     Traceback (most recent call last):
     ValueError: model folder must hold a config.json, got .
     """
-    source, target = Path(job.model), Path(out)
+    folder, target = Path(job.model), Path(out)
     device = chosen_device(str(job.settings.device or "auto"))
-    _check_source(source)
-    check_new_folder(target, source)
+    source = check_source(folder, job.gguf_file)
+    check_new_folder(target, folder)
     if job.settings.work_dir is not None:
-        _check_work_dir(Path(job.settings.work_dir), target, source)
-    texts = None if job.inputs is not None else _text_calibration(job, source)
+        _check_work_dir(Path(job.settings.work_dir), target, folder)
+    texts = None if job.inputs is not None else _text_calibration(job)
     # Begin the draft now, so that a wrong path or a full disk fails before hours of work.
     with written_at_once(target) as draft:
-        draft.reserve(sum(file.stat().st_size for file in weight_files(source)))
-        model, notes = read_model(source, trust_remote_code=job.trust_remote_code)
+        draft.reserve(source.nbytes)
+        model, notes = read_model(
+            folder, gguf_file=job.gguf_file, trust_remote_code=job.trust_remote_code
+        )
         for note in notes:
             say(note)
         if texts is not None:
@@ -194,11 +189,9 @@ def prune_folder(
         )
         del model
         if texts is not None:
-            load_tokenizer(source, trust_remote_code=job.trust_remote_code).save_pretrained(
-                draft.path
-            )
-        copy_other_files(source, draft.path)
-        card = model_card(job, result, data.files)
+            _tokenizer(job).save_pretrained(draft.path)
+        copy_other_files(folder, draft.path)
+        card = model_card(job, source, result, data.files)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
         check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
     return result
@@ -217,26 +210,14 @@ def _check_work_dir(work_dir: Path, target: Path, source: Path) -> None:
             )
 
 
-def _check_source(source: Path) -> None:
-    check_model_folder(source)
-    method = quantisation(source)
-    if method is not None:
-        raise ValueError(
-            f"model folder must hold weights of 16 bits or more, got {source} quantised by "
-            f"{method}: its files hold scales and packed numbers, which pruned weights do not fit. "
-            "Load it dequantised in transformers, save that in a new folder, and prune the folder"
-        )
-    for tensor in check_weights(source).values():
-        form = FORMATS.get(tensor.format or "")
-        if tensor.packed or (form is not None and form.floating and form.width < 2):
-            raise ValueError(
-                f"model folder must hold weights of 16 bits or more, got {tensor.dtype} for "
-                f"{tensor.name} in {source}: save the model dequantised, and prune that"
-            )
+def _tokenizer(job: PruningJob) -> Any:
+    return load_tokenizer(
+        Path(job.model), gguf_file=job.gguf_file, trust_remote_code=job.trust_remote_code
+    )
 
 
-def _text_calibration(job: PruningJob, source: Path) -> _Calibration:
-    tokenizer = load_tokenizer(source, trust_remote_code=job.trust_remote_code)
+def _text_calibration(job: PruningJob) -> _Calibration:
+    tokenizer = _tokenizer(job)
     files = [read_text_file(Path(file), job.text_field) for file in job.calibration]
     batches = calibration_batches(
         tokenizer,

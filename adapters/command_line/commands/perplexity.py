@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import needs
-from ..options import Device, Json, TextField, Trust
+from ..options import Device, GgufFile, Json, TextField, Trust
 from ..output import quiet_transformers
 
 __all__ = ["perplexity"]
@@ -28,6 +28,7 @@ def perplexity(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
     text_field: TextField = "text",
+    gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -44,9 +45,9 @@ def perplexity(
 
     quiet_transformers()
     where = chosen_device(device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     tokens = text_tokens(tokenizer, text, text_field)
-    loaded = load_model(model, trust_remote_code=trust_remote_code).to(where)
+    loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
     with counted("windows") as progress:
         found = measured(loaded, tokens, length, stride, batch_size, progress=progress)

@@ -12,7 +12,7 @@ import typer
 from safe_core.solvers import named_solvers
 
 from ..errors import needs
-from ..options import Device, TextField, Trust
+from ..options import Device, GgufFile, TextField, Trust
 from ..output import by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
@@ -150,6 +150,7 @@ def prune(
     work_dir: Annotated[
         Path | None, typer.Option(help="A folder from which the same command resumes.")
     ] = None,
+    gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -194,6 +195,7 @@ def prune(
             offload=offload.value,
             work_dir=work_dir,
         ),
+        gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
     with pruning_bar() as progress:
