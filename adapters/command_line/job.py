@@ -84,8 +84,8 @@ class PruningJob:
     inputs : path, optional
         Calibration inputs instead of texts, for models that take other arguments: see
         `safe_core.command_line.input_files.read_input_file`. ``samples`` rows are drawn from it.
-    text_field : str
-        The field of the text in the records of JSON files.
+    field : str, optional
+        The field of the text in the records of JSON and parquet files, "text" by default.
     epochs, learning_rate, rho, penalty, dual_update_interval, start : optional
         Settings of methods that train, such as "safe" and "safe+", see
         `safe_core.reconstruction.Reconstruction` for their defaults.
@@ -120,7 +120,7 @@ class PruningJob:
     only: str | None = None
     ignore: str | None = None
     inputs: str | os.PathLike[str] | None = None
-    text_field: str = "text"
+    field: str | None = None
     epochs: int | None = None
     learning_rate: float | None = None
     rho: float | None = None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "GgufFile", "Json", "TextField", "Trust"]
+__all__ = ["Device", "Field", "GgufFile", "Json", "Trust"]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
@@ -17,6 +17,9 @@ GgufFile = Annotated[
 ]
 Device = Annotated[str, typer.Option(help='PyTorch device, or "auto" for a GPU if there is one.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures.")]
-TextField = Annotated[
-    str, typer.Option(help="The field that holds the text in records of JSON lines.")
+Field = Annotated[
+    str | None,
+    typer.Option(
+        help="The field or column with the text, in JSON and parquet files.  [default: text]"
+    ),
 ]

@@ -231,11 +231,11 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def text_tokens(tokenizer: Any, files: Sequence[Path], field: str = "text") -> Tensor:
+def text_tokens(tokenizer: Any, files: Sequence[Path], field: str | None = None) -> Tensor:
     """Return the tokens of text files, joined by empty lines, as one vector.
 
     The tokenizer adds its default special tokens, such as one at the beginning of the text.
-    ``field`` holds the text in the objects of JSON files.
+    ``field`` holds the text in the records of JSON and parquet files, by default ``"text"``.
 
     Raises
     ------

@@ -218,7 +218,7 @@ def _tokenizer(job: PruningJob) -> Any:
 
 def _text_calibration(job: PruningJob) -> _Calibration:
     tokenizer = _tokenizer(job)
-    files = [read_text_file(Path(file), job.text_field) for file in job.calibration]
+    files = [read_text_file(Path(file), job.field) for file in job.calibration]
     batches = calibration_batches(
         tokenizer,
         [file.text for file in files],

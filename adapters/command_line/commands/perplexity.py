@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import needs
-from ..options import Device, GgufFile, Json, TextField, Trust
+from ..options import Device, Field, GgufFile, Json, Trust
 from ..output import quiet_transformers
 
 __all__ = ["perplexity"]
@@ -20,14 +20,14 @@ def perplexity(
     model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
     text: Annotated[
         list[Path],
-        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+        typer.Option(help="A text of UTF-8, JSON lines (.jsonl) or parquet; may be repeated."),
     ],
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between the starts of windows; by default --length.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
-    text_field: TextField = "text",
+    field: Field = None,
     gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -46,7 +46,7 @@ def perplexity(
     quiet_transformers()
     where = chosen_device(device)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    tokens = text_tokens(tokenizer, text, text_field)
+    tokens = text_tokens(tokenizer, text, field)
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
     with counted("windows") as progress:

@@ -12,7 +12,7 @@ import typer
 from safe_core.solvers import named_solvers
 
 from ..errors import needs
-from ..options import Device, GgufFile, TextField, Trust
+from ..options import Device, Field, GgufFile, Trust
 from ..output import by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
@@ -60,7 +60,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+        typer.Option(help="A text of UTF-8, JSON lines (.jsonl) or parquet; may be repeated."),
     ] = None,
     inputs: Annotated[
         Path | None,
@@ -69,7 +69,7 @@ def prune(
             "as pixel_values, with a sample in each row."
         ),
     ] = None,
-    text_field: TextField = "text",
+    field: Field = None,
     sparsity: Annotated[
         list[str] | None,
         typer.Option(
@@ -172,7 +172,7 @@ def prune(
         calibration=calibration or [],
         sparsity=sparsity or ["0.5"],
         inputs=inputs,
-        text_field=text_field,
+        field=field,
         method=method,
         scope=None if scope is None else scope.value,
         samples=samples,
