@@ -86,6 +86,9 @@ class PruningJob:
         `safe_core.command_line.input_files.read_input_file`. ``samples`` rows are drawn from it.
     field : str, optional
         The field of the text in the records of JSON and parquet files, "text" by default.
+    chat_template : bool
+        Whether the tokenizer's chat template makes a text of each record, which is a list of
+        messages, by default in the field "messages", or a text.
     epochs, learning_rate, rho, penalty, dual_update_interval, start : optional
         Settings of methods that train, such as "safe" and "safe+", see
         `safe_core.reconstruction.Reconstruction` for their defaults.
@@ -121,6 +124,7 @@ class PruningJob:
     ignore: str | None = None
     inputs: str | os.PathLike[str] | None = None
     field: str | None = None
+    chat_template: bool = False
     epochs: int | None = None
     learning_rate: float | None = None
     rho: float | None = None
@@ -145,6 +149,8 @@ class PruningJob:
         for argument, regex in (("only", self.only), ("ignore", self.ignore)):
             if regex is not None:
                 check_regex(argument, regex)
+        if self.chat_template and self.inputs is not None:
+            raise ValueError("chat_template must be left out for inputs, which are no text")
         self._check_files()
         self.rules, self.solver  # noqa: B018 (checks them)
         texts = [text.rpartition("=")[2] for text in self.sparsities]

@@ -65,8 +65,12 @@ def model_card(
     ]
     calibration = [(escaped(file.name), f"{file.nbytes:,}", code(file.sha256)) for file in files]
     drawn = f"{job.samples:,} windows of {job.length:,} tokens, drawn from"
+    if job.chat_template:
+        drawn += " chats, made by the tokenizer's chat template, in"
     if job.inputs is not None:
         drawn = f"At most {job.samples:,} rows of the inputs in"
+    if job.field is not None:
+        drawn += f" the field {code(job.field)} of"
     versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
     weights = [
         (code(w.name), " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Field", "GgufFile", "Json", "Trust"]
+__all__ = ["ChatTemplate", "Device", "Field", "GgufFile", "Json", "Trust"]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
@@ -20,6 +20,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures
 Field = Annotated[
     str | None,
     typer.Option(
-        help="The field or column with the text, in JSON and parquet files.  [default: text]"
+        help="The field or column with the text, in JSON and parquet files.  [default: text, or "
+        "messages with --chat-template]"
+    ),
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        help="Make a text of each list of messages by the tokenizer's chat template.",
     ),
 ]

@@ -23,6 +23,7 @@ from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
 from safe_core.adapters.torch.blocks.work_folder import check_work_folder
 
+from .chats import chat_renderer
 from .drafts import check_new_folder, save_somewhere, written_at_once
 from .input_files import InputFile, read_input_file
 from .job import PruningJob, find_solver
@@ -218,7 +219,8 @@ def _tokenizer(job: PruningJob) -> Any:
 
 def _text_calibration(job: PruningJob) -> _Calibration:
     tokenizer = _tokenizer(job)
-    files = [read_text_file(Path(file), job.field) for file in job.calibration]
+    chat = chat_renderer(tokenizer) if job.chat_template else None
+    files = [read_text_file(Path(file), job.field, chat) for file in job.calibration]
     batches = calibration_batches(
         tokenizer,
         [file.text for file in files],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checkpoint_files import check_file
 from .records import decoded, field_values, has_records
@@ -23,7 +23,8 @@ class TextFile(NamedTuple):
     nbytes : int
     sha256 : str
     text : str
-        With every kind of line end as ``"\\n"``. The texts of records are joined by empty lines.
+        With every kind of line end as ``"\\n"``. The texts of records are joined by empty lines,
+        and chats by nothing.
     """
 
     name: str
@@ -32,13 +33,24 @@ class TextFile(NamedTuple):
     text: str
 
 
-def read_text_file(file: Path, field: str | None = None) -> TextFile:
+def read_text_file(
+    file: Path, field: str | None = None, chat: Callable[[Any], str] | None = None
+) -> TextFile:
     """Read a text file, which must exist, be UTF-8 or hold records, and not be empty.
 
     A byte order mark is not part of the text. Files that end in ``.jsonl`` or ``.ndjson`` hold
     a record on each line, files that end in ``.json`` a list of them, and those in ``.parquet`` a
-    record in each row. A record is a text, or an object with the text in ``field``, which is
-    ``"text"`` by default.
+    record in each row. A record is a text, or an object with the text in a field.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+    field : str, optional
+        The field of the text, or of the messages of a chat. The default is ``"text"``. With
+        ``chat`` it is ``"messages"`` in records that have it.
+    chat : callable, optional
+        Makes a text of the messages, or of the single text, of each record, see
+        `safe_core.command_line.chats.chat_renderer`. A file of UTF-8 is a single text.
 
     Raises
     ------
@@ -62,7 +74,7 @@ def read_text_file(file: Path, field: str | None = None) -> TextFile:
     if not file.exists():
         raise ValueError(f"text file must exist, got {file}")
     check_file(file)
-    text = "\n\n".join(_texts(file, field)) if has_records(file) else decoded(file)
+    text = ("\n\n" if chat is None else "").join(_texts(file, field, chat))
     if not text.strip():
         raise ValueError(f"text file must hold text, got none in {file}")
     with file.open("rb") as stream:
@@ -70,11 +82,27 @@ def read_text_file(file: Path, field: str | None = None) -> TextFile:
     return TextFile(file.name, file.stat().st_size, digest, text)
 
 
-def _texts(file: Path, field: str | None) -> Iterator[str]:
-    for place, value in field_values(file, ["text"] if field is None else [field]):
-        if not isinstance(value, str):
+def _texts(file: Path, field: str | None, chat: Callable[[Any], str] | None) -> Iterator[str]:
+    usual = ["text"] if chat is None else ["messages", "text"]
+    for place, value in _values(file, usual if field is None else [field]):
+        if chat is not None:
+            try:
+                yield chat(value)
+            except ValueError as error:
+                raise ValueError(f"{file} must hold messages in {place}: {error}") from error
+        elif isinstance(value, str):
+            yield value
+        else:
+            hint = ": --chat-template makes a text of messages" if isinstance(value, list) else ""
             raise ValueError(
                 f"{file} must hold texts, or objects with a text, got {reprlib.repr(value)} in "
-                f"{place}"
+                f"{place}{hint}"
             )
-        yield value
+
+
+def _values(file: Path, fields: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the places and values of records, or the only text of a file without records."""
+    if has_records(file):
+        yield from field_values(file, fields)
+    elif text := decoded(file):
+        yield "its only text", text

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import needs
-from ..options import Device, Field, GgufFile, Json, Trust
+from ..options import ChatTemplate, Device, Field, GgufFile, Json, Trust
 from ..output import quiet_transformers
 
 __all__ = ["perplexity"]
@@ -28,6 +28,7 @@ def perplexity(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
     field: Field = None,
+    chat_template: ChatTemplate = False,
     gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -46,7 +47,7 @@ def perplexity(
     quiet_transformers()
     where = chosen_device(device)
     tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    tokens = text_tokens(tokenizer, text, field)
+    tokens = text_tokens(tokenizer, text, field, chat_template=chat_template)
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
     with counted("windows") as progress:

@@ -12,7 +12,7 @@ import typer
 from safe_core.solvers import named_solvers
 
 from ..errors import needs
-from ..options import Device, Field, GgufFile, Trust
+from ..options import ChatTemplate, Device, Field, GgufFile, Trust
 from ..output import by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
@@ -70,6 +70,7 @@ def prune(
         ),
     ] = None,
     field: Field = None,
+    chat_template: ChatTemplate = False,
     sparsity: Annotated[
         list[str] | None,
         typer.Option(
@@ -173,6 +174,7 @@ def prune(
         sparsity=sparsity or ["0.5"],
         inputs=inputs,
         field=field,
+        chat_template=chat_template,
         method=method,
         scope=None if scope is None else scope.value,
         samples=samples,
