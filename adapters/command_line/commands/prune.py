@@ -54,6 +54,12 @@ def by_reason(dense: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
+def _show_dense(dense: Mapping[str, str]) -> None:
+    for reason, names in by_reason(dense).items():
+        shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+        typer.echo(f"not pruned, because {reason}: {shown} ({len(names):,} in all)")
+
+
 @needs("transformers")
 def prune(
     model: Annotated[Path, typer.Argument(help="A folder with a model of transformers.")],
@@ -151,6 +157,14 @@ def prune(
     work_dir: Annotated[
         Path | None, typer.Option(help="A folder from which the same command resumes.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, the memory and the time, which one pruned block of each kind "
+            "measures, and write nothing.",
+        ),
+    ] = False,
     gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -164,6 +178,7 @@ def prune(
     """
     from safe_core.adapters.torch.blocks.settings import PruningSettings
 
+    from ..dry_run import plan_folder
     from ..progress_bar import pruning_bar
     from ..pruning import PruningJob, prune_folder
 
@@ -200,12 +215,17 @@ def prune(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
+    if dry_run:
+        plan = plan_folder(job, out, say=say)
+        show(plan.table())
+        _show_dense(plan.dense)
+        for line in plan.lines():
+            typer.echo(line)
+        return
     with pruning_bar() as progress:
         result = prune_folder(job, out, progress=progress, say=say)
     show(result.table())
-    for reason, names in by_reason(result.report.dense).items():
-        shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-        typer.echo(f"not pruned, because {reason}: {shown} ({len(names):,} in all)")
+    _show_dense(result.report.dense)
     poor = [block.name for block in result.report.blocks if block.relative_error > 1]
     if poor:
         say(

@@ -4,7 +4,7 @@ from .calibration import calibration_batches
 from .memory import MemoryEstimate
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
-from .report import BlockReport, Progress, PruningReport, WeightReport
+from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .settings import PruningSettings
 from .solver import BlockProblem, BlockSolver
 
@@ -18,6 +18,7 @@ __all__ = [
     "PruningReport",
     "PruningSettings",
     "SafeReconstruction",
+    "TimeEstimate",
     "WeightReport",
     "calibration_batches",
     "plan_pruning",
