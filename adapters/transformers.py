@@ -6,7 +6,9 @@ repeated blocks.
 
 from .torch.blocks import (
     BlockReport,
+    BlockSparsity,
     MemoryEstimate,
+    OutlierSparsities,
     Progress,
     PruningPlan,
     PruningReport,
@@ -15,13 +17,16 @@ from .torch.blocks import (
     TimeEstimate,
     WeightReport,
     calibration_batches,
+    outlier_sparsities,
     plan_pruning,
     prune_blocks,
 )
 
 __all__ = [
     "BlockReport",
+    "BlockSparsity",
     "MemoryEstimate",
+    "OutlierSparsities",
     "Progress",
     "PruningPlan",
     "PruningReport",
@@ -30,6 +35,7 @@ __all__ = [
     "TimeEstimate",
     "WeightReport",
     "calibration_batches",
+    "outlier_sparsities",
     "plan_pruning",
     "prune_blocks",
 ]

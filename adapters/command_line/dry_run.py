@@ -94,7 +94,7 @@ class FolderPlan(NamedTuple):
     def table(self) -> Any:
         """Return a `rich.table.Table` of the weights.
 
-        Weights share a row if their names differ in numbers only and all else is the same.
+        Weights of one shape share a row if their names differ in numbers only.
         """
         from rich.table import Table
 
@@ -109,13 +109,16 @@ class FolderPlan(NamedTuple):
             ("pattern", ""),
         ):
             table.add_column(header, footer, justify="right", no_wrap=True)
-        alike: dict[Any, int] = {}
+        alike: dict[tuple[str, tuple[int, ...]], list[PlannedWeight]] = {}
         for w in self.weights:
-            key = w._replace(name=re.sub(r"\d+", "*", w.name))
-            alike[key] = alike.get(key, 0) + 1
-        for w, n in alike.items():
-            shape, size = " x ".join(map(str, w.shape)), f"{n * _entries(w):,}"
-            table.add_row(printable(w.name), f"{n:,}", shape, size, f"{w.sparsity:.4%}", w.pattern)
+            alike.setdefault((re.sub(r"\d+", "*", w.name), w.shape), []).append(w)
+        for (name, shape), rows in alike.items():
+            size = " x ".join(map(str, shape)), f"{sum(map(_entries, rows)):,}"
+            least, most = min(w.sparsity for w in rows), max(w.sparsity for w in rows)
+            share = f"{least:.4%}" if least == most else f"{least:.2%} to {most:.2%}"
+            patterns = {w.pattern for w in rows}
+            pattern = patterns.pop() if len(patterns) == 1 else "differs by name"
+            table.add_row(printable(name), f"{len(rows):,}", *size, share, pattern)
         return table
 
     def lines(self) -> Iterator[str]:

@@ -18,7 +18,7 @@ from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Solver, as_solver, named_solvers
 
-from .sparsities import SparsityRules, check_regex, parse_rules
+from .sparsities import SparsityRules, check_regex, parse_rules, takes_scope
 
 __all__ = ["PruningJob", "find_solver"]
 
@@ -67,9 +67,11 @@ class PruningJob:
     calibration : sequence of path
         Text files as for `safe_core.command_line.text_files.read_text_file`, each named once.
     sparsity : str or sequence of str
-        A fraction of zeros in each weight, "N:M", or "my_parts.py:PATTERN"; and
-        "REGEX=SPARSITY" for weights with a matching name, of which the first that matches
-        counts. Without a sparsity for all, the other weights stay dense.
+        A fraction of zeros in each weight, "N:M", "my_parts.py:PATTERN", or "owl:0.7" for a
+        sparsity of each block by its outliers, with the mean 0.7, see
+        `safe_core.adapters.transformers.outlier_sparsities`; and "REGEX=SPARSITY" for weights
+        with a matching name, of which the first that matches counts. Without a sparsity for all,
+        the other weights stay dense.
     method : str
         A solver as in `find_solver`.
     scope : {None, "tensor", "row"}
@@ -154,7 +156,7 @@ class PruningJob:
         self._check_files()
         self.rules, self.solver  # noqa: B018 (checks them)
         texts = [text.rpartition("=")[2] for text in self.sparsities]
-        if self.scope is not None and all(":" in text for text in texts):
+        if self.scope is not None and not any(map(takes_scope, texts)):
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
 
     def _check_files(self) -> None:

@@ -7,16 +7,20 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
 from safe_core.adapters.torch.blocks.pruning import PruningPlan, calibration_batches, plan_pruning
+from safe_core.adapters.torch.blocks.settings import PruningSettings
 from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
 from safe_core.adapters.torch.blocks.work_folder import check_work_folder
+from safe_core.patterns import Unstructured
 
 from .chats import chat_renderer
 from .drafts import check_new_folder
@@ -25,7 +29,7 @@ from .job import PruningJob
 from .model_folder import chosen_device, load_tokenizer, read_model
 from .perplexity import check_length
 from .source import Source, check_source
-from .sparsities import check_matches
+from .sparsities import SparsityRules, check_matches
 from .text_files import TextFile, read_text_file
 
 __all__ = [
@@ -102,7 +106,7 @@ def prepare(job: PruningJob, checked: Checked, say: Callable[[str], object]) -> 
     if checked.texts is not None:
         check_length(model, job.length)
     data = checked.texts or _input_calibration(job, model)
-    plan = _planned(job, model, data, checked.device)
+    plan = _planned(job, model, data, checked.device, say)
     say(
         f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
         f"{plan.name} on {checked.device}, memory beside the model: {plan.memory}"
@@ -158,18 +162,23 @@ def _input_calibration(job: PruningJob, model: nn.Module) -> Calibration:
 
 
 def _planned(
-    job: PruningJob, model: nn.Module, data: Calibration, device: torch.device
+    job: PruningJob,
+    model: nn.Module,
+    data: Calibration,
+    device: torch.device,
+    say: Callable[[str], object],
 ) -> PruningPlan:
     """Plan the run; errors name the options of the command line."""
     rules = job.rules
     names = [name for name, _ in model.named_parameters()]
     check_matches("only", [job.only] if job.only is not None else [], names)
     check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
-    sparsity = rules if rules.rules else rules.default
+    settings = job.settings_on(device)
+    sparsity: Any = rules if rules.rules else rules.default
     try:
-        plan = plan_pruning(
-            model, data.batches, job.solver, sparsity, settings=job.settings_on(device)
-        )
+        if rules.outliers is not None:
+            sparsity = _by_outliers(rules, model, data, settings, say)
+        plan = plan_pruning(model, data.batches, job.solver, sparsity, settings=settings)
     except PatternError as error:
         raise ValueError(_other_groups(error)) from None
     except NoChainError as error:
@@ -187,6 +196,45 @@ def _planned(
         ) from error
     check_matches("sparsity", [regex for regex, _ in rules.rules], plan.weights)
     return plan
+
+
+def _by_outliers(
+    rules: SparsityRules,
+    model: nn.Module,
+    data: Calibration,
+    settings: PruningSettings,
+    say: Callable[[str], object],
+) -> Callable[[str, Any], Any]:
+    """Return the sparsity of each weight: that of its own rule, or that of its block."""
+    rule, uniform = rules.outliers, rules.default
+    assert rule is not None
+    assert isinstance(uniform, Unstructured)
+
+    def where(name: str, weight: Any) -> bool:
+        chosen = settings.where is None or settings.where(name, weight)
+        return chosen and rules.own(name) is None
+
+    say("running the dense model, to find the outliers of its blocks")
+    found = outlier_sparsities(
+        model,
+        data.batches,
+        rule.sparsity,
+        threshold=rule.threshold,
+        reach=rule.reach,
+        scope=uniform.scope,  # type: ignore[arg-type]
+        settings=replace(settings, where=where),
+    )
+    least, most = (f(found.blocks, key=lambda block: block.sparsity) for f in (min, max))
+    say(
+        f"sparsity by outliers: from {least.sparsity:.2%} in {least.name} "
+        f"({least.outliers:.2%} outliers) to {most.sparsity:.2%} in {most.name} "
+        f"({most.outliers:.2%})"
+    )
+
+    def sparsity(name: str, weight: Any) -> Any:
+        return found.patterns.get(name, rules.own(name))
+
+    return sparsity
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from .by_name import ByName
 from .channel import Channel
 from .distribution import erdos_renyi_kernel
 from .nm import NM
+from .outliers import outlier_weighed
 from .parsing import as_pattern
 from .unstructured import Unstructured
 
@@ -26,4 +27,5 @@ __all__ = [
     "Unstructured",
     "as_pattern",
     "erdos_renyi_kernel",
+    "outlier_weighed",
 ]

@@ -2,6 +2,7 @@
 
 from .calibration import calibration_batches
 from .memory import MemoryEstimate
+from .outliers import BlockSparsity, OutlierSparsities, outlier_sparsities
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
@@ -12,7 +13,9 @@ __all__ = [
     "BlockProblem",
     "BlockReport",
     "BlockSolver",
+    "BlockSparsity",
     "MemoryEstimate",
+    "OutlierSparsities",
     "Progress",
     "PruningPlan",
     "PruningReport",
@@ -21,6 +24,7 @@ __all__ = [
     "TimeEstimate",
     "WeightReport",
     "calibration_batches",
+    "outlier_sparsities",
     "plan_pruning",
     "prune_blocks",
 ]

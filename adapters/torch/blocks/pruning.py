@@ -7,12 +7,8 @@ those of the dense block. Only one block at a time is on the device.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +25,7 @@ from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .run import Run
 from .selection import refuse_quantised, select_weights
-from .settings import PruningSettings
+from .settings import PruningSettings, writing_nothing
 from .solver import as_block_solver
 from .structure import (
     block_name,
@@ -39,7 +35,7 @@ from .structure import (
     ordinary_mode,
 )
 from .task import Task, check_pattern, predict_memory
-from .work_folder import check_work_folder, existing_folder
+from .work_folder import check_work_folder
 
 __all__ = [
     "BlockReport",
@@ -287,7 +283,7 @@ class PruningPlan:
     memory: MemoryEstimate
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.task = task
         self.name = task.name
         self.weights = {
             f"{block_name(task.name, i)}.{key}": layout
@@ -314,20 +310,14 @@ class PruningPlan:
         -------
         TimeEstimate
         """
-        s = self._task.settings
-        with ExitStack() as stack:
-            folder = None
-            if s.offload == "disk":
-                beside = existing_folder(Path(s.work_dir or "").absolute().parent)
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=beside))
-            task = self._task._replace(settings=replace(s, work_dir=folder))
-            return Run(task, self.memory, None).measure()
+        with writing_nothing(self.task.settings) as settings:
+            return Run(self.task._replace(settings=settings), self.memory, None).measure()
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False
     ) -> PruningReport:
         """Prune the model, see `prune_blocks`."""
-        return Run(self._task, self.memory, progress).run(measure_memory=measure_memory)
+        return Run(self.task, self.memory, progress).run(measure_memory=measure_memory)
 
 
 def _check_model(model: Any) -> None:

@@ -113,6 +113,20 @@ class Run:
         by_block = tuple(reports[kind].seconds for kind in kinds)
         return TimeEstimate(recording, by_block, tuple(reports.values()))
 
+    def dense_problems(self) -> Iterator[BlockProblem]:
+        """Yield every dense block with the statistics of its inputs, and prune none.
+
+        The settings must have ``propagate="dense"``. The solver of the task decides what is
+        recorded.
+        """
+        with ExitStack() as stack:
+            self._enter_modes(stack)
+            self._record(stack)
+            for i in range(len(self.task.blocks)):
+                self.calls.forget_placed()
+                yield self._dense_pass(i)
+                self.inputs, self.targets = self.targets, self.inputs
+
     def _prune_and_restore(self, i: int) -> BlockReport:
         block = self.task.blocks[i]
         dense = {key: p.detach().to("cpu", copy=True) for key, p in block.named_parameters()}
