@@ -90,6 +90,7 @@ def prune_folder(
     *,
     progress: Callable[[Progress], object] | None = None,
     say: Callable[[str], object] = lambda text: None,
+    command: str | None = None,
 ) -> PruningResult:
     """Prune the model of a folder, and save it with its other files and a model card.
 
@@ -105,6 +106,8 @@ def prune_folder(
         Called with a `Progress` after every epoch and every block.
     say : callable
         Called with a line of text before pruning.
+    command : str, optional
+        The command line of the run, for the model card.
 
     Returns
     -------
@@ -145,7 +148,7 @@ def prune_folder(
         if checked.texts is not None:
             job_tokenizer(job).save_pretrained(draft.path)
         copy_other_files(source.folder, draft.path)
-        card = model_card(job, source, result, data.files)
+        card = model_card(job, source, result, data.files, command)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
         check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
     return result

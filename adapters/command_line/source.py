@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .base_model import BaseModel, describe_base
 from .checkpoint_files import check_weights, weight_sources
 from .model_folder import check_model_folder, quantisation, stored_dtype
 from .stored_tensors import FORMATS
@@ -27,12 +28,15 @@ class Source(NamedTuple):
         The quantised types of its tensors, which loading dequantises.
     nbytes : int
         About the bytes of a saved copy.
+    base : BaseModel
+        What the files say about the model.
     """
 
     folder: Path
     gguf: Path | None
     blocks: tuple[str, ...]
     nbytes: int
+    base: BaseModel
 
 
 def check_source(folder: Path, gguf_file: str | None = None) -> Source:
@@ -74,4 +78,4 @@ def check_source(folder: Path, gguf_file: str | None = None) -> Source:
     if blocks:
         width = (stored_dtype(stored) or torch.float32).itemsize
         nbytes = width * sum(math.prod(tensor.shape) for tensor in stored.values())
-    return Source(folder, gguf, blocks, nbytes)
+    return Source(folder, gguf, blocks, nbytes, describe_base(folder, gguf))

@@ -75,7 +75,8 @@ def test_a_file_is_pruned_to_an_ordinary_folder(tiny: Path, text: Path, tmp_path
     said = transformers.AutoTokenizer.from_pretrained(out)
     assert said("the end")["input_ids"] == load_tokenizer(tiny)("the end")["input_ids"]
     card = (out / "README.md").read_text()
-    assert "| weights of the model | dequantised from `tiny.gguf` (Q8_0) |" in card
+    assert "| weights | `tiny.gguf`, dequantised from Q8_0 |" in card
+    assert "# tiny, pruned" in card
     measure = ["--text", text, "--length", 32, "--device", "cpu", "--json"]
     losses = [json.loads(run("perplexity", x, *measure).stdout)["loss"] for x in (tiny, out)]
     assert losses[0] != losses[1]

@@ -13,7 +13,7 @@ from safe_core.solvers import named_solvers
 
 from ..errors import needs
 from ..options import ChatTemplate, Device, Field, GgufFile, Trust
-from ..output import by_option, printable, quiet_transformers, say, show
+from ..output import as_given, by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
 
@@ -62,6 +62,7 @@ def _show_dense(dense: Mapping[str, str]) -> None:
 
 @needs("transformers")
 def prune(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A folder with a model of transformers.")],
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
     calibration: Annotated[
@@ -224,7 +225,7 @@ def prune(
             typer.echo(line)
         return
     with pruning_bar() as progress:
-        result = prune_folder(job, out, progress=progress, say=say)
+        result = prune_folder(job, out, progress=progress, say=say, command=as_given(context))
     show(result.table())
     _show_dense(result.report.dense)
     poor = [block.name for block in result.report.blocks if block.relative_error > 1]
