@@ -6,28 +6,36 @@ repeated blocks.
 
 from .torch.blocks import (
     BlockReport,
+    BlockSparsity,
     MemoryEstimate,
+    OutlierSparsities,
     Progress,
     PruningPlan,
     PruningReport,
     PruningSettings,
     SafeReconstruction,
+    TimeEstimate,
     WeightReport,
     calibration_batches,
+    outlier_sparsities,
     plan_pruning,
     prune_blocks,
 )
 
 __all__ = [
     "BlockReport",
+    "BlockSparsity",
     "MemoryEstimate",
+    "OutlierSparsities",
     "Progress",
     "PruningPlan",
     "PruningReport",
     "PruningSettings",
     "SafeReconstruction",
+    "TimeEstimate",
     "WeightReport",
     "calibration_batches",
+    "outlier_sparsities",
     "plan_pruning",
     "prune_blocks",
 ]

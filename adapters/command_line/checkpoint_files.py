@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from .gguf_files import read_gguf
 from .safetensors_files import read_safetensors
 from .stored_tensors import DamagedFileError, StoredTensor
 from .torch_files import read_torch
@@ -22,26 +24,93 @@ __all__ = [
     "check_file",
     "check_index",
     "check_weights",
+    "gguf_of",
     "read_json",
     "read_tensors",
-    "weight_files",
     "weight_sources",
 ]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TORCH_INDEX, _TORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _LARGEST_JSON = 100_000_000
+_READERS = {
+    ".safetensors": ("safetensors file", read_safetensors),
+    ".gguf": ("GGUF file", read_gguf),
+}
 _POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
 
 
-def weight_files(path: Path) -> list[Path]:
+def gguf_of(folder: Path, gguf_file: str | None = None) -> Path | None:
+    """Return the GGUF file that holds the weights of a folder, or None for other formats.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    gguf_file : str, optional
+        The name of the file. By default a folder without weights of torch or safetensors must
+        hold a single one.
+
+    Raises
+    ------
+    ValueError
+        If the file does not exist, or there are several and none is named.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("q4.gguf", "q8.gguf"):
+    ...     (folder / name).touch()
+    >>> gguf_of(folder, "q8.gguf").name
+    'q8.gguf'
+    >>> gguf_of(folder)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: folder ... must hold one GGUF file, got q4.gguf, q8.gguf: choose with ...
+    """
+    found = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf_file is None and (not found or _other_weights(folder)):
+        return None
+    if gguf_file is not None and gguf_file not in found:
+        raise ValueError(
+            f"gguf_file must be one of {', '.join(found) or 'none'} in {folder}, got {gguf_file}"
+        )
+    part = re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf_file or found[0])
+    if part is not None:
+        raise ValueError(
+            f"GGUF file must be whole, got a part of a model, {gguf_file or found[0]}: merge the "
+            "parts with `llama-gguf-split --merge` of llama.cpp"
+        )
+    if gguf_file is not None:
+        return folder / gguf_file
+    if len(found) > 1:
+        raise ValueError(
+            f"folder {folder} must hold one GGUF file, got {', '.join(found)}: choose with "
+            "--gguf-file, or inspect the file itself"
+        )
+    return folder / found[0]
+
+
+def _other_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights that transformers loads without being told a file."""
+    usual = (_INDEX, _SINGLE, _TORCH_INDEX, _TORCH)
+    return any((folder / name).exists() for name in usual) or any(folder.glob("*.safetensors"))
+
+
+def weight_sources(path: Path, gguf_file: str | None = None) -> dict[Path, Collection[str] | None]:
     """Return the weight files of a model, given a file or a folder.
 
     Parameters
     ----------
     path : pathlib.Path
         A weight file, an index of shards, or a folder as ``save_pretrained`` writes it. A folder
-        without the usual file names can hold any number of safetensors files.
+        without the usual file names can hold any number of safetensors files, or a GGUF file.
+    gguf_file : str, optional
+        As for `gguf_of`.
+
+    Returns
+    -------
+    dict of pathlib.Path to collection of str or None
+        Each file with its tensor names in the index, or None without one.
 
     Raises
     ------
@@ -53,19 +122,16 @@ def weight_files(path: Path) -> list[Path]:
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> (folder / "model.safetensors").touch()
-    >>> [file.name for file in weight_files(folder)]
+    >>> [file.name for file in weight_sources(folder)]
     ['model.safetensors']
     """
-    return list(weight_sources(path))
-
-
-def weight_sources(path: Path) -> dict[Path, Collection[str] | None]:
-    """Return the weight files, each with its tensor names in the index, or None without one."""
     if not path.exists():
         raise ValueError(f"path must be an existing file or folder of weights, got {path}")
     if not path.is_dir():
         check_file(path)
         return _shards(path) if path.name.endswith(".index.json") else {path: None}
+    if (gguf := gguf_of(path, gguf_file)) is not None:
+        return {gguf: None}
     for index, single in ((_INDEX, _SINGLE), (_TORCH_INDEX, _TORCH)):
         # transformers prefers the single file too
         if (path / single).exists():
@@ -75,7 +141,8 @@ def weight_sources(path: Path) -> dict[Path, Collection[str] | None]:
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise ValueError(
-            f"folder {path} must hold {_SINGLE}, {_TORCH} or an index of shards, got none of these"
+            f"folder {path} must hold {_SINGLE}, {_TORCH}, an index of shards or a GGUF file, got "
+            "none of these"
         )
     return dict.fromkeys(found)
 
@@ -161,8 +228,8 @@ def read_tensors(file: Path) -> Iterator[StoredTensor]:
     Parameters
     ----------
     file : pathlib.Path
-        A safetensors file, or one of ``torch.save`` that holds only tensors and plain
-        containers. Code in the file never runs.
+        A safetensors file, a GGUF file, or one of ``torch.save`` that holds only tensors and
+        plain containers. Code in the file never runs.
 
     Raises
     ------
@@ -180,18 +247,20 @@ def read_tensors(file: Path) -> Iterator[StoredTensor]:
     [('w', (2, 3), 'F32', '<u4')]
     """
     check_file(file)
+    kind, read = _READERS.get(file.suffix, ("PyTorch checkpoint", read_torch))
     try:
-        yield from read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+        yield from read(file)
     except (DamagedFileError, PermissionError):
         raise
     except Exception as error:  # a damaged file can fail anywhere
-        kind = "safetensors file" if file.suffix == ".safetensors" else "PyTorch checkpoint"
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DamagedFileError(f"{file} must be a complete {kind}: {reason}") from error
 
 
-def check_weights(path: Path) -> dict[str, StoredTensor]:
+def check_weights(path: Path, gguf_file: str | None = None) -> dict[str, StoredTensor]:
     """Check the weight files of a model without reading their data, and return the tensors.
+
+    The arguments are those of `weight_sources`.
 
     Raises
     ------
@@ -209,7 +278,7 @@ def check_weights(path: Path) -> dict[str, StoredTensor]:
     ['w']
     """
     found: dict[str, StoredTensor] = {}
-    for file, index in weight_sources(path).items():
+    for file, index in weight_sources(path, gguf_file).items():
         here = {tensor.name: tensor._replace(array=None) for tensor in read_tensors(file)}
         if index is not None:
             check_index(file, index, here)

@@ -98,8 +98,11 @@ def clear_errors(
     except KeyboardInterrupt as error:
         _fail(_with_notes("interrupted", error), _INTERRUPTED)
     except ModuleNotFoundError as error:
-        if not _is_requirement(error.name, distribution):
+        requiring = _extras_of(error.name, distribution)
+        if requiring is None:
             raise  # a bug, such as a misspelled import
+        if requiring and not requiring.intersection(extras):
+            extras = (*extras, min(requiring))  # one that only some uses of the command need
         install = f': pip install "{distribution}[{",".join(extras)}]"' if extras else ""
         _fail(f"this command needs {error.name}{install}")
     except (ValueError, TypeError, OSError) as error:
@@ -136,19 +139,22 @@ def _terminated_like_interrupted() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _is_requirement(module: str | None, distribution: str) -> bool:
-    """Return whether a module is a package that the distribution or one of its extras requires.
+def _extras_of(module: str | None, distribution: str) -> set[str] | None:
+    """Return the extras of the distribution that require a module, or None if nothing does.
 
-    Submodules do not count: if ``torch._C`` is missing, torch is broken, not absent.
+    The set is empty for a requirement of the distribution itself. Submodules do not count: if
+    ``torch._C`` is missing, torch is broken, not absent.
     """
     if module is None:
-        return False
+        return None
     try:
         lines = metadata.requires(distribution) or []
     except metadata.PackageNotFoundError:
-        return False
-    names = {_normalised(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines}
-    return _normalised(_INSTALLED_AS.get(module, module)) in names
+        return None
+    wanted = _normalised(_INSTALLED_AS.get(module, module))
+    found = [x for x in lines if _normalised(re.split(r"[^\w.-]", x, maxsplit=1)[0]) == wanted]
+    named = [re.search(r"extra == ['\"]([^'\"]+)", line) for line in found]
+    return {match[1] for match in named if match is not None} if found else None
 
 
 def _normalised(name: str) -> str:

@@ -18,7 +18,7 @@ from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Solver, as_solver, named_solvers
 
-from .sparsities import SparsityRules, check_regex, parse_rules
+from .sparsities import SparsityRules, check_regex, parse_rules, takes_scope
 
 __all__ = ["PruningJob", "find_solver"]
 
@@ -67,9 +67,11 @@ class PruningJob:
     calibration : sequence of path
         Text files as for `safe_core.command_line.text_files.read_text_file`, each named once.
     sparsity : str or sequence of str
-        A fraction of zeros in each weight, "N:M", or "my_parts.py:PATTERN"; and
-        "REGEX=SPARSITY" for weights with a matching name, of which the first that matches
-        counts. Without a sparsity for all, the other weights stay dense.
+        A fraction of zeros in each weight, "N:M", "my_parts.py:PATTERN", or "owl:0.7" for a
+        sparsity of each block by its outliers, with the mean 0.7, see
+        `safe_core.adapters.transformers.outlier_sparsities`; and "REGEX=SPARSITY" for weights
+        with a matching name, of which the first that matches counts. Without a sparsity for all,
+        the other weights stay dense.
     method : str
         A solver as in `find_solver`.
     scope : {None, "tensor", "row"}
@@ -84,8 +86,11 @@ class PruningJob:
     inputs : path, optional
         Calibration inputs instead of texts, for models that take other arguments: see
         `safe_core.command_line.input_files.read_input_file`. ``samples`` rows are drawn from it.
-    text_field : str
-        The field of the text in the records of JSON files.
+    field : str, optional
+        The field of the text in the records of JSON and parquet files, "text" by default.
+    chat_template : bool
+        Whether the tokenizer's chat template makes a text of each record, which is a list of
+        messages, by default in the field "messages", or a text.
     epochs, learning_rate, rho, penalty, dual_update_interval, start : optional
         Settings of methods that train, such as "safe" and "safe+", see
         `safe_core.reconstruction.Reconstruction` for their defaults.
@@ -93,6 +98,9 @@ class PruningJob:
         The other settings of `safe_core.adapters.transformers.prune_blocks`. ``batch_size`` is
         also that of training steps. ``device`` may be "auto", and is by default, for a GPU if
         there is one; ``where`` must be None, see ``only``.
+    gguf_file : str, optional
+        The name of the GGUF file in the folder to prune; by default the only one, if the folder
+        has no other weights.
     trust_remote_code : bool
         Whether to run code that comes with the model.
 
@@ -117,7 +125,8 @@ class PruningJob:
     only: str | None = None
     ignore: str | None = None
     inputs: str | os.PathLike[str] | None = None
-    text_field: str = "text"
+    field: str | None = None
+    chat_template: bool = False
     epochs: int | None = None
     learning_rate: float | None = None
     rho: float | None = None
@@ -125,6 +134,7 @@ class PruningJob:
     dual_update_interval: int | None = None
     start: str | None = None
     settings: PruningSettings = _DEFAULTS
+    gguf_file: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -141,10 +151,12 @@ class PruningJob:
         for argument, regex in (("only", self.only), ("ignore", self.ignore)):
             if regex is not None:
                 check_regex(argument, regex)
+        if self.chat_template and self.inputs is not None:
+            raise ValueError("chat_template must be left out for inputs, which are no text")
         self._check_files()
         self.rules, self.solver  # noqa: B018 (checks them)
         texts = [text.rpartition("=")[2] for text in self.sparsities]
-        if self.scope is not None and all(":" in text for text in texts):
+        if self.scope is not None and not any(map(takes_scope, texts)):
             raise ValueError(f"scope must be left out for sparsity N:M, got {self.scope!r}")
 
     def _check_files(self) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .output import by_option, printable
 
 if TYPE_CHECKING:
+    from .base_model import BaseModel
     from .input_files import InputFile
-    from .pruning import PruningJob, PruningResult
+    from .pruning import PruningJob, PruningResult, WeightRow
+    from .source import Source
     from .text_files import TextFile
 
 __all__ = ["code", "escaped", "markdown_table", "model_card"]
@@ -26,9 +28,15 @@ _PACKAGES = ("safe-core", "torch", "transformers", "numpy")
 
 
 def model_card(
-    job: PruningJob, result: PruningResult, files: Sequence[TextFile | InputFile]
+    job: PruningJob,
+    source: Source,
+    result: PruningResult,
+    files: Sequence[TextFile | InputFile],
+    command: str | None = None,
 ) -> str:
     """Return the text of a README.md, with the calibration files as they were read.
+
+    ``command`` is the command line of the run, if there was one.
 
     Examples
     --------
@@ -37,67 +45,51 @@ def model_card(
     >>> model_card.__name__
     'model_card'
     """
-    source = Path(job.model).resolve().name
-    title, named = escaped(source), code(source)
-    report, s = result.report, job.settings
-    targets = s.target_inputs if s.propagate == "pruned" else "dense"
-    settings = [
-        ("requested sparsity", escaped(job.rules.describe())),
-        ("achieved sparsity", f"{result.sparsity:.6%} of {_entries(result):,} pruned entries"),
-        ("method", escaped(job.method)),
-        *((escaped(key), escaped(value)) for key, value in job.solver.describe(job.pattern)),
-        ("batch", f"{s.batch_size} samples"),
-        ("inputs of a block", _INPUTS[s.propagate]),
-        ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
-        *([("pruned weights", f"those whose name matches {code(job.only)}")] if job.only else []),
-        *(
-            [("dense weights", f"those whose name matches {code(job.ignore)}")]
-            if job.ignore
-            else []
-        ),
-        ("seed", str(s.seed)),
-        ("device", result.device),
-        ("time", f"{report.seconds:.1f} s"),
-    ]
-    calibration = [(escaped(file.name), f"{file.nbytes:,}", code(file.sha256)) for file in files]
-    drawn = f"{job.samples:,} windows of {job.length:,} tokens, drawn from"
-    if job.inputs is not None:
-        drawn = f"At most {job.samples:,} rows of the inputs in"
+    base, dense = source.base, result.report.dense
     versions = [("Python", platform.python_version()), *((p, version(p)) for p in _PACKAGES)]
-    weights = [
-        (code(w.name), " x ".join(map(str, w.shape)), f"{w.zeros:,}", f"{w.block_error:.4g}")
-        for w in result.weights
-    ]
-    dense = [(code(name), escaped(by_option(reason))) for name, reason in report.dense.items()]
-    left = ["## Dense matrices of the blocks", "", markdown_table(("matrix", "because"), dense), ""]
+    reasons = [(code(name), escaped(by_option(reason))) for name, reason in dense.items()]
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            "tags: [safe-core, pruning, sparse]",
-            "---",
+            *_front_matter(base),
             "",
-            f"# {title}, pruned",
+            f"# {escaped(base.name)}, pruned",
             "",
-            f"The weights of the blocks of {named}, pruned by safe_core; embeddings, norms, "
-            "biases and the head are dense.",
+            f"The weights of the blocks of {code(base.name)}, pruned by safe_core; embeddings, "
+            "norms, biases and the head are dense.",
             "",
-            markdown_table(("setting", "value"), settings),
+            markdown_table(("base model", "value"), _base_rows(source)),
             "",
+            markdown_table(("setting", "value"), _settings(job, result)),
+            "",
+            *([] if command is None else ["## Command", "", _fenced(command), ""]),
             "## Calibration",
             "",
-            drawn,
+            _drawn(job),
             "",
-            markdown_table(("file", "bytes", "SHA-256"), calibration),
+            markdown_table(
+                ("file", "bytes", "SHA-256"),
+                [(escaped(f.name), f"{f.nbytes:,}", code(f.sha256)) for f in files],
+            ),
+            "",
+            "## Blocks",
+            "",
+            "The error is the mean squared error of the outputs of the block, divided by their "
+            "mean square.",
+            "",
+            markdown_table(("block", "sparsity", "error", "seconds"), _block_rows(result)),
             "",
             "## Weights",
             "",
-            "The error is the mean squared error of the outputs of the whole block, divided by "
-            "their mean square.",
+            markdown_table(
+                ("weight", "shape", "zeros", "sparsity"),
+                [
+                    (code(w.name), " x ".join(map(str, w.shape)), f"{w.zeros:,}", _share([w]))
+                    for w in result.weights
+                ],
+            ),
             "",
-            markdown_table(("weight", "shape", "zeros", "error of block"), weights),
-            "",
-            *(left if report.dense else []),
+            *(["## Dense matrices of the blocks", ""] if dense else []),
+            *([markdown_table(("matrix", "because"), reasons), ""] if dense else []),
             "## Versions",
             "",
             markdown_table(("package", "version"), versions),
@@ -106,8 +98,83 @@ def model_card(
     )
 
 
-def _entries(result: PruningResult) -> int:
-    return sum(w.entries for w in result.weights)
+def _front_matter(base: BaseModel) -> list[str]:
+    """Return the lines that the hub reads; JSON strings are YAML too."""
+    known = dict(base.licence)
+    if not known and base.licence_file is not None:
+        known = {"license": "other", "license_link": base.licence_file}
+    if base.hub_id is not None:
+        known = {"base_model": base.hub_id, **known}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in known.items()]
+    tags = "tags: [safe-core, pruning, sparse]"
+    return ["---", "library_name: transformers", *lines, tags, "---"]
+
+
+def _base_rows(source: Source) -> list[tuple[str, str]]:
+    base = source.base
+    rows = [("name", escaped(base.name)), ("folder", code(str(source.folder)))]
+    if base.hub_id is not None:
+        link = f"https://huggingface.co/{base.hub_id}"
+        rows[0] = ("name", f"[{escaped(base.hub_id)}]({link})")
+    if source.gguf is not None:
+        types = f", dequantised from {', '.join(source.blocks)}" if source.blocks else ""
+        rows.append(("weights", f"{code(source.gguf.name)}{types}"))
+    licence = ", ".join(escaped(text) for text in base.licence.values())
+    file = "" if base.licence_file is None else f"see the file {code(base.licence_file)}"
+    said = "; ".join(text for text in (licence, file) if text)
+    return [*rows, ("licence", said or "not stated in its files")]
+
+
+def _settings(job: PruningJob, result: PruningResult) -> list[tuple[str, str]]:
+    s = job.settings
+    targets = s.target_inputs if s.propagate == "pruned" else "dense"
+    entries = sum(w.entries for w in result.weights)
+    chosen = (("pruned weights", job.only), ("dense weights", job.ignore))
+    return [
+        ("requested sparsity", escaped(job.rules.describe())),
+        ("achieved sparsity", f"{result.sparsity:.6%} of {entries:,} pruned entries"),
+        ("method", escaped(job.method)),
+        *((escaped(key), escaped(value)) for key, value in job.solver.describe(job.pattern)),
+        ("batch", f"{s.batch_size} samples"),
+        ("inputs of a block", _INPUTS[s.propagate]),
+        ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
+        *((key, f"those whose name matches {code(regex)}") for key, regex in chosen if regex),
+        ("seed", str(s.seed)),
+        ("device", result.device),
+        ("time", f"{result.report.seconds:.1f} s"),
+    ]
+
+
+def _drawn(job: PruningJob) -> str:
+    """Return where the calibration samples come from."""
+    if job.inputs is not None:
+        return f"At most {job.samples:,} rows of the inputs in"
+    text = f"{job.samples:,} windows of {job.length:,} tokens, drawn from"
+    if job.chat_template:
+        text += " chats, made by the tokenizer's chat template, in"
+    return text if job.field is None else f"{text} the field {code(job.field)} of"
+
+
+def _block_rows(result: PruningResult) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    weights = list(result.weights)
+    for block in result.report.blocks:
+        own, weights = weights[: len(block.weights)], weights[len(block.weights) :]
+        error = f"{block.relative_error:.4g}"
+        rows.append((code(block.name), _share(own), error, f"{block.seconds:.1f}"))
+    return rows
+
+
+def _share(weights: Sequence[WeightRow]) -> str:
+    """Return the sparsity of weights together."""
+    return f"{sum(w.zeros for w in weights) / max(1, sum(w.entries for w in weights)):.4%}"
+
+
+def _fenced(command: str) -> str:
+    """Return a command as a block of code, which may hold backticks itself."""
+    plain = printable(command)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", plain)), default=0))
+    return f"{fence}bash\n{plain}\n{fence}"
 
 
 def escaped(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import stat
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .checkpoint_files import StoredTensor, check_file, check_weights, read_json
+from safe_core._installed import require
+
+from .checkpoint_files import StoredTensor, check_file, check_weights, gguf_of, read_json
 from .stored_tensors import FORMATS, DamagedFileError
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "quantisation",
     "read_model",
+    "stored_dtype",
 ]
 
 _TOKENIZER_FILES = (
@@ -66,13 +70,18 @@ def chosen_device(device: str) -> torch.device:
     return found
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """Load the tokenizer of a folder, without downloads.
 
-    Code in the folder runs only with ``trust_remote_code``.
+    Code in the folder runs only with ``trust_remote_code``. A GGUF file holds a tokenizer too,
+    which counts where the folder has no tokenizer.json.
 
     Raises
     ------
+    ModuleNotFoundError
+        If the packages for GGUF files are missing.
     ValueError
         If the folder has no tokenizer.
 
@@ -84,7 +93,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_model_folder(folder)
+    gguf = check_model_folder(folder, gguf_file)
+    if gguf is not None:
+        return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code, gguf_file=gguf.name)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(
             f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}; for a "
@@ -100,14 +111,17 @@ class LoadedModel(NamedTuple):
     ----------
     model : torch.nn.Module
     notes : tuple of str
-        Tensors of the files that the model does not use, or holds in another dtype.
+        Tensors of the files that the model does not use, or holds in another dtype, and whether
+        weights were dequantised.
     """
 
     model: nn.Module
     notes: tuple[str, ...]
 
 
-def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+def load_model(
+    folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """Load the causal language model of a folder on the CPU, in the dtype of its files.
 
     Raises
@@ -122,33 +136,40 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     Traceback (most recent call last):
     ValueError: model folder must hold a config.json, got .
     """
-    check_model_folder(folder)
-    if not trust_remote_code:
+    if check_model_folder(folder, gguf_file) is None and not trust_remote_code:
         _check_causal(folder)
-    return read_model(folder, trust_remote_code=trust_remote_code).model
+    return read_model(folder, gguf_file=gguf_file, trust_remote_code=trust_remote_code).model
 
 
-def read_model(folder: Path, *, trust_remote_code: bool = False) -> LoadedModel:
+def read_model(
+    folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load the model of a folder, of any kind, on the CPU, in the dtype of its files.
 
     The class is the one that ``config.json`` names. Attention and experts use the standard
     implementations of transformers: a configuration can name others, which transformers would
     fetch from the hub.
 
+    The weights of a GGUF file are dequantised, to float32 if most of them are in blocks. Then
+    the model is an ordinary one, which can be saved.
+
     Raises
     ------
+    ModuleNotFoundError
+        If the packages for GGUF files are missing.
     ValueError
         If weights are missing, damaged or not finite, or the model needs code of the folder
         without ``trust_remote_code``.
     """
-    check_model_folder(folder)
-    stored = check_weights(folder)
+    gguf = check_model_folder(folder, gguf_file)
+    stored = check_weights(folder, gguf_file)
     model, info = _loaded(
-        _model_class(folder),
+        _model_class(folder) if gguf is None else _causal_class(),
         folder,
         "model",
         trust_remote_code,
-        dtype=_stored_dtype(stored) or "auto",
+        **({} if gguf is None else _dequantised(gguf)),
+        dtype=stored_dtype(stored) or "auto",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them all, below
         attn_implementation=None,
@@ -165,9 +186,30 @@ def read_model(folder: Path, *, trust_remote_code: bool = False) -> LoadedModel:
             f"model folder must hold all weights of a {type(model).__name__}, got no {missing[0]} "
             f"({len(missing)} missing) in {folder}"
         )
-    if quantisation(folder) is None:
+    if gguf is not None or quantisation(folder) is None:
         _check_finite(model, folder)
-    return LoadedModel(model.eval(), tuple(_notes(model, stored, info["unexpected_keys"])))
+    notes = _notes(model, stored, info["unexpected_keys"])
+    return LoadedModel(model.eval(), tuple(notes))
+
+
+def _causal_class() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _dequantised(file: Path) -> dict[str, Any]:
+    """Return the arguments by which transformers loads a GGUF file as an ordinary model.
+
+    Without the configuration it stays marked as quantised, though its weights no longer are, and
+    cannot be saved. Where kernels are installed, the weights would stay in blocks.
+    """
+    import transformers
+
+    found: dict[str, Any] = {"gguf_file": file.name}
+    if hasattr(transformers, "GgufConfig"):  # earlier versions always dequantise
+        found["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return found
 
 
 def _model_class(folder: Path) -> Any:
@@ -226,16 +268,23 @@ def quantisation(folder: Path) -> str | None:
     return None
 
 
-def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+def stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
     """Return the dtype of most floating-point entries of files, None if they are quantised.
 
-    The configuration may name another one, to which transformers would round the weights.
+    The configuration may name another one, to which transformers would round the weights. The
+    blocks of GGUF files are dequantised to float32, which holds their values exactly.
+
+    Examples
+    --------
+    >>> tensor = StoredTensor("w", (2, 32), "Q8_0", 68, None, True, blocks=True)
+    >>> stored_dtype({"w": tensor})
+    torch.float32
     """
     entries: dict[str, int] = {}
     for tensor in stored.values():
-        form = FORMATS.get(tensor.format or "")
+        form = FORMATS.get("float32" if tensor.blocks else tensor.format or "")
         if form is not None and form.floating:
-            entries[form.name] = entries.get(form.name, 0) + tensor.nbytes // form.width
+            entries[form.name] = entries.get(form.name, 0) + math.prod(tensor.shape)
     most = max(entries, key=lambda name: entries[name], default=None)
     if most is None or FORMATS[most].width < 2:
         return None
@@ -244,6 +293,10 @@ def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
 
 
 def _notes(model: nn.Module, stored: Mapping[str, StoredTensor], unexpected: Any) -> Iterator[str]:
+    blocks = sorted({tensor.dtype for tensor in stored.values() if tensor.blocks})
+    if blocks:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        yield f"note: the weights were quantised ({', '.join(blocks)}), and are {dtype} now"
     unused = sorted(unexpected)
     if unused:
         yield (
@@ -272,13 +325,28 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
             )
 
 
-def check_model_folder(folder: Path) -> None:
-    """Check that a folder exists and has a configuration, and only files that can be read.
+def check_model_folder(folder: Path, gguf_file: str | None = None) -> Path | None:
+    """Check that a folder has a model, and only files that can be read.
+
+    A model has a configuration, config.json, or is a GGUF file, which holds its own.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    gguf_file : str, optional
+        The GGUF file to load; by default the only one, if there are no other weights.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The GGUF file.
 
     Raises
     ------
+    ModuleNotFoundError
+        If the packages for GGUF files are missing.
     ValueError
-        If it has not.
+        If the folder has no model, or there are several GGUF files and none is named.
 
     Examples
     --------
@@ -287,6 +355,11 @@ def check_model_folder(folder: Path) -> None:
     ValueError: model folder must hold a config.json, got .
     """
     if not folder.is_dir():
+        if folder.suffix == ".gguf" and folder.is_file():
+            raise ValueError(
+                f"model must be a folder, got {folder}: name its folder, with --gguf-file "
+                f"{folder.name}"
+            )
         named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
         hub = str(folder) if named else "ORGANISATION/NAME"
         raise ValueError(
@@ -294,18 +367,23 @@ def check_model_folder(folder: Path) -> None:
             f"Hugging Face Hub, run `hf download {hub} --local-dir model` or, in Python, "
             f"huggingface_hub.snapshot_download({hub!r}, local_dir='model')"
         )
+    gguf = gguf_of(folder, gguf_file)
     config = folder / "config.json"
-    if not config.is_file():
+    if gguf is None and not config.is_file():
         raise ValueError(f"model folder must hold a config.json, got {folder}")
     for file in folder.iterdir():
         try:
             mode = file.stat().st_mode
         except OSError:  # a link to nothing
             continue
-        if not stat.S_ISDIR(mode) and file.suffix not in (".safetensors", ".bin"):
+        if not stat.S_ISDIR(mode) and file.suffix not in (".safetensors", ".bin", ".gguf"):
             check_file(file)
-    if not isinstance(read_json(config), dict):
+    if gguf is not None:
+        require("a GGUF file", "gguf", "accelerate", extra="gguf")
+        check_weights(folder, gguf_file)  # before transformers reads its configuration
+    elif not isinstance(read_json(config), dict):
         raise DamagedFileError(f"{config} must be a JSON object")
+    return gguf
 
 
 def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **options: Any) -> Any:

@@ -6,13 +6,28 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Device", "Json", "TextField", "Trust"]
+__all__ = ["ChatTemplate", "Device", "Field", "GgufFile", "Json", "Trust"]
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code from the model folder.")
 ]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(help="The GGUF file of the model folder to load; by default the only one."),
+]
 Device = Annotated[str, typer.Option(help='PyTorch device, or "auto" for a GPU if there is one.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures.")]
-TextField = Annotated[
-    str, typer.Option(help="The field that holds the text in records of JSON lines.")
+Field = Annotated[
+    str | None,
+    typer.Option(
+        help="The field or column with the text, in JSON and parquet files.  [default: text, or "
+        "messages with --chat-template]"
+    ),
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--chat-template",
+        help="Make a text of each list of messages by the tokenizer's chat template.",
+    ),
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from typing import Any
 
 import typer
 
-__all__ = ["by_option", "printable", "quiet_transformers", "say", "show"]
+__all__ = ["as_given", "by_option", "printable", "quiet_transformers", "say", "show"]
 
 
 def printable(text: str) -> str:
@@ -19,6 +21,24 @@ def printable(text: str) -> str:
     ('a\\\\x1b[2Jb', 'naïve')
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def as_given(context: typer.Context) -> str:
+    """Return the command line of a command, quoted for a shell, without options left out."""
+    words = ["safe-core", str(context.info_name)]
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            words += map(str, values)
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0])
+        else:
+            words += [word for x in values for word in (parameter.opts[0], str(x))]
+    return shlex.join(words)
 
 
 def by_option(reason: str) -> str:

@@ -14,6 +14,7 @@ from safe_core import _checks
 from safe_core.adapters.torch.blocks.calibration import check_tokens
 from safe_core.adapters.torch.blocks.structure import evaluation_mode
 
+from .chats import chat_renderer
 from .text_files import read_text_file
 
 __all__ = ["Perplexity", "check_length", "perplexity", "text_tokens"]
@@ -231,16 +232,32 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def text_tokens(tokenizer: Any, files: Sequence[Path], field: str = "text") -> Tensor:
+def text_tokens(
+    tokenizer: Any,
+    files: Sequence[Path],
+    field: str | None = None,
+    *,
+    chat_template: bool = False,
+) -> Tensor:
     """Return the tokens of text files, joined by empty lines, as one vector.
 
     The tokenizer adds its default special tokens, such as one at the beginning of the text.
-    ``field`` holds the text in the objects of JSON files.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        Or any function of a text that returns a mapping with ``"input_ids"``.
+    files : sequence of pathlib.Path
+    field : str, optional
+        The field of the text in the records of JSON and parquet files.
+    chat_template : bool
+        Whether the chat template of the tokenizer makes a text of each record. It adds the
+        special tokens itself, and chats are joined by nothing.
 
     Raises
     ------
     ValueError
-        If a file is empty or not UTF-8.
+        If a file is empty or not UTF-8, or there is no chat template.
 
     Examples
     --------
@@ -250,5 +267,8 @@ def text_tokens(tokenizer: Any, files: Sequence[Path], field: str = "text") -> T
     >>> text_tokens(lambda text, **options: {"input_ids": [ord(c) for c in text]}, [file])
     tensor([97, 98, 99])
     """
-    text = "\n\n".join(read_text_file(file, field).text for file in files)
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    chat = chat_renderer(tokenizer) if chat_template else None
+    texts = [read_text_file(file, field, chat).text for file in files]
+    text = ("" if chat_template else "\n\n").join(texts)
+    special = {"add_special_tokens": False} if chat_template else {}
+    return torch.tensor(tokenizer(text, verbose=False, **special)["input_ids"], dtype=torch.int64)

@@ -10,9 +10,18 @@ from typing import Any, Literal
 
 from safe_core import _checks
 from safe_core.adapters.loading import load_named, names_object
-from safe_core.patterns import Pattern, as_pattern
+from safe_core.patterns import Pattern, as_pattern, outlier_weighed
 
-__all__ = ["SparsityRules", "check_matches", "parse_rules", "parse_sparsity"]
+__all__ = [
+    "OutlierRule",
+    "SparsityRules",
+    "check_matches",
+    "parse_rules",
+    "parse_sparsity",
+    "takes_scope",
+]
+
+_OUTLIERS = "owl:"
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
@@ -53,6 +62,64 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
         ) from None
 
 
+def takes_scope(text: str) -> bool:
+    """Return whether a scope matters for the text of a sparsity.
+
+    Examples
+    --------
+    >>> [takes_scope(text) for text in ("0.5", "2:4", "owl:0.7")]
+    [True, False, True]
+    """
+    return ":" not in text or text.startswith(_OUTLIERS)
+
+
+@dataclass(frozen=True)
+class OutlierRule:
+    """A sparsity for each block by its outliers, see `outlier_sparsities`.
+
+    Attributes
+    ----------
+    sparsity : float
+        The mean over the blocks.
+    threshold, reach : float
+        M and lambda of the paper.
+
+    Examples
+    --------
+    >>> OutlierRule.parsed("owl:0.7"), OutlierRule.parsed("owl:0.7:7:0.1").describe()
+    (OutlierRule(sparsity=0.7, threshold=5.0, reach=0.08), '0.7 by outliers (M 7, lambda 0.1)')
+    """
+
+    sparsity: float
+    threshold: float = 5.0
+    reach: float = 0.08
+
+    @classmethod
+    def parsed(cls, text: str) -> OutlierRule:
+        """Return the rule of a text "owl:SPARSITY", "owl:SPARSITY:M" or "owl:SPARSITY:M:LAMBDA".
+
+        Raises
+        ------
+        ValueError
+            If the text is none of these, or a number is out of its range.
+        """
+        try:
+            sparsity, *others = map(float, text.removeprefix(_OUTLIERS).split(":"))
+            found = cls(_checks.sparsity("sparsity", sparsity), *others)
+            _checks.real("threshold", found.threshold, low=0.0)
+        except (ValueError, TypeError):
+            raise ValueError(
+                "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
+                f"owl:SPARSITY:M:LAMBDA, such as owl:0.7:5:0.08, got {text!r}"
+            ) from None
+        outlier_weighed([], [], found.sparsity, found.reach)  # checks the reach
+        return found
+
+    def describe(self) -> str:
+        """Return a text for tables."""
+        return f"{self.sparsity:g} by outliers (M {self.threshold:g}, lambda {self.reach:g})"
+
+
 @dataclass(frozen=True)
 class SparsityRules:
     """Give each weight the pattern of the first rule whose regular expression its name contains.
@@ -62,6 +129,8 @@ class SparsityRules:
     default : Pattern or None
         For names that no rule matches; None leaves their weights dense.
     rules : tuple of (str, Pattern)
+    outliers : OutlierRule or None
+        How the sparsity of ``default`` differs from block to block.
 
     Examples
     --------
@@ -72,11 +141,15 @@ class SparsityRules:
 
     default: Pattern | None
     rules: tuple[tuple[str, Pattern], ...] = ()
+    outliers: OutlierRule | None = None
 
     def __call__(self, name: str, weight: object = None) -> Pattern | None:
         """Return the pattern of a weight, or None for a weight that stays dense."""
-        matching = (pattern for regex, pattern in self.rules if re.search(regex, name))
-        return next(matching, self.default)
+        return self.default if (own := self.own(name)) is None else own
+
+    def own(self, name: str) -> Pattern | None:
+        """Return the pattern of the first rule that matches a name, or None."""
+        return next((pattern for regex, pattern in self.rules if re.search(regex, name)), None)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -87,12 +160,16 @@ class SparsityRules:
     def describe(self) -> str:
         """Return a text for tables."""
         parts = ["" if self.default is None else self.default.describe()]
+        if self.outliers is not None:
+            parts = [self.outliers.describe()]
         parts += [f"{pattern.describe()} for {regex}" for regex, pattern in self.rules]
         return "; ".join(part for part in parts if part)
 
 
 def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor") -> SparsityRules:
     """Return the rules for texts: at most one sparsity, the default, and "REGEX=SPARSITY".
+
+    The default may be by outliers, see `OutlierRule.parsed`.
 
     Raises
     ------
@@ -119,8 +196,17 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
         regex, given, value = text.rpartition("=")
         if given:
             check_regex("sparsity", regex)
+            if value.startswith(_OUTLIERS):
+                raise ValueError(
+                    f"sparsity by outliers must be the default for all weights, got {text!r}"
+                )
             rules.append((regex, parse_sparsity(value, scope)))
-    return SparsityRules(parse_sparsity(plain[0], scope) if plain else None, tuple(rules))
+    if not plain:
+        return SparsityRules(None, tuple(rules))
+    if plain[0].startswith(_OUTLIERS):
+        outliers = OutlierRule.parsed(plain[0])
+        return SparsityRules(as_pattern(outliers.sparsity, scope), tuple(rules), outliers)
+    return SparsityRules(parse_sparsity(plain[0], scope), tuple(rules))
 
 
 def check_regex(argument: str, regex: str) -> None:

@@ -94,6 +94,8 @@ class StoredTensor(NamedTuple):
         Whether the tensor is part of the state of an optimizer.
     format : str or None
         The name of the dtype in torch, if it is known.
+    blocks : bool
+        Whether the entries are quantised in blocks with scales of their own, as in GGUF files.
     """
 
     name: str
@@ -106,6 +108,7 @@ class StoredTensor(NamedTuple):
     packed: bool = False
     optimizer: bool = False
     format: str | None = None
+    blocks: bool = False
 
 
 def mapped(

@@ -1,21 +1,17 @@
-"""Read texts: plain files of UTF-8, and the records of JSON files."""
+"""Read texts: plain files of UTF-8, and the records of JSON and parquet files."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint_files import check_file
+from .records import decoded, field_values, has_records
 
 __all__ = ["TextFile", "read_text_file"]
-
-_LINES = (".jsonl", ".ndjson")  # a record on each line
-_JSON = (*_LINES, ".json")
 
 
 class TextFile(NamedTuple):
@@ -27,7 +23,8 @@ class TextFile(NamedTuple):
     nbytes : int
     sha256 : str
     text : str
-        With every kind of line end as ``"\\n"``. The texts of records are joined by empty lines.
+        With every kind of line end as ``"\\n"``. The texts of records are joined by empty lines,
+        and chats by nothing.
     """
 
     name: str
@@ -36,15 +33,29 @@ class TextFile(NamedTuple):
     text: str
 
 
-def read_text_file(file: Path, field: str = "text") -> TextFile:
-    """Read a text file, which must exist, be UTF-8 and not be empty.
+def read_text_file(
+    file: Path, field: str | None = None, chat: Callable[[Any], str] | None = None
+) -> TextFile:
+    """Read a text file, which must exist, be UTF-8 or hold records, and not be empty.
 
     A byte order mark is not part of the text. Files that end in ``.jsonl`` or ``.ndjson`` hold
-    a record on each line, and files that end in ``.json`` a list of them. A record is a text,
-    or an object with the text in ``field``.
+    a record on each line, files that end in ``.json`` a list of them, and those in ``.parquet`` a
+    record in each row. A record is a text, or an object with the text in a field.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+    field : str, optional
+        The field of the text, or of the messages of a chat. The default is ``"text"``. With
+        ``chat`` it is ``"messages"`` in records that have it.
+    chat : callable, optional
+        Makes a text of the messages, or of the single text, of each record, see
+        `safe_core.command_line.chats.chat_renderer`. A file of UTF-8 is a single text.
 
     Raises
     ------
+    ModuleNotFoundError
+        If pyarrow is missing, for parquet files.
     ValueError
         If the file is none of these.
 
@@ -63,58 +74,35 @@ def read_text_file(file: Path, field: str = "text") -> TextFile:
     if not file.exists():
         raise ValueError(f"text file must exist, got {file}")
     check_file(file)
-    content = file.read_bytes()
-    try:
-        text = io.StringIO(content.decode("utf-8-sig"), newline=None).read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text file must be UTF-8, got another encoding in {file}") from error
-    if file.suffix.lower() in _JSON:
-        text = "\n\n".join(_texts(file, text, field))
+    text = ("\n\n" if chat is None else "").join(_texts(file, field, chat))
     if not text.strip():
         raise ValueError(f"text file must hold text, got none in {file}")
-    return TextFile(file.name, len(content), hashlib.sha256(content).hexdigest(), text)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return TextFile(file.name, file.stat().st_size, digest, text)
 
 
-def _texts(file: Path, content: str, field: str) -> Iterator[str]:
-    for place, record in _records(file, content):
-        if isinstance(record, str):
-            yield record
-            continue
-        if not isinstance(record, dict):
+def _texts(file: Path, field: str | None, chat: Callable[[Any], str] | None) -> Iterator[str]:
+    usual = ["text"] if chat is None else ["messages", "text"]
+    for place, value in _values(file, usual if field is None else [field]):
+        if chat is not None:
+            try:
+                yield chat(value)
+            except ValueError as error:
+                raise ValueError(f"{file} must hold messages in {place}: {error}") from error
+        elif isinstance(value, str):
+            yield value
+        else:
+            hint = ": --chat-template makes a text of messages" if isinstance(value, list) else ""
             raise ValueError(
-                f"{file} must hold texts, or objects with a text, got {reprlib.repr(record)} in "
-                f"{place}"
+                f"{file} must hold texts, or objects with a text, got {reprlib.repr(value)} in "
+                f"{place}{hint}"
             )
-        if field not in record:
-            raise ValueError(
-                f"{file} must hold the field {field!r} in each record, got "
-                f"{', '.join(map(repr, record)) or 'none'} in {place}: name the field with "
-                "--text-field"
-            )
-        if not isinstance(record[field], str):
-            raise ValueError(
-                f"{file} must hold text in the field {field!r}, got "
-                f"{reprlib.repr(record[field])} in {place}"
-            )
-        yield record[field]
 
 
-def _records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a JSON file, each with its place."""
-    if file.suffix.lower() in _LINES:
-        for i, line in enumerate(content.split("\n"), start=1):
-            if line.strip():
-                yield f"line {i}", _parsed(file, line, f" in line {i}")
-        return
-    records = _parsed(file, content, "")
-    if not isinstance(records, list):
-        raise ValueError(f"{file} must hold a list of records, got {reprlib.repr(records)}")
-    for i, record in enumerate(records, start=1):
-        yield f"record {i}", record
-
-
-def _parsed(file: Path, text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must hold JSON{place}: {error}") from None
+def _values(file: Path, fields: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the places and values of records, or the only text of a file without records."""
+    if has_records(file):
+        yield from field_values(file, fields)
+    elif text := decoded(file):
+        yield "its only text", text

@@ -13,6 +13,7 @@ from .channel import Channel
 from .distribution import erdos_renyi_kernel
 from .fixed_zeros import FixedZeros
 from .nm import NM
+from .outliers import outlier_weighed
 from .parsing import as_pattern
 from .unstructured import Unstructured
 
@@ -28,4 +29,5 @@ __all__ = [
     "Unstructured",
     "as_pattern",
     "erdos_renyi_kernel",
+    "outlier_weighed",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 from safe_core import _checks
 from safe_core.layout import Layout
 
-__all__ = ["by_names", "by_rule", "erdos_renyi_kernel"]
+__all__ = ["by_names", "by_rule", "erdos_renyi_kernel", "round_to_sum"]
 
 Shape = tuple[int, ...]
 
@@ -86,10 +86,42 @@ def erdos_renyi_kernel(sizes: Sequence[Shape], zeros: int) -> list[int]:
         n - share * sum(size) if i in open_ else Fraction(0)
         for i, (n, size) in enumerate(zip(entries, sizes, strict=True))
     ]
-    found = [math.floor(z) for z in exact]
-    by_remainder = sorted(open_, key=lambda i: (found[i] - exact[i], i))
-    for i in by_remainder[: zeros - sum(found)]:
-        found[i] += 1
+    return round_to_sum(exact, zeros)
+
+
+def round_to_sum(
+    exact: Sequence[Fraction], total: int, units: Sequence[int] | None = None
+) -> list[int]:
+    """Round numbers by largest remainder to multiples of units, to a sum of at most ``total``.
+
+    Parameters
+    ----------
+    exact : sequence of Fraction
+        Numbers whose sum is at least ``total``, and less than ``total + 1``.
+    total : int
+    units : sequence of int, optional
+        Each number is rounded to a multiple of its unit; 1 by default.
+
+    Returns
+    -------
+    list of int
+        Their sum is ``total`` for units of 1, and otherwise less than the largest unit below it.
+        Of equal remainders the earlier number is rounded up.
+
+    Examples
+    --------
+    >>> round_to_sum([Fraction(5, 2), Fraction(5, 2)], 5)
+    [3, 2]
+    >>> round_to_sum([Fraction(5, 2), Fraction(5, 2)], 5, [2, 1])
+    [2, 3]
+    """
+    steps = [1] * len(exact) if units is None else units
+    found = [math.floor(x / unit) * unit for x, unit in zip(exact, steps, strict=True)]
+    left = total - sum(found)
+    for i in sorted(range(len(found)), key=lambda i: ((found[i] - exact[i]) / steps[i], i)):
+        if steps[i] <= left:
+            found[i] += steps[i]
+            left -= steps[i]
     return found
 
 

@@ -54,8 +54,12 @@ class Solver:
         """The solver as it was given: itself, or the function that it wraps."""
         return self
 
-    def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
-        """Return names and values of the settings under a pattern, for reports."""
+    def describe(self, pattern: Pattern, steps: int | None = None) -> list[tuple[str, str]]:
+        """Return names and values of the settings under a pattern, for reports.
+
+        ``steps`` is the number of training steps in a block, from which a solver that trains
+        derives settings; they are named as derived if it is None.
+        """
         origin = self.origin
         title = getattr(origin, "__name__", type(origin).__name__)
         named = fields(origin) if is_dataclass(origin) else ()

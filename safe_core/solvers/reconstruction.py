@@ -195,10 +195,16 @@ class Reconstruction(Solver):
                 raise ValueError(f"{name} must be left out for {self.name}, got {given[name]!r}")
         return replace(self, batch_size=batch_size, **given)
 
-    def describe(self, pattern: Pattern) -> list[tuple[str, str]]:
-        """Return names and values of the settings under a pattern, for reports."""
-        method, (first, second) = self.bound(pattern, SOME_STEPS), self.betas
-        radius = "none" if method.perturbation is None else _value(method.perturbation.rho)
+    def describe(self, pattern: Pattern, steps: int | None = None) -> list[tuple[str, str]]:
+        """Return names and values of the settings under a pattern, for reports.
+
+        Examples
+        --------
+        >>> dict(Reconstruction().describe(Unstructured(0.5), 480))["dual update interval (K)"]
+        '3'
+        """
+        method, (first, second) = self.bound(pattern, steps or SOME_STEPS), self.betas
+        radius = "none" if method.perturbation is None else _value(method.perturbation.rho, steps)
         if method.perturbation is not None and method.perturbation.in_steps:
             radius += " mean steps of the optimizer"
         ranked = "magnitude times norm of input" if self.importance else "magnitude"
@@ -217,24 +223,27 @@ class Reconstruction(Solver):
                 ranked if method.importance is None else f"`{method.importance!r}`",
             ),
             ("perturbation radius (rho)", radius),
-            *self._constraint_settings(method.constraint),
+            *self._constraint_settings(method.constraint, steps),
             ("optimizer", f"Adam, betas {first:g} and {second:g}"),
             ("peak learning rate", rate),
             ("epochs", str(self.epochs)),
             ("warm-up epochs", str(self.warmup)),
+            *([] if steps is None else [("steps", f"{steps:,}")]),
         ]
 
-    def _constraint_settings(self, constraint: Constraint) -> list[tuple[str, str]]:
+    def _constraint_settings(
+        self, constraint: Constraint, steps: int | None
+    ) -> list[tuple[str, str]]:
         """Return the settings of a constraint that are not the default."""
         derives = self.method is None and not self.published
         derived = _PUBLISHED.keys() - self._options() if derives else ()
         rows = [("constraint", type(constraint).__name__)]
         for f in fields(constraint):
             value = getattr(constraint, f.name)
-            if f.name in derived:
+            if f.name in derived and steps is None:
                 value = "derived from the number of steps"
             if f.name in _SYMBOLS or value != f.default:
-                rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value)))
+                rows.append((_SYMBOLS.get(f.name, f.name.replace("_", " ")), _value(value, steps)))
         return rows
 
     def share(self, step: int, steps_per_epoch: int) -> float:
@@ -288,7 +297,12 @@ class Reconstruction(Solver):
 _SYMBOLS = {"penalty": "penalty (lambda)", "dual_update_interval": "dual update interval (K)"}
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, steps: int | None) -> str:
+    """Return a setting for a table; a schedule by its values in a run of so many steps."""
     if isinstance(value, (int, str)):
         return str(value)
-    return f"{value.value:g}" if isinstance(value, Constant) else f"`{value!r}`"
+    if isinstance(value, Constant):
+        return f"{value.value:g}"
+    if steps is None or not callable(value):
+        return f"`{value!r}`"
+    return f"{value(0):.3g} to {value(steps - 1):.3g} ({type(value).__name__.lower()})"

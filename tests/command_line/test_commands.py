@@ -146,11 +146,14 @@ def raising(error: BaseException, **attributes: Any) -> typer.Typer:
         return build_app(entries)
 
 
-@pytest.mark.parametrize("package", ["torch", "sklearn", "PIL", "flax", "scipy"])
-def test_a_missing_package_is_named_with_the_extras(package: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "more"),
+    [("torch", ""), ("sklearn", ""), ("PIL", ""), ("scipy", ""), ("flax", ",jax")],
+)
+def test_a_missing_package_is_named_with_the_extras(package: str, more: str) -> None:
     program = raising(ModuleNotFoundError(f"No module named {package!r}", name=package))
     assert message("fail", program=program) == (
-        f'safe-core: this command needs {package}: pip install "safe-core[torch,study]"\n'
+        f'safe-core: this command needs {package}: pip install "safe-core[torch,study{more}]"\n'
     )
 
 
@@ -165,7 +168,9 @@ def test_a_missing_package_of_another_package(
 ) -> None:
     other_package(tmp_path, "import torch\n" + GREET, monkeypatch)
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert message("greet", "you", program=installed()) == ("safe-core: this command needs torch\n")
+    assert message("greet", "you", program=installed()) == (
+        'safe-core: this command needs torch: pip install "other-package[gpu]"\n'
+    )
 
 
 def test_real_commands_name_missing_packages(

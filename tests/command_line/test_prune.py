@@ -179,7 +179,7 @@ def test_settings_reach_the_pruning(
         seen.update(settings, batches=batches, solver=solver, sparsity=sparsity)
         raise ValueError("stop")
 
-    monkeypatch.setattr("safe_core.command_line.pruning.plan_pruning", stop)
+    monkeypatch.setattr("safe_core.command_line.preparation.plan_pruning", stop)
     message = refused(
         "prune", folder, "--calibration", text, "--calibration", other, "--out", tmp_path / "out",
         *SHORT, "--sparsity", "0.25", "--scope", "row", "--seed", 7, "--epochs", 9, "--batch-size",

@@ -92,7 +92,7 @@ def test_other_files_of_the_folder_are_copied(folder: Path, text: Path, tmp_path
 def test_places_that_a_rename_cannot_replace_are_refused_at_the_start(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safe_core.command_line.pruning.read_model", None)  # not even loaded
+    monkeypatch.setattr("safe_core.command_line.preparation.read_model", None)  # not even loaded
     prune = ["prune", folder, "--calibration", text, *FAST, "--out"]
     (tmp_path / "real").mkdir()
     link = tmp_path / "link"

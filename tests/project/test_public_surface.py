@@ -44,6 +44,7 @@ MODULES = (
     "safe_core.finalization",
     "safe_core.inspection",
     "safe_core.flatness.figures",
+    "safe_core.command_line.dry_run",
     "safe_core.command_line.inspection",
     "safe_core.command_line.perplexity",
     "safe_core.command_line.pruning",

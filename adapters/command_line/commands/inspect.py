@@ -18,7 +18,8 @@ __all__ = ["inspect"]
 @needs("transformers")
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A model folder, a safetensors file or a PyTorch checkpoint.")
+        Path,
+        typer.Argument(help="A model folder, a safetensors or GGUF file, or a PyTorch checkpoint."),
     ],
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import needs
-from ..options import Device, Json, TextField, Trust
+from ..options import ChatTemplate, Device, Field, GgufFile, Json, Trust
 from ..output import quiet_transformers
 
 __all__ = ["perplexity"]
@@ -20,14 +20,16 @@ def perplexity(
     model: Annotated[Path, typer.Argument(help="A folder with a causal language model.")],
     text: Annotated[
         list[Path],
-        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+        typer.Option(help="A text of UTF-8, JSON lines (.jsonl) or parquet; may be repeated."),
     ],
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between the starts of windows; by default --length.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per batch.")] = 1,
-    text_field: TextField = "text",
+    field: Field = None,
+    chat_template: ChatTemplate = False,
+    gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -44,9 +46,9 @@ def perplexity(
 
     quiet_transformers()
     where = chosen_device(device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    tokens = text_tokens(tokenizer, text, text_field)
-    loaded = load_model(model, trust_remote_code=trust_remote_code).to(where)
+    tokenizer = load_tokenizer(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    tokens = text_tokens(tokenizer, text, field, chat_template=chat_template)
+    loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
     with counted("windows") as progress:
         found = measured(loaded, tokens, length, stride, batch_size, progress=progress)

@@ -12,8 +12,8 @@ import typer
 from safe_core.solvers import named_solvers
 
 from ..errors import needs
-from ..options import Device, TextField, Trust
-from ..output import by_option, printable, quiet_transformers, say, show
+from ..options import ChatTemplate, Device, Field, GgufFile, Trust
+from ..output import as_given, by_option, printable, quiet_transformers, say, show
 
 __all__ = ["prune"]
 
@@ -54,13 +54,20 @@ def by_reason(dense: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
+def _show_dense(dense: Mapping[str, str]) -> None:
+    for reason, names in by_reason(dense).items():
+        shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+        typer.echo(f"not pruned, because {reason}: {shown} ({len(names):,} in all)")
+
+
 @needs("transformers")
 def prune(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A folder with a model of transformers.")],
     out: Annotated[Path, typer.Option(help="A new folder for the sparse model.")],
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="A text of UTF-8, or JSON lines (.jsonl); may be repeated."),
+        typer.Option(help="A text of UTF-8, JSON lines (.jsonl) or parquet; may be repeated."),
     ] = None,
     inputs: Annotated[
         Path | None,
@@ -69,12 +76,14 @@ def prune(
             "as pixel_values, with a sample in each row."
         ),
     ] = None,
-    text_field: TextField = "text",
+    field: Field = None,
+    chat_template: ChatTemplate = False,
     sparsity: Annotated[
         list[str] | None,
         typer.Option(
-            help="Fraction of zeros in each weight (0.5), N:M (2:4), or file.py:PATTERN; again as "
-            "REGEX=SPARSITY for weights with such a name.  [default: 0.5]"
+            help="Fraction of zeros in each weight (0.5), N:M (2:4), file.py:PATTERN, or owl:0.7 "
+            "for blocks that differ by their outliers; again as REGEX=SPARSITY for weights with "
+            "such a name.  [default: 0.5]"
         ),
     ] = None,
     method: Annotated[
@@ -150,6 +159,15 @@ def prune(
     work_dir: Annotated[
         Path | None, typer.Option(help="A folder from which the same command resumes.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan, the memory and the time, which one pruned block of each kind "
+            "measures, and write nothing.",
+        ),
+    ] = False,
+    gguf_file: GgufFile = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -162,6 +180,7 @@ def prune(
     """
     from safe_core.adapters.torch.blocks.settings import PruningSettings
 
+    from ..dry_run import plan_folder
     from ..progress_bar import pruning_bar
     from ..pruning import PruningJob, prune_folder
 
@@ -171,7 +190,8 @@ def prune(
         calibration=calibration or [],
         sparsity=sparsity or ["0.5"],
         inputs=inputs,
-        text_field=text_field,
+        field=field,
+        chat_template=chat_template,
         method=method,
         scope=None if scope is None else scope.value,
         samples=samples,
@@ -194,14 +214,20 @@ def prune(
             offload=offload.value,
             work_dir=work_dir,
         ),
+        gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
+    if dry_run:
+        plan = plan_folder(job, out, say=say)
+        show(plan.table())
+        _show_dense(plan.dense)
+        for line in plan.lines():
+            typer.echo(line)
+        return
     with pruning_bar() as progress:
-        result = prune_folder(job, out, progress=progress, say=say)
+        result = prune_folder(job, out, progress=progress, say=say, command=as_given(context))
     show(result.table())
-    for reason, names in by_reason(result.report.dense).items():
-        shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-        typer.echo(f"not pruned, because {reason}: {shown} ({len(names):,} in all)")
+    _show_dense(result.report.dense)
     poor = [block.name for block in result.report.blocks if block.relative_error > 1]
     if poor:
         say(

@@ -2,9 +2,10 @@
 
 from .calibration import calibration_batches
 from .memory import MemoryEstimate
+from .outliers import BlockSparsity, OutlierSparsities, outlier_sparsities
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
-from .report import BlockReport, Progress, PruningReport, WeightReport
+from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .settings import PruningSettings
 from .solver import BlockProblem, BlockSolver
 
@@ -12,14 +13,18 @@ __all__ = [
     "BlockProblem",
     "BlockReport",
     "BlockSolver",
+    "BlockSparsity",
     "MemoryEstimate",
+    "OutlierSparsities",
     "Progress",
     "PruningPlan",
     "PruningReport",
     "PruningSettings",
     "SafeReconstruction",
+    "TimeEstimate",
     "WeightReport",
     "calibration_batches",
+    "outlier_sparsities",
     "plan_pruning",
     "prune_blocks",
 ]

@@ -7,6 +7,7 @@ those of the dense block. Only one block at a time is on the device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,16 +15,17 @@ import torch
 from torch import nn
 
 from safe_core.layout import Layout
+from safe_core.patterns import Pattern
 from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
 from .calibration import calibration_batches, check_tokens, split_samples
 from .memory import MemoryEstimate
 from .reconstruction import SafeReconstruction
-from .report import BlockReport, Progress, PruningReport, WeightReport
+from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .run import Run
 from .selection import refuse_quantised, select_weights
-from .settings import PruningSettings
+from .settings import PruningSettings, writing_nothing
 from .solver import as_block_solver
 from .structure import (
     block_name,
@@ -42,6 +44,7 @@ __all__ = [
     "PruningReport",
     "PruningSettings",
     "SafeReconstruction",
+    "TimeEstimate",
     "WeightReport",
     "calibration_batches",
     "plan_pruning",
@@ -259,30 +262,62 @@ class PruningPlan:
         The name of the list of blocks.
     weights : dict of str to Layout or None
         The weights to prune; the layout is None if it is known only once the block runs.
+    patterns : dict of str to Pattern
+        The pattern of each weight to prune.
+    dense : dict of str to str
+        The matrices of the blocks that stay dense, with the reason.
+    blocks : int
+        The number of blocks.
+    steps : int
+        Training steps in each block, 0 for a solver that does not train.
     memory : MemoryEstimate
         The predicted peak.
     """
 
     name: str
     weights: dict[str, Layout | None]
+    patterns: dict[str, Pattern]
+    dense: dict[str, str]
+    blocks: int
+    steps: int
     memory: MemoryEstimate
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.task = task
         self.name = task.name
         self.weights = {
             f"{block_name(task.name, i)}.{key}": layout
             for i, weights in enumerate(task.weights)
             for key, layout in weights.items()
         }
+        self.patterns, self.dense = dict(task.patterns), dict(task.dense)
+        self.blocks = len(task.blocks)
+        shapes = [
+            tuple((key, v.shape) for key, v in sample.items() if torch.is_tensor(v))
+            for sample in task.samples
+        ]
+        self.steps = task.solver.steps(list(Counter(shapes).values()))
         with ordinary_mode(task.device):
             self.memory = predict_memory(task)
+
+    def measure_time(self) -> TimeEstimate:
+        """Prune one block of each kind, restore it, and estimate the time of `apply`.
+
+        The model keeps its bits, and no file stays. With ``offload="disk"`` activations are kept
+        in a temporary folder beside ``work_dir`` meanwhile.
+
+        Returns
+        -------
+        TimeEstimate
+        """
+        with writing_nothing(self.task.settings) as settings:
+            return Run(self.task._replace(settings=settings), self.memory, None).measure()
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False
     ) -> PruningReport:
         """Prune the model, see `prune_blocks`."""
-        return Run(self._task, self.memory, progress).run(measure_memory=measure_memory)
+        return Run(self.task, self.memory, progress).run(measure_memory=measure_memory)
 
 
 def _check_model(model: Any) -> None:

@@ -74,6 +74,10 @@ dual_update_interval, start, published
         """The statistics of inputs to record: those that are needed."""
         return self.needs
 
+    def steps(self, groups: Sequence[int]) -> int:
+        """Return the number of training steps in each block."""
+        return self.epochs * sum(-(-samples // self.batch_size) for samples in groups)
+
     def described(self, pattern: Pattern) -> dict[str, str]:
         """Return what must be the same for a run to be resumed, resolved defaults included."""
         return {

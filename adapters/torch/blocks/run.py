@@ -20,10 +20,11 @@ from .activations import Activations, prefetched
 from .calls import BlockCalls, record
 from .fingerprints import sample_of
 from .memory import MemoryEstimate, TensorBytes, block_dtype, copy_with
-from .report import BlockReport, Progress, PruningReport, WeightReport
+from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .solver import Batch, BlockProblem
 from .statistics import InputRecorder, one_by_one
 from .structure import (
+    block_kind,
     block_name,
     check_alike,
     evaluation_mode,
@@ -74,11 +75,7 @@ class Run:
         """Prune every block, and report the result."""
         task, reports = self.task, []
         with ExitStack() as stack:
-            stack.enter_context(ordinary_mode(self.device))
-            stack.enter_context(evaluation_mode(task.model))
-            if self.device.type == "cuda":
-                torch.cuda.init()  # type: ignore[no-untyped-call]
-                stack.enter_context(torch.cuda.device(self.device))
+            self._enter_modes(stack)
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder(stack)
             try:
@@ -96,6 +93,54 @@ class Run:
             )
         seconds = time.monotonic() - self._started
         return PruningReport(tuple(reports), self.dense, self.predicted, peak.bytes, seconds)
+
+    def measure(self) -> TimeEstimate:
+        """Prune one block of each kind, restore it, and estimate the time of all blocks.
+
+        Every kind gets inputs of the first blocks, whose values differ from those it would get
+        in a run.
+        """
+        pairs = zip(self.task.blocks, self.task.weights, strict=True)
+        kinds = [(block_kind(block), tuple(weights)) for block, weights in pairs]
+        reports: dict[Any, BlockReport] = {}
+        with ExitStack() as stack:
+            self._enter_modes(stack)
+            self._record(stack)
+            recording = time.monotonic() - self._started
+            for i, kind in enumerate(kinds):
+                if kind not in reports:
+                    reports[kind] = self._prune_and_restore(i)
+        by_block = tuple(reports[kind].seconds for kind in kinds)
+        return TimeEstimate(recording, by_block, tuple(reports.values()))
+
+    def dense_problems(self) -> Iterator[BlockProblem]:
+        """Yield every dense block with the statistics of its inputs, and prune none.
+
+        The settings must have ``propagate="dense"``. The solver of the task decides what is
+        recorded.
+        """
+        with ExitStack() as stack:
+            self._enter_modes(stack)
+            self._record(stack)
+            for i in range(len(self.task.blocks)):
+                self.calls.forget_placed()
+                yield self._dense_pass(i)
+                self.inputs, self.targets = self.targets, self.inputs
+
+    def _prune_and_restore(self, i: int) -> BlockReport:
+        block = self.task.blocks[i]
+        dense = {key: p.detach().to("cpu", copy=True) for key, p in block.named_parameters()}
+        try:
+            return self._prune(i)
+        finally:
+            _write_back(block, dense)
+
+    def _enter_modes(self, stack: ExitStack) -> None:
+        stack.enter_context(ordinary_mode(self.device))
+        stack.enter_context(evaluation_mode(self.task.model))
+        if self.device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            stack.enter_context(torch.cuda.device(self.device))
 
     def _progress_note(self) -> str:
         """Say which blocks are pruned, for an error that ends the run."""

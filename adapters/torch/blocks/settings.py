@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 from safe_core import _checks
 from safe_core.reconstruction import BlockSettings
 
-__all__ = ["OFFLOADS", "PruningSettings"]
+from .work_folder import existing_folder
+
+__all__ = ["OFFLOADS", "PruningSettings", "writing_nothing"]
 
 OFFLOADS = ("cpu", "disk", "none")
 
@@ -65,3 +70,23 @@ class PruningSettings(BlockSettings):
         _checks.choice("offload", self.offload, OFFLOADS)
         if self.offload == "disk" and self.work_dir is None:
             raise ValueError('work_dir must name a folder for offload="disk", got None')
+
+
+@contextmanager
+def writing_nothing(settings: PruningSettings) -> Iterator[PruningSettings]:
+    """Yield settings of a run that leaves no file.
+
+    With ``offload="disk"`` activations are kept in a temporary folder beside ``work_dir``.
+
+    Examples
+    --------
+    >>> with writing_nothing(PruningSettings(work_dir="work")) as settings:
+    ...     settings.work_dir is None
+    True
+    """
+    with ExitStack() as stack:
+        folder = None
+        if settings.offload == "disk":
+            beside = existing_folder(Path(settings.work_dir or "").absolute().parent)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=beside))
+        yield replace(settings, work_dir=folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -107,6 +107,13 @@ class BlockSolver(Solver, ABC):
     @abstractmethod
     def memory(self, size: BlockSize, work: WorkBytes) -> int:
         """Return the bytes that pruning a block needs on the device."""
+
+    def steps(self, groups: Sequence[int]) -> int:
+        """Return the number of training steps in each block, 0 without training.
+
+        ``groups`` holds the numbers of samples that can share a batch.
+        """
+        return 0
 
     def described(self, pattern: Pattern) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""

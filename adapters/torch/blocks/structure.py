@@ -19,6 +19,7 @@ __all__ = [
     "Call",
     "NoChainError",
     "Structure",
+    "block_kind",
     "block_name",
     "call_forward",
     "check_alike",
@@ -273,7 +274,7 @@ def call_forward(i: int, forward: Callable[..., Any], call: Call) -> Any:
     return forward(*args, **kwargs)
 
 
-def _kind(block: nn.Module) -> Any:
+def block_kind(block: nn.Module) -> Any:
     """Return a key that blocks with the same modules and shapes of parameters share."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple((name, p.shape, p.dtype) for name, p in block.named_parameters())
@@ -307,7 +308,7 @@ def learn_structure(
 def _learned(
     model: nn.Module, name: str, blocks: Sequence[nn.Module], sample: Mapping[str | None, Any]
 ) -> tuple[Structure, list[Call]]:
-    kinds = [_kind(block) for block in blocks]
+    kinds = [block_kind(block) for block in blocks]
     known: dict[Any, Output] = {}
 
     def passing(change: float) -> tuple[list[Call], list[Tensor]]:

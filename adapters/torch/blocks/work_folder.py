@@ -17,7 +17,7 @@ from safe_core._installed import require
 
 from ...locks import try_lock
 
-__all__ = ["WorkFolder", "check_work_folder"]
+__all__ = ["WorkFolder", "check_work_folder", "existing_folder"]
 
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
@@ -53,6 +53,18 @@ def check_work_folder(path: str | os.PathLike[str]) -> None:
     if others:
         more = ", ..." if len(others) > 3 else ""
         raise ValueError(f"{rule}, which holds {', '.join(others[:3])}{more}")
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder itself, or the innermost one above it that exists.
+
+    Examples
+    --------
+    >>> existing_folder("/dev/no/such/folder").as_posix()
+    '/dev'
+    """
+    whole = Path(path).absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+"""Plan the pruning of a folder, and measure what it takes: the work of ``--dry-run``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from safe_core.adapters.readable import readable_bytes, readable_seconds
+from safe_core.adapters.torch.blocks.memory import MemoryEstimate
+from safe_core.adapters.torch.blocks.pruning import PruningPlan
+from safe_core.adapters.torch.blocks.report import TimeEstimate
+from safe_core.adapters.torch.blocks.work_folder import existing_folder
+
+from .job import PruningJob
+from .output import printable
+from .preparation import check_job, finished_blocks, naming_options, prepare
+
+__all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
+
+
+class PlannedWeight(NamedTuple):
+    """A weight to prune.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    sparsity : float
+        The requested fraction of zeros, which is rounded down to whole entries.
+    pattern : str
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    pattern: str
+
+
+class FolderPlan(NamedTuple):
+    """What `prune_folder` would do, and what it would take.
+
+    Attributes
+    ----------
+    device : str
+    blocks : str
+        The name of the list of blocks.
+    weights : list of PlannedWeight
+    dense : dict of str to str
+        The matrices that stay dense, with the reason.
+    settings : list of (str, str)
+        Names and values of the method's settings, with those that are derived from the number of
+        training steps.
+    samples, tokens : int
+        Calibration samples, and tokens in all of them; 0 for inputs that are not text.
+    model_bytes : int
+        Memory of the model.
+    memory : MemoryEstimate
+        The predicted peak beside the model.
+    disk_bytes, free_bytes : int
+        Disk space for the new folder, and what is free.
+    finished : int
+        Finished blocks in the work folder.
+    time : TimeEstimate
+        Of a run from the first block on, without loading and saving.
+    """
+
+    device: str
+    blocks: str
+    weights: list[PlannedWeight]
+    dense: dict[str, str]
+    settings: list[tuple[str, str]]
+    samples: int
+    tokens: int
+    model_bytes: int
+    memory: MemoryEstimate
+    disk_bytes: int
+    free_bytes: int
+    finished: int
+    time: TimeEstimate
+
+    @property
+    def sparsity(self) -> float:
+        """The requested fraction of zeros in all weights together."""
+        entries = sum(_entries(w) for w in self.weights)
+        return sum(w.sparsity * _entries(w) for w in self.weights) / max(1, entries)
+
+    def table(self) -> Any:
+        """Return a `rich.table.Table` of the weights.
+
+        Weights of one shape share a row if their names differ in numbers only.
+        """
+        from rich.table import Table
+
+        table = Table(padding=(0, 1, 0, 0), show_footer=True, box=None)
+        entries = sum(_entries(w) for w in self.weights)
+        table.add_column("weights to prune", "total", overflow="fold", ratio=1)
+        for header, footer in (
+            ("number", f"{len(self.weights):,}"),
+            ("shape", ""),
+            ("entries", f"{entries:,}"),
+            ("sparsity", f"{self.sparsity:.4%}"),
+            ("pattern", ""),
+        ):
+            table.add_column(header, footer, justify="right", no_wrap=True)
+        alike: dict[tuple[str, tuple[int, ...]], list[PlannedWeight]] = {}
+        for w in self.weights:
+            alike.setdefault((re.sub(r"\d+", "*", w.name), w.shape), []).append(w)
+        for (name, shape), rows in alike.items():
+            size = " x ".join(map(str, shape)), f"{sum(map(_entries, rows)):,}"
+            least, most = min(w.sparsity for w in rows), max(w.sparsity for w in rows)
+            share = f"{least:.4%}" if least == most else f"{least:.2%} to {most:.2%}"
+            patterns = {w.pattern for w in rows}
+            pattern = patterns.pop() if len(patterns) == 1 else "differs by name"
+            table.add_row(printable(name), f"{len(rows):,}", *size, share, pattern)
+        return table
+
+    def lines(self) -> Iterator[str]:
+        """Yield lines on the method, the calibration, memory, disk space and time."""
+        for name, value in self.settings:
+            yield f"{name}: {value}"
+        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+        yield f"calibration: {self.samples:,} samples{tokens}"
+        yield f"memory: model {readable_bytes(self.model_bytes)}, beside it {self.memory}"
+        yield (
+            f"disk: {readable_bytes(self.disk_bytes)} for the new folder, "
+            f"{readable_bytes(self.free_bytes)} free"
+        )
+        measured = ", ".join(
+            f"{block.seconds:.1f} s for {printable(block.name)}" for block in self.time.measured
+        )
+        total, n = len(self.time.blocks), len(self.time.blocks) - self.finished
+        rest = f"{n} of {total} blocks" if self.finished else f"{total} blocks"
+        yield (
+            f"time: about {readable_seconds(self.time.after(self.finished))} for {rest} "
+            f"(measured {measured}, and {self.time.recording:.1f} s before the first block), "
+            "without loading and saving"
+        )
+        first = self.time.measured[0]  # the only one with the inputs that it has in the run
+        yield f"error of {printable(first.name)} when pruned: {first.relative_error:.3g}"
+
+
+def plan_folder(
+    job: PruningJob,
+    out: str | os.PathLike[str],
+    *,
+    say: Callable[[str], object] = lambda text: None,
+) -> FolderPlan:
+    """Make all checks of `prune_folder`, plan the run, measure one block, and write nothing.
+
+    The model is loaded. One block of each kind is pruned in memory, on inputs of the first blocks,
+    and restored, see `safe_core.adapters.transformers.PruningPlan.measure_time`. A model of n
+    equal blocks thus takes about one n-th of the time of the run.
+
+    Parameters
+    ----------
+    job : PruningJob
+    out : path
+        The new folder of the run.
+    say : callable
+        Called with a line of text before a block is pruned.
+
+    Returns
+    -------
+    FolderPlan
+
+    Raises
+    ------
+    TypeError, ValueError, OSError
+        As `prune_folder`, before it prunes.
+
+    Examples
+    --------
+    >>> plan_folder(PruningJob(".", ["text.txt"]), "out")
+    Traceback (most recent call last):
+    ValueError: model folder must hold a config.json, got .
+    """
+    target = Path(out)
+    checked = check_job(job, target)
+    source, device, model, data, plan = prepare(job, checked, say)
+    say("pruning one block of each kind, to measure the time")
+    with naming_options(model, plan):
+        time = plan.measure_time()
+    samples = len(data.batches)
+    return FolderPlan(
+        device=str(device),
+        blocks=plan.name,
+        weights=_weights(model, plan),
+        dense={**plan.dense, **_outside(model, plan.name)},
+        settings=[("method", job.method), *job.solver.describe(job.pattern, plan.steps or None)],
+        samples=samples,
+        tokens=0 if checked.texts is None else samples * job.length,
+        model_bytes=sum(p.nbytes for p in model.parameters()),
+        memory=plan.memory,
+        disk_bytes=source.nbytes,
+        free_bytes=shutil.disk_usage(existing_folder(target.absolute().parent)).free,
+        finished=finished_blocks(job.settings.work_dir),
+        time=time,
+    )
+
+
+def _weights(model: nn.Module, plan: PruningPlan) -> list[PlannedWeight]:
+    rows = []
+    for name, pattern in plan.patterns.items():
+        shape = tuple(model.get_parameter(name).shape)
+        share = Fraction(pattern.fractions()[-1])
+        rows.append(PlannedWeight(name, shape, float(share), pattern.describe()))
+    return rows
+
+
+def _outside(model: nn.Module, blocks: str) -> dict[str, str]:
+    """Return the matrices outside the blocks, with the reason why they stay dense."""
+    return {
+        name: f"it is outside {blocks or 'the blocks'}"
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and not name.startswith(f"{blocks}." if blocks else "")
+    }
+
+
+def _entries(weight: PlannedWeight) -> int:
+    found = 1
+    for n in weight.shape:
+        found *= n
+    return found

@@ -1,0 +1,316 @@
+"""Check a pruning job, load its model and calibration, and plan the run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
+from safe_core.adapters.torch.blocks.pruning import PruningPlan, calibration_batches, plan_pruning
+from safe_core.adapters.torch.blocks.settings import PruningSettings
+from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
+from safe_core.adapters.torch.blocks.task import PatternError
+from safe_core.adapters.torch.blocks.work_folder import check_work_folder
+from safe_core.patterns import Unstructured
+
+from .chats import chat_renderer
+from .drafts import check_new_folder
+from .input_files import InputFile, read_input_file
+from .job import PruningJob
+from .model_folder import chosen_device, load_tokenizer, read_model
+from .perplexity import check_length
+from .source import Source, check_source
+from .sparsities import SparsityRules, check_matches
+from .text_files import TextFile, read_text_file
+
+__all__ = [
+    "Calibration",
+    "Checked",
+    "Prepared",
+    "check_job",
+    "finished_blocks",
+    "job_tokenizer",
+    "naming_options",
+    "prepare",
+]
+
+_PROBE = 64  # tokens of the forward pass by which the saved model is compared
+
+
+class Calibration(NamedTuple):
+    """Files as they were read, the samples, and one short sample to compare models with."""
+
+    files: Sequence[TextFile | InputFile]
+    batches: Any
+    probe: dict[str | None, Any]
+    kind: str
+
+
+class Checked(NamedTuple):
+    """A job whose files and folders were checked, with its calibration if that is text."""
+
+    source: Source
+    device: torch.device
+    texts: Calibration | None
+
+
+class Prepared(NamedTuple):
+    """A job that is ready to run."""
+
+    source: Source
+    device: torch.device
+    model: nn.Module
+    data: Calibration
+    plan: PruningPlan
+
+
+def check_job(job: PruningJob, target: Path) -> Checked:
+    """Check all that can be checked before the model is loaded.
+
+    Raises
+    ------
+    TypeError, ValueError, OSError
+        If files are missing, damaged or too short, the model is quantised, or folders overlap.
+    """
+    folder = Path(job.model)
+    device = chosen_device(str(job.settings.device or "auto"))
+    source = check_source(folder, job.gguf_file)
+    check_new_folder(target, folder)
+    if job.settings.work_dir is not None:
+        _check_work_dir(Path(job.settings.work_dir), target, folder)
+    return Checked(source, device, None if job.inputs is not None else _text_calibration(job))
+
+
+def prepare(job: PruningJob, checked: Checked, say: Callable[[str], object]) -> Prepared:
+    """Load the model and plan the run; ``say`` gets what the user should know.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model cannot be loaded, or a setting does not fit it.
+    """
+    model, notes = read_model(
+        Path(job.model), gguf_file=job.gguf_file, trust_remote_code=job.trust_remote_code
+    )
+    for note in notes:
+        say(note)
+    if checked.texts is not None:
+        check_length(model, job.length)
+    data = checked.texts or _input_calibration(job, model)
+    plan = _planned(job, model, data, checked.device, say)
+    say(
+        f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
+        f"{plan.name} on {checked.device}, memory beside the model: {plan.memory}"
+    )
+    left = _other_stacks(model, plan.name)
+    if left:
+        say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
+    return Prepared(checked.source, checked.device, model, data, plan)
+
+
+def job_tokenizer(job: PruningJob) -> Any:
+    """Load the tokenizer of the job's model."""
+    return load_tokenizer(
+        Path(job.model), gguf_file=job.gguf_file, trust_remote_code=job.trust_remote_code
+    )
+
+
+def _check_work_dir(work_dir: Path, target: Path, source: Path) -> None:
+    """Refuse a foreign work folder, and one that overlaps with the output or the model folder."""
+    check_work_folder(work_dir)
+    whole = work_dir.resolve()
+    if whole in target.resolve().parents:
+        raise ValueError(f"--out must be outside of work_dir, {work_dir}, got {target}")
+    for name, folder in (("--out", target.resolve()), ("the model folder", source.resolve())):
+        if folder == whole or folder in whole.parents:
+            raise ValueError(
+                f"work_dir must be outside of {name}, such as {target}-work, got {work_dir}"
+            )
+
+
+def _text_calibration(job: PruningJob) -> Calibration:
+    tokenizer = job_tokenizer(job)
+    chat = chat_renderer(tokenizer) if job.chat_template else None
+    files = [read_text_file(Path(file), job.field, chat) for file in job.calibration]
+    batches = calibration_batches(
+        tokenizer,
+        [file.text for file in files],
+        samples=job.samples,
+        length=job.length,
+        seed=job.settings.seed,
+    )
+    kind = f"a window of {job.length} tokens"
+    return Calibration(files, batches, {None: batches[:1, :_PROBE]}, kind)
+
+
+def _input_calibration(job: PruningJob, model: nn.Module) -> Calibration:
+    assert job.inputs is not None  # checked by the job
+    file = read_input_file(Path(job.inputs))
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    samples = file.samples(job.samples, job.settings.seed, dtype)
+    probe: dict[str | None, Any] = dict(samples[0].items())
+    return Calibration([file], samples, probe, f"a row of {file.name}")
+
+
+def _planned(
+    job: PruningJob,
+    model: nn.Module,
+    data: Calibration,
+    device: torch.device,
+    say: Callable[[str], object],
+) -> PruningPlan:
+    """Plan the run; errors name the options of the command line."""
+    rules = job.rules
+    names = [name for name, _ in model.named_parameters()]
+    check_matches("only", [job.only] if job.only is not None else [], names)
+    check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
+    settings = job.settings_on(device)
+    sparsity: Any = rules if rules.rules else rules.default
+    try:
+        if rules.outliers is not None:
+            sparsity = _by_outliers(rules, model, data, settings, say)
+        plan = plan_pruning(model, data.batches, job.solver, sparsity, settings=settings)
+    except PatternError as error:
+        raise ValueError(_other_groups(error)) from None
+    except NoChainError as error:
+        raise ValueError(_by_option(str(error))) from None
+    except Exception as error:
+        if _is_ours(error) or isinstance(error, MemoryError):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes = ", ".join(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        raise ValueError(
+            f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. If it takes no "
+            f"text alone, pass --inputs with its arguments, of {takes}; for anything else, call "
+            "safe_core.adapters.transformers.prune_blocks from Python"
+        ) from error
+    check_matches("sparsity", [regex for regex, _ in rules.rules], plan.weights)
+    return plan
+
+
+def _by_outliers(
+    rules: SparsityRules,
+    model: nn.Module,
+    data: Calibration,
+    settings: PruningSettings,
+    say: Callable[[str], object],
+) -> Callable[[str, Any], Any]:
+    """Return the sparsity of each weight: that of its own rule, or that of its block."""
+    rule, uniform = rules.outliers, rules.default
+    assert rule is not None
+    assert isinstance(uniform, Unstructured)
+
+    def where(name: str, weight: Any) -> bool:
+        chosen = settings.where is None or settings.where(name, weight)
+        return chosen and rules.own(name) is None
+
+    say("running the dense model, to find the outliers of its blocks")
+    found = outlier_sparsities(
+        model,
+        data.batches,
+        rule.sparsity,
+        threshold=rule.threshold,
+        reach=rule.reach,
+        scope=uniform.scope,  # type: ignore[arg-type]
+        settings=replace(settings, where=where),
+    )
+    least, most = (f(found.blocks, key=lambda block: block.sparsity) for f in (min, max))
+    say(
+        f"sparsity by outliers: from {least.sparsity:.2%} in {least.name} "
+        f"({least.outliers:.2%} outliers) to {most.sparsity:.2%} in {most.name} "
+        f"({most.outliers:.2%})"
+    )
+
+    def sparsity(name: str, weight: Any) -> Any:
+        return found.patterns.get(name, rules.own(name))
+
+    return sparsity
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether an error was raised by this library, or by the code of a model below it."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    name = "" if where is None else str(where.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] == "safe_core"
+
+
+def _other_stacks(model: nn.Module, chosen: str) -> list[str]:
+    """Return the outermost lists of modules that hold matrices and no chosen block."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or _is_within(chosen, name):
+            continue
+        if any(_is_within(name, outer) for outer in (chosen, *found)):
+            continue
+        if any(p.ndim == 2 for p in module.parameters()):
+            found.append(name)
+    return found
+
+
+def _is_within(name: str, outer: str) -> bool:
+    """Return whether a module is another one, or a part of it, by their names."""
+    return f"{name}.".startswith(f"{outer}.")
+
+
+def _by_option(text: str) -> str:
+    """Return a message with the option of the command instead of the keyword argument."""
+    return text.replace("blocks=", "--blocks")
+
+
+@contextmanager
+def naming_options(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+    """Turn errors of blocks that do not run in a chain into messages that name the options."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        text = (
+            f"blocks must run one after the other, but {plan.name} fails: {reason}"
+            f"{_by_option(other_blocks(model, plan.name))}"
+        )
+        raise _with_notes(ValueError(text), error) from error
+    except NoChainError as error:
+        raise _with_notes(ValueError(_by_option(str(error))), error) from error
+
+
+def _with_notes(error: ValueError, first: BaseException) -> ValueError:
+    for note in getattr(first, "__notes__", ()):
+        error.add_note(note)
+    return error
+
+
+def finished_blocks(work_dir: str | os.PathLike[str] | None) -> int:
+    """Return the number of finished blocks in a folder for them, 0 if it cannot be read."""
+    if work_dir is None:
+        return 0
+    try:
+        return len(json.loads((Path(work_dir) / "manifest.json").read_bytes())["blocks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _other_groups(error: PatternError) -> str:
+    """Return a message that suggests groups that divide the inputs of every weight."""
+    pattern = error.pattern
+    zeros = pattern.fractions()[-1]
+    least = zeros.denominator  # the smallest group with this fraction of zeros
+    sizes = [m for m in range(least, pattern.group or 0, least) if error.common % m == 0]
+    groups = f"{int((1 - zeros) * sizes[-1])}:{sizes[-1]} or " if sizes else ""
+    return (
+        f"--sparsity {pattern.describe()} must divide the inputs of every weight, got "
+        f"{error.inputs} of {error.name}: --sparsity {groups}{float(zeros):g} would do"
+    )
