@@ -6,12 +6,14 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from safe_core.adapters.torch.blocks.processes import Processes, processes_of
 from safe_core.adapters.torch.blocks.pruning import (
     PruningPlan,
     PruningReport,
@@ -27,6 +29,7 @@ from .checkpoint_files import check_weights, weight_files
 from .drafts import check_new_folder, save_somewhere, written_at_once
 from .input_files import InputFile, read_input_file
 from .job import PruningJob, find_solver
+from .launch import own_device
 from .model_card import model_card
 from .model_folder import (
     check_model_folder,
@@ -71,6 +74,7 @@ class PruningResult(NamedTuple):
     ----------
     out : pathlib.Path
     device : str
+        The device and, if there are several, the number of processes.
     report : PruningReport
     weights : list of WeightRow
         Zeros are counted in the saved weights.
@@ -127,7 +131,8 @@ def prune_folder(
     """Prune the model of a folder, and save it with its other files and a model card.
 
     The new folder is read back: every weight and the outputs of a forward pass must be those of
-    the model in memory.
+    the model in memory. If `torch.distributed` is initialised, every process calls this function,
+    see `safe_core.adapters.transformers.prune_blocks`. The first writes the folder.
 
     Parameters
     ----------
@@ -157,16 +162,33 @@ def prune_folder(
     Traceback (most recent call last):
     ValueError: model folder must hold a config.json, got .
     """
-    source, target = Path(job.model), Path(out)
-    device = chosen_device(str(job.settings.device or "auto"))
+    processes = processes_of(distributed=job.settings.distributed)
+    with processes.together():
+        result = _pruned(job, Path(job.model), Path(out), progress, say, processes)
+        processes.meet()  # the first has saved the model
+    return result
+
+
+def _pruned(
+    job: PruningJob,
+    source: Path,
+    target: Path,
+    progress: Callable[[Progress], object] | None,
+    say: Callable[[str], object],
+    processes: Processes,
+) -> PruningResult:
+    """Prune the model in all processes, and save it in the first."""
+    device = own_device(chosen_device(str(job.settings.device or "auto")))
     _check_source(source)
-    check_new_folder(target, source)
-    if job.settings.work_dir is not None:
-        _check_work_dir(Path(job.settings.work_dir), target, source)
+    if processes.first:
+        check_new_folder(target, source)
+        if job.settings.work_dir is not None:
+            _check_work_dir(Path(job.settings.work_dir), target, source)
     texts = None if job.inputs is not None else _text_calibration(job, source)
     # Begin the draft now, so that a wrong path or a full disk fails before hours of work.
-    with written_at_once(target) as draft:
-        draft.reserve(sum(file.stat().st_size for file in weight_files(source)))
+    with written_at_once(target) if processes.first else nullcontext() as draft:
+        if draft is not None:
+            draft.reserve(sum(file.stat().st_size for file in weight_files(source)))
         model, notes = read_model(source, trust_remote_code=job.trust_remote_code)
         for note in notes:
             say(note)
@@ -174,34 +196,48 @@ def prune_folder(
             check_length(model, job.length)
         data = texts or _input_calibration(job, model)
         plan = _planned(job, model, data, device)
+        where, each = str(device), ""
+        if processes.size > 1:
+            where, each = f"{device.type} in {processes.size} processes", " in each"
         say(
             f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
-            f"{plan.name} on {device}, memory beside the model: {plan.memory}"
+            f"{plan.name} on {where}, memory beside the model{each}: {plan.memory}"
         )
         left = _other_stacks(model, plan.name)
         if left:
             say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
         report = _applied(model, plan, job, progress, say)
-        result = PruningResult(target, str(device), report, _rows(model, report))
-        imprint = Imprint.of(model, data.probe)
+        result = PruningResult(target, where, report, _rows(model, report))
         del plan
-        work_dir = job.settings.work_dir
-        save_somewhere(
-            model.save_pretrained,  # type: ignore[arg-type]
-            draft,
-            target.name,
-            None if work_dir is None else Path(work_dir),
-        )
-        del model
-        if texts is not None:
-            load_tokenizer(source, trust_remote_code=job.trust_remote_code).save_pretrained(
-                draft.path
+        if draft is not None:
+            imprint = Imprint.of(model, data.probe)
+            work_dir = job.settings.work_dir
+            save_somewhere(
+                model.save_pretrained,  # type: ignore[arg-type]
+                draft,
+                target.name,
+                None if work_dir is None else Path(work_dir),
             )
-        copy_other_files(source, draft.path)
-        card = model_card(job, result, data.files)
-        (draft.path / "README.md").write_text(card, encoding="utf-8")
-        check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
+            del model
+            _complete(job, source, draft.path, result, data, imprint)
     return result
+
+
+def _complete(
+    job: PruningJob,
+    source: Path,
+    folder: Path,
+    result: PruningResult,
+    data: _Calibration,
+    imprint: Imprint,
+) -> None:
+    """Write what belongs to a saved model, and read the folder back."""
+    if job.inputs is None:
+        load_tokenizer(source, trust_remote_code=job.trust_remote_code).save_pretrained(folder)
+    copy_other_files(source, folder)
+    card = model_card(job, result, data.files)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    check_saved(imprint, folder, trust_remote_code=job.trust_remote_code)
 
 
 def _check_work_dir(work_dir: Path, target: Path, source: Path) -> None:
