@@ -18,6 +18,7 @@ from processes import ENVIRONMENT, fork
 from torch import Tensor, nn
 
 from safe_core.adapters.torch.blocks import SafeReconstruction, plan_pruning, prune_blocks
+from safe_core.adapters.torch.blocks.work_folder import WorkFolder
 
 WIDTH = 8
 
@@ -101,6 +102,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]
     "safe-published": (blocks, trained(importance=None, **PUBLISHED), SEVEN, {}, 2e-3),
     "safe+-published": (blocks, trained(**PUBLISHED), SEVEN, {}, 2e-3),
     "one sample": (blocks, trained(), samples(1, 5), {}, 1e-12),
+    # Training increases the loss of the sample of the first process, but not of both.
+    "one is worse": (
+        blocks, trained(batch_size=2, learning_rate=0.04), samples(2, 5)[::-1], {}, 1e-10
+    ),
     "lengths": (blocks, trained(), samples(9, 5, 2, 3), {"batch_size": 2}, 1e-12),
     "dense inputs": (blocks, trained(), SEVEN, {"propagate": "dense"}, 1e-12),
     "dense targets": (blocks, trained(), SEVEN, {"target_inputs": "dense"}, 1e-12),
@@ -111,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]
     "resumed": (blocks, trained(), SEVEN, {"work_dir": "interrupted"}, 1e-12),
 }  # fmt: skip
 FEWER = ("wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths")
-FAULTS = ("solver", "argument", "batches", "progress", "unshared")
+FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
 
 def finished(world: int, *kinds: str) -> dict[str, str]:
@@ -138,8 +143,9 @@ def test_memory_is_that_of_a_share() -> None:
 
 def test_an_error_in_one_process_ends_all() -> None:
     assert finished(3, *FAULTS) == {
-        "solver": "process 2 of 3 failed: the solver fails in 2 | "
-        "No block of blocks was pruned, all dense",
+        "disk": "no room | No block of blocks was pruned, all are dense",
+        "solver": "process 2 of 3 failed: the solver fails in 2 | No block of blocks was pruned, "
+        "all are dense",
         "argument": "process 1 of 3 failed: sparsity must be a fraction in [0, 1), such as 0.95, "
         "got 1.5",
         "batches": "batches must be the same in all processes, got another in process 2 than in "
@@ -165,7 +171,7 @@ def work(rank: int, size: int, store: str, kinds: list[str]) -> None:
         if kind == "memory":
             found = memory()
         else:
-            found = fault(kind, rank) if kind in FAULTS else compared(kind, rank, folder)
+            found = fault(kind, rank, folder) if kind in FAULTS else compared(kind, rank, folder)
         if rank == 0:
             print(f"{kind}: {found}", flush=True)
     dist.barrier()
@@ -233,7 +239,7 @@ def interrupt(progress: Any) -> None:
         raise KeyboardInterrupt
 
 
-def fault(kind: str, rank: int) -> str:
+def fault(kind: str, rank: int, folder: Path) -> str:
     """Return the error that ends the first process."""
     from safe_core.adapters.torch.blocks import BlockSolver
 
@@ -254,23 +260,28 @@ def fault(kind: str, rank: int) -> str:
             raise ValueError("the solver fails in 2")
         return weight, weight == weight
 
-    def full(progress: Any) -> None:
+    def full(*given: Any) -> None:
         raise OSError("no room")
 
     solver = {"solver": failing, "unshared": Unshared()}.get(kind, "wanda")
     pruned = blocks()
-    with pytest.raises((ValueError, OSError, RuntimeError)) as error:
-        prune_blocks(
-            pruned,
-            SEVEN[:-1] if kind == "batches" and rank == 2 else SEVEN,
-            solver,
-            1.5 if kind == "argument" and rank == 1 else 0.5,
-            progress=full if kind == "progress" else None,
-        )
+    arguments: dict[str, Any] = {
+        "batches": SEVEN[:-1] if kind == "batches" and rank == 2 else SEVEN,
+        "sparsity": 1.5 if kind == "argument" and rank == 1 else 0.5,
+        "progress": full if kind == "progress" else None,
+        "work_dir": folder / "full" if kind == "disk" else None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "disk":
+            patch.setattr(WorkFolder, "save", full)
+        with pytest.raises((ValueError, OSError, RuntimeError)) as error:
+            prune_blocks(pruned, solver=solver, **arguments)
     said = " | ".join([str(error.value), *getattr(error.value, "__notes__", [])])
-    if kind == "solver":
+    if kind in ("disk", "solver"):
         dense = all(map(torch.equal, pruned.parameters(), blocks().parameters()))
-        said += ", all dense" if dense else ", not dense"
+        everywhere: list[Any] = [None] * world()
+        dist.all_gather_object(everywhere, dense)
+        said += ", all are dense" if all(everywhere) else f", {everywhere} are dense"
     return said
 
 
