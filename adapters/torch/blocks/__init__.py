@@ -2,6 +2,7 @@
 
 from .calibration import calibration_batches
 from .memory import MemoryEstimate
+from .processes import OtherProcessError, Processes
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, WeightReport
@@ -13,6 +14,8 @@ __all__ = [
     "BlockReport",
     "BlockSolver",
     "MemoryEstimate",
+    "OtherProcessError",
+    "Processes",
     "Progress",
     "PruningPlan",
     "PruningReport",
