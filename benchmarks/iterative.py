@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.blocks.reconstruction import SafeReconstruction
+from safe_core.adapters.torch.blocks.solver import Batch
 from safe_core.layout import Layout
 from safe_core.patterns import Pattern, Unstructured
 
@@ -31,13 +33,14 @@ class IterativeSAM(SafeReconstruction):
         weights: Mapping[str, Layout],
         importance: Mapping[str, Tensor] | None,
         sparsity: Pattern,
-        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        epoch: Callable[[int], Iterable[Batch]],
         steps_per_epoch: int,
         report: Callable[[int, float], None],
         *,
         name: str = "block",
         autocast: bool = False,
         supports: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> dict[str, Tensor]:
         """Train a block in place, and return the supports by name."""
         if not isinstance(sparsity, Unstructured):
@@ -56,18 +59,21 @@ class IterativeSAM(SafeReconstruction):
         )
         rounds = max(1, self.epochs // _EVERY - 1)
 
-        def masked(k: int) -> Iterator[tuple[Callable[[nn.Module], Tensor], Tensor]]:
+        def masked(k: int) -> Iterator[Batch]:
             if k % _EVERY == 0 or k == self.epochs - 1:
                 share = min(1.0, (k // _EVERY + 1) / rounds)
                 level = float(sparsity.sparsity) * (1 - (1 - share) ** 3)
                 supports.update(self._prune(params, level))
-            for pair in epoch(k):
-                yield pair
+            for batch in epoch(k):
+                yield batch
                 with torch.no_grad():  # the step has been taken
                     for key, p in params.items():
                         p.masked_fill_(~supports[key], 0)
 
-        self.train(optimizer, block, masked, steps_per_epoch, report, name=name, autocast=autocast)
+        self.train(
+            optimizer, block, masked, steps_per_epoch, report,
+            name=name, autocast=autocast, **options,
+        )  # fmt: skip
         return supports
 
     def _prune(self, params: Mapping[str, nn.Parameter], level: float) -> dict[str, Tensor]:

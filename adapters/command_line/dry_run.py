@@ -14,6 +14,7 @@ from torch import nn
 
 from safe_core.adapters.readable import readable_bytes, readable_seconds
 from safe_core.adapters.torch.blocks.memory import MemoryEstimate
+from safe_core.adapters.torch.blocks.processes import processes_of
 from safe_core.adapters.torch.blocks.pruning import PruningPlan
 from safe_core.adapters.torch.blocks.report import TimeEstimate
 from safe_core.adapters.torch.blocks.work_folder import existing_folder
@@ -182,14 +183,16 @@ def plan_folder(
     ValueError: model folder must hold a config.json, got .
     """
     target = Path(out)
-    checked = check_job(job, target)
-    source, device, model, data, plan = prepare(job, checked, say)
-    say("pruning one block of each kind, to measure the time")
-    with naming_options(model, plan):
-        time = plan.measure_time()
+    processes = processes_of(distributed=job.settings.distributed)
+    with processes.together():
+        checked = check_job(job, target, processes)
+        source, where, model, data, plan = prepare(job, checked, say, processes)
+        say("pruning one block of each kind, to measure the time")
+        with naming_options(model, plan):
+            time = plan.measure_time()
     samples = len(data.batches)
     return FolderPlan(
-        device=str(device),
+        device=where,
         blocks=plan.name,
         weights=_weights(model, plan),
         dense={**plan.dense, **_outside(model, plan.name)},

@@ -20,12 +20,14 @@ import typer
 
 from .output import printable
 
-__all__ = ["clear_errors", "needs", "with_clear_errors"]
+__all__ = ["INTERRUPTED", "clear_errors", "needs", "with_clear_errors"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells report it."""
+
 # Packages whose import name differs from the name that pip installs.
-_INTERRUPTED = 130  # as shells report Ctrl-C
 _INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
@@ -96,7 +98,7 @@ def clear_errors(
         with _terminated_like_interrupted():
             yield
     except KeyboardInterrupt as error:
-        _fail(_with_notes("interrupted", error), _INTERRUPTED)
+        _fail(_with_notes("interrupted", error), INTERRUPTED)
     except ModuleNotFoundError as error:
         requiring = _extras_of(error.name, distribution)
         if requiring is None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
+from safe_core.adapters.torch.blocks.processes import Processes
 from safe_core.adapters.torch.blocks.pruning import PruningPlan, calibration_batches, plan_pruning
 from safe_core.adapters.torch.blocks.settings import PruningSettings
 from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
@@ -26,6 +27,7 @@ from .chats import chat_renderer
 from .drafts import check_new_folder
 from .input_files import InputFile, read_input_file
 from .job import PruningJob
+from .launch import own_device
 from .model_folder import chosen_device, load_tokenizer, read_model
 from .perplexity import check_length
 from .source import Source, check_source
@@ -67,14 +69,16 @@ class Prepared(NamedTuple):
     """A job that is ready to run."""
 
     source: Source
-    device: torch.device
+    where: str
     model: nn.Module
     data: Calibration
     plan: PruningPlan
 
 
-def check_job(job: PruningJob, target: Path) -> Checked:
+def check_job(job: PruningJob, target: Path, processes: Processes) -> Checked:
     """Check all that can be checked before the model is loaded.
+
+    Only the first process checks the folders that it writes.
 
     Raises
     ------
@@ -82,15 +86,18 @@ def check_job(job: PruningJob, target: Path) -> Checked:
         If files are missing, damaged or too short, the model is quantised, or folders overlap.
     """
     folder = Path(job.model)
-    device = chosen_device(str(job.settings.device or "auto"))
+    device = own_device(chosen_device(str(job.settings.device or "auto")))
     source = check_source(folder, job.gguf_file)
-    check_new_folder(target, folder)
-    if job.settings.work_dir is not None:
-        _check_work_dir(Path(job.settings.work_dir), target, folder)
+    if processes.first:
+        check_new_folder(target, folder)
+        if job.settings.work_dir is not None:
+            _check_work_dir(Path(job.settings.work_dir), target, folder)
     return Checked(source, device, None if job.inputs is not None else _text_calibration(job))
 
 
-def prepare(job: PruningJob, checked: Checked, say: Callable[[str], object]) -> Prepared:
+def prepare(
+    job: PruningJob, checked: Checked, say: Callable[[str], object], processes: Processes
+) -> Prepared:
     """Load the model and plan the run; ``say`` gets what the user should know.
 
     Raises
@@ -107,14 +114,17 @@ def prepare(job: PruningJob, checked: Checked, say: Callable[[str], object]) -> 
         check_length(model, job.length)
     data = checked.texts or _input_calibration(job, model)
     plan = _planned(job, model, data, checked.device, say)
+    where, each = str(checked.device), ""
+    if processes.size > 1:
+        where, each = f"{checked.device.type} in {processes.size} processes", " in each"
     say(
         f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
-        f"{plan.name} on {checked.device}, memory beside the model: {plan.memory}"
+        f"{plan.name} on {where}, memory beside the model{each}: {plan.memory}"
     )
     left = _other_stacks(model, plan.name)
     if left:
         say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
-    return Prepared(checked.source, checked.device, model, data, plan)
+    return Prepared(checked.source, where, model, data, plan)
 
 
 def job_tokenizer(job: PruningJob) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from safe_core.adapters.torch.blocks.processes import Processes, processes_of
 from safe_core.adapters.torch.blocks.pruning import PruningPlan, PruningReport
 from safe_core.adapters.torch.blocks.report import Progress
 
@@ -16,7 +18,13 @@ from .drafts import save_somewhere, written_at_once
 from .job import PruningJob, find_solver
 from .model_card import model_card
 from .output import printable
-from .preparation import check_job, finished_blocks, job_tokenizer, naming_options, prepare
+from .preparation import (
+    check_job,
+    finished_blocks,
+    job_tokenizer,
+    naming_options,
+    prepare,
+)
 from .saving import Imprint, check_saved, copy_other_files
 from .sparsities import parse_sparsity
 
@@ -127,30 +135,46 @@ def prune_folder(
     Traceback (most recent call last):
     ValueError: model folder must hold a config.json, got .
     """
-    target = Path(out)
-    checked = check_job(job, target)
+    processes = processes_of(distributed=job.settings.distributed)
+    with processes.together():
+        result = _pruned(job, Path(out), progress, say, command, processes)
+        processes.meet()  # the first has saved the model
+    return result
+
+
+def _pruned(
+    job: PruningJob,
+    target: Path,
+    progress: Callable[[Progress], object] | None,
+    say: Callable[[str], object],
+    command: str | None,
+    processes: Processes,
+) -> PruningResult:
+    """Prune the model in all processes, and save it in the first."""
+    checked = check_job(job, target, processes)
     # Begin the draft now, so that a wrong path or a full disk fails before hours of work.
-    with written_at_once(target) as draft:
-        draft.reserve(checked.source.nbytes)
-        source, device, model, data, plan = prepare(job, checked, say)
+    with written_at_once(target) if processes.first else nullcontext() as draft:
+        if draft is not None:
+            draft.reserve(checked.source.nbytes)
+        source, where, model, data, plan = prepare(job, checked, say, processes)
         report = _applied(model, plan, job, progress, say)
-        result = PruningResult(target, str(device), report, _rows(model, report))
-        imprint = Imprint.of(model, data.probe)
+        result = PruningResult(target, where, report, _rows(model, report))
         del plan
-        work_dir = job.settings.work_dir
-        save_somewhere(
-            model.save_pretrained,  # type: ignore[arg-type]
-            draft,
-            target.name,
-            None if work_dir is None else Path(work_dir),
-        )
-        del model
-        if checked.texts is not None:
-            job_tokenizer(job).save_pretrained(draft.path)
-        copy_other_files(source.folder, draft.path)
-        card = model_card(job, source, result, data.files, command)
-        (draft.path / "README.md").write_text(card, encoding="utf-8")
-        check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
+        if draft is not None:
+            imprint, work_dir = Imprint.of(model, data.probe), job.settings.work_dir
+            save_somewhere(
+                model.save_pretrained,  # type: ignore[arg-type]
+                draft,
+                target.name,
+                None if work_dir is None else Path(work_dir),
+            )
+            del model  # so that the check has room to load the saved one
+            if job.inputs is None:
+                job_tokenizer(job).save_pretrained(draft.path)
+            copy_other_files(source.folder, draft.path)
+            card = model_card(job, source, result, data.files, command)
+            (draft.path / "README.md").write_text(card, encoding="utf-8")
+            check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
     return result
 
 

@@ -1156,7 +1156,7 @@ class Halved(BlockSolver):
         block = problem.in_dtype(torch.float64)
         batches, steps = problem.batches(5, torch.float64)
         for k in range(self.epochs):
-            losses = [(run(block) - target).square().mean() for run, target in batches(k)]
+            losses = [(b.run(block) - b.target).square().mean() for b in batches(k)]
             assert len(losses) == steps == 3
             problem.report(k, float(sum(losses).detach()))
         params = dict(block.named_parameters())

@@ -28,6 +28,8 @@ COMMAND = re.compile(
     r"accelerate launch )([^`#\n&]*)",
     re.MULTILINE,
 )
+TOGETHER = "torchrun --nproc-per-node 8 --no-python "
+"""Starts a command of the program in several processes."""
 PROGRAM = typer.main.get_command(app)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
@@ -68,11 +70,12 @@ def test_the_commands_are_found() -> None:
     assert "nox --no-venv -s tests -- -m long" in commands()
     assert len(starting("python examples/", "torchrun", "accelerate launch")) > 15
     assert any("encoder --model minilm" in command for command in commands())
+    assert starting("torchrun") == starting("torchrun --standalone", TOGETHER)
 
 
-@pytest.mark.parametrize("command", starting("safe-core "))
+@pytest.mark.parametrize("command", starting("safe-core ", f"{TOGETHER}safe-core "))
 def test_commands_of_the_program_are_understood(command: str) -> None:
-    name, *arguments = shlex.split(command)[1:]
+    name, *arguments = shlex.split(command.removeprefix(TOGETHER))[1:]
     known = PROGRAM.commands[name]  # type: ignore[attr-defined]
     if arguments and arguments[-1].startswith("--"):  # the name of an option in a sentence
         assert arguments[-1] in {option for p in known.params for option in p.opts}
@@ -107,7 +110,9 @@ def test_commands_of_the_benchmarks_are_understood(
         main()
 
 
-@pytest.mark.parametrize("command", starting("python examples/", "torchrun", "accelerate launch"))
+@pytest.mark.parametrize(
+    "command", starting("python examples/", "torchrun --standalone", "accelerate launch")
+)
 def test_examples_exist_and_have_the_options(command: str) -> None:
     before, name, after = re.split(r"(examples/\S+\.py)", command)
     source = (ROOT / name).read_text()

@@ -177,55 +177,65 @@ def prune(
     like the old one. safe+ trains each block from the solution of alps, and keeps that solution
     where training does not improve it. Without training alps is the most accurate, and magnitude
     the fastest. safe-published and safe+-published train with the settings of the paper.
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 --no-python safe-core prune ...
     """
     from safe_core.adapters.torch.blocks.settings import PruningSettings
 
     from ..dry_run import plan_folder
+    from ..launch import launched
     from ..progress_bar import pruning_bar
     from ..pruning import PruningJob, prune_folder
 
     quiet_transformers()
-    job = PruningJob(
-        model=model,
-        calibration=calibration or [],
-        sparsity=sparsity or ["0.5"],
-        inputs=inputs,
-        field=field,
-        chat_template=chat_template,
-        method=method,
-        scope=None if scope is None else scope.value,
-        samples=samples,
-        length=length,
-        only=only,
-        ignore=ignore,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        rho=rho,
-        penalty=penalty,
-        dual_update_interval=dual_update_interval,
-        start=start,
-        settings=PruningSettings(
-            propagate=propagate.value,
-            target_inputs=target_inputs.value,
-            batch_size=batch_size,
-            seed=seed,
-            blocks=blocks,
-            device=device,
-            offload=offload.value,
-            work_dir=work_dir,
-        ),
-        gguf_file=gguf_file,
-        trust_remote_code=trust_remote_code,
-    )
+    with launched() as processes:
+        job = PruningJob(
+            model=model,
+            calibration=calibration or [],
+            sparsity=sparsity or ["0.5"],
+            inputs=inputs,
+            field=field,
+            chat_template=chat_template,
+            method=method,
+            scope=None if scope is None else scope.value,
+            samples=samples,
+            length=length,
+            only=only,
+            ignore=ignore,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            rho=rho,
+            penalty=penalty,
+            dual_update_interval=dual_update_interval,
+            start=start,
+            settings=PruningSettings(
+                propagate=propagate.value,
+                target_inputs=target_inputs.value,
+                batch_size=batch_size,
+                seed=seed,
+                blocks=blocks,
+                device=device,
+                offload=offload.value,
+                work_dir=work_dir,
+            ),
+            gguf_file=gguf_file,
+            trust_remote_code=trust_remote_code,
+        )
+        if dry_run:
+            plan = plan_folder(job, out, say=say)
+        else:
+            with pruning_bar() as progress:
+                result = prune_folder(
+                    job, out, progress=progress, say=say, command=as_given(context)
+                )
+    if not processes.first:
+        return
     if dry_run:
-        plan = plan_folder(job, out, say=say)
         show(plan.table())
         _show_dense(plan.dense)
         for line in plan.lines():
             typer.echo(line)
         return
-    with pruning_bar() as progress:
-        result = prune_folder(job, out, progress=progress, say=say, command=as_given(context))
     show(result.table())
     _show_dense(result.report.dense)
     poor = [block.name for block in result.report.blocks if block.relative_error > 1]

@@ -3,6 +3,7 @@
 from .calibration import calibration_batches
 from .memory import MemoryEstimate
 from .outliers import BlockSparsity, OutlierSparsities, outlier_sparsities
+from .processes import OtherProcessError, Processes
 from .pruning import PruningPlan, plan_pruning, prune_blocks
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
@@ -15,7 +16,9 @@ __all__ = [
     "BlockSolver",
     "BlockSparsity",
     "MemoryEstimate",
+    "OtherProcessError",
     "OutlierSparsities",
+    "Processes",
     "Progress",
     "PruningPlan",
     "PruningReport",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .processes import Move
+
 __all__ = ["Activations", "prefetched"]
 
+_Order = TypeVar("_Order")
 _T = TypeVar("_T")
 
 
@@ -21,7 +24,8 @@ class Activations:
     """The hidden states of every sample, on the device, on the CPU or in a file.
 
     On the CPU, memory is pinned if the device is a GPU. Files are allocated at once, so that a
-    full disk raises here and not in the middle of a run.
+    full disk raises here and not in the middle of a run. One of several processes holds only its
+    share of the samples.
 
     Parameters
     ----------
@@ -52,20 +56,27 @@ class Activations:
         self.device = device
         self._offload, self._folder, self._name = offload, folder, name
         self._places: dict[int, tuple[Tensor, int]] = {}  # the buffer of a sample and its row
-        self._buffers: list[tuple[list[int], Tensor]] = []
+        self._buffers: list[tuple[list[int], list[int], Tensor]] = []
         self._files: list[Path] = []
 
-    def expect(self, samples: Sequence[int], like: Tensor) -> None:
-        """Allocate memory for samples whose hidden states are like those of the first."""
-        shape, dtype = (len(samples), *like.shape), like.dtype
-        if self._offload == "none":
+    def expect(
+        self, samples: Sequence[int], like: Tensor, held: Container[int] | None = None
+    ) -> None:
+        """Allocate memory for samples whose hidden states are like those of the first.
+
+        Of samples that are not ``held``, only the shape is known. By default all are held.
+        """
+        mine = [sample for sample in samples if held is None or sample in held]
+        shape, dtype = (len(mine), *like.shape), like.dtype
+        if not mine or self._offload == "none":
             buffer = torch.empty(shape, dtype=dtype, device=self.device)
         elif self._offload == "cpu" or self._folder is None:
             buffer = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         else:
             buffer = self._in_file(self._folder, shape, dtype)
-        self._buffers.append((list(samples), buffer))
-        self._places |= {sample: (buffer, row) for row, sample in enumerate(samples)}
+        self._buffers.append((list(samples), mine, buffer))
+        self._places |= dict.fromkeys(samples, (buffer, len(mine)))  # beyond the end
+        self._places |= {sample: (buffer, row) for row, sample in enumerate(mine)}
 
     def _in_file(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         path, size = folder / f"{self._name}-{len(self._files)}.bin", math.prod(shape)
@@ -87,8 +98,9 @@ class Activations:
     def alike(self, name: str) -> Activations:
         """Allocate memory for as many hidden states of the same shapes."""
         other = Activations(self.device, self._offload, self._folder, name)
-        for samples, buffer in self._buffers:
-            other.expect(samples, buffer[0])
+        for samples, held, buffer in self._buffers:
+            like = torch.empty(buffer.shape[1:], dtype=buffer.dtype, device="meta")
+            other.expect(samples, like, held)
         return other
 
     def put(self, samples: Sequence[int], batch: Tensor) -> None:
@@ -99,24 +111,67 @@ class Activations:
 
     def take(self, samples: Sequence[int]) -> Tensor:
         """Return the hidden states of samples of one shape on the device, joined."""
-        like = self._places[samples[0]][0]
-        joined = torch.empty(
-            (len(samples) * like.shape[1], *like.shape[2:]), dtype=like.dtype, device=self.device
-        )
+        joined = self._room_for(samples, len(samples))
         for sample, part in zip(samples, joined.chunk(len(samples)), strict=True):
-            buffer, row = self._places[sample]
-            kept = buffer[row]
-            if self.device.type == "cuda" and not kept.is_cuda and not kept.is_pinned():
-                kept = kept.pin_memory()
-            part.copy_(kept, non_blocking=True)
+            self._copy(sample, part)
         return joined
+
+    def take_part(
+        self, parts: Sequence[Sequence[int]], rank: int, owners: Sequence[int]
+    ) -> tuple[Tensor, list[Move]]:
+        """Return room for the part of a batch that a process computes, and how it is filled.
+
+        Samples that the process holds are copied at once. Processes send each other the rest.
+
+        Parameters
+        ----------
+        parts : sequence of sequences of int
+            The samples of every process, of one shape.
+        rank : int
+            This process.
+        owners : sequence of int
+            The process that holds each sample.
+
+        Examples
+        --------
+        >>> held = Activations(torch.device("cpu"), "cpu")
+        >>> held.expect([0, 1], torch.zeros(1, 2), held=[0])
+        >>> held.put([0], torch.ones(1, 2))
+        >>> held.take_part([[0], [1]], rank=0, owners=[0, 1])
+        (tensor([[1., 1.]]), [])
+        """
+        whole = [sample for part in parts for sample in part]
+        joined, moves = self._room_for(whole, len(parts[rank])), []
+        for target, part in enumerate(parts):
+            for place, sample in enumerate(part):
+                source = owners[sample]
+                room = joined.chunk(len(part))[place] if target == rank else None
+                if source != target:
+                    sent = self.take([sample]) if source == rank else room
+                    moves.append(Move(source, target, sent))
+                elif room is not None:
+                    self._copy(sample, room)
+        return joined, moves
+
+    def _room_for(self, samples: Sequence[int], count: int) -> Tensor:
+        """Return uninitialised memory on the device for some samples of one shape."""
+        like = self._places[samples[0]][0]
+        shape = (count * like.shape[1], *like.shape[2:])
+        return torch.empty(shape, dtype=like.dtype, device=self.device)
+
+    def _copy(self, sample: int, room: Tensor) -> None:
+        buffer, row = self._places[sample]
+        kept = buffer[row]
+        if self.device.type == "cuda" and not kept.is_cuda and not kept.is_pinned():
+            kept = kept.pin_memory()
+        room.copy_(kept, non_blocking=True)
 
     def copy_from(self, other: Activations) -> None:
         """Copy the hidden states of activations of the same shapes."""
         if self.device.type == "cuda":
             # The CPU copies pinned memory immediately, but the GPU may still be writing to it.
             torch.cuda.current_stream(self.device).synchronize()
-        for (_, mine), (_, theirs) in zip(self._buffers, other._buffers, strict=True):
+        for (*_, mine), (*_, theirs) in zip(self._buffers, other._buffers, strict=True):
             mine.copy_(theirs)
 
     def close(self) -> None:
@@ -128,8 +183,8 @@ class Activations:
 
 
 def prefetched(
-    order: Iterable[Sequence[int]], load: Callable[[Sequence[int]], _T], device: torch.device
-) -> Iterator[tuple[Sequence[int], _T]]:
+    order: Iterable[_Order], load: Callable[[_Order], _T], device: torch.device
+) -> Iterator[tuple[_Order, _T]]:
     """Yield ``(samples, load(samples))``; on a GPU, load the next batch in the background.
 
     Examples
@@ -143,7 +198,7 @@ def prefetched(
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))  # which may still be writing
-    waiting: tuple[Sequence[int], _T, torch.cuda.Event] | None = None
+    waiting: tuple[_Order, _T, torch.cuda.Event] | None = None
     for samples in order:
         with torch.cuda.stream(stream):
             loaded = load(samples)
@@ -155,9 +210,7 @@ def prefetched(
         yield _arrived(*waiting)
 
 
-def _arrived(
-    samples: Sequence[int], loaded: _T, event: torch.cuda.Event
-) -> tuple[Sequence[int], _T]:
+def _arrived(samples: _Order, loaded: _T, event: torch.cuda.Event) -> tuple[_Order, _T]:
     current = torch.cuda.current_stream()  # that of the device: see `Run.run`
     current.wait_event(event)
     for leaf in tree_leaves(loaded):

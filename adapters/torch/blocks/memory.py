@@ -33,6 +33,8 @@ __all__ = [
 class MemoryEstimate(NamedTuple):
     """Peak memory of the tensors of a run, in bytes, without the model itself.
 
+    Of several processes, it is that of this process.
+
     Attributes
     ----------
     device : int
@@ -140,6 +142,8 @@ class BlockSize(NamedTuple):
         Of the block's first floating parameter.
     device : torch.device
         The device that the block is pruned on.
+    processes : int
+        Number of processes that prune the block.
     """
 
     entries: int
@@ -152,6 +156,7 @@ class BlockSize(NamedTuple):
     number: int
     dtype: torch.dtype
     device: torch.device
+    processes: int = 1
 
     @classmethod
     def of(
@@ -160,6 +165,7 @@ class BlockSize(NamedTuple):
         weights: Mapping[str, Layout | None],
         trained: Collection[str],
         device: torch.device,
+        processes: int = 1,
     ) -> BlockSize:
         """Return the sizes of a block whose ``weights`` are pruned, and ``trained`` trained."""
         params = dict(block.named_parameters())
@@ -182,7 +188,13 @@ class BlockSize(NamedTuple):
             number=wide_dtype(torch, list(params.values())).itemsize,
             dtype=block_dtype(block),
             device=device,
+            processes=processes,
         )
+
+    @property
+    def solutions(self) -> int:
+        """Bytes of the values and the supports of all pruned weights."""
+        return (self.number + 1) * self.sparse
 
     def reconstruction(self, work: int, *, perturbs: bool) -> int:
         """Return the bytes of SAFE on the block; a forward and backward pass takes ``work``.
@@ -191,7 +203,7 @@ class BlockSize(NamedTuple):
         ``perturbs``, a copy of those that are trained; anchors and one-byte supports of those
         that are pruned. A dual update adds scores and a second support, but holds no activations.
         """
-        split = (self.number + 1) * self.sparse
+        split = self.solutions  # the bytes of an anchor and a support are the same
         held = 4 if perturbs else 3
         state = self.number * (self.entries + held * self.trained) + split
         return state + max(work, split)

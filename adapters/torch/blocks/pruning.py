@@ -20,12 +20,15 @@ from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
 from .calibration import calibration_batches, check_tokens, split_samples
+from .fingerprints import sample_of
 from .memory import MemoryEstimate
+from .processes import Processes, processes_of
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
 from .run import Run
 from .selection import refuse_quantised, select_weights
 from .settings import PruningSettings, writing_nothing
+from .shares import SampleShares
 from .solver import as_block_solver
 from .structure import (
     block_name,
@@ -34,7 +37,7 @@ from .structure import (
     learn_structure,
     ordinary_mode,
 )
-from .task import Task, check_pattern, predict_memory
+from .task import Task, alike_samples, check_pattern, predict_memory
 from .work_folder import check_work_folder
 
 __all__ = [
@@ -105,7 +108,7 @@ def prune_blocks(
     **changes
         Fields of `PruningSettings`, which replace those of ``settings``: ``propagate``,
         ``target_inputs``, ``batch_size``, ``seed``, ``blocks``, ``where``, ``device``,
-        ``offload`` and ``work_dir``.
+        ``offload``, ``work_dir`` and ``distributed``.
 
     Returns
     -------
@@ -119,6 +122,8 @@ def prune_blocks(
         are not finite. Finished blocks stay pruned; the current one stays dense.
     OSError
         If ``work_dir`` has too little room.
+    OtherProcessError
+        If another of several processes fails.
 
     Notes
     -----
@@ -130,6 +135,12 @@ def prune_blocks(
     exactly. SAFE trains biases, norms and dense weights of a block too; matrices keep the zeros
     that they have. Parameters with ``requires_grad=False`` keep their bits, unless they are
     pruned. Autocast and inference mode around the call are switched off within it.
+
+    If `torch.distributed` is initialised, every process calls this function with the same model
+    and the same batches. Each holds the activations of its share of the samples, solves its
+    share of the layers, and trains on its part of every batch. Sums over the processes make the
+    result that of one process, up to rounding. All return the same report and have the pruned
+    model. Only the first writes to ``work_dir`` and calls ``progress``.
 
     References
     ----------
@@ -201,13 +212,31 @@ def plan_pruning(
     device 4.7 KiB, host 0 B, disk 0 B
     """
     settings = changed(settings, changes)
+    processes = processes_of(distributed=settings.distributed)
+    with processes.together():
+        return _planned(model, batches, solver, sparsity, settings, processes)
+
+
+def _planned(
+    model: nn.Module,
+    batches: Any,
+    solver: Any,
+    sparsity: Any,
+    settings: PruningSettings,
+    processes: Processes,
+) -> PruningPlan:
     scope = named_solver(solver).default_scope if isinstance(solver, str) else "tensor"
     solver = as_block_solver(solver)
     if not isinstance(sparsity, Mapping) and not callable(sparsity):
         block_patterns(sparsity, {}, scope)  # raises before the model runs if it is invalid
     samples = split_samples(batches)
-    if settings.work_dir is not None:
+    if settings.work_dir is not None and processes.first:
         check_work_folder(settings.work_dir)
+    if processes.size > 1 and not solver.distributed:
+        raise ValueError(
+            "solver must be one that sums over processes, which BlockSolver.distributed says, got "
+            f"{solver!r} in {processes.size} processes"
+        )
     _check_model(model)
     check_tokens(model, samples)
     name, modules = find_blocks(model, settings.blocks)
@@ -241,9 +270,13 @@ def plan_pruning(
         structure=structure,
         outside=outside,
         dense=dense,
+        processes=processes,
+        shares=SampleShares.dealt(alike_samples(placed), processes.size),
     )
     if settings.work_dir is not None:
         task.described()  # raises for a solver that cannot be compared with another
+    if processes.size > 1:
+        processes.check_same(task.given() | {"model": sample_of(model.parameters())})
     return PruningPlan(task)
 
 

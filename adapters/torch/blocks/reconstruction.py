@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from safe_core.solvers.reconstruction import SOME_STEPS
 from ..optimizer import SparseOptimizer
 from .fingerprints import identity
 from .memory import BlockSize
-from .solver import BlockProblem, BlockSolver, LayerByLayer, WorkBytes
+from .processes import Processes
+from .solver import Batch, BlockProblem, BlockSolver, LayerByLayer, WorkBytes
 
 __all__ = ["SafeReconstruction", "wide_mse"]
 
+_ALONE = Processes()
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -57,6 +59,8 @@ dual_update_interval, start, published
 
     autocast: bool | None = None
     compile: bool | str = False
+
+    distributed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,8 +103,7 @@ dual_update_interval, start, published
         if first is None:
             return training
         # All solutions and supports are held at once, and a copy of the start during training.
-        solutions = (size.number + 1) * size.sparse
-        solving = LayerByLayer(first).memory(size, work) + solutions
+        solving = LayerByLayer(first).solving(size, work, size.solutions)
         return max(training + size.number * size.trained + size.sparse, solving)
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -138,8 +141,12 @@ dual_update_interval, start, published
             name=problem.name,
             autocast=self.autocasts(problem.device, problem.dtype),
             supports=supports,
+            processes=problem.processes,
         )
-        return {key: p.detach() for key, p in params.items() if p.requires_grad}, found
+        values = {key: p.detach() for key, p in params.items() if p.requires_grad}
+        # Equal steps give equal weights, unless kernels of different machines round otherwise.
+        problem.processes.copy_([*values.values(), *found.values()])
+        return values, found
 
     def _start(self, problem: BlockProblem) -> list[tuple[str, Tensor, Tensor]] | None:
         """Return the name, the values and the support of each weight as training starts."""
@@ -152,13 +159,14 @@ dual_update_interval, start, published
         weights: Mapping[str, Layout],
         importance: Mapping[str, Tensor] | None,
         sparsity: Pattern,
-        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        epoch: Callable[[int], Iterable[Batch]],
         steps_per_epoch: int,
         report: Callable[[int, float], None],
         *,
         name: str = "block",
         autocast: bool = False,
         supports: Mapping[str, Tensor] | None = None,
+        processes: Processes = _ALONE,
     ) -> dict[str, Tensor]:
         """Train a block in place, project it, and return the supports by name.
 
@@ -170,8 +178,7 @@ dual_update_interval, start, published
         importance : mapping of name to tensor, optional
         sparsity : pattern
         epoch : callable
-            ``epoch(k)`` yields, for each batch, a function that runs the block on it and the
-            targets.
+            ``epoch(k)`` yields the `Batch` of each step.
         steps_per_epoch : int
         report : callable
             ``report(epoch, loss)`` after each epoch, with the mean loss at x.
@@ -181,6 +188,8 @@ dual_update_interval, start, published
         supports : mapping of name to tensor, optional
             Supports of the weights of a block that is sparse already. If training increases the
             loss, the block is restored and these are returned.
+        processes : Processes
+            Those that train the block together, each on its part of every batch.
 
         Raises
         ------
@@ -193,11 +202,14 @@ dual_update_interval, start, published
         def loss() -> float:
             # A compiled block would be compiled again without gradients.
             with torch.set_grad_enabled(bool(self.compile)):
-                return _mean_loss(block, epoch(0), autocast=autocast)
+                return _mean_loss(block, epoch(0), processes, autocast=autocast)
 
         # A start is a solution already, which training must not make worse.
         kept = None if supports is None else _Solution.of(block, supports, loss())
-        self.train(optimizer, block, epoch, steps_per_epoch, report, name=name, autocast=autocast)
+        self.train(
+            optimizer, block, epoch, steps_per_epoch, report,
+            name=name, autocast=autocast, processes=processes,
+        )  # fmt: skip
         method = optimizer.method
         with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
             optimizer.finalize(freeze=True)
@@ -211,12 +223,13 @@ dual_update_interval, start, published
         self,
         optimizer: SparseOptimizer,
         block: nn.Module,
-        epoch: Callable[[int], Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]]],
+        epoch: Callable[[int], Iterable[Batch]],
         steps_per_epoch: int,
         report: Callable[[int, float], None],
         *,
         name: str = "block",
         autocast: bool = False,
+        processes: Processes = _ALONE,
     ) -> None:
         """Train a block for all epochs with an optimizer, as `solve` does.
 
@@ -228,16 +241,17 @@ dual_update_interval, start, published
             group.setdefault("initial_lr", group["lr"])
         step = 0
         for k in range(self.epochs):
-            total, count = torch.zeros((), device=device), 0
-            for run, target in epoch(k):
+            total, count = torch.zeros((), device=device, dtype=torch.float64), 0
+            for batch in epoch(k):
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * self.share(step, steps_per_epoch)
 
-                def loss_of(run: Any = run, target: Tensor = target) -> Tensor:
-                    return _loss(block, run, target, autocast=autocast)
+                def backward(batch: Batch = batch) -> Tensor:
+                    return _backward(block, batch, processes, autocast=autocast)
 
-                total, count = total + _step(optimizer, loss_of), count + 1
+                total, count = total + _step(optimizer, backward), count + 1
                 step += 1
+            processes.sum_([total])
             mean = float(total) / count  # the only value that is read from the device
             if not math.isfinite(mean):
                 rate = optimizer.param_groups[0]["initial_lr"]
@@ -325,36 +339,43 @@ def wide_mse(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(output.to(dtype), target.to(dtype))
 
 
-def _loss(
-    block: nn.Module, run: Callable[[nn.Module], Tensor], target: Tensor, *, autocast: bool
-) -> Tensor:
-    """Return the loss of one batch."""
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
-        output = run(block)
-    return wide_mse(output, target)
+def _loss(block: nn.Module, batch: Batch, *, autocast: bool) -> Tensor:
+    """Return what the part of a batch adds to its mean loss."""
+    if not batch.share:
+        return torch.zeros((), device=batch.target.device)
+    with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=autocast):
+        output = batch.run(block)
+    return wide_mse(output, batch.target) * batch.share
 
 
 def _mean_loss(
-    block: nn.Module,
-    batches: Iterable[tuple[Callable[[nn.Module], Tensor], Tensor]],
-    *,
-    autocast: bool,
+    block: nn.Module, batches: Iterable[Batch], processes: Processes, *, autocast: bool
 ) -> float:
     """Return the mean of the losses of the batches, by one read from the device."""
-    losses = [_loss(block, run, y, autocast=autocast).detach() for run, y in batches]
-    return float(torch.stack(losses).mean())
+    losses = [_loss(block, batch, autocast=autocast).detach().double() for batch in batches]
+    mean = torch.stack(losses).mean()
+    processes.sum_([mean])
+    return float(mean)
 
 
-def _step(optimizer: SparseOptimizer, loss_of: Callable[[], Tensor]) -> Tensor:
+def _backward(block: nn.Module, batch: Batch, processes: Processes, *, autocast: bool) -> Tensor:
+    """Compute the gradients of the loss of a batch, and return what its part adds to the loss."""
+    loss = _loss(block, batch, autocast=autocast)
+    if batch.share:
+        loss.backward()  # type: ignore[no-untyped-call]
+    processes.sum_gradients(block.parameters())
+    return loss.detach()
+
+
+def _step(optimizer: SparseOptimizer, backward: Callable[[], Tensor]) -> Tensor:
     """Take one step of the method and return the loss at x, without reading it."""
     optimizer.zero_grad()
-    loss = loss_of()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = backward()
     if optimizer.perturbs:
         with optimizer.perturbed():
-            loss_of().backward()  # type: ignore[no-untyped-call]
+            backward()
     if optimizer.projects:
         with optimizer.projected():
-            loss_of().backward()  # type: ignore[no-untyped-call]
+            backward()
     optimizer.step()
-    return loss.detach()
+    return loss

@@ -31,7 +31,7 @@ from .structure import (
     naming_other_blocks,
     ordinary_mode,
 )
-from .task import NO_CAST, Task, trainable_names
+from .task import NO_CAST, Task, alike_samples, trainable_names
 from .work_folder import WorkFolder
 
 __all__ = ["Run"]
@@ -62,7 +62,8 @@ class Run:
         self.settings = task.settings
         self.device = task.device
         self.predicted = predicted
-        self.progress = progress
+        self.processes = task.processes
+        self.progress = progress if task.processes.first else None
         self.dense = dict(task.dense)
         self.calls: BlockCalls
         self.inputs: Activations
@@ -74,15 +75,17 @@ class Run:
     def run(self, *, measure_memory: bool) -> PruningReport:
         """Prune every block, and report the result."""
         task, reports = self.task, []
-        with ExitStack() as stack:
+        with self.processes.together(), ExitStack() as stack:
             self._enter_modes(stack)
             peak = stack.enter_context(_Peak(self.device, task, measure_memory))
             self._folder = self._open_folder(stack)
+            (self._resumed, *_) = self.processes.gather(self._resumed)
+            # All processes must take part in the first exchange of a device.
+            self.processes.sum_([torch.zeros(1, device=self.device)])
             try:
                 self._record(stack)
                 for i in range(len(task.blocks)):
-                    finished = self._folder is not None and i < len(self._folder.finished)
-                    reports.append(self._resume(i) if finished else self._prune(i))
+                    reports.append(self._resume(i) if i < self._resumed else self._prune(i))
             except BaseException as error:
                 error.add_note(self._progress_note())
                 raise
@@ -103,7 +106,7 @@ class Run:
         pairs = zip(self.task.blocks, self.task.weights, strict=True)
         kinds = [(block_kind(block), tuple(weights)) for block, weights in pairs]
         reports: dict[Any, BlockReport] = {}
-        with ExitStack() as stack:
+        with self.processes.together(), ExitStack() as stack:
             self._enter_modes(stack)
             self._record(stack)
             recording = time.monotonic() - self._started
@@ -119,7 +122,7 @@ class Run:
         The settings must have ``propagate="dense"``. The solver of the task decides what is
         recorded.
         """
-        with ExitStack() as stack:
+        with self.processes.together(), ExitStack() as stack:
             self._enter_modes(stack)
             self._record(stack)
             for i in range(len(self.task.blocks)):
@@ -154,7 +157,7 @@ class Run:
     # Beginning
 
     def _open_folder(self, stack: ExitStack) -> WorkFolder | None:
-        if self.settings.work_dir is None:
+        if self.settings.work_dir is None or not self.processes.first:
             return None
         path = Path(self.settings.work_dir)
         digests = [sample_of(block.parameters()) for block in self.task.blocks]
@@ -175,22 +178,24 @@ class Run:
     def _record(self, stack: ExitStack) -> None:
         """Run the model without its blocks, and record their arguments."""
         task, s = self.task, self.settings
-        alike: dict[Any, list[int]] = {}
-        for i, sample in enumerate(task.samples):
-            shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
-            alike.setdefault(shapes, []).append(i)
-        first = {members[0]: members for members in alike.values()}
+        groups = alike_samples(task.samples)
+        first = {members[0]: members for members in groups}
+        held = {sample for members in task.held(groups) for sample in members}
         folder = None if s.work_dir is None else Path(s.work_dir)
-        self.inputs = Activations(self.device, s.offload, folder, "inputs")
+        if folder is not None and s.offload == "disk":
+            folder.mkdir(parents=True, exist_ok=True)  # on a machine without the first process
+        own = "" if self.processes.first else f"-{self.processes.rank}"
+        self.inputs = Activations(self.device, s.offload, folder, f"inputs{own}")
         stack.callback(self.inputs.close)
 
         def take(i: int, hidden: Tensor) -> None:
             if i in first:
-                self.inputs.expect(first[i], hidden)
-            self.inputs.put([i], hidden)
+                self.inputs.expect(first[i], hidden, held)
+            if i in held:
+                self.inputs.put([i], hidden)
 
         self.calls = record(task.model, task.name, task.blocks, task.samples, task.structure, take)
-        self.targets = self.inputs.alike("targets")
+        self.targets = self.inputs.alike(f"targets{own}")
         stack.callback(self.targets.close)
         if s.two_streams:
             self.targets.copy_from(self.inputs)
@@ -210,7 +215,8 @@ class Run:
         supports: dict[str, Tensor] = {}
         solved: dict[str, Tensor] = {}
         if problem.statistics:
-            solved, supports = self.task.solver.prune(problem)
+            solved, masks = self.task.solver.prune(problem)
+            supports = {key: masks[key] for key in tokens if key in masks}
         del problem  # with the dense copy
         before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
         kept = torch.stack([m.sum() for m in supports.values()]).tolist() if supports else []
@@ -239,26 +245,35 @@ class Run:
             unseen = [key for key in self.dense if key.startswith(f"{name}.")]
             entry = {**report._asdict(), "digest": digest, "unseen": unseen}
             self._folder.save(dict(block.named_parameters()), entry)
+        self.processes.meet()  # so that all restore the block if it could not be saved
         return report
 
     def _resume(self, i: int) -> BlockReport:
         """Load a finished block, and compute its outputs."""
-        assert self._folder is not None  # there are finished blocks
-        block, s = self.task.blocks[i], self.settings
+        s = self.settings
         if s.two_streams or s.propagate == "dense":
             self._dense_pass(i)
-        loaded = self._folder.load(i)
-        _write_back(block, loaded)
+        entry = self._load(i)
         if s.propagate == "pruned":
             self._forward_in_place(i, self._copy(i), self.inputs)
         else:
             self.inputs, self.targets = self.targets, self.inputs
-        entry = dict(self._folder.finished[i])
         del entry["digest"]
         self.dense |= dict.fromkeys(set(entry.pop("unseen")) - set(self.dense), _UNUSED)
         weights = {key: WeightReport(*w) for key, w in entry.pop("weights").items()}
         self._finished = i + 1
         return BlockReport(weights=weights, **entry)
+
+    def _load(self, i: int) -> dict[str, Any]:
+        """Load a finished block in all processes, and return its entry in the folder."""
+        block, entry = self.task.blocks[i], {}
+        if self._folder is not None:
+            found, entry = self._folder.load(i), self._folder.finished[i]
+        else:
+            found = {key: torch.empty_like(p, device="cpu") for key, p in block.named_parameters()}
+        self.processes.copy_(found[key] for key, _ in block.named_parameters())
+        _write_back(block, found)
+        return dict(self.processes.gather(entry)[0])
 
     def _tell(self, i: int, epoch: int | None, loss: float) -> None:
         if self.progress is None:
@@ -281,7 +296,7 @@ class Run:
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Run a block on all samples and yield its outputs, which must be finite."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        batches = batches_in_order(self.calls.groups, self.settings.batch_size)
+        batches = batches_in_order(self.task.held(self.calls.groups), self.settings.batch_size)
         for samples, hidden in prefetched(batches, source.take, self.device):
             arguments = self.calls.arguments(i, samples, hidden, NO_CAST)
             with torch.no_grad(), nullcontext() if seen is None else seen:
@@ -317,6 +332,7 @@ class Run:
             for samples, output in outputs:
                 if not s.two_streams:
                     self.targets.put(samples, output)
+        seen.sum_over(self.processes)
         statistics = seen.statistics()
         prefix = block_name(self.task.name, i)
         self.dense |= {f"{prefix}.{k}": _UNUSED for k in weights if k not in statistics}
@@ -331,6 +347,7 @@ class Run:
             batches=functools.partial(self._batches, i),
             copy=functools.partial(self._copy, i),
             report=functools.partial(self._tell, i),
+            processes=self.processes,
         )
 
     def _batches(
@@ -338,34 +355,45 @@ class Run:
     ) -> tuple[Callable[[int], Iterator[Batch]], int]:
         """Return a function of the epoch that yields its batches, and their number."""
         groups, cast = self.calls.groups, (block_dtype(self.task.blocks[i]), dtype)
+        shares, rank = self.task.shares, self.processes.rank
 
-        def load(samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-            return self.inputs.take(samples), self.targets.take(samples)
+        def load(parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+            streams = (self.inputs, self.targets)
+            (hidden, sent), (target, more) = (
+                stream.take_part(parts, rank, shares.owners) for stream in streams
+            )
+            self.processes.move([*sent, *more])
+            return hidden, target
 
         def epoch(k: int) -> Iterator[Batch]:
             order = batches_at_random(groups, size, seed=self.settings.seed, block=i, epoch=k)
-            for samples, (hidden, target) in prefetched(order, load, self.device):
-                arguments = self.calls.arguments(i, samples, hidden.to(dtype), cast)
-                yield functools.partial(self._call, i, arguments), target
+            parts = map(shares.parts, order)
+            for samples, (hidden, target) in prefetched(parts, load, self.device):
+                mine = samples[rank]
+                arguments: tuple[Any, Any] = (), {}
+                if mine:
+                    arguments = self.calls.arguments(i, mine, hidden.to(dtype), cast)
+                run = functools.partial(self._call, i, arguments)
+                yield Batch(run, target, len(mine) / sum(map(len, samples)))
 
         return epoch, len(batches_in_order(groups, size))
 
     def _pruned_pass(self, i: int) -> tuple[float, float]:
         """Return the error of the pruned block, and keep its outputs for the next block."""
         s = self.settings
-        error = torch.zeros(2, dtype=torch.float64, device=self.device)
-        entries = 0
+        error = torch.zeros(3, dtype=torch.float64, device=self.device)
         for samples, output in self._forward(i, self._copy(i), self.inputs):
             dtype = wide_dtype(torch, [output])
             target = self.targets.take(samples).to(dtype)
             error[0] += (output.to(dtype) - target).square().sum()
             error[1] += target.square().sum()
-            entries += target.numel()
+            error[2] += target.numel()
             if s.propagate == "pruned":
                 self.inputs.put(samples, output)
         if s.propagate == "dense":
             self.inputs, self.targets = self.targets, self.inputs
-        wrong, size = error.tolist()
+        self.processes.sum_([error])
+        wrong, size, entries = error.tolist()
         return wrong / max(1, entries), wrong / size if size else 0.0
 
 

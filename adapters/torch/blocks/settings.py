@@ -46,6 +46,9 @@ class PruningSettings(BlockSettings):
         A folder for finished blocks: new, empty, or that of an earlier run. The same call resumes
         after the last finished block, and the result is bit-identical. A solver of your own must
         then be a function or a dataclass, so that it can be compared.
+    distributed : bool
+        Whether all processes of `torch.distributed` prune the model together, if it is
+        initialised, see `prune_blocks`. If it is False, each process prunes a model of its own.
 
     Raises
     ------
@@ -64,9 +67,11 @@ class PruningSettings(BlockSettings):
     device: torch.device | str | None = None
     offload: Literal["cpu", "disk", "none"] = "cpu"
     work_dir: str | os.PathLike[str] | None = None
+    distributed: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _checks.flag("distributed", self.distributed)
         _checks.choice("offload", self.offload, OFFLOADS)
         if self.offload == "disk" and self.work_dir is None:
             raise ValueError('work_dir must name a folder for offload="disk", got None')

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from safe_core._dtypes import wide_dtype
-from safe_core.layout import Layout
 from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import LayerSolver, Solver, as_solver
@@ -19,12 +18,28 @@ from safe_core.solvers.gram import solver_statistics
 
 from .fingerprints import identity
 from .memory import BlockSize
-from .statistics import InputStatistics, each_slice
+from .processes import Processes
+from .shares import rounds
+from .statistics import InputStatistics, matrix_layout
 
 __all__ = ["Batch", "BlockProblem", "BlockSolver", "LayerByLayer", "WorkBytes", "as_block_solver"]
 
-Batch = tuple[Callable[[nn.Module], Tensor], Tensor]
-"""A function that runs a block on some samples, and their targets."""
+
+class Batch(NamedTuple):
+    """The part of a batch that this process computes: the whole batch of one process.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(block)`` returns the outputs of a block.
+    target : tensor
+    share : float
+        The fraction of the samples of the batch. If it is 0, there is nothing to run.
+    """
+
+    run: Callable[[nn.Module], Tensor]
+    target: Tensor
+    share: float = 1.0
 
 
 class WorkBytes(Protocol):
@@ -61,6 +76,9 @@ class BlockProblem:
         ``copy(dtype)`` returns a copy of the dense block on the device.
     report : callable
         ``report(epoch, loss)`` after each epoch.
+    processes : Processes
+        Those that prune the block together. They hold the same statistics, and each its part of
+        every batch.
     """
 
     name: str
@@ -73,6 +91,7 @@ class BlockProblem:
     batches: Callable[[int, torch.dtype], tuple[Callable[[int], Iterator[Batch]], int]]
     copy: Callable[[torch.dtype], nn.Module]
     report: Callable[[int, float], None]
+    processes: Processes = field(default_factory=Processes)
 
     def in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """Return a copy of the dense block in another dtype, and free ``dense``."""
@@ -90,6 +109,9 @@ class BlockSolver(Solver, ABC):
         weights that no matrix product uses are known and not pruned.
     epochs : int
         Epochs of training in each block; 0 without training.
+    distributed : bool
+        Whether `prune` returns the same in all of several processes, which it does if it sums over
+        ``problem.processes`` what it computes from batches. Others are refused there.
 
     Examples
     --------
@@ -99,6 +121,7 @@ class BlockSolver(Solver, ABC):
 
     watches: Literal["nothing", "tokens", "squares", "gram"] = "gram"
     epochs: int = 0
+    distributed: ClassVar[bool] = False
 
     @abstractmethod
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -136,6 +159,8 @@ class LayerByLayer(BlockSolver):
 
     solver: LayerSolver
 
+    distributed: ClassVar[bool] = True
+
     @property
     def name(self) -> str:  # type: ignore[override]
         """The name of the layer-wise solver."""
@@ -151,10 +176,17 @@ class LayerByLayer(BlockSolver):
         return {"solver": identity(self.solver.origin)}
 
     def memory(self, size: BlockSize, work: WorkBytes) -> int:
-        """Return the bytes for the dense block, all statistics, and a pass or one layer."""
+        """Return the bytes for the dense block, all statistics, and a pass or one layer.
+
+        One of several processes keeps its solutions until the others have theirs.
+        """
+        return self.solving(size, work, size.solutions if size.processes > 1 else 0)
+
+    def solving(self, size: BlockSize, work: WorkBytes, solutions: int) -> int:
+        """Return the bytes if ``solutions`` bytes of solutions are kept beside one layer."""
         layers = [self.solver.memory(*shape, size.number) for shape in size.layers]
         held = size.stored + size.number * size.statistics(self.watches)
-        return held + max([work(), *layers])
+        return held + max([work(), *(solutions + layer for layer in layers)])
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Prune the weights of the dense block in place, one after the other."""
@@ -170,28 +202,66 @@ class LayerByLayer(BlockSolver):
     def solutions(self, problem: BlockProblem) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the name, the values in float32 or wider, and the support of each weight.
 
-        The statistics of a weight are freed as soon as it is solved.
+        The statistics of a weight are freed as soon as it is solved. Several processes share the
+        matrices of the block, and copy the solutions.
         """
-        assert problem.dense is not None  # no solver has run before
-        for key in list(problem.statistics):
-            found = problem.statistics.pop(key)
-            dense = problem.dense.get_parameter(key).detach()
-            wide = dense.to(wide_dtype(torch, [dense]))
-            yield key, *self._layer(f"{problem.name}.{key}", wide, found, problem)
+        processes = problem.processes
+        costs: dict[tuple[str, int], float] = {}
+        solved: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        for key, found in problem.statistics.items():
+            costs |= dict.fromkeys(
+                ((key, e) for e in range(len(found.tokens))), _cost(problem, key)
+            )
+            solved[key] = {}
+        for parts in rounds(costs, processes.size):
+            own = {(key, e): self._solve(problem, key, e) for key, e in parts[processes.rank]}
+            for source, units in enumerate(parts):
+                for key, e in units:
+                    pair = own.pop((key, e), None) or _like_a_solution(_matrix(problem, key, e))
+                    processes.copy_(pair, source)
+                    solved[key][e] = pair
+                    if len(solved[key]) == len(problem.statistics[key].tokens):
+                        stacked = bool(problem.statistics.pop(key).layout.batch_axes)
+                        yield key, *_joined(solved.pop(key), stacked=stacked)
 
-    def _layer(
-        self, name: str, weight: Tensor, found: InputStatistics, problem: BlockProblem
-    ) -> tuple[Tensor, Tensor]:
-        pattern = problem.pattern.of(name.removeprefix(f"{problem.name}."))
+    def _solve(self, problem: BlockProblem, key: str, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the values and the support of one matrix."""
+        weight, found = _matrix(problem, key, expert), problem.statistics[key]
+        sums = None if found.sums is None else found.sums[expert]
+        statistics = sums if sums is None else solver_statistics(self.solver.needs, sums)
+        layout, pattern = matrix_layout(found.layout), problem.pattern.of(key)
+        result = self.solver(weight, statistics, pattern, layout=layout)
+        _check_result(f"{problem.name}.{key}", weight, result)
+        return result[0].to(weight.dtype), result[1]
 
-        def solve(weight: Tensor, layout: Layout, expert: int) -> tuple[Tensor, Tensor]:
-            sums = None if found.sums is None else found.sums[expert]
-            statistics = sums if sums is None else solver_statistics(self.solver.needs, sums)
-            result = self.solver(weight, statistics, pattern, layout=layout)
-            _check_result(name, weight, result)
-            return result[0], result[1]
 
-        return each_slice(weight, found.layout, solve)
+def _matrix(problem: BlockProblem, key: str, expert: int) -> Tensor:
+    """Return one matrix of a weight, in float32 or wider."""
+    assert problem.dense is not None  # no solver has run before
+    p = problem.dense.get_parameter(key).detach()
+    stacked = bool(problem.statistics[key].layout.batch_axes)
+    return (p[expert] if stacked else p).to(wide_dtype(torch, [p]))
+
+
+def _cost(problem: BlockProblem, key: str) -> float:
+    """Return about how many operations it takes to solve one matrix of a weight."""
+    assert problem.dense is not None  # no solver has run before
+    shape, found = problem.dense.get_parameter(key).shape, problem.statistics[key]
+    inputs = shape[found.layout.input_axes[0]]
+    return float(inputs * (inputs**2 + shape.numel() // len(found.tokens)))
+
+
+def _like_a_solution(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return memory for values and a support."""
+    return torch.empty_like(matrix), torch.empty_like(matrix, dtype=torch.bool)
+
+
+def _joined(found: dict[int, tuple[Tensor, Tensor]], *, stacked: bool) -> tuple[Tensor, Tensor]:
+    """Return the solution of a weight, from those of its matrices."""
+    if not stacked:
+        return found[0]
+    pairs = [found[e] for e in sorted(found)]
+    return torch.stack([v for v, _ in pairs]), torch.stack([s for _, s in pairs])
 
 
 def _check_result(name: str, weight: Tensor, result: Any) -> None:

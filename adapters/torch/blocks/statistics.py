@@ -9,7 +9,7 @@ follow from its use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,13 +23,14 @@ from safe_core.layout import Layout
 from safe_core.solvers.gram import positive_squares
 
 from ..weights import prunable_weights
+from .processes import Processes
 
 __all__ = [
     "PRODUCTS",
     "InputRecorder",
     "InputStatistics",
     "block_weights",
-    "each_slice",
+    "matrix_layout",
     "one_by_one",
 ]
 
@@ -235,6 +236,20 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self._sums[name][expert] += wide.square().sum(dim=0)
 
+    def sum_over(self, processes: Processes) -> None:
+        """Add what the other processes have recorded of the same block."""
+        mine = {name: (self._layouts[name], found) for name, found in self._tokens.items()}
+        for rank, (seen, used) in enumerate(processes.gather((mine, self._used))):
+            if rank == processes.rank:
+                continue
+            self._used = self._used | used
+            for name, (layout, tokens) in seen.items():
+                if name not in self._tokens:
+                    self._layouts[name] = layout
+                    self._begin(name, len(tokens), self._params[name].shape[layout.input_axes[0]])
+                self._tokens[name] = self._tokens[name] + tokens
+        processes.sum_([self._sums[name] for name in self._params if name in self._sums])
+
     def statistics(self) -> dict[str, InputStatistics]:
         """Return the statistics by name of the weight.
 
@@ -262,14 +277,14 @@ def one_by_one(block: nn.Module) -> None:
             config._experts_implementation_internal = "eager"
 
 
-def each_slice(
-    weight: Tensor, layout: Layout, fn: Callable[[Tensor, Layout, int], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Return the values and supports of ``fn(slice, layout, expert)`` for each matrix."""
+def matrix_layout(layout: Layout) -> Layout:
+    """Return the layout of one matrix of a weight, which may be a stack.
+
+    Examples
+    --------
+    >>> matrix_layout(Layout((2,), (1,), (0,)))
+    Layout(input_axes=(1,), output_axes=(0,), batch_axes=())
+    """
     if not layout.batch_axes:
-        return fn(weight, layout, 0)
-    inner = Layout(
-        tuple(a - 1 for a in layout.input_axes), tuple(a - 1 for a in layout.output_axes)
-    )
-    pairs = [fn(weight[e], inner, e) for e in range(weight.shape[0])]
-    return torch.stack([v for v, _ in pairs]), torch.stack([s for _, s in pairs])
+        return layout
+    return Layout(tuple(a - 1 for a in layout.input_axes), tuple(a - 1 for a in layout.output_axes))

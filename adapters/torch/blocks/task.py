@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from safe_core.patterns import ByName, Pattern
 from .calls import BlockCalls, record
 from .fingerprints import fingerprint
 from .memory import BlockSize, MemoryEstimate, block_dtype, forward_backward_bytes
+from .processes import Processes
 from .reconstruction import wide_mse
 from .settings import PruningSettings
+from .shares import SampleShares
 from .solver import BlockSolver
 from .structure import Structure, block_name, evaluation_mode
 
@@ -26,6 +28,7 @@ __all__ = [
     "NO_CAST",
     "PatternError",
     "Task",
+    "alike_samples",
     "check_pattern",
     "predict_memory",
     "trainable_names",
@@ -47,6 +50,10 @@ class Task(NamedTuple):
         Ids of the parameters that are used outside the blocks too.
     dense : dict of str to str
         The matrices of the blocks that stay dense, by full name, with the reason.
+    processes : Processes
+        Those that prune the model together.
+    shares : SampleShares
+        Which of them holds which sample.
     """
 
     model: nn.Module
@@ -61,6 +68,12 @@ class Task(NamedTuple):
     structure: Structure
     outside: frozenset[int]
     dense: dict[str, str]
+    processes: Processes
+    shares: SampleShares
+
+    def held(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the samples of each group that this process holds."""
+        return self.shares.held(self.processes.rank, groups)
 
     def pattern_of(self, i: int, names: Collection[str]) -> Pattern:
         """Return one pattern for weights of block i, by name where their patterns differ."""
@@ -70,20 +83,37 @@ class Task(NamedTuple):
 
     def described(self) -> dict[str, str]:
         """Return what must be the same for a run to be resumed."""
+        return {**self.given(), **self.solver.described(_joined(self.patterns))}
+
+    def given(self) -> dict[str, str]:
+        """Return what must be the same for a run to be resumed, except for the solver."""
         s = self.settings
-        pattern = _joined(self.patterns)
         tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
             "weights": repr([list(w) for w in self.weights]),
-            "sparsity": repr(pattern),
+            "sparsity": repr(_joined(self.patterns)),
             "target_inputs": s.target_inputs,
             "propagate": s.propagate,
             "batch_size": str(s.batch_size),
             "seed": str(s.seed),
             "batches": fingerprint(tensors),
-            **self.solver.described(pattern),
         }
+
+
+def alike_samples(samples: Iterable[Mapping[str | None, Any]]) -> list[list[int]]:
+    """Return groups of samples whose tensors have the same shapes.
+
+    Examples
+    --------
+    >>> alike_samples([{None: torch.ones(1, length)} for length in (2, 3, 2)])
+    [[0, 2], [1]]
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, sample in enumerate(samples):
+        shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
+        alike.setdefault(shapes, []).append(i)
+    return list(alike.values())
 
 
 def _joined(patterns: Mapping[str, Pattern]) -> Pattern:
@@ -166,22 +196,27 @@ def predict_memory(task: Task) -> MemoryEstimate:
             lambda _, x: hidden.append(x.to("meta")),
         )  # fmt: skip
     sizes = [
-        BlockSize.of(block, weights, trainable_names(task, i, weights), task.device)
+        BlockSize.of(
+            block, weights, trainable_names(task, i, weights), task.device, task.processes.size
+        )
         for i, (block, weights) in enumerate(zip(task.blocks, task.weights, strict=True))
     ]
     largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
-    size = sizes[largest]
+    size, held = sizes[largest], task.held([range(len(task.samples))])[0]
 
     def work(
         batch_size: int | None = None, *, backward: bool = False, autocast: bool = False
     ) -> int:
-        rows = s.batch_size if batch_size is None else batch_size
-        return _work_bytes(
+        whole = min(s.batch_size if batch_size is None else batch_size, len(task.samples))
+        # A forward pass runs the samples of this process, and a step its part of the batch.
+        rows = task.shares.largest_part(whole) if backward else max(1, min(whole, len(held)))
+        sent = 2 * (whole - rows) * hidden[0].nbytes if backward else 0  # inputs and targets
+        return sent + _work_bytes(
             task, calls, largest, hidden[0], rows, backward=backward, autocast=autocast
         )
 
     first = _numbers(task.samples[0])
-    stored = 2 * sum(hidden[0].nbytes * _numbers(x) // first for x in task.samples)
+    stored = 2 * sum(hidden[0].nbytes * _numbers(task.samples[k]) // first for k in held)
     # The host holds a copy of the dense block, to undo a failed write, and the file's contents.
     found = {
         "device": task.solver.memory(size, work),
@@ -206,13 +241,13 @@ def _work_bytes(
     calls: BlockCalls,
     i: int,
     hidden: Tensor,
-    batch: int,
+    rows: int,
     *,
     backward: bool,
     autocast: bool,
 ) -> int:
     """Return the bytes of a forward (and backward) pass of a block, beside its parameters."""
-    block, rows = task.blocks[i], min(batch, len(task.samples))
+    block = task.blocks[i]
     own = block_dtype(block)
     dtype = wide_dtype(torch, list(block.parameters())) if backward else own
     trained = trainable_names(task, i, task.weights[i])
