@@ -25,20 +25,8 @@ STEPS = 8
 @pytest.mark.parametrize(
     ("world", "kinds"),
     [
-        (
-            2,
-            [
-                "ddp",
-                "ddp-reuse",
-                "fsdp",
-                "fsdp-reuse",
-                "fsdp-untuned",
-                "fsdp-packed",
-                "tp",
-                "tp-packed",
-                "local",
-            ],
-        ),
+        (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local"]),
+        (2, ["fsdp-packed", "tp-packed"]),
         (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp"]),
     ],
     ids=["two", "two packed", "four"],
