@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,9 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     if kind == "resumed":
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
             prune_blocks(make(), data, solver, progress=interrupt, **settings)
+        if rank == 0:
+            shutil.copytree(settings["work_dir"], folder / "copy")
+        dist.barrier()
     report = prune_blocks(pruned, data, solver, progress=told.append, **settings)
     if kind == "on disk":
         held = len(data) // world() + (rank < len(data) % world())
@@ -211,6 +215,10 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     assert kind != "on disk" or not list(settings["work_dir"].glob("*.bin"))
     one = make()
     settings = {key: value for key, value in settings.items() if key not in ("work_dir", "offload")}
+    if kind == "resumed":  # which one process can do, too
+        prune_blocks(one, data, solver, distributed=False, **settings, work_dir=folder / "copy")
+        torch.testing.assert_close(weights, list(one.parameters()), rtol=0, atol=largest)
+        one = make()
     wanted = prune_blocks(one, data, solver, distributed=False, **settings)
     pairs = list(zip(weights, one.parameters(), strict=True))
     if not all(torch.equal(a == 0, b == 0) for a, b in pairs):
