@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,9 +114,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]
     "experts by sparsegpt": (mixtral, "sparsegpt", tokens(5), {}, 1e-12),
     "experts by safe+": (mixtral, trained(), tokens(5), {}, 1e-11),
     "on disk": (blocks, "wanda", SEVEN, {"offload": "disk", "work_dir": "disk"}, 1e-13),
+    "sharded": (blocks, trained(rho=1e-3), SEVEN, {"shard": True}, 1e-12),
+    "sharded in groups": (blocks, trained(), SEVEN, {"shard": True, "sparsity": "2:4"}, 1e-12),
+    "sharded start is kept": (
+        blocks, trained(learning_rate=9.0), SEVEN, {"shard": True, "target_inputs": "dense"}, 1e-12
+    ),
+    "sharded experts": (mixtral, trained(epochs=1), tokens(5), {"shard": True}, 1e-11),
     "resumed": (blocks, trained(), SEVEN, {"work_dir": "interrupted"}, 1e-12),
 }  # fmt: skip
-FEWER = ("wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths")
+FEWER = (
+    "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
+    "sharded in groups",
+)  # fmt: skip
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
 
@@ -182,12 +192,16 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     """Prune together and alone, and say how the results differ."""
     make, solver, data, settings, largest = CASES[kind]
     pruned, told = make(), []
+    settings = {"sparsity": 0.5, **settings}
     if "work_dir" in settings:
         settings = settings | {"work_dir": folder / settings["work_dir"]}
     if kind == "resumed":
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
-            prune_blocks(make(), data, solver, 0.5, progress=interrupt, **settings)
-    report = prune_blocks(pruned, data, solver, 0.5, progress=told.append, **settings)
+            prune_blocks(make(), data, solver, progress=interrupt, **settings)
+        if rank == 0:
+            shutil.copytree(settings["work_dir"], folder / "copy")
+        dist.barrier()
+    report = prune_blocks(pruned, data, solver, progress=told.append, **settings)
     if kind == "on disk":
         held = len(data) // world() + (rank < len(data) % world())
         assert report.predicted.disk == 2 * held * data[0].nbytes
@@ -201,7 +215,11 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     assert kind != "on disk" or not list(settings["work_dir"].glob("*.bin"))
     one = make()
     settings = {key: value for key, value in settings.items() if key not in ("work_dir", "offload")}
-    wanted = prune_blocks(one, data, solver, 0.5, distributed=False, **settings)
+    if kind == "resumed":  # which one process can do, too
+        prune_blocks(one, data, solver, distributed=False, **settings, work_dir=folder / "copy")
+        torch.testing.assert_close(weights, list(one.parameters()), rtol=0, atol=largest)
+        one = make()
+    wanted = prune_blocks(one, data, solver, distributed=False, **settings)
     pairs = list(zip(weights, one.parameters(), strict=True))
     if not all(torch.equal(a == 0, b == 0) for a, b in pairs):
         return "other supports"
@@ -223,9 +241,10 @@ def memory() -> str:
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     data = torch.randint(0, 31, (16, 64), generator=torch.Generator().manual_seed(3))
-    for solver in ("sparsegpt", trained(epochs=1, batch_size=8)):
+    solver = trained(epochs=1, batch_size=8)
+    for how, shard in (("sparsegpt", False), (solver, False), (solver, True)):
         llama = transformers.LlamaForCausalLM(config)
-        report = prune_blocks(llama, data, solver, 0.5, measure_memory=True)
+        report = prune_blocks(llama, data, how, 0.5, measure_memory=True, shard=shard)
         if report.peak != pytest.approx(report.predicted.device, rel=0.2):
             return f"{report.peak} instead of {report.predicted.device}"
     alone = plan_pruning(llama, data, solver, 0.5, distributed=False).memory

@@ -115,6 +115,9 @@ class Processes:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
 
+    def complete_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        """Fill in a gradient of zeros where only other processes have one."""
+
     def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of parameters over all processes.
 
@@ -233,8 +236,8 @@ class _Group(Processes):
             if tensor.data_ptr() != whole.data_ptr():
                 tensor.copy_(whole)
 
-    def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        trained = [p for p in params if p.requires_grad]
+    def complete_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        trained = list(params)
         complete = all(p.grad is not None for p in trained)
         if self._meet(_READY if complete else _INCOMPLETE):
             held = torch.tensor([p.grad is not None for p in trained], dtype=torch.int64)
@@ -242,6 +245,10 @@ class _Group(Processes):
             for p, holders in zip(trained, held.tolist(), strict=True):
                 if holders and p.grad is None:
                     p.grad = torch.zeros_like(p)
+
+    def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        trained = list(params)
+        self.complete_gradients(trained)
         self._sum([p.grad for p in trained if p.grad is not None])
 
     def copy_(self, tensors: Iterable[Tensor], source: int = 0) -> None:

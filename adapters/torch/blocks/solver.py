@@ -79,6 +79,8 @@ class BlockProblem:
     processes : Processes
         Those that prune the block together. They hold the same statistics, and each its part of
         every batch.
+    shard : bool
+        Whether they share the state of an optimizer.
     """
 
     name: str
@@ -92,6 +94,7 @@ class BlockProblem:
     copy: Callable[[torch.dtype], nn.Module]
     report: Callable[[int, float], None]
     processes: Processes = field(default_factory=Processes)
+    shard: bool = False
 
     def in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """Return a copy of the dense block in another dtype, and free ``dense``."""
