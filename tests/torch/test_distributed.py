@@ -25,9 +25,10 @@ STEPS = 8
     ("world", "kinds"),
     [
         (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local"]),
-        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "tp-fsdp"]),
+        (2, ["fsdp-channels", "tp-channels"]),
+        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "tp-fsdp", "tp-fsdp-channels"]),
     ],
-    ids=["two", "four"],
+    ids=["two", "two by channel", "four"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
     finished = subprocess.run(
@@ -77,14 +78,15 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     from torch.distributed.tensor.debug import CommDebugMode
 
     rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
-    model = _wrap(kind, _network(), mesh)
+    wrapped = kind.removesuffix("-channels")
+    model = _wrap(wrapped, _network(), mesh)
     optimizer = _optimizer(model, kind)
     if kind.endswith("reuse"):
         _train_by_closure(model, optimizer, rows)
     else:
-        if kind == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
+        if wrapped == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
             rows = slice(rank // 2 * 16, (rank // 2 + 1) * 16)
-        _train(model, optimizer, slice(None) if kind == "tp" else rows, local=kind == "local")
+        _train(model, optimizer, slice(None) if wrapped == "tp" else rows, local=kind == "local")
     alone = _network()
     reference = _optimizer(alone, kind)
     if kind == "local":
@@ -190,6 +192,11 @@ def _optimizer(model: Any, kind: str) -> Any:
         importance=None if kind == "tp-fsdp" else safe_core.SquaredGradient(0.9),
         **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )
+    if kind.endswith("channels"):
+        first = safe_core.ChannelSAM(0.05, adaptive=True, scope="tensor")
+        second = safe_core.ChannelSAM(0.05)
+        by_channel = safe_core.Staged(first, second, STEPS // 2)
+        method = safe_core.Method(0.7, safe_core.ADMM(0.1, 3), perturbation=by_channel)
     base, given = torch.optim.Adam(model.parameters(), lr=0.01), None
     if kind == "tp-fsdp":
         generator = torch.Generator().manual_seed(2)
