@@ -187,7 +187,8 @@ def adasap(
         Whether perturbations scale with each weight, as in `ASAM`.
     rho_max, rho_min : float
         Largest and smallest radius of a channel in the first two stages. By default 2.0 and 0.01,
-        and 0.1 and 0.01 if not adaptive.
+        and 0.1 and 0.01 if not adaptive. Equal ones with ``norm="global"`` give `ASAM` or `SAM`
+        from the start.
     rho : float or schedule, optional
         Radius of the third stage, by default 2.0, and 0.05 if not adaptive.
     norm : {"channel", "global"}
@@ -223,15 +224,12 @@ def adasap(
     _checks.flag("adaptive", adaptive)
     largest = _checks.real("rho_max", _or(rho_max, 2.0 if adaptive else 0.1), low=0.0)
     smallest = _checks.real("rho_min", rho_min, low=0.0)
-    if smallest > largest or not largest:
-        raise ValueError(
-            f"rho_max must be positive and at least rho_min, got rho_max={largest!r} and "
-            f"rho_min={smallest!r}"
-        )
+    if smallest > largest:
+        raise ValueError(f"rho_max must be at least rho_min, {smallest!r}, got {largest!r}")
     pattern, schedule = _removing(sparsity, steps)
     first = ChannelSAM(
         largest,
-        smallest / largest,
+        smallest / largest if largest else 1.0,
         adaptive=adaptive,
         scope="global" if pattern.joint else "tensor",
         norm=norm,

@@ -72,14 +72,11 @@ class Staged(Perturbation):
                     f"{name} must be the same in both stages, got {values[0]!r} and {values[1]!r}"
                 )
             object.__setattr__(self, name, values[0])
-        radius = _StagedRadius(self.first.rho, self.second.rho, self.start)  # type: ignore[arg-type]
+        radius: Any = self.first.rho
+        if self.second.rho != radius:
+            radius = _StagedRadius(radius, self.second.rho, self.start)  # type: ignore[arg-type]
         object.__setattr__(self, "rho", radius)
         super().__post_init__()
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the radius is known to be 0 in both stages."""
-        return self.first.is_zero and self.second.is_zero
 
     def direction(
         self,

@@ -215,7 +215,7 @@ def test_a_staged_perturbation_takes_the_options_of_both_stages() -> None:
         ),
         (
             lambda: safe_core.adasap(0.5, steps=9, rho_max=0.1, rho_min=0.2),
-            "rho_max must be .* got rho_max=0.1 and rho_min=0.2",
+            r"rho_max must be at least rho_min, 0\.2, got 0\.1",
         ),
     ],
 )
