@@ -34,7 +34,7 @@ from safe_core.study.runner.training import Training
         ("colour = 3\n" + TINY, "colour is not a key of recipe, which takes: title, data, model"),
         (
             changed("width", "depth"),
-            r"model\.depth is not a key of model, which takes: name, options, width",
+            r"model\.depth is not a key of model, which takes: name, options, width, dense_layers",
         ),
         (changed('"digits"', '"svhn"'), r"data\.name must be one of 'digits', 'mnist'.*'svhn'"),
         (changed("[0.8, 0.9]", "[0.8, 1.0]"), r"sparsities\[1\] must be a fraction.*got 1\.0"),

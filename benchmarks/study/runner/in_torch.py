@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from safe_core import Method
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
 from safe_core.adapters.torch.modules import recalibrate
+from safe_core.adapters.torch.weights import prunable_weights
 from safe_core.flatness import LossSurface
 from safe_core.study.data import Normalisation, channels_first
 from safe_core.study.models import Architecture, Variables, from_state_dict
@@ -23,7 +24,7 @@ from safe_core.study.robustness import PGD
 from safe_core.study.robustness.torch import attacker
 
 from .networks import OwnNetwork
-from .plan import Plan
+from .plan import Plan, layer_of
 
 __all__ = ["TorchLearner", "TorchSubject", "check", "device_name", "peak_memory"]
 
@@ -53,8 +54,12 @@ class TorchLearner:
         self._rates = plan.rates()
         self._step = 0
         self._optimizer = _base(plan, self._model)
+        self._where = _selection(plan, self._model)
         if plan.method is not None:
-            self._optimizer = SparseOptimizer(self._optimizer, plan.method, model=self._model)
+            self._optimizer = self._sparse(self._optimizer, plan.method)
+
+    def _sparse(self, base: torch.optim.Optimizer, method: Method) -> SparseOptimizer:
+        return SparseOptimizer(base, method, model=self._model, where=self._where)
 
     def step(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> Tensor:
         """Take one step on a batch; return its loss."""
@@ -82,7 +87,7 @@ class TorchLearner:
             if method is None:
                 return self.variables()
             base = torch.optim.SGD(self._model.parameters(), lr=0.0)
-            optimizer = SparseOptimizer(base, method, model=self._model)
+            optimizer = self._sparse(base, method)
         with optimizer.sparse_weights():
             return self.variables()
 
@@ -165,6 +170,17 @@ def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         momentum=training.momentum,
         weight_decay=training.weight_decay,
     )
+
+
+def _selection(plan: Plan, model: Normalised) -> Callable[[str, Tensor], bool] | None:
+    """Return the selection of the sparse weights; None for the default one."""
+    if not plan.dense_layers:
+        return None
+    weights = prunable_weights(model.model)
+    chosen = {name: p for name, p in model.model.named_parameters() if p in weights}
+    plan.check_layers(chosen)
+    sparse = {p for name, p in chosen.items() if layer_of(name) not in plan.dense_layers}
+    return lambda _, p: p in sparse
 
 
 def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:

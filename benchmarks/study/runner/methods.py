@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import safe_core
-from safe_core import Method, Unstructured, _checks, importance, schedules
-from safe_core.patterns import as_pattern
+from safe_core import Channel, Method, Unstructured, _checks, importance, schedules
+from safe_core.patterns import Pattern, as_pattern
 
 from .own import Own, load
 from .tables import read_some, sparsity_key, text
@@ -34,6 +34,8 @@ class Kind(NamedTuple):
     derives : bool
         Whether the constructor derives its numbers from ``steps``. A recipe that gives a penalty
         means the method as published, which gets no ``steps``.
+    pattern : callable
+        The pattern of a fraction that comes with a scope.
 
     Examples
     --------
@@ -45,6 +47,7 @@ class Kind(NamedTuple):
     fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
     course: str = "fixed"
     derives: bool = False
+    pattern: Callable[..., Pattern] = Unstructured
 
     def parameters(self) -> tuple[str, ...]:
         """Return the parameters of the constructor after the first, which is the sparsity."""
@@ -61,7 +64,8 @@ class Kind(NamedTuple):
         names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
-        return (*names, *_OF_PATTERN, *_OF_COURSE[self.course])
+        of_pattern = _OF_PATTERN if self.pattern is Unstructured else ("scope",)
+        return (*names, *of_pattern, *_OF_COURSE[self.course])
 
 
 _OF_PATTERN = ("scope", "distribution", "ragged")
@@ -84,12 +88,17 @@ RECIPE_METHODS = {
     "gmp": Kind(safe_core.gmp, {}, "rising"),
     "iht": Kind(safe_core.iht),
     "imp_sam": Kind(safe_core.imp_sam, {}, "rising"),
+    "adasap": Kind(safe_core.adasap, pattern=Channel),
     "cram": Kind(safe_core.cram, {"plus": False}),
     "cram_plus": Kind(safe_core.cram, {"plus": True}),
     "cram_multi": Kind(safe_core.cram, {"plus": False}, "drawn"),
     "cram_plus_multi": Kind(safe_core.cram, {"plus": True}, "drawn"),
 }
-_RISES = {"cubic": schedules.cubic, "linear": schedules.linear_sparsity}
+_RISES = {
+    "cubic": schedules.cubic,
+    "exponential": schedules.exponential_sparsity,
+    "linear": schedules.linear_sparsity,
+}
 _PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
 # Keys of a method's table that are not parameters of the method.
 _OF_ENTRY = ("method", "label", "sweep", "training")
@@ -191,7 +200,7 @@ class Entry:
         values = self.values(sparsity)
         try:
             course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
-            pattern = _pattern(course, values)
+            pattern = _pattern(course, values, kind)
             self._schedule(values, epochs * steps_per_epoch)
             if "importance" in values:
                 _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
@@ -256,14 +265,14 @@ class Entry:
             values["penalty"] = rises(values["penalty"], steps=steps)
 
 
-def _pattern(course: Any, values: dict[str, Any]) -> Any:
+def _pattern(course: Any, values: dict[str, Any], kind: Kind) -> Any:
     """Return the pattern of a course; remove the parameters of patterns from ``values``."""
     pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
         return replace(as_pattern(course), ragged=ragged)  # type: ignore[call-arg]  # N:M has it
     _checks.choice("ragged", ragged, ("error", "dense"))
-    return Unstructured(course, **pools) if pools else course
+    return kind.pattern(course, **pools) if pools else course
 
 
 @dataclass(frozen=True)
