@@ -36,6 +36,7 @@ __all__ = [
     "on_several_devices",
     "ordering_key",
     "peaks",
+    "positions",
     "regrouped",
     "resharded_as",
     "scaled",
@@ -192,6 +193,10 @@ def blockwise(
     fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
 ) -> list[Array]:
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+
+
+def positions(x: Array) -> Array:
+    return jnp.arange(x.size, dtype=jnp.int32)
 
 
 def ordering_key(x: Array) -> Array:
