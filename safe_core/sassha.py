@@ -267,17 +267,20 @@ def _averaged(old: Array, new: Array, beta: Number) -> Array:
 
 def _correction(beta: Number, count: int | Array) -> Number:
     """Return ``1 - beta**count``, without the cancellation of that difference in float32."""
-    rate: Number
+    log: Number
     if is_array_api_obj(beta):
-        rate = array_namespace(beta).log(beta)
+        log = array_namespace(beta).log(beta)
     else:
-        rate = math.log(beta) if beta else -math.inf
+        log = math.log(beta) if beta else -math.inf
     if not is_array_api_obj(count):
-        exponent = count * rate
-    else:
+        exponent = count * log
+    elif backend_of(count).is_concrete(count):
+        exponent = int(count) * log
+    else:  # in the default dtype, which is float32 in JAX unless x64 is enabled
         xp = array_namespace(count)
         floating = xp.__array_namespace_info__().default_dtypes()["real floating"]
-        exponent = xp.astype(count, floating) * scalar_like(rate, xp.empty((), dtype=floating))
+        exponent = xp.astype(count, floating)
+        exponent = exponent * scalar_like(log, exponent)
     if is_array_api_obj(exponent):
         return -array_namespace(exponent).expm1(exponent)
     return -math.expm1(exponent)
