@@ -106,5 +106,6 @@ def _signs(x: Array, salt: int | Array) -> Array:
     xp, backend = array_namespace(x), backend_of(x)
     salt = salt if is_array_api_obj(salt) else signed(salt)
     bits = xp.reshape(hashing.mix(hashing.mix(backend.positions(x)) ^ salt), x.shape)
+    bits = backend.resharded_as(x, bits)
     ones = xp.ones_like(backend.detached(x))
     return xp.where(bits < 0, -ones, ones)
