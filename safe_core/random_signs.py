@@ -71,7 +71,7 @@ def mixed(h: int | Array) -> int | Array:
     True
     """
     if is_array_api_obj(h):
-        return hashing.mix(h + signed(_OFFSET))
+        return hashing.mix(h + signed(_OFFSET))  # type: ignore[operator]
     return hashing.mix_int((h + _OFFSET) & 0xFFFFFFFF)
 
 
@@ -91,7 +91,7 @@ def _read(number: int | Array) -> int | Array:
     if not is_array_api_obj(number):
         return number
     if backend_of(number).is_concrete(number):  # integers of NumPy would warn of overflow
-        return int(number)
+        return int(number)  # type: ignore[arg-type]
     xp = array_namespace(number)
     return xp.astype(number, xp.int32, copy=False)
 

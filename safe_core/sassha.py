@@ -275,7 +275,7 @@ def _correction(beta: Number, count: int | Array) -> Number:
     if not is_array_api_obj(count):
         exponent = count * log
     elif backend_of(count).is_concrete(count):
-        exponent = int(count) * log
+        exponent = int(count) * log  # type: ignore[arg-type]
     else:  # in the default dtype, which is float32 in JAX unless x64 is enabled
         xp = array_namespace(count)
         floating = xp.__array_namespace_info__().default_dtypes()["real floating"]

@@ -45,7 +45,7 @@ class SasshaState(NamedTuple):
         Averages of ``|z * (H z)|``, estimates of the magnitude of the Hessian diagonal.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     hessian_count: jax.Array
     mu: PyTree
     hessian: PyTree

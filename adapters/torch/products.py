@@ -81,7 +81,7 @@ class HessianEstimates:
             flat = torch.cat([h.reshape(-1) for h in parts])
             dist.all_reduce(flat, group=self._group)
             flat /= processes
-            averaged = flat.split([h.numel() for h in parts])
+            averaged = torch.split(flat, [h.numel() for h in parts])
             for h, mean in zip(parts, averaged, strict=True):
                 h.copy_(mean.view(h.shape))
 

@@ -310,8 +310,7 @@ class Recipe:
             ("evaluation", self.evaluation),
         ):
             found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
-        if target is not None:
-            found |= {f"method.{name}": value for name, value in entry.values(target).items()}
+        found |= {f"method.{name}": value for name, value in entry.values(target).items()}
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
             del found[name]
         if not found["training.dense_epochs"]:
