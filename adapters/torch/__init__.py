@@ -17,12 +17,14 @@ from .lightning_callback import SparseCallbackMixin
 from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
+from .sassha import Sassha
 from .trainers import SparseTrainerMixin, perturbed, unwrap
 from .weights import prunable_weights
 
 __all__ = [
     "RandomState",
     "RemovedChannels",
+    "Sassha",
     "SparseCallbackMixin",
     "SparseOptimizer",
     "SparseTrainerMixin",

@@ -128,6 +128,39 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
+    whole = read_recipe(files("safe_core.study") / "recipes" / "sassha-digits.toml")
+    recipe = replace(
+        whole,
+        data=replace(whole.data, train_images=128, label_noise=(0.5,)),
+        model=replace(whole.model, width=0.1),
+        training=replace(whole.training, epochs=1, warmup_epochs=0),
+        evaluation=replace(whole.evaluation, flatness_images=64),
+        seeds=(0,),
+        frameworks=(framework,),
+    )
+    found = {cell.method: run_cell(recipe, cell) for cell in cells(recipe)}
+    assert list(found) == ["SGD", "SAM", "AdamW", "Sassha"]
+    assert len({result["losses"][0] for result in found.values()}) == 4
+    for result in found.values():
+        assert result["zeros"] == 0
+        assert result["accuracy"] == result["dense_accuracy"]
+        assert result["eigenvalue"] > 0
+
+
+def test_dense_training_may_perturb() -> None:
+    tables = [{"method": "dense", "sweep": {"rho": [0.0, 0.1]}}]
+    plain, sam = (e.build(None, epochs=2, steps_per_epoch=4, seed=0) for e in read_entries(tables))
+    assert plain is None
+    assert sam == safe_core.Method(0.0, safe_core.AtEnd(), perturbation=safe_core.SAM(0.1))
+    source = changed('method = "dense"', 'method = "dense"\nrho = 0.1')
+    settings = [parse_recipe(text).settings("dense", None) for text in (TINY, source)]
+    assert settings[1] == {**settings[0], "method.rho": 0.1}
+    with pytest.raises(ValueError, match=r"methods\[0\] \(dense\): rho must be a finite number"):
+        parse_recipe(source.replace("rho = 0.1", "rho = -0.1"))
+
+
 def test_methods_are_built_with_their_schedules() -> None:
     recipe = read_recipe(files("safe_core.study") / "recipes" / "table-8.toml")
     by_label = {entry.label: entry for entry in recipe.methods}

@@ -19,7 +19,7 @@ from safe_core.adapters.jax.flatness import loss_surface
 from safe_core.adapters.jax.flax.training import recalibrate
 from safe_core.adapters.jax.gradients import value_and_gradients
 from safe_core.adapters.jax.weights import is_prunable, name_of
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax import finalize, sassha, sparse_optimizer
 from safe_core.flatness import LossSurface
 from safe_core.study.data import Normalisation
 from safe_core.study.models import Architecture, Variables
@@ -156,6 +156,8 @@ def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.Gradien
     betas = {"b1": training.momentum, "b2": training.second_moment}
     if training.optimizer == "adamw":
         return optax.adamw(rate, **betas, weight_decay=training.weight_decay)
+    if training.optimizer == "sassha":
+        return sassha(rate, training.momentum, training.second_moment, 0.0, training.weight_decay)
     if training.optimizer == "adam":
         rule = optax.adam(rate, **betas)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safe_core import Method
-from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch import Sassha, SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
 from safe_core.adapters.torch.modules import recalibrate
 from safe_core.adapters.torch.weights import prunable_weights
@@ -68,7 +68,8 @@ class TorchLearner:
         def closure() -> Tensor:
             self._optimizer.zero_grad()
             loss = functional.cross_entropy(self._model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # A second-order optimizer computes Hessian products, too.
+            getattr(self._optimizer, "backward", Tensor.backward)(loss)
             return loss.detach()
 
         for group in self._optimizer.param_groups:
@@ -162,6 +163,14 @@ def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         return rule(
             model.parameters(),
             betas=(training.momentum, training.second_moment),
+            weight_decay=training.weight_decay,
+        )
+    if training.optimizer == "sassha":
+        return Sassha(
+            model.parameters(),
+            lr=training.learning_rate,
+            betas=(training.momentum, training.second_moment),
+            rho=0.0,
             weight_decay=training.weight_decay,
         )
     return torch.optim.SGD(

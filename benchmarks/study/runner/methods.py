@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import safe_core
-from safe_core import Channel, Method, Unstructured, _checks, importance, schedules
+from safe_core import SAM, AtEnd, Channel, Method, Unstructured, _checks, importance, schedules
 from safe_core.patterns import Pattern, as_pattern
 
 from .own import Own, load
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """Return the parameters that a recipe can set."""
         if self.constructor is None:
-            return ()
+            return ("rho",)
         names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
@@ -178,7 +178,7 @@ class Entry:
         except ValueError as error:
             raise ValueError(f"{self.place} ({self.label}): {error}") from None
 
-    def values(self, sparsity: Sparsity) -> dict[str, Any]:
+    def values(self, sparsity: Sparsity | None) -> dict[str, Any]:
         """Return the parameters at a sparsity."""
         found = {}
         for name, value in self.options:
@@ -190,14 +190,13 @@ class Entry:
     def build(
         self, sparsity: Sparsity | None, *, epochs: int, steps_per_epoch: int, seed: int
     ) -> Method | None:
-        """Return the method of one run, or None for dense training.
+        """Return the method of one run, or None for dense training without a radius.
 
         ``seed`` draws random sparsities.
         """
-        kind = self.kind
+        kind, values = self.kind, self.values(sparsity)
         if kind.constructor is None or sparsity is None:
-            return None
-        values = self.values(sparsity)
+            return self._dense(**values)
         try:
             course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
             pattern = _pattern(course, values, kind)
@@ -222,6 +221,18 @@ class Entry:
             where = f"{self.place} ({self.label}) at sparsity {sparsity}"
             raise type(error)(f"{where}: {error}") from error
         return found
+
+    def _dense(self, rho: float = 0.0) -> Method | None:
+        """Return dense training by SAM, or None if the radius is 0."""
+        try:
+            perturbation = SAM(rho)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.place} ({self.label}): {error}") from error
+        return (
+            None
+            if perturbation.is_zero
+            else Method(Unstructured(0.0), AtEnd(), perturbation=perturbation)
+        )
 
     def _course(
         self,
@@ -287,7 +298,7 @@ class BySparsity:
 
     pairs: tuple[tuple[str, Any], ...]
 
-    def at(self, name: str, sparsity: Sparsity) -> Any:
+    def at(self, name: str, sparsity: Sparsity | None) -> Any:
         """Return the value at a sparsity, else the one under ``default``."""
         values = dict(self.pairs)
         for key, value in self.pairs:
@@ -311,10 +322,10 @@ def read_entries(tables: Any) -> tuple[Entry, ...]:
 
     Examples
     --------
-    >>> read_entries([{"method": "dense", "rho": 0.1}])
+    >>> read_entries([{"method": "dense", "penalty": 0.1}])
     Traceback (most recent call last):
         ...
-    ValueError: methods[0].rho is not a parameter of dense, which takes none
+    ValueError: methods[0].penalty is not a parameter of dense, which takes: rho
     >>> found = read_entries([{"method": "safe", "sweep": {"rho": [0.1, 0.2]}}])
     >>> [entry.label for entry in found]
     ['safe, rho = 0.1', 'safe, rho = 0.2']
@@ -349,7 +360,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
         raise TypeError(f"{place}.sweep must be a table of one list, got {_checks.shown(sweep)}")
     for key in (*given, *(() if unknown else sweep)):
         if key not in accepted:
-            takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
+            takes = f"which takes: {', '.join(accepted)}"
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
     options = tuple((key, _frozen(value)) for key, value in given.items())
     for key, value in options:

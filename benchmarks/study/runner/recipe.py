@@ -315,8 +315,7 @@ class Recipe:
             ("evaluation", self.evaluation),
         ):
             found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
-        if target is not None:
-            found |= {f"method.{name}": value for name, value in entry.values(target).items()}
+        found |= {f"method.{name}": value for name, value in entry.values(target).items()}
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
             del found[name]
         # Results that were written before these keys existed count as well.

@@ -20,6 +20,9 @@ class Training:
     zero as a cosine or a line, or is multiplied by ``decay`` at each of the ``milestones``
     (schedule ``step``).
 
+    The optimizer ``sassha`` does not perturb by itself: its method does, such as ``dense`` with a
+    ``rho``.
+
     With ``dense_epochs``, a dense network is trained first, and every method starts from it.
     ``dense_learning_rate`` is its learning rate, by default the same.
 
@@ -33,7 +36,7 @@ class Training:
     epochs: int = key(integer(1))
     batch_size: int = key(integer(2))
     learning_rate: float = key(number(0))
-    optimizer: str = key(choice("sgd", "adam", "adamw"), "sgd")
+    optimizer: str = key(choice("sgd", "adam", "adamw", "sassha"), "sgd")
     schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
     warmup_epochs: int = key(integer(0), 0)
     milestones: tuple[int, ...] = key(several(integer(1), empty=True), ())
