@@ -149,7 +149,8 @@ def _recorder(name: str, module: nn.Module, found: dict[str, Tensor]) -> Any:
     if isinstance(module, nn.Linear):
         axis = -1
     else:
-        axis = 1 if isinstance(module, _BatchNorm) else 1 - module.weight.ndim  # type: ignore[union-attr, operator]
+        weight: Any = module.weight
+        axis = 1 if isinstance(module, _BatchNorm) else 1 - weight.ndim
 
     def record(module: nn.Module, given: Any, output: Tensor) -> None:
         zero = (output == 0).movedim(axis, 0).flatten(1).all(dim=1)
