@@ -92,9 +92,18 @@ def trained(**changes: Any) -> SafeReconstruction:
 
 PUBLISHED = {"published": True, "start": None, "dual_update_interval": 2}
 SEVEN = samples(7, 5)
+
+
+def halves(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Any) -> tuple[Tensor, Tensor]:
+    """Keep the even inputs, by a support that repeats one row."""
+    support = (torch.arange(weight.shape[1]) % 2 == 0).expand(weight.shape)
+    return (weight * support).T.contiguous().T, support
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]] = {
     # The model, the solver, the samples, the settings, and the largest difference of a weight.
     **{name: (blocks, name, SEVEN, {}, 1e-13) for name in ("magnitude", "wanda", "sparsegpt")},
+    "views": (blocks, trained(start=halves), SEVEN, {}, 1e-12),
     "alps": (blocks, "alps", SEVEN, {}, 1e-6),
     "safe+": (blocks, trained(start="alps"), SEVEN, {}, 1e-6),
     "safe": (blocks, trained(importance=None), SEVEN, {}, 1e-12),
@@ -159,7 +168,7 @@ def test_an_error_in_one_process_ends_all() -> None:
         "argument": "process 1 of 3 failed: sparsity must be a fraction in [0, 1), such as 0.95, "
         "got 1.5",
         "batches": "batches must be the same in all processes, got another in process 2 than in "
-        "process 0",
+        "process 0; distributed=False prunes in each process alone",
         "progress": "no room | blocks.0 to blocks.0 are pruned and stay so; the rest is dense",
         "unshared": "solver must be one that sums over processes, which BlockSolver.distributed "
         "says, got Unshared() in 3 processes",

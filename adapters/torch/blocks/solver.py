@@ -235,7 +235,8 @@ class LayerByLayer(BlockSolver):
         layout, pattern = matrix_layout(found.layout), problem.pattern.of(key)
         result = self.solver(weight, statistics, pattern, layout=layout)
         _check_result(f"{problem.name}.{key}", weight, result)
-        return result[0].to(weight.dtype), result[1]
+        # Contiguous, because a solver may return a view that repeats entries.
+        return result[0].to(weight.dtype).contiguous(), result[1].contiguous()
 
 
 def _matrix(problem: BlockProblem, key: str, expert: int) -> Tensor:
