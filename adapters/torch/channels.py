@@ -158,9 +158,9 @@ def _remove(
     except KirigamiError as error:
         raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
-    buffers.cut(result.parameter_map, maps)
-    counts = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, counts, kept)
+    buffers.cut({**result.parameter_map}, maps)
+    gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
+    return RemovedChannels(model, gone, kept)
 
 
 class _Closure:
@@ -276,7 +276,7 @@ class _Buffers:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.optimizer = optimizer
-        self.names = {p: name for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         for p, held in self._held():
             for key, value in held.items():
                 if torch.is_tensor(value) and value.numel() > 1 and value.shape != p.shape:
