@@ -158,7 +158,7 @@ def _remove(
     except KirigamiError as error:
         raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
-    buffers.cut({**result.parameter_map}, maps)
+    buffers.cut(result.parameter_map, maps)
     gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
     return RemovedChannels(model, gone, kept)
 
@@ -289,7 +289,7 @@ class _Buffers:
         state = {} if self.optimizer is None else self.optimizer.state
         yield from ((p, held) for p, held in state.items() if p in self.names)
 
-    def cut(self, replaced: Mapping[Tensor, Tensor], maps: Mapping[str, Sequence[Any]]) -> None:
+    def cut(self, replaced: Mapping[Any, Tensor], maps: Mapping[str, Sequence[Any]]) -> None:
         """Put the new parameters into the optimizer, with the entries of the buffers that stay."""
         if self.optimizer is None:
             return
