@@ -136,7 +136,9 @@ def _remove(
             return RemovedChannels(model, {}, kept)
         removed = found.outputs()
         constants = {
-            name: [i for i in indices if not silent[name][i]] for name, indices in removed.items()
+            name: [i for i in indices if not silent[name][i]]
+            for name, indices in removed.items()
+            if name in silent
         }
         constants = {name: indices for name, indices in constants.items() if indices}
         if constants and not drop_constants and layers.have_effect(constants, args, kwargs):
