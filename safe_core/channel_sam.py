@@ -57,7 +57,7 @@ class ChannelSAM(Perturbation):
         tensor.
     norm : {"channel", "global"}
         Whether ``|T g_i|`` is that of the channel, or that of all parameters. With "global" only
-        the radii differ by channel, and |e| is at most ``rho`` in all.
+        the radii differ by channel, and ``|T^-1 e|`` over all parameters is at most ``rho``.
     interval, reuse : int, float
         See `Perturbation`.
 

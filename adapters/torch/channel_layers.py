@@ -146,11 +146,9 @@ def _positive(value: Any) -> Any:
 
 def _recorder(name: str, module: nn.Module, found: dict[str, Tensor]) -> Any:
     """Return a hook that notes which channels of a module's output are all zero."""
-    if isinstance(module, nn.Linear):
-        axis = -1
-    else:
-        weight: Any = module.weight
-        axis = 1 if isinstance(module, _BatchNorm) else 1 - weight.ndim
+    weight: Any = module.weight
+    # From the end, because a convolution takes images with or without a batch.
+    axis = 1 if isinstance(module, _BatchNorm) else 1 - weight.ndim
 
     def record(module: nn.Module, given: Any, output: Tensor) -> None:
         zero = (output == 0).movedim(axis, 0).flatten(1).all(dim=1)

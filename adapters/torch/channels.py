@@ -136,7 +136,9 @@ def _remove(
             return RemovedChannels(model, {}, kept)
         removed = found.outputs()
         constants = {
-            name: [i for i in indices if not silent[name][i]] for name, indices in removed.items()
+            name: [i for i in indices if not silent[name][i]]
+            for name, indices in removed.items()
+            if name in silent
         }
         constants = {name: indices for name, indices in constants.items() if indices}
         if constants and not drop_constants and layers.have_effect(constants, args, kwargs):
@@ -159,8 +161,8 @@ def _remove(
         raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
     buffers.cut(result.parameter_map, maps)
-    numbers = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, numbers, kept)
+    gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
+    return RemovedChannels(model, gone, kept)
 
 
 class _Closure:
@@ -289,7 +291,7 @@ class _Buffers:
         state = {} if self.optimizer is None else self.optimizer.state
         yield from ((p, held) for p, held in state.items() if p in self.names)
 
-    def cut(self, replaced: Mapping[Tensor, Tensor], maps: Mapping[str, Sequence[Any]]) -> None:
+    def cut(self, replaced: Mapping[Any, Tensor], maps: Mapping[str, Sequence[Any]]) -> None:
         """Put the new parameters into the optimizer, with the entries of the buffers that stay."""
         if self.optimizer is None:
             return

@@ -11,7 +11,7 @@ from short_runs import short_run
 from small_recipe import TINY
 
 import safe_core
-from safe_core.study.runner import cells, parse_recipe
+from safe_core.study.runner import cells, in_jax, in_torch, parse_recipe
 from safe_core.study.runner.in_jax import JaxLearner
 from safe_core.study.runner.in_torch import TorchLearner
 from safe_core.study.runner.plan import layer_of, plan
@@ -65,11 +65,11 @@ def test_a_layer_stays_dense_and_the_others_lose_channels(learner: Any, method: 
         assert gone == [12, 4]
 
 
-@pytest.mark.parametrize("learner", [TorchLearner, JaxLearner])
-def test_an_unknown_layer_is_named(learner: Any) -> None:
+@pytest.mark.parametrize("learner", [TorchLearner, JaxLearner, in_torch.check, in_jax.check])
+def test_an_unknown_layer_is_named_before_training(learner: Any) -> None:
     message = r"dense_layers must name layers with weights, dense1, dense2, dense3, got 'dense9'"
     with pytest.raises(ValueError, match=message):
-        learner(made(SOURCE.replace('"dense3"', '"dense9"'), "AdaSAP"))
+        learner(made(SOURCE.replace('"dense3"', '"dense9"'), "AdaSAP"), "cpu")
 
 
 def test_recipes_build_adasap_with_the_scope_of_channels() -> None:

@@ -331,9 +331,12 @@ def check(plan: Plan, device: str) -> None:
             plan.normalisation,
             plan.training,
             plan.method,
+            plan.dense_layers,
             plan.steps_per_epoch,
         )
-        jax.eval_shape(program.init, _initial(plan)["params"])
+        params = _initial(plan)["params"]
+        plan.check_layers(_weights(params))
+        jax.eval_shape(program.init, params)
 
 
 def peak_memory(device: str) -> int | None:
