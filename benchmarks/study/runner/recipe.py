@@ -316,6 +316,8 @@ class Recipe:
         if not found["training.dense_epochs"]:
             # Results that were written before these keys existed count as well.
             del found["training.dense_epochs"], found["training.dense_learning_rate"]
+        if found["training.eps"] is None:
+            del found["training.eps"]
         return {name: _as_json(value) for name, value in found.items()}
 
 
