@@ -68,6 +68,7 @@ from safe_core.study.runner.training import Training
             r"methods\[1\] \(SAFE\): training\.warmup_epochs must be below the 2 epochs, got 2",
         ),
         (changed("rate = 0.1", "rate = 0.1\nmomentum = 1"), r"training\.momentum must not be 1"),
+        (changed("rate = 0.1", "rate = 0.1\neps = 1e-3"), r"training\.eps must come .* not sgd"),
         (changed("width = 0.05", "width = 0"), r"model\.width must not be 0, got 0"),
         (
             changed("epochs = 2", 'epochs = 2\nschedule = "step"\nmilestones = [1, 2]'),
@@ -147,6 +148,20 @@ def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
         assert result["zeros"] == 0
         assert result["accuracy"] == result["dense_accuracy"]
         assert result["eigenvalue"] > 0
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sassha"])
+def test_eps_reaches_the_optimizer(optimizer: str, framework: str) -> None:
+    def first_losses(extra: str) -> list[float]:
+        table = f'optimizer = "{optimizer}"\nlearning_rate = 0.01{extra}'
+        recipe = parse_recipe(changed("learning_rate = 0.1", table))
+        recipe = replace(recipe, frameworks=(framework,))
+        return run_cell(recipe, cells(recipe)[0])["losses"]
+
+    assert first_losses("\neps = 10.0") != first_losses("")
+    without = parse_recipe(TINY)
+    assert "training.eps" not in without.settings("dense", None)
 
 
 def test_dense_training_may_perturb() -> None:

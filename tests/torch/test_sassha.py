@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import safe_core
 from safe_core.adapters.torch import RandomState, Sassha, SparseOptimizer
+from safe_core.adapters.torch.products import HessianEstimates
 from safe_core.random_signs import rademacher
 
 PROBLEM = Problem.make()
@@ -272,6 +273,11 @@ def test_a_step_that_initialises_for_a_checkpoint_does_not_count() -> None:
     for each in (run, fresh):
         each.step()
     assert_same(run.params(), fresh.params())
+    run.optimizer.zero_grad(set_to_none=False)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.0
+    run.optimizer.step()  # in training a step counts, also with zero gradients
+    assert {state["step"] for state in run.optimizer.state.values()} == {2}
 
 
 def test_a_learning_rate_can_be_a_tensor_and_parameters_can_be_transposed() -> None:
@@ -308,13 +314,44 @@ def test_a_missing_hessian_product_is_named_and_changes_nothing() -> None:
         assert run.optimizer.step(closure) is not None  # no product is due at this step
 
 
-def test_only_due_steps_build_a_second_graph() -> None:
-    run = Run(Recipe(interval=3))
-    found = []
+@pytest.mark.parametrize("method", [None, UNDER_SAFE["safe"][0]], ids=["alone", "safe"])
+def test_only_one_gradient_of_due_steps_has_a_second_graph(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    add = HessianEstimates.add
+
+    def counted(*given: Any) -> None:
+        calls.append(run.calls)
+        add(*given)
+
+    monkeypatch.setattr(HessianEstimates, "add", counted)
+    run = Run(Recipe(interval=3) if method is None else PLAIN._replace(interval=3), method)
+    base, found = getattr(run.optimizer, "base", run.optimizer), []
     for _ in range(6):
-        found.append(run.optimizer.needs_product)
+        found.append(base.needs_product)
         run.step()
     assert found == [True, False, False, True, False, False]
+    assert calls == [2, 8]  # the second of the two calls of a closure
+
+
+def test_an_unperturbed_step_is_allowed_and_a_block_replaces_its_product() -> None:
+    method = UNDER_SAFE["safe"][0]
+    allowed, wanted, plain = (
+        Run(PLAIN, method),
+        Run(PLAIN, method),
+        Run(PLAIN, UNDER_SAFE["admm"][0]),
+    )
+    allowed.optimizer.allow_unperturbed = True
+    for run in (allowed, wanted):
+        run.step_by_passes(lambda run=run: run.optimizer.backward(run.loss()))
+    assert_same(allowed.params(), wanted.params())
+    allowed = Run(PLAIN, method)
+    allowed.optimizer.allow_unperturbed = True
+    allowed.closure()
+    allowed.optimizer.step()
+    plain.step()
+    assert_same(allowed.params(), plain.params())
 
 
 @pytest.mark.parametrize(

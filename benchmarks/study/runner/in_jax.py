@@ -153,13 +153,16 @@ def _program(
 
 
 def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
-    betas = {"b1": training.momentum, "b2": training.second_moment}
-    if training.optimizer == "adamw":
-        return optax.adamw(rate, **betas, weight_decay=training.weight_decay)
+    averages = {"b1": training.momentum, "b2": training.second_moment}
+    if training.eps is not None:
+        averages["eps"] = training.eps
     if training.optimizer == "sassha":
-        return sassha(rate, training.momentum, training.second_moment, 0.0, training.weight_decay)
+        options: dict[str, Any] = {**averages, "weight_decay": training.weight_decay}
+        return sassha(rate, rho=0.0, **options)
+    if training.optimizer == "adamw":
+        return optax.adamw(rate, **averages, weight_decay=training.weight_decay)
     if training.optimizer == "adam":
-        rule = optax.adam(rate, **betas)
+        rule = optax.adam(rate, **averages)
     else:
         rule = optax.sgd(rate, momentum=training.momentum or None)
     return optax.chain(optax.add_decayed_weights(training.weight_decay), rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,21 +159,19 @@ def _checked(device: str) -> str:
 
 def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     training = plan.training
-    if training.optimizer in ("adam", "adamw"):
-        rule = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-        return rule(
+    if training.optimizer != "sgd":
+        rules: dict[str, Any] = {
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+            "sassha": partial(Sassha, rho=0.0),
+        }
+        found: torch.optim.Optimizer = rules[training.optimizer](
             model.parameters(),
             betas=(training.momentum, training.second_moment),
             weight_decay=training.weight_decay,
+            **({} if training.eps is None else {"eps": training.eps}),
         )
-    if training.optimizer == "sassha":
-        return Sassha(
-            model.parameters(),
-            lr=training.learning_rate,
-            betas=(training.momentum, training.second_moment),
-            rho=0.0,
-            weight_decay=training.weight_decay,
-        )
+        return found
     return torch.optim.SGD(
         model.parameters(),
         lr=training.learning_rate,

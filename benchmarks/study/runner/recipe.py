@@ -324,6 +324,8 @@ class Recipe:
         for name in ("model.dense_layers", "evaluation.corruption_ratio"):
             if not found[name]:
                 del found[name]
+        if found["training.eps"] is None:
+            del found["training.eps"]
         return {name: _as_json(value) for name, value in found.items()}
 
 

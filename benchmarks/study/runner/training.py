@@ -21,7 +21,8 @@ class Training:
     (schedule ``step``).
 
     The optimizer ``sassha`` does not perturb by itself: its method does, such as ``dense`` with a
-    ``rho``.
+    ``rho``. ``eps`` is the constant of the denominator in ``adam``, ``adamw`` and ``sassha``, by
+    default that of the optimizer.
 
     With ``dense_epochs``, a dense network is trained first, and every method starts from it.
     ``dense_learning_rate`` is its learning rate, by default the same.
@@ -43,6 +44,7 @@ class Training:
     decay: float = key(number(0), 0.1)
     momentum: float = key(number(0, 1, excluded=1), 0.9)
     second_moment: float = key(number(0, 1, excluded=1), 0.999)
+    eps: float | None = key(number(0), None)
     weight_decay: float = key(number(0), 0.0)
     dense_epochs: int = key(integer(0), 0)
     dense_learning_rate: float | None = key(number(0), None)
@@ -64,6 +66,10 @@ class Training:
                 f"{list(self.milestones)}"
             )
 
+        if self.eps is not None and self.optimizer == "sgd":
+            raise ValueError(
+                f"training.eps must come with an optimizer that has one, not sgd, got {self.eps}"
+            )
         if self.dense_epochs and self.schedule == "step":
             raise ValueError(
                 "training.dense_epochs must be 0 with milestones, which count the epochs of the "
