@@ -146,13 +146,14 @@ def markdown(results: list[dict[str, Any]]) -> str:
         for s in sparsities
         if (cell := [r for r in results if (r["method"], r["sparsity"]) == (method, s)])
     }
+    tests = {key: line["found"]["test"] for key, line in best.items()}
+    first = {s: min(test for key, test in tests.items() if key[1] == s) for s in sparsities}
     for method in METHODS:
-        texts = []
-        for s in sparsities:
-            line = best.get((method, s))
-            first = min(b["found"]["test"] for key, b in best.items() if key[1] == s)
-            text = "" if line is None else f"{line['found']['test']:.2f}"
-            texts.append(f"**{text}**" if line and line["found"]["test"] == first else text)
+        mine = [tests.get((method, s)) for s in sparsities]
+        texts = [
+            "" if test is None else f"**{test:.2f}**" if test == first[s] else f"{test:.2f}"
+            for test, s in zip(mine, sparsities, strict=True)
+        ]
         rows.append(f"| {method} | {' | '.join(texts)} |")
     return "\n".join(rows) + "\n"
 

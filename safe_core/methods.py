@@ -278,8 +278,7 @@ def elsa(
         See `Unstructured`.
     rescale_dual : bool
         Whether u is rescaled when the penalty changes, see `ADMM`. False with a ``state_dtype``.
-    state_dtype : {None, "bfloat16"}
-    packed_support : bool
+    state_dtype, packed_support : {None, "bfloat16"}, bool
         See `ADMM`. "bfloat16" and True are ELSA-L: 2.125 bytes for z and u of a parameter.
     first_dual_update : int, optional
         See `ADMM`. The published code updates after the first step, ``first_dual_update=1``.
@@ -323,8 +322,9 @@ def elsa(
 def keep_zeros(*, rho: float | Schedule = 0.0, adaptive: bool = False) -> Method:
     """Return training that keeps the zeros of the weights, to fine-tune a sparse network.
 
-    The mask of every weight is where it is not zero at the start. Gradients and weights are zero
-    off the mask at every step, whatever pattern the network was pruned to.
+    The mask ``M = (x_0 != 0)`` is that of the weights at the start, whatever pattern they were
+    pruned to. At every step the base optimizer gets the gradient ``M * g``, and ``x <- M * x``
+    follows.
 
     Parameters
     ----------

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array
 
-__all__ = ["packed", "unpacked"]
+__all__ = ["packed", "packed_shape", "unpacked"]
+
+
+def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a packed mask, with ``ceil(n / 8)`` in place of n along the last axis.
+
+    Examples
+    --------
+    >>> packed_shape((3, 9))
+    (3, 2)
+    """
+    *lead, n = shape
+    return (*lead, -(-n // 8))
 
 
 def packed(mask: Array) -> Array:
@@ -20,7 +34,7 @@ def packed(mask: Array) -> Array:
     Returns
     -------
     uint8 array
-        Shaped as ``mask``, with ``ceil(n / 8)`` in place of n along the last axis.
+        Of shape ``packed_shape(mask.shape)``.
 
     Examples
     --------
@@ -34,7 +48,7 @@ def packed(mask: Array) -> Array:
     if n % 8:
         zero = xp.zeros_like(bits[..., :1])
         bits = xp.concat([bits, xp.broadcast_to(zero, (*lead, -n % 8))], axis=-1)
-    eights = xp.reshape(bits, (*lead, -(-n // 8), 8))
+    eights = xp.reshape(bits, (*packed_shape(mask.shape), 8))
     found = eights[..., 0]
     for i in range(1, 8):
         found = found + eights[..., i] * (1 << i)

@@ -45,7 +45,7 @@ class PlannedWeight(NamedTuple):
 
 
 class FolderPlan(NamedTuple):
-    """What `prune_folder` would do, and what it would take.
+    """Hold what `prune_folder` would do, and the memory, disk space and time that it would take.
 
     Attributes
     ----------

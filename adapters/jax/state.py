@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from safe_core import Layout, Method, SplitState
 from safe_core.backends import backend_of
 from safe_core.constraints.splitting import is_projected
-from safe_core.packing import unpacked
+from safe_core.packing import packed_shape, unpacked
 
 from .leaves import check_one_copy, difference
 from .state_setup import StateSetup, register_with_flax, source_text
@@ -226,8 +226,7 @@ def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
 
 
 def _is_packed(support: jax.Array, x: Any) -> bool:
-    *lead, n = x.shape or (1,)
-    return support.dtype == jnp.uint8 and support.shape == (*lead, -(-n // 8))
+    return bool(x.shape) and (support.dtype, support.shape) == (jnp.uint8, packed_shape(x.shape))
 
 
 def check_update(

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from safe_core import Importance, Method
 from safe_core._dtypes import wide_dtype
 from safe_core.layout import broadcasts
+from safe_core.packing import packed_shape
 
 from .groups import numbered, pattern_of, settings_of
 from .selection import Selected
@@ -173,7 +174,7 @@ def _read_entries(
     full = tuple(parameter.shape)
     has_anchor = method.constraint.has_anchor and not frozen
     packs = method.constraint.packs_support and not frozen
-    shapes = {"support": (*full[:-1], -(-full[-1] // 8)) if packs else full}
+    shapes = {"support": packed_shape(full) if packs else full}
     if has_anchor:
         shapes["anchor"] = full
     for key, wanted in shapes.items():

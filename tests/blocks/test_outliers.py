@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from residual_chain import chain, samples
 from short_runs import short_run
-from torch import Tensor, nn
+from torch import nn
 
 from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
 from safe_core.adapters.torch.blocks.pruning import prune_blocks
@@ -16,25 +17,11 @@ from safe_core.adapters.torch.blocks.pruning import prune_blocks
 pytestmark = short_run
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(7, width), nn.Linear(width, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-def chain(*widths: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for width in widths))
-
-
-DATA = torch.randn(10, 3, 7, generator=torch.Generator().manual_seed(1))
+DATA = samples(7)
 
 
 def planted(block: int = 1) -> nn.Module:
-    model = chain(9, 9, 13)
+    model = chain(7, 9, 9, 13)
     with torch.no_grad():
         model[block].up.weight[2] *= 30
     return model
@@ -124,4 +111,4 @@ def test_wrong_arguments_are_refused() -> None:
         ({"seeds": 1}, "settings must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
-            outlier_sparsities(chain(8), DATA, 0.6, blocks="", **changes)
+            outlier_sparsities(chain(7, 8), DATA, 0.6, blocks="", **changes)

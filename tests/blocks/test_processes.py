@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from processes import ENVIRONMENT, fork
+from processes import fork, output_of
 from torch import Tensor, nn
 
 from safe_core.adapters.torch.blocks import SafeReconstruction, plan_pruning, prune_blocks
@@ -121,15 +120,8 @@ FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
 def finished(world: int, *kinds: str) -> dict[str, str]:
     """Run processes, and return what the first printed about each kind."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(world), *kinds],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    printed = output_of(__file__, str(world), *kinds)
+    return dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
 
 
 @pytest.mark.parametrize(("world", "kinds"), [(2, CASES), (4, FEWER)], ids=["two", "four"])

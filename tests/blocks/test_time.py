@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from residual_chain import chain, samples
 from short_runs import short_run
-from torch import Tensor, nn
+from torch import Tensor
 
 from safe_core.adapters.torch.blocks.pruning import (
     SafeReconstruction,
@@ -21,27 +22,13 @@ pytestmark = short_run
 SAFE = SafeReconstruction(epochs=2, batch_size=4)
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-def chain(*widths: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width) for width in widths))
-
-
-DATA = torch.randn(10, 3, 6, generator=torch.Generator().manual_seed(1))
+DATA = samples(6)
 
 
 @pytest.mark.parametrize("solver", [SAFE, "sparsegpt"])
 @pytest.mark.parametrize("changes", [{}, {"propagate": "dense"}, {"target_inputs": "dense"}])
 def test_the_model_is_restored_and_can_be_pruned(solver: Any, changes: dict[str, Any]) -> None:
-    model, other = chain(8, 8, 12), chain(8, 8, 12)
+    model, other = chain(6, 8, 8, 12), chain(6, 8, 8, 12)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     plan = plan_pruning(model, DATA, solver, 0.5, blocks="", **changes)
     found = plan.measure_time()
@@ -64,20 +51,20 @@ def test_the_model_is_restored_and_can_be_pruned(solver: Any, changes: dict[str,
 
 def test_blocks_whose_weights_differ_are_of_other_kinds() -> None:
     where = lambda name, p: name != "1.up.weight"  # noqa: E731
-    found = plan_pruning(chain(8, 8, 8), DATA, "wanda", 0.5, blocks="", where=where)
+    found = plan_pruning(chain(6, 8, 8, 8), DATA, "wanda", 0.5, blocks="", where=where)
     assert [block.name for block in found.measure_time().measured] == ["0", "1"]
 
 
 def test_no_file_stays(tmp_path: Path) -> None:
     plan = plan_pruning(
-        chain(8, 8), DATA, "wanda", 0.5, blocks="", offload="disk", work_dir=tmp_path / "a" / "b"
+        chain(6, 8, 8), DATA, "wanda", 0.5, blocks="", offload="disk", work_dir=tmp_path / "a" / "b"
     )
     assert plan.measure_time().seconds > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_restores_the_model() -> None:
-    model, calls = chain(8, 8), []
+    model, calls = chain(6, 8, 8), []
 
     def fails(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Any) -> Any:
         calls.append(weight)
@@ -91,12 +78,12 @@ def test_an_error_restores_the_model() -> None:
 
 
 def test_the_plan_counts_blocks_and_steps() -> None:
-    plan = plan_pruning(chain(8, 8), DATA, SAFE, 0.5, blocks="")
+    plan = plan_pruning(chain(6, 8, 8), DATA, SAFE, 0.5, blocks="")
     assert (plan.blocks, plan.steps) == (2, 2 * 3)
     ragged = [DATA[:5], DATA[5:, :2]]
-    assert plan_pruning(chain(8, 8), ragged, SAFE, 0.5, blocks="").steps == 2 * (2 + 2)
-    assert plan_pruning(chain(8, 8), DATA, "alps", 0.5, blocks="").steps == 0
+    assert plan_pruning(chain(6, 8, 8), ragged, SAFE, 0.5, blocks="").steps == 2 * (2 + 2)
+    assert plan_pruning(chain(6, 8, 8), DATA, "alps", 0.5, blocks="").steps == 0
     where = lambda name, p: "up" in name  # noqa: E731
-    plan = plan_pruning(chain(8, 8), DATA, "wanda", "2:6", blocks="", where=where)
+    plan = plan_pruning(chain(6, 8, 8), DATA, "wanda", "2:6", blocks="", where=where)
     assert list(plan.patterns) == ["0.up.weight", "1.up.weight"]
     assert plan.dense == dict.fromkeys(["0.down.weight", "1.down.weight"], "where= leaves it out")

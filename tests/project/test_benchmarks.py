@@ -141,12 +141,9 @@ def test_a_table_of_perplexities_marks_the_best_and_leaves_gaps() -> None:
     assert "| SAFE+, 0.5 | 11.00 ± 0.50 |  | 10.00 ± 0.50 |" in text
 
 
-@pytest.mark.parametrize("kind", smollm2.TUNING)
-def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def small_llama(tokens: int) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=16,
+        vocab_size=tokens,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -154,8 +151,15 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
         bos_token_id=None,
         eos_token_id=None,
     )
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", smollm2.TUNING)
+def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = {held: torch.arange(400) % 8 for held in (False, True)}
-    monkeypatch.setattr(smollm2, "dense_model", lambda options: LlamaForCausalLM(config))
+    monkeypatch.setattr(smollm2, "dense_model", lambda options: small_llama(16))
     monkeypatch.setattr(smollm2, "_tokens", lambda folder, held: texts[held])
     options = Namespace(samples=8, length=16, epochs=1, tokens=160, seed=0, rank=4, steps=60)
     options.batch, options.device, options.model, options.pruned = 4, "cpu", tmp_path, tmp_path
@@ -175,17 +179,8 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
 def test_every_kind_of_run_against_elsa_ends_sparse(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    small_llama(256).save_pretrained(tmp_path)
     monkeypatch.setattr(elsa, "PREDICTIONS", 2048)
     monkeypatch.setattr(elsa, "RATES", (1e-3, 3e-3))
     monkeypatch.setattr(elsa, "PENALTIES", (10.0,))

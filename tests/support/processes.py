@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -11,6 +12,19 @@ from pathlib import Path
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
 """The environment of a script that calls `fork`."""
+
+
+def output_of(*arguments: str) -> str:
+    """Run Python with these arguments, check that it succeeds, and return what it prints."""
+    finished = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ENVIRONMENT,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def fork(world: int, work: Callable[[int, str], None]) -> None:

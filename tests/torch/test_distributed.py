@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from processes import ENVIRONMENT, fork
+from processes import fork, output_of
 
 TOLERANCE = 1e-6
 _IMPORTED = (
@@ -32,23 +31,16 @@ STEPS = 8
     ids=["two", "two packed", "four"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
-    finished = subprocess.run(
-        [sys.executable, __file__, str(world), *kinds],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-    assert finished.returncode == 0, finished.stderr
-    print(finished.stdout)
-    found = [line.split() for line in finished.stdout.splitlines() if line.startswith("largest")]
+    printed = output_of(__file__, str(world), *kinds)
+    print(printed)
+    found = [line.split() for line in printed.splitlines() if line.startswith("largest")]
     assert [kind for _, kind, *_ in found] == kinds
     for _, kind, difference, supports, gathered, reported in found:
-        assert float(difference) < TOLERANCE, finished.stdout
-        assert supports == "same", finished.stdout
-        assert gathered == "none", (kind, finished.stdout)
-        assert float(reported) < 1e-5, (kind, finished.stdout)
-    assert finished.stdout.count("flat parameters refused") == 1
+        assert float(difference) < TOLERANCE, printed
+        assert supports == "same", printed
+        assert gathered == "none", (kind, printed)
+        assert float(reported) < 1e-5, (kind, printed)
+    assert printed.count("flat parameters refused") == 1
 
 
 def _work(rank: int, world: int, kinds: list[str], path: str) -> None:

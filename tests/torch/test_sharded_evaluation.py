@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
-from processes import ENVIRONMENT, fork
+from processes import fork, output_of
 
 KINDS = ("fsdp", "tp")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sharded_model_shows_what_an_unsharded_one_does(kind: str) -> None:
-    finished = subprocess.run(
-        [sys.executable, __file__, kind],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == ["same", "same"]
+    assert output_of(__file__, kind).split() == ["same", "same"]
 
 
 def _work(rank: int, kind: str, path: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import output_of
 from torch import nn
 
 import safe_core
@@ -250,15 +248,7 @@ def test_a_dual_update_makes_no_new_anchor_on_the_cpu() -> None:
 
 @pytest.fixture(scope="module")
 def sharded_output() -> list[str]:
-    finished = subprocess.run(
-        [sys.executable, "-P", "-c", SHARDED],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.split("\n")
+    return output_of("-P", "-c", SHARDED).split("\n")
 
 
 def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None:

@@ -7,7 +7,6 @@ those of the dense block. Only one block at a time is on the device.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -325,11 +324,7 @@ class PruningPlan:
         }
         self.patterns, self.dense = dict(task.patterns), dict(task.dense)
         self.blocks = len(task.blocks)
-        shapes = [
-            tuple((key, v.shape) for key, v in sample.items() if torch.is_tensor(v))
-            for sample in task.samples
-        ]
-        self.steps = task.solver.steps(list(Counter(shapes).values()))
+        self.steps = task.solver.steps([len(group) for group in alike_samples(task.samples)])
         with ordinary_mode(task.device):
             self.memory = predict_memory(task)
 
