@@ -2,6 +2,7 @@
 
 from .jax import (
     FixedSupportState,
+    SasshaState,
     SparseOptimizerState,
     check_sparsity,
     coverage,
@@ -10,6 +11,7 @@ from .jax import (
     fixed_support,
     hessian_diagonal,
     report,
+    sassha,
     sparse_optimizer,
     sparse_weights,
     value_and_gradients,
@@ -17,6 +19,7 @@ from .jax import (
 
 __all__ = [
     "FixedSupportState",
+    "SasshaState",
     "SparseOptimizerState",
     "check_sparsity",
     "coverage",
@@ -25,6 +28,7 @@ __all__ = [
     "fixed_support",
     "hessian_diagonal",
     "report",
+    "sassha",
     "sparse_optimizer",
     "sparse_weights",
     "value_and_gradients",

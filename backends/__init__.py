@@ -122,6 +122,9 @@ class Backend(Protocol):
         has no bfloat16.
         """
 
+    def positions(self, x: Array) -> Array:
+        """Return the row-major positions of the entries, a vector of int32 where ``x`` is."""
+
     # Selection
 
     def keep_largest(

@@ -36,6 +36,7 @@ __all__ = [
     "on_several_devices",
     "ordering_key",
     "peaks",
+    "positions",
     "regrouped",
     "resharded_as",
     "scaled",
@@ -88,7 +89,7 @@ def regrouped(x: Array, *, units: Mapping[int, int]) -> Array:
         return x
     moving = [name for axis in sorted(cut) for name in spec[axis]]
     kept = [() if axis in cut else names for axis, names in enumerate(spec)]
-    return _resharded(x, _spread(x, kept, moving, units))
+    return _resharded(x, _spread(x, kept, moving, units), _mesh(x))
 
 
 def _spread(
@@ -122,7 +123,7 @@ def resharded_as(x: Array, result: Array) -> Array:
     spec = _explicit_spec(x)
     if not any(spec):
         return result
-    return _resharded(result, spec)
+    return _resharded(result, spec, _mesh(x))
 
 
 def shardwise(
@@ -145,8 +146,8 @@ def shardwise(
     return mapped(*arrays)
 
 
-def _resharded(x: Array, spec: Sequence[tuple[str, ...]]) -> Array:
-    sharding = jax.sharding.NamedSharding(_mesh(x), _named(spec))
+def _resharded(x: Array, spec: Sequence[tuple[str, ...]], mesh: Any) -> Array:
+    sharding = jax.sharding.NamedSharding(mesh, _named(spec))
     return jax.sharding.reshard(x, sharding)  # type: ignore[no-untyped-call]
 
 
@@ -192,6 +193,10 @@ def blockwise(
     fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
 ) -> list[Array]:
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+
+
+def positions(x: Array) -> Array:
+    return jnp.arange(x.size, dtype=jnp.int32)
 
 
 def ordering_key(x: Array) -> Array:

@@ -52,6 +52,7 @@ __all__ = [
     "on_several_devices",
     "ordering_key",
     "peaks",
+    "positions",
     "regrouped",
     "resharded_as",
     "scaled",
@@ -139,6 +140,10 @@ def blockwise(
             for *pieces, result in _pieces(*arrays):
                 result[...] = fn(*pieces)
     return list(out)
+
+
+def positions(x: Array) -> Array:
+    return np.arange(x.size, dtype=np.int32)
 
 
 def keep_largest(scores: Sequence[Array], *, counts: tuple[int, ...], stage: int) -> list[Array]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from . import Array, threshold
 
@@ -34,6 +34,7 @@ __all__ = [
     "on_several_devices",
     "ordering_key",
     "peaks",
+    "positions",
     "regrouped",
     "resharded_as",
     "scaled",
@@ -122,6 +123,11 @@ def blockwise(
 ) -> list[Array]:
     # The standard does not say which arrays can be written to, so `out` is not used.
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+
+
+def positions(x: Array) -> Array:
+    xp = array_namespace(x)
+    return xp.arange(math.prod(x.shape), dtype=xp.int32, device=device(x))
 
 
 def has_bfloat16() -> bool:

@@ -44,6 +44,7 @@ __all__ = [
     "on_several_devices",
     "ordering_key",
     "peaks",
+    "positions",
     "regrouped",
     "resharded_as",
     "scaled",
@@ -160,6 +161,10 @@ def blockwise(
         for *pieces, result in _pieces([x.detach() for x in arrays]):
             result.copy_(fn(*pieces))
     return list(out)
+
+
+def positions(x: Tensor) -> Tensor:
+    return torch.arange(x.numel(), dtype=torch.int32, device=x.device)
 
 
 def has_bfloat16() -> bool:

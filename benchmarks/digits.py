@@ -36,10 +36,10 @@ FIGURES = {
 
 
 def recipes() -> list[str]:
-    """Return the names of the recipes on digits, in the order of the paper."""
+    """Return the names of the paper's recipes on digits, in its order."""
     folder = files("safe_core.study") / "recipes"
     names = [p.name.removesuffix(".toml") for p in folder.iterdir()]
-    mine = [name for name in names if name.endswith(SUFFIX)]
+    mine = [n for n in names if n.endswith(SUFFIX) and n.startswith(("figure-", "table-"))]
     return sorted(mine, key=lambda name: (name.split("-")[0], int(name.split("-")[1])))
 
 

@@ -5,8 +5,9 @@ torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports 
 """
 
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
-from .baselines import cram, gmp, iht, imp_sam, magnitude
+from .baselines import adasap, cram, gmp, iht, imp_sam, magnitude
 from .certificate import stationarity_gap
+from .channel_sam import ChannelSAM
 from .constraints import (
     ADMM,
     ArrayInfo,
@@ -36,6 +37,7 @@ from .patterns import (
 )
 from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
 from .projection import Projection, project
+from .staged import Staged
 from .step import Evaluation, Operation, Point, StepPlan
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Block",
     "ByName",
     "Channel",
+    "ChannelSAM",
     "Constraint",
     "Coverage",
     "DenseWeightWarning",
@@ -71,10 +74,12 @@ __all__ = [
     "SecondMoment",
     "SplitState",
     "SquaredGradient",
+    "Staged",
     "StepPlan",
     "Units",
     "Unstructured",
     "WeightCoverage",
+    "adasap",
     "admm",
     "cram",
     "elsa",

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from . import _checks
+from .channel_sam import ChannelSAM
 from .constraints import AtEnd, HardThreshold, Mask
 from .importance import Importance
 from .method import Method
+from .patterns import Channel, FractionPattern, Pattern
 from .perturbations import GradientAscent, ball
-from .schedules import Schedule
+from .schedules import Schedule, exponential_sparsity
+from .sparsity_tables import Cubic
+from .staged import Staged
 from .step import Evaluation, Point
 
-__all__ = ["cram", "gmp", "iht", "imp_sam", "magnitude"]
+__all__ = ["adasap", "cram", "gmp", "iht", "imp_sam", "magnitude"]
+
+_EPOCHS = 90
+"""Epochs of the run in the AdaSAP paper, the first 10 before channels are removed, in one epoch."""
+
+_WARM_UP = 10
+
+_LONGEST_INTERVAL = 30
+"""Steps between two removals in the AdaSAP paper, of which its epoch has 41."""
 
 
 def magnitude(
@@ -134,6 +147,130 @@ def _gradual(method: Method) -> Method:
             f"{method.sparsity!r}"
         )
     return method
+
+
+def adasap(
+    sparsity: Any,
+    *,
+    steps: int | None = None,
+    adaptive: bool = True,
+    rho_max: float | None = None,
+    rho_min: float = 0.01,
+    rho: float | Schedule | None = None,
+    norm: Literal["channel", "global"] = "channel",
+    importance: Importance | None = None,
+) -> Method:
+    """Return AdaSAP, which removes channels and makes the network robust to corrupted inputs.
+
+    Training from a dense network has three stages. `ChannelSAM` perturbs channels of small norm
+    most, so that the loss changes little when they go. Then channels are removed for good, the
+    same fraction of what is left each time, under the same perturbation. From then on `ASAM` or
+    `SAM` perturbs all weights alike. With the number of steps T and a fraction as the sparsity,
+    the stages are those of the paper's 90 epochs::
+
+        first stage    T / 9 steps
+        second stage   about T / 90 steps, a removal every T / 900 steps, at most 30 apart
+        third stage    the rest
+
+    Start from a trained network, and exclude the last layer, whose channels are the classes.
+
+    Parameters
+    ----------
+    sparsity : float or pattern
+        Fraction of output channels to remove, which compete across all layers, or a pattern of
+        channels with a scope of its own, such as ``Channel(0.5, scope="tensor")``. A pattern whose
+        sparsity is a schedule, such as `safe_core.schedules.exponential_sparsity`, sets the stages:
+        its ramp is the second one.
+    steps : int, optional
+        Optimizer steps T of the whole run. Required, unless the sparsity is a schedule.
+    adaptive : bool
+        Whether perturbations scale with each weight, as in `ASAM`.
+    rho_max, rho_min : float
+        Largest and smallest radius of a channel in the first two stages. By default 2.0 and 0.01,
+        and 0.1 and 0.01 if not adaptive. Equal ones with ``norm="global"`` give `ASAM` or `SAM`
+        from the start.
+    rho : float or schedule, optional
+        Radius of the third stage, by default 2.0, and 0.05 if not adaptive.
+    norm : {"channel", "global"}
+        See `ChannelSAM`.
+    importance : Importance, optional
+        P in the score of a channel, the sum of ``P x^2``, by which channels are removed. Without
+        it that is the squared norm. With `SquaredGradient` it is Taylor's importance. The radii
+        follow the norms in any case.
+
+    Returns
+    -------
+    Method
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `Method`, or if ``steps`` is missing, or given with a schedule, ``rho_min`` is above
+        ``rho_max``, or the sparsity is not a fraction.
+
+    References
+    ----------
+    Bair et al. 2023, "Adaptive Sharpness-Aware Pruning for Robust Sparse Networks" (AdaSAP).
+
+    Examples
+    --------
+    >>> method = adasap(0.8, steps=90_000)
+    >>> schedule, perturbation = method.sparsity.schedule, method.perturbation
+    >>> schedule.start, schedule.every, perturbation.start
+    (10000, 30, 10990)
+    >>> perturbation.first.adaptive, perturbation.second.rho
+    (True, Constant(value=2.0))
+    """
+    _checks.flag("adaptive", adaptive)
+    largest = _checks.real("rho_max", _or(rho_max, 2.0 if adaptive else 0.1), low=0.0)
+    smallest = _checks.real("rho_min", rho_min, low=0.0)
+    if smallest > largest:
+        raise ValueError(f"rho_max must be at least rho_min, {smallest!r}, got {largest!r}")
+    pattern, schedule = _removing(sparsity, steps)
+    first = ChannelSAM(
+        largest,
+        smallest / largest if largest else 1.0,
+        adaptive=adaptive,
+        scope="global" if pattern.joint else "tensor",
+        norm=norm,
+    )
+    second = ball(_or(rho, 2.0 if adaptive else 0.05), adaptive)
+    perturbation = Staged(first, second, schedule.start + schedule.steps)
+    return _gradual(Method(pattern, Mask(), perturbation=perturbation, importance=importance))
+
+
+def _removing(sparsity: Any, steps: int | None) -> tuple[Pattern, Cubic]:
+    """Return the pattern and its schedule, which is derived from ``steps`` for a fraction."""
+    pattern = sparsity if isinstance(sparsity, Pattern) else Channel(sparsity, scope="global")
+    if not isinstance(pattern, FractionPattern) or not isinstance(pattern.schedule, Cubic | None):
+        raise TypeError(
+            "sparsity must be a fraction of zeros, a schedule that rises, or a pattern with one of "
+            f"these, got {sparsity!r}"
+        )
+    if pattern.schedule is not None:
+        if steps is not None:
+            raise ValueError(
+                f"steps must be left out if the sparsity is a schedule, which sets the stages, got "
+                f"{steps!r}"
+            )
+        return pattern, pattern.schedule
+    if steps is None:
+        raise ValueError("steps must be given unless the sparsity is a schedule, got None")
+    total = _checks.integer("steps", steps, low=1)
+    every = min(max(total // (10 * _EPOCHS), 1), _LONGEST_INTERVAL)
+    length = max(total // _EPOCHS // every, 1) * every
+    start = total * _WARM_UP // _EPOCHS
+    schedule = exponential_sparsity(
+        pattern.sparsity,  # type: ignore[attr-defined]
+        length,
+        start=start,
+        every=every,
+    )
+    return replace(pattern, sparsity=schedule), schedule  # type: ignore[call-arg]
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def iht(

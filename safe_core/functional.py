@@ -14,8 +14,7 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
-from . import _checks
-from ._dtypes import check_real_floating, scalar_like, wide_dtype
+from ._dtypes import scalar_like
 from .constraints import ArrayInfo, SplitState
 from .constraints.pull import pulled
 from .constraints.splitting import penalty_gradient
@@ -26,115 +25,13 @@ from .motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 from .perturbations import norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
+from .step_state import StepState, check_sparse, start
 
 __all__ = ["FunctionalStep", "StepState", "start"]
 
 Gradients = Callable[[list[Array]], list[Array]]
 
-_Evaluated = tuple[list[Array], list[Array], Array | None]
-
-
-@dataclass
-class StepState:
-    """State that a method keeps between steps, as lists of arrays.
-
-    Attributes
-    ----------
-    split : SplitState
-        State of the constraint, for the sparse parameters.
-    importance : list of arrays or None
-        State of the importance. None if P = 1.
-    flat : list of arrays
-        Direction that steps between perturbations reuse, for all parameters. Empty if the
-        method reuses none.
-    motion : array or None
-        What a radius in steps depends on, see `safe_core.motion`. None for other radii.
-    """
-
-    split: SplitState
-    importance: list[Array] | None = None
-    flat: list[Array] = field(default_factory=list)
-    motion: Array | None = None
-
-
-def start(
-    method: Method,
-    params: Sequence[Array],
-    sparse: Sequence[int],
-    info: ArrayInfo,
-    importance: Importance | None = None,
-) -> StepState:
-    """Return the state of a method before step 0.
-
-    Parameters
-    ----------
-    method : Method
-    params : sequence of arrays
-        All trainable parameters.
-    sparse : sequence of int
-        Positions of the sparse parameters in ``params``.
-    info : ArrayInfo
-        Names and layouts of the sparse parameters.
-    importance : Importance, optional
-        Overrides the importance of the method.
-
-    Returns
-    -------
-    StepState
-
-    Raises
-    ------
-    TypeError
-        If a sparse parameter is not a plain array of real floating numbers.
-    ValueError
-        If ``sparse`` or ``info`` does not match ``params``, or a pattern does not fit.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> import safe_core
-    >>> info = ArrayInfo(("x",), (None,))
-    >>> start(safe_core.admm(0.5), [numpy.asarray([1.0, 3.0])], [0], info).split.support
-    [array([False,  True])]
-    """
-    _check_sparse(params, sparse, info)
-    method.sparsity.check_names(info.names)
-    values = [params[i] for i in sparse]
-    for x, name in zip(values, info.names, strict=True):
-        check_real_floating(array_namespace(x), x, name)
-    flat = no_direction(params) if method.plan().reuses else []
-    source = method.importance if importance is None else importance
-    held = None if source is None else source.init(values)
-    joint = method.sparsity.joint
-    metric = None if source is None else source.first_metric(held, joint=joint)
-    motion = no_motion(values) if method.measures_steps else None
-    return StepState(method.init(values, info, metric), held, flat, motion)
-
-
-def no_motion(params: Sequence[Array]) -> Array:
-    """Return the state of `safe_core.motion` before step 0, zeros in float32 or wider."""
-    xp = array_namespace(params[0])
-    return xp.zeros(3, dtype=wide_dtype(xp, params))
-
-
-def _check_sparse(params: Sequence[Array], sparse: Sequence[int], info: ArrayInfo) -> None:
-    """Refuse positions that are not those of parameters, or of which ``info`` knows nothing."""
-    if not all(0 <= i < len(params) for i in sparse):
-        raise ValueError(
-            f"sparse must hold positions among {len(params)} parameters, got {list(sparse)!r}"
-        )
-    if len(info.names) != len(sparse) or len(info.layouts) != len(sparse):
-        raise ValueError(
-            f"info must name {len(sparse)} sparse parameters and their layouts, got "
-            f"{_checks.shown(info)}"
-        )
-
-
-def no_direction(params: Sequence[Array]) -> list[Array]:
-    """Return zeros for all parameters, the direction to reuse before the first perturbation."""
-    return [
-        array_namespace(p).zeros_like(p, dtype=wide_dtype(array_namespace(p), [p])) for p in params
-    ]
+_Evaluated = tuple[list[Array], list[Array], Array | None, list[Array]]
 
 
 @dataclass
@@ -168,6 +65,11 @@ class FunctionalStep:
         Returns the base optimizer's second moments of the sparse parameters after its step.
     layouts : sequence of Layout or None, optional
         Axis roles of all parameters, for perturbations that read them.
+    keeps_points : bool
+        Whether ``points`` is kept, for a base that differentiates the gradient again.
+    points : list of (list of arrays, bool or bool array)
+        While ``base`` is called: the points whose gradients add up to that of the loss, each with
+        a flag that is False for a point that does not count at this step.
 
     Raises
     ------
@@ -205,6 +107,8 @@ class FunctionalStep:
     learning_rate: float | Array | None = None
     second_moments: Callable[[], list[Array]] | None = None
     layouts: Sequence[Layout | None] | None = None
+    keeps_points: bool = False
+    points: list[tuple[list[Array], bool | Array]] = field(init=False, repr=False)
 
     # Working state. Operations take no arguments, so that the plan alone sets their order;
     # they read and write these fields.
@@ -232,6 +136,7 @@ class FunctionalStep:
         self._split, self._held = state.split, state.importance
         self._flat, self._motion = list(state.flat), state.motion
         self._g = self._masked(gradients)
+        self.points = [(self.params, True)]
         # The first evaluation is the gradient at x, which the caller has computed already.
         for evaluation in self._plan.evaluations[1:]:
             self._evaluate(evaluation)
@@ -241,7 +146,7 @@ class FunctionalStep:
 
     def _check(self, gradients: Sequence[Array]) -> None:
         """Refuse lists that do not match, which would fail later without a name."""
-        _check_sparse(self.params, self.sparse, self.info)
+        check_sparse(self.params, self.sparse, self.info)
         if len(gradients) != len(self.params):
             raise ValueError(
                 f"gradients must hold one array per parameter, {len(self.params)}, got "
@@ -252,7 +157,9 @@ class FunctionalStep:
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         if not evaluation.point.is_perturbed:
-            self._g = _combined(self._at(self._projected(self.params)), self._g, evaluation)
+            point = self._projected(self.params)
+            self._g = _combined(self._at(point), self._g, evaluation)
+            self._visit(point, evaluation, True)
             return
         perturbation = self.method.perturbation
         due = perturbation.is_due(self.step)  # type: ignore[union-attr]
@@ -268,21 +175,29 @@ class FunctionalStep:
             )
             e = direction.perturbation()
             moved = [_added(x, e_i) for x, e_i in zip(self.params, e, strict=True)]
-            second = self._at(self._projected(moved) if evaluation.point.is_projected else moved)
+            point = self._projected(moved) if evaluation.point.is_projected else moved
+            second = self._at(point)
             if motion is not None:
                 motion = self._shrunk(motion, direction.length, second)
             second = _combined(second, first, evaluation)
-            if not self._plan.reuses:
-                return second, flat, motion
-            return second, _cast(self.method.flat_direction(first, second), flat), motion
+            if self._plan.reuses:
+                flat = _cast(self.method.flat_direction(first, second), flat)
+            return second, flat, motion, point if self.keeps_points else []
 
         def stay(first: list[Array], flat: list[Array], motion: Array | None) -> _Evaluated:
-            return self.method.reuse(first, flat) if self._plan.reuses else first, flat, motion
+            found = self.method.reuse(first, flat) if self._plan.reuses else first
+            return found, flat, motion, self.params if self.keeps_points else []
 
         # Under jit this is lax.cond, so steps that do not perturb skip the second gradient.
         cond = backend_of(self.step).cond
         found = cond(due, ascend, stay, self._g, self._flat, self._motion)
-        self._g, self._flat, self._motion = found
+        self._g, self._flat, self._motion, point = found
+        self._visit(point, evaluation, due)
+
+    def _visit(self, point: list[Array], evaluation: Evaluation, due: bool | Array) -> None:
+        # A step that does not perturb adds no gradient, but still replaces that at x by itself.
+        added = evaluation.combine == "add"
+        self.points = [*self.points, (point, due)] if added else [(point, True)]
 
     def _shrunk(self, motion: Array, first: Array, second: list[Array]) -> Array:
         growth = self.method.perturbation.max_growth  # type: ignore[union-attr]

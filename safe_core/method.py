@@ -204,7 +204,7 @@ class Method:
             raise ValueError(f"perturbation must not be None to perturb, got {self!r}")
         if rho is None:
             rho = self.radius(step)
-        found = self.perturbation.direction(params, gradients, rho=rho, layouts=layouts)
+        found = self.perturbation.direction_at(step, params, gradients, rho=rho, layouts=layouts)
         if not self.perturbation.in_steps:
             return found
         if motion is None:

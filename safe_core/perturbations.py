@@ -22,6 +22,7 @@ __all__ = [
     "Direction",
     "GradientAscent",
     "Perturbation",
+    "adapted",
     "ball",
     "norm",
 ]
@@ -129,10 +130,8 @@ class Direction(NamedTuple):
         return self._replace(unit=radius * xp.exp(-shrinkage))
 
     def perturbation(self) -> list[Array]:
-        """Return ``e``, which is zero if the length is not usable.
-
-        A factor of 0 is not enough here: 0 times NaN is NaN.
-        """
+        """Return ``e``, which is zero if the length is not usable."""
+        # A factor of 0 is not enough: 0 times NaN is NaN.
         xp = array_namespace(self.length)
         usable, quotient = self.usable, self._quotient
         wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
@@ -236,6 +235,18 @@ class Perturbation:
         ``layouts`` holds the axis roles of each parameter, or None where they are unknown.
         """
         raise NotImplementedError
+
+    def direction_at(
+        self,
+        step: int | Array,
+        params: Sequence[Array],
+        gradients: Sequence[Array],
+        *,
+        rho: float | Array,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> Direction:
+        """Return `direction` at a step; by default only rho depends on the step."""
+        return self.direction(params, gradients, rho=rho, layouts=layouts)
 
 
 @dataclass(frozen=True)
@@ -364,15 +375,23 @@ class ASAM(Perturbation):
         layouts: Sequence[Layout | None] | None = None,
     ) -> Direction:
         """Return e as a factor and vectors."""
-        xp = array_namespace(*gradients)
-        # Both products run in float32 or wider: T^2 g of 16 bits would underflow.
-        scaled, twice = [], []
-        for x, g in zip(params, gradients, strict=True):
-            wide = xp.astype(g, wide_dtype(xp, [g]))
-            t: Any = xp.abs(xp.astype(x, wide.dtype)) + self.eta if x.ndim >= 2 else 1.0
-            scaled.append(t * wide)
-            twice.append(t * (t * wide))
+        scaled, twice = adapted(params, gradients, self.eta)
         return Direction(twice, norm(scaled), rho)
+
+
+def adapted(
+    params: Sequence[Array], gradients: Sequence[Array], eta: float
+) -> tuple[list[Array], list[Array]]:
+    """Return ``T g`` and ``T^2 g`` of `ASAM`, in float32 or wider."""
+    scaled, twice = [], []
+    for x, g in zip(params, gradients, strict=True):
+        xp = array_namespace(g)
+        # Both products run in float32 or wider: T^2 g of 16 bits would underflow.
+        wide = xp.astype(g, wide_dtype(xp, [g]))
+        t: Any = xp.abs(xp.astype(x, wide.dtype)) + eta if x.ndim >= 2 else 1.0
+        scaled.append(t * wide)
+        twice.append(t * (t * wide))
+    return scaled, twice
 
 
 @dataclass(frozen=True)

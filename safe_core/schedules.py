@@ -21,10 +21,12 @@ from array_api_compat import array_namespace
 from . import _checks
 from .sparsity_tables import (
     Cubic,
+    ExponentialSparsity,
     LinearSparsity,
     RandomSparsity,
     SparsityTable,
     cubic,
+    exponential_sparsity,
     linear_sparsity,
     random_sparsity,
 )
@@ -34,6 +36,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "Exponential",
+    "ExponentialSparsity",
     "Linear",
     "LinearSparsity",
     "RandomSparsity",
@@ -41,6 +44,7 @@ __all__ = [
     "cosine",
     "cubic",
     "exponential",
+    "exponential_sparsity",
     "linear",
     "linear_sparsity",
     "random_sparsity",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, ClassVar
@@ -18,10 +19,12 @@ from . import _checks
 
 __all__ = [
     "Cubic",
+    "ExponentialSparsity",
     "LinearSparsity",
     "RandomSparsity",
     "SparsityTable",
     "cubic",
+    "exponential_sparsity",
     "linear_sparsity",
     "random_sparsity",
 ]
@@ -61,9 +64,11 @@ class Cubic:
         initial, final = map(_checks.decimal_fraction, (self.initial, self.value))
         stages = self.steps // self.every
         return tuple(
-            final + (initial - final) * (1 - Fraction(stage, stages)) ** self._power
-            for stage in range(stages + 1)
+            self._between(initial, final, Fraction(stage, stages)) for stage in range(stages + 1)
         )
+
+    def _between(self, initial: Fraction, final: Fraction, progress: Fraction) -> Fraction:
+        return final + (initial - final) * (1 - progress) ** self._power
 
     def stage(self, step: int | Array) -> int | Array:
         """Return the index into `table` at a step."""
@@ -82,6 +87,36 @@ class LinearSparsity(Cubic):
     """Sparsity that rises in equal steps, as a static table."""
 
     _power: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class ExponentialSparsity(Cubic):
+    """Sparsity whose kept fraction falls exponentially, as a static table."""
+
+    def _between(self, initial: Fraction, final: Fraction, progress: Fraction) -> Fraction:
+        if progress in (0, 1):
+            return final if progress else initial
+        first, last = (_logarithm(1 - sparsity) for sparsity in (initial, final))
+        rise = _PRECISE.multiply(_decimal(progress), _PRECISE.subtract(last, first))
+        kept = Fraction(_PRECISE.exp(_PRECISE.add(first, rise)))
+        # Of 4 channels, 1/4 to the power of 1/2 keeps 2. One digit less than that would keep 1.
+        near = kept.limit_denominator(_LARGEST_DENOMINATOR)
+        return 1 - (near if abs(near - kept) < _ROUNDING else kept)
+
+
+# Decimals are rounded alike on every machine. Errors are far below the difference of fractions with
+# denominators up to 10**9, and more channels than that no network has.
+_PRECISE = Context(prec=50)
+_LARGEST_DENOMINATOR = 10**9
+_ROUNDING = Fraction(1, 10**40)
+
+
+def _decimal(fraction: Fraction) -> Decimal:
+    return _PRECISE.divide(Decimal(fraction.numerator), Decimal(fraction.denominator))
+
+
+def _logarithm(fraction: Fraction) -> Decimal:
+    return _PRECISE.ln(_decimal(fraction))
 
 
 @dataclass(frozen=True)
@@ -221,6 +256,46 @@ def linear_sparsity(
     """
     every = _finest(steps) if every is None else every
     return LinearSparsity(value, steps, initial, start, every)
+
+
+def exponential_sparsity(
+    value: float, steps: int, initial: float = 0.0, start: int = 0, every: int | None = None
+) -> ExponentialSparsity:
+    """Return the sparsity whose kept fraction falls exponentially, in n stages.
+
+    At stage ``j`` of ``n`` the fraction ``(1 - initial)**(1 - j / n) * (1 - value)**(j / n)`` is
+    kept, so every stage removes the same fraction of what is left. Like `cubic`, it is a static
+    table of fractions. They are exact where the power is a fraction with a denominator up to 10**9,
+    and within 1e-40 of it elsewhere.
+
+    Parameters
+    ----------
+    value, steps, initial, start, every
+        See `cubic`.
+
+    Returns
+    -------
+    ExponentialSparsity
+        A frozen dataclass that a pattern takes as its ``sparsity``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `cubic`.
+
+    References
+    ----------
+    de Jorge et al. 2020, "Progressive Skeletonization: Trimming more fat from a network at
+    initialization"; Bair et al. 2023 (AdaSAP), section 4.1.
+
+    Examples
+    --------
+    >>> sparsity = exponential_sparsity(0.9375, steps=4)
+    >>> [sparsity(step) for step in range(6)]
+    [0.0, 0.5, 0.75, 0.875, 0.9375, 0.9375]
+    """
+    every = _finest(steps) if every is None else every
+    return ExponentialSparsity(value, steps, initial, start, every)
 
 
 def _finest(steps: int) -> int:

@@ -15,6 +15,7 @@ from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
 from .reporting import report
+from .sassha import SasshaState, sassha
 from .state import SparseOptimizerState, find_state
 from .support import FixedSupportState, check_sparsity, fixed_support
 from .transform import finalize, sparse_optimizer
@@ -22,6 +23,7 @@ from .weights import is_prunable, layout_of
 
 __all__ = [
     "FixedSupportState",
+    "SasshaState",
     "SparseOptimizerState",
     "check_sparsity",
     "coverage",
@@ -33,6 +35,7 @@ __all__ = [
     "layout_of",
     "loss_surface",
     "report",
+    "sassha",
     "sparse_optimizer",
     "sparse_weights",
     "value_and_gradients",

@@ -92,8 +92,8 @@ def check_grad_fn(grad_fn: Any) -> None:
         raise ValueError(
             "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
             "function of params to gradients, because the method has rho > 0 or takes a gradient "
-            "at projected parameters, got None; a wrapper that passes no extra arguments on, such "
-            "as optax.lookahead, cannot hold sparse_optimizer"
+            "at projected parameters, or base needs Hessian products, got None; a wrapper that "
+            "passes no extra arguments on, such as optax.lookahead, cannot hold sparse_optimizer"
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")

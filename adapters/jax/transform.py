@@ -16,8 +16,9 @@ import optax
 from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
 from safe_core.finalization import warn
-from safe_core.functional import FunctionalStep, StepState, no_direction, no_motion
+from safe_core.functional import FunctionalStep, StepState
 from safe_core.packing import packed
+from safe_core.step_state import no_direction, no_motion
 
 from .arguments import (
     check_arguments,
@@ -28,6 +29,7 @@ from .arguments import (
 )
 from .evaluation import LAST, final_projection
 from .importance import importance_in_use, initial_importance, second_moments
+from .sassha import needs_product, summed_products
 from .state import (
     Layouts,
     SparseOptimizerState,
@@ -74,7 +76,9 @@ def sparse_optimizer(
     ----------
     base : optax.GradientTransformation
         Turns the gradient of loss and penalty into an update. It receives the extra
-        arguments of ``update``.
+        arguments of ``update``. `sassha` also receives a function that multiplies by the
+        Hessian of the loss at the points where the method takes the gradient. It then needs
+        ``rho=0``, because the method perturbs.
     method : Method
         From `safe_core.safe` or another function of `safe_core`.
     rho, penalty : float, array or schedule, optional
@@ -176,7 +180,8 @@ def sparse_optimizer(
         tree = SparseTree.read(params, where, layout)
         check_update(state, method, importance, params, tree, reuses=plan.reuses)
         gradients = tree.gradients("updates", updates, params)
-        if plan.perturbs or plan.projected:
+        second_order = needs_product(state.base)
+        if plan.perturbs or plan.projected or second_order:
             check_grad_fn(grad_fn)
 
         def gradients_at(leaves: list[Any]) -> list[Any]:
@@ -190,8 +195,14 @@ def sparse_optimizer(
         def base_updates(gradients: list[Any]) -> list[Any]:
             nonlocal base_state
             total = tree.treedef.unflatten(gradients)
-            out, base_state = inner.update(total, state.base, params, **extra_args)
+            extra = dict(extra_args)
+            if second_order:
+                extra["hessian_product"] = hessian_product
+            out, base_state = inner.update(total, state.base, params, **extra)
             return tree.leaves(out)
+
+        def hessian_product(vectors: list[Any]) -> list[Any]:
+            return summed_products(gradients_at, step.points, vectors)
 
         step = FunctionalStep(
             method,
@@ -210,6 +221,7 @@ def sparse_optimizer(
             learning_rate=at_step(learning_rate, state.step),
             second_moments=lambda: second_moments(base_state, tree),
             layouts=tree.layouts,
+            keeps_points=second_order,
         )
         with selecting_on_host(select_on_host):
             out, found = step.updates(gradients, _unpacked(state, tree))

@@ -2,7 +2,7 @@
 
 `SparseOptimizer` wraps the optimizer of a training loop. The other names help the loop around
 it: they support trainers, recalibrate batch normalisation, replay random numbers, compute
-importances, change sparse models by low-rank matrices, and measure flatness.
+importances, change sparse models by low-rank matrices, remove channels, and measure flatness.
 `safe_core.adapters.torch.blocks` prunes a trained model block by block.
 """
 
@@ -10,17 +10,21 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
+from .channels import RemovedChannels, remove_channels
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
 from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
+from .sassha import Sassha
 from .trainers import SparseTrainerMixin, perturbed, unwrap
 from .weights import prunable_weights
 
 __all__ = [
     "RandomState",
+    "RemovedChannels",
+    "Sassha",
     "SparseCallbackMixin",
     "SparseOptimizer",
     "SparseTrainerMixin",
@@ -31,5 +35,6 @@ __all__ = [
     "perturbed",
     "prunable_weights",
     "recalibrate",
+    "remove_channels",
     "unwrap",
 ]

@@ -22,9 +22,10 @@ def check_arguments(
     where: Any,
     layout: Any,
     importance: Any,
+    compile: bool,
 ) -> None:
     """Raise if an argument of `SparseOptimizer` has the wrong type; ``model`` is from `joined`."""
-    _check_base(base)
+    _check_base(base, compile)
     if not isinstance(method, Method):
         hint = ": call it, as in safe_core.safe(0.9, steps=1000)" if callable(method) else ""
         raise TypeError(f"method must be a safe_core.Method, got {_checks.shown(method)}{hint}")
@@ -53,7 +54,7 @@ def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
 
 
-def _check_base(base: Any) -> None:
+def _check_base(base: Any, compile: bool) -> None:
     if isinstance(base, type):
         raise TypeError(
             f"base must be an instance, such as {base.__qualname__}(model.parameters(), lr=0.1), "
@@ -65,6 +66,17 @@ def _check_base(base: Any) -> None:
         raise ValueError(
             "base must not be differentiable, because masks and projections change parameters in "
             f"place, got {type(base).__name__} with differentiable=True"
+        )
+    if getattr(base, "perturbs", False):
+        raise ValueError(
+            "base must not perturb, because the method says where gradients are taken: set rho=0 "
+            "in all its groups, and use a method that perturbs, such as safe_core.safe, got "
+            f"{type(base).__name__} with rho > 0"
+        )
+    if compile and hasattr(base, "backward"):
+        raise ValueError(
+            "compile must be False for a second-order base, whose counts of steps are Python "
+            f"numbers, got True with {type(base).__name__}"
         )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base must not need a closure of its own, got LBFGS")

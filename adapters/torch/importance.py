@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from safe_core import Method, _checks
 from safe_core.importance import Computed, Given, Importance, hutchinson
 
+from .products import hessian_products
 from .state import ParameterState
 
 __all__ = ["hessian_diagonal", "importance_in_use", "second_moments"]
@@ -78,7 +79,7 @@ def hessian_diagonal(
             loss_fn(), tensors, create_graph=True, materialize_grads=True
         )
         probes = [[_signs(p, generator) for p in tensors] for _ in range(samples)]
-        products = [_products(gradients, tensors, r) for r in probes]
+        products = [hessian_products(gradients, tensors, r) for r in probes]
     by_parameter = zip(params, zip(*probes, strict=True), zip(*products, strict=True), strict=True)
     return {name: hutchinson(r, product).detach() for name, r, product in by_parameter}
 
@@ -86,17 +87,6 @@ def hessian_diagonal(
 def _signs(p: Tensor, generator: Any) -> Tensor:
     drawn = torch.randint(0, 2, p.shape, generator=generator, device=p.device)
     return (2 * drawn - 1).to(p.dtype)
-
-
-def _products(
-    gradients: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """Return the Hessian-vector products ``H r``, from gradients that have a graph."""
-    depends = [(g, r) for g, r in zip(gradients, vectors, strict=True) if g.requires_grad]
-    if not depends:  # a linear loss
-        return [torch.zeros_like(p) for p in params]
-    outputs, weights = zip(*depends, strict=True)
-    return torch.autograd.grad(outputs, params, weights, retain_graph=True, materialize_grads=True)
 
 
 def importance_in_use(

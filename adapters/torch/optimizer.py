@@ -43,7 +43,8 @@ class SparseOptimizer(Optimizer):
     Parameters
     ----------
     base : torch.optim.Optimizer
-        An instance that holds the parameters. It keeps its own state.
+        An instance that holds the parameters. It keeps its own state. A base that perturbs by
+        itself, such as `Sassha`, needs ``rho=0``, because the method perturbs.
     method : Method
         From `safe_core.safe` or another function of `safe_core`. A decoupled penalty
         reads the ``"lr"`` of the groups.
@@ -155,13 +156,13 @@ class SparseOptimizer(Optimizer):
         if isinstance(base, SparseOptimizer):
             raise TypeError("base must be a plain optimizer, got a SparseOptimizer")
         model = joined(model)
-        check_arguments(base, method, model, where, layout, importance)
         for name, flag in (
             ("allow_unperturbed", allow_unperturbed),
             ("compile", compile),
             ("replay_rng", replay_rng),
         ):
             _checks.flag(name, flag)
+        check_arguments(base, method, model, where, layout, importance, compile)
         super().__init__(base.param_groups, base.defaults)
         # The same list, not a copy: schedulers change it through either optimizer.
         self.param_groups = base.param_groups
@@ -274,6 +275,19 @@ class SparseOptimizer(Optimizer):
         return is_evaluating(self._run)
 
     # The step
+
+    @property
+    def backward(self) -> Callable[..., None]:
+        """Compute gradients by ``backward(loss)``; exists only where the base has it.
+
+        A second-order base, such as `Sassha`, needs this instead of ``loss.backward()``. Options
+        are those of `Sassha.backward`. Hessian products are computed where the method takes the
+        gradient of the step: at x + e, or at several points if it adds their gradients.
+        """
+        if not hasattr(self.base, "backward"):
+            kind = type(self.base).__name__
+            raise AttributeError(f"{kind} has no backward(): call loss.backward()")
+        return self._phases.backward
 
     @property
     def perturbs(self) -> bool:
@@ -559,6 +573,8 @@ class SparseOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
         super().zero_grad(set_to_none)
+        if not self._phases.block:  # a closure clears at every point, but gradients may add up
+            self._run.discard_products()
         self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
             self._phases.reset()

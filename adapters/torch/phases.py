@@ -148,6 +148,20 @@ class Phases:
     def _last_block(self) -> str:
         return "projected" if self.phase is Phase.COMPLETE else "perturbed"
 
+    # Second-order bases
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        """Call ``backward`` of the base, without a Hessian product for a gradient at x alone.
+
+        `at_perturbed_point` replaces that gradient, which only gives the perturbation.
+        """
+        run, evaluation = self.run, self.run.perturbed
+        is_replaced = evaluation is not None and evaluation.combine == "replace"
+        if self.phase is Phase.START and is_replaced and not self.allow_unperturbed:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            run.base.backward(loss, **options)  # type: ignore[attr-defined]
+
     # Blocks
 
     @property
@@ -197,6 +211,8 @@ class Phases:
             if run.perturbed is not None:
                 params, added = self._leave_x(run.perturbed, sparse, params, loss_scale)
             run.zero_grad()
+            if run.perturbed is None or run.perturbed.combine == "replace":
+                run.discard_products()
             self.phase = Phase.PERTURBED
             run.forget_copies()
             with statistics_kept(run.model), RandomState.replayed(replay):

@@ -392,6 +392,11 @@ class Run:
         """Clear the gradients; unlike `SparseOptimizer.zero_grad`, keep the phase."""
         Optimizer.zero_grad(self.base)
 
+    def discard_products(self) -> None:
+        """Discard the Hessian products of a second-order base."""
+        if hasattr(self.base, "discard_products"):
+            self.base.discard_products()
+
     def forget_copies(self) -> None:
         """Drop cached casts and gathered shards, which hold the values of another point."""
         forget_copies(self.model if self.sharded else None)

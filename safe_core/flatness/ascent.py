@@ -12,8 +12,9 @@ from array_api_compat import array_namespace
 from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.perturbations import SAM, norm
+from safe_core.random_signs import check_seed
 
-from .vectors import Coordinates, check_seed
+from .vectors import Coordinates
 
 __all__ = ["Sharpness", "ValueAndGradient", "moved", "sharpness"]
 

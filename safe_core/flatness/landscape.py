@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.layout import Layout, resolve
+from safe_core.random_signs import check_seed
 
 from .ascent import moved
-from .vectors import Coordinates, check_seed
+from .vectors import Coordinates
 
 __all__ = ["Landscape", "filter_direction", "landscape"]
 

@@ -12,8 +12,9 @@ from array_api_compat import array_namespace
 from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.perturbations import norm
+from safe_core.random_signs import check_seed
 
-from .vectors import Coordinates, Operator, check_seed, dot, operator_on, orthogonalised
+from .vectors import Coordinates, Operator, dot, operator_on, orthogonalised
 
 __all__ = ["Eigenvalues", "Trace", "eigenvalues", "trace"]
 

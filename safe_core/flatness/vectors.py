@@ -10,9 +10,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from safe_core import _checks
 from safe_core._dtypes import check_real_floating, wide_dtype
 from safe_core.backends import Array, backend_of, hashing
+from safe_core.random_signs import mixed, signed
 
 __all__ = ["Coordinates", "Operator", "dot", "operator_on", "orthogonalised"]
 
@@ -137,8 +137,8 @@ class Coordinates:
         Integer arithmetic gives the same bits in every library, and runs on the device of the
         arrays. A generator of each library would give other numbers in each.
         """
-        salt = _mixed_int(_mixed_int(seed) ^ stream)
-        return hashing.mix(hashing.mix(self.counter) ^ (salt - 2**32 if salt >= 2**31 else salt))
+        salt = signed(mixed(mixed(seed) ^ stream))
+        return hashing.mix(hashing.mix(self.counter) ^ salt)
 
 
 def operator_on(coordinates: Coordinates, product: Operator) -> Callable[[Array], Array]:
@@ -218,12 +218,6 @@ def orthogonalised(vector: Array, basis: Sequence[Array]) -> tuple[list[float], 
     return [float(a + b) for a, b in zip(*passes, strict=True)], vector, length
 
 
-def check_seed(seed: int) -> None:
-    """Raise unless ``seed`` is an integer in ``[0, 2**32)``, the range of the hash."""
-    if _checks.integer("seed", seed, low=0) >= 2**32:
-        raise ValueError(f"seed must be below 2**32, got {seed!r}")
-
-
 def _flat(xp: Any, arrays: Sequence[Array], dtype: Any) -> Array:
     return xp.concat([xp.reshape(xp.astype(x, dtype, copy=False), (-1,)) for x in arrays])
 
@@ -248,8 +242,3 @@ def _mask(xp: Any, arrays: Sequence[Array], support: Sequence[Array | None]) -> 
 def _counted(xp: Any, flags: Array) -> Array:
     """Return the running count of flags of 0 or 1, less one: positions among those that are 1."""
     return xp.cumulative_sum(flags, dtype=xp.int32) - 1
-
-
-def _mixed_int(h: int) -> int:
-    """Return the hash of ``h`` plus a constant; the hash of 0 itself would be 0."""
-    return hashing.mix_int((h + 0x9E3779B9) & 0xFFFFFFFF)

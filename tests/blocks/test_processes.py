@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import warnings
@@ -90,9 +91,18 @@ def trained(**changes: Any) -> SafeReconstruction:
 
 PUBLISHED = {"published": True, "start": None, "dual_update_interval": 2}
 SEVEN = samples(7, 5)
+
+
+def halves(weight: Tensor, gram: Tensor, sparsity: Any, *, layout: Any) -> tuple[Tensor, Tensor]:
+    """Keep the even inputs, by a support that repeats one row."""
+    support = (torch.arange(weight.shape[1]) % 2 == 0).expand(weight.shape)
+    return (weight * support).T.contiguous().T, support
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]] = {
     # The model, the solver, the samples, the settings, and the largest difference of a weight.
     **{name: (blocks, name, SEVEN, {}, 1e-13) for name in ("magnitude", "wanda", "sparsegpt")},
+    "views": (blocks, trained(start=halves), SEVEN, {}, 1e-12),
     "alps": (blocks, "alps", SEVEN, {}, 1e-6),
     "safe+": (blocks, trained(start="alps"), SEVEN, {}, 1e-6),
     "safe": (blocks, trained(importance=None), SEVEN, {}, 1e-12),
@@ -112,9 +122,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]
     "experts by sparsegpt": (mixtral, "sparsegpt", tokens(5), {}, 1e-12),
     "experts by safe+": (mixtral, trained(), tokens(5), {}, 1e-11),
     "on disk": (blocks, "wanda", SEVEN, {"offload": "disk", "work_dir": "disk"}, 1e-13),
+    "sharded": (blocks, trained(rho=1e-3), SEVEN, {"shard": True}, 1e-12),
+    "sharded in groups": (blocks, trained(), SEVEN, {"shard": True, "sparsity": "2:4"}, 1e-12),
+    "sharded start is kept": (
+        blocks, trained(learning_rate=9.0), SEVEN, {"shard": True, "target_inputs": "dense"}, 1e-12
+    ),
+    "sharded experts": (mixtral, trained(epochs=1), tokens(5), {"shard": True}, 1e-11),
     "resumed": (blocks, trained(), SEVEN, {"work_dir": "interrupted"}, 1e-12),
 }  # fmt: skip
-FEWER = ("wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths")
+FEWER = (
+    "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
+    "sharded in groups",
+)  # fmt: skip
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
 
@@ -141,7 +160,7 @@ def test_an_error_in_one_process_ends_all() -> None:
         "argument": "process 1 of 3 failed: sparsity must be a fraction in [0, 1), such as 0.95, "
         "got 1.5",
         "batches": "batches must be the same in all processes, got another in process 2 than in "
-        "process 0",
+        "process 0; distributed=False prunes in each process alone",
         "progress": "no room | blocks.0 to blocks.0 are pruned and stay so; the rest is dense",
         "unshared": "solver must be one that sums over processes, which BlockSolver.distributed "
         "says, got Unshared() in 3 processes",
@@ -174,12 +193,16 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     """Prune together and alone, and say how the results differ."""
     make, solver, data, settings, largest = CASES[kind]
     pruned, told = make(), []
+    settings = {"sparsity": 0.5, **settings}
     if "work_dir" in settings:
         settings = settings | {"work_dir": folder / settings["work_dir"]}
     if kind == "resumed":
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
-            prune_blocks(make(), data, solver, 0.5, progress=interrupt, **settings)
-    report = prune_blocks(pruned, data, solver, 0.5, progress=told.append, **settings)
+            prune_blocks(make(), data, solver, progress=interrupt, **settings)
+        if rank == 0:
+            shutil.copytree(settings["work_dir"], folder / "copy")
+        dist.barrier()
+    report = prune_blocks(pruned, data, solver, progress=told.append, **settings)
     if kind == "on disk":
         held = len(data) // world() + (rank < len(data) % world())
         assert report.predicted.disk == 2 * held * data[0].nbytes
@@ -193,7 +216,11 @@ def compared(kind: str, rank: int, folder: Path) -> str:
     assert kind != "on disk" or not list(settings["work_dir"].glob("*.bin"))
     one = make()
     settings = {key: value for key, value in settings.items() if key not in ("work_dir", "offload")}
-    wanted = prune_blocks(one, data, solver, 0.5, distributed=False, **settings)
+    if kind == "resumed":  # which one process can do, too
+        prune_blocks(one, data, solver, distributed=False, **settings, work_dir=folder / "copy")
+        torch.testing.assert_close(weights, list(one.parameters()), rtol=0, atol=largest)
+        one = make()
+    wanted = prune_blocks(one, data, solver, distributed=False, **settings)
     pairs = list(zip(weights, one.parameters(), strict=True))
     if not all(torch.equal(a == 0, b == 0) for a, b in pairs):
         return "other supports"
@@ -215,9 +242,10 @@ def memory() -> str:
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     data = torch.randint(0, 31, (16, 64), generator=torch.Generator().manual_seed(3))
-    for solver in ("sparsegpt", trained(epochs=1, batch_size=8)):
+    solver = trained(epochs=1, batch_size=8)
+    for how, shard in (("sparsegpt", False), (solver, False), (solver, True)):
         llama = transformers.LlamaForCausalLM(config)
-        report = prune_blocks(llama, data, solver, 0.5, measure_memory=True)
+        report = prune_blocks(llama, data, how, 0.5, measure_memory=True, shard=shard)
         if report.peak != pytest.approx(report.predicted.device, rel=0.2):
             return f"{report.peak} instead of {report.predicted.device}"
     alone = plan_pruning(llama, data, solver, 0.5, distributed=False).memory

@@ -38,7 +38,7 @@ def together(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_processes_write_and_print_once(folder: Path, text: Path, tmp_path: Path) -> None:
     out, alone = tmp_path / "out", tmp_path / "alone"
     prune = ["prune", folder, "--calibration", text, *SHORT, "--method", "wanda", "--out"]
-    done = together(*prune, out, "--work-dir", tmp_path / "work")
+    done = together(*prune, out, "--work-dir", tmp_path / "work", "--shard")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved in") == 1
     assert done.stderr.count("block 1 of 2, loss") == 1

@@ -13,7 +13,14 @@ from array_backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_core.schedules import constant, cosine, cubic, linear, linear_sparsity
+from safe_core.schedules import (
+    constant,
+    cosine,
+    cubic,
+    exponential_sparsity,
+    linear,
+    linear_sparsity,
+)
 
 VALUES = st.floats(-10, 10)
 STEPS = st.integers(1, 1000)
@@ -71,7 +78,7 @@ def test_traced_ramps_end_at_exactly_their_value(
             assert got == np.asarray(value, got.dtype)
 
 
-@pytest.mark.parametrize("make", [cubic, linear_sparsity])
+@pytest.mark.parametrize("make", [cubic, linear_sparsity, exponential_sparsity])
 @given(value=st.integers(0, 99), initial=st.integers(0, 99), steps=STEPS)
 def test_tables_end_at_exactly_their_value(make: Any, value: int, initial: int, steps: int) -> None:
     schedule = make(value / 100, steps, initial / 100)
@@ -132,6 +139,30 @@ def test_cubic_takes_the_finest_table_of_at_most_100_stages(steps: int) -> None:
     every = cubic(0.5, steps).every
     allowed = [k for k in range(1, steps + 1) if steps % k == 0 and steps // k <= 100]
     assert every == min(allowed)
+
+
+def test_exponential_sparsity_removes_the_same_fraction_of_what_is_left() -> None:
+    schedule = exponential_sparsity(0.9, steps=40, initial=0.2, start=5, every=4)
+    kept = [1 - s for s in schedule.table]
+    assert (kept[0], kept[-1], len(kept)) == (Fraction(4, 5), Fraction(1, 10), 11)
+    for stage, k in enumerate(kept):
+        assert float(k) == pytest.approx(0.8 ** (1 - stage / 10) * 0.1 ** (stage / 10), rel=1e-14)
+    assert [schedule.stage(t) for t in (0, 8, 9, 44, 45, 99)] == [0, 0, 1, 9, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("value", "stages", "table"),
+    [
+        (0.75, 2, ["0", "1/2", "3/4"]),
+        (Fraction(26, 27), 3, ["0", "2/3", "8/9", "26/27"]),
+        (0.0, 2, ["0", "0", "0"]),
+    ],
+)
+def test_exponential_sparsity_is_exact_where_it_is_rational(
+    value: Any, stages: int, table: list[str]
+) -> None:
+    found = exponential_sparsity(value, stages, every=1).table
+    assert list(found) == [Fraction(entry) for entry in table]
 
 
 def test_bounds_hold_every_value() -> None:

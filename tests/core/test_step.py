@@ -52,6 +52,11 @@ PLANS: dict[str, tuple[Method, list[str], list[str]]] = {
         ["x", "x + e"],
         ["BASE_STEP", "MASK_PARAMETERS", "PROJECT_PARAMETERS"],
     ),
+    "adasap": (
+        safe_core.adasap(0.5, steps=90),
+        ["x", "x + e"],
+        ["BASE_STEP", "MASK_PARAMETERS", "PROJECT_PARAMETERS"],
+    ),
     "cram": (safe_core.cram(0.5), ["x", "C(x + e)"], ["BASE_STEP"]),
     "cram+": (safe_core.cram(0.5, plus=True), ["x", "+C(x + e)"], ["BASE_STEP"]),
 }
@@ -66,7 +71,7 @@ def test_the_plan_of_a_method_is_data(name: str) -> None:
     common = {Operation.OBSERVE_GRADIENTS, Operation.UPDATE_STATE}
     assert common < set(plan.operations)
     assert [o.name for o in plan.operations if o not in common] == operations
-    assert plan.masks_gradients == (name in ("gmp", "imp"))
+    assert plan.masks_gradients == (name in ("gmp", "imp", "adasap"))
 
 
 def test_the_base_step_comes_between_what_reads_gradients_and_what_reads_parameters() -> None:

@@ -134,6 +134,7 @@ def run_numpy(problem, method, base, importance):
         at = lambda params, batch=batch: gradients(params, *batch)  # noqa: E731
         step = FunctionalStep(method, params, sparse, info, t, at, optimizer, importance=source)
         step.learning_rate = RATES[base]
+        step.layouts = [*info.layouts, *(None,) * LAYERS]
         params, state = step.run(at(params), state)
     metric = method.metric(state.importance, source=source)
     projected = method.finalize(params[:LAYERS], info, metric)
@@ -308,6 +309,13 @@ VARIANTS = {
     "cram plus multi": safe_core.cram(MULTI, rho=0.1, plus=True),
     "imp": safe_core.imp_sam(
         safe_core.schedules.cubic(0.8, steps=48, every=16), importance=SquaredGradient(0.9)
+    ),
+    "adasap": safe_core.adasap(
+        safe_core.Channel(
+            safe_core.schedules.exponential_sparsity(0.4, steps=24, start=12, every=4), "global"
+        ),
+        rho_max=0.5,
+        rho=0.5,
     ),
 }
 

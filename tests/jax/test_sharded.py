@@ -94,9 +94,12 @@ def published(pattern):
 
 channels = published(safe_core.Channel(0.5))
 untuned = safe_core.safe(0.75, steps=12)
+by_channel = safe_core.Method(0.75, safe_core.ADMM(0.1, 2), perturbation=safe_core.Staged(
+    safe_core.ChannelSAM(0.05, adaptive=True, scope="tensor"), safe_core.ChannelSAM(0.05), 2))
 for params_spec, cases in (
-    ((None, "t"), ((published(0.75), given), (untuned, {}))),
-    (("f", "t"), ((published(0.75), {}), (published("2:4"), {}), (channels, {}), (untuned, {}))),
+    ((None, "t"), ((published(0.75), given), (untuned, {}), (by_channel, {}))),
+    (("f", "t"), ((published(0.75), {}), (published("2:4"), {}), (channels, {}), (untuned, {}),
+                  (by_channel, {}))),
 ):
     for method, options in cases:
         wanted = run(lambda x, spec: x, whole, method, **options)
@@ -153,7 +156,7 @@ with ocp.StandardCheckpointer() as checkpointer:
 
 @pytest.mark.parametrize(
     ("script", "checks"),
-    [(AVERAGED, 6), (TYPED, 6), (CHECKPOINT, 2)],
+    [(AVERAGED, 6), (TYPED, 8), (CHECKPOINT, 2)],
     ids=["average", "explicit axes", "checkpoint"],
 )
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def run(program: str, *blocked: str) -> subprocess.CompletedProcess[str]:
         ("import safe_core.adapters.torch", "torch", "torch"),
         ("import safe_core.adapters.torch.blocks", "torch", "torch"),
         ("import safe_core.adapters.transformers", "torch", "torch"),
+        (
+            "import torch; from safe_core.adapters.torch import remove_channels; "
+            "remove_channels(torch.nn.Linear(2, 2), torch.ones(1, 2))",
+            "torch_kirigami",
+            "channels",
+        ),
         ("import safe_core.adapters.jax", "jax", "jax"),
         ("import safe_core.adapters.optax", "jax", "jax"),
         ("import safe_core.adapters.optax", "optax", "jax"),
@@ -77,7 +83,7 @@ def test_a_missing_package_is_named_with_its_extra(
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
     assert last.endswith(f' needs {missing}: pip install "safe-core[{extra}]"')
-    named = {"sklearn": "scikit-learn"}.get(missing, missing)
+    named = {"sklearn": "scikit-learn", "torch_kirigami": "torch-kirigami"}.get(missing, missing)
     assert any(line.startswith(named) for line in PROJECT["optional-dependencies"][extra])
 
 

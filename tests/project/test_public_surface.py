@@ -38,11 +38,13 @@ PACKAGES = (
 
 # Modules of which the page documents some names; the others serve the library alone.
 MODULES = (
+    "safe_core.random_signs",
     "safe_core.reconstruction",
     "safe_core.report",
     "safe_core.advice",
     "safe_core.finalization",
     "safe_core.inspection",
+    "safe_core.sassha",
     "safe_core.flatness.figures",
     "safe_core.command_line.dry_run",
     "safe_core.command_line.inspection",

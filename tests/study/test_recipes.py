@@ -34,7 +34,7 @@ from safe_core.study.runner.training import Training
         ("colour = 3\n" + TINY, "colour is not a key of recipe, which takes: title, data, model"),
         (
             changed("width", "depth"),
-            r"model\.depth is not a key of model, which takes: name, options, width",
+            r"model\.depth is not a key of model, which takes: name, options, width, dense_layers",
         ),
         (changed('"digits"', '"svhn"'), r"data\.name must be one of 'digits', 'mnist'.*'svhn'"),
         (changed("[0.8, 0.9]", "[0.8, 1.0]"), r"sparsities\[1\] must be a fraction.*got 1\.0"),
@@ -68,6 +68,7 @@ from safe_core.study.runner.training import Training
             r"methods\[1\] \(SAFE\): training\.warmup_epochs must be below the 2 epochs, got 2",
         ),
         (changed("rate = 0.1", "rate = 0.1\nmomentum = 1"), r"training\.momentum must not be 1"),
+        (changed("rate = 0.1", "rate = 0.1\neps = 1e-3"), r"training\.eps must come .* not sgd"),
         (changed("width = 0.05", "width = 0"), r"model\.width must not be 0, got 0"),
         (
             changed("epochs = 2", 'epochs = 2\nschedule = "step"\nmilestones = [1, 2]'),
@@ -126,6 +127,53 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     assert caption == recipe.title
     drawn = {path.stem.split("_")[0] for path in figures.draw(recipe, results, tmp_path)}
     assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
+    whole = read_recipe(files("safe_core.study") / "recipes" / "sassha-digits.toml")
+    recipe = replace(
+        whole,
+        data=replace(whole.data, train_images=128, label_noise=(0.5,)),
+        model=replace(whole.model, width=0.1),
+        training=replace(whole.training, epochs=1, warmup_epochs=0),
+        evaluation=replace(whole.evaluation, flatness_images=64),
+        seeds=(0,),
+        frameworks=(framework,),
+    )
+    found = {cell.method: run_cell(recipe, cell) for cell in cells(recipe)}
+    assert list(found) == ["SGD", "SAM", "AdamW", "Sassha", "Sassha, published eps"]
+    assert len({result["losses"][0] for result in found.values()}) == 5
+    for result in found.values():
+        assert result["zeros"] == 0
+        assert result["accuracy"] == result["dense_accuracy"]
+        assert result["eigenvalue"] > 0
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sassha"])
+def test_eps_reaches_the_optimizer(optimizer: str, framework: str) -> None:
+    def first_losses(extra: str) -> list[float]:
+        table = f'optimizer = "{optimizer}"\nlearning_rate = 0.01{extra}'
+        recipe = parse_recipe(changed("learning_rate = 0.1", table))
+        recipe = replace(recipe, frameworks=(framework,))
+        return run_cell(recipe, cells(recipe)[0])["losses"]
+
+    assert first_losses("\neps = 10.0") != first_losses("")
+    without = parse_recipe(TINY)
+    assert "training.eps" not in without.settings("dense", None)
+
+
+def test_dense_training_may_perturb() -> None:
+    tables = [{"method": "dense", "sweep": {"rho": [0.0, 0.1]}}]
+    plain, sam = (e.build(None, epochs=2, steps_per_epoch=4, seed=0) for e in read_entries(tables))
+    assert plain is None
+    assert sam == safe_core.Method(0.0, safe_core.AtEnd(), perturbation=safe_core.SAM(0.1))
+    source = changed('method = "dense"', 'method = "dense"\nrho = 0.1')
+    settings = [parse_recipe(text).settings("dense", None) for text in (TINY, source)]
+    assert settings[1] == {**settings[0], "method.rho": 0.1}
+    with pytest.raises(ValueError, match=r"methods\[0\] \(dense\): rho must be a finite number"):
+        parse_recipe(source.replace("rho = 0.1", "rho = -0.1"))
 
 
 def test_methods_are_built_with_their_schedules() -> None:

@@ -65,6 +65,11 @@ class Recipe(NamedTuple):
     full_step: float = 0.0
     max_growth: float = 0.0
     pulled: bool = False
+    least: float | None = None  # of rho, for the channel of largest norm
+    norm: str = "channel"
+    uniform_from: int = STEPS
+    uniform_rho: float = 0.0
+    channels: bool = False
     after: str = "dual"  # or "hard", "mask", "nothing"
 
 
@@ -72,6 +77,10 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
     """Yield the point after every step of SGD with momentum."""
 
     def keep(v: np.ndarray, t: int) -> np.ndarray:
+        if recipe.channels:
+            scores = np.sum((1 if m is None or not m.any() else m) * v**2, axis=1)
+            gone = np.argsort(scores, kind="stable")[: math.floor(recipe.sparsity(t) * len(v))]
+            return np.where(np.isin(np.arange(len(v)), gone)[:, None], 0, v)
         zeros = math.floor(recipe.sparsity(t) * v.size)
         importance = np.ones_like(v) if m is None or not m.any() else m
         order = np.argsort(np.sqrt(importance).ravel() * np.abs(v).ravel(), kind="stable")
@@ -103,8 +112,14 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
                 size = math.sqrt(np.mean(np.square(sizes)))
                 unit *= min(unit / size / recipe.full_step, 1) ** 2
             rho = recipe.rho(t) * (unit * math.exp(-shrinkage) if recipe.in_steps else 1)
-            moved = w + rho * scale**2 * gw / length
-            gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, b + rho * gb / length)
+            if recipe.least is None:
+                moved, moved_b = w + rho * scale**2 * gw / length, b + rho * gb / length
+            elif t >= recipe.uniform_from:
+                rho = recipe.uniform_rho
+                moved, moved_b = w + rho * scale**2 * gw / length, b + rho * gb / length
+            else:
+                moved, moved_b = by_channel(recipe, rho, w, b, scale, gw, gb)
+            gw, gb = gradient(keep(moved, t) if recipe.compressed else moved, moved_b)
             second = np.concatenate([gw.ravel(), gb])
             if recipe.max_growth:
                 grows = np.linalg.norm(second) > recipe.max_growth * np.linalg.norm(first)
@@ -134,6 +149,8 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         if recipe.after == "mask":
             w = np.where(z != 0, w, 0)
             if recipe.sparsity(t + 1) != recipe.sparsity(t):
+                if m is not None:
+                    m = recipe.decay * m + (1 - recipe.decay) * gw**2
                 w = z = keep(w, t + 1)
         elif (t + 1) % recipe.interval == 0:
             if m is not None:
@@ -147,6 +164,32 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
             z = keep(v, t + 1)
             u = v - z
         yield Point(w, b, z, u)
+
+
+def by_channel(
+    recipe: Recipe,
+    rho: float,
+    w: np.ndarray,
+    b: np.ndarray,
+    scale: np.ndarray,
+    gw: np.ndarray,
+    gb: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the point that AdaSAP moves to, channel by channel."""
+    sizes = [np.linalg.norm(row) for row in w]
+    alive = [s for s in sizes if s > 0]
+    moved, bias_length = w.copy(), np.linalg.norm(gb)
+    if recipe.norm == "global":
+        bias_length = math.hypot(bias_length, np.linalg.norm(scale * gw))
+    for i, s in enumerate(sizes):
+        spread = max(alive) - min(alive)
+        share = (s - min(alive)) / spread if s > 0 else 0.0
+        radius = rho - share * (rho - recipe.least * rho)
+        length = np.linalg.norm(scale[i] * gw[i])
+        length = bias_length if recipe.norm == "global" else length
+        if length:
+            moved[i] += radius * scale[i] ** 2 * gw[i] / length
+    return moved, b + rho * gb / bias_length
 
 
 def _method(**changes: Any) -> safe_core.Method:
@@ -189,6 +232,25 @@ def in_steps(rho: float, **options: float) -> tuple[safe_core.Method, Recipe]:
     e = safe_core.SAM(rho, in_steps=True, **options)
     method = safe_core.Method(0.6, safe_core.ADMM(0.3, 3), perturbation=e)
     return method, Recipe(rho=lambda t: rho, in_steps=True, **options)
+
+
+def adasap(**options: Any) -> tuple[safe_core.Method, Recipe]:
+    """Return AdaSAP that removes half of the channels in three stages of 2 steps."""
+    schedule = schedules.exponential_sparsity(0.5, steps=6, start=3, every=2)
+    channels = safe_core.Channel(schedule, scope="tensor")
+    method = safe_core.adasap(channels, rho_max=0.4, rho_min=0.1, rho=0.2, **options)
+    return method, Recipe(
+        rho=lambda t: 0.4,
+        sparsity=lambda t: 1 - Fraction(0.5 ** (min(max((t - 3) // 2, 0), 3) / 3)),
+        adaptive=options.get("adaptive", True),
+        decay=None if "importance" not in options else 0.7,
+        least=0.25,
+        norm=options.get("norm", "channel"),
+        uniform_from=9,
+        uniform_rho=0.2,
+        channels=True,
+        after="mask",
+    )
 
 
 CASES = {
@@ -245,6 +307,9 @@ CASES = {
         safe_core.imp_sam(schedules.linear_sparsity(0.6, steps=9, start=1, every=3), rho=0.2),
         Recipe(sparsity=gradual(1), after="mask"),
     ),
+    "adasap": adasap(),
+    "adasap with SAM and Taylor": adasap(adaptive=False, importance=SquaredGradient(0.7)),
+    "adasap with a global norm": adasap(norm="global"),
     "magnitude": (
         safe_core.magnitude(0.6, importance_interval=3),
         Recipe(rho=lambda t: 0.0, after="nothing"),

@@ -25,10 +25,11 @@ STEPS = 8
     ("world", "kinds"),
     [
         (2, ["ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local"]),
-        (2, ["fsdp-packed", "tp-packed"]),
-        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp"]),
+        (2, ["fsdp-packed", "tp-packed", "fsdp-channels", "tp-channels"]),
+        (4, ["ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed"]),
+        (4, ["tp-fsdp", "tp-fsdp-channels"]),
     ],
-    ids=["two", "two packed", "four"],
+    ids=["two", "two, other parts", "four", "four, both ways"],
 )
 def test_processes_train_what_one_trains(world: int, kinds: list[str]) -> None:
     printed = output_of(__file__, str(world), *kinds)
@@ -71,19 +72,16 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     from torch.distributed.tensor.debug import CommDebugMode
 
     rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
-    model = _wrap(kind, _network(), mesh)
+    wrapped = kind.removesuffix("-channels").removesuffix("-packed")
+    model = _wrap(wrapped, _network(), mesh)
     optimizer = _optimizer(model, kind)
     if kind.endswith("reuse"):
         _train_by_closure(model, optimizer, rows)
     else:
-        if kind == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
+        if wrapped == "tp-fsdp":  # the pairs of tensor parallelism see the same rows
             rows = slice(rank // 2 * 16, (rank // 2 + 1) * 16)
-        _train(
-            model,
-            optimizer,
-            slice(None) if kind in ("tp", "tp-packed") else rows,
-            local=kind == "local",
-        )
+        seen = slice(None) if wrapped == "tp" else rows
+        _train(model, optimizer, seen, local=kind == "local")
     alone = _network()
     reference = _optimizer(alone, kind)
     if kind == "local":
@@ -155,7 +153,7 @@ def _wrap(kind: str, model: Any, mesh: Any) -> Any:
         # The views are gradients that the reducer writes to in place.
         views = kind == "ddp-reuse"
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=views)
-    if kind in ("tp", "tp-packed"):
+    if kind == "tp":
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         return parallelize_module(model, mesh, plan)
     if kind.startswith("fsdp"):
@@ -191,6 +189,11 @@ def _optimizer(model: Any, kind: str) -> Any:
     )
     if kind.endswith("packed"):
         method = replace(method, constraint=replace(method.constraint, packed_support=True))
+    if kind.endswith("channels"):
+        first = safe_core.ChannelSAM(0.05, adaptive=True, scope="tensor")
+        second = safe_core.ChannelSAM(0.05)
+        by_channel = safe_core.Staged(first, second, STEPS // 2)
+        method = safe_core.Method(0.7, safe_core.ADMM(0.1, 3), perturbation=by_channel)
     base, given = torch.optim.Adam(model.parameters(), lr=0.01), None
     if kind == "tp-fsdp":
         generator = torch.Generator().manual_seed(2)

@@ -156,6 +156,13 @@ def prune(
     offload: Annotated[
         Offload, typer.Option(help="Where activations are kept; none: on the device.")
     ] = Offload.cpu,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Under torchrun: share the optimizer state of a block among the processes.",
+        ),
+    ] = False,
     work_dir: Annotated[
         Path | None, typer.Option(help="A folder from which the same command resumes.")
     ] = None,
@@ -217,6 +224,7 @@ def prune(
                 device=device,
                 offload=offload.value,
                 work_dir=work_dir,
+                shard=shard,
             ),
             gguf_file=gguf_file,
             trust_remote_code=trust_remote_code,

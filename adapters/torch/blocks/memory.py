@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safe_core._dtypes import wide_dtype
+from safe_core.backends.torch_sharding import local
 from safe_core.layout import Layout
 
 from ...readable import readable_bytes
@@ -89,7 +90,7 @@ class TensorBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation and count the tensors that it takes and returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in filter(torch.is_tensor, tree_leaves((args, kwargs, result))):
-            storage = leaf.untyped_storage()
+            storage = local(leaf).untyped_storage()
             key = storage._cdata
             if key not in self._known:
                 self._known.add(key)
@@ -144,6 +145,8 @@ class BlockSize(NamedTuple):
         The device that the block is pruned on.
     processes : int
         Number of processes that prune the block.
+    shards : int
+        Number of processes that share the state of an optimizer.
     """
 
     entries: int
@@ -157,6 +160,7 @@ class BlockSize(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     processes: int = 1
+    shards: int = 1
 
     @classmethod
     def of(
@@ -166,6 +170,8 @@ class BlockSize(NamedTuple):
         trained: Collection[str],
         device: torch.device,
         processes: int = 1,
+        *,
+        shard: bool = False,
     ) -> BlockSize:
         """Return the sizes of a block whose ``weights`` are pruned, and ``trained`` trained."""
         params = dict(block.named_parameters())
@@ -189,6 +195,7 @@ class BlockSize(NamedTuple):
             dtype=block_dtype(block),
             device=device,
             processes=processes,
+            shards=processes if shard else 1,
         )
 
     @property
@@ -202,11 +209,13 @@ class BlockSize(NamedTuple):
         It holds the parameters in float32 or wider; gradients, two moments of Adam and, if it
         ``perturbs``, a copy of those that are trained; anchors and one-byte supports of those
         that are pruned. A dual update adds scores and a second support, but holds no activations.
+        Beside shards of them all, each process holds whole parameters and gradients for a pass.
         """
         split = self.solutions  # the bytes of an anchor and a support are the same
-        held = 4 if perturbs else 3
-        state = self.number * (self.entries + held * self.trained) + split
-        return state + max(work, split)
+        held = (4 if perturbs else 3) + (self.shards > 1)
+        state = (self.number * held * self.trained + split) // self.shards
+        whole = self.entries + (self.trained if self.shards > 1 else 0)
+        return self.number * whole + state + max(work, split // self.shards)
 
     def statistics(self, kind: str) -> int:
         """Return the entries of all statistics of inputs: "gram", "squares" or none."""

@@ -109,11 +109,14 @@ class Processes:
                 if other[key] != first[key]:
                     raise ValueError(
                         f"{key} must be the same in all processes, got another in process {rank} "
-                        "than in process 0"
+                        "than in process 0; distributed=False prunes in each process alone"
                     )
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors over all processes, in place."""
+
+    def complete_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        """Fill in a gradient of zeros where only other processes have one."""
 
     def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of parameters over all processes.
@@ -180,7 +183,8 @@ class _Group(Processes):
 
     def _signal(self, state: int) -> Tensor:
         """Return a state and, if this process has failed, a number that is largest for rank 0."""
-        return torch.tensor([state, self.size - self.rank if state == _FAILED else 0])
+        failed = self.size - self.rank if state == _FAILED else 0
+        return torch.tensor([state, failed], device="cpu")
 
     def _letters(self) -> list[Tensor]:
         return [_letter("") for _ in range(self.size)]
@@ -230,18 +234,23 @@ class _Group(Processes):
             for work in [exchange(whole, self._of(whole)) for _, whole in pairs]:
                 work.wait()
         for tensor, whole in pairs:
-            if tensor.data_ptr() != whole.data_ptr():
+            if not tensor.is_contiguous():
                 tensor.copy_(whole)
 
-    def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        trained = [p for p in params if p.requires_grad]
+    def complete_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        trained = list(params)
         complete = all(p.grad is not None for p in trained)
         if self._meet(_READY if complete else _INCOMPLETE):
-            held = torch.tensor([p.grad is not None for p in trained], dtype=torch.int64)
-            self._sum([held])
-            for p, holders in zip(trained, held.tolist(), strict=True):
+            held = [int(p.grad is not None) for p in trained]
+            counts = torch.tensor(held, device="cpu")
+            self._sum([counts])
+            for p, holders in zip(trained, counts.tolist(), strict=True):
                 if holders and p.grad is None:
                     p.grad = torch.zeros_like(p)
+
+    def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        trained = list(params)
+        self.complete_gradients(trained)
         self._sum([p.grad for p in trained if p.grad is not None])
 
     def copy_(self, tensors: Iterable[Tensor], source: int = 0) -> None:

@@ -107,7 +107,7 @@ def prune_blocks(
     **changes
         Fields of `PruningSettings`, which replace those of ``settings``: ``propagate``,
         ``target_inputs``, ``batch_size``, ``seed``, ``blocks``, ``where``, ``device``,
-        ``offload``, ``work_dir`` and ``distributed``.
+        ``offload``, ``work_dir``, ``distributed`` and ``shard``.
 
     Returns
     -------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core._dtypes import wide_dtype
+from safe_core.backends.torch_sharding import whole
 from safe_core.finalization import pruning_a_block
 from safe_core.layout import Layout
 from safe_core.patterns import Pattern, Unstructured
@@ -21,12 +22,11 @@ from safe_core.solvers.reconstruction import SOME_STEPS
 from ..optimizer import SparseOptimizer
 from .fingerprints import identity
 from .memory import BlockSize
-from .processes import Processes
 from .solver import Batch, BlockProblem, BlockSolver, LayerByLayer, WorkBytes
+from .trained import Trained, trained_parameters
 
 __all__ = ["SafeReconstruction", "wide_mse"]
 
-_ALONE = Processes()
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -104,7 +104,8 @@ dual_update_interval, start, published
             return training
         # All solutions and supports are held at once, and a copy of the start during training.
         solving = LayerByLayer(first).solving(size, work, size.solutions)
-        return max(training + size.number * size.trained + size.sparse, solving)
+        copy = size.number * size.trained // size.shards
+        return max(training + copy + size.sparse, solving)
 
     def prune(self, problem: BlockProblem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Train the block in float32 or wider, and return its parameters and the supports."""
@@ -141,7 +142,7 @@ dual_update_interval, start, published
             name=problem.name,
             autocast=self.autocasts(problem.device, problem.dtype),
             supports=supports,
-            processes=problem.processes,
+            trained=trained_parameters(block, problem.processes, shard=problem.shard),
         )
         values = {key: p.detach() for key, p in params.items() if p.requires_grad}
         # Equal steps give equal weights, unless kernels of different machines round otherwise.
@@ -166,7 +167,7 @@ dual_update_interval, start, published
         name: str = "block",
         autocast: bool = False,
         supports: Mapping[str, Tensor] | None = None,
-        processes: Processes = _ALONE,
+        trained: Trained | None = None,
     ) -> dict[str, Tensor]:
         """Train a block in place, project it, and return the supports by name.
 
@@ -188,36 +189,39 @@ dual_update_interval, start, published
         supports : mapping of name to tensor, optional
             Supports of the weights of a block that is sparse already. If training increases the
             loss, the block is restored and these are returned.
-        processes : Processes
-            Those that train the block together, each on its part of every batch.
+        trained : Trained, optional
+            The parameters of the block to train, by the processes that train it together. By
+            default those that require gradients, in this process.
 
         Raises
         ------
         ValueError
             If the loss is not finite after an epoch.
         """
+        trained = Trained(block) if trained is None else trained
         steps = self.epochs * steps_per_epoch
-        optimizer = self._optimizer(block, weights, importance, sparsity, steps)
+        optimizer = self._optimizer(trained, weights, importance, sparsity, steps)
 
         def loss() -> float:
             # A compiled block would be compiled again without gradients.
             with torch.set_grad_enabled(bool(self.compile)):
-                return _mean_loss(block, epoch(0), processes, autocast=autocast)
+                return _mean_loss(block, epoch(0), trained, autocast=autocast)
 
         # A start is a solution already, which training must not make worse.
-        kept = None if supports is None else _Solution.of(block, supports, loss())
+        kept = None if supports is None else _Solution.of(trained, supports, loss())
         self.train(
             optimizer, block, epoch, steps_per_epoch, report,
-            name=name, autocast=autocast, processes=processes,
+            name=name, autocast=autocast, trained=trained,
         )  # fmt: skip
         method = optimizer.method
         with pruning_a_block(method.constraint, method.sparsity, optimizer.steps):
             optimizer.finalize(freeze=True)
+        trained.gather()
         if kept is not None and not loss() <= kept.loss:  # not `>`: a loss may be NaN
-            kept.restore(block)
+            kept.restore(trained)
             return dict(kept.supports)
         named = optimizer.sparse_parameters()
-        return {name: optimizer.state[p]["support"] for name, p in named.items()}
+        return {name: whole(optimizer.state[p]["support"]) for name, p in named.items()}
 
     def train(
         self,
@@ -229,13 +233,14 @@ dual_update_interval, start, published
         *,
         name: str = "block",
         autocast: bool = False,
-        processes: Processes = _ALONE,
+        trained: Trained | None = None,
     ) -> None:
         """Train a block for all epochs with an optimizer, as `solve` does.
 
         The other arguments and errors are those of `solve`. ``epoch(k)`` is asked for the next
         batch only after the step on the one before.
         """
+        trained = Trained(block) if trained is None else trained
         device = next(block.parameters()).device
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -247,11 +252,11 @@ dual_update_interval, start, published
                     group["lr"] = group["initial_lr"] * self.share(step, steps_per_epoch)
 
                 def backward(batch: Batch = batch) -> Tensor:
-                    return _backward(block, batch, processes, autocast=autocast)
+                    return _backward(block, batch, trained, autocast=autocast)
 
                 total, count = total + _step(optimizer, backward), count + 1
                 step += 1
-            processes.sum_([total])
+            trained.processes.sum_([total])
             mean = float(total) / count  # the only value that is read from the device
             if not math.isfinite(mean):
                 rate = optimizer.param_groups[0]["initial_lr"]
@@ -263,16 +268,16 @@ dual_update_interval, start, published
 
     def _optimizer(
         self,
-        block: nn.Module,
+        trained: Trained,
         weights: Mapping[str, Layout],
         importance: Mapping[str, Tensor] | None,
         sparsity: Pattern,
         steps: int,
     ) -> SparseOptimizer:
-        trained = [(name, p) for name, p in block.named_parameters() if p.requires_grad]
-        fused = trained[0][1].device.type == "cuda"
-        peak = float(self.peak(_root_mean_square([p for name, p in trained if name in weights])))
-        base = torch.optim.Adam(trained, lr=peak, betas=self.betas, fused=fused or None)
+        named = list(trained.named.items())
+        fused = named[0][1].device.type == "cuda"
+        peak = float(self.peak(_root_mean_square([p for name, p in named if name in weights])))
+        base = torch.optim.Adam(named, lr=peak, betas=self.betas, fused=fused or None)
         return SparseOptimizer(
             base,
             self.bound(sparsity, steps),
@@ -302,19 +307,20 @@ class _Solution(NamedTuple):
     loss: float
 
     @classmethod
-    def of(cls, block: nn.Module, supports: Mapping[str, Tensor], loss: float) -> _Solution:
-        trained = {name: p for name, p in block.named_parameters() if p.requires_grad}
-        return cls({name: p.detach().clone() for name, p in trained.items()}, supports, loss)
+    def of(cls, trained: Trained, supports: Mapping[str, Tensor], loss: float) -> _Solution:
+        values = {name: p.detach().clone() for name, p in trained.named.items()}
+        return cls(values, supports, loss)
 
     @torch.no_grad()
-    def restore(self, block: nn.Module) -> None:
+    def restore(self, trained: Trained) -> None:
         for name, value in self.values.items():
-            block.get_parameter(name).copy_(value)
+            trained.named[name].copy_(value)
+        trained.gather()
 
 
 def _root_mean_square(weights: Sequence[Tensor]) -> float:
     """Return the root mean square of all entries of the weights, by one read from the device."""
-    squares = torch.stack([w.detach().square().sum(dtype=torch.float64) for w in weights])
+    squares = torch.stack([whole(w.detach().square().sum(dtype=torch.float64)) for w in weights])
     return math.sqrt(float(squares.sum()) / max(sum(w.numel() for w in weights), 1))
 
 
@@ -349,21 +355,22 @@ def _loss(block: nn.Module, batch: Batch, *, autocast: bool) -> Tensor:
 
 
 def _mean_loss(
-    block: nn.Module, batches: Iterable[Batch], processes: Processes, *, autocast: bool
+    block: nn.Module, batches: Iterable[Batch], trained: Trained, *, autocast: bool
 ) -> float:
     """Return the mean of the losses of the batches, by one read from the device."""
     losses = [_loss(block, batch, autocast=autocast).detach().double() for batch in batches]
     mean = torch.stack(losses).mean()
-    processes.sum_([mean])
+    trained.processes.sum_([mean])
     return float(mean)
 
 
-def _backward(block: nn.Module, batch: Batch, processes: Processes, *, autocast: bool) -> Tensor:
+def _backward(block: nn.Module, batch: Batch, trained: Trained, *, autocast: bool) -> Tensor:
     """Compute the gradients of the loss of a batch, and return what its part adds to the loss."""
+    trained.gather()
     loss = _loss(block, batch, autocast=autocast)
     if batch.share:
         loss.backward()  # type: ignore[no-untyped-call]
-    processes.sum_gradients(block.parameters())
+    trained.reduce()
     return loss.detach()
 
 

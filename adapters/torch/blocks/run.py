@@ -348,6 +348,7 @@ class Run:
             copy=functools.partial(self._copy, i),
             report=functools.partial(self._tell, i),
             processes=self.processes,
+            shard=s.shard,
         )
 
     def _batches(

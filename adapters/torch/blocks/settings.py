@@ -49,6 +49,9 @@ class PruningSettings(BlockSettings):
     distributed : bool
         Whether all processes of `torch.distributed` prune the model together, if it is
         initialised, see `prune_blocks`. If it is False, each process prunes a model of its own.
+    shard : bool
+        Whether several processes share the optimizer state of a block in training. This takes
+        less memory, and the steps are the same up to rounding.
 
     Raises
     ------
@@ -68,10 +71,12 @@ class PruningSettings(BlockSettings):
     offload: Literal["cpu", "disk", "none"] = "cpu"
     work_dir: str | os.PathLike[str] | None = None
     distributed: bool = True
+    shard: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.flag("distributed", self.distributed)
+        _checks.flag("shard", self.shard)
         _checks.choice("offload", self.offload, OFFLOADS)
         if self.offload == "disk" and self.work_dir is None:
             raise ValueError('work_dir must name a folder for offload="disk", got None')

@@ -79,6 +79,8 @@ class BlockProblem:
     processes : Processes
         Those that prune the block together. They hold the same statistics, and each its part of
         every batch.
+    shard : bool
+        Whether they share the state of an optimizer.
     """
 
     name: str
@@ -92,6 +94,7 @@ class BlockProblem:
     copy: Callable[[torch.dtype], nn.Module]
     report: Callable[[int, float], None]
     processes: Processes = field(default_factory=Processes)
+    shard: bool = False
 
     def in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """Return a copy of the dense block in another dtype, and free ``dense``."""
@@ -232,7 +235,8 @@ class LayerByLayer(BlockSolver):
         layout, pattern = matrix_layout(found.layout), problem.pattern.of(key)
         result = self.solver(weight, statistics, pattern, layout=layout)
         _check_result(f"{problem.name}.{key}", weight, result)
-        return result[0].to(weight.dtype), result[1]
+        # Contiguous, because a solver may return a view that repeats entries.
+        return result[0].to(weight.dtype).contiguous(), result[1].contiguous()
 
 
 def _matrix(problem: BlockProblem, key: str, expert: int) -> Tensor:

@@ -197,10 +197,11 @@ def predict_memory(task: Task) -> MemoryEstimate:
         )  # fmt: skip
     sizes = [
         BlockSize.of(
-            block, weights, trainable_names(task, i, weights), task.device, task.processes.size
+            block, weights, trainable_names(task, i, weights), task.device,
+            task.processes.size, shard=s.shard,
         )
         for i, (block, weights) in enumerate(zip(task.blocks, task.weights, strict=True))
-    ]
+    ]  # fmt: skip
     largest = max(range(len(sizes)), key=lambda i: sizes[i].entries)
     size, held = sizes[largest], task.held([range(len(task.samples))])[0]
 

@@ -18,7 +18,8 @@ from safe_core import Method
 from safe_core.adapters.jax.flatness import loss_surface
 from safe_core.adapters.jax.flax.training import recalibrate
 from safe_core.adapters.jax.gradients import value_and_gradients
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.jax.weights import is_prunable, name_of
+from safe_core.adapters.optax import finalize, sassha, sparse_optimizer
 from safe_core.flatness import LossSurface
 from safe_core.study.data import Normalisation
 from safe_core.study.models import Architecture, Variables
@@ -27,7 +28,7 @@ from safe_core.study.robustness import PGD
 from safe_core.study.robustness.jax import attacker
 
 from .networks import OwnNetwork
-from .plan import Plan
+from .plan import Plan, layer_of
 from .training import Training
 
 __all__ = ["JaxLearner", "JaxSubject", "check", "device_name", "peak_memory"]
@@ -71,16 +72,19 @@ class JaxLearner:
 
     def __init__(self, plan: Plan, device: str = "cpu") -> None:
         self._device, self._method = _device(device), plan.method
+        self._dense = plan.dense_layers
         self._program = _program(
             plan.architecture,
             plan.normalisation,
             plan.training,
             plan.method,
+            plan.dense_layers,
             plan.steps_per_epoch,
         )
         with jax.default_device(self._device):
             variables = _initial(plan)
             params = variables["params"]
+            plan.check_layers(_weights(params))
             self._state = State(
                 params, variables.get("batch_stats", {}), self._program.init(params)
             )
@@ -101,7 +105,7 @@ class JaxLearner:
             if method is None or self._method is not None:
                 params = self._program.project(self._state)
             else:
-                params = _projection(method)(self._state.params)
+                params = _projection(method, self._dense)(self._state.params)
         return _variables(params, self._state.statistics)
 
 
@@ -111,6 +115,7 @@ def _program(
     normalisation: Normalisation,
     training: Training,
     method: Method | None,
+    dense_layers: tuple[str, ...],
     steps_per_epoch: int,
 ) -> Program:
     count = training.epochs * steps_per_epoch
@@ -122,7 +127,10 @@ def _program(
     tx: Any = _base(training, rate)
     if method is not None:
         needs_rate = method.plan().needs_learning_rate  # for a decoupled penalty
-        tx = sparse_optimizer(tx, method, learning_rate=rate if needs_rate else None)
+        learning_rate = rate if needs_rate else None
+        tx = sparse_optimizer(
+            tx, method, learning_rate=learning_rate, where=_selection(dense_layers)
+        )
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(params: Any, batch: Any, statistics: Any) -> tuple[jax.Array, Any]:
@@ -145,20 +153,39 @@ def _program(
 
 
 def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
-    betas = {"b1": training.momentum, "b2": training.second_moment}
+    averages = {"b1": training.momentum, "b2": training.second_moment}
+    if training.eps is not None:
+        averages["eps"] = training.eps
+    if training.optimizer == "sassha":
+        options: dict[str, Any] = {**averages, "weight_decay": training.weight_decay}
+        return sassha(rate, rho=0.0, **options)
     if training.optimizer == "adamw":
-        return optax.adamw(rate, **betas, weight_decay=training.weight_decay)
+        return optax.adamw(rate, **averages, weight_decay=training.weight_decay)
     if training.optimizer == "adam":
-        rule = optax.adam(rate, **betas)
+        rule = optax.adam(rate, **averages)
     else:
         rule = optax.sgd(rate, momentum=training.momentum or None)
     return optax.chain(optax.add_decayed_weights(training.weight_decay), rule)
 
 
+def _selection(dense_layers: tuple[str, ...]) -> Callable[[str, Any], bool] | None:
+    """Return the selection of the sparse weights; None for the default one."""
+    if not dense_layers:
+        return None
+    return lambda path, leaf: is_prunable(path, leaf) and layer_of(path) not in dense_layers
+
+
+def _weights(params: Any) -> list[str]:
+    """Return the paths of the weights that a method prunes by default."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = [(name_of(path), leaf) for path, leaf in leaves]
+    return [name for name, leaf in named if is_prunable(name, leaf)]
+
+
 @lru_cache(maxsize=16)
-def _projection(method: Method) -> Callable[[Any], Any]:
+def _projection(method: Method, dense_layers: tuple[str, ...]) -> Callable[[Any], Any]:
     """Return the compiled final projection of a method that does nothing before it."""
-    tx = sparse_optimizer(optax.identity(), method)
+    tx = sparse_optimizer(optax.identity(), method, where=_selection(dense_layers))
     return jax.jit(lambda params: finalize(params, tx.init(params), method))
 
 
@@ -307,9 +334,12 @@ def check(plan: Plan, device: str) -> None:
             plan.normalisation,
             plan.training,
             plan.method,
+            plan.dense_layers,
             plan.steps_per_epoch,
         )
-        jax.eval_shape(program.init, _initial(plan)["params"])
+        params = _initial(plan)["params"]
+        plan.check_layers(_weights(params))
+        jax.eval_shape(program.init, params)
 
 
 def peak_memory(device: str) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from safe_core import Method
-from safe_core.adapters.torch import SparseOptimizer
+from safe_core.adapters.torch import Sassha, SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
 from safe_core.adapters.torch.modules import recalibrate
+from safe_core.adapters.torch.weights import prunable_weights
 from safe_core.flatness import LossSurface
 from safe_core.study.data import Normalisation, channels_first
 from safe_core.study.models import Architecture, Variables, from_state_dict
@@ -23,7 +25,7 @@ from safe_core.study.robustness import PGD
 from safe_core.study.robustness.torch import attacker
 
 from .networks import OwnNetwork
-from .plan import Plan
+from .plan import Plan, layer_of
 
 __all__ = ["TorchLearner", "TorchSubject", "check", "device_name", "peak_memory"]
 
@@ -53,8 +55,12 @@ class TorchLearner:
         self._rates = plan.rates()
         self._step = 0
         self._optimizer = _base(plan, self._model)
+        self._where = _selection(plan, self._model)
         if plan.method is not None:
-            self._optimizer = SparseOptimizer(self._optimizer, plan.method, model=self._model)
+            self._optimizer = self._sparse(self._optimizer, plan.method)
+
+    def _sparse(self, base: torch.optim.Optimizer, method: Method) -> SparseOptimizer:
+        return SparseOptimizer(base, method, model=self._model, where=self._where)
 
     def step(self, images: NDArray[np.float32], labels: NDArray[np.int64]) -> Tensor:
         """Take one step on a batch; return its loss."""
@@ -63,7 +69,8 @@ class TorchLearner:
         def closure() -> Tensor:
             self._optimizer.zero_grad()
             loss = functional.cross_entropy(self._model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # A second-order optimizer computes Hessian products, too.
+            getattr(self._optimizer, "backward", Tensor.backward)(loss)
             return loss.detach()
 
         for group in self._optimizer.param_groups:
@@ -82,7 +89,7 @@ class TorchLearner:
             if method is None:
                 return self.variables()
             base = torch.optim.SGD(self._model.parameters(), lr=0.0)
-            optimizer = SparseOptimizer(base, method, model=self._model)
+            optimizer = self._sparse(base, method)
         with optimizer.sparse_weights():
             return self.variables()
 
@@ -152,19 +159,36 @@ def _checked(device: str) -> str:
 
 def _base(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     training = plan.training
-    if training.optimizer in ("adam", "adamw"):
-        rule = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-        return rule(
+    if training.optimizer != "sgd":
+        rules: dict[str, Any] = {
+            "adam": torch.optim.Adam,
+            "adamw": torch.optim.AdamW,
+            "sassha": partial(Sassha, rho=0.0),
+        }
+        found: torch.optim.Optimizer = rules[training.optimizer](
             model.parameters(),
             betas=(training.momentum, training.second_moment),
             weight_decay=training.weight_decay,
+            **({} if training.eps is None else {"eps": training.eps}),
         )
+        return found
     return torch.optim.SGD(
         model.parameters(),
         lr=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
     )
+
+
+def _selection(plan: Plan, model: Normalised) -> Callable[[str, Tensor], bool] | None:
+    """Return the selection of the sparse weights; None for the default one."""
+    if not plan.dense_layers:
+        return None
+    weights = prunable_weights(model.model)
+    chosen = {name: p for name, p in model.model.named_parameters() if p in weights}
+    plan.check_layers(chosen)
+    sparse = {p for name, p in chosen.items() if layer_of(name) not in plan.dense_layers}
+    return lambda _, p: p in sparse
 
 
 def _tensors(device: str, images: Any, *labels: Any) -> list[Tensor]:

@@ -44,6 +44,9 @@ def measure(
     found |= _flatness(evaluation, plan, subject)
     for severity in evaluation.corruptions:
         found[f"corruption_{severity}"] = _corrupted(evaluation, plan, subject, severity)
+        if evaluation.corruption_ratio:
+            ratio = found[f"corruption_{severity}"] / max(found["accuracy"], 1e-9)
+            found[f"corruption_ratio_{severity}"] = ratio
     for attack in evaluation.attacks:
         found[f"pgd_{attack.norm}"] = _attacked(attack, plan, subject)
     if evaluation.weight_bins:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import safe_core
-from safe_core import Method, Unstructured, _checks, importance, schedules
-from safe_core.patterns import as_pattern
+from safe_core import SAM, AtEnd, Channel, Method, Unstructured, _checks, importance, schedules
+from safe_core.patterns import Pattern, as_pattern
 
 from .own import Own, load
 from .tables import read_some, sparsity_key, text
@@ -34,6 +34,8 @@ class Kind(NamedTuple):
     derives : bool
         Whether the constructor derives its numbers from ``steps``. A recipe that gives a penalty
         means the method as published, which gets no ``steps``.
+    pattern : callable
+        The pattern of a fraction that comes with a scope.
 
     Examples
     --------
@@ -45,6 +47,7 @@ class Kind(NamedTuple):
     fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
     course: str = "fixed"
     derives: bool = False
+    pattern: Callable[..., Pattern] = Unstructured
 
     def parameters(self) -> tuple[str, ...]:
         """Return the parameters of the constructor after the first, which is the sparsity."""
@@ -57,11 +60,12 @@ class Kind(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """Return the parameters that a recipe can set."""
         if self.constructor is None:
-            return ()
+            return ("rho",)
         names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
-        return (*names, *_OF_PATTERN, *_OF_COURSE[self.course])
+        of_pattern = _OF_PATTERN if self.pattern is Unstructured else ("scope",)
+        return (*names, *of_pattern, *_OF_COURSE[self.course])
 
 
 _OF_PATTERN = ("scope", "distribution", "ragged")
@@ -84,12 +88,17 @@ RECIPE_METHODS = {
     "gmp": Kind(safe_core.gmp, {}, "rising"),
     "iht": Kind(safe_core.iht),
     "imp_sam": Kind(safe_core.imp_sam, {}, "rising"),
+    "adasap": Kind(safe_core.adasap, pattern=Channel),
     "cram": Kind(safe_core.cram, {"plus": False}),
     "cram_plus": Kind(safe_core.cram, {"plus": True}),
     "cram_multi": Kind(safe_core.cram, {"plus": False}, "drawn"),
     "cram_plus_multi": Kind(safe_core.cram, {"plus": True}, "drawn"),
 }
-_RISES = {"cubic": schedules.cubic, "linear": schedules.linear_sparsity}
+_RISES = {
+    "cubic": schedules.cubic,
+    "exponential": schedules.exponential_sparsity,
+    "linear": schedules.linear_sparsity,
+}
 _PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
 # Keys of a method's table that are not parameters of the method.
 _OF_ENTRY = ("method", "label", "sweep", "training")
@@ -169,7 +178,7 @@ class Entry:
         except ValueError as error:
             raise ValueError(f"{self.place} ({self.label}): {error}") from None
 
-    def values(self, sparsity: Sparsity) -> dict[str, Any]:
+    def values(self, sparsity: Sparsity | None) -> dict[str, Any]:
         """Return the parameters at a sparsity."""
         found = {}
         for name, value in self.options:
@@ -181,17 +190,16 @@ class Entry:
     def build(
         self, sparsity: Sparsity | None, *, epochs: int, steps_per_epoch: int, seed: int
     ) -> Method | None:
-        """Return the method of one run, or None for dense training.
+        """Return the method of one run, or None for dense training without a radius.
 
         ``seed`` draws random sparsities.
         """
-        kind = self.kind
+        kind, values = self.kind, self.values(sparsity)
         if kind.constructor is None or sparsity is None:
-            return None
-        values = self.values(sparsity)
+            return self._dense(**values)
         try:
             course = self._course(kind, sparsity, values, epochs, steps_per_epoch, seed)
-            pattern = _pattern(course, values)
+            pattern = _pattern(course, values, kind)
             self._schedule(values, epochs * steps_per_epoch)
             if "importance" in values:
                 _checks.choice("importance", values["importance"], tuple(_IMPORTANCES))
@@ -213,6 +221,18 @@ class Entry:
             where = f"{self.place} ({self.label}) at sparsity {sparsity}"
             raise type(error)(f"{where}: {error}") from error
         return found
+
+    def _dense(self, rho: float = 0.0) -> Method | None:
+        """Return dense training by SAM, or None if the radius is 0."""
+        try:
+            perturbation = SAM(rho)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.place} ({self.label}): {error}") from error
+        return (
+            None
+            if perturbation.is_zero
+            else Method(Unstructured(0.0), AtEnd(), perturbation=perturbation)
+        )
 
     def _course(
         self,
@@ -256,14 +276,14 @@ class Entry:
             values["penalty"] = rises(values["penalty"], steps=steps)
 
 
-def _pattern(course: Any, values: dict[str, Any]) -> Any:
+def _pattern(course: Any, values: dict[str, Any], kind: Kind) -> Any:
     """Return the pattern of a course; remove the parameters of patterns from ``values``."""
     pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
         return replace(as_pattern(course), ragged=ragged)  # type: ignore[call-arg]  # N:M has it
     _checks.choice("ragged", ragged, ("error", "dense"))
-    return Unstructured(course, **pools) if pools else course
+    return kind.pattern(course, **pools) if pools else course
 
 
 @dataclass(frozen=True)
@@ -278,7 +298,7 @@ class BySparsity:
 
     pairs: tuple[tuple[str, Any], ...]
 
-    def at(self, name: str, sparsity: Sparsity) -> Any:
+    def at(self, name: str, sparsity: Sparsity | None) -> Any:
         """Return the value at a sparsity, else the one under ``default``."""
         values = dict(self.pairs)
         for key, value in self.pairs:
@@ -302,10 +322,10 @@ def read_entries(tables: Any) -> tuple[Entry, ...]:
 
     Examples
     --------
-    >>> read_entries([{"method": "dense", "rho": 0.1}])
+    >>> read_entries([{"method": "dense", "penalty": 0.1}])
     Traceback (most recent call last):
         ...
-    ValueError: methods[0].rho is not a parameter of dense, which takes none
+    ValueError: methods[0].penalty is not a parameter of dense, which takes: rho
     >>> found = read_entries([{"method": "safe", "sweep": {"rho": [0.1, 0.2]}}])
     >>> [entry.label for entry in found]
     ['safe, rho = 0.1', 'safe, rho = 0.2']
@@ -340,7 +360,7 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
         raise TypeError(f"{place}.sweep must be a table of one list, got {_checks.shown(sweep)}")
     for key in (*given, *(() if unknown else sweep)):
         if key not in accepted:
-            takes = f"which takes: {', '.join(accepted)}" if accepted else "which takes none"
+            takes = f"which takes: {', '.join(accepted)}"
             raise ValueError(f"{place}.{key} is not a parameter of {name}, {takes}")
     options = tuple((key, _frozen(value)) for key, value in given.items())
     for key, value in options:

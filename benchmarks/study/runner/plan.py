@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from .own import Own
 from .recipe import Data, Recipe
 from .training import Training
 
-__all__ = ["Learner", "Plan", "Subject", "plan"]
+__all__ = ["Learner", "Plan", "Subject", "layer_of", "plan"]
 
 # Random streams of a seed. `safe_core.study.data.batches` draws the order of the images.
 _WEIGHTS, _NOISE = 1, 2
@@ -44,6 +44,8 @@ class Plan:
     augment : bool
     start : Variables or None
         Weights to start from, those of a trained network. None draws them at random.
+    dense_layers : tuple of str
+        Layers that no method prunes.
     """
 
     data: Dataset
@@ -53,6 +55,7 @@ class Plan:
     seed: int
     augment: bool
     start: Variables | None = None
+    dense_layers: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,6 +77,16 @@ class Plan:
     def weight_seed(self) -> int:
         """A seed of the initial weights, for networks of your own."""
         return int(np.random.SeedSequence([self.seed, _WEIGHTS]).generate_state(1)[0])
+
+    def check_layers(self, paths: Iterable[str]) -> None:
+        """Raise unless the layers that stay dense are among those of these weights."""
+        known = dict.fromkeys(map(layer_of, paths))
+        for name in self.dense_layers:
+            if name not in known:
+                raise ValueError(
+                    f"model.dense_layers must name layers with weights, {', '.join(known)}, got "
+                    f"{name!r}"
+                )
 
     def initial_variables(self) -> Variables:
         """Draw the initial weights of a network of the library."""
@@ -132,6 +145,17 @@ class Subject(Protocol):
         """Return adversarial images as NumPy arrays."""
 
 
+def layer_of(path: str) -> str:
+    """Return the layer of a weight, with slashes, from its path in either framework.
+
+    Examples
+    --------
+    >>> layer_of("stage1_block1.conv1.weight"), layer_of("stage1_block1/conv1/kernel")
+    ('stage1_block1/conv1', 'stage1_block1/conv1')
+    """
+    return path.replace(".", "/").rpartition("/")[0]
+
+
 def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     """Prepare a run.
 
@@ -185,6 +209,7 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
         ),
         seed=cell.seed,
         augment=recipe.data.augment,
+        dense_layers=recipe.model.dense_layers,
     )
 
 

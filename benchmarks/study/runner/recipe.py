@@ -66,6 +66,8 @@ class Data:
 class Model:
     """``[model]``: a network of `safe_core.study.models`, or a function of your own.
 
+    ``dense_layers`` names the layers that no method prunes, such as ``dense3``.
+
     Examples
     --------
     >>> from safe_core.study.runner.tables import read
@@ -76,6 +78,7 @@ class Model:
     name: str | Own = key(either(Own, choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19")))
     options: tuple[tuple[str, Any], ...] = key(options, ())
     width: float = key(number(0, excluded=0), 1.0)
+    dense_layers: tuple[str, ...] = key(several(text, empty=True), ())
 
     def __post_init__(self) -> None:
         _only_for_functions("model", self.name, self.options)
@@ -130,6 +133,7 @@ class Evaluation:
     weight_bins: int = key(integer(0), 0)
     corruptions: tuple[int, ...] = key(several(integer(1), empty=True), ())
     corruption_folder: str | None = key(text, None)
+    corruption_ratio: bool = key(flag, False)
     attacks: tuple[Attack, ...] = key(several(table(Attack), empty=True), ())
     history_epochs: int = key(integer(0), 0)
 
@@ -153,6 +157,7 @@ class Evaluation:
             "seconds",
             *self.flatness,
             *(f"corruption_{severity}" for severity in self.corruptions),
+            *(f"corruption_ratio_{i}" for i in self.corruptions if self.corruption_ratio),
             *(f"pgd_{attack.norm}" for attack in self.attacks),
             "peak_memory",
         )
@@ -310,13 +315,17 @@ class Recipe:
             ("evaluation", self.evaluation),
         ):
             found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
-        if target is not None:
-            found |= {f"method.{name}": value for name, value in entry.values(target).items()}
+        found |= {f"method.{name}": value for name, value in entry.values(target).items()}
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
             del found[name]
+        # Results that were written before these keys existed count as well.
         if not found["training.dense_epochs"]:
-            # Results that were written before these keys existed count as well.
             del found["training.dense_epochs"], found["training.dense_learning_rate"]
+        for name in ("model.dense_layers", "evaluation.corruption_ratio"):
+            if not found[name]:
+                del found[name]
+        if found["training.eps"] is None:
+            del found["training.eps"]
         return {name: _as_json(value) for name, value in found.items()}
 
 

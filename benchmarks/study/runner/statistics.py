@@ -33,6 +33,7 @@ NAMES = {
     "pgd_linf": "accuracy under PGD, linf, %",
     "pgd_l2": "accuracy under PGD, l2, %",
     **{f"corruption_{i}": f"accuracy on corruptions, intensity {i}, %" for i in range(1, 6)},
+    **{f"corruption_ratio_{i}": f"corrupted / clean accuracy, intensity {i}" for i in range(1, 6)},
 }
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX"}
 

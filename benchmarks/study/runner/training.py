@@ -20,6 +20,10 @@ class Training:
     zero as a cosine or a line, or is multiplied by ``decay`` at each of the ``milestones``
     (schedule ``step``).
 
+    The optimizer ``sassha`` does not perturb by itself: its method does, such as ``dense`` with a
+    ``rho``. ``eps`` is the constant of the denominator in ``adam``, ``adamw`` and ``sassha``, by
+    default that of the optimizer.
+
     With ``dense_epochs``, a dense network is trained first, and every method starts from it.
     ``dense_learning_rate`` is its learning rate, by default the same.
 
@@ -33,13 +37,14 @@ class Training:
     epochs: int = key(integer(1))
     batch_size: int = key(integer(2))
     learning_rate: float = key(number(0))
-    optimizer: str = key(choice("sgd", "adam", "adamw"), "sgd")
+    optimizer: str = key(choice("sgd", "adam", "adamw", "sassha"), "sgd")
     schedule: str = key(choice("constant", "cosine", "linear", "step"), "cosine")
     warmup_epochs: int = key(integer(0), 0)
     milestones: tuple[int, ...] = key(several(integer(1), empty=True), ())
     decay: float = key(number(0), 0.1)
     momentum: float = key(number(0, 1, excluded=1), 0.9)
     second_moment: float = key(number(0, 1, excluded=1), 0.999)
+    eps: float | None = key(number(0), None)
     weight_decay: float = key(number(0), 0.0)
     dense_epochs: int = key(integer(0), 0)
     dense_learning_rate: float | None = key(number(0), None)
@@ -61,6 +66,10 @@ class Training:
                 f"{list(self.milestones)}"
             )
 
+        if self.eps is not None and self.optimizer == "sgd":
+            raise ValueError(
+                f"training.eps must come with an optimizer that has one, not sgd, got {self.eps}"
+            )
         if self.dense_epochs and self.schedule == "step":
             raise ValueError(
                 "training.dense_epochs must be 0 with milestones, which count the epochs of the "

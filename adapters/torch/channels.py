@@ -1,0 +1,382 @@
+"""Remove channels that are zero from a network, which becomes smaller and computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safe_core import _checks
+from safe_core._installed import require
+
+from .channel_layers import ChannelLayers, tensors
+from .optimizer import SparseOptimizer
+
+__all__ = ["RemovedChannels", "remove_channels"]
+
+_COUPLED = "they go together with channels that are not zero"
+_OUTPUT = "they are outputs of the network"
+
+
+class RemovedChannels(NamedTuple):
+    """What `remove_channels` did.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The smaller network.
+    removed : dict of str to int
+        Number of output channels that were removed, by the name of the layer.
+    kept : dict of str to str
+        Layers with channels that are zero and stay, and why.
+    """
+
+    model: nn.Module
+    removed: dict[str, int]
+    kept: dict[str, str]
+
+
+@torch.no_grad()
+def remove_channels(
+    model: nn.Module,
+    example_inputs: Any,
+    optimizer: Optimizer | None = None,
+    *,
+    drop_constants: bool = False,
+) -> RemovedChannels:
+    """Remove the output channels of linear and convolution layers whose weights are all zero.
+
+    Layers that read a channel lose their inputs for it, and norms, depthwise convolutions and
+    layers whose outputs are added to it lose it too, as torch-kirigami finds by tracing the model
+    with torch.fx. A channel goes only if nothing but zeros is written to it, so the outputs stay
+    equal up to rounding. This is checked on ``example_inputs`` before the model changes.
+
+    A bias, or the shift of a batch norm, makes a channel constant instead of zero. Masks of
+    weights leave them free. So remove channels before the last stage of training, and pass
+    ``drop_constants=True``: the network then computes what it would with these entries at zero.
+
+    The model is changed in place, like its parameters in ``optimizer``, whose buffers of the shape
+    of a parameter, such as momentum, keep the entries of the channels that stay. Create a
+    `SparseOptimizer` for the smaller model afterwards.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that torch.fx can trace.
+    example_inputs : tensor, tuple or mapping
+        One argument, all positional ones, or all by name. Random values will do.
+    optimizer : torch.optim.Optimizer, optional
+        Optimizer of the model's parameters; of a `SparseOptimizer`, its ``base``.
+    drop_constants : bool
+        Whether biases and shifts of channels without weights are dropped. Otherwise they raise.
+
+    Returns
+    -------
+    RemovedChannels
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch-kirigami is missing, which the extra ``channels`` installs.
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the model cannot be traced, has channels that are constant without
+        ``drop_constants=True``, or would compute something else, or if a buffer of the optimizer
+        has another shape than its parameter. Nothing has changed then.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight[1].zero_(), model[0].bias[1].zero_()
+    >>> remove_channels(model, torch.randn(5, 4)).removed
+    {'0': 1}
+    >>> model
+    Sequential(
+      (0): Linear(in_features=4, out_features=2, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=2, out_features=2, bias=True)
+    )
+    """
+    require("remove_channels", "torch_kirigami", extra="channels")
+    _check(model, optimizer)
+    _checks.flag("drop_constants", drop_constants)
+    args, kwargs = _arguments(example_inputs)
+    with _evaluating(model):
+        return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer, drop_constants)
+
+
+def _remove(
+    model: nn.Module,
+    call: Callable[[nn.Module], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    optimizer: Optimizer | None,
+    drop_constants: bool,
+) -> RemovedChannels:
+    from torch_kirigami import DependencyGraph, KirigamiError
+    from torch_kirigami.pruning import Pruner
+
+    layers = ChannelLayers(model)
+    dead, silent = (layers.quiet(args, kwargs, constants=flag) for flag in (False, True))
+    zero = {name: indices for name, indices in layers.zero().items() if name in dead}
+    if not zero:
+        return RemovedChannels(model, {}, {})
+    try:
+        graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
+        found = _Closure(graph, layers, dead)
+        kept = found.shrink(zero)
+        if not found.seeds:
+            return RemovedChannels(model, {}, kept)
+        removed = found.outputs()
+        constants = {
+            name: [i for i in indices if not silent[name][i]]
+            for name, indices in removed.items()
+            if name in silent
+        }
+        constants = {name: indices for name, indices in constants.items() if indices}
+        if constants and not drop_constants and layers.have_effect(constants, args, kwargs):
+            counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
+            raise ValueError(
+                "channels without weights must have no bias, and no scale and shift of a norm, got "
+                f"constant channels: {counts}. Pass drop_constants=True to drop these"
+            )
+        pruner = Pruner(model, graph=graph)
+        plan = pruner.plan_remove(found.selections())
+        trial = copy.deepcopy(model)
+        ChannelLayers(trial).drop(constants)
+        wanted = call(trial)
+        Pruner(trial).apply(plan)
+        _compare(wanted, call(trial))
+        del trial
+        buffers = _Buffers(model, optimizer)
+        result = pruner.apply(plan)[1]
+    except KirigamiError as error:
+        raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
+    maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
+    buffers.cut(result.parameter_map, maps)
+    gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
+    return RemovedChannels(model, gone, kept)
+
+
+class _Closure:
+    """The channels to remove, and all that goes with them.
+
+    Attributes
+    ----------
+    seeds : dict of str to set of int
+        Output channels of layers to remove.
+    """
+
+    def __init__(
+        self, graph: Any, layers: ChannelLayers, dead: Mapping[str, Sequence[bool]]
+    ) -> None:
+        self.graph, self.layers, self.dead = graph, layers, dead
+        self.seeds: dict[str, set[int]] = {}
+
+    def shrink(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
+        """Leave the channels that can go without a change; return those that stay, and why."""
+        self.seeds = {name: set(indices) for name, indices in zero.items()}
+        kept: dict[str, str] = {}
+        while self.seeds:
+            impact = self._impact()
+            outputs = [impact.selection(ref) for ref in impact.interfaces]
+            alive = self._alive(impact)
+            if not outputs and not alive and impact.status == "resolved":
+                break
+            before = sum(map(len, self.seeds.values()))
+            self._leave(outputs, _OUTPUT, kept)
+            self._leave(alive, _COUPLED, kept)
+            if sum(map(len, self.seeds.values())) == before:
+                self._leave_layers(impact, kept)
+        return kept
+
+    def selections(self) -> list[Any]:
+        """Return the seeds as torch-kirigami takes them."""
+        return [self._select(name, indices) for name, indices in self.seeds.items()]
+
+    def outputs(self) -> dict[str, list[int]]:
+        """Return the output channels of all modules that go with the seeds."""
+        impact = self._impact()
+        found = {name: self._of(impact, name) for name in self.layers.modules}
+        return {name: indices for name, indices in found.items() if indices}
+
+    def _impact(self) -> Any:
+        return self.graph.propagate(remove=self.selections())
+
+    def _select(self, name: str, indices: Sequence[int] | set[int]) -> Any:
+        return self._tensor(name).axis(self.layers.axes[name]).select(sorted(indices))
+
+    def _of(self, impact: Any, name: str) -> list[int]:
+        """Return the output channels of a module that an impact removes."""
+        chosen = impact.selection(self._tensor(name))
+        return list(chosen.fully_selected_indices(self.layers.axes[name])) if chosen else []
+
+    def _tensor(self, name: str) -> Any:
+        """Return the reference to the tensor whose channels are those of a module's outputs."""
+        if self.layers.modules[name].weight is None:  # of a norm without a scale
+            return self.graph.buffer(_join(name, "running_mean"))
+        return self.graph.parameter(_join(name, "weight"))
+
+    def _alive(self, impact: Any) -> list[Any]:
+        """Return what an impact would remove although it is not zero."""
+        found = []
+        for name in self.layers.modules:
+            dead = self.dead.get(name)  # None for a module that is not called
+            alive = [i for i in self._of(impact, name) if dead is not None and not dead[i]]
+            if alive:
+                found.append(self._select(name, alive))
+        for chosen in impact.selections.values():
+            tensor = chosen.tensor
+            if tensor.kind in ("parameter", "buffer") and not self._is_known(tensor.paths[0]):
+                found.append(chosen)
+        return found
+
+    def _is_known(self, path: str) -> bool:
+        """Return whether the module of a tensor maps channels that are zero to zero."""
+        owner = path.rpartition(".")[0]
+        return owner in self.layers.modules or isinstance(
+            self.layers.model.get_submodule(owner), nn.PReLU
+        )
+
+    def _leave(self, causes: Sequence[Any], reason: str, kept: dict[str, str]) -> None:
+        """Keep the seeds that cannot go without ``causes``."""
+        if not causes:
+            return
+        back = self.graph.propagate(remove=causes)
+        for name in list(self.seeds):
+            left = self.seeds[name] - set(self._of(back, name))
+            if left != self.seeds[name]:
+                kept[name] = reason
+                self.seeds[name] = left
+        self.seeds = {name: indices for name, indices in self.seeds.items() if indices}
+
+    def _leave_layers(self, impact: Any, kept: dict[str, str]) -> None:
+        """Keep the layers whose channels torch-kirigami cannot follow, or raise."""
+        before = len(self.seeds)
+        for name, indices in list(self.seeds.items()):
+            own = self.graph.propagate(remove=[self._select(name, indices)])
+            if own.interfaces or self._alive(own) or own.status != "resolved":
+                kept[name] = _messages(own) or _COUPLED
+                del self.seeds[name]
+        if len(self.seeds) == before:
+            raise ValueError(f"channels must be removable together, got {_messages(impact)}")
+
+
+def _messages(impact: Any) -> str:
+    return "; ".join(dict.fromkeys(d.message for d in impact.diagnostics))
+
+
+class _Buffers:
+    """Buffers of an optimizer that follow the parameters of a model."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.optimizer = optimizer
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        for p, held in self._held():
+            for key, value in held.items():
+                if torch.is_tensor(value) and value.numel() > 1 and value.shape != p.shape:
+                    raise ValueError(
+                        f"optimizer must keep buffers of the shapes of its parameters, got {key} "
+                        f"of shape {tuple(value.shape)} for {self.names[p]} of {tuple(p.shape)}"
+                    )
+
+    def _held(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        state = {} if self.optimizer is None else self.optimizer.state
+        yield from ((p, held) for p, held in state.items() if p in self.names)
+
+    def cut(self, replaced: Mapping[Any, Tensor], maps: Mapping[str, Sequence[Any]]) -> None:
+        """Put the new parameters into the optimizer, with the entries of the buffers that stay."""
+        if self.optimizer is None:
+            return
+        for p, held in list(self._held()):
+            if p not in replaced:
+                continue
+            new, way = replaced[p], maps[self.names[p]]
+            self.optimizer.state[new] = {
+                key: _cut(value, new, way)
+                if torch.is_tensor(value) and value.shape == p.shape
+                else value
+                for key, value in held.items()
+            }
+            del self.optimizer.state[p]
+        for group in self.optimizer.param_groups:
+            group["params"] = [replaced.get(p, p) for p in group["params"]]
+
+
+def _cut(value: Tensor, like: Tensor, segments: Sequence[Any]) -> Tensor:
+    """Return the entries of a buffer that stay."""
+    found = torch.empty_like(like, dtype=value.dtype, requires_grad=False)
+    for segment in segments:
+        part, place = value, []
+        for axis, (old, new) in enumerate(
+            zip(segment.source.axes, segment.destination.axes, strict=True)
+        ):
+            part = part.index_select(axis, torch.tensor(list(old), device=value.device))
+            place.append(slice(min(new), max(new) + 1))
+        found[tuple(place)] = part
+    return found
+
+
+def _check(model: Any, optimizer: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    if isinstance(optimizer, SparseOptimizer):
+        raise TypeError(
+            "optimizer must be the base of the SparseOptimizer, optimizer.base, got the "
+            "SparseOptimizer, whose masks are those of the larger model"
+        )
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)!r}")
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if torch.is_tensor(example_inputs):
+        return (example_inputs,), {}
+    if not isinstance(example_inputs, (tuple, list)):
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple or a mapping of arguments, got "
+            f"{type(example_inputs)!r}"
+        )
+    return tuple(example_inputs), {}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each module back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _compare(wanted: Any, got: Any) -> None:
+    """Raise unless the outputs of two networks agree up to rounding."""
+    for a, b in zip(tensors(wanted), tensors(got), strict=True):
+        if a.shape == b.shape and not a.is_floating_point():
+            same = torch.equal(a, b)
+        else:
+            largest = a.abs().amax() if a.numel() else 0
+            same = a.shape == b.shape and bool(
+                ((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * largest).all()
+            )
+        if not same:
+            raise ValueError(
+                "model must compute the same without its zero channels, got other outputs for "
+                "example_inputs: does an activation map 0 to another number, as sigmoid does?"
+            )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(filter(None, parts))

@@ -1,0 +1,307 @@
+"""Removing zero channels leaves a smaller network with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import safe_core
+from safe_core.adapters.torch import SparseOptimizer, remove_channels
+
+IMAGES = torch.linspace(-1, 1, 4 * 3 * 8 * 8, dtype=torch.float64).sin().reshape(4, 3, 8, 8)
+
+
+class Residual(nn.Module):
+    """A residual block between a stem and a classifier of flattened maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(8, 10, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(10)
+        self.conv2 = nn.Conv2d(10, 8, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.stem(x)))
+        x = functional.relu(x + self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x))))))
+        return self.head(torch.flatten(functional.adaptive_avg_pool2d(x, 2), 1))
+
+
+class Depthwise(nn.Module):
+    """Two convolutions side by side, and a depthwise one over both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 2, 1)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.last = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.cat([self.a(x), self.b(x)], dim=1).relu()
+        return {"maps": self.last(self.depthwise(x).relu())}
+
+
+def layers(activation: nn.Module, between: nn.Module | None = None) -> nn.Sequential:
+    middle = [] if between is None else [between]
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *middle, activation, nn.Conv2d(8, 4, 1))
+
+
+def made(make: Callable[[], nn.Module], zero: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A model with random norms, in which channels of some modules are zero."""
+    torch.manual_seed(0)
+    model = make().double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_()
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        for name, indices in zero.items():
+            for parameter in model.get_submodule(name).parameters():
+                parameter[list(indices)] = 0
+    return model
+
+
+def outputs(model: nn.Module) -> list[Tensor]:
+    with torch.no_grad():
+        found = copy.deepcopy(model).eval()(IMAGES)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def assert_same_outputs(found: list[Tensor], wanted: list[Tensor]) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "zero", "removed"),
+    [
+        (Residual, {"conv1": [1, 4], "norm1": [1, 4]}, {"conv1": 2}),
+        (
+            Residual,
+            {"stem": [2, 5], "norm": [2, 5], "conv2": [2, 5, 6], "norm2": [2, 5, 6]},
+            {"stem": 2, "conv2": 2},
+        ),
+        (Depthwise, {"a": [0, 3], "b": [1], "depthwise": [0, 3, 5]}, {"a": 2, "b": 1,
+                                                                        "depthwise": 3}),
+        (lambda: layers(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), {"0": [0, 3, 4, 6]}, {"0": 4}),
+        (lambda: layers(nn.PReLU(8)), {"0": [7]}, {"0": 1}),
+        (lambda: layers(nn.GELU(), nn.BatchNorm2d(8, affine=False)), {}, {}),
+    ],
+    ids=["inner", "residual", "depthwise", "groups", "prelu", "nothing"],
+)  # fmt: skip
+def test_outputs_stay_and_exactly_the_zero_channels_go(
+    make: Any, zero: Any, removed: dict[str, int]
+) -> None:
+    model = made(make, zero)
+    wanted, before = outputs(model), sum(p.numel() for p in model.parameters())
+    widths = {name: model.get_submodule(name).weight.shape[0] for name in removed}
+    found = remove_channels(model, IMAGES)
+    assert found.model is model
+    assert model.training
+    assert found.removed == removed
+    for name, count in removed.items():
+        assert model.get_submodule(name).weight.shape[0] == widths[name] - count
+    assert (sum(p.numel() for p in model.parameters()) < before) == bool(removed)
+    assert_same_outputs(outputs(model), wanted)
+
+
+def test_a_depthwise_convolution_goes_with_its_input() -> None:
+    model = made(Depthwise, {"a": [0]})
+    with torch.no_grad():
+        model.depthwise.bias[0] = 0
+    wanted = outputs(model)
+    assert remove_channels(model, IMAGES).removed == {"a": 1, "depthwise": 1}
+    assert_same_outputs(outputs(model), wanted)
+
+
+@pytest.mark.parametrize(
+    ("make", "zero", "reason"),
+    [
+        (Residual, {"stem": [1], "norm": [1]}, "channels that are not zero"),
+        (Residual, {"head": [2]}, "outputs of the network"),
+        (Depthwise, {"depthwise": [1]}, "channels that are not zero"),
+        (lambda: layers(nn.ReLU(), nn.GroupNorm(2, 8)), {"0": [1]}, "channels that are not zero"),
+        (lambda: layers(nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), {"0": [1]}, "Retained counts"),
+        (lambda: layers(nn.ReLU()), {"0": range(8)}, ""),
+    ],
+    ids=["one branch", "outputs", "input of a depthwise", "group norm", "groups", "all"],
+)
+def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason: str) -> None:
+    model = made(make, zero)
+    before = copy.deepcopy(model.state_dict())
+    found = remove_channels(model, IMAGES)
+    assert found.removed == {}
+    assert set(found.kept) == {next(iter(zero))}
+    assert reason in next(iter(found.kept.values()))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [Residual, lambda: layers(nn.ReLU(), nn.BatchNorm2d(8, affine=False))]
+)
+def test_constants_raise_or_are_dropped(make: Any) -> None:
+    name, norm = ("conv1", "norm1") if make is Residual else ("0", "1")
+    model = made(make, {})
+    with torch.no_grad():
+        model.get_submodule(name).weight[[1, 4]] = 0
+    dropped = copy.deepcopy(model)
+    with torch.no_grad():
+        layer, scaled = dropped.get_submodule(name), dropped.get_submodule(norm)
+        for value in (layer.bias, *((scaled.weight, scaled.bias)), scaled.running_mean):
+            if value is not None:
+                value[[1, 4]] = 0
+    wanted = outputs(dropped)
+    with pytest.raises(ValueError, match=rf"2 of {norm}\. Pass drop_constants=True"):
+        remove_channels(model, IMAGES)
+    assert remove_channels(model, IMAGES, drop_constants=True).removed == {name: 2}
+    assert_same_outputs(outputs(model), wanted)
+
+
+def test_a_bias_before_a_norm_that_is_zero_has_no_effect() -> None:
+    zero = {"stem": [1], "norm": [1], "conv2": [1], "norm2": [1]}
+    model = made(Residual, zero)
+    with torch.no_grad():
+        model.stem.bias[1] = 1
+    wanted = outputs(model)
+    assert remove_channels(model, IMAGES).removed == {"stem": 1, "conv2": 1}
+    assert_same_outputs(outputs(model), wanted)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_a_running_mean_counts_as_a_constant(mean: float) -> None:
+    model = made(Residual, {"conv1": [1]})
+    with torch.no_grad():
+        model.norm1.bias[1] = 0
+        model.norm1.running_mean[1] = mean
+    if not mean:
+        assert remove_channels(model, IMAGES).removed == {"conv1": 1}
+        return
+    with pytest.raises(ValueError, match="constant channels: 1 of norm1"):
+        remove_channels(model, IMAGES)
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus()])
+def test_an_activation_that_does_not_keep_zero_is_refused(activation: nn.Module) -> None:
+    model = made(lambda: layers(activation), {"0": [1]})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"model must compute the same .* as sigmoid does"):
+        remove_channels(model, IMAGES)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_buffers_of_the_optimizer_keep_the_entries_that_stay(kind: Any) -> None:
+    model = made(Residual, {"conv1": [1, 4], "norm1": [1, 4]})
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for p in (model.conv1.weight, model.norm1.weight, model.norm1.bias):
+            p[[1, 4]] = 0
+    before = {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
+    assert remove_channels(model, IMAGES, optimizer, drop_constants=True).removed == {"conv1": 2}
+    left = [0, 2, 3, 5, 6, 7, 8, 9]
+    rows = {"conv1.weight": 0, "norm1.weight": 0, "norm1.bias": 0, "conv2.weight": 1}
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
+    assert set(optimizer.state) == set(model.parameters())
+    for name, p in model.named_parameters():
+        for key, value in before[name].items():
+            wanted = value.index_select(rows[name], torch.tensor(left)) if (
+                name in rows and value.ndim
+            ) else value  # fmt: skip
+            assert torch.equal(optimizer.state[p][key], wanted), (name, key)
+    optimizer.zero_grad()
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+
+
+def test_adasap_continues_on_the_smaller_network() -> None:
+    schedule = safe_core.schedules.exponential_sparsity(0.5, steps=2, start=1, every=1)
+    method = safe_core.adasap(safe_core.Channel(schedule, scope="tensor"), rho_max=0.5)
+    model = made(Residual, {})
+
+    def train(optimizer: SparseOptimizer, steps: int) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(IMAGES), torch.arange(4))
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure)
+
+    def inner(name: str, p: Tensor) -> bool:
+        return name == "conv1.weight"
+
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = SparseOptimizer(base, method, model=model, where=inner)
+    train(optimizer, method.perturbation.start)
+    optimizer.finalize()
+    with pytest.raises(TypeError, match=r"optimizer must be the base .* optimizer\.base"):
+        remove_channels(model, IMAGES, optimizer)
+    assert remove_channels(model, IMAGES, base, drop_constants=True).removed == {"conv1": 5}
+    last = safe_core.keep_zeros(rho=2.0, adaptive=True)
+    optimizer = SparseOptimizer(base, last, model=model, where=inner)
+    assert base.state[model.conv1.weight]["momentum_buffer"].shape == (5, 8, 3, 3)
+    train(optimizer, 2)
+
+
+# Arguments
+
+
+def test_arguments_come_as_a_tensor_a_tuple_or_by_name() -> None:
+    for inputs in (IMAGES, (IMAGES,), {"x": IMAGES}):
+        model = made(Residual, {"conv1": [1], "norm1": [1]})
+        model.norm.eval()
+        assert remove_channels(model, inputs).removed == {"conv1": 1}
+        assert model.training
+        assert not model.norm.training
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((3, IMAGES), {}, "model must be a torch.nn.Module"),
+        ((nn.Linear(2, 2), 3), {}, "example_inputs must be a tensor"),
+        ((nn.Linear(2, 2), IMAGES, 3), {}, "optimizer must be a torch.optim.Optimizer"),
+        ((nn.Linear(2, 2), IMAGES), {"drop_constants": 1}, "drop_constants must be True or False"),
+        ((made(Branching, {"conv": [0]}), IMAGES), {}, "torch-kirigami can cut: FX capture"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: Any, options: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        remove_channels(*arguments, **options)
+
+
+def test_a_buffer_of_another_shape_is_refused() -> None:
+    model = made(Residual, {"conv1": [1], "norm1": [1]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.conv1.weight]["rows"] = torch.ones(10)
+    with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
+        remove_channels(model, IMAGES, optimizer)
+    assert model.conv1.out_channels == 10
