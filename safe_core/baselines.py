@@ -19,13 +19,10 @@ from .step import Evaluation, Point
 
 __all__ = ["adasap", "cram", "gmp", "iht", "imp_sam", "magnitude"]
 
+# The AdaSAP paper trains for 90 epochs. It removes channels in the eleventh, every 30 steps.
 _EPOCHS = 90
-"""Epochs of the run in the AdaSAP paper, the first 10 before channels are removed, in one epoch."""
-
-_WARM_UP = 10
-
+_EPOCHS_BEFORE = 10
 _LONGEST_INTERVAL = 30
-"""Steps between two removals in the AdaSAP paper, of which its epoch has 41."""
 
 
 def magnitude(
@@ -176,11 +173,11 @@ def adasap(
 
     Parameters
     ----------
-    sparsity : float or pattern
-        Fraction of output channels to remove, which compete across all layers, or a pattern of
-        channels with a scope of its own, such as ``Channel(0.5, scope="tensor")``. A pattern whose
-        sparsity is a schedule, such as `safe_core.schedules.exponential_sparsity`, sets the stages:
-        its ramp is the second one.
+    sparsity : float, schedule or pattern
+        Fraction of output channels to remove, among those of all layers, or a pattern of channels,
+        such as ``Channel(0.5, scope="tensor")``. A schedule such as
+        `safe_core.schedules.exponential_sparsity`, alone or in a pattern, sets the stages: its ramp
+        is the second one.
     steps : int, optional
         Optimizer steps T of the whole run. Required, unless the sparsity is a schedule.
     adaptive : bool
@@ -194,9 +191,9 @@ def adasap(
     norm : {"channel", "global"}
         See `ChannelSAM`.
     importance : Importance, optional
-        P in the score of a channel, the sum of ``P x^2``, by which channels are removed. Without
-        it that is the squared norm. With `SquaredGradient` it is Taylor's importance. The radii
-        follow the norms in any case.
+        P in the score of a channel, the sum of ``P x^2``. Channels with the smallest scores are
+        removed. The default score is the squared norm, and `SquaredGradient` gives Taylor's
+        importance. The radii follow the norms in any case.
 
     Returns
     -------
@@ -222,7 +219,11 @@ def adasap(
     (True, Constant(value=2.0))
     """
     _checks.flag("adaptive", adaptive)
-    largest = _checks.real("rho_max", _or(rho_max, 2.0 if adaptive else 0.1), low=0.0)
+    if rho_max is None:
+        rho_max = 2.0 if adaptive else 0.1
+    if rho is None:
+        rho = 2.0 if adaptive else 0.05
+    largest = _checks.real("rho_max", rho_max, low=0.0)
     smallest = _checks.real("rho_min", rho_min, low=0.0)
     if smallest > largest:
         raise ValueError(f"rho_max must be at least rho_min, {smallest!r}, got {largest!r}")
@@ -234,9 +235,8 @@ def adasap(
         scope="global" if pattern.joint else "tensor",
         norm=norm,
     )
-    second = ball(_or(rho, 2.0 if adaptive else 0.05), adaptive)
-    perturbation = Staged(first, second, schedule.start + schedule.steps)
-    return _gradual(Method(pattern, Mask(), perturbation=perturbation, importance=importance))
+    perturbation = Staged(first, ball(rho, adaptive), schedule.start + schedule.steps)
+    return Method(pattern, Mask(), perturbation=perturbation, importance=importance)
 
 
 def _removing(sparsity: Any, steps: int | None) -> tuple[Pattern, Cubic]:
@@ -259,7 +259,7 @@ def _removing(sparsity: Any, steps: int | None) -> tuple[Pattern, Cubic]:
     total = _checks.integer("steps", steps, low=1)
     every = min(max(total // (10 * _EPOCHS), 1), _LONGEST_INTERVAL)
     length = max(total // _EPOCHS // every, 1) * every
-    start = total * _WARM_UP // _EPOCHS
+    start = total * _EPOCHS_BEFORE // _EPOCHS
     schedule = exponential_sparsity(
         pattern.sparsity,  # type: ignore[attr-defined]
         length,
@@ -267,10 +267,6 @@ def _removing(sparsity: Any, steps: int | None) -> tuple[Pattern, Cubic]:
         every=every,
     )
     return replace(pattern, sparsity=schedule), schedule  # type: ignore[call-arg]
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def iht(

@@ -26,16 +26,17 @@ _ROUNDING = 32
 
 @dataclass(frozen=True)
 class ChannelSAM(Perturbation):
-    """Perturbation with a radius per output channel, large where the channel is likely to go.
+    """Perturbation with a radius per output channel, larger for channels of smaller norm.
 
     With the norms ``s_i = |w_i|_2`` of all output channels, channel i is perturbed by::
 
-        rho_i = rho - (s_i - s_min) / (s_max - s_min) * (rho - least * rho)
+        rho_i = rho - (s_i - s_min) / (s_max - s_min) * (1 - min_ratio) * rho
         e_i   = rho_i * T^2 g_i / |T g_i|_2
 
-    So the channel of smallest norm has the radius ``rho``, and the largest ``least * rho``. If all
-    norms are equal, all radii are ``rho``. A channel that is all zero has been removed. It does not
-    enter ``s_min``, and has the radius ``rho`` if it still has a gradient.
+    So the channel of smallest norm has the radius ``rho``, and that of largest norm
+    ``min_ratio * rho``. If all norms are equal, all radii are ``rho``. A channel that is all zero
+    counts as removed: it does not enter ``s_min``, and has the radius ``rho`` if it still has a
+    gradient.
 
     Channels are those of the sparse parameters, whose layouts are known. All other parameters,
     such as biases, norms and dense layers, are perturbed together, ``e = rho * T^2 g / |T g|`` with
@@ -45,7 +46,7 @@ class ChannelSAM(Perturbation):
     ----------
     rho : float or schedule
         Largest radius, in the norm ``|T^-1 e_i|_2``.
-    least : float
+    min_ratio : float
         Smallest radius as a fraction of ``rho``, in [0, 1].
     adaptive : bool
         Whether ``T = |x| + eta`` for weights, as in `ASAM`; otherwise ``T = 1``.
@@ -53,8 +54,7 @@ class ChannelSAM(Perturbation):
         See `ASAM`.
     scope : {"global", "tensor"}
         Whether ``s_min`` and ``s_max`` run over the channels of all parameters, as in the paper, or
-        of each tensor. Use the scope in which channels compete. Each slice along batch axes is one
-        tensor.
+        of each tensor. Use the scope of the pattern. Each slice along batch axes is one tensor.
     norm : {"channel", "global"}
         Whether ``|T g_i|`` is that of the channel, or that of all parameters. With "global" only
         the radii differ by channel, and ``|T^-1 e|`` over all parameters is at most ``rho``.
@@ -64,7 +64,8 @@ class ChannelSAM(Perturbation):
     Raises
     ------
     TypeError, ValueError
-        As `ASAM`, or if ``least`` is not in [0, 1] or another argument is not one of its options.
+        As `ASAM`, or if ``min_ratio`` is not in [0, 1], or another argument is not one of its
+        options.
 
     References
     ----------
@@ -77,13 +78,13 @@ class ChannelSAM(Perturbation):
     >>> import numpy
     >>> x, g = numpy.asarray([[3.0, 4.0], [0.0, 1.0]]), numpy.ones((2, 2))
     >>> layouts = [Layout(input_axes=(1,), output_axes=(0,))]
-    >>> (e,) = ChannelSAM(0.5, least=0.2).perturbation([x], [g], rho=0.5, layouts=layouts)
+    >>> (e,) = ChannelSAM(0.5, min_ratio=0.2).perturbation([x], [g], rho=0.5, layouts=layouts)
     >>> numpy.linalg.norm(e, axis=1).round(6)
     array([0.1, 0.5])
     """
 
     rho: Schedule | float = 0.1
-    least: float = 0.1
+    min_ratio: float = 0.1
     adaptive: bool = False
     eta: float = 0.01
     scope: Literal["global", "tensor"] = "global"
@@ -91,8 +92,8 @@ class ChannelSAM(Perturbation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _checks.real("least", self.least, low=0.0) > 1:
-            raise ValueError(f"least must be in [0, 1], got {self.least!r}")
+        if _checks.real("min_ratio", self.min_ratio, low=0.0) > 1:
+            raise ValueError(f"min_ratio must be in [0, 1], got {self.min_ratio!r}")
         _checks.flag("adaptive", self.adaptive)
         _checks.real("eta", self.eta, low=0.0)
         _checks.choice("scope", self.scope, ("global", "tensor"))
@@ -111,56 +112,56 @@ class ChannelSAM(Perturbation):
             scaled, twice = adapted(params, gradients, self.eta)
         else:
             scaled = twice = list(gradients)
-        total = norm(scaled)
-        xp = array_namespace(total)
         channels = _channels(params, scaled, layouts)
-        factors = self._shares([found for found in channels if found is not None])
-        vectors = list(twice)
+        shares = iter(self._shares([found for found in channels if found is not None]))
+        total = norm(scaled)
         if self.norm == "global":
-            length = total
-        else:
-            usable = xp.isfinite(total) & (total > 0)
-            length = xp.where(usable, xp.ones_like(total), total)
-            others = [x for x, found in zip(scaled, channels, strict=True) if found is None]
-            rest = norm(others) if others else total
-        for i, found in enumerate(channels):
-            if found is not None:
-                share = factors.pop(0)
-                factor = share if self.norm == "global" else share * _inverse(found.lengths)
-                vectors[i] = found.times(twice[i], factor)
-            elif self.norm == "channel":
-                wide = xp.astype(twice[i], wide_dtype(xp, [twice[i]]), copy=False)
-                vectors[i] = xp.astype(_inverse(rest), wide.dtype, copy=False) * wide
-        return Direction(vectors, length, rho)
+            vectors = [
+                v if found is None else found.times(v, next(shares))
+                for v, found in zip(twice, channels, strict=True)
+            ]
+            return Direction(vectors, total, rho)
+        others = [v for v, found in zip(scaled, channels, strict=True) if found is None]
+        rest = _inverse(norm(others)) if others else None
+        vectors = [
+            _times(v, rest)
+            if found is None
+            else found.times(v, next(shares) * _inverse(found.lengths))
+            for v, found in zip(twice, channels, strict=True)
+        ]
+        # The vectors are divided already. A norm that is not usable still makes all of e zero.
+        xp = array_namespace(total)
+        usable = xp.isfinite(total) & (total > 0)
+        return Direction(vectors, xp.where(usable, xp.ones_like(total), total), rho)
 
     def _shares(self, channels: Sequence[_Channels]) -> list[Array]:
         """Return ``rho_i / rho`` for the channels of every array."""
         if not channels:
             return []
+        xp = array_namespace(channels[0].sizes)
         largest = self._largest(channels, [found.sizes for found in channels])
         # The distances to s_max need only maxima, which are one reduction over all shards.
         gaps = [top - found.sizes for top, found in zip(largest, channels, strict=True)]
-        alive = []
-        for gap, found in zip(gaps, channels, strict=True):
-            xp = array_namespace(gap)
-            alive.append(xp.where(found.sizes > 0, gap, xp.zeros_like(gap)))
+        alive = [
+            xp.where(found.sizes > 0, gap, xp.zeros_like(gap))
+            for gap, found in zip(gaps, channels, strict=True)
+        ]
         shares = []
         for gap, spread, top in zip(gaps, self._largest(channels, alive), largest, strict=True):
-            xp = array_namespace(gap)
             differ = spread > _ROUNDING * float(xp.finfo(gap.dtype).eps) * top
             ratio = gap / xp.where(differ, spread, xp.ones_like(spread))
             # Channels that are removed are further from s_max than s_min is.
             ratio = xp.where(differ & (ratio < 1), ratio, xp.ones_like(ratio))
-            shares.append(1 - (1 - self.least) * (1 - ratio))
+            shares.append(1 - (1 - self.min_ratio) * (1 - ratio))
         return shares
 
     def _largest(self, channels: Sequence[_Channels], values: Sequence[Array]) -> list[Array]:
         """Return the largest of ``values`` that each array's channels compete with."""
-        xp = array_namespace(values[0])
-        if self.scope == "global":
-            top = xp.max(backend_of(values[0]).peaks(values))
-            return [xp.astype(top, value.dtype, copy=False) for value in values]
-        return [found.largest(value) for found, value in zip(channels, values, strict=True)]
+        if self.scope == "tensor":
+            return [found.largest(value) for found, value in zip(channels, values, strict=True)]
+        xp, wide = array_namespace(values[0]), wide_dtype(array_namespace(values[0]), values)
+        peaks = backend_of(values[0]).peaks([xp.astype(v, wide, copy=False) for v in values])
+        return [xp.astype(xp.max(peaks), value.dtype, copy=False) for value in values]
 
 
 class _Channels(NamedTuple):
@@ -184,12 +185,10 @@ class _Channels(NamedTuple):
 
     def times(self, vectors: Array, factor: Array) -> Array:
         """Return ``factor * vectors``, in float32 or wider and sharded as the vectors."""
-        xp, backend = array_namespace(vectors), backend_of(vectors)
-        wide = xp.astype(vectors, wide_dtype(xp, [vectors]), copy=False)
+        backend = backend_of(vectors)
         # Shards of the factor are whole channels, and those of the vectors must fit them.
-        whole = backend.regrouped(wide, units=dict.fromkeys(self.inner, 0))
-        found = xp.astype(factor, wide.dtype, copy=False) * whole
-        return backend.resharded_as(wide, found)
+        whole = backend.regrouped(vectors, units=dict.fromkeys(self.inner, 0))
+        return backend.resharded_as(vectors, _times(whole, factor))
 
 
 def _channels(
@@ -220,6 +219,13 @@ def _lengths(x: Array, inner: tuple[int, ...]) -> Array:
     return backend.shardwise(
         lambda part: xp.sqrt(xp.sum(part * part, axis=inner, keepdims=True)), whole
     )
+
+
+def _times(vectors: Array, factor: Any) -> Array:
+    """Return ``factor * vectors``, in float32 or wider."""
+    xp = array_namespace(vectors)
+    wide = xp.astype(vectors, wide_dtype(xp, [vectors]), copy=False)
+    return xp.astype(factor, wide.dtype, copy=False) * wide
 
 
 def _inverse(lengths: Any) -> Any:

@@ -29,14 +29,14 @@ Number = float | Array
 
 @dataclass(frozen=True)
 class SasshaRule:
-    """Settings and formulas of Sassha.
+    """Settings and formulas of Sassha. Numbers may be scalar arrays, also traced ones.
 
     A step ``t = 1, 2, ...`` is::
 
         e  = rho * grad f(x) / |grad f(x)|                 M-Sassha: -rho * m / |m|
         g  = grad f(x + e)
         if (t - 1) % hessian_interval == 0:                c counts these steps
-            h = z * (H z)                                  H at x + e, z of -1 and +1
+            h = z * (H z)                                  H at x + e, entries of z are -1 or +1
             D = beta_2 * D + (1 - beta_2) * |h|
         m  = beta_1 * m + (1 - beta_1) * g
         d  = (D / (1 - beta_2**c))**power + eps
@@ -59,12 +59,10 @@ class SasshaRule:
     power : float
         Exponent of the averaged Hessian diagonal.
     bias_correction : {"corrected", "published", "none"}
-        Count of updates in the correction of D: c, or t as in the published code, or neither
-        average is corrected.
+        Whether D is corrected by c, its number of updates, or by t, as in the published code. With
+        "none", neither average is corrected.
     ascent : {"gradient", "momentum"}
         Direction of e. With "momentum", which is M-Sassha, a step needs one gradient only.
-
-    Numbers may be scalar arrays, also traced ones.
 
     Raises
     ------
@@ -84,7 +82,7 @@ class SasshaRule:
     >>> z, zero = numpy.asarray([1.0, -1.0]), [numpy.zeros(2)]
     >>> m = rule.average_gradients(zero, [hessian * x[0]])
     >>> d = rule.average_curvatures(zero, estimates([z], [hessian * z]))
-    >>> rule.moved(x, m, d, learning_rate=0.1, step=1, updates=1)[0].round(6)
+    >>> rule.moved(x, m, d, learning_rate=0.1, step=1, hessian_count=1)[0].round(6)
     array([1.6, 2.8])
     """
 
@@ -180,11 +178,14 @@ class SasshaRule:
         *,
         learning_rate: Number,
         step: int | Array,
-        updates: int | Array,
+        hessian_count: int | Array,
         out: Sequence[Array] | None = None,
     ) -> list[Array]:
-        """Return the parameters after a step. ``step`` and ``updates`` count it, too."""
-        change = self._change(learning_rate, step, updates)
+        """Return the parameters after a step.
+
+        ``step`` counts the steps and ``hessian_count`` the updates of D, with those of this step.
+        """
+        change = self._change(learning_rate, step, hessian_count)
 
         def move(x: Array, m: Array, d: Array) -> Array:
             xp, found = array_namespace(x), change(x, m, d)
@@ -200,40 +201,37 @@ class SasshaRule:
         *,
         learning_rate: Number,
         step: int | Array,
-        updates: int | Array,
+        hessian_count: int | Array,
     ) -> list[Array]:
         """Return what `moved` adds to the parameters, as optax does."""
-        change = self._change(learning_rate, step, updates)
+        change = self._change(learning_rate, step, hessian_count)
 
         def update(x: Array, m: Array, d: Array) -> Array:
             return array_namespace(x).astype(change(x, m, d), x.dtype, copy=False)
 
         return _blockwise(update, params, means, diagonals)
 
-    def _change(self, learning_rate: Number, step: int | Array, updates: int | Array) -> Any:
+    def _change(self, learning_rate: Number, step: int | Array, hessian_count: int | Array) -> Any:
         """Return the function of x, m and D that computes the change of x in a wide dtype."""
-        first: Number = 1.0
-        second: Number = 1.0
+        of_m: Number = 1.0
+        of_d: Number = 1.0
         if self.bias_correction != "none":
-            first = _correction(self.betas[0], step)
-            second = _correction(self.betas[1], step if self._is_published else updates)
+            published = self.bias_correction == "published"
+            of_m = _correction(self.betas[0], step)
+            of_d = _correction(self.betas[1], step if published else hessian_count)
+        numbers = (learning_rate, self.weight_decay, self.eps, self.power, of_m, of_d)
 
         def change(x: Array, m: Array, d: Array) -> Array:
             xp = array_namespace(x)
             wide = wide_dtype(xp, [x])
             x, m, d = (xp.astype(a, wide, copy=False) for a in (x, m, d))
-            numbers = (learning_rate, self.weight_decay, self.eps, self.power, first, second)
-            rate, decay, eps, power, first_, second_ = (scalar_like(n, x) for n in numbers)
-            curvature = d / second_
+            rate, decay, eps, power, first, second = (scalar_like(n, x) for n in numbers)
+            curvature = d / second
             # The square root is exact, which a power need not be.
             root = xp.sqrt(curvature) if _is_half(power) else curvature**power
-            return -rate * (decay * x + m / first_ / (root + eps))
+            return -rate * (decay * x + m / first / (root + eps))
 
         return change
-
-    @property
-    def _is_published(self) -> bool:
-        return self.bias_correction == "published"
 
 
 def estimates(probes: Sequence[Array], products: Sequence[Array]) -> list[Array]:

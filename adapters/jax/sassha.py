@@ -176,16 +176,17 @@ def sassha(
     ) -> tuple[PyTree, SasshaState]:
         if params is None:
             raise ValueError("params must be passed to update(grads, state, params), got None")
+        rule = rule_at(state.count)
+        if hessian_product is None:
+            _check_grad_fn(grad_fn)
+        elif rule.perturbs:
+            raise ValueError(
+                "rho of sassha must be the number 0 under sparse_optimizer, whose method perturbs, "
+                f"as safe_core.safe does, got {_checks.shown(rho)}"
+            )
         tree = _named(params)
         x = [leaf for _, leaf in tree.named]
         m, d = (leaves_like("state", held, tree.treedef) for held in (state.mu, state.hessian))
-        rule = rule_at(state.count)
-
-        def averaged(d: Leaves, product: Callable[[Leaves], Any]) -> tuple[Any, Leaves]:
-            # Draw within the branch, so that other steps do not.
-            z = rademacher(x, seed, state.hessian_count)
-            gradients, products = product(z)
-            return gradients, rule.average_curvatures(d, estimates(z, products))
 
         def read(argument: str, found: PyTree) -> Leaves:
             leaves = leaves_like(argument, found, tree.treedef)
@@ -197,47 +198,42 @@ def sassha(
             found = read("what grad_fn returns", grad_fn(tree.treedef.unflatten(point)))  # type: ignore[misc]
             return [g.astype(p.dtype) for g, p in zip(found, x, strict=True)]
 
-        def given(d: Leaves) -> tuple[Leaves, Leaves]:
-            return read("updates", updates), d
-
-        def given_with_product(d: Leaves) -> tuple[Leaves, Leaves]:
-            at_x = lambda v: jax.jvp(gradient_at, (x,), (v,))[1]  # noqa: E731
-            product = at_x if hessian_product is None else hessian_product
-            return averaged(d, lambda z: (given(d)[0], product(z)))
-
-        def computed(d: Leaves) -> tuple[Leaves, Leaves]:
-            return gradient_at(point), d
-
-        def computed_with_product(d: Leaves) -> tuple[Leaves, Leaves]:
-            return averaged(d, lambda z: jax.jvp(gradient_at, (point,), (z,)))
-
-        if hessian_product is not None and rule.perturbs:
-            raise ValueError(
-                "rho of sassha must be the number 0 under sparse_optimizer, whose method perturbs, "
-                f"as safe_core.safe does, got {_checks.shown(rho)}"
-            )
-        if hessian_product is None:
-            _check_grad_fn(grad_fn)
-        branches = (given_with_product, given)
+        point = x
         if rule.perturbs:
             e = rule.direction(m if rule.follows_momentum else read("updates", updates))
             moves = zip(x, e.perturbation(), strict=True)
             point = [(p.astype(e_i.dtype) + e_i).astype(p.dtype) for p, e_i in moves]
-            branches = (computed_with_product, computed)
+
+        def with_product(d: Leaves) -> tuple[Leaves, Leaves]:
+            # Draw within the branch, so that other steps do not.
+            z = rademacher(x, seed, state.hessian_count)
+            if hessian_product is None:
+                gradients, products = jax.jvp(gradient_at, (point,), (z,))
+            else:
+                products = hessian_product(z)
+            if not rule.perturbs:
+                gradients = read("updates", updates)
+            return gradients, rule.average_curvatures(d, estimates(z, products))
+
+        def without(d: Leaves) -> tuple[Leaves, Leaves]:
+            return gradient_at(point) if rule.perturbs else read("updates", updates), d
+
         due = rule.needs_product(state.count)
         # Under jit this is lax.cond, so that other steps skip the product.
-        gradients, d = backend_of(state.count).cond(due, *branches, d)
+        gradients, d = backend_of(state.count).cond(due, with_product, without, d)
         m = rule.average_gradients(m, gradients)
         step = optax.safe_increment(state.count)
-        done = state.hessian_count + jnp.asarray(due).astype(jnp.int32)
+        hessian_count = state.hessian_count + jnp.asarray(due).astype(jnp.int32)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         out = []
-        for flag, *parts in zip(_decayed(mask, params, tree), x, m, d, strict=True):
-            of_leaf = rule if flag else replace(rule, weight_decay=0.0)
-            one = ([part] for part in parts)
-            out += of_leaf.updates(*one, learning_rate=rate, step=step, updates=done)
+        for decays, *parts in zip(_decayed(mask, params, tree), x, m, d, strict=True):
+            of_leaf = rule if decays else replace(rule, weight_decay=0.0)
+            leaf = ([part] for part in parts)
+            out += of_leaf.updates(
+                *leaf, learning_rate=rate, step=step, hessian_count=hessian_count
+            )
         unflatten = tree.treedef.unflatten
-        return unflatten(out), SasshaState(step, done, unflatten(m), unflatten(d))
+        return unflatten(out), SasshaState(step, hessian_count, unflatten(m), unflatten(d))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

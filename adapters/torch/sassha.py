@@ -359,7 +359,7 @@ class Sassha(Optimizer):
             for p in group["params"]:
                 if p.requires_grad and p.grad is not None:
                     state = started(self.state[p], p)
-                    alike.setdefault((state["step"], state["hessian_updates"]), []).append(p)
+                    alike.setdefault((state["step"], state["hessian_count"]), []).append(p)
             for members in alike.values():
                 advance(self.state, members, rule, rate_of(group), self._estimates)
 

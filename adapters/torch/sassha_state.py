@@ -30,7 +30,7 @@ def started(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
     tensor([0., 0.])
     """
     if not state:
-        state["step"] = state["hessian_updates"] = 0
+        state["step"] = state["hessian_count"] = 0
         for key in ("exp_avg", "hessian_diagonal"):
             state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
     return state
@@ -59,7 +59,7 @@ def probes(groups: Groups, states: States, params: Sequence[Tensor]) -> list[Ten
     found = []
     for p in params:
         place, seed = known[p]
-        index = states.get(p, {}).get("hessian_updates", 0)
+        index = states.get(p, {}).get("hessian_count", 0)
         found += rademacher([p], seed, index, places=[place])
     return found
 
@@ -73,7 +73,7 @@ def advance(
 ) -> None:
     """Take the step of parameters that share their counts, in place."""
     held = [states[p] for p in params]
-    step, updates = held[0]["step"], held[0]["hessian_updates"]
+    step, updates = held[0]["step"], held[0]["hessian_count"]
     diagonals = [state["hessian_diagonal"] for state in held]
     means = [state["exp_avg"] for state in held]
     if rule.needs_product(step):
@@ -87,8 +87,8 @@ def advance(
         diagonals,
         learning_rate=learning_rate,
         step=step + 1,
-        updates=updates,
+        hessian_count=updates,
         out=params,
     )
     for state in held:
-        state["step"], state["hessian_updates"] = step + 1, updates
+        state["step"], state["hessian_count"] = step + 1, updates

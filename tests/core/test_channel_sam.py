@@ -47,9 +47,9 @@ def radii(e: np.ndarray, x: np.ndarray | None = None, eta: float = 0.01) -> np.n
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_radii_fall_from_rho_to_its_least_part_as_norms_rise(xp: Backend, adaptive: bool) -> None:
+def test_radii_fall_from_rho_to_the_smallest_as_norms_rise(xp: Backend, adaptive: bool) -> None:
     x, g = weights(1.0, 3.0, 2.0, 5.0), gradient((4, 6))
-    kind = ChannelSAM(0.5, least=0.2, adaptive=adaptive)
+    kind = ChannelSAM(0.5, min_ratio=0.2, adaptive=adaptive)
     (e,) = xp.run(perturb(kind, ROWS), [x], [g])
     t = np.abs(x) + 0.01 if adaptive else np.ones_like(x)
     found = radii(e, x if adaptive else None)
@@ -72,7 +72,7 @@ def test_norms_compare_over_all_layers_or_within_each(xp: Backend) -> None:
 
 def test_a_convolution_and_a_stack_have_the_channels_of_their_slices(xp: Backend) -> None:
     x, g = gradient((2, 3, 4, 5)), gradient((2, 3, 4, 5), seed=2)
-    kind = ChannelSAM(0.5, least=0.1, scope="tensor")
+    kind = ChannelSAM(0.5, min_ratio=0.1, scope="tensor")
     flat = xp.run(perturb(kind, ROWS), [x.reshape(2, 60)], [g.reshape(2, 60)])
     (window,) = xp.run(perturb(kind, ROWS), [x], [g])
     np.testing.assert_allclose(window.reshape(2, 60), flat[0], rtol=1e-13)
@@ -96,7 +96,7 @@ def test_parameters_without_channels_share_one_norm(xp: Backend) -> None:
 
 def test_the_global_norm_leaves_the_radii(xp: Backend) -> None:
     x, g = [weights(1.0, 3.0), np.ones(2)], [gradient((2, 6)), gradient((2,))]
-    kind = ChannelSAM(0.5, least=0.2, norm="global")
+    kind = ChannelSAM(0.5, min_ratio=0.2, norm="global")
     e = xp.run(perturb(kind, ROWS, None), x, g)
     length = np.sqrt(sum(np.sum(a**2) for a in g))
     np.testing.assert_allclose(e[0], np.asarray([[0.5], [0.1]]) * g[0] / length, rtol=1e-13)
@@ -108,7 +108,7 @@ def test_the_global_norm_leaves_the_radii(xp: Backend) -> None:
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_equal_norms_and_one_channel_get_rho(xp: Backend, scope: Any) -> None:
-    kind = ChannelSAM(0.5, least=0.2, scope=scope)
+    kind = ChannelSAM(0.5, min_ratio=0.2, scope=scope)
     x, g = weights(2.0, 2.0, 2.0), gradient((3, 6))
     (e,) = xp.run(perturb(kind, ROWS), [x], [g])
     np.testing.assert_allclose(radii(e), 0.5, rtol=1e-13)
@@ -120,13 +120,13 @@ def test_norms_that_differ_by_rounding_are_equal(xp: Backend) -> None:
     row = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     x = np.stack([row, row[::-1], np.roll(row, 333)])
     g = gradient((3, 1000)).astype(np.float32)
-    (e,) = xp.run(perturb(ChannelSAM(0.5, least=0.0), ROWS), [x], [g])
+    (e,) = xp.run(perturb(ChannelSAM(0.5, min_ratio=0.0), ROWS), [x], [g])
     np.testing.assert_allclose(radii(e), 0.5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_removed_channels_do_not_enter_the_smallest_norm(xp: Backend, scope: Any) -> None:
-    kind = ChannelSAM(0.5, least=0.2, scope=scope)
+    kind = ChannelSAM(0.5, min_ratio=0.2, scope=scope)
     x, g = weights(0.0, 1.0, 2.0, 3.0), gradient((4, 6))
     (e,) = xp.run(perturb(kind, ROWS), [x], [g])
     np.testing.assert_allclose(radii(e), [0.5, 0.5, 0.3, 0.1], rtol=1e-13)
@@ -164,7 +164,8 @@ def test_16_bit_parameters_compute_in_float32(xp: Backend, dtype: np.dtype) -> N
 
 
 def test_a_staged_perturbation_changes_at_its_step(xp: Backend) -> None:
-    first, second = ChannelSAM(0.5, least=0.2), SAM(schedules.linear(2.0, steps=10, initial=1.0))
+    first = ChannelSAM(0.5, min_ratio=0.2)
+    second = SAM(schedules.linear(2.0, steps=10, initial=1.0))
     method = Method(0.5, perturbation=Staged(first, second, start=3))
     x, g = [weights(1.0, 2.0)], [gradient((2, 6))]
 
@@ -198,7 +199,7 @@ def test_a_staged_perturbation_takes_the_options_of_both_stages() -> None:
         (lambda: Staged(SAM(0.1), safe_core.GradientAscent(0.1), 3), "second must be normalised"),
         (lambda: Staged(SAM(0.1, interval=2), SAM(0.1), 3), "interval must be the same .*2 and 1"),
         (lambda: Staged(SAM(0.1), SAM(0.1), 3).direction([], [], rho=1), "step must be given"),
-        (lambda: ChannelSAM(0.1, least=1.5), r"least must be in \[0, 1\], got 1.5"),
+        (lambda: ChannelSAM(0.1, min_ratio=1.5), r"min_ratio must be in \[0, 1\], got 1.5"),
         (lambda: ChannelSAM(0.1, scope="row"), "scope must be one of .*'row'"),
         (lambda: ChannelSAM(0.1, norm="l1"), "norm must be one of .*'l1'"),
         (lambda: ChannelSAM(0.1, adaptive=1), "adaptive must be True or False, got 1"),
@@ -235,10 +236,10 @@ def test_adasap_takes_its_stages_from_the_steps_or_from_a_schedule() -> None:
     given = schedules.exponential_sparsity(0.5, steps=8, start=5, every=2)
     method = safe_core.adasap(Channel(given, "tensor"), adaptive=False)
     assert stages(method) == (5, 8, 2, 13)
-    plain = ChannelSAM(0.1, least=0.01 / 0.1, scope="tensor")
+    plain = ChannelSAM(0.1, min_ratio=0.01 / 0.1, scope="tensor")
     assert method.perturbation == Staged(plain, SAM(0.05), 13)
     first = safe_core.adasap(0.5, steps=90).perturbation.first
-    assert first == ChannelSAM(2.0, least=0.01 / 2.0, adaptive=True)
+    assert first == ChannelSAM(2.0, min_ratio=0.01 / 2.0, adaptive=True)
     assert [t for t in range(20) if method.is_due(t)] == [6, 8, 10, 12]
 
 
@@ -248,7 +249,7 @@ def test_adasap_takes_its_stages_from_the_steps_or_from_a_schedule() -> None:
 def test_a_param_group_scales_all_radii_of_its_channels() -> None:
     model = nn.Linear(6, 3).double()
     base = torch.optim.SGD([{"params": model.parameters(), "rho": 0.25}], lr=0.1)
-    method = Method(0.5, perturbation=ChannelSAM(0.5, least=0.2))
+    method = Method(0.5, perturbation=ChannelSAM(0.5, min_ratio=0.2))
     optimizer = SparseOptimizer(base, method, model=model)
     x = model.weight.detach().clone()
     model(torch.ones(1, 6).double()).square().sum().backward()

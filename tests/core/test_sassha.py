@@ -83,7 +83,7 @@ def test_every_library_takes_the_same_step(xp: Backend, correction: str) -> None
 def _step(rule: SasshaRule, *lists: Any) -> Any:
     x, m, d, g, h, step, updates = lists
     m, d = rule.average_gradients(m, g), rule.average_curvatures(d, h)
-    counts = {"learning_rate": 0.05, "step": step, "updates": updates}
+    counts = {"learning_rate": 0.05, "step": step, "hessian_count": updates}
     return rule.moved(x, m, d, **counts), rule.updates(x, m, d, **counts)
 
 
@@ -105,7 +105,7 @@ def _uncorrected(*lists: Any) -> Any:
 
 def test_the_published_correction_makes_longer_steps() -> None:
     # At t = 11 there were two products. The ratio is that of the square roots.
-    counts = {"learning_rate": 1.0, "step": 11, "updates": 2}
+    counts = {"learning_rate": 1.0, "step": 11, "hessian_count": 2}
     one = [np.ones(1)]
     lengths = [
         float(SasshaRule(eps=0.0, bias_correction=c).updates(one, one, one, **counts)[0][0])
@@ -117,7 +117,7 @@ def test_the_published_correction_makes_longer_steps() -> None:
 def test_corrections_keep_their_digits_in_float32() -> None:
     one = [np.ones(1, np.float32)]
     rule = SasshaRule((0.0, 0.9999999), eps=0.0, power=1.0)
-    found = rule.updates(one, one, one, learning_rate=1.0, step=1, updates=1)
+    found = rule.updates(one, one, one, learning_rate=1.0, step=1, hessian_count=1)
     assert float(found[0][0]) == pytest.approx(-1e-7, rel=1e-6)
 
 

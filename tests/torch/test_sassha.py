@@ -161,12 +161,12 @@ def test_parameters_that_join_late_count_for_themselves() -> None:
     loss = run.loss
     run.loss = lambda: loss() + (late**2).sum()  # type: ignore[method-assign, assignment, misc]
     run.step()
-    assert (state[late]["step"], state[late]["hessian_updates"]) == (1, 1)
+    assert (state[late]["step"], state[late]["hessian_count"]) == (1, 1)
     # One step from the start: m / (1 - b1) is the gradient, and D / (1 - b2) its slope, 2.
     wanted = torch.tensor([2.0, -1.0]).double() * (1 - 0.1 * 2 / (2**0.5 + 1e-3))
     torch.testing.assert_close(late.detach(), wanted, rtol=1e-12, atol=0)
     weight = run.model.weight
-    assert (state[weight]["step"], state[weight]["hessian_updates"]) == (7, 2)
+    assert (state[weight]["step"], state[weight]["hessian_count"]) == (7, 2)
     alone.step()
 
 
