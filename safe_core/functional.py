@@ -195,7 +195,7 @@ class FunctionalStep:
         self._visit(point, evaluation, due)
 
     def _visit(self, point: list[Array], evaluation: Evaluation, due: bool | Array) -> None:
-        # A step that does not perturb adds no gradient, but still replaces that at x by itself.
+        # On a step that does not perturb, a point that replaces x is x itself.
         added = evaluation.combine == "add"
         self.points = [*self.points, (point, due)] if added else [(point, True)]
 

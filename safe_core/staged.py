@@ -23,9 +23,9 @@ __all__ = ["Staged"]
 class Staged(Perturbation):
     """Perturbation that is ``first`` before step ``start``, and ``second`` from it on.
 
-    Both may be any kinds whose radius has the unit of the parameters, such as `SAM`, `ASAM` and
-    `ChannelSAM`, or staged themselves. A radius that is given to the adapter replaces that of
-    both. In a compiled program, one branch is taken at run time.
+    Both can be any perturbations whose radius has the unit of the parameters, such as `SAM`,
+    `ASAM`, `ChannelSAM` or another `Staged`. A radius that is given to the adapter replaces that
+    of both. A compiled program runs one of them only.
 
     Attributes
     ----------
@@ -37,8 +37,8 @@ class Staged(Perturbation):
     Raises
     ------
     TypeError, ValueError
-        If a part is not a perturbation, is in steps or not normalised, or the intervals or reused
-        parts differ, or ``start`` is negative.
+        If a part is not a perturbation, has a radius in steps or is not normalised, if the two
+        differ in ``interval`` or ``reuse``, or if ``start`` is negative.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Staged(Perturbation):
         rho: float | Array,
         layouts: Sequence[Layout | None] | None = None,
     ) -> Direction:
-        """Raise, because the stage depends on the step; use `direction_at`."""
+        """Raise an error, because the stage depends on the step: use `direction_at`."""
         raise ValueError(f"step must be given to `direction_at` of a staged perturbation {self!r}")
 
     def direction_at(

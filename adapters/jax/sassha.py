@@ -89,8 +89,8 @@ def sassha(
     rho : float, array or schedule
         Perturbation radius. With the number 0, ``grads`` are used as they are.
     weight_decay : float or array
-        Decoupled weight decay. The published scripts take that of a recipe, divided by the
-        initial learning rate.
+        Decoupled weight decay. The published scripts divide that of a recipe by the initial
+        learning rate.
     mask : pytree of bool or callable, optional
         Leaves to decay, or a function of the parameters that returns them.
     hessian_interval : int
@@ -100,13 +100,13 @@ def sassha(
     power : float, array or schedule
         Exponent of the averaged Hessian diagonal.
     bias_correction : {"corrected", "published", "none"}
-        What corrects the average of the Hessian diagonal: the number of its own updates, the
-        number of steps, as in the published code, or nothing, for the gradient, too.
+        Whether the average of the Hessian diagonal is corrected by the number of its updates, or
+        by the number of steps, as in the published code. With "none", neither average is.
     ascent : {"gradient", "momentum"}
         With "momentum", perturb against the averaged gradient (M-Sassha). ``grads`` are then not
         used, and under `jax.jit` not computed.
     seed : int
-        Draws the random signs. Equal seeds draw the same in PyTorch.
+        Seed of the random signs. Equal seeds draw the same in PyTorch.
 
     Returns
     -------

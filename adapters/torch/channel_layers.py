@@ -30,7 +30,8 @@ class ChannelLayers:
 
     Attributes
     ----------
-    modules : dict of str to module
+    modules : dict of str to torch.nn.Module
+        The layers and norms, by name.
     axes : dict of str to int
         Axis of the output channels in the weight of each module.
     """
@@ -115,7 +116,8 @@ class ChannelLayers:
             largest = self._by_channel(name).sum(dim=1).amax()
             module.weight.div_(torch.where(largest > 0, largest, 1))
         elif module.running_mean is not None:
-            module.running_mean.abs_().mul_(-float(constants))
+            # Negative, because it is subtracted.
+            module.running_mean.abs_().mul_(-1 if constants else 0)
             module.running_var.fill_(1)
         if not constants and module.bias is not None:
             module.bias.zero_()

@@ -43,8 +43,8 @@ class Sassha(Optimizer):
         Perturbation radius. The norm of the gradient is over all groups. With 0 in all groups,
         the gradient is taken at x.
     weight_decay : float
-        Decoupled weight decay. The published scripts take that of a recipe, divided by the
-        initial learning rate.
+        Decoupled weight decay. The published scripts divide that of a recipe by the initial
+        learning rate.
     hessian_interval : int
         Steps between two Hessian products.
     eps : float
@@ -53,13 +53,13 @@ class Sassha(Optimizer):
         Exponent of the averaged Hessian diagonal. To change it during training, set
         ``group["power"]``, as a scheduler sets ``"lr"``.
     bias_correction : {"corrected", "published", "none"}
-        What corrects the average of the Hessian diagonal: the number of its own updates, the
-        number of steps, as in the published code, or nothing, for the gradient, too.
+        Whether the average of the Hessian diagonal is corrected by the number of its updates, or
+        by the number of steps, as in the published code. With "none", neither average is.
     ascent : {"gradient", "momentum"}
         With "momentum", perturb against the averaged gradient (M-Sassha). A step then needs one
         gradient, and the loss is that at the perturbed point. It is the same in all groups.
     seed : int
-        Draws the random signs. Equal seeds draw the same in every process, and in JAX.
+        Seed of the random signs. Equal seeds draw the same in every process, and in JAX.
     model : torch.nn.Module, or list or mapping of modules, optional
         Its buffers, such as running statistics, are then updated at x only.
     process_group : torch.distributed.ProcessGroup, optional
@@ -309,8 +309,8 @@ class Sassha(Optimizer):
         ----------
         closure : callable, optional
             Clears the gradients, computes the loss, calls `backward` of this optimizer and
-            returns the loss. It is called at x and at x + e; if rho is 0 at x only, and by
-            M-Sassha at the perturbed point only.
+            returns the loss. It is called at x and at x + e. If rho is 0, it is called at x only,
+            and with M-Sassha at x + e only.
 
         Returns
         -------

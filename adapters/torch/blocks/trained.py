@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .processes import Processes
 
@@ -83,12 +83,10 @@ class Shards(Trained):
         for name, p in self._whole.items():
             if p.grad is not None:
                 part = DTensor.from_local(p.grad, self._mesh, [Partial()], run_check=False)
-                self._add(self.named[name], part.redistribute(placements=[Shard(0)]))
-                p.grad = None  # before the next one is reduced
-
-    @staticmethod
-    def _add(shard: nn.Parameter, gradient: Tensor) -> None:
-        shard.grad = gradient if shard.grad is None else shard.grad + gradient
+                gradient = part.redistribute(placements=[Shard(0)])
+                shard = self.named[name]
+                shard.grad = gradient if shard.grad is None else shard.grad + gradient
+                p.grad = None  # free each one before the next is reduced
 
 
 def trained_parameters(block: nn.Module, processes: Processes, *, shard: bool) -> Trained:
