@@ -10,7 +10,7 @@ import numpy as np
 
 import safe_core
 
-STEPS = 300
+STEPS = 60
 Arrays = list[np.ndarray]
 Draw = Callable[[int], Arrays]
 """``c -> z``, the random signs of the c-th Hessian product."""
