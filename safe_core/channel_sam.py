@@ -159,9 +159,9 @@ class ChannelSAM(Perturbation):
         """Return the largest of ``values`` that each array's channels compete with."""
         if self.scope == "tensor":
             return [found.largest(value) for found, value in zip(channels, values, strict=True)]
-        xp, wide = array_namespace(values[0]), wide_dtype(array_namespace(values[0]), values)
-        peaks = backend_of(values[0]).peaks([xp.astype(v, wide, copy=False) for v in values])
-        return [xp.astype(xp.max(peaks), value.dtype, copy=False) for value in values]
+        xp = array_namespace(values[0])
+        largest = xp.max(backend_of(values[0]).peaks(values))
+        return [xp.astype(largest, value.dtype, copy=False) for value in values]
 
 
 class _Channels(NamedTuple):

@@ -84,7 +84,7 @@ def remove_channels(
     ModuleNotFoundError
         If torch-kirigami is missing, which the extra ``channels`` installs.
     TypeError
-        If an argument is of another kind.
+        If an argument has the wrong type.
     ValueError
         If the model cannot be traced, has channels that are constant without
         ``drop_constants=True``, or would compute something else, or if a buffer of the optimizer
@@ -130,11 +130,11 @@ def _remove(
         return RemovedChannels(model, {}, {})
     try:
         graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
-        found = _Closure(graph, layers, dead)
-        kept = found.shrink(zero)
-        if not found.seeds:
+        removal = _Removal(graph, layers, dead)
+        kept = removal.shrink(zero)
+        if not removal.seeds:
             return RemovedChannels(model, {}, kept)
-        removed = found.outputs()
+        removed = removal.outputs()
         constants = {
             name: [i for i in indices if not silent[name][i]]
             for name, indices in removed.items()
@@ -148,7 +148,7 @@ def _remove(
                 f"constant channels: {counts}. Pass drop_constants=True to drop these"
             )
         pruner = Pruner(model, graph=graph)
-        plan = pruner.plan_remove(found.selections())
+        plan = pruner.plan_remove(removal.selections())
         trial = copy.deepcopy(model)
         ChannelLayers(trial).drop(constants)
         wanted = call(trial)
@@ -165,13 +165,13 @@ def _remove(
     return RemovedChannels(model, gone, kept)
 
 
-class _Closure:
+class _Removal:
     """The channels to remove, and all that goes with them.
 
     Attributes
     ----------
     seeds : dict of str to set of int
-        Output channels of layers to remove.
+        Output channels to remove, by the name of the layer.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class _Closure:
         self.seeds: dict[str, set[int]] = {}
 
     def shrink(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
-        """Leave the channels that can go without a change; return those that stay, and why."""
+        """Drop the seeds that cannot go without a change; return their layers, and why."""
         self.seeds = {name: set(indices) for name, indices in zero.items()}
         kept: dict[str, str] = {}
         while self.seeds:

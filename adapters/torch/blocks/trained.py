@@ -58,7 +58,7 @@ class Shards(Trained):
         self._whole = self.named
         device = next(iter(self._whole.values())).device
         self._mesh = init_device_mesh(device.type, (processes.size,))
-        processes.meet()
+        processes.meet()  # an error of another one ends this one before they exchange anything
         self.named = {
             name: nn.Parameter(
                 distribute_tensor(p.detach(), self._mesh, [Shard(0)], src_data_rank=None)
@@ -72,7 +72,7 @@ class Shards(Trained):
         self.processes.meet()
         for name, p in self._whole.items():
             p.copy_(self.named[name].full_tensor())  # type: ignore[attr-defined]
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # of casts of the values before
 
     @torch.no_grad()
     def reduce(self) -> None:
