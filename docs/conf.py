@@ -17,11 +17,13 @@ extensions = [
 exclude_patterns = [
     "_build",
     "benchmarks_table.md",
+    "blocks_table.md",
     "demo_table.md",
     "digits_tables.md",
     "jax/setup.md",
     "pytorch/setup.md",
     "savings_table.md",
+    "smollm2_table.md",
     "untuned_ablations.md",
     "untuned_table.md",
 ]
