@@ -52,6 +52,8 @@ def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
             left = f"{readable_seconds(at.seconds_left)} left"
             within = "" if at.epoch is None else f", epoch {at.epoch + 1} of {at.epochs}"
             text = f"block {at.block + 1} of {at.blocks}{within}, loss {at.loss:.3g}"
+            if within and at.sparse_loss is not None:
+                text += f", {at.sparse_loss:.3g} when sparse"
             bar.update(task, description=text, completed=at.done, total=at.blocks, left=left)
             if at.epoch is None and not console.is_terminal:
                 console.print(f"{text}, {left}", highlight=False)

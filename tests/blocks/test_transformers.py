@@ -656,6 +656,16 @@ def test_encoder_and_decoder_are_pruned_one_after_the_other() -> None:
 
 
 @short_run
+def test_the_sparse_loss_of_the_last_epoch_is_that_of_the_pruned_block() -> None:
+    model, seen = model_of("opt"), []
+    solver = dataclasses.replace(SHORT, batch_size=len(inputs_of("opt")), start="dense")
+    report = prune_blocks(model, inputs_of("opt"), solver, 0.5, progress=seen.append)
+    assert all(p.sparse_loss > p.loss for p in seen if p.epoch == 0)
+    last = [p.sparse_loss for p in seen if p.epoch == 3]
+    assert last == pytest.approx([block.loss for block in report.blocks], rel=1e-5)
+
+
+@short_run
 def test_progress_and_modes() -> None:
     model, seen = model_of("opt").train(), []
     model.config.use_cache = True
@@ -663,7 +673,8 @@ def test_progress_and_modes() -> None:
     assert [(p.block, p.epoch) for p in seen] == [
         (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
     ]
-    assert seen[-1] == Progress(1, 2, None, 4, report.blocks[1].loss, 0.0)
+    final = report.blocks[1].loss
+    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final)
     assert seen[0].seconds_left > 0
     assert [p.done for p in seen] == [block + k / 5 for block in (0, 1) for k in range(1, 6)]
     assert all(m.training for m in model.modules())

@@ -162,7 +162,7 @@ dual_update_interval, start, published
         sparsity: Pattern,
         epoch: Callable[[int], Iterable[Batch]],
         steps_per_epoch: int,
-        report: Callable[[int, float], None],
+        report: Callable[[int, float, float], None],
         *,
         name: str = "block",
         autocast: bool = False,
@@ -182,7 +182,8 @@ dual_update_interval, start, published
             ``epoch(k)`` yields the `Batch` of each step.
         steps_per_epoch : int
         report : callable
-            ``report(epoch, loss)`` after each epoch, with the mean loss at x.
+            ``report(epoch, loss, sparse_loss)`` after each epoch, with the mean loss at x, and
+            the loss of the last batch with the weights projected.
         name : str
             The name of the block, for messages.
         autocast : bool
@@ -203,9 +204,7 @@ dual_update_interval, start, published
         optimizer = self._optimizer(trained, weights, importance, sparsity, steps)
 
         def loss() -> float:
-            # A compiled block would be compiled again without gradients.
-            with torch.set_grad_enabled(bool(self.compile)):
-                return _mean_loss(block, epoch(0), trained, autocast=autocast)
+            return self._mean_loss(block, epoch(0), trained, autocast=autocast)
 
         # A start is a solution already, which training must not make worse.
         kept = None if supports is None else _Solution.of(trained, supports, loss())
@@ -229,7 +228,7 @@ dual_update_interval, start, published
         block: nn.Module,
         epoch: Callable[[int], Iterable[Batch]],
         steps_per_epoch: int,
-        report: Callable[[int, float], None],
+        report: Callable[[int, float, float], None],
         *,
         name: str = "block",
         autocast: bool = False,
@@ -257,14 +256,29 @@ dual_update_interval, start, published
                 total, count = total + _step(optimizer, backward), count + 1
                 step += 1
             trained.processes.sum_([total])
-            mean = float(total) / count  # the only value that is read from the device
+            mean = float(total) / count  # with the loss below, all that is read from the device
             if not math.isfinite(mean):
                 rate = optimizer.param_groups[0]["initial_lr"]
                 raise ValueError(
                     f"learning_rate must be low enough for a finite loss, got {rate:g} and a loss "
                     f"of {mean} in epoch {k} of {name}"
                 )
-            report(k, mean)
+            optimizer.zero_grad()  # the gradients' memory is that of the projected weights
+            with optimizer.sparse_weights():
+                trained.gather()
+                sparse_loss = self._mean_loss(block, [batch], trained, autocast=autocast)
+            report(k, mean, sparse_loss)
+
+    def _mean_loss(
+        self, block: nn.Module, batches: Iterable[Batch], trained: Trained, *, autocast: bool
+    ) -> float:
+        """Return the mean of the losses of the batches, by one read from the device."""
+        # A compiled block would be compiled again without gradients.
+        with torch.set_grad_enabled(bool(self.compile)):
+            losses = [_loss(block, batch, autocast=autocast).detach() for batch in batches]
+        mean = torch.stack(losses).double().mean()
+        trained.processes.sum_([mean])
+        return float(mean)
 
     def _optimizer(
         self,
@@ -352,16 +366,6 @@ def _loss(block: nn.Module, batch: Batch, *, autocast: bool) -> Tensor:
     with torch.autocast(batch.target.device.type, torch.bfloat16, enabled=autocast):
         output = batch.run(block)
     return wide_mse(output, batch.target) * batch.share
-
-
-def _mean_loss(
-    block: nn.Module, batches: Iterable[Batch], trained: Trained, *, autocast: bool
-) -> float:
-    """Return the mean of the losses of the batches, by one read from the device."""
-    losses = [_loss(block, batch, autocast=autocast).detach().double() for batch in batches]
-    mean = torch.stack(losses).mean()
-    trained.processes.sum_([mean])
-    return float(mean)
 
 
 def _backward(block: nn.Module, batch: Batch, trained: Trained, *, autocast: bool) -> Tensor:

@@ -26,6 +26,9 @@ class Progress:
         Mean squared reconstruction error, in that epoch or of the pruned block.
     seconds_left : float
         Extrapolated from the time so far.
+    sparse_loss : float or None
+        The same with the weights projected, as `loss` is at the end of the block. In an epoch it
+        is that of the last batch, and None if the solver does not report it.
 
     Examples
     --------
@@ -39,6 +42,7 @@ class Progress:
     epochs: int
     loss: float
     seconds_left: float
+    sparse_loss: float | None = None
 
     @property
     def done(self) -> float:

@@ -75,7 +75,8 @@ class BlockProblem:
     copy : callable
         ``copy(dtype)`` returns a copy of the dense block on the device.
     report : callable
-        ``report(epoch, loss)`` after each epoch.
+        ``report(epoch, loss)`` after each epoch, or ``report(epoch, loss, sparse_loss)`` with
+        the loss of the projected weights, too.
     processes : Processes
         Those that prune the block together. They hold the same statistics, and each its part of
         every batch.
@@ -92,7 +93,7 @@ class BlockProblem:
     device: torch.device
     batches: Callable[[int, torch.dtype], tuple[Callable[[int], Iterator[Batch]], int]]
     copy: Callable[[torch.dtype], nn.Module]
-    report: Callable[[int, float], None]
+    report: Callable[..., None]
     processes: Processes = field(default_factory=Processes)
     shard: bool = False
 
