@@ -295,6 +295,7 @@ dual_update_interval, start, published
         return SparseOptimizer(
             base,
             self.bound(sparsity, steps),
+            model=trained.model,
             where=lambda name, p: name in weights,
             layout=dict(weights),
             importance=importance,

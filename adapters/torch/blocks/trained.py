@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .memory import copy_with
 from .processes import Processes
 
 __all__ = ["Shards", "Trained", "trained_parameters"]
@@ -23,6 +24,8 @@ class Trained:
     ----------
     named : dict of str to torch.nn.Parameter
         What the optimizer trains.
+    model : torch.nn.Module or None
+        The module of the shards, which an optimizer of sharded parameters needs.
 
     Examples
     --------
@@ -33,6 +36,7 @@ class Trained:
     def __init__(self, block: nn.Module, processes: Processes | None = None) -> None:
         self.processes = Processes() if processes is None else processes
         self.named = {name: p for name, p in block.named_parameters() if p.requires_grad}
+        self.model: nn.Module | None = None
 
     def gather(self) -> None:
         """Bring the block to where the optimizer has moved the parameters."""
@@ -59,12 +63,15 @@ class Shards(Trained):
         device = next(iter(self._whole.values())).device
         self._mesh = init_device_mesh(device.type, (processes.size,))
         processes.meet()  # an error of another one ends this one before they exchange anything
-        self.named = {
-            name: nn.Parameter(
-                distribute_tensor(p.detach(), self._mesh, [Shard(0)], src_data_rank=None)
-            )
-            for name, p in self._whole.items()
-        }
+        trained = set(self._whole.values())
+
+        def share(t: Tensor) -> Tensor:
+            if t not in trained:
+                return t
+            return distribute_tensor(t.detach(), self._mesh, [Shard(0)], src_data_rank=None)
+
+        self.model = copy_with(block, share)
+        self.named = {name: self.model.get_parameter(name) for name in self._whole}
 
     @torch.no_grad()
     def gather(self) -> None:
