@@ -1,13 +1,14 @@
 """Check the library: lint, types, docs, tests and equivalence; run the demo and benchmarks.
 
-``nox`` runs the five checks; ``nox -s lowest`` tests the lowest versions. With ``--no-venv``,
-sessions install nothing and use the current environment.
+``nox`` runs the five checks, the docs beside the tests; ``nox -s lowest`` tests the lowest
+versions. With ``--no-venv``, sessions install nothing and use the current environment.
 """
 
 from __future__ import annotations
 
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -23,7 +24,7 @@ COMPILE_JAX_FAST = {
 }
 
 nox.needs_version = ">=2025.5.1"
-nox.options.sessions = ["lint", "types", "docs", "tests", "equivalence"]
+nox.options.sessions = ["lint", "types", "tests_beside_docs", "equivalence"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 
@@ -38,8 +39,26 @@ def install(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on every backend; arguments go to pytest, such as ``-m long``."""
     install(session)
+    run_tests(session)
+
+
+@nox.session
+def tests_beside_docs(session: nox.Session) -> None:
+    """Run the sessions tests and docs at once, because docs alone keeps one core busy."""
+    install(session)
+    with ThreadPoolExecutor(1) as other:
+        docs_built = other.submit(build_docs, session, silent=True)  # prints what fails
+        try:
+            run_tests(session)
+        finally:
+            docs_built.result()
+
+
+def run_tests(session: nox.Session) -> None:
+    """Run pytest; neighbouring tests stay in one process, where they share compiled programs."""
     chosen = ("-m", "not equivalence and not long", *session.posargs)
-    session.run("pytest", "-n", "2", "--durations=25", *chosen, env=COMPILE_JAX_FAST)
+    processes = ("-n", "2", "--dist", "worksteal")
+    session.run("pytest", *processes, "--durations=25", *chosen, env=COMPILE_JAX_FAST)
 
 
 @nox.session
@@ -54,9 +73,15 @@ def equivalence(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the site, with warnings as errors, and run the code of its pages."""
     install(session)
+    build_docs(session)
+
+
+def build_docs(session: nox.Session, *, silent: bool = False) -> None:
+    """Run Sphinx for the site, and then for the code of the pages, which it has then read."""
     build = ("sphinx-build", "-W", "-d", "docs/_build/doctrees")
-    session.run(*build, "--keep-going", "-b", "html", "docs", "docs/_build/html")
-    session.run(*build, "-b", "doctest", "docs", "docs/_build/doctest", env=COMPILE_JAX_FAST)
+    html, doctest = ("docs", "docs/_build/html"), ("docs", "docs/_build/doctest")
+    session.run(*build, "--keep-going", "-b", "html", *html, silent=silent)
+    session.run(*build, "-b", "doctest", *doctest, silent=silent, env=COMPILE_JAX_FAST)
 
 
 @nox.session

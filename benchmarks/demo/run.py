@@ -28,8 +28,8 @@ _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 }
+_ONE_THREAD_IN_XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def demo(
@@ -70,8 +70,10 @@ def demo(
 def _train(recipe: Recipe, frameworks: Sequence[str], device: str, console: Console) -> list[Cell]:
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(_ONE_THREAD)  # workers read these at their start
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_THREAD_IN_XLA}".strip()
+    settings = {**_ONE_THREAD, "XLA_FLAGS": flags}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)  # workers read these at their start
     workers = [
         context.Process(target=_work, args=(recipe, framework, device, queue), daemon=True)
         for framework in frameworks

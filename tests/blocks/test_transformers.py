@@ -8,8 +8,6 @@ import functools
 import inspect
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from processes import output_of
 from short_runs import short_run
 from torch import Tensor, nn
 
@@ -780,7 +779,7 @@ class Chain(nn.Module):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, traceback
 import torch
 from torch import nn, Tensor
 import safe_core
@@ -790,21 +789,33 @@ from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 data = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
 solver = SafeReconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
 torch.set_num_threads(1)
-model, replaced, replace = Chain(), 0, os.replace
+replaced, replace = 0, os.replace
 
-def progress(p):
-    if (p.block, p.epoch) == {at!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
+def run(at, file):
+    def progress(p):
+        if (p.block, p.epoch) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def counted(a, b):
-    global replaced
-    replaced += 1
-    if replaced == {file!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(a, b)
+    def counted(a, b):
+        global replaced
+        replaced += 1
+        if replaced == file:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(a, b)
 
-os.replace = counted
-prune_blocks(model, data, solver, 0.5, work_dir={work!r}, progress=progress)
+    os.replace = counted
+    prune_blocks(Chain(), data, solver, 0.5, work_dir={work!r}, progress=progress)
+
+# Within an epoch of block 1; then before the manifest names block 2, whose file is there.
+for at, file in (((1, 2), None), (None, 4)):
+    child = os.fork()  # a copy of this process, which has imported everything
+    if child == 0:
+        try:
+            run(at, file)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -814,15 +825,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> Non
     prune_blocks(whole, DATA, SHORT, 0.5)
     chain = textwrap.dedent(inspect.getsource(Chain))
     work = str(tmp_path / "work")
-    # Within an epoch of block 1; then before the manifest names block 2, whose file is there.
-    for at, file in (((1, 2), None), (None, 4)):
-        program = KILLED.format(
-            tests=str(Path(__file__).parent), chain=chain, at=at, file=file, work=work
-        )
-        finished = subprocess.run(
-            [sys.executable, "-P", "-c", program], capture_output=True, text=True
-        )
-        assert finished.returncode == -signal.SIGKILL, finished.stderr
+    killed = output_of("-P", "-c", KILLED.format(chain=chain, work=work))
+    assert killed.split() == 2 * [str(-signal.SIGKILL)]
     assert (tmp_path / "work" / "block-00002.safetensors").exists()
     prune_blocks(resumed, DATA, SHORT, 0.5, work_dir=work, progress=seen.append)
     assert {p.block for p in seen} == {2, 3}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -55,6 +56,7 @@ def expanded(text: str) -> str:
     return text
 
 
+@functools.cache
 def commands() -> list[str]:
     found = (head + rest for text in texts() for head, rest in COMMAND.findall(expanded(text)))
     return sorted({command.strip().strip(".") for command in found})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,3 +309,25 @@ def test_demo_writes_tables_and_figures(tmp_path):
 def test_a_failing_framework_is_reported(tmp_path):
     with pytest.raises(RuntimeError, match=r"failed in torch(.|\n)*nowhere"):
         demo(TINY, ("torch",), tmp_path, device="nowhere")
+
+
+def test_workers_keep_the_flags_of_xla_that_are_set(tmp_path, monkeypatch):
+    seen = []
+
+    class Worker:
+        def __init__(self, **given):
+            pass
+
+        def start(self):
+            seen.append(os.environ["XLA_FLAGS"].split())
+            raise OSError("no process")
+
+    context = SimpleNamespace(Queue=list, Process=Worker)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    own = "--xla_cpu_use_fusion_emitters=false"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    with pytest.raises(OSError, match="no process"):
+        demo(TINY, ("jax",), tmp_path)
+    (flags,) = seen
+    assert flags[:2] == [own, "--xla_cpu_multi_thread_eigen=false"]
+    assert os.environ["XLA_FLAGS"] == own

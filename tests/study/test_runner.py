@@ -82,6 +82,7 @@ def test_jobs_take_the_devices_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
         return [(unit, "not trained") for unit in units]
 
     monkeypatch.setattr(running, "in_processes", in_processes)
+    monkeypatch.setattr(running, "checked_in_process", running.check)
     with pytest.raises(FailedRunsError, match="not trained"):
         run_study(TINY, tmp_path, jobs=3, device="cpu, cpu:0")
     assert taken == [["cpu", "cpu:0", "cpu"]]

@@ -370,7 +370,7 @@ def test_a_killed_process_costs_only_its_run(
         run_study(source, out, folder=tmp_path, jobs=2)
     held = read_results(out, parse_recipe(source, tmp_path))
     assert [c.seed for c in held.results] == [2, 0]
-    assert len(run_study(source, out, folder=tmp_path, jobs=2)) == 3
+    assert len(run_study(source, out, folder=tmp_path)) == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the processes from /proc")

@@ -20,7 +20,7 @@ def output_of(*arguments: str) -> str:
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env=ENVIRONMENT,
     )
     assert finished.returncode == 0, finished.stderr
