@@ -165,7 +165,7 @@ class Run:
     @property
     def parameters(self) -> ParameterState:
         """The state of the sparse parameters."""
-        return ParameterState(self.state, self.selected, packs=self.method.constraint.packs_support)
+        return ParameterState(self.state, self.selected, self.method.constraint.support_dtype)
 
     def trainable(self) -> list[Tensor]:
         """Return all parameters that require gradients."""
@@ -364,7 +364,7 @@ class Run:
             del self.state[p]
         self.select()
         for p in [p for p in self.state if p not in self.selected]:
-            for key in ("anchor", "support", "importance"):
+            for key in ("anchor", "support", "scale", "importance"):
                 self.state[p].pop(key, None)
 
     def _check_fit(self) -> None:
