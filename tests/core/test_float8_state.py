@@ -237,14 +237,16 @@ def test_jax_refuses_a_state_of_the_other_kind() -> None:
 def test_a_parameter_takes_these_bytes_for_z_and_u(
     options: dict[str, Any], bytes_each: float
 ) -> None:
-    method = safe_core.elsa(0.5, score="magnitude", **options)
-    base = torch.optim.SGD([p := nn.Parameter(torch.randn(64, 64))], lr=0.1)
+    method = safe_core.elsa(0.5, **options)
+    base = torch.optim.Adam([p := nn.Parameter(torch.randn(64, 64))], lr=0.1)
     optimizer = SparseOptimizer(base, method, where=lambda name, p: True)
     p.grad = torch.zeros_like(p)
     optimizer.step()
+    assert sum(x.nbytes for x in base.state[p].values() if x.ndim) == 8 * 4096
+    assert optimizer.state[p].pop("importance").nbytes == 4 * 4096
     in_torch = sum(x.nbytes for x in optimizer.state[p].values())
     params = {"kernel": jnp.asarray(p.detach().numpy())}
-    held = find_state(sparse_optimizer(optax.sgd(0.1), method).init(params))
+    held = find_state(sparse_optimizer(optax.adam(0.1), method).init(params))
     leaves = jax.tree.leaves((held.anchor, held.support, held.scale))
     assert in_torch == sum(x.nbytes for x in leaves)
     scales = 4 if options.get("state_dtype") == FLOAT8 else 0
