@@ -136,6 +136,15 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def eight_bit(session: nox.Session) -> None:
+    """Test the 8-bit optimizers of torchao and bitsandbytes as base optimizers."""
+    install(session)
+    if session.virtualenv.is_sandboxed:  # apart, because Transformers imports what it finds
+        session.install("-c", "constraints.txt", "torchao", "bitsandbytes")
+    session.run("pytest", "tests/torch/test_low_bit.py", *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Run the demo; arguments go to ``safe-core demo``."""
     install(session)

@@ -16,6 +16,7 @@ from safe_core.backends import Array, backend_of
 
 from ._dtypes import scalar_like
 from .constraints import ArrayInfo, SplitState
+from .constraints.float8 import dequantised
 from .constraints.pull import pulled
 from .constraints.splitting import penalty_gradient
 from .importance import Importance
@@ -253,7 +254,7 @@ class FunctionalStep:
         # SAFE perturbs the loss and not the penalty (Lee et al. 2025, Algorithm 1), so x is
         # unperturbed here. The penalty's curvature is lambda everywhere: e would only shift
         # the pull, and nothing about flatness is learnt from it.
-        pairs = zip(self._of(self.params), self._split.anchor, strict=True)
+        pairs = zip(self._of(self.params), dequantised(self._split).anchor, strict=True)
         return [penalty_gradient(x, anchor, weight) for x, anchor in pairs]
 
     def _base_step(self) -> None:

@@ -278,8 +278,9 @@ def elsa(
         See `Unstructured`.
     rescale_dual : bool
         Whether u is rescaled when the penalty changes, see `ADMM`. False with a ``state_dtype``.
-    state_dtype, packed_support : {None, "bfloat16"}, bool
-        See `ADMM`. "bfloat16" and True are ELSA-L: 2.125 bytes for z and u of a parameter.
+    state_dtype, packed_support : {None, "bfloat16", "float8_e4m3fn"}, bool
+        See `ADMM`. "bfloat16" and True are ELSA-L in 2.125 bytes for z and u of a parameter.
+        "float8_e4m3fn" and False are the published ELSA-L, in 3 bytes.
     first_dual_update : int, optional
         See `ADMM`. The published code updates after the first step, ``first_dual_update=1``.
 

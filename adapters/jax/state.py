@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from safe_core import Layout, Method, SplitState
 from safe_core.backends import backend_of
+from safe_core.constraints.float8 import dequantised
 from safe_core.constraints.splitting import is_projected
 from safe_core.packing import packed_shape, unpacked
 
@@ -30,6 +31,7 @@ __all__ = [
     "find_state",
     "sparse_leaves",
     "split_of",
+    "stored_split",
     "trained_tree",
 ]
 
@@ -52,7 +54,8 @@ class SparseOptimizerState(NamedTuple):
     anchor : pytree of arrays, or None
         ``z - u``, see `safe_core.SplitState`; None for a constraint without anchors.
     support : pytree of bool arrays
-        Where z may be non-zero, or x after its last projection.
+        Where z may be non-zero, or x after its last projection. Or its `safe_core.packing`, or
+        ``z / scale`` in float8, see `safe_core.constraints.float8`.
     importance : pytree of arrays, or None
         State of the importance; None if P = 1.
     flat_direction : pytree of arrays, or None
@@ -63,6 +66,8 @@ class SparseOptimizerState(NamedTuple):
         (in checkpoints of early versions) turns these checks off.
     motion : array or None
         What a radius in steps depends on, see `safe_core.motion`; None for other radii.
+    scale : pytree of float32 scalars, or None
+        Scales of z in float8; None for other states.
     """
 
     step: jax.Array
@@ -73,6 +78,7 @@ class SparseOptimizerState(NamedTuple):
     flat_direction: PyTree = None
     setup: Any = None
     motion: jax.Array | None = None
+    scale: PyTree = None
 
     @property
     def known_setup(self) -> StateSetup | None:
@@ -121,13 +127,19 @@ def find_state(state: PyTree) -> SparseOptimizerState:
 
 
 def split_of(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
-    """Return the state of the constraint as lists over the sparse leaves."""
+    """Return anchors and bool supports as lists over the sparse leaves."""
+    return dequantised(stored_split(state, tree))
+
+
+def stored_split(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
+    """Return the state of the constraint as lists over the sparse leaves, with z as stored."""
     check_single(state)
     anchor = [] if state.anchor is None else tree.sparse(state.anchor)
     supports = tree.sparse(state.support)
-    if anchor:  # without anchors none is packed
+    scale = () if state.scale is None else tree.sparse(state.scale)
+    if anchor and not scale:  # without anchors none is packed
         supports = [unpacked(s, a) for s, a in zip(supports, anchor, strict=True)]
-    return SplitState(anchor, supports)
+    return SplitState(anchor, supports, scale)
 
 
 def trained_tree(
@@ -218,7 +230,7 @@ def check_shapes(params: PyTree, state: Any, tree: SparseTree) -> None:
                 f"params must have the shapes of those that state was made of, which is "
                 f"{support.shape} for {name}, got {x.shape}"
             )
-        if support.dtype != bool:
+        if support.dtype not in (jnp.bool, jnp.float8_e4m3fn):
             raise TypeError(
                 f"state.support of {name} must be bool, got {support.dtype}: no wrapper may do "
                 "arithmetic on the state, as optax.lookahead does with reset_state=True"
@@ -275,8 +287,15 @@ def _check_arrays(
     check_anchor(state, method)
     if state.anchor is None:
         return
+    stored = method.constraint.support_dtype
     narrow = method.constraint.anchor_dtype is not None
-    for name, anchor in zip(tree.info.names, tree.sparse(state.anchor), strict=True):
+    arrays = (tree.info.names, tree.sparse(state.anchor), tree.sparse(state.support))
+    for name, anchor, support in zip(*arrays, strict=True):
+        if support.dtype != getattr(jnp, stored):
+            raise TypeError(
+                f"state.support of {name} must be {stored}, as the method stores it, got "
+                f"{support.dtype}"
+            )
         if narrow != (anchor.dtype == jnp.bfloat16):
             raise TypeError(
                 f"state.anchor of {name} must be that of a method with state_dtype="

@@ -34,7 +34,7 @@ from .state import (
     Layouts,
     SparseOptimizerState,
     check_update,
-    split_of,
+    stored_split,
 )
 from .state_setup import StateSetup, register_with_flax
 from .tree import SparseTree, advising_layouts_of, leaves_like, refuse_open_stacks
@@ -242,7 +242,7 @@ def _packed(
 ) -> SparseOptimizerState:
     """Return the state as pytrees, from lists over the sparse leaves."""
     supports = state.split.support
-    if method.constraint.packs_support:
+    if method.constraint.support_dtype == "uint8":
         supports = [packed(support) for support in supports]
     return SparseOptimizerState(
         step=step,
@@ -253,6 +253,7 @@ def _packed(
         flat_direction=tree.treedef.unflatten(state.flat) if state.flat else None,
         setup=setup,
         motion=state.motion,
+        scale=tree.masked(state.split.scale) if state.split.scale else None,
     )
 
 
@@ -262,7 +263,7 @@ def _unpacked(state: SparseOptimizerState, tree: SparseTree) -> StepState:
     flat = []
     if state.flat_direction is not None:
         flat = leaves_like("state.flat_direction", state.flat_direction, tree.treedef)
-    return StepState(split_of(state, tree), held, flat, state.motion)
+    return StepState(stored_split(state, tree), held, flat, state.motion)
 
 
 def finalize(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from safe_core import Importance, Method
 from safe_core._dtypes import wide_dtype
+from safe_core.constraints.float8 import FLOAT8
 from safe_core.layout import broadcasts
 from safe_core.packing import packed_shape
 
@@ -173,16 +174,23 @@ def _read_entries(
     """Return the entries of one sparse parameter, checked and cast."""
     full = tuple(parameter.shape)
     has_anchor = method.constraint.has_anchor and not frozen
-    packs = method.constraint.packs_support and not frozen
-    shapes = {"support": packed_shape(full) if packs else full}
+    held = "bool" if frozen else method.constraint.support_dtype
+    shapes = {"support": packed_shape(full) if held == "uint8" else full}
     if has_anchor:
         shapes["anchor"] = full
+    if held == FLOAT8:
+        shapes["scale"] = ()
     for key, wanted in shapes.items():
         shape = tuple(entries[key].shape) if key in entries else None
         if shape != wanted:
             raise ValueError(
                 f"state_dict must hold {_PREFIX}{key} of shape {wanted} for {name}, got {shape}"
             )
+    if "scale" in entries and "scale" not in shapes:
+        raise ValueError(
+            f"state_dict must hold no {_PREFIX}scale for {name}: this optimizer stores no z in "
+            f"{FLOAT8}"
+        )
     if "importance" in entries and not broadcasts(entries["importance"].shape, full):
         raise ValueError(
             f"state_dict must hold {_PREFIX}importance that broadcasts to {full} for {name}, "
@@ -202,7 +210,7 @@ def _read_entries(
     narrow = method.constraint.anchor_dtype is not None
     dtypes = {
         "anchor": torch.bfloat16 if narrow else wide,
-        "support": torch.uint8 if packs else torch.bool,
+        "support": getattr(torch, held),
         "motion": wide,
     }
     return {

@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from safe_core import Method, _checks
 from safe_core.importance import Computed, Given, Importance, hutchinson
 
+from .low_bit import read_state
 from .products import hessian_products
 from .state import ParameterState
 
 __all__ = ["hessian_diagonal", "importance_in_use", "second_moments"]
 
-# Names under which torch.optim keeps running averages of squared gradients.
-_SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+# Names of running averages of squared gradients, in torch.optim and torchao, and bitsandbytes.
+_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "state2")
 
 
 def hessian_diagonal(
@@ -110,7 +111,7 @@ def importance_in_use(
 
 
 def second_moments(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the base's running averages of squared gradients.
+    """Return the base's running averages of squared gradients, in floating point.
 
     Raise a ValueError if the base keeps none for a parameter, as SGD does not.
     """
@@ -123,5 +124,5 @@ def second_moments(base: Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
                 "base must keep second moments, as torch.optim.Adam does, for an importance that "
                 f"reads them, got {type(base).__qualname__} with {', '.join(held) or 'no state'}"
             )
-        found.append(held[key])
+        found.append(read_state(held, key))
     return found

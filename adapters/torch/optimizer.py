@@ -561,7 +561,7 @@ class SparseOptimizer(Optimizer):
         if self.frozen:
             raise ValueError("split() must come before the support is frozen, got frozen=True")
         with self._run.as_started() as sparse:
-            anchor, support = self._run.parameters.split(sparse)
+            anchor, support, _ = self._run.parameters.split(sparse)
             return SplitState([a.clone() for a in anchor], [s.clone() for s in support])
 
     # The optimizer contract

@@ -21,6 +21,7 @@ from .compiled import CompiledStep
 from .coverage import coverage_of
 from .groups import GroupRules, settings_of
 from .importance import importance_in_use
+from .low_bit import mask_states
 from .modules import forget_copies
 from .selection import Selected, Selection
 from .state import ParameterState
@@ -165,7 +166,7 @@ class Run:
     @property
     def parameters(self) -> ParameterState:
         """The state of the sparse parameters."""
-        return ParameterState(self.state, self.selected, packs=self.method.constraint.packs_support)
+        return ParameterState(self.state, self.selected, self.method.constraint.support_dtype)
 
     def trainable(self) -> list[Tensor]:
         """Return all parameters that require gradients."""
@@ -285,9 +286,7 @@ class Run:
             self.state[p] = {"support": mask}
             # Stale momentum of pruned entries would pull them away from zero, and a base that
             # mixes entries, such as Muon, would spread it to the kept ones.
-            held = self.base.state.get(p, {}).values()
-            likes = [t for t in held if torch.is_tensor(t) and t.shape == p.shape]
-            kernels.mask_(likes, [mask] * len(likes))
+            mask_states(self.base.state.get(p, {}), mask)
         self.parameters.store_motions(measured, motions)
         self.frozen = True
 
@@ -364,7 +363,7 @@ class Run:
             del self.state[p]
         self.select()
         for p in [p for p in self.state if p not in self.selected]:
-            for key in ("anchor", "support", "importance"):
+            for key in ("anchor", "support", "scale", "importance"):
                 self.state[p].pop(key, None)
 
     def _check_fit(self) -> None:

@@ -12,6 +12,7 @@ from safe_core import ArrayInfo, Pattern, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import check_importance
 from safe_core.backends.torch_sharding import is_sharded, sharded_like
+from safe_core.constraints.float8 import dequantised
 from safe_core.layout import place_importance
 from safe_core.packing import packed, unpacked
 
@@ -26,10 +27,10 @@ class ParameterState(NamedTuple):
     Attributes
     ----------
     state : dict of parameter to entries
-        ``anchor``, ``support``, ``importance`` and ``motion``, changed in-place.
+        ``anchor``, ``support``, ``scale``, ``importance`` and ``motion``, changed in-place.
     selected : mapping of parameter to Selected
-    packs : bool
-        Whether supports are stored by `safe_core.packing`.
+    support_dtype : str
+        See `safe_core.constraints.Constraint.support_dtype`.
 
     Examples
     --------
@@ -42,7 +43,7 @@ class ParameterState(NamedTuple):
 
     state: dict[Tensor, dict[str, Any]]
     selected: Mapping[Tensor, Selected]
-    packs: bool = False
+    support_dtype: str = "bool"
 
     def has(self, p: Tensor) -> bool:
         """Return whether z and u of a parameter are initialised."""
@@ -50,19 +51,43 @@ class ParameterState(NamedTuple):
 
     def split(self, params: Sequence[Tensor]) -> SplitState:
         """Return anchors and supports of ``params``; no anchors if the method has none."""
-        entries = [self.state[p] for p in params]
-        anchors = [e["anchor"] for e in entries if "anchor" in e]
-        supports = [e["support"] for e in entries]
+        held = self._held(params)
         if self.packs:
-            supports = [_unpacked(s, p.detach()) for s, p in zip(supports, params, strict=True)]
-        return SplitState(anchors, supports)
+            supports = zip(held.support, params, strict=True)
+            return held._replace(support=[_unpacked(s, p.detach()) for s, p in supports])
+        return dequantised(held)
+
+    def anchors(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the anchors of ``params``, as `split` does, without reading packed supports."""
+        return dequantised(self._held(params)).anchor
+
+    def portions(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield lists of parameters whose anchors may be read at once.
+
+        Anchors that are stored in float8 are copies when they are read, so one at a time.
+        """
+        if any("scale" in self.state[p] for p in params):
+            yield from ([p] for p in params)
+        elif params:
+            yield list(params)
 
     def store(self, params: Sequence[Tensor], split: SplitState) -> None:
         """Store anchors and supports of ``params``."""
         for p, support in zip(params, split.support, strict=True):
             self.state[p]["support"] = packed(support) if self.packs else support
-        for p, anchor in zip(params, split.anchor, strict=bool(split.anchor)):
-            self.state[p]["anchor"] = anchor
+        for key, tensors in (("anchor", split.anchor), ("scale", split.scale)):
+            for p, tensor in zip(params, tensors, strict=bool(tensors)):
+                self.state[p][key] = tensor
+
+    @property
+    def packs(self) -> bool:
+        """Whether supports are stored with one bit for each entry."""
+        return self.support_dtype == "uint8"
+
+    def _held(self, params: Sequence[Tensor]) -> SplitState:
+        entries = [self.state[p] for p in params]
+        keys = ("anchor", "support", "scale")
+        return SplitState(*([e[key] for e in entries if key in e] for key in keys))
 
     def importance(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """Return the state of the importance for ``params``; None where P = 1."""

@@ -100,11 +100,12 @@ class _Step:
             return  # `base_step` adds it, in one program with the base step
         for penalty in {self.penalties[p] for p in self.sparse}:
             mine = [p for p in self.sparse if self.penalties[p] == penalty]
-            gradients, anchors = gradients_of(mine), run.parameters.split(mine).anchor
-            # One pass restores x and adds the penalty there.
-            copies = run.moved.copies(mine)
-            kernels.add_penalty_(gradients, mine, anchors, penalty, copies)
-            run.moved.mark_restored(mine)
+            for some in run.parameters.portions(mine):
+                gradients, anchors = gradients_of(some), run.parameters.anchors(some)
+                # One pass restores x and adds the penalty there.
+                copies = run.moved.copies(some)
+                kernels.add_penalty_(gradients, some, anchors, penalty, copies)
+                run.moved.mark_restored(some)
 
     def measure_pull(self) -> None:
         run, selected = self.run, self.run.selected
@@ -118,7 +119,7 @@ class _Step:
                 rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
                 factor = rate * abs(penalties[mine[0]])
-                found = kernels.pulls(mine, run.parameters.split(mine).anchor, factor)
+                found = kernels.pulls(mine, run.parameters.anchors(mine), factor)
                 self.pulls.update(zip(mine, found, strict=True))
 
     def base_step(self) -> None:
@@ -130,7 +131,7 @@ class _Step:
             run.base.step()
             return
         penalised: Sequence[Tensor] = self.sparse if self.penalties else []
-        anchors = run.parameters.split(penalised).anchor
+        anchors = run.parameters.anchors(penalised)
         copies = run.moved.copies(penalised) if penalised else None
         run.moved.restore(but=penalised)
         gradients = gradients_of(penalised)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from array_api_compat import array_namespace
 
@@ -14,6 +15,7 @@ from safe_core.step import Operation
 from . import splitting
 from .base import SplitState
 from .dual import DualUpdates
+from .float8 import FLOAT8
 
 __all__ = ["ADMM"]
 
@@ -42,11 +44,12 @@ class ADMM(DualUpdates):
         Whether u is multiplied by ``penalty(t - 1) / penalty(t)`` when the penalty changes.
         u is the dual variable divided by lambda, so this keeps the dual variable itself. After a
         penalty of 0, which has no such quotient, u stays as it is.
-    state_dtype : {None, "bfloat16"}
+    state_dtype : {None, "bfloat16", "float8_e4m3fn"}
         Dtype of the stored ``z - u``. None is float32, or the dtype of the parameter if that
         is wider: 5 bytes per float32 parameter, with the support. "bfloat16" needs 3 bytes,
-        and rounds stochastically at dual updates. NumPy has no bfloat16. It cannot be
-        combined with ``rescale_dual``.
+        and rounds stochastically at dual updates. "float8_e4m3fn" stores z in float8 and u in
+        bfloat16, rounded to nearest, as ELSA-L is published; it needs 3 bytes too. NumPy has
+        neither. They cannot be combined with ``rescale_dual``.
     decoupled : bool
         Whether the penalty is a step of its own, ``x -= learning rate * penalty(t) *
         (x_t - z + u)``, next to the base step (Algorithm 1, line 13). An adaptive base
@@ -56,7 +59,8 @@ class ADMM(DualUpdates):
         the updates follow the steps 0, K, 2 K and so on.
     packed_support : bool
         Whether adapters store the support in an eighth of a byte for each entry. They unpack it at
-        dual updates and reports only. With a bfloat16 state, z and u then take 2.125 bytes.
+        dual updates and reports only. With a bfloat16 state, z and u then take 2.125 bytes. In
+        float8 z itself shows the support, so there is none to pack.
 
     Raises
     ------
@@ -85,6 +89,8 @@ class ADMM(DualUpdates):
     first_dual_update: int | None = None
     packed_support: bool = False
 
+    state_dtypes: ClassVar[tuple[str | None, ...]] = (None, "bfloat16", FLOAT8)
+
     def __post_init__(self) -> None:
         self.check_fields()
         if not 0 < _checks.real("relaxation", self.relaxation) < 2:
@@ -109,11 +115,18 @@ class ADMM(DualUpdates):
                 "state_dtype must be None under rescale_dual, which changes the stored u at "
                 f"every step, got {self.state_dtype!r}"
             )
+        if self.packed_support and self.state_dtype == FLOAT8:
+            raise ValueError(
+                f"packed_support must be False with state_dtype={FLOAT8!r}, whose z shows the "
+                "support, got True"
+            )
 
     @property
-    def packs_support(self) -> bool:  # type: ignore[override]
-        """Whether adapters store the support with one bit for each entry."""
-        return self.packed_support
+    def support_dtype(self) -> str:  # type: ignore[override]
+        """The dtype of supports that adapters store."""
+        if self.state_dtype == FLOAT8:
+            return FLOAT8
+        return "uint8" if self.packed_support else "bool"
 
     @property
     def allows_other_penalty(self) -> bool:  # type: ignore[override]

@@ -28,6 +28,9 @@ class SplitState(NamedTuple):
     support : list of bool arrays
         Support of the last projection. With ADMM z may be non-zero only on it, and u only off
         it; see `safe_core.constraints.splitting`.
+    scale : sequence of float32 scalars
+        Empty, unless z is stored in float8. ``support`` then holds ``z / scale``, and ``anchor``
+        holds ``z - u`` off the support; see `safe_core.constraints.float8`.
 
     Examples
     --------
@@ -40,6 +43,7 @@ class SplitState(NamedTuple):
 
     anchor: list[Array]
     support: list[Array]
+    scale: Sequence[Array] = ()
 
 
 class ArrayInfo(NamedTuple):
@@ -79,8 +83,9 @@ class Constraint:
     anchor_dtype: ClassVar[str | None] = None
     """The dtype of anchors; None is float32, or the parameter's dtype if that is wider."""
 
-    packs_support: ClassVar[bool] = False
-    """Whether adapters store the support with one bit for each entry."""
+    support_dtype: ClassVar[str] = "bool"
+    """The dtype of supports that adapters store: "bool", "uint8" for one bit per entry, or the
+    float8 in which z shows the support."""
 
     allows_other_penalty: ClassVar[bool] = True
     """Whether an adapter may override the penalty, for example for one param group."""

@@ -29,18 +29,19 @@ class DualUpdates(Constraint):
     relaxation: float = 1.0
 
     has_anchor: ClassVar[bool] = True
+    state_dtypes: ClassVar[tuple[str | None, ...]] = (None, "bfloat16")
     if_far: ClassVar[str] = "raise the penalty, or give the method steps= and no penalty"
 
     def check_fields(self) -> None:
         """Check the fields that every subclass has, and read the penalty as a schedule."""
         object.__setattr__(self, "penalty", as_schedule("penalty", self.penalty))
         _checks.integer("dual_update_interval", self.dual_update_interval, low=1)
-        _checks.choice("state_dtype", self.state_dtype, (None, "bfloat16"))
+        _checks.choice("state_dtype", self.state_dtype, self.state_dtypes)
 
     @property
     def anchor_dtype(self) -> str | None:  # type: ignore[override]
         """The dtype of anchors."""
-        return self.state_dtype
+        return self.state_dtype and "bfloat16"
 
     @property
     def update_interval(self) -> int:  # type: ignore[override]

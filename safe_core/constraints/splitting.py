@@ -27,6 +27,7 @@ from safe_core.perturbations import norm
 from safe_core.projection import apply_support
 
 from .base import ArrayInfo, SplitState, select_support
+from .float8 import FLOAT8, dequantised, quantised
 
 __all__ = [
     "dual_residual",
@@ -60,8 +61,9 @@ def init(
         Names and layouts of ``params``.
     importance : sequence of arrays or None, optional
         P, broadcastable to the parameters; 1 where None.
-    state_dtype : {None, "bfloat16"}
-        Dtype of the anchors. None is float32, or the dtype of the parameter if wider.
+    state_dtype : {None, "bfloat16", "float8_e4m3fn"}
+        Dtype of the anchors. None is float32, or the dtype of the parameter if wider. With
+        float8 the state is that of `safe_core.constraints.float8.quantised`.
 
     Returns
     -------
@@ -70,7 +72,7 @@ def init(
     Raises
     ------
     TypeError
-        If ``state_dtype`` is "bfloat16" and the library has none.
+        If ``state_dtype`` is given and the library has no bfloat16.
 
     Examples
     --------
@@ -80,11 +82,13 @@ def init(
     >>> state.anchor, state.support
     ([array([0., 3.])], [array([False,  True])])
     """
-    _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
+    _checks.choice("state_dtype", state_dtype, (None, "bfloat16", FLOAT8))
     _check_storable(params, state_dtype)
     wide = _widened(params)
     support = select_support(wide, pattern, info, importance, step=0)
     anchor = apply_support(wide, support)
+    if state_dtype == FLOAT8:
+        return quantised(anchor, support)
     return SplitState(_rounded(anchor, 0) if state_dtype else anchor, support)
 
 
@@ -137,6 +141,7 @@ def recover(state: SplitState) -> tuple[list[Array], list[Array]]:
     >>> recover(SplitState([numpy.asarray([2.0, 3.0])], [numpy.asarray([True, False])]))
     ([array([2., 0.])], [array([ 0., -3.])])
     """
+    state = dequantised(state)
     z, u = [], []
     for anchor, support in zip(state.anchor, state.support, strict=True):
         xp = array_namespace(anchor)
@@ -166,7 +171,8 @@ def dual_update(
     With ``state_dtype="bfloat16"`` v and the support are computed in full precision. Then
     ``z - u`` is rounded up or down at random such that its expectation is exact. u thus grows
     at the right pace even by increments that rounding to nearest would lose. The random bits
-    are a hash of v and the step, so a run repeats bit for bit.
+    are a hash of v and the step, so a run repeats bit for bit. With "float8_e4m3fn" z and u are
+    rounded to nearest, see `safe_core.constraints.float8`.
 
     Parameters
     ----------
@@ -185,7 +191,7 @@ def dual_update(
     step : int or integer array, optional
         Step that selects the stage of a sparsity schedule; None selects the last stage. It is
         required with a ``state_dtype``.
-    state_dtype : {None, "bfloat16"}
+    state_dtype : {None, "bfloat16", "float8_e4m3fn"}
         Dtype of the anchors, as in `init`.
     workspace : sequence of arrays, optional
         Arrays with the shapes of the parameters and the dtypes of v, which are overwritten.
@@ -216,11 +222,11 @@ def dual_update(
     """
     if not params:
         return state
-    _checks.choice("state_dtype", state_dtype, (None, "bfloat16"))
+    _checks.choice("state_dtype", state_dtype, (None, "bfloat16", FLOAT8))
     if state_dtype is not None and step is None:
         raise ValueError("step must be given to round to a state_dtype, got None")
     _check_storable(params, state_dtype)
-    backend = backend_of(params[0])
+    backend, state = backend_of(params[0]), dequantised(state)
     fn = partial(_relaxed, relaxation, backend.known_finite(params))
     v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
     support = select_support(v, pattern, info, importance, step=step)
@@ -229,6 +235,8 @@ def dual_update(
     if state_dtype is None:
         return SplitState(backend.blockwise(_anchor, v, support, out=in_place), support)
     anchor = backend.blockwise(_anchor, v, support, out=workspace)
+    if state_dtype == FLOAT8:
+        return quantised(anchor, support)
     return SplitState(_rounded(anchor, step, in_place), support)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 import safe_core
-from safe_core import schedules
+from safe_core import SplitState, schedules
 from safe_core.adapters.optax import find_state, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
+from safe_core.constraints.float8 import dequantised
 
 STEPS, RATE, BETAS, CLIP = 300, 5e-3, (0.9, 0.95), 1.0
 RNG = np.random.default_rng(0)
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     first: int = 8
     clips: bool = True
     rescales: bool = False
+    rounds: bool = False
 
     @property
     def method(self) -> safe_core.Method:
@@ -62,6 +65,9 @@ CASES = {
         penalty=lambda t: 0.001 * 100 ** min(t / 200, 1),
         rescales=True,
     ),
+    "published state": Case(
+        {"state_dtype": "float8_e4m3fn", "first_dual_update": 1}, first=1, rounds=True
+    ),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -69,6 +75,14 @@ every_case = pytest.mark.parametrize("name", CASES)
 def gradients(weight: np.ndarray, bias: np.ndarray) -> list[np.ndarray]:
     residual = INPUTS @ weight.T + bias - TARGETS
     return [residual.T @ INPUTS / len(INPUTS), residual.mean(axis=0)]
+
+
+def rounded(z: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return z after float8, and u after bfloat16."""
+    z, u = z.astype(np.float32), u.astype(np.float32)
+    scale = np.abs(z).max() * np.float32(1.05 / 448)
+    small = (z * (np.float32(1) / scale)).astype(ml_dtypes.float8_e4m3fn)
+    return small.astype(np.float32) * scale, u.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def reference(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -88,6 +102,8 @@ def reference(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
         return kept.reshape(point.shape)
 
     z, u = project(WEIGHT, np.abs(WEIGHT)), np.zeros_like(WEIGHT)
+    if case.rounds:
+        z, u = rounded(z, u)
     for t in range(STEPS):
         g = gradients(*params)
         norm = math.sqrt(sum(np.sum(x**2) for x in g))
@@ -106,6 +122,8 @@ def reference(case: Case) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
             magnitude = case.options.get("score") == "magnitude"
             z = project(point, np.abs(point) if magnitude else v[0] * point**2)
             u = point - z
+            if case.rounds:
+                z, u = rounded(z, u)
         yield params[0], z, u
 
 
@@ -173,10 +191,12 @@ def test_jax_takes_the_steps_of_the_reference(name: str) -> None:
 
     for x, z, u in reference(case):
         params, state = step(params, state)
-        found = find_state(state)
+        held = find_state(state)
+        scale = [held.scale["kernel"]] if case.rounds else ()
+        found = dequantised(SplitState([held.anchor["kernel"]], [held.support["kernel"]], scale))
         np.testing.assert_allclose(params["kernel"].T, x, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(found.anchor["kernel"].T, z - u, rtol=0, atol=1e-10)
-        np.testing.assert_array_equal(found.support["kernel"].T, z != 0)
+        np.testing.assert_allclose(found.anchor[0].T, z - u, rtol=0, atol=1e-10)
+        np.testing.assert_array_equal(found.support[0].T, z != 0)
     assert len(traces) == 1
 
 

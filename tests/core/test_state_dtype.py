@@ -132,7 +132,7 @@ def test_small_increments_of_the_dual_add_up(xp: Backend) -> None:
 
 
 def test_what_cannot_be_stored_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"state_dtype must be one of None, 'bfloat16', got 'fp8'"):
+    with pytest.raises(ValueError, match=r"state_dtype must be one of None, .*, got 'fp8'"):
         safe_core.safe(0.5, state_dtype="fp8")
     rising = safe_core.schedules.linear(1.0, steps=5, initial=0.5)
     with pytest.raises(ValueError, match="state_dtype must be None under rescale_dual"):

@@ -992,5 +992,10 @@ def test_what_is_no_method_state_or_function_is_refused_by_name():
 def test_the_fields_of_the_state_stay():
     """Checkpoints outlive releases: a change here needs a way to load the old ones."""
     fields = ("step", "base", "anchor", "support", "importance", "flat_direction", "setup")
-    assert SparseOptimizerState._fields == (*fields, "motion")
-    assert set(SparseOptimizerState._field_defaults) == {"flat_direction", "setup", "motion"}
+    assert SparseOptimizerState._fields == (*fields, "motion", "scale")
+    assert set(SparseOptimizerState._field_defaults) == {
+        "flat_direction",
+        "setup",
+        "motion",
+        "scale",
+    }

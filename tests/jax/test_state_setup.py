@@ -314,7 +314,7 @@ def test_a_record_survives_flax() -> None:
 def test_an_early_state_of_flax_loads_with_an_empty_record() -> None:
     _, state = fresh()
     early = flax.serialization.to_state_dict(Early(*state[:6]))
-    later = {"setup": None, "motion": None}
+    later = {"setup": None, "motion": None, "scale": None}
     restored = flax.serialization.from_state_dict(state, {**early, **later})
     assert restored.setup == state.setup
     finalize(make_params(), restored, METHOD)

@@ -22,7 +22,7 @@ STEPS = 8
 KINDS = {
     2: (
         "ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local", "fsdp-packed",
-        "tp-packed", "fsdp-channels", "tp-channels",
+        "tp-packed", "fsdp-float8", "fsdp-channels", "tp-channels",
     ),
     4: ("ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp", "tp-fsdp-channels"),
 }  # fmt: skip
@@ -71,7 +71,7 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     from torch.distributed.tensor.debug import CommDebugMode
 
     rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
-    wrapped = kind.removesuffix("-channels").removesuffix("-packed")
+    wrapped = kind.removesuffix("-channels").removesuffix("-packed").removesuffix("-float8")
     model = _wrap(wrapped, _network(), mesh)
     optimizer = _optimizer(model, kind)
     if kind.endswith("reuse"):
@@ -186,8 +186,12 @@ def _optimizer(model: Any, kind: str) -> Any:
         importance=None if kind == "tp-fsdp" else safe_core.SquaredGradient(0.9),
         **({"perturbation_interval": 2, "reuse": 0.5} if kind.endswith("reuse") else {}),
     )
-    if kind.endswith("packed"):
-        method = replace(method, constraint=replace(method.constraint, packed_support=True))
+    stored: dict[str, dict[str, Any]] = {
+        "packed": {"packed_support": True},
+        "float8": {"state_dtype": "float8_e4m3fn"},
+    }
+    changed = stored.get(kind.rpartition("-")[2], {})
+    method = replace(method, constraint=replace(method.constraint, **changed))
     if kind.endswith("channels"):
         first = safe_core.ChannelSAM(0.05, adaptive=True, scope="tensor")
         second = safe_core.ChannelSAM(0.05)

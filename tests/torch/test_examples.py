@@ -59,10 +59,29 @@ def test_the_hugging_face_example_ends_sparse() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [["--local-ascent"], ["--shard"]], ids=["ddp", "fsdp"])
-def test_the_distributed_example_ends_sparse(options: list[str]) -> None:
+def test_elsa_in_a_trainer_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    command = (sys.executable, "elsa_trainer.py", "--steps", "10")
+    whole = run(*command, "--folder", str(tmp_path))
+    resumed = run(*command, "--resume", str(tmp_path / "checkpoint-5"))
+    for printed in (whole, resumed):
+        assert "10 steps, loss" in printed
+        assert "exactly sparse" in printed
+    assert resumed.splitlines()[-1] == whole.splitlines()[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("distributed.py", "--epochs", "1", "--local-ascent"),
+        ("distributed.py", "--epochs", "1", "--shard"),
+        ("elsa_fsdp.py", "--steps", "8"),
+    ],
+    ids=["ddp", "fsdp", "elsa"],
+)
+def test_the_distributed_examples_end_sparse(command: tuple[str, ...]) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    printed = run(*launcher, "--nproc-per-node", "2", "distributed.py", "--epochs", "1", *options)
+    printed = run(*launcher, "--nproc-per-node", "2", *command)
     assert "exactly sparse" in printed
 
 
