@@ -39,7 +39,9 @@ class Builder(Graph):
         wanted = tuple(int(n) for n in shape)
         if wanted == x.shape:
             return x
-        return self.add("RESHAPE", [x, self.constant(np.asarray(wanted, np.int32))], wanted, x.dtype)
+        return self.add(
+            "RESHAPE", [x, self.constant(np.asarray(wanted, np.int32))], wanted, x.dtype
+        )
 
     def transpose(self, x: Tensor, order: Sequence[int]) -> Tensor:
         """Reorder the axes."""
@@ -136,7 +138,7 @@ class Builder(Graph):
             return self.add("CONV_2D", [x, weight, bias], shape, **options)
         if groups != channels or weight.data is None:
             raise UnsupportedError(
-                f"{self.source}: a convolution must have 1 group, or one for each of its "
+                f"a convolution must have 1 group, or one for each of its "
                 f"{channels} input channels, got {groups}"
             )
         data = np.ascontiguousarray(weight.data[..., 0].transpose(1, 2, 0)[None])
@@ -168,7 +170,7 @@ class Builder(Graph):
         )
         if average and not count_padding and x is not outer:
             raise UnsupportedError(
-                f"{self.source}: an average that leaves the padding out must be padded as little "
+                f"an average that leaves the padding out must be padded as little "
                 f"as its window needs, got {list(padding)}"
             )
         options = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .graph import Compressed, Graph, Operation, Tensor
 
-__all__ = ["SPARSE_VERSION", "serialized"]
+__all__ = ["SPARSE_VERSION", "File", "serialized"]
 
 SPARSE_VERSION = 8
 """XNNPACK takes operators of later versions, and reads compressed weights as dense ones."""
@@ -45,7 +45,14 @@ _OPTIONS = {
 }
 
 
-def serialized(graph: Graph) -> bytes:
+class File(NamedTuple):
+    """The bytes of a file, and the index of each tensor in it, by its ``id``."""
+
+    content: bytes
+    indices: dict[int, int]
+
+
+def serialized(graph: Graph) -> File:
     """Return the bytes of a file.
 
     Raises
@@ -53,7 +60,8 @@ def serialized(graph: Graph) -> bytes:
     ValueError
         If the file would be larger than a flatbuffer can be.
     """
-    return _Writer(graph).run()
+    writer = _Writer(graph)
+    return File(writer.run(), writer.indices)
 
 
 class _Writer:
@@ -220,8 +228,10 @@ class _Writer:
 # Per-channel scales of int8 weights need 3 and 12; 4 is the first int8 version of linear layers.
 _INT8_VERSIONS = {
     "CONV_2D": 3,
+    "DENSIFY": 1,
     "DEPTHWISE_CONV_2D": 3,
     "FULLY_CONNECTED": 12,
     "LEAKY_RELU": 2,
     "QUANTIZE": 1,
+    "RESHAPE": 1,
 }

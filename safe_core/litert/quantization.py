@@ -16,8 +16,8 @@ Range = tuple[float, float]
 
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 # These have the scale of their input: they only move or choose numbers, or average few of them.
-_SAME_SCALE = frozenset("AVERAGE_POOL_2D MAX_POOL_2D PAD PADV2 RESHAPE TRANSPOSE".split())
-_RESCALED = frozenset("ADD CONCATENATION LEAKY_RELU MEAN RELU RELU6".split())
+_SAME_SCALE = {"AVERAGE_POOL_2D", "MAX_POOL_2D", "PAD", "PADV2", "RESHAPE", "TRANSPOSE"}
+_RESCALED = {"ADD", "CONCATENATION", "LEAKY_RELU", "MEAN", "RELU", "RELU6"}
 _BIAS_BITS = 2**30
 
 
@@ -51,9 +51,7 @@ def quantize(
 class _Rewriter:
     """Rewrite operations in order; a tensor may have a float32 and an int8 form, or both."""
 
-    def __init__(
-        self, graph: Graph, ranges: Mapping[int, Range], whole: Mapping[int, Any]
-    ) -> None:
+    def __init__(self, graph: Graph, ranges: Mapping[int, Range], whole: Mapping[int, Any]) -> None:
         self.graph, self.ranges, self.whole = graph, ranges, whole
         self.result = Graph(inputs=list(graph.inputs))
         self.floats: dict[int, Tensor] = {id(x): x for x in graph.inputs}
@@ -158,10 +156,7 @@ class _Rewriter:
 
     def unweighted(self, op: Operation) -> None:
         first = self.as_bytes(op.inputs[0])  # type: ignore[arg-type]
-        if op.kind in _SAME_SCALE:
-            wanted = first.quantization
-        else:
-            wanted = self.measured(op.output)
+        wanted = first.quantization if op.kind in _SAME_SCALE else self.measured(op.output)
         assert wanted is not None
         inputs: list[Tensor | None] = []
         for x in op.inputs:

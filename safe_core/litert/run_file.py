@@ -48,7 +48,7 @@ def load(path, **options):
 
 def run(interpreter, sample):
     """Return the outputs for a sample."""
-    for detail, value in zip(interpreter.get_input_details(), sample):
+    for detail, value in zip(interpreter.get_input_details(), sample, strict=True):
         interpreter.set_tensor(detail["index"], value)
     interpreter.invoke()
     return [interpreter.get_tensor(d["index"]).copy() for d in interpreter.get_output_details()]
@@ -61,7 +61,7 @@ def times(interpreters, sample, seconds):
     for interpreter in interpreters:
         run(interpreter, sample)
     while len(found[0]) < 5 or (time.perf_counter() < end and len(found[0]) < 200):
-        for interpreter, durations in zip(interpreters, found):
+        for interpreter, durations in zip(interpreters, found, strict=True):
             start = _CLOCK()
             interpreter.invoke()
             durations.append(_CLOCK() - start)

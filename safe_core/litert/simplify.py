@@ -14,10 +14,8 @@ __all__ = ["simplify"]
 Array = np.ndarray[Any, Any]
 
 _FUSED = {"RELU": 1, "RELU_N1_TO_1": 2, "RELU6": 3}
-_FUSING = frozenset(
-    "ADD AVERAGE_POOL_2D CONV_2D DEPTHWISE_CONV_2D DIV FULLY_CONNECTED MAX_POOL_2D MUL SUB".split()
-)
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+_FUSING = {*_WEIGHTED, "ADD", "AVERAGE_POOL_2D", "DIV", "MAX_POOL_2D", "MUL", "SUB"}
 
 
 def simplify(graph: Graph) -> None:
@@ -65,7 +63,7 @@ def _fold_constants(graph: Graph) -> bool:
         if before is None or before.kind not in ("MUL", "DIV") or not _read_once(graph, x):
             continue
         inner = _constant_side(before)
-        if not inner or swapped and op.kind == "DIV" or inner[2] and before.kind == "DIV":
+        if not inner or (swapped and op.kind == "DIV") or (inner[2] and before.kind == "DIV"):
             continue
         first, second = _factor(before.kind, inner[1]), _factor(op.kind, constant)
         op.kind = "MUL"
