@@ -148,7 +148,7 @@ def _batch_norm(graph: Builder, a: Arguments) -> Any:
     shape = (1, -1, *[1] * (len(x.shape) - 2))
     found = graph.binary("MUL", x, as_tensor(graph, scale.reshape(shape)))
     found = graph.binary("ADD", found, as_tensor(graph, shift.reshape(shape)))
-    return found
+    return found if a.name == "batch_norm" else (found, None, None)
 
 
 @operation("layer_norm")

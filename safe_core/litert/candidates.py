@@ -141,7 +141,6 @@ def _layers(graph: Graph, formats: dict[int, str]) -> tuple[LayerFormat, ...]:
         size = weight.data.nbytes if packed is None else packed.nbytes
         name = formats.get(id(op), "dense" if packed is None else "packed")
         zeros = 1 - np.count_nonzero(weight.data) / max(weight.size, 1)
-        found.append(
-            LayerFormat(op.source, weight.shape, float(zeros), name, size, weight.data.nbytes)
-        )
+        shape = weight.data.shape  # not that of the convolution that a packed linear layer becomes
+        found.append(LayerFormat(op.source, shape, float(zeros), name, size, weight.data.nbytes))
     return tuple(found)

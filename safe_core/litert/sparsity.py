@@ -130,18 +130,63 @@ def apply_formats(graph: Graph, formats: dict[int, str]) -> None:
     operations: list[Operation] = []
     for op in graph.operations:
         weight = op.weight
-        if weight is not None and weight.data is not None:
-            chosen = formats.get(id(op))
-            if chosen is not None:
-                stored = replace(weight, compressed=compress(weight.data, _block(chosen)))
-                op.inputs[1] = stored
-            elif (packed := smallest(weight.data)) is not None:
-                stored = replace(weight, compressed=packed)
-                dense = Tensor(weight.shape, weight.dtype, quantization=weight.quantization)
-                operations.append(Operation("DENSIFY", [stored], dense, source=op.source))
-                op.inputs[1] = dense
-        operations.append(op)
+        if weight is None or weight.data is None:
+            operations.append(op)
+        elif (chosen := formats.get(id(op))) is not None:
+            op.inputs[1] = replace(weight, compressed=compress(weight.data, _block(chosen)))
+            operations.append(op)
+        elif (packed := smallest(weight.data)) is not None:
+            if op.kind == "FULLY_CONNECTED" and weight.dtype == np.int8:
+                operations.extend(_packed_linear(graph, op, weight, packed))
+            else:
+                operations.append(_unpacking(op, replace(weight, compressed=packed)))
+                operations.append(op)
+        else:
+            operations.append(op)
     graph.operations = operations
+
+
+def _unpacking(op: Operation, stored: Tensor) -> Operation:
+    """Return the operation that makes compressed weights dense, and let ``op`` read them."""
+    op.inputs[1] = Tensor(stored.shape, stored.dtype, quantization=stored.quantization)
+    return Operation("DENSIFY", [stored], op.inputs[1], source=op.source)
+
+
+def _packed_linear(
+    graph: Graph, op: Operation, weight: Tensor, packed: Compressed
+) -> list[Operation]:
+    """Return a linear layer as a convolution, whose int8 weights can be packed."""
+    x, _, bias = op.inputs
+    assert x is not None
+    outputs, inputs = weight.shape
+    rows = op.output.size // outputs
+
+    def reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Operation:
+        output = Tensor(shape, tensor.dtype, quantization=tensor.quantization)
+        return Operation("RESHAPE", [tensor, graph.constant(np.asarray(shape, np.int32))], output)
+
+    before = reshaped(x, (rows, 1, 1, inputs))
+    layer = Operation(
+        "CONV_2D",
+        [before.output, None, bias],
+        Tensor((rows, 1, 1, outputs), op.output.dtype, quantization=op.output.quantization),
+        {
+            "padding": 1,  # none
+            "strideH": 1,
+            "strideW": 1,
+            "dilationHFactor": 1,
+            "dilationWFactor": 1,
+            "fusedActivationFunction": op.options.get("fusedActivationFunction", 0),
+        },
+        op.source,
+    )
+    shape = (outputs, 1, 1, inputs)
+    unpacking = _unpacking(
+        layer, replace(weight, shape=shape, compressed=packed._replace(outer=shape[:3]))
+    )
+    after = reshaped(layer.output, op.output.shape)
+    after.output = op.output
+    return [unpacking, before, layer, after]
 
 
 def _block(chosen: str) -> int:
