@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from safe_core import _checks
 from safe_core.litert import LiteRTReport, UnsupportedError, check_settings, save_graph
 from safe_core.litert.build import Builder
 from safe_core.litert.graph import Tensor as GraphTensor
+from safe_core.litert.graph import as_stored
 
 from .channel_layers import tensors
 from .inputs import evaluating, example_arguments
@@ -105,7 +106,8 @@ def save_litert(
     for x in given:
         if not torch.is_tensor(x):
             raise TypeError(f"example_inputs must hold tensors only, got {_checks.shown(x)}")
-    batches = list(_batches(given, settings.batch_size))
+    shapes = [tuple(x.shape) for x in given]
+    batches = [[x[part] for x in given] for part in settings.batches(shapes)]
 
     def call(batch: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         return tuple(batch[: len(args)]), dict(zip(kwargs, batch[len(args) :], strict=True))
@@ -117,28 +119,10 @@ def save_litert(
     return save_graph(graph, samples, expected, path, settings)
 
 
-def _batches(inputs: list[Tensor], size: int | None) -> Iterator[list[Tensor]]:
-    """Yield the inputs of each call."""
-    if size is None:
-        yield inputs
-        return
-    counts = {len(x) if x.ndim else 0 for x in inputs}
-    if len(counts) != 1 or (count := counts.pop()) == 0 or count % size:
-        raise ValueError(
-            "batch_size must divide the number of samples, the first axis of all example_inputs, "
-            f"got {size} for shapes {[tuple(x.shape) for x in inputs]}; pass batch_size=None for "
-            "inputs without samples"
-        )
-    for start in range(0, count, size):
-        yield [x[start : start + size] for x in inputs]
-
-
 def _array(x: Tensor) -> np.ndarray[Any, Any]:
     """Return an input or output as the file has it."""
     x = x.detach().cpu()
-    if x.dtype == torch.bool:
-        return x.numpy()
-    return x.float().numpy() if x.is_floating_point() else x.int().numpy()
+    return as_stored((x.float() if x.is_floating_point() else x).numpy())
 
 
 def _outputs(

@@ -15,6 +15,8 @@ __all__ = ["Builder"]
 Pairs = Sequence[tuple[int, int]]
 
 _SAME, _VALID = 0, 1
+_P = 0.3275911
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
 class Builder(Graph):
@@ -227,3 +229,17 @@ class Builder(Graph):
         small = self.unary("EXP", self.unary("NEG", self.unary("ABS", x)))
         tail = self.unary("LOG", self.binary("ADD", small, 1.0))
         return self.binary("ADD", self.unary("RELU", x), tail)
+
+    def erf(self, x: Tensor) -> Tensor:
+        """Add the error function, with an absolute error of 1.5e-7.
+
+        Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+        """
+        size = self.unary("ABS", x)
+        t = self.binary("DIV", np.float32(1), self.binary("ADD", self.binary("MUL", size, _P), 1.0))
+        total = self.binary("MUL", t, _ERF[-1])
+        for factor in reversed(_ERF[:-1]):
+            total = self.binary("MUL", self.binary("ADD", total, factor), t)
+        decay = self.unary("EXP", self.unary("NEG", self.unary("SQUARE", x)))
+        found = self.binary("SUB", np.float32(1), self.binary("MUL", total, decay))
+        return self.binary("MUL", self.unary("SIGN", x), found)

@@ -40,6 +40,26 @@ class Settings:
     compute: str
     tolerance: float
 
+    def batches(self, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+        """Return the indices of the samples of each call, by the shapes of all inputs.
+
+        Raises
+        ------
+        ValueError
+            If the batch size does not divide the number of samples.
+        """
+        size = self.batch_size
+        if size is None:
+            return [...]
+        counts = {shape[0] if shape else 0 for shape in shapes}
+        if len(counts) != 1 or (count := counts.pop()) == 0 or count % size:
+            raise ValueError(
+                "batch_size must divide the number of samples, the first axis of all "
+                f"example_inputs, got {size} for shapes {list(shapes)}; pass batch_size=None for "
+                "inputs without samples"
+            )
+        return [slice(start, start + size) for start in range(0, count, size)]
+
 
 def check_settings(
     user: str, *, weights: Any, batch_size: Any, compute: Any, tolerance: Any

@@ -9,10 +9,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Compressed", "Graph", "Operation", "Quantization", "Tensor", "UnsupportedError"]
+__all__ = [
+    "Compressed",
+    "Graph",
+    "Operation",
+    "Quantization",
+    "Tensor",
+    "UnsupportedError",
+    "as_stored",
+    "stored_type",
+]
 
 Shape = tuple[int, ...]
 Array = np.ndarray[Any, Any]
+
+
+def stored_type(dtype: Any) -> np.dtype[Any]:
+    """Return the type that stands for another one in a file: float32, int32 or bool."""
+    found = np.dtype(dtype)
+    if found == np.bool_:
+        return found
+    return np.dtype(np.int32 if found.kind in "iu" else np.float32)
+
+
+def as_stored(data: Any) -> Array:
+    """Return an array in the type that a file has for it."""
+    array = np.asarray(data)
+    return np.asarray(array.astype(stored_type(array.dtype), copy=False), order="C")
 
 
 class UnsupportedError(ValueError):
@@ -151,12 +174,9 @@ class Graph:
         return found
 
     def constant(self, data: Any, name: str = "") -> Tensor:
-        """Return a constant; floating-point numbers become float32 and integers int32."""
-        array = np.asarray(data)
-        kind = np.float32 if array.dtype.kind not in "iub" else np.int32
-        if array.dtype != np.bool_:
-            array = array.astype(kind, order="C", copy=False)
-        return Tensor(array.shape, array.dtype, np.ascontiguousarray(array), name)
+        """Return a constant of a type that files have."""
+        array = as_stored(data)
+        return Tensor(array.shape, array.dtype, array, name)
 
     def add(
         self,

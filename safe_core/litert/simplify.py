@@ -23,6 +23,7 @@ def simplify(graph: Graph) -> None:
     _drop_unread(graph)
     move_transposes(graph)
     _merge_clips(graph)
+    _read_means(graph)
     while _fold_constants(graph) or _fold_affine(graph):
         pass
     _fuse_activations(graph)
@@ -52,6 +53,26 @@ def _clipped(op: Operation, bound: float) -> Tensor | None:
     return None
 
 
+def _read_means(graph: Graph) -> None:
+    """Read a sum over n entries, divided by n, as a mean, which exists in int8 too."""
+    made = graph.producers()
+    for op in list(graph.operations):
+        if op.kind not in ("MUL", "DIV") or not (parts := _constant_side(op)):
+            continue
+        x, constant, swapped = parts
+        before = made.get(id(x))
+        if before is None or before.kind != "SUM" or not _read_once(graph, x):
+            continue
+        whole = before.inputs[0]
+        assert whole is not None
+        share = np.float64(x.size / whole.size)
+        exact = constant.size == 1 and np.isclose(_factor(op.kind, constant), share, rtol=1e-6)
+        if exact and not (swapped and op.kind == "DIV"):
+            before.kind, before.output = "MEAN", op.output
+            made[id(op.output)] = before
+            graph.operations.remove(op)
+
+
 def _fold_constants(graph: Graph) -> bool:
     """Join a product with a constant and the product before it, ``c * (d * x)``."""
     made = graph.producers()
@@ -65,12 +86,22 @@ def _fold_constants(graph: Graph) -> bool:
         inner = _constant_side(before)
         if not inner or (swapped and op.kind == "DIV") or (inner[2] and before.kind == "DIV"):
             continue
-        first, second = _factor(before.kind, inner[1]), _factor(op.kind, constant)
-        op.kind = "MUL"
-        op.inputs = [inner[0], graph.constant(first * second)]
+        factor = _factor(before.kind, inner[1]) * _factor(op.kind, constant)
         graph.operations.remove(before)
+        if factor.size == 1 and np.isclose(factor, 1, rtol=1e-7):
+            graph.operations.remove(op)
+            _redirect(graph, op.output, inner[0])
+        else:
+            op.kind, op.inputs = "MUL", [inner[0], graph.constant(factor)]
         return True
     return False
+
+
+def _redirect(graph: Graph, old: Tensor, new: Tensor) -> None:
+    """Let all readers of a tensor read another one."""
+    for op in graph.operations:
+        op.inputs = [new if x is old else x for x in op.inputs]
+    graph.outputs = [new if x is old else x for x in graph.outputs]
 
 
 def _factor(kind: str, constant: Array) -> Array:
