@@ -12,8 +12,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from safe_core import _checks
-from safe_core.litert import LiteRTReport, UnsupportedError, check_settings, save_graph
+from safe_core.litert import LiteRTReport, UnsupportedError
 from safe_core.litert.build import Builder
+from safe_core.litert.export import check_settings, save_graph
 from safe_core.litert.graph import Tensor, as_stored, stored_type
 
 from .litert_operations import ENTRYWISE, OPERATIONS, Call, as_tensor
@@ -138,7 +139,11 @@ def _function(model: Any) -> tuple[Callable[..., Any], list[Any], list[str]]:
     found, structure = jax.tree.flatten_with_path(variables)
     names = [_name(path) for path, _ in found]
     leaves = [leaf for _, leaf in found]
-    return lambda values, *inputs: call(structure.unflatten(values), *inputs), leaves, names
+    return (
+        lambda values, *inputs: call(jax.tree.unflatten(structure, values), *inputs),
+        leaves,
+        names,
+    )
 
 
 def _name(path: Sequence[Any]) -> str:

@@ -107,7 +107,7 @@ def _unary(kind: str) -> Rule:
 
 
 def _binary(kind: str, dtype: Any = None) -> Rule:
-    return lambda graph, call: graph.binary(kind, *call.operands, dtype)
+    return lambda graph, call: graph.binary(kind, *call.operands[:2], dtype=dtype)
 
 
 OPERATIONS.update({name: _unary(kind) for name, kind in _UNARY.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from safe_core import _checks
-from safe_core.litert import LiteRTReport, UnsupportedError, check_settings, save_graph
+from safe_core.litert import LiteRTReport, UnsupportedError
 from safe_core.litert.build import Builder
+from safe_core.litert.export import check_settings, save_graph
 from safe_core.litert.graph import Tensor as GraphTensor
 from safe_core.litert.graph import as_stored
 
@@ -142,20 +144,26 @@ class _Trace:
         self.program = self.exported(model, args, kwargs)
 
     def exported(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        try:
-            program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            raise ValueError(
-                f"model must be one that torch.export.export can trace, got "
-                f"{type(error).__name__}: {text[0]}"
-            ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that torch's own parts cause
+            try:
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except Exception as error:
+                text = str(error).strip().splitlines() or [""]
+                raise ValueError(
+                    f"model must be one that torch.export.export can trace, got "
+                    f"{type(error).__name__}: {text[0]}"
+                ) from error
+            return self.decomposed(program)
+
+    def decomposed(self, program: Any) -> Any:
+        """Return a program without operations in place, and with unknown ones in simpler ones."""
         calls = [n.target for n in program.graph.nodes if n.op == "call_function"]
         unknown = {
             target for target in calls if hasattr(target, "_schema") and _name(target) not in _RULES
         }
-        if unknown:  # in-place operations become functional, and composite ones simpler
-            table = torch.export.default_decompositions()
+        if unknown:
+            table: Any = torch.export.default_decompositions()
             some = {key: rule for key, rule in table.items() if key in unknown}
             program = program.run_decompositions(some)
         return program
@@ -189,8 +197,7 @@ class _Trace:
 
     def input(self, node: Node) -> GraphTensor:
         value = node.meta["val"]
-        kind = np.float32 if value.is_floating_point() else np.int32
-        kind = np.bool_ if value.dtype == torch.bool else kind
+        kind = _array(torch.empty(0, dtype=value.dtype)).dtype
         return self.graph.input(node.name, tuple(value.shape), kind)
 
     def read(self, arguments: Any) -> Any:

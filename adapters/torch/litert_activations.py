@@ -102,6 +102,16 @@ def _gelu(graph: Builder, a: Arguments) -> Tensor:
     return graph.unary("GELU", x, approximate=a.approximate == "tanh")
 
 
+@operation("erf")
+def _erf(graph: Builder, a: Arguments) -> Tensor:
+    return graph.erf(as_tensor(graph, a.self))
+
+
+@operation("reciprocal")
+def _reciprocal(graph: Builder, a: Arguments) -> Tensor:
+    return graph.binary("DIV", 1.0, as_tensor(graph, a.self))
+
+
 @operation("silu")
 def _silu(graph: Builder, a: Arguments) -> Tensor:
     x = as_tensor(graph, a.self)

@@ -258,10 +258,10 @@ def _adaptive_pool(graph: Builder, a: Arguments) -> Tensor:
 @operation("mean", "sum", "amax", "amin")
 def _reduce(graph: Builder, a: Arguments) -> Tensor:
     x = as_tensor(graph, a.self)
-    axes = list(range(len(x.shape))) if not getattr(a, "dim", None) and a.dim != 0 else a.dim
-    axes = [axes] if isinstance(axes, int) else axes
+    axes = getattr(a, "dim", None)
+    axes = [axes] if isinstance(axes, int) else axes or range(len(x.shape))
     kind = {"amax": "REDUCE_MAX", "amin": "REDUCE_MIN"}.get(a.name, a.name.upper())
-    return graph.reduce(kind, x, axes, a.keepdim)
+    return graph.reduce(kind, x, axes, getattr(a, "keepdim", False))
 
 
 @operation("argmax")
@@ -287,7 +287,7 @@ def _reshape(graph: Builder, a: Arguments) -> Tensor:
 @operation("transpose", "permute", "t", "swapaxes", "movedim")
 def _transpose(graph: Builder, a: Arguments) -> Tensor:
     x = as_tensor(graph, a.self)
-    moved = torch.empty(x.shape, device="meta").as_strided(x.shape, range(len(x.shape)))
+    moved = torch.empty(0, device="meta").as_strided(x.shape, tuple(range(len(x.shape))))
     order = a.target(moved, *a.rest[0], **a.rest[1]).stride()
     return graph.transpose(x, order)
 
@@ -344,6 +344,14 @@ def _select(graph: Builder, a: Arguments) -> Tensor:
     x = as_tensor(graph, a.self)
     axis, index = a.dim % len(x.shape), a.index % x.shape[a.dim]
     return graph.reshape(_range(graph, x, axis, index, index + 1), a.shape)
+
+
+@operation("unbind")
+def _unbind(graph: Builder, a: Arguments) -> list[Tensor]:
+    x = as_tensor(graph, a.self)
+    axis = a.dim % len(x.shape)
+    parts = [_range(graph, x, axis, i, i + 1) for i in range(x.shape[axis])]
+    return [graph.reshape(part, shape) for part, shape in zip(parts, a.shape, strict=True)]
 
 
 @operation("slice")

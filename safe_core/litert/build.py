@@ -26,7 +26,7 @@ class Builder(Graph):
         """Add an operation on every entry."""
         return self.add(kind, [x], x.shape, x.dtype, **options)
 
-    def binary(self, kind: str, x: Any, y: Any, dtype: Any = None) -> Tensor:
+    def binary(self, kind: str, x: Any, y: Any, *, dtype: Any = None) -> Tensor:
         """Add an operation on pairs of entries, which broadcasts as NumPy does."""
         first, second = self.tensor(x), self.tensor(y)
         shape = np.broadcast_shapes(first.shape, second.shape)
@@ -135,6 +135,8 @@ class Builder(Graph):
             "dilationWFactor": dilation[1],
         }
         channels, outputs = x.shape[3], weight.shape[0]
+        if bias is None:  # not all kernels do without
+            bias = self.constant(np.zeros(outputs, np.float32))
         shape = (x.shape[0], *shape, outputs)
         if groups == 1:
             return self.add("CONV_2D", [x, weight, bias], shape, **options)

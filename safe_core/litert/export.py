@@ -122,11 +122,11 @@ def save_graph(
         for key, outputs in zip(found, answer.outputs, strict=True)
         if key != FLOAT
     }
-    for key, error in errors.items():
-        if not error <= settings.tolerance:  # not a number is wrong, too
+    for key, found_error in errors.items():
+        if not found_error <= settings.tolerance:  # not a number is wrong, too
             raise ValueError(
                 "the file must compute what the model computes, up to a relative error of "
-                f"{settings.tolerance:g}, got {error:.2g} ({key}); it was deleted"
+                f"{settings.tolerance:g}, got {found_error:.2g} ({key}); it was deleted"
             )
     chosen = _chosen(seconds, settings.compute)
     _replace(target, found[chosen].content)

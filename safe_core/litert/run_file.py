@@ -4,10 +4,13 @@ This is a script, so that it imports nothing but NumPy and the runtime. It reads
 from standard input and writes arrays to ``request["results"]``.
 """
 
+from __future__ import annotations
+
 import json
 import statistics
 import sys
 import time
+from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -26,7 +29,7 @@ def main() -> None:
         samples = [
             [held[f"{i}_{j}"] for j in range(request["inputs"])] for i in range(request["count"])
         ]
-    found = {}
+    found: dict[str, Any] = {}
     if request["task"] == "ranges":
         found["ranges"] = ranges(request["files"][0], samples, request["tensors"])
     else:
@@ -39,14 +42,14 @@ def main() -> None:
     np.savez(request["results"], **found)
 
 
-def load(path, **options):
+def load(path: str, **options: Any) -> Any:
     """Return an interpreter with one thread."""
     interpreter = Interpreter(model_path=path, num_threads=1, **options)
     interpreter.allocate_tensors()
     return interpreter
 
 
-def run(interpreter, sample):
+def run(interpreter: Any, sample: list[Any]) -> list[Any]:
     """Return the outputs for a sample."""
     for detail, value in zip(interpreter.get_input_details(), sample, strict=True):
         interpreter.set_tensor(detail["index"], value)
@@ -54,9 +57,9 @@ def run(interpreter, sample):
     return [interpreter.get_tensor(d["index"]).copy() for d in interpreter.get_output_details()]
 
 
-def times(interpreters, sample, seconds):
+def times(interpreters: list[Any], sample: list[Any], seconds: float) -> list[float]:
     """Return the median time of each file, with runs of the files in turn."""
-    found = [[] for _ in interpreters]
+    found: list[list[float]] = [[] for _ in interpreters]
     end = time.perf_counter() + seconds
     for interpreter in interpreters:
         run(interpreter, sample)
@@ -68,7 +71,7 @@ def times(interpreters, sample, seconds):
     return [statistics.median(durations) for durations in found]
 
 
-def ranges(path, samples, tensors):
+def ranges(path: str, samples: list[list[Any]], tensors: list[int]) -> Any:
     """Return the lowest and highest entries of tensors over all samples."""
     interpreter = load(
         path,

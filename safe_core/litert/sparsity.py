@@ -39,6 +39,8 @@ _WORTH_TRYING = {
     "int8": ((1, 0.3), (8, 0.15), (math.inf, 0.06)),
     CSR: ((8, 0.06), (math.inf, 0.03)),
 }
+# Zeros are in blocks if so much of the blocks that are not zero is not zero.
+_FILLED = 0.5
 _STORED = (16, 4, 1)
 
 
@@ -88,12 +90,13 @@ def kernel_format(weight: Array, rows: int, kind: str, *, always: bool = False) 
     >>> kernel_format(weight, 1, "float32"), kernel_format(weight + 1, 1, "float32")
     ('1x4', None)
     """
-    block = BLOCKS[kind]
+    block, single = BLOCKS[kind], block_density(weight, 1)
     if weight.shape[1] % block == 0:
         density = block_density(weight, block)
-        if density <= (0.75 if always else _largest_density(kind, rows)):
+        in_blocks = single >= _FILLED * density
+        if in_blocks and density <= (0.75 if always else _largest_density(kind, rows)):
             return f"1x{block}"
-    if kind == "float32" and block_density(weight, 1) <= _largest_density(CSR, rows):
+    if kind == "float32" and single <= _largest_density(CSR, rows):
         return CSR
     return None
 
@@ -148,8 +151,9 @@ def apply_formats(graph: Graph, formats: dict[int, str]) -> None:
 
 def _unpacking(op: Operation, stored: Tensor) -> Operation:
     """Return the operation that makes compressed weights dense, and let ``op`` read them."""
-    op.inputs[1] = Tensor(stored.shape, stored.dtype, quantization=stored.quantization)
-    return Operation("DENSIFY", [stored], op.inputs[1], source=op.source)
+    dense = Tensor(stored.shape, stored.dtype, quantization=stored.quantization)
+    op.inputs[1] = dense
+    return Operation("DENSIFY", [stored], dense, source=op.source)
 
 
 def _packed_linear(
