@@ -23,6 +23,11 @@ __all__ = ["save_litert"]
 
 PyTree = Any
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+# Primitives that call a function once; a loop has a function among its parameters, too.
+_CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+)
 
 
 def save_litert(
@@ -192,9 +197,10 @@ class _Trace:
         for equation in jaxpr.eqns:
             stack = str(equation.source_info.name_stack)
             place = "/".join(filter(None, (scope, stack)))
-            inner = next((equation.params[k] for k in _INNER if k in equation.params), None)
-            found = self.inlined(equation, inner, place) if inner is not None else None
-            if found is None:
+            if equation.primitive.name in _CALLS:
+                inner = next(equation.params[key] for key in _INNER if key in equation.params)
+                found = self.inlined(equation, inner, place)
+            else:
                 found = self.call(equation, place)
             self.values.update(zip(equation.outvars, found, strict=True))
 

@@ -212,6 +212,14 @@ def _concatenate(graph: Builder, call: Call) -> Tensor:
     return graph.concatenate(parts, call.params["dimension"])
 
 
+@primitive("stack")
+def _stacked(graph: Builder, call: Call) -> Tensor:
+    axis = call.params["axis"]
+    shape = [1 if a == axis else n for a, n in enumerate(call.shape)]
+    parts = [graph.reshape(as_tensor(graph, x), shape) for x in call.operands]
+    return graph.concatenate(parts, axis)
+
+
 @primitive("slice")
 def _slice(graph: Builder, call: Call) -> Tensor:
     begin, end = call.params["start_indices"], call.params["limit_indices"]

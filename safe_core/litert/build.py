@@ -102,7 +102,8 @@ class Builder(Graph):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Add a linear layer over the last axis, with weights (output, input)."""
         if len(x.shape) == 1:
-            return self.reshape(self.linear(self.reshape(x, (1, *x.shape)), weight, bias), (-1,))
+            found = self.linear(self.reshape(x, (1, *x.shape)), weight, bias)
+            return self.reshape(found, found.shape[1:])
         options = {"keepNumDims": len(x.shape) > 2}
         shape = (*x.shape[:-1], weight.shape[0])
         return self.add("FULLY_CONNECTED", [x, weight, bias], shape, **options)

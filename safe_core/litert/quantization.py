@@ -145,14 +145,12 @@ class _Rewriter:
         stored = Tensor(
             weight.shape, rounded.dtype, rounded, weight.name, Quantization(scale, 0, axis)
         )
-        inputs: list[Tensor | None] = [x, stored, None]
-        if bias is not None and shift is not None:
-            steps = scale * x.quantization.scale
-            integers = np.clip(np.round(shift / steps), -_BIAS_BITS, _BIAS_BITS).astype(np.int32)
-            inputs[2] = Tensor(
-                bias.shape, integers.dtype, integers, bias.name, Quantization(steps, 0, 0)
-            )
-        self.store(op, inputs, self.measured(op.output))
+        steps = scale * x.quantization.scale
+        shift = np.zeros(op.output.shape[-1]) if shift is None else shift
+        integers = np.clip(np.round(shift / steps), -_BIAS_BITS, _BIAS_BITS).astype(np.int32)
+        name = "" if bias is None else bias.name
+        added = Tensor(integers.shape, integers.dtype, integers, name, Quantization(steps, 0, 0))
+        self.store(op, [x, stored, added], self.measured(op.output))
 
     def unweighted(self, op: Operation) -> None:
         first = self.as_bytes(op.inputs[0])  # type: ignore[arg-type]

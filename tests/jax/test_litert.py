@@ -43,7 +43,8 @@ FUNCTIONS: dict[str, tuple[Callable[[jax.Array], Any], Any]] = {
     ),
     "products": (
         lambda x: [
-            x @ draw(32, 5), draw(6, 32) @ x[0], x @ x.T, jnp.einsum("bi,oij->boj", x, draw(3, 32, 2)),
+            x @ draw(32, 5), draw(6, 32) @ x[0], x @ x.T,
+            jnp.einsum("bi,oij->boj", x, draw(3, 32, 2)),
             jnp.einsum("bhi,bhj->hij", x.reshape(4, 4, 8), x.reshape(4, 4, 8)),
             jnp.concatenate([x[:, 3:7], x[:, ::8]], 1), x.reshape(4, 4, 8).transpose(0, 2, 1),
             x.mean(), x.max(1), jnp.pad(x, ((0, 0), (1, 2))), 1 / (1 + jnp.abs(x)),
@@ -51,7 +52,7 @@ FUNCTIONS: dict[str, tuple[Callable[[jax.Array], Any], Any]] = {
         ],
         VECTORS,
     ),
-    "an embedding": (lambda x: draw(11, 8)[x].sum(1), np.arange(12, dtype=np.int32).reshape(4, 3)),
+    "an embedding": (lambda x: draw(11, 8)[x].sum(1), np.asarray([[1, 2, 3], [9, 0, 9]], np.int32)),
     "pooling": (
         lambda x: [
             nnx.max_pool(x, (2, 2), (2, 2)), nnx.max_pool(x, (3, 3), (2, 2), "SAME"),
