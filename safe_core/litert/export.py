@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from .process import FileRuntimeError, measure
 from .report import LiteRTReport
 from .simplify import simplify
 
-__all__ = ["Settings", "check_settings", "save_graph"]
+__all__ = ["Settings", "check_settings", "relative_error", "save_graph"]
 
 Array = np.ndarray[Any, Any]
 Samples = Sequence[Sequence[Array]]
@@ -118,7 +119,7 @@ def save_graph(
             raise ValueError(f"the file must run in LiteRT, but {error}; it was deleted") from error
     seconds = dict(zip(found, answer.seconds, strict=True))
     errors = {
-        key: _error(outputs, expected)
+        key: relative_error(outputs, expected)
         for key, outputs in zip(found, answer.outputs, strict=True)
         if key != FLOAT
     }
@@ -138,20 +139,19 @@ def _written(file: Path, candidate: Candidate) -> Path:
     return file
 
 
-def _error(found: Samples, expected: Samples) -> float:
-    """Return the largest relative error of an output for a sample."""
+def relative_error(found: Samples, expected: Samples) -> float:
+    """Return the largest error of an output for a sample, relative to its usual size."""
     largest = 0.0
-    for outputs, wanted in zip(found, expected, strict=True):
-        for y, reference in zip(outputs, wanted, strict=True):
-            if y.shape != reference.shape:
-                return float("nan")
-            exact = reference.astype(np.float64)
-            distance = float(np.linalg.norm(np.ravel(y - exact)))
-            norm = float(np.linalg.norm(np.ravel(exact)))
-            error = distance / norm if norm > 0 else distance
-            largest = error if not error <= largest else largest
-            if not np.isfinite(largest):
-                return float("nan")
+    for outputs, wanted in zip(zip(*found, strict=True), zip(*expected, strict=True), strict=True):
+        if any(y.shape != r.shape for y, r in zip(outputs, wanted, strict=True)):
+            return math.nan
+        exact = [r.astype(np.float64).ravel() for r in wanted]
+        errors = [np.linalg.norm(y.ravel() - r) for y, r in zip(outputs, exact, strict=True)]
+        usual = math.sqrt(np.mean([np.square(r).sum() for r in exact]))
+        error = float(np.max(errors)) / (usual or 1.0)  # np.max keeps what is not a number
+        if not math.isfinite(error):
+            return math.nan
+        largest = max(largest, error)
     return largest
 
 

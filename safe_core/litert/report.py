@@ -56,7 +56,7 @@ class LiteRTReport:
     size, dense_size : int
         Bytes of the file, and of the same file with dense weights.
     error : float
-        The largest relative error ``|y - f(x)| / |f(x)|`` over samples, in the Euclidean norm.
+        The largest ``|y - f(x)|`` of a sample, divided by the root mean square of ``|f(x)|``.
     seconds : dict of str to float
         Median time of a call on this machine with one thread: of ``"this file"``, of the same
         file that computes dense, ``"dense float32"`` or ``"dense int8"``, and for int8 of

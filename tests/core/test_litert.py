@@ -11,6 +11,7 @@ import pytest
 
 import safe_core.litert
 from safe_core.litert.build import Builder
+from safe_core.litert.export import relative_error
 from safe_core.litert.flatbuffer import serialized
 from safe_core.litert.graph import Compressed, Quantization
 from safe_core.litert.process import FileRuntimeError, measure
@@ -141,6 +142,15 @@ def test_the_process_imports_numpy_and_the_runtime_only() -> None:
     modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     used = {"__future__", "json", "statistics", "sys", "time", "typing"}
     assert modules == used | {"numpy", "ai_edge_litert.interpreter"}
+
+
+def test_errors_are_relative_to_the_usual_size_of_an_output() -> None:
+    zero, one = np.zeros((1, 2)), np.asarray([[3.0, 4.0]])
+    assert relative_error([[zero], [one]], [[zero], [one]]) == 0
+    found = relative_error([[zero + 0.1], [one]], [[zero], [one]])
+    assert found == pytest.approx(0.1 * 2**0.5 / (5 / 2**0.5))
+    assert np.isnan(relative_error([[zero], [one * np.nan]], [[zero], [one]]))
+    assert np.isnan(relative_error([[zero[0]]], [[zero]]))
 
 
 def test_a_report_is_a_table() -> None:

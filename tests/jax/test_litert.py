@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, tuple[Callable[[jax.Array], Any], Any]] = {
             jnp.einsum("bi,oij->boj", x, draw(3, 32, 2)),
             jnp.einsum("bhi,bhj->hij", x.reshape(4, 4, 8), x.reshape(4, 4, 8)),
             jnp.concatenate([x[:, 3:7], x[:, ::8]], 1), x.reshape(4, 4, 8).transpose(0, 2, 1),
-            x.mean(), x.max(1), jnp.pad(x, ((0, 0), (1, 2))), 1 / (1 + jnp.abs(x)),
+            jnp.abs(x).mean(), x.max(1), jnp.pad(x, ((0, 0), (1, 2))), 1 / (1 + jnp.abs(x)),
             jnp.where(x > 0, x, 0.1), jnp.stack(jnp.split(x, 2, 1)), x - x.mean(1, keepdims=True),
         ],
         VECTORS,
