@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import safe_core.litert
+from safe_core.litert import export
 from safe_core.litert.build import Builder
 from safe_core.litert.export import relative_error
 from safe_core.litert.flatbuffer import serialized
 from safe_core.litert.graph import Compressed, Quantization
-from safe_core.litert.process import FileRuntimeError, measure
+from safe_core.litert.process import Answer, FileRuntimeError, measure
 from safe_core.litert.quantization import quantize
 from safe_core.litert.report import LayerFormat, LiteRTReport
 from safe_core.litert.simplify import simplify
@@ -142,6 +143,30 @@ def test_the_process_imports_numpy_and_the_runtime_only() -> None:
     modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     used = {"__future__", "json", "statistics", "sys", "time", "typing"}
     assert modules == used | {"numpy", "ai_edge_litert.interpreter"}
+
+
+@pytest.mark.parametrize(("sparse", "chosen"), [(0.5, "1x4"), (1.02, "1x4"), (3.0, "packed")])
+def test_the_faster_file_is_kept(
+    sparse: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(*arguments: Any) -> Answer:
+        return measure(*arguments)._replace(seconds=[sparse, 1.0])
+
+    monkeypatch.setattr(export, "measure", timed)
+    graph = Builder()
+    weight = np.zeros((8, 64), np.float32)
+    weight[3, 8:12] = 1
+    graph.outputs = [graph.linear(graph.input("x", (1, 64)), graph.constant(weight))]
+    settings = export.check_settings(
+        "test", weights="float32", batch_size=None, compute="fastest", tolerance=None
+    )
+    inputs = np.arange(64, dtype=np.float32)[None]
+    path = tmp_path / "m.tflite"
+    report = export.save_graph(graph, [[inputs]], [[inputs @ weight.T]], path, settings)
+    assert [layer.format for layer in report.layers] == [chosen]
+    assert report.latency == min(sparse, 1.0 if chosen == "packed" else sparse)
+    slower = "Kernels that skip zeros take 3 times as long on this machine"
+    assert any(slower in note for note in report.notes) is (chosen == "packed")
 
 
 def test_errors_are_relative_to_the_usual_size_of_an_output() -> None:
