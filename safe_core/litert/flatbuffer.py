@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +76,7 @@ class _Writer:
         self.indices: dict[int, int] = {}
         self.codes: dict[tuple[str, int], int] = {}
         self.names: set[str] = set()
+        self.contents: dict[bytes, int] = {}
 
     def run(self) -> bytes:
         """Return the bytes of the file."""
@@ -117,9 +119,7 @@ class _Writer:
             if tensor.compressed is not None:
                 found.sparsity = self.sparsity(tensor.compressed)
                 data = tensor.compressed.values
-            found.buffer = len(self.buffers)
-            raw = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
-            self.buffers.append(schema.BufferT(data=raw))
+            found.buffer = self.buffer(np.ascontiguousarray(data).tobytes())
         if tensor.quantization is not None:
             scale, zero, axis = tensor.quantization
             found.quantization = schema.QuantizationParametersT(
@@ -128,6 +128,14 @@ class _Writer:
                 quantizedDimension=axis,
             )
         return found
+
+    def buffer(self, content: bytes) -> int:
+        """Return the index of a buffer; equal contents, such as tied weights, share one."""
+        key = hashlib.sha256(content).digest()
+        if key not in self.contents:
+            self.contents[key] = len(self.buffers)
+            self.buffers.append(self.schema.BufferT(data=np.frombuffer(content, np.uint8)))
+        return self.contents[key]
 
     def sparsity(self, compressed: Compressed) -> Any:
         schema = self.schema

@@ -118,6 +118,15 @@ def test_an_output_without_weights_keeps_its_bias_in_int8() -> None:
     np.testing.assert_allclose(held.data * held.quantization.scale, bias, rtol=0.01)
 
 
+def test_tied_weights_are_stored_once() -> None:
+    graph = Builder()
+    x = graph.input("x", (1, 64))
+    for _ in range(3):
+        x = graph.linear(x, graph.constant(np.eye(64)))
+    graph.outputs = [x]
+    assert 4 * 64 * 64 < len(serialized(graph).content) < 2 * 4 * 64 * 64
+
+
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.tflite"
     file.write_bytes(b"nothing")
