@@ -1,8 +1,9 @@
 """Train sparse networks in JAX with any optax transformation.
 
 `sparse_optimizer` wraps the transformation of a training loop, and `finalize` makes the
-parameters exactly sparse at the end. `safe_core.adapters.jax.flax` supports Flax, and
-`safe_core.adapters.jax.blocks` prunes a trained model block by block.
+parameters exactly sparse at the end. `save_litert` saves a model as a LiteRT file.
+`safe_core.adapters.jax.flax` supports Flax, and `safe_core.adapters.jax.blocks` prunes a trained
+model block by block.
 """
 
 from safe_core._installed import require
@@ -14,6 +15,7 @@ from .evaluation import sparse_weights
 from .flatness import loss_surface
 from .gradients import value_and_gradients
 from .importance import hessian_diagonal
+from .litert import save_litert
 from .reporting import report
 from .sassha import SasshaState, sassha
 from .state import SparseOptimizerState, find_state
@@ -36,6 +38,7 @@ __all__ = [
     "loss_surface",
     "report",
     "sassha",
+    "save_litert",
     "sparse_optimizer",
     "sparse_weights",
     "value_and_gradients",

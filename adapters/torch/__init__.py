@@ -2,7 +2,8 @@
 
 `SparseOptimizer` wraps the optimizer of a training loop. The other names help the loop around
 it: they support trainers, recalibrate batch normalisation, replay random numbers, compute
-importances, change sparse models by low-rank matrices, remove channels, and measure flatness.
+importances, change sparse models by low-rank matrices, remove channels, save LiteRT files, and
+measure flatness.
 `safe_core.adapters.torch.blocks` prunes a trained model block by block.
 """
 
@@ -14,6 +15,7 @@ from .channels import RemovedChannels, remove_channels
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
+from .litert import save_litert
 from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
@@ -36,5 +38,6 @@ __all__ = [
     "prunable_weights",
     "recalibrate",
     "remove_channels",
+    "save_litert",
     "unwrap",
 ]

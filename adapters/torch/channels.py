@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from safe_core import _checks
 from safe_core._installed import require
 
 from .channel_layers import ChannelLayers, tensors
+from .inputs import evaluating, example_arguments
 from .optimizer import SparseOptimizer
 
 __all__ = ["RemovedChannels", "remove_channels"]
@@ -107,8 +107,8 @@ def remove_channels(
     require("remove_channels", "torch_kirigami", extra="channels")
     _check(model, optimizer)
     _checks.flag("drop_constants", drop_constants)
-    args, kwargs = _arguments(example_inputs)
-    with _evaluating(model):
+    args, kwargs = example_arguments(example_inputs)
+    with evaluating(model):
         return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer, drop_constants)
 
 
@@ -334,31 +334,6 @@ def _check(model: Any, optimizer: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)!r}")
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if torch.is_tensor(example_inputs):
-        return (example_inputs,), {}
-    if not isinstance(example_inputs, (tuple, list)):
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple or a mapping of arguments, got "
-            f"{type(example_inputs)!r}"
-        )
-    return tuple(example_inputs), {}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each module back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _compare(wanted: Any, got: Any) -> None:

@@ -14,6 +14,7 @@ PACKAGES = (
     "safe_core.constraints",
     "safe_core.solvers",
     "safe_core.flatness",
+    "safe_core.litert",
     "safe_core.backends",
     "safe_core.adapters",
     "safe_core.adapters.jax",

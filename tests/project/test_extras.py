@@ -57,6 +57,12 @@ def run(program: str, *blocked: str) -> subprocess.CompletedProcess[str]:
             "torch_kirigami",
             "channels",
         ),
+        (
+            "import torch; from safe_core.adapters.torch import save_litert; "
+            "save_litert(torch.nn.Linear(2, 2), torch.ones(1, 2), 'model.tflite')",
+            "ai_edge_litert",
+            "litert",
+        ),
         ("import safe_core.adapters.jax", "jax", "jax"),
         ("import safe_core.adapters.optax", "jax", "jax"),
         ("import safe_core.adapters.optax", "optax", "jax"),
@@ -83,7 +89,8 @@ def test_a_missing_package_is_named_with_its_extra(
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
     assert last.endswith(f' needs {missing}: pip install "safe-core[{extra}]"')
-    named = {"sklearn": "scikit-learn", "torch_kirigami": "torch-kirigami"}.get(missing, missing)
+    names = {"ai_edge_litert": "ai-edge-litert", "torch_kirigami": "torch-kirigami"}
+    named = {**names, "sklearn": "scikit-learn"}.get(missing, missing)
     assert any(line.startswith(named) for line in PROJECT["optional-dependencies"][extra])
 
 

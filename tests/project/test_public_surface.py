@@ -26,6 +26,7 @@ PACKAGES = (
     "safe_core.schedules",
     "safe_core.solvers",
     "safe_core.flatness",
+    "safe_core.litert",
     "safe_core.adapters.torch",
     "safe_core.adapters.torch.blocks",
     "safe_core.adapters.jax",

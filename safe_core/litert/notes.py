@@ -1,0 +1,86 @@
+"""Lines of a report that say which zeros do not pay, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .report import LayerFormat, bytes_text
+from .sparsity import BLOCKS, CSR
+
+__all__ = ["notes"]
+
+_MANY = 0.5  # fewer zeros save nothing in any format
+_NAMED = 4
+
+
+def notes(
+    layers: Sequence[LayerFormat], weights: str, seconds: dict[str, float], sparse: str
+) -> tuple[str, ...]:
+    """Return the lines for the layers of a file.
+
+    Parameters
+    ----------
+    layers : sequence of LayerFormat
+    weights : str
+        ``"float32"`` or ``"int8"``.
+    seconds : dict of str to float
+        Times as in a report.
+    sparse : str
+        The name of the kernels that skip zeros, in ``seconds``.
+
+    Examples
+    --------
+    >>> layer = LayerFormat("fc1", (8, 16), 0.9, "packed", 100, 512)
+    >>> (line,) = notes([layer], "float32", {"this file": 1.0}, "")
+    >>> line.partition(", ")[0], line.rpartition(". ")[2]
+    ('fc1 (90% zeros) is computed dense', 'Train with Block((1, 4), ...) for both.')
+    """
+    block = BLOCKS[weights]
+    found = []
+    wasted = [x for x in layers if x.sparsity >= _MANY and not x.skips_zeros]
+    linear = [x for x in wasted if _is_linear(x)]
+    windows = [x for x in wasted if not _is_linear(x)]
+    if sparse in seconds:
+        ratio = seconds[sparse] / seconds["this file"]
+        found.append(
+            f"Kernels that skip zeros take {ratio:.2g} times as long on this machine, so the file "
+            'computes dense; pass compute="sparse" for another machine.'
+        )
+    elif linear:
+        found.append(
+            f"{_named(linear)} computed dense, since {_their(linear)} zeros are not in blocks of "
+            f"1x{block}, or too few: they make the file smaller ({_sizes(linear)}), not faster. "
+            f"Train with Block((1, {block}), ...) for both."
+        )
+    if windows:
+        found.append(
+            f"{_named(windows)} computed dense, since the runtime has no kernel that skips zeros "
+            f"of convolutions: zeros make the file smaller ({_sizes(windows)}), not faster."
+        )
+    csr = [x for x in layers if x.format == CSR]
+    if csr:
+        found.append(
+            f"{_named(csr)} computed from single weights, which is slower than from blocks of "
+            f"1x{block}. Train with Block((1, {block}), ...)."
+        )
+    return tuple(found)
+
+
+def _is_linear(layer: LayerFormat) -> bool:
+    return len(layer.shape) == 2
+
+
+def _named(layers: Sequence[LayerFormat]) -> str:
+    names = [f"{x.name} ({x.sparsity:.0%} zeros)" for x in layers[:_NAMED]]
+    more = len(layers) - len(names)
+    text = ", ".join(names) + (f" and {more} more" if more else "")
+    return f"{text} {'is' if len(layers) == 1 else 'are'}"
+
+
+def _their(layers: Sequence[LayerFormat]) -> str:
+    return "its" if len(layers) == 1 else "their"
+
+
+def _sizes(layers: Sequence[LayerFormat]) -> str:
+    size, dense = sum(x.size for x in layers), sum(x.dense_size for x in layers)
+    return f"{bytes_text(size)} instead of {bytes_text(dense)}"

@@ -1,0 +1,119 @@
+"""What `save_litert` wrote: formats of layers, size, error and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["LayerFormat", "LiteRTReport"]
+
+
+class LayerFormat(NamedTuple):
+    """How the file stores the weights of one layer.
+
+    Attributes
+    ----------
+    name : str
+        The module or operation.
+    shape : tuple of int
+        Shape of the weights in the file: (output, ..., input), of depthwise convolutions
+        (1, height, width, output).
+    sparsity : float
+        Share of the weights that are zero.
+    format : str
+        ``"1x4"``, ``"1x16"`` or ``"csr"``: computed without the zeros. ``"packed"``: stored
+        without zeros and computed dense. ``"dense"``: stored and computed dense.
+    size, dense_size : int
+        Bytes of the weights in the file, and of the same weights stored dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    format: str
+    size: int
+    dense_size: int
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Return whether the runtime multiplies only what is stored."""
+        return self.format not in ("dense", "packed")
+
+
+@dataclass(frozen=True)
+class LiteRTReport:
+    """What `save_litert` wrote and measured. ``str(report)`` is a table.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+    weights : str
+        ``"float32"`` or ``"int8"``.
+    batch_size : int or None
+        Samples that the file takes at once; None for inputs as they were given.
+    layers : tuple of LayerFormat
+    size, dense_size : int
+        Bytes of the file, and of the same file with dense weights.
+    error : float
+        The largest ``|y - f(x)|`` of a sample, divided by the root mean square of ``|f(x)|``.
+    seconds : dict of str to float
+        Median time of a call on this machine with one thread: of ``"this file"``, of the same
+        file that computes dense, ``"dense float32"`` or ``"dense int8"``, and for int8 of
+        ``"dense float32"``, too.
+    notes : tuple of str
+        What zeros cost that the runtime does not skip, and other advice.
+    """
+
+    path: Path
+    weights: str
+    batch_size: int | None
+    layers: tuple[LayerFormat, ...]
+    size: int
+    dense_size: int
+    error: float
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def latency(self) -> float:
+        """Return the median time of a call in seconds."""
+        return self.seconds["this file"]
+
+    def __str__(self) -> str:
+        rows = [("layer", "weights", "zeros", "format", "size", "dense")]
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            sizes = (bytes_text(layer.size), bytes_text(layer.dense_size))
+            rows.append((layer.name, shape, f"{layer.sparsity:.1%}", layer.format, *sizes))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            f"{self.path.name}: {self.weights}, {bytes_text(self.size)} "
+            f"(dense: {bytes_text(self.dense_size)}), largest relative error {self.error:.1e}"
+        ]
+        for row in rows:
+            cells = [
+                text.ljust(width) if i < 4 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  " + "  ".join(cells).rstrip())
+        size = "inputs as given" if self.batch_size is None else f"batch size {self.batch_size}"
+        lines.append(f"time of a call with one thread, {size}:")
+        width = max(map(len, self.seconds))
+        for name, seconds in self.seconds.items():
+            ratio = "" if name == "this file" else f", {seconds / self.latency:.2g} times this file"
+            lines.append(f"  {name.ljust(width)}  {seconds * 1e3:.3g} ms{ratio}")
+        return "\n".join([*lines, *self.notes])
+
+
+def bytes_text(count: int) -> str:
+    """Return a number of bytes as text.
+
+    Examples
+    --------
+    >>> bytes_text(812), bytes_text(20_480), bytes_text(3_000_000)
+    ('812 B', '20.5 kB', '3.0 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
