@@ -72,7 +72,7 @@ def uniform(arrays: Sequence[Array], seed: int) -> list[Array]:
     --------
     >>> import numpy
     >>> uniform([numpy.zeros(3)], seed=0)[0].round(3)
-    array([0.866, 0.286, 0.581])
+    array([0.768, 0.884, 0.046])
     """
     base, found = mixed(seed), []
     for i, x in enumerate(arrays):

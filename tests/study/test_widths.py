@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from safe_core.study.runner import cells, parse_recipe, read_recipe, run_study, 
 from safe_core.study.runner.cells import Cell
 from safe_core.study.runner.gains import gain_tables, gains
 from safe_core.study.runner.in_torch import TorchLearner
-from safe_core.study.runner.plan import Plan, plan
+from safe_core.study.runner.plan import Plan, _sparsity_of, plan
 from safe_core.study.runner.pruned_start import with_pruned_start
 from safe_core.study.runner.results import append_line, read_results
 from safe_core.study.runner.train import run_cell
@@ -87,6 +89,15 @@ def test_a_wide_network_keeps_the_weights_of_a_narrow_one(framework: str) -> Non
     found = run_cell(recipe, next(c for c in cells(recipe) if c.method == "SNIP"))
     assert (found["weights"], found["weights"] - found["zeros"]) == (2320, 1085)
     assert found["distance"] == 0
+
+
+def test_the_number_of_weights_is_exact() -> None:
+    """The fraction is read as its printed decimal, which may lie below the quotient."""
+    for whole in (3, 97, 1260, 88435):
+        for kept in range(1, whole, 1 + whole // 500):
+            narrow, wide = (SimpleNamespace(weights=lambda _, n=n: n) for n in (kept, whole))
+            found = _sparsity_of(narrow, wide, ())
+            assert int(Fraction(repr(found)) * whole) == whole - kept
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -72,7 +72,8 @@ def gains(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Gain]:
     ... against = "dense"
     ... sweep = {rho = [0.1, 0.2]}
     ... ''')
-    >>> found = {"dense": [90, 90], "SAM, rho = 0.1": [93, 91], "SAM, rho = 0.2": [90, 92]}
+    >>> found = {"dense": [90.0, 90.0], "SAM, rho = 0.1": [93.0, 91.0]}
+    >>> found["SAM, rho = 0.2"] = [90.0, 92.0]
     >>> results = {
     ...     Cell("jax", 0.0, method, None, seed): {"accuracy": accuracy}
     ...     for method, of_seeds in found.items() for seed, accuracy in enumerate(of_seeds)

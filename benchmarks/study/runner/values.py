@@ -25,7 +25,7 @@ def as_csv(recipe: Recipe, found: Found) -> str:
     >>> results = {Cell("jax", 0.5, "SAFE", 0.95, 1): {"accuracy": 97.5}}
     >>> lines = as_csv(recipe, Found(results, {}, {})).splitlines()
     >>> lines[0].split(",")[4:8], lines[1].split(",")[4:8]
-    (['seed', 'width', 'state', 'accuracy'], ['1', '2.0', 'done', '97.5'])
+    (['seed', 'width', 'state', 'accuracy'], ['1', '1.0', 'done', '97.5'])
     """
 
     def placed(cell: Cell) -> Cell:
