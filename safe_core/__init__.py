@@ -20,7 +20,7 @@ from .constraints import (
 )
 from .coverage import Coverage, DenseWeightWarning, WeightCoverage
 from .finalization import FinalizeWarning
-from .importance import Importance, SecondMoment, SquaredGradient
+from .importance import Importance, RandomOrder, SecondMoment, SquaredGradient
 from .layout import Layout
 from .method import Method
 from .methods import admm, elsa, keep_zeros, safe
@@ -71,6 +71,7 @@ __all__ = [
     "Point",
     "Projection",
     "Pull",
+    "RandomOrder",
     "SecondMoment",
     "SplitState",
     "SquaredGradient",

@@ -17,17 +17,21 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import check_real_floating, wide_dtype
+from .random_signs import check_seed, uniform
 
 __all__ = [
     "Computed",
     "Given",
     "Importance",
+    "RandomOrder",
     "SecondMoment",
     "SquaredGradient",
     "hutchinson",
     "wanda",
 ]
 
+
+_LEAST = 1e-15
 
 Reads = Literal["gradients", "params", "model", "second_moments"] | None
 
@@ -231,6 +235,56 @@ class SecondMoment(Importance):
     def metric(self, state: Sequence[Array], *, joint: bool) -> list[Array]:
         """Return ``v``, or 1 for a pool whose ``v`` are all still zero."""
         return _one_until_seen(state, joint=joint)
+
+
+@dataclass(frozen=True)
+class RandomOrder(Importance):
+    """Constant P that ranks the entries of the initial weights in random order.
+
+    ``P = (r / x_0)^2`` with r uniform in (0, 1), so the score ``sqrt(P) |x_0|`` is r. The first
+    projection then keeps random entries, whatever the pattern. Later ones rank by
+    ``r |x| / |x_0|``. Entries of x_0 below 1e-15, such as zeros, rank last.
+
+    With it a method prunes at random at initialisation::
+
+        Method(Unstructured(0.9, "tensor"), Mask(), importance=RandomOrder(seed=0))
+
+    Attributes
+    ----------
+    seed : int
+        In ``[0, 2**32)``. The order depends on the seed, and on the positions of the entries in
+        the arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``seed`` is not an integer in this range.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> x = numpy.asarray([9.0, 1.0, -4.0])
+    >>> (P,) = RandomOrder(seed=0).init([x])
+    >>> (numpy.sqrt(P) * abs(x)).round(3)
+    array([0.768, 0.884, 0.046])
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def init(self, params: Sequence[Array]) -> list[Array]:
+        """Return P for the entries of ``params``, in float32 or wider."""
+        found = []
+        for r, x in zip(uniform(params, self.seed), params, strict=True):
+            xp = array_namespace(r)
+            size = xp.abs(xp.astype(backend_of(x).detached(x), r.dtype))
+            # The square of the inverse must not overflow in float32.
+            ranked = size >= _LEAST
+            ratio = r / xp.where(ranked, size, xp.ones_like(size))
+            found.append(xp.where(ranked, ratio * ratio, xp.zeros_like(ratio)))
+        return found
 
 
 def _zeros(params: Sequence[Array]) -> list[Array]:

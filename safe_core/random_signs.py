@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from array_api_compat import array_namespace, is_array_api_obj
 
 from safe_core.backends import Array, backend_of, hashing
 
 from . import _checks
+from ._dtypes import wide_dtype
 
-__all__ = ["check_seed", "mixed", "rademacher", "signed"]
+__all__ = ["check_seed", "fractions", "mixed", "rademacher", "signed", "uniform"]
 
 _OFFSET = 0x9E3779B9
 
@@ -60,6 +62,38 @@ def rademacher(
     return [_signs(x, mixed(_xor(mixed(_xor(base, i)), number))) for i, x in numbered]
 
 
+def uniform(arrays: Sequence[Array], seed: int) -> list[Array]:
+    """Return arrays of numbers in (0, 1) of the shapes of ``arrays``, in float32 or wider.
+
+    An entry depends only on the seed, the position of its array in the list, and its row-major
+    position there, as in `rademacher`.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> uniform([numpy.zeros(3)], seed=0)[0].round(3)
+    array([0.768, 0.884, 0.046])
+    """
+    base, found = mixed(seed), []
+    for i, x in enumerate(arrays):
+        xp = array_namespace(x)
+        found.append(fractions(_bits(x, mixed(_xor(base, i))), wide_dtype(xp, [x]), xp=xp))
+    return found
+
+
+def fractions(bits: Array, dtype: Any, *, xp: Any) -> Array:
+    """Return 32 random bits as numbers in (0, 1), odd multiples of ``2**-24``.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> float(fractions(numpy.asarray([-1], numpy.int32), numpy.float64, xp=numpy)[0]) < 1
+    True
+    """
+    # 23 bits and the half are exact in float32, and never 0, whose logarithm is infinite.
+    return (xp.astype((bits >> 9) & 0x7FFFFF, dtype) + 0.5) * 2.0**-23
+
+
 def mixed(h: int | Array) -> int | Array:
     """Return the hash of ``h`` plus a constant, because the hash of 0 itself would be 0.
 
@@ -103,9 +137,14 @@ def _xor(a: int | Array, b: int | Array) -> int | Array:
 
 
 def _signs(x: Array, salt: int | Array) -> Array:
+    xp = array_namespace(x)
+    ones = xp.ones_like(backend_of(x).detached(x))
+    return xp.where(_bits(x, salt) < 0, -ones, ones)
+
+
+def _bits(x: Array, salt: int | Array) -> Array:
+    """Return a hash of the salt and the position, as an int32 array shaped as x."""
     xp, backend = array_namespace(x), backend_of(x)
     salt = salt if is_array_api_obj(salt) else signed(salt)
     bits = xp.reshape(hashing.mix(hashing.mix(backend.positions(x)) ^ salt), x.shape)
-    bits = backend.resharded_as(x, bits)
-    ones = xp.ones_like(backend.detached(x))
-    return xp.where(bits < 0, -ones, ones)
+    return backend.resharded_as(x, bits)

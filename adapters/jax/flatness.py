@@ -163,15 +163,18 @@ class _Loss:
         value, gradient = self._value_and_gradient(list(arrays), self._fixed, self._held[batch])
         return value, gradient
 
-    def hessian_product(self) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
+    def hessian_product(
+        self, batch: int | None = None
+    ) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
         arrays = self.arrays()
+        held = self._held if batch is None else [self._held[batch]]
 
         def product(vectors: Sequence[jax.Array]) -> list[jax.Array]:
             total = [jnp.zeros_like(v) for v in vectors]
-            for batch in self._held:
-                found = self._product(arrays, list(vectors), self._fixed, batch)
+            for one in held:
+                found = self._product(arrays, list(vectors), self._fixed, one)
                 total = [a + b for a, b in zip(total, found, strict=True)]
-            return [a / len(self._held) for a in total]
+            return [a / len(held) for a in total]
 
         return product
 

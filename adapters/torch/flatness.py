@@ -215,19 +215,22 @@ class _Loss:
         with self._bound.at(arrays) as variables:
             return self._gradient(variables, self._held[batch])
 
-    def hessian_product(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        variables, count = self._bound.variables(), len(self._held)
+    def hessian_product(
+        self, batch: int | None = None
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        variables = self._bound.variables()
+        held = self._held if batch is None else [self._held[batch]]
         # Keep the graph of a single batch between products. The graphs of several batches
         # would not fit in memory together, so each product builds them again.
-        kept = self._gradient(variables, self._held[0], graph=True)[1] if count == 1 else None
+        kept = self._gradient(variables, held[0], graph=True)[1] if len(held) == 1 else None
 
         def product(vectors: Sequence[Tensor]) -> list[Tensor]:
             total = [torch.zeros_like(v) for v in vectors]
-            for batch in self._held:
-                first = kept or self._gradient(variables, batch, graph=True)[1]
+            for one in held:
+                first = kept or self._gradient(variables, one, graph=True)[1]
                 second = _along(first, variables, vectors, keep=kept is not None)
                 total = [a + b for a, b in zip(total, second, strict=True)]
-            return [a / count for a in total]
+            return [a / len(held) for a in total]
 
         return product
 

@@ -1,10 +1,11 @@
 """Measure how flat the loss is around a network: curvature, sharpness and landscape.
 
-The functions compute the largest eigenvalues and the trace of the Hessian, the rise of the
-loss within a ball, and the loss along lines and planes. They take lists of arrays of any
-library, and callables for Hessian-vector products, the loss or its gradient. All vectors stay
-on the device of the arrays. ``loss_surface`` in `safe_core.adapters.torch.flatness` and
-`safe_core.adapters.jax.flatness` makes a `LossSurface`, which supplies these callables.
+The functions compute the largest eigenvalues and the trace of the Hessian, the spread of the
+Hessians of batches, the rise of the loss within a ball, and the loss along lines and planes. They
+take lists of arrays of any library, and callables for Hessian-vector products, the loss or its
+gradient. All vectors stay on the device of the arrays. ``loss_surface`` in
+`safe_core.adapters.torch.flatness` and `safe_core.adapters.jax.flatness` makes a `LossSurface`,
+which supplies these callables.
 `safe_core.flatness.figures` draws figures and needs matplotlib.
 
 Examples
@@ -18,6 +19,7 @@ Examples
 
 from .ascent import Sharpness, sharpness
 from .landscape import Landscape, filter_direction, landscape
+from .moments import Moment, hessian_moment
 from .spectrum import Eigenvalues, Trace, eigenvalues, trace
 from .surface import Loss, LossSurface
 
@@ -26,10 +28,12 @@ __all__ = [
     "Landscape",
     "Loss",
     "LossSurface",
+    "Moment",
     "Sharpness",
     "Trace",
     "eigenvalues",
     "filter_direction",
+    "hessian_moment",
     "landscape",
     "sharpness",
     "trace",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from safe_core.backends import Array
@@ -11,6 +12,7 @@ from safe_core.layout import Layout
 
 from .ascent import Sharpness, sharpness
 from .landscape import Landscape, filter_direction, landscape
+from .moments import Moment, hessian_moment
 from .spectrum import Eigenvalues, Trace, eigenvalues, trace
 from .vectors import Coordinates, Operator
 
@@ -41,8 +43,8 @@ class Loss(Protocol):
     ) -> tuple[Any, Sequence[Array]]:
         """Return the loss of one batch at ``arrays``, and its gradient."""
 
-    def hessian_product(self) -> Operator:
-        """Return ``v -> H v``, where H is the Hessian of the mean loss at the parameters."""
+    def hessian_product(self, batch: int | None = None) -> Operator:
+        """Return ``v -> H v``, with the Hessian of the mean loss, or of the loss of one batch."""
 
     def listed(self, structure: Any) -> list[Array]:
         """Return the arrays of a structure like that of the user's parameters."""
@@ -72,7 +74,7 @@ class LossSurface:
     ...         return [numpy.zeros(2)]
     ...     def support(self):
     ...         return None
-    ...     def hessian_product(self):
+    ...     def hessian_product(self, batch=None):
     ...         return lambda v: [numpy.asarray([2.0, 6.0]) * v[0]]
     ...     def structured(self, arrays):
     ...         return arrays
@@ -114,6 +116,29 @@ class LossSurface:
             self.loss.arrays(),
             samples,
             sketch=sketch,
+            seed=seed,
+            support=self.loss.support(),
+        )
+
+    def moment(
+        self,
+        order: int = 2,
+        *,
+        iterations: int = 100,
+        tolerance: float = 1e-3,
+        seed: int = 0,
+    ) -> Moment:
+        """Return how much the Hessians of the batches differ.
+
+        See `safe_core.flatness.hessian_moment`. It depends on the size of the batches: take that
+        of training.
+        """
+        return hessian_moment(
+            [partial(self.loss.hessian_product, i) for i in range(self.loss.batches)],
+            self.loss.arrays(),
+            order,
+            iterations=iterations,
+            tolerance=tolerance,
             seed=seed,
             support=self.loss.support(),
         )

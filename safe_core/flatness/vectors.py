@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from safe_core._dtypes import check_real_floating, wide_dtype
 from safe_core.backends import Array, backend_of, hashing
-from safe_core.random_signs import mixed, signed
+from safe_core.random_signs import fractions, mixed, signed
 
 __all__ = ["Coordinates", "Operator", "dot", "operator_on", "orthogonalised"]
 
@@ -127,9 +127,7 @@ class Coordinates:
     def _uniform(self, seed: int, stream: int) -> Array:
         """Return numbers in (0, 1), odd multiples of ``2**-24``."""
         xp = array_namespace(self.counter)
-        # 23 bits and the half are exact in float32, and never 0, whose logarithm is infinite.
-        bits = (self._bits(seed, stream) >> 9) & 0x7FFFFF
-        return (xp.astype(bits, self.dtype) + 0.5) * 2.0**-23
+        return fractions(self._bits(seed, stream), self.dtype, xp=xp)
 
     def _bits(self, seed: int, stream: int) -> Array:
         """Return 32 random bits for every coordinate, a hash of seed, stream and position.

@@ -10,7 +10,19 @@ import pytest
 import torch
 from array_backends import BFLOAT16, Backend, assert_same, projector
 
-from safe_core import NM, Block, Channel, Layout, SquaredGradient, Unstructured, project
+from safe_core import (
+    NM,
+    ArrayInfo,
+    Block,
+    Channel,
+    Layout,
+    Mask,
+    Method,
+    RandomOrder,
+    SquaredGradient,
+    Unstructured,
+    project,
+)
 from safe_core.importance import wanda
 
 # Sources
@@ -268,3 +280,49 @@ def test_importance_of_another_shape_is_refused(xp: Backend, shape: tuple[int, .
 def test_importance_of_another_library_is_refused() -> None:
     with pytest.raises(TypeError, match=r"importance of arrays must be .*numpy"):
         project(np.ones(2), 0.5, importance=Backend.STRICT.asarray(np.ones(2)))
+
+
+@functools.cache
+def random_order(seed: int) -> Any:
+    return RandomOrder(seed).init
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_random_order_is_that_of_every_library_and_no_magnitude(xp: Backend, seed: int) -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([1e-9, 1.0, 1e9], 100)
+    arrays = [rng.permutation(sizes).reshape(20, 15) * s for s in (1, -1)]
+    got = xp.run(random_order(seed), arrays)
+    wanted = RandomOrder(seed).init(arrays)
+    scores = [np.sqrt(np.asarray(p)) * np.abs(x) for p, x in zip(got, arrays, strict=True)]
+    for p, expected, score in zip(got, wanted, scores, strict=True):
+        np.testing.assert_allclose(p, expected, rtol=1e-6)
+        assert 0 < score.min() < score.max() < 1
+    assert len(np.unique(np.concatenate(scores).round(12))) == 600
+    for size in (1e-9, 1.0, 1e9):
+        mean = np.mean(scores[0][np.abs(arrays[0]) == size])
+        assert mean == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)
+def test_a_random_order_has_room_for_small_entries_and_none_for_zeros(dtype: np.dtype) -> None:
+    x = np.asarray([0.0, 6e-8, -1.0, 1e-30, 9.0, 6e4]).astype(dtype)
+    (p,) = RandomOrder().init([x])
+    assert p.dtype == np.float32
+    assert np.isfinite(p).all()
+    assert (p > 0).tolist() == [False, True, True, False, True, True]
+
+
+def test_a_mask_in_random_order_prunes_at_initialisation() -> None:
+    x = np.linspace(1, 2, 200).reshape(10, 20)
+    info = ArrayInfo(("w",), (Layout((1,), (0,)),))
+    masks = []
+    for seed in (0, 1):
+        method = Method(Unstructured(0.9, "row"), Mask(), importance=RandomOrder(seed))
+        state = method.init_importance([x])
+        first = method.importance.first_metric(state, joint=False)
+        masks.append(method.init([x], info, first).support[0])
+        assert masks[-1].sum(1).tolist() == [2] * 10
+    assert (masks[0] != masks[1]).any()
+    with pytest.raises(ValueError, match=r"seed must be below 2\*\*32, got 4294967296"):
+        RandomOrder(2**32)

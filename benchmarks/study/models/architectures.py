@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +103,10 @@ class LeNet:
         """Number of trained parameters."""
         return _count(self.layers())
 
+    def weights(self, without: Collection[str] = ()) -> int:
+        """Return the number of weights, without biases, normalisation and some layers."""
+        return _weights(self.layers(), without)
+
 
 @dataclass(frozen=True)
 class ResNet:
@@ -181,6 +185,10 @@ class ResNet:
         """Number of trained parameters."""
         return _count(self.layers())
 
+    def weights(self, without: Collection[str] = ()) -> int:
+        """Return the number of weights, without biases, normalisation and some layers."""
+        return _weights(self.layers(), without)
+
 
 @dataclass(frozen=True)
 class VGG19:
@@ -247,6 +255,10 @@ class VGG19:
         """Number of trained parameters."""
         return _count(self.layers())
 
+    def weights(self, without: Collection[str] = ()) -> int:
+        """Return the number of weights, without biases, normalisation and some layers."""
+        return _weights(self.layers(), without)
+
 
 Architecture = LeNet | ResNet | VGG19
 
@@ -287,6 +299,12 @@ def architecture(
 
 def _count(layers: Mapping[str, Layer]) -> int:
     return sum(layer.size for layer in layers.values())
+
+
+def _weights(layers: Mapping[str, Layer], without: Collection[str]) -> int:
+    kept = [layer for name, layer in layers.items() if name not in without]
+    biases = sum(layer.outputs for layer in kept if isinstance(layer, Dense))
+    return sum(layer.size for layer in kept if not isinstance(layer, Norm)) - biases
 
 
 def _check_width(width: float, channels: int) -> None:

@@ -23,6 +23,8 @@ class Cell(NamedTuple):
     sparsity : float, str or None
         None for dense training.
     seed : int
+    width : float or None
+        Width of the network; None if the study has one width only.
 
     Examples
     --------
@@ -35,13 +37,15 @@ class Cell(NamedTuple):
     method: str
     sparsity: Sparsity | None
     seed: int
+    width: float | None = None
 
     @property
     def title(self) -> str:
         """The name of the run in messages."""
         target = "" if self.sparsity is None else f" at {self.sparsity}"
+        width = "" if self.width is None else f", width {self.width:g}"
         noise = f", label noise {self.noise:g}" if self.noise else ""
-        return f"{self.method}{target}{noise}, seed {self.seed}, {self.framework}"
+        return f"{self.method}{target}{width}{noise}, seed {self.seed}, {self.framework}"
 
 
 def cells(recipe: Recipe) -> list[Cell]:
@@ -53,13 +57,14 @@ def cells(recipe: Recipe) -> list[Cell]:
     >>> from safe_core.study.runner import read_recipe
     >>> recipe = read_recipe(files("safe_core.study") / "recipes" / "table-2-digits.toml")
     >>> cells(recipe)[0]
-    Cell(framework='torch', noise=0.25, method='ADMM', sparsity=0.7, seed=0)
+    Cell(framework='torch', noise=0.25, method='ADMM', sparsity=0.7, seed=0, width=None)
     """
     return [
-        Cell(framework, noise, entry.label, sparsity, seed)
+        Cell(framework, noise, entry.label, sparsity, seed, width)
         for framework in recipe.frameworks
         for noise in recipe.data.label_noise
+        for width in recipe.widths
         for entry in recipe.methods
-        for sparsity in ((None,) if entry.is_dense else recipe.sparsities)
+        for sparsity in recipe.targets(entry, width)
         for seed in recipe.seeds
     ]

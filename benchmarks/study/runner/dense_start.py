@@ -30,9 +30,12 @@ def dense_start(recipe: Recipe, cell: Cell, folder: Path | None, device: str) ->
     dense = recipe.training_of(cell.method).dense
     if dense is None:
         return None
-    like = next(e for e in recipe.methods if recipe.training_of(e.label).dense == dense)
-    sparsity = None if like.is_dense else recipe.sparsities[0]
-    return _trained(recipe, cell._replace(method=like.label, sparsity=sparsity), folder, device)
+    for like in recipe.methods:
+        targets = recipe.targets(like, cell.width)
+        if targets and recipe.training_of(like.label).dense == dense:
+            cell = cell._replace(method=like.label, sparsity=targets[0])
+            break
+    return _trained(recipe, cell, folder, device)
 
 
 @lru_cache(maxsize=8)  # the seeds of one method take turns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,22 @@ from safe_core.flatness import Landscape
 from safe_core.flatness.figures import plot_contours, save
 
 from .cells import Cell
+from .figures_by_width import by_width
 from .methods import Entry
+from .plots import DASHES, MARKERS, errorbar, legend, new_axes, plain, scale
 from .recipe import Recipe
-from .statistics import FRAMEWORKS, LOWER_IS_BETTER, NAMES, mean_and_error, percent
+from .statistics import FRAMEWORKS, NAMES, mean_and_error, percent
 from .tables import sparsity_key
 
 __all__ = ["draw"]
-
-_MARKERS = "osD^vPX*"
-_DASHES = ("-", "--", "-.", ":")
-_COLUMN = 3.3  # width of a column on a two-column page, in inches
-_FONT = 8  # points
 
 
 def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
     """Draw the results, and return the files.
 
     Metrics of the report are drawn against sparsity and against every swept parameter, with a
-    line for each sparsity. Histories are drawn against epochs, weights and landscapes for the
-    first seed.
+    line for each sparsity. A study of several widths also has figures against width. Histories
+    are drawn against epochs, weights and landscapes for the first seed.
 
     Examples
     --------
@@ -47,17 +44,25 @@ def draw(recipe: Recipe, results: Mapping[Cell, Any], out: Path) -> list[Path]:
     []
     """
     found: list[Path] = []
-    panels = itertools.product(recipe.frameworks, recipe.data.label_noise)
-    for framework, noise in panels:
-        here = {c: r for c, r in results.items() if (c.framework, c.noise) == (framework, noise)}
+    panels = itertools.product(recipe.frameworks, recipe.data.label_noise, recipe.widths)
+    for panel in panels:
+        here = {c: r for c, r in results.items() if (c.framework, c.noise, c.width) == panel}
         if not here:
             continue
-        tail = _tail(recipe, framework, noise)
-        figures = _metrics(recipe, here, tail)
+        tail = _tail(recipe, *panel)
+        # Figures against width show all of a study whose sparsities apply to no method.
+        alone = len(recipe.widths) > 1 and not recipe.has_sparsities
+        figures = {} if alone else _metrics(recipe, here, tail)
         figures |= _histories(recipe, here, tail)
         figures |= _of_first_seed(recipe, here, tail)
         for name, figure in figures.items():
             found += save(figure, out / name)
+    if len(recipe.widths) > 1:
+        for framework, noise in itertools.product(recipe.frameworks, recipe.data.label_noise):
+            here = {c: r for c, r in results.items() if c[:2] == (framework, noise)}
+            tail = _tail(recipe, framework, noise)
+            for name, figure in by_width(recipe, here).items():
+                found += save(figure, out / f"{name}{tail}")
     return found
 
 
@@ -76,16 +81,6 @@ def _metrics(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str
     return figures
 
 
-def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(_COLUMN, 0.75 * _COLUMN), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(xlabel, fontsize=_FONT)
-    axes.set_ylabel(ylabel, fontsize=_FONT)
-    axes.tick_params(labelsize=_FONT - 1)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _colour(recipe: Recipe, label: str) -> Any:
     """Return the colour that a method has in every figure; methods of one sweep share it."""
     if label in recipe.dense:
@@ -97,72 +92,46 @@ def _colour(recipe: Recipe, label: str) -> Any:
     return colormaps["tab10" if len(families) <= 10 else "tab20"](families.index(family))
 
 
-def _shown(label: str) -> str:
-    """Return a label as matplotlib draws it: without formulas, and with a first underscore.
-
-    Examples
-    --------
-    >>> _shown("$x$"), _shown("_y")
-    ('\\\\$x\\\\$', ' _y')
-    """
-    text = label.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    """Add a legend, below the axes if it is long enough to cover lines."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 4:
-        columns = 2 if max(map(len, labels)) < 24 else 1
-        rows = -(-len(labels) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.16 * rows)
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, fontsize=_FONT - 1.5
-        )
-    elif labels:
-        axes.legend(fontsize=_FONT - 1.5)
-
-
 def _by_sparsity(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
     """Draw a line per method, with equal steps between sparsities, because they crowd near 1."""
     if len(recipe.sparsities) == 1:
         return _by_method(recipe, results, metric)
-    figure, axes = _axes("zero weights", NAMES.get(metric, metric))
+    figure, axes = new_axes("zero weights", NAMES.get(metric, metric))
     places = {s: i for i, s in enumerate(recipe.sparsities)}
     _dense(axes, recipe, results, metric)
     for i, entry in enumerate(recipe.methods):
         if not entry.is_dense:
             found = [_statistics(results, entry.label, s, metric) for s in places]
             colour = _colour(recipe, entry.label)
-            _errorbar(axes, list(places.values()), found, i, entry.label, colour)
+            errorbar(axes, list(places.values()), found, i, entry.label, colour)
     labels = [entry.label for entry in recipe.methods]
     for i, (method, points) in enumerate(_quoted(recipe, results, metric).items()):
         # Like the measured line, but hollow and dotted.
         i = labels.index(method) if method in labels else i
         axes.plot(
             [places[s] for s in points], list(points.values()), ":",
-            label=f"{_shown(method)} (quoted)", color=_colour(recipe, method),
-            marker=_MARKERS[i % 8], markersize=4, markerfacecolor="none", linewidth=1.2,
+            label=f"{plain(method)} (quoted)", color=_colour(recipe, method),
+            marker=MARKERS[i % 8], markersize=4, markerfacecolor="none", linewidth=1.2,
         )  # fmt: skip
     axes.set_xticks(list(places.values()), [percent(s) for s in places])
-    _scale(axes, metric)
-    _legend(figure, axes)
+    scale(axes, metric)
+    legend(figure, axes)
     return figure
 
 
 def _by_method(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
     """Draw a point per method, for the one sparsity of a study."""
     (sparsity,) = recipe.sparsities
-    figure, axes = _axes(f"{NAMES.get(metric, metric)}, at {percent(sparsity)}", "")
+    figure, axes = new_axes(f"{NAMES.get(metric, metric)}, at {percent(sparsity)}", "")
     entries = list(reversed(recipe.methods))
     for i, entry in enumerate(entries):
-        found = _statistics(results, entry.label, None if entry.is_dense else sparsity, metric)
+        found = _statistics(results, entry.label, sparsity, metric)
         if found is not None:
             axes.errorbar(
                 found[0], i, xerr=found[1], color=_colour(recipe, entry.label), marker="o",
                 markersize=4, capsize=2, linestyle="none",
             )  # fmt: skip
-    axes.set_yticks(range(len(entries)), [_shown(entry.label) for entry in entries])
+    axes.set_yticks(range(len(entries)), [plain(entry.label) for entry in entries])
     axes.set_ylim(-0.5, len(entries) - 0.5)
     figure.set_figheight(0.9 + 0.2 * len(entries))
     return figure
@@ -174,7 +143,7 @@ def _by_swept(
     """Draw a line per method and sparsity against a swept parameter."""
     swept = [entry.swept for entry in entries if entry.swept]
     values = list(dict.fromkeys(str(value) for _, value in swept))
-    figure, axes = _axes(swept[0][0].replace("_", " "), NAMES.get(metric, metric))
+    figure, axes = new_axes(swept[0][0].replace("_", " "), NAMES.get(metric, metric))
     places = _places([value for _, value in swept])
     families = dict.fromkeys(entry.family for entry in entries)
     _dense(axes, recipe, results, metric)
@@ -185,13 +154,13 @@ def _by_swept(
         name = f"{family}, {percent(sparsity)}" if len(families) > 1 else percent(sparsity)
         shade = recipe.sparsities.index(sparsity) / len(recipe.sparsities)
         colour = _lighter(_colour(recipe, own[0].label), 0.75 * shade)
-        _errorbar(axes, x, found, i, name, colour, _DASHES[list(families).index(family) % 4])
+        errorbar(axes, x, found, i, name, colour, DASHES[list(families).index(family) % 4])
     if places != list(range(len(places))):
         axes.set_xscale("log")
         axes.minorticks_off()
     axes.set_xticks(places, values, fontsize=7 if len(values) > 8 else None)
-    _scale(axes, metric)
-    _legend(figure, axes)
+    scale(axes, metric)
+    legend(figure, axes)
     return figure
 
 
@@ -211,17 +180,8 @@ def _places(values: list[Any]) -> list[float]:
 def _dense(axes: Any, recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> None:
     for entry in recipe.methods:
         mean, _ = _statistics(results, entry.label, None, metric) or (math.nan, 0)
-        if entry.is_dense and math.isfinite(mean):
-            axes.axhline(mean, color="0.4", linestyle="--", label=_shown(entry.label))
-
-
-def _scale(axes: Any, metric: str) -> None:
-    """Use a logarithmic axis if positive values span more than a factor of 30."""
-    values = np.asarray([y for line in axes.lines for y in line.get_ydata()], float)
-    values = values[np.isfinite(values)]
-    positive = metric in LOWER_IS_BETTER and values.size and values.min() > 0
-    if positive and values.max() >= 30 * values.min():
-        axes.set_yscale("log")
+        if entry.is_dense and not entry.swept and math.isfinite(mean):
+            axes.axhline(mean, color="0.4", linestyle="--", label=plain(entry.label))
 
 
 def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[str, Figure]:
@@ -230,7 +190,7 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
     kept = {c: r["history"] for c, r in results.items() if r.get("history")}
     for sparsity in recipe.sparsities if kept else ():
         for metric in ("accuracy", "dense_accuracy", "distance"):
-            figure, axes = _axes("epoch", NAMES[metric])
+            figure, axes = new_axes("epoch", NAMES[metric])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             for entry in recipe.methods:
                 of_seeds = [
@@ -242,7 +202,7 @@ def _histories(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> dict[s
                     _history(axes, of_seeds, recipe, entry)
             if not axes.lines:  # one point is no history
                 continue
-            _legend(figure, axes)
+            legend(figure, axes)
             found[f"history_{metric}_{str(sparsity).replace(':', 'of')}{tail}"] = figure
     return found
 
@@ -255,7 +215,7 @@ def _history(axes: Any, of_seeds: list[Any], recipe: Recipe, entry: Entry) -> No
     epochs, mean = points[0, :, 0], points[:, :, 1].mean(axis=0)
     colour = _colour(recipe, entry.label)
     style = "--" if entry.is_dense else "-"
-    axes.plot(epochs, mean, style, label=_shown(entry.label), color=colour, linewidth=1.2)
+    axes.plot(epochs, mean, style, label=plain(entry.label), color=colour, linewidth=1.2)
     if len(points) > 1:
         error = points[:, :, 1].std(axis=0, ddof=1) / np.sqrt(len(points))
         axes.fill_between(epochs, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
@@ -284,7 +244,7 @@ def _of_first_seed(recipe: Recipe, results: Mapping[Cell, Any], tail: str) -> di
 
 
 def _titled(method: str, result: Mapping[str, Any]) -> str:
-    name = _shown(method)
+    name = plain(method)
     return f"{name}\neigenvalue {result['eigenvalue']:.3g}" if "eigenvalue" in result else name
 
 
@@ -293,48 +253,28 @@ def _plane(result: Mapping[str, Any]) -> Landscape:
 
 
 def _weights(recipe: Recipe, histograms: Mapping[str, Any]) -> Figure:
-    figure, axes = _axes("weight before the last projection", "count")
+    figure, axes = new_axes("weight before the last projection", "count")
     for entry in recipe.methods:
         if entry.label in histograms:
             held = histograms[entry.label]
             colour = _colour(recipe, entry.label)
-            axes.stairs(held["counts"], held["edges"], label=_shown(entry.label), color=colour)
+            axes.stairs(held["counts"], held["edges"], label=plain(entry.label), color=colour)
     axes.set_yscale("log")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
 def _statistics(
     results: Mapping[Cell, Any], label: str, sparsity: Any, metric: str
 ) -> tuple[float, float] | None:
-    """Return mean and error over seeds: NaN if all diverged, None if nothing was run."""
-    here = [r for c, r in results.items() if (c.method, c.sparsity) == (label, sparsity)]
+    """Return mean and error over seeds: NaN if all diverged, None if nothing was run.
+
+    A run without a sparsity counts at every sparsity.
+    """
+    here = [r for c, r in results.items() if c.method == label and c.sparsity in (sparsity, None)]
     values = [result[metric] for result in here if result.get(metric) is not None]
     mean, error = mean_and_error(values) if values else (math.nan, None)
     return (mean, error or 0.0) if here else None
-
-
-def _errorbar(
-    axes: Any,
-    x: Sequence[float],
-    found: Sequence[tuple[float, float] | None],
-    i: int,
-    label: str,
-    colour: Any,
-    dashes: str = "-",
-) -> None:
-    """Draw a line through the available points; mark a method whose runs all diverged."""
-    held = [point for point in zip(x, found, strict=True) if point[1] is not None]
-    if not held:
-        return
-    x, pairs = zip(*held, strict=True)
-    means, errors = zip(*pairs, strict=True)
-    lost = all(map(math.isnan, means))
-    axes.errorbar(
-        x, means, yerr=errors, color=colour, marker=_MARKERS[i % 8], markersize=4, linewidth=1.2,
-        linestyle=dashes if len(held) > 1 else "none", capsize=2,
-        label=f"{_shown(label)} (diverged)" if lost else _shown(label),
-    )  # fmt: skip
 
 
 def _quoted(
@@ -351,8 +291,9 @@ def _quoted(
     return {method: points for method, points in found.items() if points}
 
 
-def _tail(recipe: Recipe, framework: str, noise: float) -> str:
-    """Return the end of file names that distinguishes frameworks and noises."""
+def _tail(recipe: Recipe, framework: str, noise: float, width: float | None = None) -> str:
+    """Return the end of file names that distinguishes frameworks, noises and widths."""
     parts = [FRAMEWORKS[framework].lower()] if len(recipe.frameworks) > 1 else []
     parts += [f"noise_{noise:g}"] if len(recipe.data.label_noise) > 1 else []
+    parts += [] if width is None else [f"width_{width:g}"]
     return "".join(f"_{part}" for part in parts)

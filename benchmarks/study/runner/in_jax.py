@@ -48,6 +48,7 @@ class Program(NamedTuple):
     init: Callable[[Any], Any]
     step: Callable[..., tuple[State, jax.Array]]
     project: Callable[[State], Any]
+    gradients: Callable[..., Any]
 
 
 Net = Architecture | OwnNetwork
@@ -99,6 +100,19 @@ class JaxLearner:
         """Return the current weights as NumPy arrays."""
         return _variables(self._state.params, self._state.statistics)
 
+    def kept_by_gradient(
+        self, method: Method, images: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> Variables:
+        """Return the weights with the largest ``|w g|``; see `Learner.kept_by_gradient`."""
+        with jax.default_device(self._device):
+            gradients = self._program.gradients(self._state, images, labels.astype(np.int32))
+            params = self._state.params
+            squares = jax.tree.map(jnp.square, gradients)
+            where = _selection(self._dense)
+            tx = sparse_optimizer(optax.identity(), method, where=where, importance=squares)
+            params = finalize(params, tx.init(params), method)
+        return _variables(params, self._state.statistics)
+
     def projected(self, method: Method | None) -> Variables:
         """Return the weights after the final projection; see `Learner.projected`."""
         with jax.default_device(self._device):
@@ -149,7 +163,10 @@ def _program(
     def project(state: State) -> Any:
         return state.params if method is None else finalize(state.params, state.optimizer, method)
 
-    return Program(jax.jit(tx.init), step, jax.jit(project))
+    def gradients(state: State, images: Any, labels: Any) -> Any:
+        return jax.grad(loss_fn, has_aux=True)(state.params, (images, labels), state.statistics)[0]
+
+    return Program(jax.jit(tx.init), step, jax.jit(project), jax.jit(gradients))
 
 
 def _base(training: Training, rate: Callable[[Any], jax.Array]) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from safe_core import Method
 from safe_core.adapters.torch import Sassha, SparseOptimizer
 from safe_core.adapters.torch.flatness import loss_surface
-from safe_core.adapters.torch.modules import recalibrate
+from safe_core.adapters.torch.modules import recalibrate, statistics_kept
 from safe_core.adapters.torch.weights import prunable_weights
 from safe_core.flatness import LossSurface
 from safe_core.study.data import Normalisation, channels_first
@@ -81,6 +81,23 @@ class TorchLearner:
     def variables(self) -> Variables:
         """Return the current weights as NumPy arrays."""
         return _variables(self._architecture, self._model.model)
+
+    def kept_by_gradient(
+        self, method: Method, images: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> Variables:
+        """Return the weights with the largest ``|w g|``; see `Learner.kept_by_gradient`."""
+        inputs, targets = _tensors(self._device, images, labels)
+        base = torch.optim.SGD(self._model.parameters(), lr=0.0)
+        sparse = self._sparse(base, method).sparse_parameters()
+        with statistics_kept(self._model):
+            loss = functional.cross_entropy(self._model(inputs), targets)
+            gradients = torch.autograd.grad(loss, list(sparse.values()))
+        squares = {name: g.square() for name, g in zip(sparse, gradients, strict=True)}
+        optimizer = SparseOptimizer(
+            base, method, model=self._model, where=self._where, importance=squares
+        )
+        with optimizer.sparse_weights():
+            return self.variables()
 
     def projected(self, method: Method | None) -> Variables:
         """Return the weights after the final projection; see `Learner.projected`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safe_core.study.models import Variables
 from safe_core.study.robustness import CORRUPTIONS, PGD, corrupt
 
 from .plan import Plan, Subject
-from .recipe import Attack, Evaluation
+from .recipe import MOMENTS, Attack, Evaluation
 
 __all__ = ["accuracy", "constraint_distance", "is_finite", "measure", "zeros"]
 
@@ -111,12 +112,28 @@ def _flatness(evaluation: Evaluation, plan: Plan, subject: Subject) -> dict[str,
         "trace": lambda: surface.trace(seed=plan.seed).value,
         "sharpness": lambda: surface.sharpness(evaluation.flatness_rho, seed=plan.seed).mean,
     }
+    measures |= _moments(evaluation, plan, subject, images, labels)
     found: dict[str, Any] = {name: float(measures[name]()) for name in evaluation.flatness}
     if evaluation.landscape_points:
         # One seed for all networks, so that they are cut along the same random directions.
         plane = surface.landscape(2, points=evaluation.landscape_points, seed=0)
         found["landscape"] = {name: x.tolist() for name, x in plane._asdict().items()}
     return found
+
+
+def _moments(
+    evaluation: Evaluation, plan: Plan, subject: Subject, images: Any, labels: Any
+) -> dict[str, Callable[[], float]]:
+    """Return the moments of the Hessians of batches of one size, to measure by name."""
+    size = evaluation.moment_batch or plan.training.batch_size
+    whole = max(size, len(labels) // size * size)
+    surface = subject.surface(list(_parts(images[:whole], labels[:whole], size)))
+
+    def moment(order: int) -> float:
+        value: float = surface.moment(order, seed=plan.seed).value
+        return value
+
+    return {name: partial(moment, int(name.removeprefix("moment_"))) for name in MOMENTS}
 
 
 def _corrupted(evaluation: Evaluation, plan: Plan, subject: Subject, severity: int) -> float:
@@ -159,9 +176,12 @@ def _tuning_batches(evaluation: Evaluation, plan: Plan) -> list[NDArray[np.float
     return found
 
 
-def _parts(images: Any, labels: Any) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    for i in range(0, len(labels), _BATCH):
-        yield pixels(images[i : i + _BATCH]), labels[i : i + _BATCH]
+def _parts(
+    images: Any, labels: Any, size: int | None = None
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    size = size or _BATCH
+    for i in range(0, len(labels), size):
+        yield pixels(images[i : i + size]), labels[i : i + size]
 
 
 def _leaves(tree: Any) -> Sequence[NDArray[Any]]:

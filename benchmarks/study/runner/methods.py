@@ -2,98 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import safe_core
-from safe_core import SAM, AtEnd, Channel, Method, Unstructured, _checks, importance, schedules
-from safe_core.patterns import Pattern, as_pattern
+from safe_core import SAM, AtEnd, Method, RandomOrder, Unstructured, _checks, importance, schedules
+from safe_core.patterns import as_pattern
 
+from .kinds import OF_PATTERN, OF_RUN, RECIPE_METHODS, Kind, Pruning
 from .own import Own, load
-from .tables import read_some, sparsity_key, text
+from .tables import number, read_some, sparsity_key, text
 from .training import Training
 
-__all__ = ["RECIPE_METHODS", "Entry", "read_entries"]
+__all__ = ["Entry", "read_entries"]
 
 Sparsity = float | str
 
 
-class Kind(NamedTuple):
-    """A method that a recipe can name: its constructor and the course of its sparsity.
-
-    Attributes
-    ----------
-    constructor : callable or None
-        None for dense training.
-    fixed : dict
-        Arguments that the name implies.
-    course : {"fixed", "rising", "drawn"}
-        The sparsity over time: constant, rising to its target, or drawn at random.
-    derives : bool
-        Whether the constructor derives its numbers from ``steps``. A recipe that gives a penalty
-        means the method as published, which gets no ``steps``.
-    pattern : callable
-        The pattern of a fraction that comes with a scope.
-
-    Examples
-    --------
-    >>> RECIPE_METHODS["cram_plus"].fixed
-    {'plus': True}
-    """
-
-    constructor: Callable[..., Method] | None
-    fixed: dict[str, Any] = {}  # noqa: RUF012 - never written to
-    course: str = "fixed"
-    derives: bool = False
-    pattern: Callable[..., Pattern] = Unstructured
-
-    def parameters(self) -> tuple[str, ...]:
-        """Return the parameters of the constructor after the first, which is the sparsity."""
-        if self.constructor is None:
-            return ()
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        found = inspect.signature(self.constructor).parameters.values()
-        return tuple(p.name for p in found if p.kind in kinds)[1:]
-
-    def options(self) -> tuple[str, ...]:
-        """Return the parameters that a recipe can set."""
-        if self.constructor is None:
-            return ("rho",)
-        names = [n for n in self.parameters() if n not in (*self.fixed, *_OF_RUN)]
-        if "penalty" in names:
-            names.append("penalty_schedule")
-        of_pattern = _OF_PATTERN if self.pattern is Unstructured else ("scope",)
-        return (*names, *of_pattern, *_OF_COURSE[self.course])
-
-
-_OF_PATTERN = ("scope", "distribution", "ragged")
-# Parameters of a user's function that the runner fills in.
-_OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
-_OF_COURSE = {
-    "fixed": (),
-    "rising": ("rise", "rise_epochs", "prune_every_epochs"),
-    "drawn": ("among",),
-}
-_SG = {"projected_gradient": True}
-RECIPE_METHODS = {
-    "dense": Kind(None),
-    "safe": Kind(safe_core.safe, derives=True),
-    "safe_sg": Kind(safe_core.safe, _SG, derives=True),
-    "safe_multi": Kind(safe_core.safe, {}, "drawn", derives=True),
-    "safe_sg_multi": Kind(safe_core.safe, _SG, "drawn", derives=True),
-    "admm": Kind(safe_core.admm, derives=True),
-    "magnitude": Kind(safe_core.magnitude),
-    "gmp": Kind(safe_core.gmp, {}, "rising"),
-    "iht": Kind(safe_core.iht),
-    "imp_sam": Kind(safe_core.imp_sam, {}, "rising"),
-    "adasap": Kind(safe_core.adasap, pattern=Channel),
-    "cram": Kind(safe_core.cram, {"plus": False}),
-    "cram_plus": Kind(safe_core.cram, {"plus": True}),
-    "cram_multi": Kind(safe_core.cram, {"plus": False}, "drawn"),
-    "cram_plus_multi": Kind(safe_core.cram, {"plus": True}, "drawn"),
-}
 _RISES = {
     "cubic": schedules.cubic,
     "exponential": schedules.exponential_sparsity,
@@ -101,7 +26,7 @@ _RISES = {
 }
 _PENALTIES = {"constant": None, "linear": schedules.linear, "cosine": schedules.cosine}
 # Keys of a method's table that are not parameters of the method.
-_OF_ENTRY = ("method", "label", "sweep", "training")
+_OF_ENTRY = ("method", "label", "sweep", "training", "against", "weights_of_width")
 _IMPORTANCES = {"squared_gradient": importance.SquaredGradient()}
 
 
@@ -121,6 +46,10 @@ class Entry:
         The parameter and value of the ``sweep`` that this entry belongs to.
     training : tuple of (str, value)
         Training settings that differ from those of the study.
+    against : str or None
+        Label of the method that it is compared with.
+    weights_of_width : float or None
+        In the place of a sparsity: the width of the dense network that has as many weights.
 
     Examples
     --------
@@ -136,6 +65,8 @@ class Entry:
     options: tuple[tuple[str, Any], ...] = ()
     swept: tuple[str, Any] | None = None
     training: tuple[tuple[str, Any], ...] = ()
+    against: str | None = field(default=None, compare=False)
+    weights_of_width: float | None = None
     # Names the entry in messages, so it does not count in comparisons.
     place: str = field(default="methods", compare=False)
 
@@ -160,6 +91,24 @@ class Entry:
     def runs(self) -> bool:
         """Whether the method can be built here; False for code that is only read."""
         return not isinstance(self.method, Own) or self.method.runs
+
+    def examples(self, sparsities: tuple[Sparsity, ...]) -> tuple[Sparsity | None, ...]:
+        """Return sparsities to build the method with, to check it."""
+        if self.weights_of_width is not None:
+            return (0.5,)
+        return (None,) if self.is_dense else sparsities
+
+    def pruning(self, sparsity: Sparsity | None, seed: int) -> Pruning | None:
+        """Return how the initial weights are pruned, or None if they are not.
+
+        ``seed`` draws random weights.
+        """
+        if not self.kind.prunes_start:
+            return None
+        values = self.values(sparsity)
+        order = RandomOrder(seed) if values["score"] == "random" else None
+        method = Method(_pattern(sparsity, values, self.kind), AtEnd(), importance=order)
+        return Pruning(method, values["score"])
 
     def check_sparsities(self, sparsities: tuple[Sparsity, ...]) -> None:
         """Refuse parameters for sparsities that the study does not have."""
@@ -207,7 +156,7 @@ class Entry:
             of_run = (epochs * steps_per_epoch, epochs, steps_per_epoch, seed)
             given = {
                 name: value
-                for name, value in zip(_OF_RUN, of_run, strict=True)
+                for name, value in zip(OF_RUN, of_run, strict=True)
                 if name in kind.parameters()
             }
             if kind.derives and "penalty" in values:
@@ -368,7 +317,20 @@ def _expanded(place: str, table: Any) -> Iterator[Entry]:
             if of != "default":
                 sparsity_key(f"{place}.{key}", of)
     training = read_some(Training, f"{place}.training", table.get("training", {}))
-    entry = Entry(method, label, options, training=tuple(training.items()), place=place)
+    against, width = table.get("against"), table.get("weights_of_width")
+    if width is not None and method == "dense":
+        raise ValueError(f"{place}.weights_of_width must be left out for dense, got {width!r}")
+    entry = Entry(
+        method,
+        label,
+        options,
+        training=tuple(training.items()),
+        against=None if against is None else text(f"{place}.against", against),
+        weights_of_width=None
+        if width is None
+        else number(0, excluded=0)(f"{place}.weights_of_width", width),
+        place=place,
+    )
     if not sweep:
         yield entry
     for key, values in sweep.items():
@@ -390,7 +352,7 @@ def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
         kind = Entry(method, name).kind
     except ValueError as error:
         raise ValueError(f"{place}.method: {error}") from error
-    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, *_OF_PATTERN)]
+    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, *OF_PATTERN)]
     if clash:
         raise ValueError(
             f"{place}.method must not have the parameter {clash[0]}, which is a key of every "

@@ -17,6 +17,7 @@ from safe_core.study.models import Architecture, Variables, architecture, initia
 from safe_core.study.noise import symmetric_label_noise
 
 from .cells import Cell
+from .kinds import Pruning
 from .networks import OwnNetwork, own_dataset
 from .own import Own
 from .recipe import Data, Recipe
@@ -25,7 +26,7 @@ from .training import Training
 __all__ = ["Learner", "Plan", "Subject", "layer_of", "plan"]
 
 # Random streams of a seed. `safe_core.study.data.batches` draws the order of the images.
-_WEIGHTS, _NOISE = 1, 2
+_WEIGHTS, _NOISE, _MASK = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Plan:
         Weights to start from, those of a trained network. None draws them at random.
     dense_layers : tuple of str
         Layers that no method prunes.
+    pruning : Pruning or None
+        How the weights are pruned before training.
     """
 
     data: Dataset
@@ -56,6 +59,7 @@ class Plan:
     augment: bool
     start: Variables | None = None
     dense_layers: tuple[str, ...] = ()
+    pruning: Pruning | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,6 +125,9 @@ class Learner(Protocol):
 
     def variables(self) -> Variables:
         """Return the current weights as NumPy arrays."""
+
+    def kept_by_gradient(self, method: Method, images: Any, labels: Any) -> Variables:
+        """Return the weights after a projection by ``|w g|``, with the gradient g on a batch."""
 
     def projected(self, method: Method | None) -> Variables:
         """Return the weights after the final projection, without changing the network.
@@ -197,12 +204,21 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
     noisy = symmetric_label_noise(
         labels, cell.noise, classes=clean.classes, seed=[cell.seed, _NOISE]
     )
+    entry, shape = recipe.entry(cell.method), images.shape[1:]
+    sparsity = cell.sparsity
+    if entry.weights_of_width is not None:
+        widths = (entry.weights_of_width, recipe.width(cell.width))
+        narrow, wide = (_network(recipe, cell.framework, clean.classes, shape, w) for w in widths)
+        sparsity = _sparsity_of(narrow, wide, recipe.model.dense_layers)
+    mask_seed = int(np.random.SeedSequence([cell.seed, _MASK]).generate_state(1)[0])
     return Plan(
         data=clean._replace(train=Split(images, noisy)),
-        architecture=_network(recipe, cell.framework, clean.classes, images.shape[1:]),
+        architecture=_network(
+            recipe, cell.framework, clean.classes, shape, recipe.width(cell.width)
+        ),
         training=training,
-        method=recipe.entry(cell.method).build(
-            cell.sparsity,
+        method=entry.build(
+            sparsity,
             epochs=training.epochs,
             steps_per_epoch=len(labels) // training.batch_size,
             seed=cell.seed,
@@ -210,16 +226,29 @@ def plan(recipe: Recipe, cell: Cell, folder: Path | None = None) -> Plan:
         seed=cell.seed,
         augment=recipe.data.augment,
         dense_layers=recipe.model.dense_layers,
+        pruning=entry.pruning(sparsity, mask_seed),
     )
 
 
 def _network(
-    recipe: Recipe, framework: str, classes: int, image: tuple[int, int, int]
+    recipe: Recipe, framework: str, classes: int, image: tuple[int, int, int], width: float
 ) -> Architecture | OwnNetwork:
     model = recipe.model
     if isinstance(model.name, Own):
         return OwnNetwork(model.name, model.options, framework, classes, image)
-    return architecture(model.name, classes=classes, image=image, width=model.width)
+    return architecture(model.name, classes=classes, image=image, width=width)
+
+
+def _sparsity_of(narrow: Any, wide: Any, dense_layers: tuple[str, ...]) -> float:
+    """Return the sparsity at which a wide network has as many weights as a narrow one.
+
+    >>> from safe_core.study.models import LeNet
+    >>> 100 * _sparsity_of(LeNet((2,), image=(2, 2, 1)), LeNet((4,), image=(2, 2, 1)), ())
+    50.89285714285714
+    """
+    kept, whole = (network.weights(dense_layers) for network in (narrow, wide))
+    # The half lies between two counts, so that rounding cannot reach the next one.
+    return (whole - kept + 0.5) / whole
 
 
 @lru_cache(maxsize=1)

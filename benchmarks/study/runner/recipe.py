@@ -18,6 +18,7 @@ from .tables import (
     integer,
     key,
     number,
+    one_or_several,
     options,
     several,
     sparsity,
@@ -28,11 +29,12 @@ from .tables import (
 from .training import Training
 
 __all__ = [
-    "AXES", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
+    "AXES", "MOMENTS", "Attack", "Data", "Evaluation", "Model", "Quote", "Recipe", "Report",
 ]  # fmt: skip
 
 _STEPS = 60  # per epoch, when methods are built only to check them
-AXES = ("method", "sparsity", "noise", "framework", "metric")
+MOMENTS = ("moment_2", "moment_3", "moment_4")
+AXES = ("method", "sparsity", "noise", "framework", "width", "metric")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Data:
 class Model:
     """``[model]``: a network of `safe_core.study.models`, or a function of your own.
 
-    ``dense_layers`` names the layers that no method prunes, such as ``dense3``.
+    ``width`` is one number, or a list. ``dense_layers`` names the layers that no method prunes,
+    such as ``dense3``.
 
     Examples
     --------
@@ -77,7 +80,7 @@ class Model:
 
     name: str | Own = key(either(Own, choice("lenet-300-100", "resnet-20", "resnet-32", "vgg-19")))
     options: tuple[tuple[str, Any], ...] = key(options, ())
-    width: float = key(number(0, excluded=0), 1.0)
+    width: float | tuple[float, ...] = key(one_or_several(number(0, excluded=0)), 1.0)
     dense_layers: tuple[str, ...] = key(several(text, empty=True), ())
 
     def __post_init__(self) -> None:
@@ -125,9 +128,10 @@ class Evaluation:
     batch_norm_tuning: bool = key(flag, False)
     batch_norm_samples: int = key(integer(1), 10000)
     flatness: tuple[str, ...] = key(
-        several(choice("eigenvalue", "trace", "sharpness"), empty=True), ()
+        several(choice("eigenvalue", "trace", "sharpness", *MOMENTS), empty=True), ()
     )
     flatness_images: int = key(integer(1), 1000)
+    moment_batch: int | None = key(integer(1), None)
     flatness_rho: float = key(number(0, excluded=0), 0.1)
     landscape_points: int = key(integer(0), 0)
     weight_bins: int = key(integer(0), 0)
@@ -275,11 +279,63 @@ class Recipe:
                 "files of code must have different names, because copies share a folder, "
                 f"got {', '.join(map(str, files))}"
             )
+        if self.quoted and len(self.widths) > 1:
+            raise ValueError("quoted must be left out with several widths, which it does not name")
         for entry in self.methods:
             entry.check_sparsities(self.sparsities)
+            self._check_widths(entry)
+            if entry.against is not None:
+                self._check_against(entry)
             epochs = entry.trained(self.training).epochs
-            for s in self.sparsities if entry.runs else ():
+            for s in entry.examples(self.sparsities) if entry.runs else ():
                 entry.build(s, epochs=epochs, steps_per_epoch=_STEPS, seed=0)
+
+    def _check_against(self, entry: Entry) -> None:
+        plain = {e.label: e for e in self.methods if not e.swept}
+        base = plain.get(str(entry.against))
+        if base is None:
+            raise ValueError(
+                f"{entry.place}.against must be the label of a method without a sweep: "
+                f"{', '.join(plain)}; got {entry.against!r}"
+            )
+        for width in self.widths:
+            there = self.targets(base, width)
+            if not all(None in there or s in there for s in self.targets(entry, width)):
+                raise ValueError(
+                    f"{entry.place}.against must be a method that is trained at the same widths "
+                    f"and sparsities, got {entry.against!r}"
+                )
+
+    def _check_widths(self, entry: Entry) -> None:
+        if entry.weights_of_width is None:
+            return
+        if isinstance(self.model.name, Own):
+            raise ValueError(
+                f"{entry.place}.weights_of_width must be left out for a network of your own, got "
+                f"{entry.weights_of_width:g}"
+            )
+        if not any(self.targets(entry, width) for width in self.widths):
+            raise ValueError(
+                f"{entry.place}.weights_of_width must be below a width of the study, "
+                f"{_checks.shown(self.model.width)}, got {entry.weights_of_width:g}"
+            )
+
+    @property
+    def widths(self) -> tuple[float | None, ...]:
+        """The widths of the runs; (None,) if there is one only."""
+        return self.model.width if isinstance(self.model.width, tuple) else (None,)
+
+    def width(self, width: float | None) -> float:
+        """Return the width of a run, given that of its cell."""
+        found = self.model.width if width is None else width
+        assert not isinstance(found, tuple)
+        return found
+
+    def targets(self, entry: Entry, width: float | None) -> tuple[Sparsity | None, ...]:
+        """Return the sparsities of a method at a width; None if the study's do not apply."""
+        if entry.weights_of_width is not None:
+            return (None,) if self.width(width) > entry.weights_of_width else ()
+        return (None,) if entry.is_dense else self.sparsities
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -293,6 +349,17 @@ class Recipe:
         """The labels of the methods that prune nothing."""
         return frozenset(entry.label for entry in self.methods if entry.is_dense)
 
+    @property
+    def without_sparsities(self) -> frozenset[str]:
+        """The labels of the methods to which the sparsities of the study do not apply."""
+        follow = {e.label for e in self.methods if e.weights_of_width is not None}
+        return self.dense | follow
+
+    @property
+    def has_sparsities(self) -> bool:
+        """Whether the sparsities of the study apply to a method."""
+        return any(entry.label not in self.without_sparsities for entry in self.methods)
+
     def entry(self, label: str) -> Entry:
         """Return the method with a label."""
         return next(entry for entry in self.methods if entry.label == label)
@@ -301,8 +368,10 @@ class Recipe:
         """Return the training settings of the method with a label."""
         return self.entry(label).trained(self.training)
 
-    def settings(self, label: str, target: Sparsity | None) -> dict[str, Any]:
-        """Return everything that the results of a method at a sparsity depend on, by name.
+    def settings(
+        self, label: str, target: Sparsity | None, width: float | None = None
+    ) -> dict[str, Any]:
+        """Return everything that the results of a method at a sparsity and width depend on.
 
         Other methods, the report and folders do not count.
         """
@@ -315,7 +384,10 @@ class Recipe:
             ("evaluation", self.evaluation),
         ):
             found |= {f"{place}.{f.name}": getattr(part, f.name) for f in fields(part)}
+        found["model.width"] = self.width(width)
         found |= {f"method.{name}": value for name, value in entry.values(target).items()}
+        if entry.weights_of_width is not None:
+            found["method.weights_of_width"] = entry.weights_of_width
         for name in ("data.folder", "data.label_noise", "evaluation.corruption_folder"):
             del found[name]
         # Results that were written before these keys existed count as well.
@@ -324,8 +396,9 @@ class Recipe:
         for name in ("model.dense_layers", "evaluation.corruption_ratio"):
             if not found[name]:
                 del found[name]
-        if found["training.eps"] is None:
-            del found["training.eps"]
+        for name in ("training.eps", "evaluation.moment_batch"):
+            if found[name] is None:
+                del found[name]
         return {name: _as_json(value) for name, value in found.items()}
 
 

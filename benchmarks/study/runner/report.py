@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cell, cells
+from .gains import gain_tables
 from .recipe_files import RECIPE, kept_recipe, replace_file
 from .results import Found, read_results
 from .statistics import Entry, Table, agreement, tables
@@ -61,7 +62,7 @@ def write_report(out: Path) -> list[Path]:
     results = found.results
     if not results:
         raise ValueError(f"{out} must hold at least one finished run, got none")
-    made = tables(recipe, results)
+    made = [*tables(recipe, results), *gain_tables(recipe, results)]
     state = f"{len(results)} of {len(planned)} runs are finished."
     state += "".join(f" {line}" for line in _troubles(found))
     used = {json.dumps(r["versions"], sort_keys=True) for r in results.values() if "versions" in r}

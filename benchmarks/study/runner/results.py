@@ -88,10 +88,11 @@ def append_line(file: Path, recipe: Recipe, cell: Cell, result: Mapping[str, Any
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     append_line(result_file(Path(folder)), recipe, cell, {"accuracy": 97.5})
     ...     read_results(Path(folder), recipe).results
-    {Cell(framework='jax', noise=0.5, method='SAFE', sparsity=0.95, seed=1): {'accuracy': 97.5}}
+    {Cell(framework='jax', noise=0.5, method='SAFE', sparsity=0.95, seed=1, width=None): \
+{'accuracy': 97.5}}
     """
     entry: dict[str, Any] = {
-        "settings": recipe.settings(cell.method, cell.sparsity),
+        "settings": recipe.settings(cell.method, cell.sparsity, cell.width),
         "cell": cell._asdict(),
         "failed" if isinstance(result, str) else "result": result,
     }
@@ -133,9 +134,12 @@ def read_results(out: Path, recipe: Recipe) -> Found:
     failures: dict[Cell, str] = {}
     others: dict[Cell, str] = {}
     for cell, settings, result in (e for f in result_files(out) for e in _entries(f, metrics)):
+        if len(recipe.widths) == 1:  # another width is another setting
+            cell = cell._replace(width=None)
         if cell not in planned:
             continue
-        difference = _difference(settings, recipe.settings(cell.method, cell.sparsity))
+        wanted = recipe.settings(cell.method, cell.sparsity, cell.width)
+        difference = _difference(settings, wanted)
         if difference:
             if not isinstance(result, str):
                 others[cell] = difference
@@ -161,8 +165,10 @@ def _entries(file: Path, metrics: tuple[str, ...]) -> Iterator[tuple[Cell, Any, 
         try:
             entry = json.loads(line.decode())
             parts = {name: _typed(name, entry["cell"][name], t) for name, t in _OF_CELL.items()}
-            cell = Cell(**parts)
             settings = _typed("settings", entry["settings"], dict)
+            # Studies of one width record it as a setting only.
+            width = entry["cell"].get("width") or settings.get("model.width")
+            cell = Cell(**parts, width=_typed("width", width, int | float | None))
             if "failed" in entry:
                 result: Any = _typed("failed", entry["failed"], str)
             else:

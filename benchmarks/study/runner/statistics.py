@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .cells import Cell
-from .recipe import AXES, Recipe
+from .recipe import AXES, MOMENTS, Recipe
 from .tables import sparsity_key
 
 __all__ = [
-    "Agreement", "Entry", "Table", "agreement", "decimals", "mean_and_error", "percent", "tables",
+    "Agreement", "Entry", "Table", "agreement", "decimals", "mean_and_error", "percent", "shown",
+    "tables", "tells",
 ]  # fmt: skip
 
 Place = tuple[Any, ...]  # along AXES
-LOWER_IS_BETTER = ("distance", "seconds", "peak_memory", "eigenvalue", "trace", "sharpness")
+LOWER_IS_BETTER = (
+    "distance", "seconds", "peak_memory", "eigenvalue", "trace", "sharpness", *MOMENTS,
+)  # fmt: skip
 # These say how a method works, or what it costs where it ran; they make no method better.
 _NOT_RANKED = ("distance", "seconds", "peak_memory")
 NAMES = {
@@ -30,6 +33,9 @@ NAMES = {
     "eigenvalue": "largest Hessian eigenvalue",
     "trace": "Hessian trace",
     "sharpness": "sharpness",
+    "moment_2": "second moment of Hessians",
+    "moment_3": "third moment of Hessians",
+    "moment_4": "fourth moment of Hessians",
     "pgd_linf": "accuracy under PGD, linf, %",
     "pgd_l2": "accuracy under PGD, l2, %",
     **{f"corruption_{i}": f"accuracy on corruptions, intensity {i}, %" for i in range(1, 6)},
@@ -192,9 +198,10 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
     """
     means = _means(recipe, results, ("accuracy",))
     compared, largest, apart = 0, 0.0, []
-    for (method, sparsity, noise, framework, _), ours in means.items():
-        theirs = means.get((method, sparsity, noise, "jax", "accuracy"))
-        repeated = method in recipe.dense and sparsity != recipe.sparsities[0]
+    plain = recipe.without_sparsities
+    for (method, sparsity, noise, framework, width, _), ours in means.items():
+        theirs = means.get((method, sparsity, noise, "jax", width, "accuracy"))
+        repeated = method in plain and sparsity != recipe.sparsities[0]
         if framework != "torch" or theirs is None or repeated:
             continue
         compared += 1
@@ -205,8 +212,10 @@ def agreement(recipe: Recipe, results: Mapping[Cell, Any]) -> Agreement | None:
         # A mean is NaN if all seeds diverged. If that holds in both frameworks, they agree.
         alike = math.isnan(ours.mean) and math.isnan(theirs.mean)
         if not (difference <= max(1.0, 3 * errors) or alike):
-            where = [method if method in recipe.dense else f"{method} at {percent(sparsity)}"]
-            where += [_shown("noise", noise)] if _tells(recipe, AXES.index("noise"), noise) else []
+            where = [method if method in plain else f"{method} at {percent(sparsity)}"]
+            for axis, value in (("width", width), ("noise", noise)):
+                told = tells(recipe, axis)
+                where += [shown(axis, value)] if told else []
             apart.append(", ".join(where))
     return Agreement(compared, largest, apart) if compared else None
 
@@ -244,7 +253,7 @@ def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
         _table(
             recipe,
             {p: e for p, e in everything.items() if tuple(p[i] for i in apart) == kind},
-            [_shown(AXES[i], v) for i, v in zip(apart, kind, strict=True) if _tells(recipe, i, v)],
+            [shown(AXES[i], v) for i, v in zip(apart, kind, strict=True) if tells(recipe, AXES[i])],
         )
         for kind in kinds
     ]
@@ -253,12 +262,12 @@ def tables(recipe: Recipe, results: Mapping[Cell, Any]) -> list[Table]:
 def _means(
     recipe: Recipe, results: Mapping[Cell, Any], metrics: Sequence[str]
 ) -> dict[Place, Entry]:
-    """Return entries averaged over seeds. A dense network appears under every sparsity."""
+    """Return entries averaged over seeds. A run without a sparsity appears under every one."""
     values: dict[Place, list[float | None]] = {}
     for cell, result in results.items():
-        targets = recipe.sparsities if cell.method in recipe.dense else (cell.sparsity,)
+        targets = recipe.sparsities if cell.sparsity is None else (cell.sparsity,)
         for metric, sparsity in itertools.product(metrics, targets):
-            place = (cell.method, sparsity, cell.noise, cell.framework, metric)
+            place = (cell.method, sparsity, cell.noise, cell.framework, cell.width, metric)
             values.setdefault(place, []).append(result.get(metric))
     found = {}
     for place, of_seeds in values.items():
@@ -302,7 +311,7 @@ def _quotes(recipe: Recipe, found: Mapping[Place, Entry]) -> dict[Place, Entry]:
             shown = sparsity in recipe.sparsities and quote.noise in recipe.data.label_noise
             if shown and quote.metric in recipe.report.metrics:
                 label = f"{quote.method} (quoted {number})"
-                place = (label, sparsity, quote.noise, framework, quote.metric)
+                place = (label, sparsity, quote.noise, framework, None, quote.metric)
                 entries[place] = Entry(mean, error[0] if error else None, quoted=number)
     return entries
 
@@ -326,9 +335,9 @@ def _table(recipe: Recipe, entries: Mapping[Place, Entry], apart: list[str]) -> 
         caption=": ".join([recipe.title, ", ".join(apart)] if apart else [recipe.title]),
         heads=recipe.report.rows,
         rows=tuple(
-            tuple(_shown(AXES[i], v) for i, v in zip(row_axes, row, strict=True)) for row in rows
+            tuple(shown(AXES[i], v) for i, v in zip(row_axes, row, strict=True)) for row in rows
         ),
-        columns=tuple(_shown(AXES[column_axis], column[0]) for column in columns),
+        columns=tuple(shown(AXES[column_axis], column[0]) for column in columns),
         entries=placed,
         notes=tuple(_notes(recipe, entries)),
     )
@@ -341,6 +350,7 @@ def _order(recipe: Recipe, axes: Sequence[int]) -> Any:
         "sparsity": recipe.sparsities,
         "noise": recipe.data.label_noise,
         "framework": recipe.frameworks,
+        "width": recipe.widths,
         "metric": recipe.report.metrics,
     }
 
@@ -383,10 +393,15 @@ def _notes(recipe: Recipe, entries: Mapping[Place, Entry]) -> Iterator[str]:
         yield f"quoted {number}: from {sources[number - 1]}, not measured here"
 
 
-def _tells(recipe: Recipe, axis: int, value: Any) -> bool:
+def tells(recipe: Recipe, axis: str) -> bool:
     """Return whether a caption needs the value of an axis."""
-    alone = {"noise": recipe.data.label_noise == (0.0,), "framework": len(recipe.frameworks) == 1}
-    return not alone.get(AXES[axis], False)
+    alone = {
+        "noise": recipe.data.label_noise == (0.0,),
+        "framework": len(recipe.frameworks) == 1,
+        "width": len(recipe.widths) == 1,
+        "sparsity": not recipe.has_sparsities,
+    }
+    return not alone.get(axis, False)
 
 
 def percent(sparsity: Any) -> str:
@@ -400,11 +415,14 @@ def percent(sparsity: Any) -> str:
     return sparsity if isinstance(sparsity, str) else f"{100 * sparsity:g}%"
 
 
-def _shown(axis: str, value: Any) -> str:
+def shown(axis: str, value: Any) -> str:
+    """Return the value of an axis as tables show it."""
     if axis == "sparsity":
         return percent(value)
     if axis == "noise":
         return f"{100 * value:g}% label noise"
     if axis == "framework":
         return FRAMEWORKS[value]
+    if axis == "width":
+        return f"width {value:g}"
     return NAMES.get(value, value) if axis == "metric" else str(value)

@@ -11,8 +11,20 @@ from safe_core import _checks
 from safe_core.patterns import as_pattern
 
 __all__ = [
-    "choice", "either", "flag", "integer", "key", "number", "options", "read", "read_some",
-    "several", "sparsity", "sparsity_key", "text",
+    "choice",
+    "either",
+    "flag",
+    "integer",
+    "key",
+    "number",
+    "one_or_several",
+    "options",
+    "read",
+    "read_some",
+    "several",
+    "sparsity",
+    "sparsity_key",
+    "text",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -242,6 +254,24 @@ def sparsity_key(name: str, value: str) -> float | str:
         raise ValueError(
             f'{name} must have sparsities as keys, such as "0.9" or "2:4", got {value!r}'
         ) from None
+
+
+def one_or_several(reader: Reader) -> Reader:
+    """Return a reader of a value, or of a list of them; a list of one counts as its value.
+
+    Examples
+    --------
+    >>> one_or_several(number(0))("width", [1, 2]), one_or_several(number(0))("width", 2)
+    ((1.0, 2.0), 2.0)
+    """
+
+    def read_either(name: str, value: Any) -> Any:
+        if not isinstance(value, list):
+            return reader(name, value)
+        found = several(reader)(name, value)
+        return found if len(found) > 1 else found[0]
+
+    return read_either
 
 
 def several(reader: Reader, *, empty: bool = False) -> Reader:

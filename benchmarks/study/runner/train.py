@@ -18,6 +18,7 @@ from .dense_start import dense_start
 from .machine import machine, peak_memory, reset_peak_memory
 from .measure import MakeSubject, accuracy, constraint_distance, is_finite, measure
 from .plan import Learner, Plan, plan
+from .pruned_start import with_pruned_start
 from .recipe import Evaluation, Recipe
 from .units import part, side, trains_dense
 
@@ -82,7 +83,10 @@ def run_unit(
         Called after each epoch.
     """
     start = dense_start(recipe, unit[0], folder, device)
-    made = [replace(plan(recipe, cell, folder), start=start) for cell in unit]
+    made = [
+        with_pruned_start(replace(plan(recipe, cell, folder), start=start), cell, device)
+        for cell in unit
+    ]
     first, framework = made[0], unit[0].framework
     if trains_dense(first.method):
         first = replace(first, method=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def units(recipe: Recipe, left: Iterable[Cell]) -> list[Unit]:
     dense: dict[str, bool] = {}
     for entry in recipe.methods:
         epochs = entry.trained(recipe.training).epochs
-        targets: tuple[Any, ...] = (None,) if entry.is_dense else recipe.sparsities
+        targets = entry.examples(recipe.sparsities)
         built = [entry.build(s, epochs=epochs, steps_per_epoch=_STEPS, seed=0) for s in targets]
         dense[entry.label] = all(map(trains_dense, built))
     found: dict[Any, list[Cell]] = {}
     for cell in left:
-        shared = (cell.framework, cell.noise, cell.seed, recipe.training_of(cell.method))
+        training = recipe.training_of(cell.method)
+        shared = (cell.framework, cell.noise, cell.seed, cell.width, training)
         found.setdefault(shared if dense[cell.method] else cell, []).append(cell)
     return [tuple(unit) for unit in found.values()]
 
@@ -84,6 +86,9 @@ def check(recipe: Recipe, left: Iterable[Cell], folder: Path | None, device: str
         try:
             made = plan(recipe, cell, folder)
             side(cell.framework).check(made, device)
+            if made.pruning is not None:
+                pruned = replace(made, method=made.pruning.method)
+                side(cell.framework).check(pruned, device)
         except Exception as error:
             error.add_note(f"in {cell.title}; nothing was trained")
             raise
@@ -92,10 +97,10 @@ def check(recipe: Recipe, left: Iterable[Cell], folder: Path | None, device: str
 
 
 def _kinds(left: Iterable[Cell]) -> Iterator[Cell]:
-    """Yield one run for every framework, method and sparsity."""
+    """Yield one run for every framework, method and sparsity, at its first width."""
     seen = set()
     for cell in left:
-        kind = cell._replace(seed=0, noise=0.0)
+        kind = cell._replace(seed=0, noise=0.0, width=None)
         if kind not in seen:
             seen.add(kind)
             yield cell
