@@ -9,6 +9,7 @@ from safe_core._installed import require
 
 require(__name__, "jax", "optax", extra="jax")
 
+from .compressed import load_compressed, save_compressed
 from .coverage import coverage
 from .evaluation import sparse_weights
 from .flatness import loss_surface
@@ -33,9 +34,11 @@ __all__ = [
     "hessian_diagonal",
     "is_prunable",
     "layout_of",
+    "load_compressed",
     "loss_surface",
     "report",
     "sassha",
+    "save_compressed",
     "sparse_optimizer",
     "sparse_weights",
     "value_and_gradients",

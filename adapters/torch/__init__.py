@@ -11,6 +11,7 @@ from safe_core._installed import require
 require(__name__, "torch", extra="torch")
 
 from .channels import RemovedChannels, remove_channels
+from .compressed import load_compressed, save_compressed
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
@@ -30,11 +31,13 @@ __all__ = [
     "SparseTrainerMixin",
     "add_low_rank",
     "hessian_diagonal",
+    "load_compressed",
     "loss_surface",
     "merge_low_rank",
     "perturbed",
     "prunable_weights",
     "recalibrate",
     "remove_channels",
+    "save_compressed",
     "unwrap",
 ]
