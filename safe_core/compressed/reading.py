@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ def compressed_header(file: Path, header: Header) -> dict[str, Any] | None:
 def read_compressed(path: Path) -> dict[str, RawTensor]:
     """Read all tensors of a file, an index of shards, or a folder with these.
 
-    Aliases are one and the same object.
+    Aliases are one and the same object. Threads read some tensors while others are decoded.
 
     Raises
     ------
@@ -67,7 +70,7 @@ def read_compressed(path: Path) -> dict[str, RawTensor]:
     """
     found: dict[str, RawTensor] = {}
     for file, names in _files(path).items():
-        here = dict(read_file(file))
+        here = dict(read_file(file, threads=_threads()))
         for name in [name for name in names or () if name not in here]:
             raise DamagedFileError(f"{file} must hold {name}, as its index says, but does not")
         for name in [name for name in here if name in found]:
@@ -92,8 +95,14 @@ def _files(path: Path) -> Mapping[Path, Sequence[str] | None]:
     return dict.fromkeys(files)
 
 
-def read_file(file: Path) -> Iterator[tuple[str, RawTensor]]:
+def _threads() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+def read_file(file: Path, *, threads: int = 0) -> Iterator[tuple[str, RawTensor]]:
     """Yield the names and tensors of one file. Aliases come last, as the same object.
+
+    With ``threads``, all tensors are in memory together, otherwise one at a time.
 
     Raises
     ------
@@ -109,20 +118,20 @@ def read_file(file: Path) -> Iterator[tuple[str, RawTensor]]:
         raise ValueError(
             f"path must be a file that save_compressed wrote, got {file}, which is not compressed"
         )
-    reader = _Reader(file, header)
-    shared = {told.get("as") for told in tensors.values() if told["form"] == "same"}
-    held: dict[str, RawTensor] = {}
-    for name, told in tensors.items():
-        if told["form"] != "same":
-            tensor = reader.tensor(name, told)
-            if name in shared:
+    aliases = {name: told.get("as") for name, told in tensors.items() if told["form"] == "same"}
+    own = {name: told for name, told in tensors.items() if name not in aliases}
+    reader, held = _Reader(file, header), dict[str, RawTensor]()
+    with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
+        tasks = (own, own.values())
+        found = pool.map(reader.tensor, *tasks) if pool else map(reader.tensor, *tasks)
+        for name, tensor in zip(own, found, strict=True):
+            if name in aliases.values():
                 held[name] = tensor
             yield name, tensor
-    for name, told in tensors.items():
-        if told["form"] == "same":
-            if told.get("as") not in held:
-                raise DamagedFileError(f"{file} must hold the tensor that {name} shares")
-            yield name, held[told["as"]]
+    for alias, name in aliases.items():
+        if name not in held:
+            raise DamagedFileError(f"{file} must hold the tensor that {alias} shares")
+        yield alias, held[name]
     if reader.left:
         raise DamagedFileError(f"{file} must describe all its tensors, got {min(reader.left)}")
 
