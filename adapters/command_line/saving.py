@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from safe_core.adapters.torch.blocks.fingerprints import fingerprint
-from safe_core.adapters.torch.blocks.structure import evaluation_mode
+from safe_core.adapters.torch.example_inputs import evaluation_mode
 
 from .model_folder import read_model
 

@@ -10,7 +10,7 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
-from .channels import RemovedChannels, remove_channels
+from .channels import RemovedChannels, shrink
 from .compressed import load_compressed, save_compressed
 from .flatness import loss_surface
 from .importance import hessian_diagonal
@@ -19,6 +19,7 @@ from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
 from .sassha import Sassha
+from .sparse_model import sparse_modules
 from .trainers import SparseTrainerMixin, perturbed, unwrap
 from .weights import prunable_weights
 
@@ -37,7 +38,8 @@ __all__ = [
     "perturbed",
     "prunable_weights",
     "recalibrate",
-    "remove_channels",
     "save_compressed",
+    "shrink",
+    "sparse_modules",
     "unwrap",
 ]

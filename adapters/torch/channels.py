@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +13,18 @@ from torch.optim import Optimizer
 from safe_core import _checks
 from safe_core._installed import require
 
-from .channel_layers import ChannelLayers, tensors
+from .channel_layers import ChannelLayers
+from .example_inputs import arguments, compare, evaluation_mode
 from .optimizer import SparseOptimizer
 
-__all__ = ["RemovedChannels", "remove_channels"]
+__all__ = ["RemovedChannels", "shrink"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
 
 
 class RemovedChannels(NamedTuple):
-    """What `remove_channels` did.
+    """What `shrink` did.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class RemovedChannels(NamedTuple):
 
 
 @torch.no_grad()
-def remove_channels(
+def shrink(
     model: nn.Module,
     example_inputs: Any,
     optimizer: Optimizer | None = None,
@@ -95,7 +95,7 @@ def remove_channels(
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with torch.no_grad():
     ...     _ = model[0].weight[1].zero_(), model[0].bias[1].zero_()
-    >>> remove_channels(model, torch.randn(5, 4)).removed
+    >>> shrink(model, torch.randn(5, 4)).removed
     {'0': 1}
     >>> model
     Sequential(
@@ -104,11 +104,11 @@ def remove_channels(
       (2): Linear(in_features=2, out_features=2, bias=True)
     )
     """
-    require("remove_channels", "torch_kirigami", extra="channels")
+    require("shrink", "torch_kirigami", extra="channels")
     _check(model, optimizer)
     _checks.flag("drop_constants", drop_constants)
-    args, kwargs = _arguments(example_inputs)
-    with _evaluating(model):
+    args, kwargs = arguments(example_inputs)
+    with evaluation_mode(model):
         return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer, drop_constants)
 
 
@@ -131,7 +131,7 @@ def _remove(
     try:
         graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
         found = _Closure(graph, layers, dead)
-        kept = found.shrink(zero)
+        kept = found.close(zero)
         if not found.seeds:
             return RemovedChannels(model, {}, kept)
         removed = found.outputs()
@@ -153,7 +153,12 @@ def _remove(
         ChannelLayers(trial).drop(constants)
         wanted = call(trial)
         Pruner(trial).apply(plan)
-        _compare(wanted, call(trial))
+        compare(
+            wanted,
+            call(trial),
+            "model must compute the same without its zero channels, got other outputs for "
+            "example_inputs: does an activation map 0 to another number, as sigmoid does?",
+        )
         del trial
         buffers = _Buffers(model, optimizer)
         result = pruner.apply(plan)[1]
@@ -180,7 +185,7 @@ class _Closure:
         self.graph, self.layers, self.dead = graph, layers, dead
         self.seeds: dict[str, set[int]] = {}
 
-    def shrink(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
+    def close(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
         """Leave the channels that can go without a change; return those that stay, and why."""
         self.seeds = {name: set(indices) for name, indices in zero.items()}
         kept: dict[str, str] = {}
@@ -334,48 +339,6 @@ def _check(model: Any, optimizer: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)!r}")
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if torch.is_tensor(example_inputs):
-        return (example_inputs,), {}
-    if not isinstance(example_inputs, (tuple, list)):
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple or a mapping of arguments, got "
-            f"{type(example_inputs)!r}"
-        )
-    return tuple(example_inputs), {}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each module back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _compare(wanted: Any, got: Any) -> None:
-    """Raise unless the outputs of two networks agree up to rounding."""
-    for a, b in zip(tensors(wanted), tensors(got), strict=True):
-        if a.shape == b.shape and not a.is_floating_point():
-            same = torch.equal(a, b)
-        else:
-            largest = a.abs().amax() if a.numel() else 0
-            same = a.shape == b.shape and bool(
-                ((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * largest).all()
-            )
-        if not same:
-            raise ValueError(
-                "model must compute the same without its zero channels, got other outputs for "
-                "example_inputs: does an activation map 0 to another number, as sigmoid does?"
-            )
 
 
 def _join(*parts: str) -> str:

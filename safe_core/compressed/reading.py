@@ -209,13 +209,13 @@ class _Reader:
         data = np.empty(entry.stop - entry.start, np.uint8)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin + entry.start)
-            view, done = memoryview(data), 0
+            view, done = data.data, 0
             while done < len(view):  # one read returns at most 2 GB
                 got = stream.readinto(view[done:])
                 if not got:
                     raise DamagedFileError(f"{self.file} must be complete, got its end too early")
                 done += got
-        if f"{zlib.crc32(data):08x}" != told:
+        if f"{zlib.crc32(view):08x}" != told:
             raise self._damaged(entry.name)
         return data
 

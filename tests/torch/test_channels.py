@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer, remove_channels
+from safe_core.adapters.torch import SparseOptimizer, shrink
 
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 8 * 8, dtype=torch.float64).sin().reshape(4, 3, 8, 8)
 
@@ -106,7 +106,7 @@ def test_outputs_stay_and_exactly_the_zero_channels_go(
     model = made(make, zero)
     wanted, before = outputs(model), sum(p.numel() for p in model.parameters())
     widths = {name: model.get_submodule(name).weight.shape[0] for name in removed}
-    found = remove_channels(model, IMAGES)
+    found = shrink(model, IMAGES)
     assert found.model is model
     assert model.training
     assert found.removed == removed
@@ -121,7 +121,7 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
     with torch.no_grad():
         model.depthwise.bias[0] = 0
     wanted = outputs(model)
-    assert remove_channels(model, IMAGES).removed == {"a": 1, "depthwise": 1}
+    assert shrink(model, IMAGES).removed == {"a": 1, "depthwise": 1}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -140,7 +140,7 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
 def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason: str) -> None:
     model = made(make, zero)
     before = copy.deepcopy(model.state_dict())
-    found = remove_channels(model, IMAGES)
+    found = shrink(model, IMAGES)
     assert found.removed == {}
     assert set(found.kept) == {next(iter(zero))}
     assert reason in next(iter(found.kept.values()))
@@ -163,8 +163,8 @@ def test_constants_raise_or_are_dropped(make: Any) -> None:
                 value[[1, 4]] = 0
     wanted = outputs(dropped)
     with pytest.raises(ValueError, match=rf"2 of {norm}\. Pass drop_constants=True"):
-        remove_channels(model, IMAGES)
-    assert remove_channels(model, IMAGES, drop_constants=True).removed == {name: 2}
+        shrink(model, IMAGES)
+    assert shrink(model, IMAGES, drop_constants=True).removed == {name: 2}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -174,7 +174,7 @@ def test_a_bias_before_a_norm_that_is_zero_has_no_effect() -> None:
     with torch.no_grad():
         model.stem.bias[1] = 1
     wanted = outputs(model)
-    assert remove_channels(model, IMAGES).removed == {"stem": 1, "conv2": 1}
+    assert shrink(model, IMAGES).removed == {"stem": 1, "conv2": 1}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -185,10 +185,10 @@ def test_a_running_mean_counts_as_a_constant(mean: float) -> None:
         model.norm1.bias[1] = 0
         model.norm1.running_mean[1] = mean
     if not mean:
-        assert remove_channels(model, IMAGES).removed == {"conv1": 1}
+        assert shrink(model, IMAGES).removed == {"conv1": 1}
         return
     with pytest.raises(ValueError, match="constant channels: 1 of norm1"):
-        remove_channels(model, IMAGES)
+        shrink(model, IMAGES)
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus()])
@@ -196,7 +196,7 @@ def test_an_activation_that_does_not_keep_zero_is_refused(activation: nn.Module)
     model = made(lambda: layers(activation), {"0": [1]})
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"model must compute the same .* as sigmoid does"):
-        remove_channels(model, IMAGES)
+        shrink(model, IMAGES)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -214,7 +214,7 @@ def test_buffers_of_the_optimizer_keep_the_entries_that_stay(kind: Any) -> None:
         for p in (model.conv1.weight, model.norm1.weight, model.norm1.bias):
             p[[1, 4]] = 0
     before = {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
-    assert remove_channels(model, IMAGES, optimizer, drop_constants=True).removed == {"conv1": 2}
+    assert shrink(model, IMAGES, optimizer, drop_constants=True).removed == {"conv1": 2}
     left = [0, 2, 3, 5, 6, 7, 8, 9]
     rows = {"conv1.weight": 0, "norm1.weight": 0, "norm1.bias": 0, "conv2.weight": 1}
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
@@ -253,8 +253,8 @@ def test_adasap_continues_on_the_smaller_network() -> None:
     train(optimizer, method.perturbation.start)
     optimizer.finalize()
     with pytest.raises(TypeError, match=r"optimizer must be the base .* optimizer\.base"):
-        remove_channels(model, IMAGES, optimizer)
-    assert remove_channels(model, IMAGES, base, drop_constants=True).removed == {"conv1": 5}
+        shrink(model, IMAGES, optimizer)
+    assert shrink(model, IMAGES, base, drop_constants=True).removed == {"conv1": 5}
     last = safe_core.keep_zeros(rho=2.0, adaptive=True)
     optimizer = SparseOptimizer(base, last, model=model, where=inner)
     assert base.state[model.conv1.weight]["momentum_buffer"].shape == (5, 8, 3, 3)
@@ -268,7 +268,7 @@ def test_arguments_come_as_a_tensor_a_tuple_or_by_name() -> None:
     for inputs in (IMAGES, (IMAGES,), {"x": IMAGES}):
         model = made(Residual, {"conv1": [1], "norm1": [1]})
         model.norm.eval()
-        assert remove_channels(model, inputs).removed == {"conv1": 1}
+        assert shrink(model, inputs).removed == {"conv1": 1}
         assert model.training
         assert not model.norm.training
 
@@ -295,7 +295,7 @@ class Branching(nn.Module):
 )
 def test_a_bad_argument_is_named(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        remove_channels(*arguments, **options)
+        shrink(*arguments, **options)
 
 
 def test_a_buffer_of_another_shape_is_refused() -> None:
@@ -303,5 +303,5 @@ def test_a_buffer_of_another_shape_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.conv1.weight]["rows"] = torch.ones(10)
     with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
-        remove_channels(model, IMAGES, optimizer)
+        shrink(model, IMAGES, optimizer)
     assert model.conv1.out_channels == 10
