@@ -10,7 +10,7 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
-from .channels import RemovedChannels, shrink
+from .channels import RemovedChannels, shrink, silence_channels
 from .compressed import load_compressed, save_compressed
 from .flatness import loss_surface
 from .importance import hessian_diagonal
@@ -40,6 +40,7 @@ __all__ = [
     "recalibrate",
     "save_compressed",
     "shrink",
+    "silence_channels",
     "sparse_modules",
     "unwrap",
 ]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import _checks
 from safe_core._installed import require
 
 from .channel_layers import ChannelLayers
 from .example_inputs import arguments, compare, evaluation_mode
 from .optimizer import SparseOptimizer
 
-__all__ = ["RemovedChannels", "shrink"]
+__all__ = ["RemovedChannels", "shrink", "silence_channels"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
@@ -46,8 +46,6 @@ def shrink(
     model: nn.Module,
     example_inputs: Any,
     optimizer: Optimizer | None = None,
-    *,
-    drop_constants: bool = False,
 ) -> RemovedChannels:
     """Remove the output channels of linear and convolution layers whose weights are all zero.
 
@@ -57,8 +55,8 @@ def shrink(
     equal up to rounding. This is checked on ``example_inputs`` before the model changes.
 
     A bias, or the shift of a batch norm, makes a channel constant instead of zero. Masks of
-    weights leave them free. So remove channels before the last stage of training, and pass
-    ``drop_constants=True``: the network then computes what it would with these entries at zero.
+    weights leave them free. So call `silence_channels` first, and both before the last stage of
+    training, which adapts to it.
 
     The model is changed in place, like its parameters in ``optimizer``, whose buffers of the shape
     of a parameter, such as momentum, keep the entries of the channels that stay. Create a
@@ -72,8 +70,6 @@ def shrink(
         One argument, all positional ones, or all by name. Random values will do.
     optimizer : torch.optim.Optimizer, optional
         Optimizer of the model's parameters; of a `SparseOptimizer`, its ``base``.
-    drop_constants : bool
-        Whether biases and shifts of channels without weights are dropped. Otherwise they raise.
 
     Returns
     -------
@@ -86,9 +82,9 @@ def shrink(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot be traced, has channels that are constant without
-        ``drop_constants=True``, or would compute something else, or if a buffer of the optimizer
-        has another shape than its parameter. Nothing has changed then.
+        If the model cannot be traced, has channels that are constant, or would compute something
+        else, or if a buffer of the optimizer has another shape than its parameter. Nothing has
+        changed then.
 
     Examples
     --------
@@ -106,10 +102,109 @@ def shrink(
     """
     require("shrink", "torch_kirigami", extra="channels")
     _check(model, optimizer)
-    _checks.flag("drop_constants", drop_constants)
     args, kwargs = arguments(example_inputs)
-    with evaluation_mode(model):
-        return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer, drop_constants)
+    with evaluation_mode(model), _naming_the_model():
+        return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer)
+
+
+@torch.no_grad()
+def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Set to zero what keeps channels without weights from being zero, in place.
+
+    A channel whose weights are all zero still has the value of its bias, or of the shift of the
+    batch norm after it. This sets such biases, and the scales and shifts of the norms, to zero,
+    for the channels that `shrink` can take out. The outputs change, so do it before the last
+    stage of training: either `shrink` the model then, or keep the zeros of all its parameters by
+    `safe_core.keep_zeros`, with ``where=``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that torch.fx can trace.
+    example_inputs : tensor, tuple or mapping
+        One argument, all positional ones, or all by name. Random values will do.
+
+    Returns
+    -------
+    dict of str to int
+        Number of channels that are silent now, by the name of the layer or the norm.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch-kirigami is missing, which the extra ``channels`` installs.
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the model cannot be traced.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight[1].zero_()
+    >>> silence_channels(model, torch.randn(5, 4))
+    {'0': 1}
+    >>> model[0].bias[1].item()
+    0.0
+    """
+    require("silence_channels", "torch_kirigami", extra="channels")
+    _check(model, None)
+    args, kwargs = arguments(example_inputs)
+    with evaluation_mode(model), _naming_the_model():
+        found = _Removable(model, args, kwargs)
+        found.layers.drop(found.constants)
+    return {name: len(indices) for name, indices in found.constants.items()}
+
+
+@contextmanager
+def _naming_the_model() -> Iterator[None]:
+    """Raise errors of torch-kirigami as those of an argument."""
+    from torch_kirigami import KirigamiError
+
+    try:
+        yield
+    except KirigamiError as error:
+        raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
+
+
+class _Removable:
+    """The channels of a model that can be removed.
+
+    Attributes
+    ----------
+    layers : ChannelLayers
+    graph : DependencyGraph or None
+        None if no channel is zero.
+    kept : dict of str to str
+        Layers with channels that are zero and stay, and why.
+    removed, constants : dict of str to list of int
+        Output channels that go, and those of them that are constant instead of zero.
+    selections : list
+        The former, as torch-kirigami takes them.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from torch_kirigami import DependencyGraph
+
+        self.layers = layers = ChannelLayers(model)
+        self.graph, self.kept = None, dict[str, str]()
+        self.removed: dict[str, list[int]] = {}
+        self.constants: dict[str, list[int]] = {}
+        dead, silent = (layers.quiet(args, kwargs, constants=flag) for flag in (False, True))
+        zero = {name: indices for name, indices in layers.zero().items() if name in dead}
+        if not zero:
+            return
+        self.graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
+        found = _Closure(self.graph, layers, dead)
+        self.kept = found.close(zero)
+        if not found.seeds:
+            return
+        self.removed, self.selections = found.outputs(), found.selections()
+        for name, indices in self.removed.items():
+            constant = [i for i in indices if name in silent and not silent[name][i]]
+            if constant:
+                self.constants[name] = constant
 
 
 def _remove(
@@ -118,56 +213,37 @@ def _remove(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     optimizer: Optimizer | None,
-    drop_constants: bool,
 ) -> RemovedChannels:
-    from torch_kirigami import DependencyGraph, KirigamiError
     from torch_kirigami.pruning import Pruner
 
-    layers = ChannelLayers(model)
-    dead, silent = (layers.quiet(args, kwargs, constants=flag) for flag in (False, True))
-    zero = {name: indices for name, indices in layers.zero().items() if name in dead}
-    if not zero:
-        return RemovedChannels(model, {}, {})
-    try:
-        graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
-        found = _Closure(graph, layers, dead)
-        kept = found.close(zero)
-        if not found.seeds:
-            return RemovedChannels(model, {}, kept)
-        removed = found.outputs()
-        constants = {
-            name: [i for i in indices if not silent[name][i]]
-            for name, indices in removed.items()
-            if name in silent
-        }
-        constants = {name: indices for name, indices in constants.items() if indices}
-        if constants and not drop_constants and layers.have_effect(constants, args, kwargs):
-            counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
-            raise ValueError(
-                "channels without weights must have no bias, and no scale and shift of a norm, got "
-                f"constant channels: {counts}. Pass drop_constants=True to drop these"
-            )
-        pruner = Pruner(model, graph=graph)
-        plan = pruner.plan_remove(found.selections())
-        trial = copy.deepcopy(model)
-        ChannelLayers(trial).drop(constants)
-        wanted = call(trial)
-        Pruner(trial).apply(plan)
-        compare(
-            wanted,
-            call(trial),
-            "model must compute the same without its zero channels, got other outputs for "
-            "example_inputs: does an activation map 0 to another number, as sigmoid does?",
+    found = _Removable(model, args, kwargs)
+    if not found.removed:
+        return RemovedChannels(model, {}, found.kept)
+    layers, constants = found.layers, found.constants
+    if constants and layers.have_effect(constants, args, kwargs):
+        counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
+        raise ValueError(
+            "channels without weights must have no bias, and no scale and shift of a norm, got "
+            f"constant channels: {counts}. Call silence_channels first to set these to zero"
         )
-        del trial
-        buffers = _Buffers(model, optimizer)
-        result = pruner.apply(plan)[1]
-    except KirigamiError as error:
-        raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
+    pruner = Pruner(model, graph=found.graph)
+    plan = pruner.plan_remove(found.selections)
+    trial = copy.deepcopy(model)
+    wanted = call(trial)
+    Pruner(trial).apply(plan)
+    compare(
+        wanted,
+        call(trial),
+        "model must compute the same without its zero channels, got other outputs for "
+        "example_inputs: does an activation map 0 to another number, as sigmoid does?",
+    )
+    del trial
+    buffers = _Buffers(model, optimizer)
+    result = pruner.apply(plan)[1]
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
     buffers.cut(result.parameter_map, maps)
-    gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, gone, kept)
+    gone = {name: len(ids) for name, ids in found.removed.items() if not layers.is_norm(name)}
+    return RemovedChannels(model, gone, found.kept)
 
 
 class _Closure:

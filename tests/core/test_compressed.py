@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,28 @@ def test_values_are_aligned(tmp_path: Path) -> None:
     assert header.begin % 8 == 0
     for entry in header.entries:
         assert entry.start % WIDTHS[entry.dtype] == 0
+
+
+def test_the_reader_in_the_docs_reads_every_form(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "zeros.md").read_text()
+    (code,) = (
+        c for c in re.findall(r"```{testcode}\n(.*?)```", page, re.DOTALL) if "def read" in c
+    )
+    assert len(code.splitlines()) < 60
+    names: dict[str, Any] = {}
+    exec(code[: code.index("\nfor name, array")], names)
+    tensors = {dtype: random((7, 12), dtype, 0.4) for dtype in WIDTHS} | {
+        "2:4": two_of_four((5, 20)), "full": random((3, 4), "F32", 1), "one": random((), "I64", 1),
+    }  # fmt: skip
+    path = tmp_path / "m.safetensors"
+    saved = write_compressed(path, tensors, aliases={"tied": "F32"})
+    assert set(saved.forms.values()) == {"dense", "bitmask", "2:4", "same as F32"}
+    found = names["read"](path)
+    assert found["tied"] is found["F32"]
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape
+        assert found[name].dtype.itemsize == WIDTHS[tensor.dtype]
+        assert found[name].tobytes() == tensor.data.tobytes()
 
 
 # Damage

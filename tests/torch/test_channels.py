@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer, shrink
+from safe_core.adapters.torch import SparseOptimizer, shrink, silence_channels
 
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 8 * 8, dtype=torch.float64).sin().reshape(4, 3, 8, 8)
 
@@ -150,7 +150,7 @@ def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason
 @pytest.mark.parametrize(
     "make", [Residual, lambda: layers(nn.ReLU(), nn.BatchNorm2d(8, affine=False))]
 )
-def test_constants_raise_or_are_dropped(make: Any) -> None:
+def test_constants_raise_until_they_are_silent(make: Any) -> None:
     name, norm = ("conv1", "norm1") if make is Residual else ("0", "1")
     model = made(make, {})
     with torch.no_grad():
@@ -162,9 +162,14 @@ def test_constants_raise_or_are_dropped(make: Any) -> None:
             if value is not None:
                 value[[1, 4]] = 0
     wanted = outputs(dropped)
-    with pytest.raises(ValueError, match=rf"2 of {norm}\. Pass drop_constants=True"):
+    with pytest.raises(ValueError, match=rf"2 of {norm}\. Call silence_channels first"):
         shrink(model, IMAGES)
-    assert shrink(model, IMAGES, drop_constants=True).removed == {name: 2}
+    silent = silence_channels(model, IMAGES)
+    assert silent == ({norm: 2} if make is Residual else {name: 2, norm: 2})
+    assert_same_outputs(outputs(model), wanted)
+    assert model.get_submodule(name).weight.shape[0] > 2
+    assert silence_channels(model, IMAGES) == {}
+    assert shrink(model, IMAGES).removed == {name: 2}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -214,7 +219,7 @@ def test_buffers_of_the_optimizer_keep_the_entries_that_stay(kind: Any) -> None:
         for p in (model.conv1.weight, model.norm1.weight, model.norm1.bias):
             p[[1, 4]] = 0
     before = {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
-    assert shrink(model, IMAGES, optimizer, drop_constants=True).removed == {"conv1": 2}
+    assert shrink(model, IMAGES, optimizer).removed == {"conv1": 2}
     left = [0, 2, 3, 5, 6, 7, 8, 9]
     rows = {"conv1.weight": 0, "norm1.weight": 0, "norm1.bias": 0, "conv2.weight": 1}
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
@@ -254,7 +259,8 @@ def test_adasap_continues_on_the_smaller_network() -> None:
     optimizer.finalize()
     with pytest.raises(TypeError, match=r"optimizer must be the base .* optimizer\.base"):
         shrink(model, IMAGES, optimizer)
-    assert shrink(model, IMAGES, base, drop_constants=True).removed == {"conv1": 5}
+    silence_channels(model, IMAGES)
+    assert shrink(model, IMAGES, base).removed == {"conv1": 5}
     last = safe_core.keep_zeros(rho=2.0, adaptive=True)
     optimizer = SparseOptimizer(base, last, model=model, where=inner)
     assert base.state[model.conv1.weight]["momentum_buffer"].shape == (5, 8, 3, 3)
@@ -284,18 +290,17 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("arguments", "message"),
     [
-        ((3, IMAGES), {}, "model must be a torch.nn.Module"),
-        ((nn.Linear(2, 2), 3), {}, "example_inputs must be a tensor"),
-        ((nn.Linear(2, 2), IMAGES, 3), {}, "optimizer must be a torch.optim.Optimizer"),
-        ((nn.Linear(2, 2), IMAGES), {"drop_constants": 1}, "drop_constants must be True or False"),
-        ((made(Branching, {"conv": [0]}), IMAGES), {}, "torch-kirigami can cut: FX capture"),
+        ((3, IMAGES), "model must be a torch.nn.Module"),
+        ((nn.Linear(2, 2), 3), "example_inputs must be a tensor"),
+        ((nn.Linear(2, 2), IMAGES, 3), "optimizer must be a torch.optim.Optimizer"),
+        ((made(Branching, {"conv": [0]}), IMAGES), "torch-kirigami can cut: FX capture"),
     ],
 )
-def test_a_bad_argument_is_named(arguments: Any, options: Any, message: str) -> None:
+def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        shrink(*arguments, **options)
+        shrink(*arguments)
 
 
 def test_a_buffer_of_another_shape_is_refused() -> None:
