@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import projection, steps
 from .block import block_step
+from .loading import loading
 from .memory import memory
 from .report import machine, plot, tables
 from .reporting import reports
@@ -30,6 +31,7 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
         "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
         "report": lambda: reports(width=width, batch=batch, repeats=repeats),
         "block": lambda: block_step(hidden=max(64, 16 * width), tokens=8 * batch, repeats=repeats),
+        "loading": lambda: loading(blocks=2 if quick else 30, repeats=repeats),
         "memory": lambda: memory(size=size),
     }
 

@@ -99,3 +99,14 @@ def sparsity(name: str, value: Any) -> Any:
     if not 0 <= value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be a fraction in [0, 1), such as 0.95, got {value!r}")
     return value
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters escaped: names in files could command a terminal.
+
+    Examples
+    --------
+    >>> printable("a\\x1b[2Jb"), printable("naïve")
+    ('a\\\\x1b[2Jb', 'naïve')
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -5,17 +5,15 @@ Damage of any kind ends in one error, `DamagedFileError`, whose message names th
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import stat
 from collections.abc import Collection, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
+
+from safe_core.tensor_files import DamagedFileError, check_file, read_json, shards
 
 from .gguf_files import read_gguf
 from .safetensors_files import read_safetensors
-from .stored_tensors import DamagedFileError, StoredTensor
+from .stored_tensors import StoredTensor
 from .torch_files import read_torch
 
 __all__ = [
@@ -32,12 +30,10 @@ __all__ = [
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _TORCH_INDEX, _TORCH = "pytorch_model.bin.index.json", "pytorch_model.bin"
-_LARGEST_JSON = 100_000_000
 _READERS = {
     ".safetensors": ("safetensors file", read_safetensors),
     ".gguf": ("GGUF file", read_gguf),
 }
-_POINTERS = {b"version https://git-lfs": "git lfs pull", b"/annex/objects/": "git annex get"}
 
 
 def gguf_of(folder: Path, gguf_file: str | None = None) -> Path | None:
@@ -129,7 +125,7 @@ def weight_sources(path: Path, gguf_file: str | None = None) -> dict[Path, Colle
         raise ValueError(f"path must be an existing file or folder of weights, got {path}")
     if not path.is_dir():
         check_file(path)
-        return _shards(path) if path.name.endswith(".index.json") else {path: None}
+        return {**shards(path)} if path.name.endswith(".index.json") else {path: None}
     if (gguf := gguf_of(path, gguf_file)) is not None:
         return {gguf: None}
     for index, single in ((_INDEX, _SINGLE), (_TORCH_INDEX, _TORCH)):
@@ -137,7 +133,7 @@ def weight_sources(path: Path, gguf_file: str | None = None) -> dict[Path, Colle
         if (path / single).exists():
             return {path / single: None}
         if (path / index).exists():
-            return _shards(path / index)
+            return {**shards(path / index)}
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise ValueError(
@@ -145,81 +141,6 @@ def weight_sources(path: Path, gguf_file: str | None = None) -> dict[Path, Colle
             "none of these"
         )
     return dict.fromkeys(found)
-
-
-def _shards(index: Path) -> dict[Path, Collection[str] | None]:
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise DamagedFileError(f"{index} must be an index of shards with a weight_map")
-    paths = {}
-    for name in sorted(set(names.values())):
-        parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-        if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
-            raise DamagedFileError(f"{index} must name shards inside its folder, got {name}")
-        paths[name] = index.parent / name  # "a" and "./a" are the same path
-        if not paths[name].exists():
-            raise DamagedFileError(f"{index} must name existing shards, but {name} is missing")
-    found: dict[Path, list[str]] = {path: [] for path in paths.values()}
-    for tensor, name in names.items():
-        found[paths[name]].append(tensor)
-    return {**found}
-
-
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises
-    ------
-    DamagedFileError
-        If it is none, or is a pointer to a file that was not downloaded.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "config.json"
-    >>> _ = file.write_text("{")
-    >>> read_json(file)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    safe_core...DamagedFileError: .../config.json must be a JSON file: Expecting property name ...
-    """
-    check_file(file)
-    if file.stat().st_size > _LARGEST_JSON:
-        raise DamagedFileError(f"{file} must be a JSON file of at most {_LARGEST_JSON:,} bytes")
-    try:
-        return json.loads(file.read_bytes())
-    except RecursionError:
-        raise DamagedFileError(f"{file} must be a JSON file: it is nested too deep") from None
-    except ValueError as error:
-        raise DamagedFileError(f"{file} must be a JSON file: {error}") from error
-
-
-def check_file(file: Path) -> None:
-    """Raise unless a file can be read: FIFOs and devices could wait or go on for ever.
-
-    Raises
-    ------
-    DamagedFileError
-        If it is no regular file, or a pointer of git-lfs or git-annex in the place of one.
-
-    Examples
-    --------
-    >>> check_file(Path("/dev/null"))
-    Traceback (most recent call last):
-    safe_core.command_line.stored_tensors.DamagedFileError: /dev/null must be a regular file
-    """
-    mode = os.stat(file).st_mode
-    if not stat.S_ISREG(mode):
-        raise DamagedFileError(f"{file} must be a regular file")
-    with file.open("rb") as stream:
-        head = stream.read(32)
-    for start, command in _POINTERS.items():
-        if head.startswith(start):
-            tool = "-".join(command.split()[:2])
-            raise DamagedFileError(
-                f"{file} must hold the data itself, got a pointer of {tool}: run `{command}` in "
-                "its folder, or download the file again"
-            )
 
 
 def read_tensors(file: Path) -> Iterator[StoredTensor]:

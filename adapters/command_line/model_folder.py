@@ -367,6 +367,12 @@ def check_model_folder(folder: Path, gguf_file: str | None = None) -> Path | Non
             f"Hugging Face Hub, run `hf download {hub} --local-dir model` or, in Python, "
             f"huggingface_hub.snapshot_download({hub!r}, local_dir='model')"
         )
+    packed = sorted(folder.glob("*.compressed.safetensors"))
+    if packed:
+        raise ValueError(
+            f"model folder must hold weights that transformers loads, got {packed[0]}: restore "
+            f"them with `safe-core decompress {folder} --out NEW_FOLDER`"
+        )
     gguf = gguf_of(folder, gguf_file)
     config = folder / "config.json"
     if gguf is None and not config.is_file():

@@ -9,18 +9,9 @@ from typing import Any
 
 import typer
 
+from safe_core._checks import printable
+
 __all__ = ["as_given", "by_option", "printable", "quiet_transformers", "say", "show"]
-
-
-def printable(text: str) -> str:
-    """Return a text with control characters escaped: names in files could command a terminal.
-
-    Examples
-    --------
-    >>> printable("a\\x1b[2Jb"), printable("naïve")
-    ('a\\\\x1b[2Jb', 'naïve')
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def as_given(context: typer.Context) -> str:

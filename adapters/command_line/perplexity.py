@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core.adapters.torch.blocks.calibration import check_tokens
-from safe_core.adapters.torch.blocks.structure import evaluation_mode
+from safe_core.adapters.torch.example_inputs import evaluation_mode
 
 from .chats import chat_renderer
 from .text_files import read_text_file

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from safe_core.adapters.torch.blocks.fingerprints import fingerprint
-from safe_core.adapters.torch.blocks.structure import evaluation_mode
+from safe_core.adapters.torch.example_inputs import evaluation_mode
 
 from .model_folder import read_model
 
@@ -20,17 +20,30 @@ __all__ = ["Imprint", "check_saved", "copy_other_files"]
 
 # Files with weights in other formats still hold the dense ones.
 _WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data",
     ".gguf", ".ggml", ".ot", ".tflite", ".npz", ".npy", ".mlmodel", ".index.json",
 )  # fmt: skip
+_SAFETENSORS = (".safetensors", ".safetensors.index.json")
 _ROUNDING = 1e-2  # of 16-bit products that another kernel sums in another order
 
 
-def copy_other_files(source: Path, folder: Path) -> None:
+def copy_other_files(source: Path, folder: Path, *, model_card: bool = False) -> list[str]:
     """Copy what belongs to a model besides its weights, such as a processor or a licence.
 
-    Files that the folder holds already stay, and so do hidden files, subfolders, and the model
-    card, in the source.
+    Files that the folder holds already stay, and so do hidden files, subfolders, and by default
+    the model card, in the source.
+
+    Parameters
+    ----------
+    source, folder : pathlib.Path
+    model_card : bool
+        Whether to copy the model card too.
+
+    Returns
+    -------
+    list of str
+        The names of weights in other formats than safetensors, hidden files and subfolders, which
+        stay in the source.
 
     Examples
     --------
@@ -39,14 +52,20 @@ def copy_other_files(source: Path, folder: Path) -> None:
     >>> for name in ("LICENSE", "model.onnx", "README.md", ".git"):
     ...     (source / name).touch()
     >>> copy_other_files(source, folder)
+    ['.git', 'model.onnx']
     >>> [file.name for file in folder.iterdir()]
     ['LICENSE']
     """
+    left = []
     for file in sorted(source.iterdir()):
         name = file.name.lower()
-        wanted = not name.endswith(_WEIGHTS) and not name.startswith(".") and name != "readme.md"
-        if wanted and file.is_file() and not (folder / file.name).exists():
+        if name.endswith(_SAFETENSORS) or (name == "readme.md" and not model_card):
+            continue
+        if not file.is_file() or name.endswith(_WEIGHTS) or name.startswith("."):
+            left.append(file.name)
+        elif not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    return left
 
 
 class Imprint(NamedTuple):

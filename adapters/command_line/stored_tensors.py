@@ -1,4 +1,4 @@
-"""A tensor in a weight file, its numeric formats, and the error of a damaged file."""
+"""A tensor in a weight file, and its numeric formats."""
 
 from __future__ import annotations
 
@@ -9,21 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .output import printable
+from safe_core.tensor_files import LONGEST_NAME, DamagedFileError
 
 __all__ = ["FORMATS", "LONGEST_NAME", "DamagedFileError", "Format", "StoredTensor", "mapped"]
-
-LONGEST_NAME = 4096  # characters; longer names only serve to fill memory
-
-
-class DamagedFileError(ValueError):
-    """A file is not what it should be; the message names the file and the fault.
-
-    Names come from the file, so control characters in the message are escaped.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
 
 
 class Format(NamedTuple):

@@ -10,6 +10,7 @@ from safe_core._installed import require
 
 require(__name__, "jax", "optax", extra="jax")
 
+from .compressed import load_compressed, save_compressed
 from .coverage import coverage
 from .evaluation import sparse_weights
 from .flatness import loss_surface
@@ -35,9 +36,11 @@ __all__ = [
     "hessian_diagonal",
     "is_prunable",
     "layout_of",
+    "load_compressed",
     "loss_surface",
     "report",
     "sassha",
+    "save_compressed",
     "save_litert",
     "sparse_optimizer",
     "sparse_weights",

@@ -11,7 +11,8 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
-from .channels import RemovedChannels, remove_channels
+from .channels import RemovedChannels, shrink, silence_channels
+from .compressed import load_compressed, save_compressed
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
@@ -20,6 +21,7 @@ from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
 from .sassha import Sassha
+from .sparse_model import sparse_modules
 from .trainers import SparseTrainerMixin, perturbed, unwrap
 from .weights import prunable_weights
 
@@ -32,12 +34,16 @@ __all__ = [
     "SparseTrainerMixin",
     "add_low_rank",
     "hessian_diagonal",
+    "load_compressed",
     "loss_surface",
     "merge_low_rank",
     "perturbed",
     "prunable_weights",
     "recalibrate",
-    "remove_channels",
+    "save_compressed",
     "save_litert",
+    "shrink",
+    "silence_channels",
+    "sparse_modules",
     "unwrap",
 ]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .example_inputs import tensors
 from .weights import prunable_weights
 
-__all__ = ["ChannelLayers", "tensors"]
+__all__ = ["ChannelLayers"]
 
 _LAYERS = (
     nn.Linear,
@@ -157,15 +158,3 @@ def _recorder(name: str, module: nn.Module, found: dict[str, Tensor]) -> Any:
         found[name] = found[name] & zero if name in found else zero
 
     return record
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors among nested values."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors(entry)
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from tensors(entry)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from safe_core import _checks
 from safe_core._installed import require
 
-from .channel_layers import ChannelLayers, tensors
-from .inputs import evaluating, example_arguments
+from .channel_layers import ChannelLayers
+from .example_inputs import arguments, compare, evaluation_mode
 from .optimizer import SparseOptimizer
 
-__all__ = ["RemovedChannels", "remove_channels"]
+__all__ = ["RemovedChannels", "shrink", "silence_channels"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
 
 
 class RemovedChannels(NamedTuple):
-    """What `remove_channels` did.
+    """What `shrink` did.
 
     Attributes
     ----------
@@ -42,12 +42,10 @@ class RemovedChannels(NamedTuple):
 
 
 @torch.no_grad()
-def remove_channels(
+def shrink(
     model: nn.Module,
     example_inputs: Any,
     optimizer: Optimizer | None = None,
-    *,
-    drop_constants: bool = False,
 ) -> RemovedChannels:
     """Remove the output channels of linear and convolution layers whose weights are all zero.
 
@@ -57,8 +55,8 @@ def remove_channels(
     equal up to rounding. This is checked on ``example_inputs`` before the model changes.
 
     A bias, or the shift of a batch norm, makes a channel constant instead of zero. Masks of
-    weights leave them free. So remove channels before the last stage of training, and pass
-    ``drop_constants=True``: the network then computes what it would with these entries at zero.
+    weights leave them free. So call `silence_channels` first, and both before the last stage of
+    training, which adapts to it.
 
     The model is changed in place, like its parameters in ``optimizer``, whose buffers of the shape
     of a parameter, such as momentum, keep the entries of the channels that stay. Create a
@@ -72,8 +70,6 @@ def remove_channels(
         One argument, all positional ones, or all by name. Random values will do.
     optimizer : torch.optim.Optimizer, optional
         Optimizer of the model's parameters; of a `SparseOptimizer`, its ``base``.
-    drop_constants : bool
-        Whether biases and shifts of channels without weights are dropped. Otherwise they raise.
 
     Returns
     -------
@@ -84,18 +80,18 @@ def remove_channels(
     ModuleNotFoundError
         If torch-kirigami is missing, which the extra ``channels`` installs.
     TypeError
-        If an argument has the wrong type.
+        If an argument is of another kind.
     ValueError
-        If the model cannot be traced, has channels that are constant without
-        ``drop_constants=True``, or would compute something else, or if a buffer of the optimizer
-        has another shape than its parameter. Nothing has changed then.
+        If the model cannot be traced, has channels that are constant, or would compute something
+        else, or if a buffer of the optimizer has another shape than its parameter. Nothing has
+        changed then.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with torch.no_grad():
     ...     _ = model[0].weight[1].zero_(), model[0].bias[1].zero_()
-    >>> remove_channels(model, torch.randn(5, 4)).removed
+    >>> shrink(model, torch.randn(5, 4)).removed
     {'0': 1}
     >>> model
     Sequential(
@@ -104,12 +100,111 @@ def remove_channels(
       (2): Linear(in_features=2, out_features=2, bias=True)
     )
     """
-    require("remove_channels", "torch_kirigami", extra="channels")
+    require("shrink", "torch_kirigami", extra="channels")
     _check(model, optimizer)
-    _checks.flag("drop_constants", drop_constants)
-    args, kwargs = example_arguments(example_inputs)
-    with evaluating(model):
-        return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer, drop_constants)
+    args, kwargs = arguments(example_inputs)
+    with evaluation_mode(model), _naming_the_model():
+        return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer)
+
+
+@torch.no_grad()
+def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Set to zero what keeps channels without weights from being zero, in place.
+
+    A channel whose weights are all zero still has the value of its bias, or of the shift of the
+    batch norm after it. This sets such biases, and the scales and shifts of the norms, to zero,
+    for the channels that `shrink` can take out. The outputs change, so do it before the last
+    stage of training: either `shrink` the model then, or keep the zeros of all its parameters by
+    `safe_core.keep_zeros`, with ``where=``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that torch.fx can trace.
+    example_inputs : tensor, tuple or mapping
+        One argument, all positional ones, or all by name. Random values will do.
+
+    Returns
+    -------
+    dict of str to int
+        Number of channels that are silent now, by the name of the layer or the norm.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If torch-kirigami is missing, which the extra ``channels`` installs.
+    TypeError
+        If an argument is of another kind.
+    ValueError
+        If the model cannot be traced.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight[1].zero_()
+    >>> silence_channels(model, torch.randn(5, 4))
+    {'0': 1}
+    >>> model[0].bias[1].item()
+    0.0
+    """
+    require("silence_channels", "torch_kirigami", extra="channels")
+    _check(model, None)
+    args, kwargs = arguments(example_inputs)
+    with evaluation_mode(model), _naming_the_model():
+        found = _Removable(model, args, kwargs)
+        found.layers.drop(found.constants)
+    return {name: len(indices) for name, indices in found.constants.items()}
+
+
+@contextmanager
+def _naming_the_model() -> Iterator[None]:
+    """Raise errors of torch-kirigami as those of an argument."""
+    from torch_kirigami import KirigamiError
+
+    try:
+        yield
+    except KirigamiError as error:
+        raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
+
+
+class _Removable:
+    """The channels of a model that can be removed.
+
+    Attributes
+    ----------
+    layers : ChannelLayers
+    graph : DependencyGraph or None
+        None if no channel is zero.
+    kept : dict of str to str
+        Layers with channels that are zero and stay, and why.
+    removed, constants : dict of str to list of int
+        Output channels that go, and those of them that are constant instead of zero.
+    selections : list
+        The former, as torch-kirigami takes them.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from torch_kirigami import DependencyGraph
+
+        self.layers = layers = ChannelLayers(model)
+        self.graph, self.kept = None, dict[str, str]()
+        self.removed: dict[str, list[int]] = {}
+        self.constants: dict[str, list[int]] = {}
+        dead, silent = (layers.quiet(args, kwargs, constants=flag) for flag in (False, True))
+        zero = {name: indices for name, indices in layers.zero().items() if name in dead}
+        if not zero:
+            return
+        self.graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
+        found = _Closure(self.graph, layers, dead)
+        self.kept = found.close(zero)
+        if not found.seeds:
+            return
+        self.removed, self.selections = found.outputs(), found.selections()
+        for name, indices in self.removed.items():
+            constant = [i for i in indices if name in silent and not silent[name][i]]
+            if constant:
+                self.constants[name] = constant
 
 
 def _remove(
@@ -118,60 +213,46 @@ def _remove(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     optimizer: Optimizer | None,
-    drop_constants: bool,
 ) -> RemovedChannels:
-    from torch_kirigami import DependencyGraph, KirigamiError
     from torch_kirigami.pruning import Pruner
 
-    layers = ChannelLayers(model)
-    dead, silent = (layers.quiet(args, kwargs, constants=flag) for flag in (False, True))
-    zero = {name: indices for name, indices in layers.zero().items() if name in dead}
-    if not zero:
-        return RemovedChannels(model, {}, {})
-    try:
-        graph = DependencyGraph.build(model, args=args, kwargs=kwargs)
-        removal = _Removal(graph, layers, dead)
-        kept = removal.shrink(zero)
-        if not removal.seeds:
-            return RemovedChannels(model, {}, kept)
-        removed = removal.outputs()
-        constants = {
-            name: [i for i in indices if not silent[name][i]]
-            for name, indices in removed.items()
-            if name in silent
-        }
-        constants = {name: indices for name, indices in constants.items() if indices}
-        if constants and not drop_constants and layers.have_effect(constants, args, kwargs):
-            counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
-            raise ValueError(
-                "channels without weights must have no bias, and no scale and shift of a norm, got "
-                f"constant channels: {counts}. Pass drop_constants=True to drop these"
-            )
-        pruner = Pruner(model, graph=graph)
-        plan = pruner.plan_remove(removal.selections())
-        trial = copy.deepcopy(model)
-        ChannelLayers(trial).drop(constants)
-        wanted = call(trial)
-        Pruner(trial).apply(plan)
-        _compare(wanted, call(trial))
-        del trial
-        buffers = _Buffers(model, optimizer)
-        result = pruner.apply(plan)[1]
-    except KirigamiError as error:
-        raise ValueError(f"model must be one that torch-kirigami can cut: {error}") from error
+    found = _Removable(model, args, kwargs)
+    if not found.removed:
+        return RemovedChannels(model, {}, found.kept)
+    layers, constants = found.layers, found.constants
+    if constants and layers.have_effect(constants, args, kwargs):
+        counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
+        raise ValueError(
+            "channels without weights must have no bias, and no scale and shift of a norm, got "
+            f"constant channels: {counts}. Call silence_channels first to set these to zero"
+        )
+    pruner = Pruner(model, graph=found.graph)
+    plan = pruner.plan_remove(found.selections)
+    trial = copy.deepcopy(model)
+    wanted = call(trial)
+    Pruner(trial).apply(plan)
+    compare(
+        wanted,
+        call(trial),
+        "model must compute the same without its zero channels, got other outputs for "
+        "example_inputs: does an activation map 0 to another number, as sigmoid does?",
+    )
+    del trial
+    buffers = _Buffers(model, optimizer)
+    result = pruner.apply(plan)[1]
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
     buffers.cut(result.parameter_map, maps)
-    gone = {name: len(indices) for name, indices in removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, gone, kept)
+    gone = {name: len(ids) for name, ids in found.removed.items() if not layers.is_norm(name)}
+    return RemovedChannels(model, gone, found.kept)
 
 
-class _Removal:
+class _Closure:
     """The channels to remove, and all that goes with them.
 
     Attributes
     ----------
     seeds : dict of str to set of int
-        Output channels to remove, by the name of the layer.
+        Output channels of layers to remove.
     """
 
     def __init__(
@@ -180,8 +261,8 @@ class _Removal:
         self.graph, self.layers, self.dead = graph, layers, dead
         self.seeds: dict[str, set[int]] = {}
 
-    def shrink(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
-        """Drop the seeds that cannot go without a change; return their layers, and why."""
+    def close(self, zero: Mapping[str, set[int]]) -> dict[str, str]:
+        """Leave the channels that can go without a change; return those that stay, and why."""
         self.seeds = {name: set(indices) for name, indices in zero.items()}
         kept: dict[str, str] = {}
         while self.seeds:
@@ -334,23 +415,6 @@ def _check(model: Any, optimizer: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)!r}")
-
-
-def _compare(wanted: Any, got: Any) -> None:
-    """Raise unless the outputs of two networks agree up to rounding."""
-    for a, b in zip(tensors(wanted), tensors(got), strict=True):
-        if a.shape == b.shape and not a.is_floating_point():
-            same = torch.equal(a, b)
-        else:
-            largest = a.abs().amax() if a.numel() else 0
-            same = a.shape == b.shape and bool(
-                ((a - b).abs() <= torch.finfo(a.dtype).eps ** 0.5 * largest).all()
-            )
-        if not same:
-            raise ValueError(
-                "model must compute the same without its zero channels, got other outputs for "
-                "example_inputs: does an activation map 0 to another number, as sigmoid does?"
-            )
 
 
 def _join(*parts: str) -> str:

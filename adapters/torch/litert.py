@@ -21,7 +21,7 @@ from safe_core.litert.graph import Tensor as GraphTensor
 from safe_core.litert.graph import as_stored
 
 from .channel_layers import tensors
-from .inputs import evaluating, example_arguments
+from .example_inputs import arguments, evaluation_mode
 from .litert_activations import ACTIVATIONS
 from .litert_operations import OPERATIONS, as_tensor
 
@@ -103,7 +103,7 @@ def save_litert(
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    args, kwargs = example_arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     given = [*args, *kwargs.values()]
     for x in given:
         if not torch.is_tensor(x):
@@ -114,7 +114,7 @@ def save_litert(
     def call(batch: list[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         return tuple(batch[: len(args)]), dict(zip(kwargs, batch[len(args) :], strict=True))
 
-    with evaluating(model):
+    with evaluation_mode(model):
         graph = _Trace(model, *call(batches[0])).run()
         expected = [_outputs(model, *call(batch)) for batch in batches]
     samples = [[_array(x) for x in batch] for batch in batches]

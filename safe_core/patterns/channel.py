@@ -26,6 +26,9 @@ class Channel(FractionPattern):
     channels of large layers therefore tend to win over those of small layers. The outputs of
     a classifier are channels too; exclude that layer, or its classes are pruned.
 
+    A bias, or the shift of a batch norm, stays: it makes a removed channel constant. In PyTorch,
+    ``silence_channels`` sets it to zero, and ``shrink`` takes the channel out of the network.
+
     Attributes
     ----------
     sparsity : float or sparsity schedule

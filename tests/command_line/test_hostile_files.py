@@ -163,7 +163,7 @@ def test_pickles_with_too_many_steps_are_refused(
     monkeypatch.setattr("safe_core.command_line.pickles._MOST_STEPS", 1000)
     file = archive(tmp_path / "m.pt", b"\x80\x02" + b"]0" * 1000 + b"].")
     assert "a pickle of more than 1,000 steps" in refused("inspect", file)
-    monkeypatch.setattr("safe_core.command_line.safetensors_files._MOST_VALUES", 5)
+    monkeypatch.setattr("safe_core.tensor_files._MOST_VALUES", 5)
     header = {"w": {"dtype": "F32", "shape": [0, 1, 1, 1, 1], "data_offsets": [0, 0]}}
     (tmp_path / "m.safetensors").write_bytes(with_header(header))
     assert "a header of at most 5 values" in refused("inspect", tmp_path / "m.safetensors")

@@ -262,7 +262,7 @@ def test_the_savings_are_those_of_the_published_method(monkeypatch: pytest.Monke
 @pytest.mark.long
 def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
     named = ["--case", "selection", "--case", "memory", "--case", "reading", "--case", "torch"]
-    named += ["--case", "block", "--case", "report"]
+    named += ["--case", "block", "--case", "report", "--case", "loading"]
     command = [sys.executable, "-m", "benchmarks", "--quick", *named, "--json", tmp_path / "r.json"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

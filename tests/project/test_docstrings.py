@@ -10,6 +10,7 @@ import pytest
 
 PACKAGES = (
     "safe_core",
+    "safe_core.compressed",
     "safe_core.patterns",
     "safe_core.constraints",
     "safe_core.solvers",

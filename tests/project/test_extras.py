@@ -52,8 +52,8 @@ def run(program: str, *blocked: str) -> subprocess.CompletedProcess[str]:
         ("import safe_core.adapters.torch.blocks", "torch", "torch"),
         ("import safe_core.adapters.transformers", "torch", "torch"),
         (
-            "import torch; from safe_core.adapters.torch import remove_channels; "
-            "remove_channels(torch.nn.Linear(2, 2), torch.ones(1, 2))",
+            "import torch; from safe_core.adapters.torch import shrink; "
+            "shrink(torch.nn.Linear(2, 2), torch.ones(1, 2))",
             "torch_kirigami",
             "channels",
         ),

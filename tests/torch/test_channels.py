@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import safe_core
-from safe_core.adapters.torch import SparseOptimizer, remove_channels
+from safe_core.adapters.torch import SparseOptimizer, shrink, silence_channels
 
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 8 * 8, dtype=torch.float64).sin().reshape(4, 3, 8, 8)
 
@@ -106,7 +106,7 @@ def test_outputs_stay_and_exactly_the_zero_channels_go(
     model = made(make, zero)
     wanted, before = outputs(model), sum(p.numel() for p in model.parameters())
     widths = {name: model.get_submodule(name).weight.shape[0] for name in removed}
-    found = remove_channels(model, IMAGES)
+    found = shrink(model, IMAGES)
     assert found.model is model
     assert model.training
     assert found.removed == removed
@@ -121,7 +121,7 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
     with torch.no_grad():
         model.depthwise.bias[0] = 0
     wanted = outputs(model)
-    assert remove_channels(model, IMAGES).removed == {"a": 1, "depthwise": 1}
+    assert shrink(model, IMAGES).removed == {"a": 1, "depthwise": 1}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -140,7 +140,7 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
 def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason: str) -> None:
     model = made(make, zero)
     before = copy.deepcopy(model.state_dict())
-    found = remove_channels(model, IMAGES)
+    found = shrink(model, IMAGES)
     assert found.removed == {}
     assert set(found.kept) == {next(iter(zero))}
     assert reason in next(iter(found.kept.values()))
@@ -150,7 +150,7 @@ def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason
 @pytest.mark.parametrize(
     "make", [Residual, lambda: layers(nn.ReLU(), nn.BatchNorm2d(8, affine=False))]
 )
-def test_constants_raise_or_are_dropped(make: Any) -> None:
+def test_constants_raise_until_they_are_silent(make: Any) -> None:
     name, norm = ("conv1", "norm1") if make is Residual else ("0", "1")
     model = made(make, {})
     with torch.no_grad():
@@ -162,9 +162,14 @@ def test_constants_raise_or_are_dropped(make: Any) -> None:
             if value is not None:
                 value[[1, 4]] = 0
     wanted = outputs(dropped)
-    with pytest.raises(ValueError, match=rf"2 of {norm}\. Pass drop_constants=True"):
-        remove_channels(model, IMAGES)
-    assert remove_channels(model, IMAGES, drop_constants=True).removed == {name: 2}
+    with pytest.raises(ValueError, match=rf"2 of {norm}\. Call silence_channels first"):
+        shrink(model, IMAGES)
+    silent = silence_channels(model, IMAGES)
+    assert silent == ({norm: 2} if make is Residual else {name: 2, norm: 2})
+    assert_same_outputs(outputs(model), wanted)
+    assert model.get_submodule(name).weight.shape[0] > 2
+    assert silence_channels(model, IMAGES) == {}
+    assert shrink(model, IMAGES).removed == {name: 2}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -174,7 +179,7 @@ def test_a_bias_before_a_norm_that_is_zero_has_no_effect() -> None:
     with torch.no_grad():
         model.stem.bias[1] = 1
     wanted = outputs(model)
-    assert remove_channels(model, IMAGES).removed == {"stem": 1, "conv2": 1}
+    assert shrink(model, IMAGES).removed == {"stem": 1, "conv2": 1}
     assert_same_outputs(outputs(model), wanted)
 
 
@@ -185,10 +190,10 @@ def test_a_running_mean_counts_as_a_constant(mean: float) -> None:
         model.norm1.bias[1] = 0
         model.norm1.running_mean[1] = mean
     if not mean:
-        assert remove_channels(model, IMAGES).removed == {"conv1": 1}
+        assert shrink(model, IMAGES).removed == {"conv1": 1}
         return
     with pytest.raises(ValueError, match="constant channels: 1 of norm1"):
-        remove_channels(model, IMAGES)
+        shrink(model, IMAGES)
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus()])
@@ -196,7 +201,7 @@ def test_an_activation_that_does_not_keep_zero_is_refused(activation: nn.Module)
     model = made(lambda: layers(activation), {"0": [1]})
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"model must compute the same .* as sigmoid does"):
-        remove_channels(model, IMAGES)
+        shrink(model, IMAGES)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -214,7 +219,7 @@ def test_buffers_of_the_optimizer_keep_the_entries_that_stay(kind: Any) -> None:
         for p in (model.conv1.weight, model.norm1.weight, model.norm1.bias):
             p[[1, 4]] = 0
     before = {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
-    assert remove_channels(model, IMAGES, optimizer, drop_constants=True).removed == {"conv1": 2}
+    assert shrink(model, IMAGES, optimizer).removed == {"conv1": 2}
     left = [0, 2, 3, 5, 6, 7, 8, 9]
     rows = {"conv1.weight": 0, "norm1.weight": 0, "norm1.bias": 0, "conv2.weight": 1}
     assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
@@ -253,8 +258,9 @@ def test_adasap_continues_on_the_smaller_network() -> None:
     train(optimizer, method.perturbation.start)
     optimizer.finalize()
     with pytest.raises(TypeError, match=r"optimizer must be the base .* optimizer\.base"):
-        remove_channels(model, IMAGES, optimizer)
-    assert remove_channels(model, IMAGES, base, drop_constants=True).removed == {"conv1": 5}
+        shrink(model, IMAGES, optimizer)
+    silence_channels(model, IMAGES)
+    assert shrink(model, IMAGES, base).removed == {"conv1": 5}
     last = safe_core.keep_zeros(rho=2.0, adaptive=True)
     optimizer = SparseOptimizer(base, last, model=model, where=inner)
     assert base.state[model.conv1.weight]["momentum_buffer"].shape == (5, 8, 3, 3)
@@ -268,7 +274,7 @@ def test_arguments_come_as_a_tensor_a_tuple_or_by_name() -> None:
     for inputs in (IMAGES, (IMAGES,), {"x": IMAGES}):
         model = made(Residual, {"conv1": [1], "norm1": [1]})
         model.norm.eval()
-        assert remove_channels(model, inputs).removed == {"conv1": 1}
+        assert shrink(model, inputs).removed == {"conv1": 1}
         assert model.training
         assert not model.norm.training
 
@@ -284,18 +290,17 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("arguments", "message"),
     [
-        ((3, IMAGES), {}, "model must be a torch.nn.Module"),
-        ((nn.Linear(2, 2), 3), {}, "example_inputs must be a tensor"),
-        ((nn.Linear(2, 2), IMAGES, 3), {}, "optimizer must be a torch.optim.Optimizer"),
-        ((nn.Linear(2, 2), IMAGES), {"drop_constants": 1}, "drop_constants must be True or False"),
-        ((made(Branching, {"conv": [0]}), IMAGES), {}, "torch-kirigami can cut: FX capture"),
+        ((3, IMAGES), "model must be a torch.nn.Module"),
+        ((nn.Linear(2, 2), 3), "example_inputs must be a tensor"),
+        ((nn.Linear(2, 2), IMAGES, 3), "optimizer must be a torch.optim.Optimizer"),
+        ((made(Branching, {"conv": [0]}), IMAGES), "torch-kirigami can cut: FX capture"),
     ],
 )
-def test_a_bad_argument_is_named(arguments: Any, options: Any, message: str) -> None:
+def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        remove_channels(*arguments, **options)
+        shrink(*arguments)
 
 
 def test_a_buffer_of_another_shape_is_refused() -> None:
@@ -303,5 +308,5 @@ def test_a_buffer_of_another_shape_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.conv1.weight]["rows"] = torch.ones(10)
     with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
-        remove_channels(model, IMAGES, optimizer)
+        shrink(model, IMAGES, optimizer)
     assert model.conv1.out_channels == 10

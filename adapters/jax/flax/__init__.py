@@ -7,9 +7,11 @@ require(__name__, "flax", extra="jax")
 from .blocks import linen_block, linen_grams, nnx_block, nnx_grams
 from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names
 from .layouts import layouts_of
+from .sparse_model import SparseLinen, sparse_modules
 from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients, recalibrate
 
 __all__ = [
+    "SparseLinen",
     "SparseTrainState",
     "layouts_of",
     "linen_block",
@@ -21,6 +23,7 @@ __all__ = [
     "nnx_value_and_gradients",
     "recalibrate",
     "save_safetensors",
+    "sparse_modules",
     "to_bcoo",
     "to_torch_names",
 ]

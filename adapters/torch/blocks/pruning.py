@@ -18,6 +18,7 @@ from safe_core.patterns import Pattern
 from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
+from ..example_inputs import evaluation_mode
 from .calibration import calibration_batches, check_tokens, split_samples
 from .fingerprints import sample_of
 from .memory import MemoryEstimate
@@ -31,7 +32,6 @@ from .shares import SampleShares
 from .solver import as_block_solver
 from .structure import (
     block_name,
-    evaluation_mode,
     find_blocks,
     learn_structure,
     ordinary_mode,

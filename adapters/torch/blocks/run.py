@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from safe_core._dtypes import wide_dtype
 from safe_core.reconstruction import batches_at_random, batches_in_order
 
+from ..example_inputs import evaluation_mode
 from .activations import Activations, prefetched
 from .calls import BlockCalls, record
 from .fingerprints import sample_of
@@ -27,7 +28,6 @@ from .structure import (
     block_kind,
     block_name,
     check_alike,
-    evaluation_mode,
     naming_other_blocks,
     ordinary_mode,
 )

@@ -23,7 +23,6 @@ __all__ = [
     "block_name",
     "call_forward",
     "check_alike",
-    "evaluation_mode",
     "find_blocks",
     "learn_structure",
     "naming_other_blocks",
@@ -170,27 +169,6 @@ def naming_other_blocks(model: nn.Module, chosen: str) -> Iterator[None]:
     except NoChainError as error:
         text = f"{error}, in {type(model).__name__}{other_blocks(model, chosen)}"
         raise NoChainError(text) from None
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, without a key-value cache, and restore it afterwards."""
-    training = [(m, m.training) for m in model.modules()]
-    configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c}
-    for config in list(configs.values()):
-        parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
-        configs |= {id(c): c for c in parts if c is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", False)]
-    model.eval()
-    for config in cached:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in cached:
-            config.use_cache = True
-        for module, mode in training:
-            module.training = mode
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from safe_core._dtypes import wide_dtype
 from safe_core.layout import Layout, resolve
 from safe_core.patterns import ByName, Pattern
 
+from ..example_inputs import evaluation_mode
 from .calls import BlockCalls, record
 from .fingerprints import fingerprint
 from .memory import BlockSize, MemoryEstimate, block_dtype, forward_backward_bytes
@@ -22,7 +23,7 @@ from .reconstruction import wide_mse
 from .settings import PruningSettings
 from .shares import SampleShares
 from .solver import BlockSolver
-from .structure import Structure, block_name, evaluation_mode
+from .structure import Structure, block_name
 
 __all__ = [
     "NO_CAST",

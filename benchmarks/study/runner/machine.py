@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safe_core.adapters.layer_timing import processor
+
 __all__ = ["machine", "peak_memory", "reset_peak_memory"]
 
 _PROC = Path("/proc/self")
@@ -26,21 +28,12 @@ def machine(device: str, name: str | None, jobs: int) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "processors": os.cpu_count(),
         "device": device if name is None else f"{device} ({name})",
         "threads": int(threads) if threads and threads.isdecimal() else os.cpu_count(),
         "jobs": jobs,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def reset_peak_memory() -> None:
