@@ -20,8 +20,7 @@ from safe_core.litert.export import check_settings, save_graph
 from safe_core.litert.graph import Tensor as GraphTensor
 from safe_core.litert.graph import as_stored
 
-from .channel_layers import tensors
-from .example_inputs import arguments, evaluation_mode
+from .example_inputs import arguments, evaluation_mode, tensors
 from .litert_activations import ACTIVATIONS
 from .litert_operations import OPERATIONS, as_tensor
 
