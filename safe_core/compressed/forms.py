@@ -201,21 +201,30 @@ def _codes_of(mask: NDArray[np.bool_]) -> Bytes:
     return found
 
 
-def decode(
-    name: str, dtype: str, shape: tuple[int, ...], stored: Bytes, where: Bytes
-) -> RawTensor | None:
-    """Return the tensor of stored values and places, or None if they do not fit together.
+def decode(name: str, width: int, stored: Bytes, where: Bytes, out: Bytes) -> bool:
+    """Write a tensor of stored values and places, and return whether these fit together.
+
+    Parameters
+    ----------
+    name : {"bitmask", "2:4"}
+    width : int
+        Bytes of an entry.
+    stored, where : uint8 array
+        What `values` and `places` yield.
+    out : uint8 array
+        The bytes of the tensor, all zero before.
 
     Examples
     --------
-    >>> found = decode("bitmask", "I8", (12,), np.asarray([2, 1], "u1"), np.asarray([8, 2], "u1"))
-    >>> found.data.tolist()
+    >>> out = np.zeros(12, "u1")
+    >>> decode("bitmask", 1, np.asarray([2, 1], "u1"), np.asarray([8, 2], "u1"), out)
+    True
+    >>> out.tolist()
     [0, 0, 0, 2, 0, 0, 0, 0, 0, 1, 0, 0]
     """
-    given = stored.view(f"u{WIDTHS[dtype]}")
-    found = np.zeros(math.prod(shape), given.dtype)
+    given, found = stored.view(f"u{width}"), out.view(f"u{width}")
     if where.size != places_size(name, found.size):
-        return None
+        return False
     step = _CHUNK // (12 if name == "2:4" else 8)
     used = 0
     for part, start in zip(_chunks(found), range(0, where.size, step), strict=True):
@@ -224,10 +233,10 @@ def decode(
         indices = np.flatnonzero(mask[: part.size])
         here = given[used : used + indices.size]
         if here.size != indices.size or (name == "bitmask" and mask[part.size :].any()):
-            return None
+            return False
         part[indices] = here
         used += here.size
-    return RawTensor(dtype, shape, found.view(np.uint8)) if used == given.size else None
+    return used == given.size
 
 
 def _mask(name: str, where: Bytes) -> NDArray[np.bool_]:

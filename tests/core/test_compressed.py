@@ -226,13 +226,17 @@ def test_a_wrong_description_is_refused(path: Path, edit: Any, message: str) -> 
 
 
 def test_places_that_do_not_fit_the_values_are_refused() -> None:
-    values, mask = np.asarray([1, 2], np.uint8), np.asarray([3], np.uint8)
-    assert forms.decode("bitmask", "U8", (5,), values, mask) is not None
-    for more in (np.asarray([7], np.uint8), np.asarray([1], np.uint8)):
-        assert forms.decode("bitmask", "U8", (5,), values, more) is None
-    assert forms.decode("bitmask", "U8", (1,), values, mask) is None
-    no_group = np.asarray([216], np.uint8)
-    assert forms.decode("2:4", "U8", (4,), values, no_group) is None
+    def fits(form: str, size: int, *where: int) -> bool:
+        stored = np.asarray([1, 2], np.uint8)
+        places = np.asarray(where, np.uint8)
+        return forms.decode(form, 1, stored, places, np.zeros(size, np.uint8))
+
+    assert fits("bitmask", 5, 3)
+    for where in ([7], [1], [3, 0]):
+        assert not fits("bitmask", 5, *where)
+    assert not fits("bitmask", 1, 3)
+    assert fits("2:4", 4, 0)
+    assert not fits("2:4", 4, 216)
 
 
 # Arguments
