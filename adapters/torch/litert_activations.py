@@ -53,12 +53,24 @@ def _unary(graph: Builder, a: Arguments) -> Tensor:
 def _binary(graph: Builder, a: Arguments) -> Tensor:
     if getattr(a, "rounding_mode", None) is not None:
         raise UnsupportedError("a division must not be rounded")
-    x, y = as_tensor(graph, a.self), as_tensor(graph, a.other)
-    if x.dtype != y.dtype:  # an integer constant among floating-point numbers
+    return _pairs(graph, _BINARY[a.name], a.self, a.other, getattr(a, "alpha", 1))
+
+
+@operation("rsub")
+def _rsub(graph: Builder, a: Arguments) -> Tensor:
+    if a.alpha != 1:
+        raise UnsupportedError(f"rsub must have no factor, got alpha={a.alpha}")
+    return _pairs(graph, "SUB", a.other, a.self, 1)
+
+
+def _pairs(graph: Builder, kind: str, first: Any, second: Any, factor: float) -> Tensor:
+    """Add an operation of ``first`` and ``factor * second``, which get one type."""
+    x, y = as_tensor(graph, first), as_tensor(graph, second)
+    if x.dtype != y.dtype:  # such as an integer constant among floating-point numbers
         x, y = (_floating(graph, part) for part in (x, y))
-    if getattr(a, "alpha", 1) != 1:
-        y = graph.binary("MUL", y, float(a.alpha))
-    return graph.binary(_BINARY[a.name], x, y)
+    if factor != 1:
+        y = graph.binary("MUL", y, np.asarray(factor, y.dtype))
+    return graph.binary(kind, x, y)
 
 
 def _floating(graph: Builder, x: Tensor) -> Tensor:
@@ -67,13 +79,6 @@ def _floating(graph: Builder, x: Tensor) -> Tensor:
     if x.data is not None:
         return graph.constant(x.data.astype(np.float32))
     return graph.add("CAST", [x], x.shape, np.float32)
-
-
-@operation("rsub")
-def _rsub(graph: Builder, a: Arguments) -> Tensor:
-    if a.alpha != 1:
-        raise UnsupportedError(f"rsub must have no factor, got alpha={a.alpha}")
-    return graph.binary("SUB", as_tensor(graph, a.other), as_tensor(graph, a.self))
 
 
 @operation("pow")

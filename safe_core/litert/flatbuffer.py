@@ -183,7 +183,9 @@ class _Writer:
         if op.output.dtype != np.int8 and not any(
             x is not None and x.dtype == np.int8 for x in op.inputs
         ):
-            return 5 if op.kind == "FULLY_CONNECTED" and len(op.output.shape) != 2 else 1
+            if op.kind == "FULLY_CONNECTED":
+                return 1 if len(op.output.shape) == 2 else 5
+            return 2 if op.kind == "BROADCAST_TO" else 1  # its first version is 2
         return _INT8_VERSIONS.get(op.kind, 2)
 
     def code(self, kind: str, version: int) -> Any:

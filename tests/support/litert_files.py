@@ -34,3 +34,11 @@ def types(path: Path) -> set[str]:
     part = model.subgraphs[0]
     names = {value: name for name, value in vars(schema.TensorType).items()}
     return {names[part.tensors[op.outputs[0]].type] for op in part.operators}
+
+
+def scales_of_compressed(path: Path) -> list[int]:
+    """Return the number of scales of each compressed tensor of a file that is not packed."""
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    part = model.subgraphs[0]
+    held = [part.tensors[op.inputs[1]] for op in part.operators if len(op.inputs) == 3]
+    return [len(x.quantization.scale) for x in held if x.sparsity is not None]

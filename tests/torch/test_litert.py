@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from litert_files import operators, run, types
+from litert_files import operators, run, scales_of_compressed, types
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,11 +78,17 @@ def residual_network() -> nn.Module:
 
 
 def perceptron(pattern: Any = None, width: int = 64) -> nn.Sequential:
-    """Three layers, of which a pattern makes the first two sparse."""
+    """Three layers, of which a pattern makes the first two sparse.
+
+    The outputs of each layer differ in size, so that a wrong scale would show.
+    """
     torch.manual_seed(0)
     layers = nn.Sequential(
         nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5)
     )
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.mul_(torch.linspace(0.3, 3, len(layer.weight))[:, None])
     if pattern is not None:
         with torch.no_grad():
             for layer in (layers[0], layers[2]):
@@ -130,6 +136,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "pooling": (
         lambda: Many(
             nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1),
+            nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False),
             nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d(3), lambda x: x.mean((2, 3)),
             nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)),
             nn.Softmax(1),
@@ -215,6 +222,8 @@ def test_sparse_weights_make_the_file_smaller(
     assert saved > (1 - share) * whole - 1500  # names, segments and operators
     versions = {version for kind, version in operators(path) if kind == "FULLY_CONNECTED"}
     assert (8 in versions) is (stored in ("1x4", "1x16", "csr"))
+    if stored == "1x16":
+        assert scales_of_compressed(path) == [1, 1]
     zeros = "\n".join(report.notes)
     assert ("0 (90% zeros), 2 (90% zeros) are computed dense" in zeros) is (stored == "packed")
 
