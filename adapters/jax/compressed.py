@@ -73,7 +73,7 @@ def save_compressed(
     --------
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/model.safetensors"
-    >>> params = {"kernel": jnp.eye(64), "bias": jnp.ones(64)}
+    >>> params = {"kernel": jnp.eye(64, dtype="f4"), "bias": jnp.ones(64, "f4")}
     >>> saved = save_compressed(params, path)
     >>> saved.forms, saved.dense_bytes, saved.stored_bytes
     ({'bias': 'dense', 'kernel': 'bitmask'}, 16640, 1024)
