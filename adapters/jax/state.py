@@ -294,7 +294,8 @@ def _check_arrays(
         if support.dtype != getattr(jnp, stored):
             raise TypeError(
                 f"state.support of {name} must be {stored}, as the method stores it, got "
-                f"{support.dtype}"
+                f"{support.dtype}: no wrapper may do arithmetic on the state, as optax.lookahead "
+                "does with reset_state=True"
             )
         if narrow != (anchor.dtype == jnp.bfloat16):
             raise TypeError(

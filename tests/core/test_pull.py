@@ -107,7 +107,7 @@ def test_a_dual_update_is_that_of_admm(xp: Backend) -> None:
 
         return xp.run(run, *parameters(4), SUPPORT)
 
-    pairs = zip(update(Pull()), update(ADMM()), strict=True)
+    pairs = zip(update(Pull())[:2], update(ADMM())[:2], strict=True)
     assert all((a[0] == b[0]).all() for a, b in pairs)
 
 

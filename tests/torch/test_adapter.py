@@ -720,7 +720,7 @@ def test_importance_decides_what_is_kept(given):
         assert torch.equal(flat(before.support), half(start, known))
         run.step()
         weights = [run.params[0].detach(), run.params[2].detach()]
-        u = [torch.where(s, 0, -a) for a, s in zip(*before, strict=True)]
+        u = [torch.where(s, 0, -a) for a, s in zip(*before[:2], strict=True)]
         v = [w + u_i for w, u_i in zip(weights, u, strict=True)]
         got = flat(run.optimizer.split().support)
         assert torch.equal(got, half(v, full))

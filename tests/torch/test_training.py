@@ -633,7 +633,7 @@ def test_a_report_of_a_narrow_state_rounds_nothing_of_its_own() -> None:
     method = safe_core.safe(0.75, penalty=0.2, dual_update_interval=2, state_dtype="bfloat16")
     optimizer = SparseOptimizer(sgd(model.parameters()), method, model=model)
     step(model, optimizer)
-    (anchor, support), weights = optimizer.split(), [model[0].weight, model[2].weight]
+    (anchor, support, _), weights = optimizer.split(), [model[0].weight, model[2].weight]
     now = safe_core.project(
         [
             w.detach() - torch.where(s, 0, a.float())
