@@ -19,6 +19,7 @@ exclude_patterns = [
     "benchmarks_table.md",
     "demo_table.md",
     "digits_tables.md",
+    "overparameterisation_tables.md",
     "jax/setup.md",
     "pytorch/setup.md",
     "savings_table.md",
