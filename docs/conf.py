@@ -20,6 +20,7 @@ exclude_patterns = [
     "blocks_table.md",
     "demo_table.md",
     "digits_tables.md",
+    "overparameterisation_tables.md",
     "jax/setup.md",
     "pytorch/setup.md",
     "savings_table.md",

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from array_api_compat import array_namespace
 from array_backends import bits
 from jax.flatten_util import ravel_pytree
 from torch import nn
@@ -20,7 +19,6 @@ from safe_core import Layout
 from safe_core.adapters.jax import flatness as jax_flatness
 from safe_core.adapters.torch import flatness as torch_flatness
 from safe_core.adapters.torch.modules import RandomState
-from safe_core.flatness.vectors import Coordinates
 
 RNG = np.random.default_rng(0)
 WEIGHTS = {"0": RNG.normal(size=(4, 3)), "2": RNG.normal(size=(2, 4))}
@@ -445,25 +443,3 @@ def jax_surface_of(
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("kind", ["module", "mapping", "jax"])
-def test_moments_are_those_of_the_batches(kind: str, full_hessian: np.ndarray) -> None:
-    """Products of single batches give their Hessians column by column."""
-    surface = surfaces()[kind]
-    coordinates = Coordinates.of(surface.loss.arrays())
-    xp = array_namespace(coordinates.counter)
-    units = [
-        xp.astype(coordinates.counter == i, coordinates.dtype) for i in range(coordinates.size)
-    ]
-    hessians = [
-        np.stack([np.asarray(coordinates.pack(product(coordinates.unpack(e)))) for e in units])
-        for product in map(surface.loss.hessian_product, range(2))
-    ]
-    mean = sum(hessians) / 2
-    values = np.linalg.eigvalsh(full_hessian)
-    np.testing.assert_allclose(np.linalg.eigvalsh(mean), values, atol=1e-9)
-    assert np.abs(hessians[0] - hessians[1]).max() > 1e-3
-    spread = sum(h @ h for h in hessians) / 2 - mean @ mean
-    found = surface.moment(2, tolerance=1e-10)
-    assert found.value**2 == pytest.approx(np.linalg.eigvalsh(spread)[-1], rel=1e-8)

@@ -16,7 +16,6 @@ from safe_core.flatness import (
     Sharpness,
     eigenvalues,
     filter_direction,
-    hessian_moment,
     landscape,
     sharpness,
     trace,
@@ -423,31 +422,3 @@ def identity(vectors: Any) -> Any:
 def test_wrong_arguments_are_named(call, error, message):
     with np.errstate(invalid="ignore"), pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("order", [2, 3, 4])
-def test_moments_are_those_of_the_matrices(library: Backend, order: int) -> None:
-    matrices = [symmetric(INDEFINITE, seed) for seed in (0, 1, 2)]
-    products = [operator(library, m)[0] for m in matrices]
-    arrays = operator(library, matrices[0])[1]
-    power, mean = np.linalg.matrix_power, np.mean(matrices, axis=0)
-    spread = np.mean([power(m, order) for m in matrices], axis=0) - power(mean, order)
-    largest = np.linalg.eigvalsh(spread)[-1]
-    makers = [lambda p=p: p for p in products]
-    found = hessian_moment(makers, arrays, order, tolerance=1e-12)
-    assert found.value == pytest.approx(largest ** (1 / order), rel=1e-9)
-    equal = hessian_moment(makers[:1] * 2, arrays, order)
-    assert abs(equal.value) < 1e-3
-
-
-def test_a_moment_may_be_negative() -> None:
-    makers = [lambda d=d: lambda v: [d * v[0]] for d in (-3.0, 1.0)]
-    found = hessian_moment(makers, [np.zeros(1)], 3)  # (-27 + 1) / 2 - (-1)^3 = -12
-    assert found.value == pytest.approx(-(12 ** (1 / 3)))
-
-
-def test_moments_refuse_wrong_orders() -> None:
-    with pytest.raises(ValueError, match="order must be at least 2, got 1"):
-        hessian_moment([lambda: lambda v: v], [np.zeros(1)], 1)
-    with pytest.raises(ValueError, match="products must hold one for each batch, got none"):
-        hessian_moment([], [np.zeros(1)])

@@ -32,7 +32,7 @@ def by_width(recipe: Recipe, results: Mapping[Cell, Any]) -> dict[str, Figure]:
     chosen = [gain for gain in found if isinstance(gain.best, int | float)]
     for name in dict.fromkeys(swept_by(recipe, gain) for gain in chosen):
         mine = [gain for gain in chosen if swept_by(recipe, gain) == name]
-        figures[f"best_{name}_by_width"] = _best(mine, name)
+        figures[f"best_{name}_by_width"] = _best(recipe, mine, name)
     return figures
 
 
@@ -54,7 +54,7 @@ def _metric(recipe: Recipe, results: Mapping[Cell, Any], metric: str) -> Figure:
             points = [mean_and_error(v) if v else (math.nan, None) for v in by_place.values()]
             found = [(mean, error or 0.0) for mean, error in points]
             errorbar(axes, list(by_place), found, i, label, colour)
-    axes.set_xscale("log")
+    _mark_widths(recipe, axes)
     scale(axes, metric)
     legend(figure, axes)
     return figure
@@ -77,12 +77,12 @@ def _gain(recipe: Recipe, found: list[Gain]) -> Figure:
             f"{title}, {percent(sparsity)}" if several else title,
             _COLOURS(i % 10),
         )
-    axes.set_xscale("log")
+    _mark_widths(recipe, axes)
     legend(figure, axes)
     return figure
 
 
-def _best(found: list[Gain], name: str) -> Figure:
+def _best(recipe: Recipe, found: list[Gain], name: str) -> Figure:
     figure, axes = new_axes("width", f"best {name.replace('_', ' ')}")
     for i, title in enumerate(dict.fromkeys(gain.title for gain in found)):
         own = [gain for gain in found if gain.title == title]
@@ -94,8 +94,16 @@ def _best(found: list[Gain], name: str) -> Figure:
             markersize=4,
             label=plain(title),
         )
-    axes.set_xscale("log")
+    _mark_widths(recipe, axes)
     if all(gain.best > 0 for gain in found):
         axes.set_yscale("log")
     legend(figure, axes)
     return figure
+
+
+def _mark_widths(recipe: Recipe, axes: Any) -> None:
+    """Use a logarithmic axis with a tick at every width of the study."""
+    widths = [width for width in recipe.widths if width is not None]
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(widths, [f"{width:g}" for width in widths])
