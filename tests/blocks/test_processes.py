@@ -148,6 +148,7 @@ def test_two_processes_prune_what_one_prunes_and_hold_a_share() -> None:
     assert finished(2, *wanted) == wanted
 
 
+@pytest.mark.long  # two processes run the same code, and a minute sooner
 def test_four_processes_prune_what_one_prunes() -> None:
     assert finished(4, *FEWER) == dict.fromkeys(FEWER, "the same")
 

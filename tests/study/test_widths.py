@@ -236,7 +236,8 @@ def test_a_wrong_recipe_of_widths_names_the_key(old: str, new: str, message: str
         parse_recipe(WIDE.replace(old, new, 1))
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+# JAX compiles a program for each width, which takes half a minute.
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.long)])
 def test_the_study_of_overparameterisation_runs_for_an_epoch(framework: str) -> None:
     whole = read_recipe(files("safe_core.study") / "recipes" / "overparameterisation-digits.toml")
     recipe = replace(
