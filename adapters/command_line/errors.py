@@ -109,10 +109,17 @@ def clear_errors(
         _fail(f"this command needs {error.name}{install}")
     except (ValueError, TypeError, OSError) as error:
         _fail(_with_notes(str(error), error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported
+    except (RuntimeError, MemoryError) as error:
+        if not _lacks_memory(error):
             raise
-        _fail(f"{error}\nTry a smaller --batch-size." if in_batches else str(error))
+        message = f"memory must be enough for the work, got: {error}"
+        _fail(f"{message}\nTry a smaller --batch-size." if in_batches else message)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of Python, NumPy, or torch, which may not be imported."""
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return out_of_memory or "can't allocate memory" in str(error)
 
 
 def _with_notes(message: str, error: BaseException) -> str:

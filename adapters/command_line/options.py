@@ -20,8 +20,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, with all figures
 Field = Annotated[
     str | None,
     typer.Option(
-        help="The field or column with the text, in JSON and parquet files.  [default: text, or "
-        "messages with --chat-template]"
+        help="The field or column with the text, in JSON and parquet files; by default text, or "
+        "messages with --chat-template."
     ),
 ]
 ChatTemplate = Annotated[

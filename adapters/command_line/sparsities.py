@@ -47,7 +47,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
     >>> parse_sparsity("half")
     Traceback (most recent call last):
-    ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
+    ValueError: sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got 'half'
     """
     if names_object(text):
         return as_pattern(load_named("sparsity", text), scope)
@@ -58,7 +58,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
         return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
-            f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
+            f"sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got {text!r}"
         ) from None
 
 
@@ -110,9 +110,16 @@ class OutlierRule:
         except (ValueError, TypeError):
             raise ValueError(
                 "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
-                f"owl:SPARSITY:M:LAMBDA, such as owl:0.7:5:0.08, got {text!r}"
+                "owl:SPARSITY:M:LAMBDA with a fraction as SPARSITY, such as owl:0.7:5:0.08, got "
+                f"{text!r}"
             ) from None
-        outlier_weighed([], [], found.sparsity, found.reach)  # checks the reach
+        try:
+            outlier_weighed([], [], found.sparsity, found.reach)
+        except ValueError:
+            raise ValueError(
+                "sparsity by outliers must leave every block a sparsity in [0, 1): it varies by "
+                f"LAMBDA = {found.reach:g}, got {text!r}"
+            ) from None
         return found
 
     def describe(self) -> str:

@@ -28,7 +28,7 @@ def test_the_first_rule_that_matches_counts() -> None:
 def test_wrong_rules_are_refused() -> None:
     for texts, message in (
         (["0.5", "0.6"], "one default, got 0.5 and 0.6"),
-        (["up=half"], "N:M such as 2:4, got 'half'"),
+        (["up=half"], "or owl:0.5, got 'half'"),
         (["(=0.5"], r"sparsity must be a regular expression, got '\('"),
         (["=0.5"], "an empty one"),
         ([], "sparsity must be given"),
