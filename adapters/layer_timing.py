@@ -116,7 +116,7 @@ def timing_of(
 
 
 class SparseModules(NamedTuple):
-    """What `sparse_modules` did. Print it for a table.
+    """Hold the result of `sparse_modules`. Printed, it is a table.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ class SparseModules(NamedTuple):
 
     @property
     def replaced(self) -> dict[str, str]:
-        """The form of every layer that was replaced."""
+        """Return the form of every layer that was replaced."""
         return {layer.name: layer.form for layer in self.layers if layer.form != "dense"}
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ _OUTPUT = "they are outputs of the network"
 
 
 class RemovedChannels(NamedTuple):
-    """What `shrink` did.
+    """Hold the result of `shrink`.
 
     Attributes
     ----------

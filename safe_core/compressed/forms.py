@@ -82,7 +82,7 @@ class RawTensor(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a tensor is stored.
+    """Describe how a tensor is stored.
 
     Attributes
     ----------

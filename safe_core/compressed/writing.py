@@ -27,7 +27,7 @@ _ABOUT = "tensors without their zeros; `safe-core decompress` or load_compressed
 
 
 class CompressedFiles(NamedTuple):
-    """What `save_compressed` wrote.
+    """Report the files that `save_compressed` wrote.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class CompressedFiles(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the stored tensors are."""
+        """Return how many times smaller the stored tensors are."""
         return self.dense_bytes / max(1, self.stored_bytes)
 
 

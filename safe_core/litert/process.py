@@ -22,7 +22,7 @@ class FileRuntimeError(RuntimeError):
 
 
 class Answer(NamedTuple):
-    """What files computed, and how long they took.
+    """Hold the outputs and the times of files.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What `save_litert` wrote: formats of layers, size, error and time."""
+"""Report the formats of layers, the size, the error and the time of a LiteRT file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["LayerFormat", "LiteRTReport"]
 
 
 class LayerFormat(NamedTuple):
-    """How the file stores the weights of one layer.
+    """Describe how the file stores the weights of one layer.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class LayerFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class LiteRTReport:
-    """What `save_litert` wrote and measured. ``str(report)`` is a table.
+    """Report the file that `save_litert` wrote and measured. ``str(report)`` is a table.
 
     Attributes
     ----------
