@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from safe_core._checks import printable
 
 __all__ = [
+    "DTYPES",
     "LONGEST_NAME",
     "DamagedFileError",
     "Entry",
@@ -27,6 +28,15 @@ __all__ = [
     "shards",
     "write_file",
 ]
+
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""Names of dtypes in NumPy, ml_dtypes and PyTorch, by their names in the file format."""
 
 LONGEST_NAME = 4096  # characters; longer names only serve to fill memory
 _LARGEST_JSON = 100_000_000

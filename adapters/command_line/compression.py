@@ -30,13 +30,13 @@ from .saving import copy_other_files
 __all__ = ["MARK", "FolderSizes", "compress_folder", "decompress_folder"]
 
 MARK = ".compressed"
-"""What compressed files have before ``.safetensors``, so that transformers does not load them."""
+"""Marks the names of compressed files, so that transformers does not load them."""
 
 _FILE, _INDEX = ".safetensors", ".safetensors.index.json"
 
 
 class FolderSizes(NamedTuple):
-    """What `compress_folder` or `decompress_folder` did.
+    """Report the result of `compress_folder` or `decompress_folder`.
 
     Attributes
     ----------
@@ -104,20 +104,17 @@ def compress_folder(
     Traceback (most recent call last):
     ValueError: folder must be an existing folder, got missing
     """
-    files = _weights(folder, compressed=False)
-    check_new_folder(out, folder)
     forms: Counter[str] = Counter()
-    with written_at_once(out) as draft:
-        for file in files:
-            tensors, target = map_file(file), draft.path / _marked(file.name)
-            metadata = read_header(file).metadata
-            saved = write_compressed(target, tensors, metadata=metadata)
-            forms.update(saved.forms.values())
-            _compare(target, read_file(target), tensors)
-        _write_indices(folder, draft.path, _marked)
-        _copy(folder, draft.path, say)
-        sizes = [_bytes(files), _bytes(draft.path.glob(f"*{_FILE}"))]
-    return FolderSizes(out, sizes[0], sizes[1], dict(forms))
+
+    def convert(file: Path, target: Path) -> None:
+        tensors = map_file(file)
+        saved = write_compressed(target, tensors, metadata=read_header(file).metadata)
+        forms.update(saved.forms.values())
+        _compare(target, read_file(target), tensors)
+
+    files = _weights(folder, compressed=False)
+    sizes = _converted(folder, out, files, _marked, convert, say)
+    return FolderSizes(out, *sizes, dict(forms))
 
 
 def decompress_folder(
@@ -149,22 +146,40 @@ def decompress_folder(
     Traceback (most recent call last):
     ValueError: folder must be an existing folder, got missing
     """
-    files = _weights(folder, compressed=True)
-    check_new_folder(out, folder)
     forms: Counter[str] = Counter()
+
+    def convert(file: Path, target: Path) -> None:
+        header = read_header(file)
+        told = compressed_header(file, header) or {}
+        forms.update(about["form"] for about in told.values())
+        tensors = dict(read_file(file))
+        kept = {key: value for key, value in header.metadata.items() if key != KEY}
+        write_dense(target, tensors, kept)
+        _compare(target, map_file(target).items(), tensors)
+
+    files = _weights(folder, compressed=True)
+    compressed, dense = _converted(folder, out, files, _unmarked, convert, say)
+    return FolderSizes(out, dense, compressed, dict(forms))
+
+
+def _converted(
+    folder: Path,
+    out: Path,
+    files: list[Path],
+    renamed: Callable[[str], str],
+    convert: Callable[[Path, Path], None],
+    say: Callable[[str], object],
+) -> tuple[int, int]:
+    """Write a folder with converted files, and return the bytes of the files in both."""
+    check_new_folder(out, folder)
     with written_at_once(out) as draft:
         for file in files:
-            header = read_header(file)
-            told = compressed_header(file, header) or {}
-            forms.update(about["form"] for about in told.values())
-            tensors, target = dict(read_file(file)), draft.path / _unmarked(file.name)
-            kept = {key: value for key, value in header.metadata.items() if key != KEY}
-            write_dense(target, tensors, kept)
-            _compare(target, map_file(target).items(), tensors)
-        _write_indices(folder, draft.path, _unmarked)
-        _copy(folder, draft.path, say)
-        sizes = [_bytes(draft.path.glob(f"*{_FILE}")), _bytes(files)]
-    return FolderSizes(out, sizes[0], sizes[1], dict(forms))
+            convert(file, draft.path / renamed(file.name))
+        _write_indices(folder, draft.path, renamed)
+        left = copy_other_files(folder, draft.path, model_card=True)
+        if left:
+            say(f"not copied: {', '.join(map(printable, left))}")
+        return _bytes(files), _bytes(draft.path.glob(f"*{_FILE}"))
 
 
 def _weights(folder: Path, *, compressed: bool) -> list[Path]:
@@ -232,12 +247,6 @@ def _compare(
             )
     if missing:
         raise DamagedFileError(f"{file} must hold the tensors of its source, got no {min(missing)}")
-
-
-def _copy(folder: Path, out: Path, say: Callable[[str], object]) -> None:
-    left = copy_other_files(folder, out, model_card=True)
-    if left:
-        say(f"not copied: {', '.join(map(printable, left))}")
 
 
 def _bytes(files: Iterable[Path]) -> int:

@@ -12,19 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from safe_core.compressed import compressed_header, read_file
-from safe_core.tensor_files import DamagedFileError, Entry, read_header
+from safe_core.tensor_files import DTYPES, DamagedFileError, Entry, read_header
 
 from .stored_tensors import FORMATS, Format, StoredTensor, mapped
 
 __all__ = ["read_safetensors"]
 
-_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several entries in a byte
 
 
@@ -58,12 +51,18 @@ def read_safetensors(file: Path) -> Iterator[StoredTensor]:
         yield _stored(file, entry, header.begin, data)
 
 
+def _counted(dtype: str) -> Format | None:
+    """Return the format of a dtype whose zeros are counted, which those of complex are not."""
+    form = FORMATS.get(DTYPES.get(dtype, ""))
+    return None if form is None or form.kind is None else form
+
+
 def _compressed(file: Path, told: Mapping[str, Any]) -> Iterator[StoredTensor]:
     """Yield the tensors of a compressed file with their zeros."""
     for name, raw in read_file(file):
-        form = FORMATS.get(_NAMES.get(raw.dtype, ""))
+        form = _counted(raw.dtype)
         array = None
-        if form is not None and form.kind is not None:
+        if form is not None:
             array = raw.data.view(f"<{form.kind}").reshape(raw.shape)
         yield StoredTensor(
             name, raw.shape, raw.dtype, raw.data.size, array, raw.dtype.startswith(("F", "BF")),
@@ -74,7 +73,7 @@ def _compressed(file: Path, told: Mapping[str, Any]) -> Iterator[StoredTensor]:
 
 def _stored(file: Path, entry: Entry, begin: int, data: mmap.mmap) -> StoredTensor:
     start, stop, name, shape, dtype = entry
-    form: Format | None = FORMATS.get(_NAMES.get(dtype, ""))
+    form = _counted(dtype)
     nbytes = stop - start
     array = None
     if form is not None:

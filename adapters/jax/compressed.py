@@ -9,26 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from safe_core import _checks
 from safe_core.compressed import CompressedFiles, RawTensor, read_compressed, write_compressed
+from safe_core.tensor_files import DTYPES
 
 from .weights import name_of
 
 __all__ = ["load_compressed", "save_compressed"]
 
 PyTree = Any
-_DTYPES = {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
-    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz, "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}  # fmt: skip
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_DTYPES = {code: jnp.dtype(name) for code, name in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def save_compressed(

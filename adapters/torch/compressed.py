@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from safe_core.compressed import CompressedFiles, RawTensor, read_compressed, write_compressed
+from safe_core.tensor_files import DTYPES
 
 __all__ = ["load_compressed", "save_compressed"]
 
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
-    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+_DTYPES = {code: getattr(torch, name) for code, name in DTYPES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 

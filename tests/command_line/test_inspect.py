@@ -214,6 +214,13 @@ def test_packed_floats_of_torch_are_not_counted(tmp_path: Path) -> None:
     assert " ".join(line.split()) == "w 4 x 8 float4_e2m1fn_x2 packed 32 B 32 B"
 
 
+def test_complex_numbers_are_not_counted(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"c": torch.zeros(4, 4, dtype=torch.complex64)}, file)
+    (tensor,) = read_tensors(file)
+    assert (tensor.dtype, tensor.shape, tensor.array, tensor.format) == ("C64", (4, 4), None, None)
+
+
 @pytest.mark.parametrize(
     "name",
     ["float8_e8m0fnu", "float8_e4m3b11fnuz", "float8_e3m4", "float6_e2m3fn", "float6_e3m2fn",
