@@ -169,6 +169,13 @@ class Backend(Protocol):
 
     # Control
 
+    def as_program(self, fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
+        """Return ``fn(*static, *operands)``, compiled as one program where that is faster.
+
+        ``static`` is hashable, and names all that the program depends on besides operands, which
+        are arrays, numbers, None, or lists of them.
+        """
+
     def linalg_errors(self) -> tuple[type[Exception], ...]:
         """Return the errors that a factorisation of a singular matrix raises."""
 

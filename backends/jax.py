@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,6 +21,7 @@ from . import numpy as numpy_backend
 from .standard import detached, peaks
 
 __all__ = [
+    "as_program",
     "blockwise",
     "cond",
     "detached",
@@ -63,10 +65,20 @@ def is_concrete(x: Array) -> bool:
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:
-    return bool(jnp.any(jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays])))
+    return bool(_has_nan(list(arrays)))
+
+
+@jax.jit
+def _has_nan(arrays: list[Array]) -> Array:
+    return jnp.any(jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays]))
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
+    return _where_kept(list(arrays), list(masks))
+
+
+@jax.jit
+def _where_kept(arrays: list[Array], masks: list[Array]) -> list[Array]:
     return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
 
 
@@ -273,6 +285,20 @@ def _stochastic_bfloat16(arrays: list[Array], step: int | Array) -> list[Array]:
         return lax.bitcast_convert_type((signed >> 16).astype(jnp.uint16), jnp.bfloat16)
 
     return [rounded(x) for x in arrays]
+
+
+def as_program(fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
+    # Outside of a traced program JAX compiles every operation apart, for each shape. Shards
+    # are left to that, since arrays of one call can lie on several meshes.
+    arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
+    if selects_on_host() or any(not is_concrete(x) or on_several_devices(x) for x in arrays):
+        return fn(*static, *operands)
+    return _program(fn, static, *operands)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _program(fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
+    return fn(*static, *operands)
 
 
 def cond(

@@ -21,6 +21,7 @@ import numpy as np
 
 from . import Array, threshold
 from .standard import (
+    as_program,
     cond,
     detached,
     has_bfloat16,
@@ -36,6 +37,7 @@ from .standard import (
 
 __all__ = [
     "allocate",
+    "as_program",
     "blockwise",
     "cond",
     "detached",

@@ -18,6 +18,7 @@ from array_api_compat import array_namespace, device
 from . import Array, threshold
 
 __all__ = [
+    "as_program",
     "blockwise",
     "cond",
     "detached",
@@ -185,6 +186,10 @@ def shardwise(
 def linalg_errors() -> tuple[type[Exception], ...]:
     # Libraries that wrap NumPy, such as array_api_strict, raise its error.
     return (np.linalg.LinAlgError,)
+
+
+def as_program(fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
+    return fn(*static, *operands)
 
 
 def cond(

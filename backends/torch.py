@@ -22,12 +22,13 @@ from torch import Tensor
 
 from . import hashing, selects_on_host, threshold, torch_counting, torch_sharding
 from . import numpy as numpy_backend
-from .standard import cond
+from .standard import as_program, cond
 from .torch_counting import ordering_key
 from .torch_sharding import is_sharded as on_several_devices
 from .torch_sharding import peaks, regrouped, resharded_as, shardwise
 
 __all__ = [
+    "as_program",
     "blockwise",
     "cond",
     "detached",

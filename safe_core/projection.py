@@ -152,6 +152,21 @@ def select(
             "select_on_host must be False for arrays on several devices, got True and an array "
             f"of shape {tuple(arrays[0].shape)}"
         )
+    chosen = (pattern, tuple(layouts), tuple(names))
+    program = backend_of(arrays[0]).as_program
+    found: list[Array] = program(_select_by_pattern, chosen, list(arrays), list(importance), step)
+    return found
+
+
+def _select_by_pattern(
+    pattern: Pattern,
+    layouts: Sequence[Layout | None],
+    names: Sequence[str],
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    step: int | Array | None,
+) -> list[Array]:
+    """Return the masks of `select`, with each array under its own pattern."""
     if all(pattern.of(name) is pattern for name in names):
         return _select(arrays, importance, layouts, names, pattern, step)
     masks: list[Array] = list(arrays)

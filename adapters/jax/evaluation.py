@@ -8,6 +8,7 @@ import jax
 
 from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
+from safe_core.backends.jax import as_program
 from safe_core.finalization import Finalized, describe, measure
 from safe_core.projection import apply_support
 
@@ -107,9 +108,13 @@ class FinalProjection(NamedTuple):
         values = self.values
         if any(isinstance(x, jax.core.Tracer) for x in (self.step, *values, *self.support)):
             return None
-        numbers = [measure(x, kept) for x, kept in zip(values, self.support, strict=True)]
+        numbers = as_program(_measured, (), values, self.support)
         steps, read = jax.device_get((self.step, numbers))
         return describe(int(steps), self.tree.info.names, [x.size for x in values], read)
+
+
+def _measured(values: list[Any], support: list[Any]) -> list[list[jax.Array]]:
+    return [measure(x, kept) for x, kept in zip(values, support, strict=True)]
 
 
 def final_projection(

@@ -18,7 +18,7 @@ from array_backends import Backend, assert_same, projector
 
 import safe_core
 import safe_core.backends.jax_counting as jax_counting
-from safe_core import NM, Unstructured, project, schedules
+from safe_core import NM, Channel, Unstructured, project, schedules
 from safe_core.adapters.optax import finalize, sparse_optimizer
 from safe_core.backends import selecting_on_host, selects_on_host
 from safe_core.projection import select
@@ -48,6 +48,37 @@ def test_hard_scores_select_as_the_reference(
     pattern = Unstructured(sparsity, scope)
     got = Backend.JAX_JIT.run(projector(pattern), arrays)
     assert_same(got.support, reference.select(arrays, pattern))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows"),
+    [
+        (Unstructured(0.4), 37),
+        (NM(8, 32), 38),
+        ({"a": Unstructured(0.5), "b": Channel(0.4)}, 39),
+    ],
+    ids=["unstructured", "N:M", "by name"],
+)
+def test_an_eager_projection_compiles_few_programs(pattern: Any, rows: int) -> None:
+    compiled = []
+
+    def record(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    # No other test has these shapes, so nothing is compiled already.
+    arrays = {"a": jnp.ones((rows, 96)), "b": jnp.ones((rows, 192))}
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        project(arrays, pattern)
+        # One finds NaN, one selects, and one applies the support. The first call of a process
+        # compiles a constant too.
+        assert 3 <= len(compiled) <= 4
+        before = len(compiled)
+        project(arrays, pattern)
+        assert len(compiled) == before
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
 
 
 def on_host(pattern: Any) -> Any:
