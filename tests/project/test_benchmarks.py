@@ -29,6 +29,7 @@ from benchmarks import (  # noqa: E402
     blocks,
     corpus,
     elsa,
+    litert,
     peers,
     pruning_tables,
     savings,
@@ -289,3 +290,45 @@ def test_imp_sam_prunes_a_block() -> None:
     report = prune_blocks(model, torch.randn(16, 8), solver, 0.5, blocks=model)
     assert report.sparsity == 0.5
     assert int((model[0].weight == 0).sum()) == 32
+
+
+def _file(speed: float, accuracy: float) -> dict[str, Any]:
+    seconds = {"this file": 1.0, "dense int8": 2.0, "dense float32": speed}
+    return {"size": 250_000, "seconds": seconds, "accuracy": accuracy}
+
+
+def test_the_table_of_files_has_medians_of_speeds_and_means_of_accuracies(tmp_path: Path) -> None:
+    runs = [
+        {
+            "task": "digits",
+            "pattern": "1x16",
+            "sparsity": 0.9,
+            "seed": seed,
+            "files": {"int8": file},
+        }
+        for seed, file in enumerate([_file(2.0, 90.0), _file(3.0, 92.0), _file(9.0, 94.0)])
+    ]
+    alone = {"size": 4_000_000, "seconds": {"this file": 1.0}, "accuracy": 95.0}
+    runs.append(
+        {
+            "task": "digits",
+            "pattern": "dense",
+            "sparsity": 0.0,
+            "seed": 0,
+            "files": {"float32": alone},
+        }
+    )
+    table = litert.markdown(runs)
+    assert "| 1x16, int8 | 90% | 92.0 ± 1.2 | 0.25 | 3.0 |" in table
+    assert "| dense, float32 | 0% | 95.0 | 4.00 | 1.0 |" in table
+    litert.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_trained_file_has_the_accuracy_of_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(litert.TASKS, "digits", (litert.TASKS["digits"][0], 2))
+    line = litert.run("digits", "1x16", 0.8, seed=0)
+    file = line["files"]["int8"]
+    assert file["accuracy"] > 70
+    assert file["size"] < 400_000  # dense int8 weights take 1.1 MB
+    assert {"this file", "dense int8", "dense float32"} <= file["seconds"].keys()

@@ -28,6 +28,7 @@ COMMANDS = {
         "0.9",
     ),
     "fine-tuning": ("fine_tune.py", "--epochs", "3"),
+    "a faster file": ("faster_file.py", "--data", "digits", "--epochs", "5"),
     "accelerate": ("accelerate_loop.py", "--epochs", "2"),
     "lightning": ("lightning_module.py", "--epochs", "2", "--precision", "bf16-mixed"),
 }
