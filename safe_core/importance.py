@@ -17,7 +17,7 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import check_real_floating, wide_dtype
-from .random_signs import check_seed, uniform
+from .random_numbers import check_seed, uniform
 
 __all__ = [
     "Computed",

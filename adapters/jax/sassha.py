@@ -17,7 +17,7 @@ import optax
 
 from safe_core import _checks
 from safe_core.backends import backend_of
-from safe_core.random_signs import check_seed, rademacher
+from safe_core.random_numbers import check_seed, rademacher
 from safe_core.sassha import SasshaRule, check_number, estimates
 
 from .leaves import check_arrays, check_gradient, flag_of

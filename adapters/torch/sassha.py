@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core import _checks
-from safe_core.random_signs import check_seed
+from safe_core.random_numbers import check_seed
 from safe_core.sassha import ASCENTS, SasshaRule, check_number
 
 from . import kernels

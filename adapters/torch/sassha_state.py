@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_core.random_signs import rademacher
+from safe_core.random_numbers import rademacher
 from safe_core.sassha import SasshaRule
 
 from .products import HessianEstimates

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safe_core import _checks
 from safe_core.backends import Array
 from safe_core.layout import Layout, resolve
-from safe_core.random_signs import check_seed
+from safe_core.random_numbers import check_seed
 
 from .ascent import moved
 from .vectors import Coordinates

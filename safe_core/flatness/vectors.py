@@ -12,7 +12,7 @@ from array_api_compat import array_namespace
 
 from safe_core._dtypes import check_real_floating, wide_dtype
 from safe_core.backends import Array, backend_of, hashing
-from safe_core.random_signs import fractions, mixed, signed
+from safe_core.random_numbers import fractions, mixed, signed
 
 __all__ = ["Coordinates", "Operator", "dot", "operator_on", "orthogonalised"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from array_backends import Backend
 
-from safe_core.random_signs import rademacher
+from safe_core.random_numbers import rademacher
 from safe_core.sassha import SasshaRule, estimates
 
 SHAPES = ((), (0,), (1,), (3, 5), (40, 7, 2))

@@ -19,7 +19,7 @@ from safe_core.adapters.optax import (
     sparse_optimizer,
     value_and_gradients,
 )
-from safe_core.random_signs import rademacher
+from safe_core.random_numbers import rademacher
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 

@@ -39,7 +39,7 @@ PACKAGES = (
 
 # Modules of which the page documents some names; the others serve the library alone.
 MODULES = (
-    "safe_core.random_signs",
+    "safe_core.random_numbers",
     "safe_core.reconstruction",
     "safe_core.report",
     "safe_core.adapters.layer_timing",

@@ -16,7 +16,7 @@ from torch.nn import functional
 import safe_core
 from safe_core.adapters.torch import RandomState, Sassha, SparseOptimizer
 from safe_core.adapters.torch.products import HessianEstimates
-from safe_core.random_signs import rademacher
+from safe_core.random_numbers import rademacher
 
 PROBLEM = Problem.make()
 GROUPS = Recipe(rate=(0.02, 0.05), rho=(0.1, 0.3), decay=(0.5, 0.1))
