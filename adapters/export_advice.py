@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from safe_core._readable import aligned, readable_bytes
 
@@ -67,14 +68,44 @@ class ExportAdvice:
         int8 = bars(self.forms, batch).int8
         return None if int8 is None else self.form(name).starts(batch, MARGIN * int8)
 
+    def plain(self) -> dict[str, Any]:
+        """Return all figures as nested dictionaries and lists, ready for JSON."""
+        return {
+            "machine": self.machine,
+            "own_sparsity": self.own,
+            "advice": {_inputs(batch): text for batch, text in self.advice.items()},
+            "notes": list(self.notes),
+            "forms": {form.name: self._plain(form) for form in self.forms},
+        }
+
+    def _plain(self, form: FormFigures) -> dict[str, Any]:
+        if form.reason and not form.seconds:
+            return {"title": form.title, "reason": form.reason}
+        return {
+            "title": form.title,
+            "seconds": {
+                _inputs(batch): {str(at): taken for at, taken in times.items()}
+                for batch, times in form.seconds.items()
+            },
+            "bytes": {str(at): size for at, size in form.sizes.items()},
+            "pays_from": {_inputs(b): self.pays_from(form.name, b) for b in form.seconds},
+            "beats_int8_from": {
+                _inputs(b): self.beats_int8_from(form.name, b) for b in form.seconds
+            },
+        }
+
     def __str__(self) -> str:
         lines = []
         for batch in self.batch_sizes:
             lines += [f"milliseconds of a call, {_inputs(batch)}:", *self._times(batch), ""]
         lines += ["size of the file:", *self._sizes(), ""]
-        missing = [form for form in self.forms if form.reason]
+        missing: dict[str, list[str]] = {}
+        for form in self.forms:
+            if form.reason:
+                missing.setdefault(form.reason, []).append(form.title)
         if missing:
-            lines += ["not measured:", *(f"  {x.title}: {x.reason}" for x in missing), ""]
+            texts = [f"  {'; '.join(titles)}: {reason}" for reason, titles in missing.items()]
+            lines += ["not measured:", *texts, ""]
         lines += [*self.notes, f"medians on {self.machine}"]
         return "\n".join([*lines, *(f"{_inputs(b)}: {text}" for b, text in self.advice.items())])
 

@@ -77,8 +77,9 @@ file 4 times smaller; 4 times faster at 90% zeros
         if (found := _first(forms, batch, MARGIN * dense.float32)) is not None:
             advice.append(f"if int8 costs too much accuracy, {_train(forms, batch, *found)}")
     else:
-        advice.append(f"no form is a tenth faster than dense float32 {tried}, so train zeros for "
-                      "a smaller file alone")  # fmt: skip
+        unknown = " (dense int8 was not measured)" if dense.int8 is None else ""
+        advice.append(f"no form is a tenth faster than dense float32 {tried}{unknown}, so train "
+                      "zeros for a smaller file alone")  # fmt: skip
         if (smallest := _smallest(forms)) is not None:
             advice.append(smallest)
     return "; ".join(advice)
@@ -151,7 +152,8 @@ def _gains(dense: Bars, taken: float) -> str:
     text = f"{dense.float32 / taken:.2g} times faster than dense float32"
     if dense.int8 is None:
         return f"{text} (dense int8 was not measured)"
-    return f"{text} and {dense.int8 / taken:.2g} times faster than dense int8"
+    ratio = dense.int8 / taken
+    return f"{text}, {ratio:.2g} times {'faster than' if ratio > 1 else 'as fast as'} dense int8"
 
 
 def _tried(forms: Sequence[FormFigures], batch: int | None) -> str:

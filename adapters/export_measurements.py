@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,25 @@ import numpy as np
 from safe_core import _checks
 from safe_core._installed import require
 from safe_core.compressed.forms import places_size
+from safe_core.finalization import listed
 from safe_core.litert.process import FileRuntimeError
 from safe_core.litert.trials import BLOCKED, dense_layers, trials
 
 from .export_advice import ExportAdvice
 from .export_choice import choice, own_choice
 from .export_forms import DENSE, FORMS, OWN, FormFigures, Sparsity, chosen_forms, percent
+from .layer_timing import MARGIN, LayerTiming
 
-__all__ = ["LITERT", "Collected", "Plan", "check_plan", "measure_litert", "stored_bytes"]
+__all__ = [
+    "LITERT",
+    "Collected",
+    "Plan",
+    "Totals",
+    "check_plan",
+    "measure_litert",
+    "own_times",
+    "stored_bytes",
+]
 
 LITERT = ("litert", "int8", *BLOCKED)
 """Forms that LiteRT runs."""
@@ -119,6 +131,10 @@ class Collected:
             times[at] = seconds
         self.sizes.setdefault(form, {}).setdefault(at, size)
 
+    def note(self, text: str) -> None:
+        """Add what the figures leave out."""
+        self.notes[text] = None
+
     def miss(self, forms: Collection[str], reason: str) -> None:
         """Tell why forms cannot be measured."""
         self.reasons.update(dict.fromkeys(forms, reason))
@@ -181,16 +197,53 @@ def measure_litert(
         found.add(form, batch, at, trial.seconds if trial.skips else None, trial.size)
         if not trial.skips:
             zeros = "its own zeros" if at == OWN else f"{percent(float(at))} zeros"
-            found.notes[f"{FORMS[form].title}: {zeros} are not in such blocks, or too few, so that "
-                        "LiteRT computes dense"] = None  # fmt: skip
+            found.note(
+                f"{FORMS[form].title}: {zeros} are not in such blocks, or too few, so that LiteRT "
+                "computes dense"
+            )
     for form in BLOCKED:
         dense, count = dense_layers(graph, form)
-        title, block = FORMS[form].title, form.partition("x")[2]
-        if form not in plan.forms or not dense:
-            continue
-        named = ", ".join(dense)
-        found.notes[f"{title}: {len(dense)} of {count} linear layers stay dense, whose inputs are "
-                    f"no multiple of {block}: {named}"] = None  # fmt: skip
+        if form in plan.forms and dense:
+            block = form.partition("x")[2]
+            found.note(
+                f"{FORMS[form].title}: {len(dense)} of {count} layers stay dense, which are not "
+                f"linear, or whose inputs are no multiple of {block}: {listed(dense)}"
+            )
+
+
+class Totals:
+    """Sum the times of layers in a form, in which those stay dense that are not faster."""
+
+    def __init__(self, whole: float) -> None:
+        self.whole = whole
+        self.dense = 0.0
+        self.forms: dict[tuple[str, Sparsity], float] = {}
+
+    def add(self, count: int, times: Mapping[tuple[str, Sparsity], float]) -> None:
+        """Add calls of a layer, whose dense time is that of ``("dense", 0.0)``."""
+        dense = times["dense", 0.0]
+        self.dense += count * dense
+        for key, taken in times.items():
+            if key[0] != "dense":
+                gain = dense - taken if taken <= MARGIN * dense else 0.0
+                self.forms[key] = self.forms.get(key, 0.0) + count * gain
+
+    def seconds(self) -> Iterator[tuple[tuple[str, Sparsity], float]]:
+        """Yield the time of the whole model in each form."""
+        # Layers alone can take longer than within the model, which must not make it negative.
+        scale = min(1.0, self.whole / self.dense) if self.dense else 1.0
+        for key, gain in self.forms.items():
+            yield key, self.whole - scale * gain
+
+
+def own_times(layer: LayerTiming) -> dict[tuple[str, Sparsity], float]:
+    """Return the times of a layer in the forms for its own zeros, of BSR the fastest."""
+    times: dict[tuple[str, Sparsity], float] = {}
+    for name, taken in layer.seconds.items():
+        form = name.partition(" ")[0].lower()
+        key = (form, 0.0 if form == "dense" else OWN)
+        times[key] = min(taken, times.get(key, math.inf))
+    return times
 
 
 def stored_bytes(entries: int, kept: int, width: int, *, in_2_of_4: bool = False) -> int:

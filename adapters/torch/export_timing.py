@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from safe_core._made_up import made_up_2_of_4, made_up_weight
 from safe_core.adapters.export_forms import OWN, Sparsity, channel_share
-from safe_core.adapters.export_measurements import Collected, stored_bytes
-from safe_core.adapters.layer_timing import MARGIN, LayerTiming, interleaved
+from safe_core.adapters.export_measurements import Collected, Totals, own_times, stored_bytes
+from safe_core.adapters.layer_timing import interleaved
+from safe_core.finalization import listed
 
 from .channels import shrink, silence_channels
 from .sparse_layers import SparseLinear, sparse_forms
@@ -104,7 +105,7 @@ def smaller_models(found: Collected, model: nn.Module, inputs: Any) -> dict[Spar
             continue
         if removed.removed:
             smaller[sparsity] = trial
-            found.notes[_CHANNELS] = None
+            found.note(_CHANNELS)
         elif sparsity != OWN:
             reasons = "; ".join(dict.fromkeys(removed.kept.values())) or "there are none"
             found.miss(["channels"], f"no channels can be removed: {reasons}")
@@ -148,40 +149,22 @@ def measure_layers(
     if not wanted:
         return
     shapes = _Shapes(model, call)
-    totals = _Totals(found.seconds["dense"][batch][0.0])
+    totals = Totals(found.seconds["dense"][batch][0.0])
     for shape, count in shapes.calls.items():
         totals.add(count, _times(found, shape, model, device))
     for (form, at), seconds in totals.seconds():
         found.add(form, batch, at, seconds, _size(model, shapes.weights, float(at), form))
-    if totals.forms:
-        found.notes[_SUMMED] = None
+    found.note(_SUMMED)
+    measured = {id(p) for p in shapes.weights}
+    known = prunable_weights(model)
+    dense = [n for n, p in model.named_parameters() if p in known and id(p) not in measured]
+    if dense:
+        found.note(
+            "CSR, BSR and 2:4: weights stay dense that are not of a torch.nn.Linear, or that "
+            f"attention reads itself: {listed(dense)}"
+        )
     if found.plan.own is not None:
         _measure_own(found, batch, model, call, device, wanted)
-
-
-class _Totals:
-    """Sum the times of layers in a form, in which those stay dense that are not faster."""
-
-    def __init__(self, whole: float) -> None:
-        self.whole = whole
-        self.dense = 0.0
-        self.forms: dict[tuple[str, Sparsity], float] = {}
-
-    def add(self, count: int, times: Mapping[tuple[str, Sparsity], float]) -> None:
-        """Add calls of a layer, whose dense time is that of ``("dense", 0.0)``."""
-        dense = times["dense", 0.0]
-        self.dense += count * dense
-        for key, taken in times.items():
-            if key[0] != "dense":
-                gain = dense - taken if taken <= MARGIN * dense else 0.0
-                self.forms[key] = self.forms.get(key, 0.0) + count * gain
-
-    def seconds(self) -> Iterator[tuple[tuple[str, Sparsity], float]]:
-        """Yield the time of the whole model in each form."""
-        # Layers alone can take longer than within the model, which must not make it negative.
-        scale = min(1.0, self.whole / self.dense) if self.dense else 1.0
-        for key, gain in self.forms.items():
-            yield key, self.whole - scale * gain
 
 
 def _times(
@@ -190,8 +173,9 @@ def _times(
     dtype = next(p.dtype for p in prunable_weights(model))
     x = torch.randn(shape.rows, shape.inputs, dtype=dtype, device=device)
     layer = nn.Linear(shape.inputs, shape.outputs, shape.bias, dtype=dtype, device=device)
-    runs = {("dense", 0.0): timed_call(lambda m: m(x), layer, device)}
-    keys: dict[tuple[str, Sparsity], Callable[[], None]] = {**runs}
+    runs: dict[tuple[str, Sparsity], Callable[[], None]] = {
+        ("dense", 0.0): timed_call(lambda m: m(x), layer, device)
+    }
     for form, at, make in _made_up(found, shape, layer):
         try:
             run = timed_call(lambda m: m(x), make(), device)
@@ -199,13 +183,13 @@ def _times(
         except RuntimeError as error:  # the dtype, or the shape on CUDA
             found.miss([form], str(error).splitlines()[0])
         else:
-            keys[form, at] = run
+            runs[form, at] = run
     taken = interleaved(
-        {f"{form} {at}": run for (form, at), run in keys.items()},
+        {f"{form} {at}": run for (form, at), run in runs.items()},
         found.plan.repeats,
         clock(device),
     )
-    return {key: statistics.median(taken[f"{key[0]} {key[1]}"]) for key in keys}
+    return {key: statistics.median(taken[f"{key[0]} {key[1]}"]) for key in runs}
 
 
 def _made_up(
@@ -247,22 +231,13 @@ def _measure_own(
         call(model)
     finally:
         measured.remove_hooks()
-    totals = _Totals(found.seconds["dense"][batch][0.0])
+    totals = Totals(found.seconds["dense"][batch][0.0])
     for layer in measured.layers_timed():
         if layer.seconds:
-            totals.add(1, _own_times(layer))
+            totals.add(1, own_times(layer))
     for (form, _), seconds in totals.seconds():
         if form in wanted:
             found.add(form, batch, OWN, seconds, _own_size(model))
-
-
-def _own_times(layer: LayerTiming) -> dict[tuple[str, Sparsity], float]:
-    times: dict[tuple[str, Sparsity], float] = {}
-    for name, taken in layer.seconds.items():
-        form = name.partition(" ")[0].lower()
-        key = (form, 0.0 if form == "dense" else OWN)
-        times[key] = min(taken, times.get(key, math.inf))
-    return times
 
 
 def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -> int:

@@ -89,7 +89,7 @@ def trials(
     with tempfile.TemporaryDirectory(prefix="safe_core-") as name:
         folder = Path(name)
         ranges = calibrated(graph, [sample], folder)
-        files, sizes, made = [], list[int](), dict[Key, Candidate]()
+        files, sizes, made = list[Path](), list[int](), dict[Key, Candidate]()
         for key, candidate in _candidates(graph, sparsities, forms, own, ranges):
             file = folder / f"{len(files)}.tflite"
             file.write_bytes(candidate.content)
@@ -108,14 +108,11 @@ def trials(
 
 
 def dense_layers(graph: Graph, form: str) -> tuple[list[str], int]:
-    """Return the linear layers that stay dense in a form, and the number of all linear layers."""
-    block, found, count = BLOCKS[_WEIGHTS[form]], [], 0
-    for op in graph.operations:
-        if (weight := _weight(op)) is not None:
-            count += 1
-            if weight.shape[-1] % block:
-                found.append(op.source)
-    return found, count
+    """Return the layers that stay dense in a form, and the number of all layers."""
+    block = BLOCKS[_WEIGHTS[form]]
+    layers = [op for op in graph.operations if op.weight is not None]
+    dense = [op.source for op in layers if (x := _weight(op)) is None or _matrix(x)[1] % block]
+    return dense, len(layers)
 
 
 def _candidates(
