@@ -17,9 +17,11 @@ from safe_core._made_up import made_up_2_of_4, made_up_weight
 from safe_core.adapters.export_forms import OWN, Sparsity, channel_share
 from safe_core.adapters.export_measurements import Collected, Totals, own_times, stored_bytes
 from safe_core.adapters.layer_timing import interleaved
+from safe_core.compressed.forms import chosen_form
 from safe_core.finalization import listed
 
 from .channels import shrink, silence_channels
+from .compressed import raw_tensor
 from .sparse_layers import SparseLinear, sparse_forms
 from .sparse_model import READERS, MeasuredLayers, timed_call
 from .weights import prunable_weights
@@ -253,17 +255,16 @@ def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -
 
 def _own_size(model: nn.Module) -> int:
     """Return the bytes of a compressed file."""
-    total = state_bytes(model)
-    for p in prunable_weights(model):
-        width = p.element_size()
-        total += stored_bytes(p.numel(), int(p.count_nonzero()), width) - p.numel() * width
-    return total
+    return sum(chosen_form(raw_tensor(x)).nbytes for x in _tensors(model))
 
 
 def state_bytes(model: nn.Module) -> int:
     """Return the bytes of the tensors of a model, those that are shared once."""
-    held = {(x.data_ptr(), x.shape): x for x in model.state_dict().values()}
-    return sum(x.numel() * x.element_size() for x in held.values())
+    return sum(x.numel() * x.element_size() for x in _tensors(model))
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return list({(x.data_ptr(), x.shape): x for x in model.state_dict().values()}.values())
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -85,6 +85,8 @@ def test_every_form_is_measured_and_the_model_stays(quick: list[list[str]]) -> N
         assert [list(times) for times in found.form(name).seconds.values()] == [[0.0], [0.0]]
     if not torch.cuda.is_available():
         assert found.form("2:4").reason == "there is no CUDA GPU"
+    # The file holds each of the equal shapes.
+    assert found.form("litert").sizes[0.0] > 4 * (2 * 32 * 32 + 4 * 32)
     # All three layers take half of their time at 90%, and two of them fit blocks.
     assert found.form("csr").seconds[1] == {0.5: 2.0, 0.9: 1.0}
     assert found.form("bsr").seconds[1] == {0.5: 2.0, 0.9: pytest.approx(2 - 2 / 3)}

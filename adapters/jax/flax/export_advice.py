@@ -24,7 +24,9 @@ from safe_core.adapters.export_measurements import (
     stored_bytes,
 )
 from safe_core.adapters.layer_timing import LayerTiming, interleaved, processor
+from safe_core.compressed.forms import chosen_form
 
+from ..compressed import raw_array
 from ..litert import litert_graph
 from .sparse_model import (
     Layer,
@@ -158,7 +160,13 @@ def _resized(example_inputs: Any, batch: int | None) -> tuple[Any, ...]:
 
 
 def _nbytes(layers: NnxLayers | LinenLayers) -> int:
-    return sum(int(jnp.asarray(x).nbytes) for x in layers.arrays() if hasattr(x, "nbytes"))
+    return sum(int(x.nbytes) for x in _arrays(layers))
+
+
+def _arrays(layers: NnxLayers | LinenLayers) -> list[jax.Array]:
+    """Return the arrays of a model without the keys of random numbers, which no file holds."""
+    found = map(jnp.asarray, layers.arrays())
+    return [x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
 
 
 class _Call(NamedTuple):
@@ -195,14 +203,14 @@ def _measure_layers(
     if found.plan.own is None:
         return
     totals = Totals(whole)
-    counts = {name: int(jnp.count_nonzero(x)) for name, x in layers.kernels().items()}
     for name, layer in known.items():
-        zeros = 1 - counts[name] / max(1, layer.kernel.size)
+        zeros = 1 - int(jnp.count_nonzero(layer.kernel)) / max(1, layer.kernel.size)
         timing = timed(LayerTiming(name, layer.kernel.shape, zeros), layer, found.plan.repeats)
         if timing.seconds:
             totals.add(1, own_times(timing))
     for (form, _), seconds in totals.seconds():
-        found.add(form, batch, OWN, seconds, _stored(layers, counts))
+        size = sum(chosen_form(raw_array(x)).nbytes for x in _arrays(layers))
+        found.add(form, batch, OWN, seconds, size)
 
 
 def _times(found: Collected, call: _Call) -> dict[tuple[str, Sparsity], float]:
