@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,10 +105,12 @@ class ExportAdvice:
             if form.reason:
                 missing.setdefault(form.reason, []).append(form.title)
         if missing:
-            texts = [f"  {'; '.join(titles)}: {reason}" for reason, titles in missing.items()]
-            lines += ["not measured:", *texts, ""]
-        lines += [*self.notes, f"medians on {self.machine}"]
-        return "\n".join([*lines, *(f"{_inputs(b)}: {text}" for b, text in self.advice.items())])
+            texts = [f"{'; '.join(titles)}: {reason}" for reason, titles in missing.items()]
+            lines += ["not measured:", *(_wrapped(text, "  ") for text in texts), ""]
+        lines += [_wrapped(note) for note in self.notes]
+        lines += [f"medians on {self.machine}", ""]
+        lines += [_wrapped(f"{_inputs(batch)}: {text}") for batch, text in self.advice.items()]
+        return "\n".join(lines)
 
     def _columns(self) -> dict[Sparsity, str]:
         """Return the sparsities of any form with the heads of their columns."""
@@ -149,3 +152,15 @@ class ExportAdvice:
 
 def _inputs(batch: int | None) -> str:
     return "inputs as given" if batch is None else f"batch size {batch}"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    """Return a text in lines, of which all but the first are indented further."""
+    return textwrap.fill(
+        text,
+        100,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

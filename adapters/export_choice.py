@@ -10,6 +10,8 @@ from .layer_timing import MARGIN
 
 __all__ = ["Bars", "bars", "choice", "own_choice"]
 
+_COSTLY = "removed channels cost more accuracy than other zeros"
+
 
 class Bars(NamedTuple):
     """Seconds of the dense forms.
@@ -50,8 +52,8 @@ def choice(forms: Sequence[FormFigures], batch: int | None) -> str:
     """Return what to train and how to export, for a batch size.
 
     A form wins if it takes at most nine tenths of the time of every dense form. Among those that
-    win at the lowest sparsity, the fastest is chosen. Channels are chosen last, because they cost
-    the most accuracy.
+    win at the lowest sparsity, the fastest is chosen. Channels are chosen last, after dense int8,
+    because they cost the most accuracy.
 
     Examples
     --------
@@ -65,23 +67,30 @@ save_litert(model, inputs, path, compute="sparse"): 2 times faster than dense fl
 was not measured), \
 file 4 times smaller; 4 times faster at 90% zeros
     """
-    dense = bars(forms, batch)
-    if (found := _first(forms, batch, MARGIN * dense.fastest)) is not None:
+    dense, tried = bars(forms, batch), _tried(forms, batch)
+    others = [form for form in forms if form.name != "channels"]
+    if (found := _first(others, batch, MARGIN * dense.fastest)) is not None:
         return _train(forms, batch, *found)
-    advice, tried = [], _tried(forms, batch)
-    if dense.int8 is not None and dense.int8 <= MARGIN * dense.float32:
-        int8 = _named(forms, "int8")
-        gain = f"{dense.float32 / dense.int8:.2g} times faster than dense float32"
-        advice.append(f"export dense int8 with {int8.export(batch)}: {gain}, and no form with "
-                      f"zeros is a tenth faster than that {tried}")  # fmt: skip
-        if (found := _first(forms, batch, MARGIN * dense.float32)) is not None:
-            advice.append(f"if int8 costs too much accuracy, {_train(forms, batch, *found)}")
-    else:
+    channels = _first(forms, batch, MARGIN * dense.fastest)
+    if dense.int8 is None or dense.int8 > MARGIN * dense.float32:
+        if channels is not None:
+            return f"{_train(forms, batch, *channels)}; {_COSTLY}"
         unknown = " (dense int8 was not measured)" if dense.int8 is None else ""
-        advice.append(f"no form is a tenth faster than dense float32 {tried}{unknown}, so train "
-                      "zeros for a smaller file alone")  # fmt: skip
-        if (smallest := _smallest(forms)) is not None:
-            advice.append(smallest)
+        advice = [
+            f"no form is a tenth faster than dense float32 {tried}{unknown}, so train zeros for a "
+            "smaller file alone"
+        ]
+        return "; ".join([*advice, *_smallest(forms)])
+    gain = f"{dense.float32 / dense.int8:.2g} times faster than dense float32"
+    only = "no form with zeros" if channels is None else "no form with zeros but removed channels"
+    advice = [
+        f"export dense int8 with {_named(forms, 'int8').export(batch)}: {gain}, and {only} is a "
+        f"tenth faster than that {tried}"
+    ]
+    if channels is not None:
+        advice.append(f"{_COSTLY}: {_train(forms, batch, *channels)}")
+    if (found := _first(others, batch, MARGIN * dense.float32)) is not None:
+        advice.append(f"if int8 costs too much accuracy, {_train(forms, batch, *found)}")
     return "; ".join(advice)
 
 
@@ -140,11 +149,6 @@ def _train(forms: Sequence[FormFigures], batch: int | None, form: FormFigures, s
     if last > start and times[last] <= MARGIN * times[start]:
         more = f"{dense.float32 / times[last]:.2g} times faster at {percent(last)} zeros"
         text = f"{text}; {more}"
-    if form.name == "channels":
-        text += "; removed channels cost more accuracy than other zeros"
-        if dense.int8 is not None and dense.int8 <= MARGIN * dense.float32:
-            text += (f", so compare dense int8 without zeros, {dense.float32 / dense.int8:.2g} "
-                     "times faster than dense float32")  # fmt: skip
     return text
 
 
@@ -164,16 +168,19 @@ def _tried(forms: Sequence[FormFigures], batch: int | None) -> str:
     return f"up to {percent(found[-1])} zeros"
 
 
-def _smallest(forms: Sequence[FormFigures]) -> str | None:
-    """Return which file of a pattern that keeps accuracy best is smaller, and how to write it."""
+def _smallest(forms: Sequence[FormFigures]) -> list[str]:
+    """Return how small a file gets by the pattern that keeps accuracy best, if it is known."""
     for form in forms:
         found = [s for s in form.sizes if not isinstance(s, str)]
         if form.name in ("csr", "bcsr") and found:
             s = min(found)
             ratio = _dense_size(forms) / form.sizes[s]
-            return (f"with safe_core.safe({form.pattern(s)}, steps=...), save_compressed makes it "
-                    f"{ratio:.2g} times smaller")  # fmt: skip
-    return None
+            pattern = form.pattern(s)
+            return [
+                f"with safe_core.safe({pattern}, steps=...), save_compressed makes it {ratio:.2g} "
+                "times smaller"
+            ]
+    return []
 
 
 def _named(forms: Sequence[FormFigures], name: str) -> FormFigures:

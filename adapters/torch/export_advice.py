@@ -39,8 +39,8 @@ def advise(
 ) -> ExportAdvice:
     """Measure in which forms zeros would pay on this machine, before or after training.
 
-    The weights are made up, with zeros at random places, so only the shapes of the model count,
-    and it need not be trained. Measured are
+    Random weights, with zeros at random places, stand in for those of the model. So only its
+    shapes count, and it need not be trained. Measured are
 
     - files of the whole model for LiteRT: dense in float32 and int8, and with zeros in blocks of
       1x4 (float32) and 1x16 (int8);

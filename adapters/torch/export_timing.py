@@ -1,4 +1,4 @@
-"""Time a model and its linear layers in the forms of PyTorch, with zeros that are made up."""
+"""Time a model and its linear layers in the forms of PyTorch, with synthetic zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from safe_core._made_up import made_up_2_of_4, made_up_weight
+from safe_core._synthetic import synthetic_2_of_4, synthetic_weight
 from safe_core.adapters.export_forms import OWN, Sparsity, channel_share
 from safe_core.adapters.export_measurements import Collected, Totals, own_times, stored_bytes
 from safe_core.adapters.layer_timing import interleaved
@@ -122,7 +122,7 @@ def _zero_channels(model: nn.Module, share: float) -> None:
         if weight in known and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             assert weight is not None
             rest = weight[0].numel()
-            values = made_up_weight((len(weight), rest), (1, rest), share)
+            values = synthetic_weight((len(weight), rest), (1, rest), share)
             weight.copy_(torch.from_numpy(values).reshape(weight.shape))
 
 
@@ -178,7 +178,7 @@ def _times(
     runs: dict[tuple[str, Sparsity], Callable[[], None]] = {
         ("dense", 0.0): timed_call(lambda m: m(x), layer, device)
     }
-    for form, at, make in _made_up(found, shape, layer):
+    for form, at, make in _synthetic(found, shape, layer):
         try:
             run = timed_call(lambda m: m(x), make(), device)
             run()
@@ -194,7 +194,7 @@ def _times(
     return {key: statistics.median(taken[f"{key[0]} {key[1]}"]) for key in runs}
 
 
-def _made_up(
+def _synthetic(
     found: Collected, shape: LinearCall, layer: nn.Linear
 ) -> Iterator[tuple[str, float, Callable[[], SparseLinear]]]:
     """Yield the forms that fit a layer, with sparsities and functions that make them."""
@@ -208,13 +208,13 @@ def _made_up(
     plan = found.plan
     if layer.weight.device.type == "cuda":
         if "2:4" in plan.forms and shape.inputs % 4 == 0:
-            yield "2:4", _HALF, forms(made_up_2_of_4(size))["2:4"]
+            yield "2:4", _HALF, forms(synthetic_2_of_4(size))["2:4"]
         return
     for sparsity in plan.sparsities:
         if "csr" in plan.forms:
-            yield "csr", sparsity, forms(made_up_weight(size, (1, 1), sparsity))["CSR"]
+            yield "csr", sparsity, forms(synthetic_weight(size, (1, 1), sparsity))["CSR"]
         if "bsr" in plan.forms and not (shape.outputs % 16 or shape.inputs % 16):
-            made = forms(made_up_weight(size, (16, 16), sparsity))
+            made = forms(synthetic_weight(size, (16, 16), sparsity))
             if "BSR 16x16" in made:
                 yield "bsr", sparsity, made["BSR 16x16"]
 
@@ -243,7 +243,7 @@ def _measure_own(
 
 
 def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -> int:
-    """Return the bytes of a compressed file with made-up zeros in some weights."""
+    """Return the bytes of a compressed file with synthetic zeros in some weights."""
     total = state_bytes(model)
     for p in weights:
         kept = p.numel() - math.floor(sparsity * p.numel())

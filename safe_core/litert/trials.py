@@ -1,4 +1,4 @@
-"""Measure a network as LiteRT files whose zeros are made up, before it is trained."""
+"""Measure a network as LiteRT files with synthetic zeros, before it is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from safe_core._made_up import made_up_weight
+from safe_core._synthetic import synthetic_weight
 
 from .candidates import Candidate, built, calibrated, copied, is_linear, kernels
 from .graph import Graph, Operation, Tensor
@@ -66,7 +66,7 @@ def trials(
     sample : sequence of arrays
         The inputs.
     sparsities : sequence of float
-        Of the linear layers, whose weights are made up with zeros in blocks.
+        Of the linear layers, whose weights become random with zeros in blocks.
     forms : collection of str
         ``"1x4"`` (float32), ``"1x16"`` (int8), or both.
     own : bool
@@ -129,7 +129,7 @@ def _candidates(
         return built(changed, chosen, ranges if kind == "int8" else None)
 
     filled = _changed(
-        graph, lambda weight, seed: made_up_weight(_matrix(weight), (1, 1), 0.0, seed)
+        graph, lambda weight, seed: synthetic_weight(_matrix(weight), (1, 1), 0.0, seed)
     )
     yield ("litert", 0.0), candidate("litert", filled)
     yield ("int8", 0.0), candidate("int8", filled)
@@ -145,8 +145,8 @@ def _sparse(graph: Graph, block: int, sparsity: float) -> Graph:
     def change(weight: Tensor, seed: int) -> Array:
         shape = _matrix(weight)
         if shape[1] % block:
-            return made_up_weight(shape, (1, 1), 0.0, seed)
-        return made_up_weight(shape, (1, block), sparsity, seed)
+            return synthetic_weight(shape, (1, 1), 0.0, seed)
+        return synthetic_weight(shape, (1, block), sparsity, seed)
 
     return _changed(graph, change)
 

@@ -44,9 +44,9 @@ def advise(
 ) -> None:
     """Measure in which forms zeros would pay on this machine, and say what to train.
 
-    The weights are made up, so the model need not be trained. A function must return a PyTorch
-    model and example inputs, an NNX module and example inputs, or a Linen module, example inputs
-    and variables. Its file is run.
+    Random weights stand in for those of the model, so it need not be trained. A function must
+    return a PyTorch model and example inputs, an NNX module and example inputs, or a Linen
+    module, example inputs and variables. Its file is run.
     """
     from ..advice import advice
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from safe_core._checks import shown
-from safe_core._made_up import made_up_weight
+from safe_core._synthetic import synthetic_weight
 from safe_core.adapters.export_advice import ExportAdvice
 from safe_core.adapters.export_forms import OWN, Sparsity
 from safe_core.adapters.export_measurements import (
@@ -61,8 +61,8 @@ def advise(
 ) -> ExportAdvice:
     """Measure in which forms zeros would pay on this machine, before or after training.
 
-    The weights are made up, with zeros at random places, so only the shapes of the model count,
-    and it need not be trained. Measured are
+    Random weights, with zeros at random places, stand in for those of the model. So only its
+    shapes count, and it need not be trained. Measured are
 
     - files of the whole model for LiteRT: dense in float32 and int8, and with zeros in blocks of
       1x4 (float32) and 1x16 (int8), with one thread;
@@ -218,10 +218,10 @@ def _times(found: Collected, call: _Call) -> dict[tuple[str, Sparsity], float]:
     bias = jnp.zeros(call.kernel[1], call.dtypes[0]) if call.bias else None
     size = call.kernel[1], call.kernel[0]
     kernels: dict[tuple[str, Sparsity], Any] = {
-        ("dense", 0.0): jnp.asarray(made_up_weight(size, (1, 1), 0.0).T, call.dtypes[0])
+        ("dense", 0.0): jnp.asarray(synthetic_weight(size, (1, 1), 0.0).T, call.dtypes[0])
     }
     for sparsity in found.plan.sparsities:
-        values = jnp.asarray(made_up_weight(size, (1, 1), sparsity).T, call.dtypes[0])
+        values = jnp.asarray(synthetic_weight(size, (1, 1), sparsity).T, call.dtypes[0])
         kernels["bcsr", sparsity] = bcsr(values)
     runs = {
         f"{form} {at}": waiting(jax.jit(product), kernel, bias, x)

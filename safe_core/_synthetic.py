@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["made_up_2_of_4", "made_up_weight"]
+__all__ = ["synthetic_2_of_4", "synthetic_weight"]
 
 Array = np.ndarray[Any, Any]
 
 
-def made_up_weight(
+def synthetic_weight(
     shape: Sequence[int], block: Sequence[int], sparsity: float, seed: int = 0
 ) -> Array:
     """Return random weights of which whole blocks are zero.
@@ -35,7 +35,7 @@ def made_up_weight(
 
     Examples
     --------
-    >>> found = made_up_weight((4, 8), (1, 4), 0.75)
+    >>> found = synthetic_weight((4, 8), (1, 4), 0.75)
     >>> int((found == 0).sum()), found.shape
     (24, (4, 8))
     """
@@ -50,12 +50,12 @@ def made_up_weight(
     return np.asarray(np.where(mask, values, np.float32(0)).reshape(outputs, inputs))
 
 
-def made_up_2_of_4(shape: Sequence[int]) -> Array:
+def synthetic_2_of_4(shape: Sequence[int]) -> Array:
     """Return random weights with two zeros in every four inputs.
 
     Examples
     --------
-    >>> (made_up_2_of_4((2, 8)) == 0).reshape(-1, 4).sum(1).tolist()
+    >>> (synthetic_2_of_4((2, 8)) == 0).reshape(-1, 4).sum(1).tolist()
     [2, 2, 2, 2]
     """
     draw = np.random.default_rng(0)
