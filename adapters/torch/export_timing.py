@@ -156,7 +156,8 @@ def measure_layers(
         totals.add(count, _times(found, shape, model, device))
     for (form, at), seconds in totals.seconds():
         found.add(form, batch, at, seconds, _size(model, shapes.weights, float(at), form))
-    found.note(_SUMMED)
+    if totals.forms:
+        found.note(_SUMMED)
     measured = {id(p) for p in shapes.weights}
     known = prunable_weights(model)
     dense = [n for n, p in model.named_parameters() if p in known and id(p) not in measured]

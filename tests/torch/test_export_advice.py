@@ -134,6 +134,7 @@ def test_layers_that_blocks_do_not_fit_are_named() -> None:
     assert note.startswith("blocks 1x16 int8, LiteRT: 1 of 2 layers stay dense")
     assert note.endswith("no multiple of 16: 2")
     assert found.form("bsr").reason == "the model has no layer that it fits"
+    assert not any("layers of equal shapes" in x for x in found.notes)  # none was measured
 
 
 def test_convolutions_are_named() -> None:
