@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safe_core._readable import aligned, readable_ms
+
 __all__ = ["LayerTiming", "SparseModules", "interleaved", "processor", "timing_of"]
 
 MARGIN = 0.9
@@ -19,9 +21,14 @@ _SHORTEST = 1e-3  # seconds of one sample, so that the clock and the call itself
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int
+    candidates: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Return the seconds of each candidate in every repeat, with the candidates in turn.
+
+    A ``clock`` of the process, `time.process_time`, leaves out what other programs do. It counts
+    the seconds of all threads, so it is meant for one.
 
     Examples
     --------
@@ -31,16 +38,16 @@ def interleaved(
     calls = {}
     for name, run in candidates.items():
         run()  # compile, allocate, create lazy state
-        start = time.perf_counter()
+        start = clock()
         run()
-        calls[name] = max(1, math.ceil(_SHORTEST / max(1e-7, time.perf_counter() - start)))
+        calls[name] = max(1, math.ceil(_SHORTEST / max(1e-7, clock() - start)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]):
                 run()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append((clock() - start) / calls[name])
     return times
 
 
@@ -144,20 +151,13 @@ class SparseModules(NamedTuple):
     def __str__(self) -> str:
         """Return a table of the layers, and the times of the whole model."""
         head = ("layer", "weight", "zeros", "rows", "dense", "fastest", "time", "result")
-        rows = [head, *map(_cells, self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned([head, *map(_cells, self.layers)])
         dense, sparse = (self.seconds.get(form, math.nan) for form in ("dense", "sparse"))
+        times = f"whole model: {readable_ms(dense)} dense, {readable_ms(sparse)} sparse"
         if self.replaced:
-            gain = f"{dense / sparse:.2f} times faster"
-            lines.append(f"whole model: {_ms(dense)} dense, {_ms(sparse)} sparse, {gain}")
+            lines.append(f"{times}, {dense / sparse:.2f} times faster")
         elif "sparse" in self.seconds:
-            lines.append(
-                f"whole model: {_ms(dense)} dense, {_ms(sparse)} sparse, so it stays as it is"
-            )
+            lines.append(f"{times}, so it stays as it is")
         else:
             lines.append("whole model: unchanged, because no layer gets faster")
         return "\n".join([*lines, f"medians on {self.machine}"])
@@ -167,15 +167,11 @@ def _cells(layer: LayerTiming) -> tuple[str, ...]:
     shape = " x ".join(map(str, layer.shape))
     known = [layer.name, shape, f"{layer.sparsity:.1%}", str(layer.rows or "")]
     sparse = {form: taken for form, taken in layer.seconds.items() if form != "dense"}
-    dense = _ms(layer.seconds["dense"]) if layer.seconds else ""
+    dense = readable_ms(layer.seconds["dense"]) if layer.seconds else ""
     fastest = min(sparse, key=lambda form: sparse[form], default="")
-    ms = _ms(sparse[fastest]) if sparse else ""
+    ms = readable_ms(sparse[fastest]) if sparse else ""
     result = f"dense: {layer.reason}" if layer.form == "dense" else layer.form
     return (*known, dense, fastest, ms, result)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
 
 
 def processor() -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safe_core.adapters.readable import readable_bytes
+from safe_core._readable import readable_bytes
 from safe_core.compressed import (
     KEY,
     RawTensor,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safe_core._readable import readable_bytes
 from safe_core.adapters.locks import try_lock
-from safe_core.adapters.readable import readable_bytes
 
 __all__ = ["Draft", "check_new_folder", "save_somewhere", "written_at_once"]
 

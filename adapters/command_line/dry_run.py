@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from safe_core.adapters.readable import readable_bytes, readable_seconds
+from safe_core._readable import readable_bytes, readable_seconds
 from safe_core.adapters.torch.blocks.memory import MemoryEstimate
 from safe_core.adapters.torch.blocks.processes import processes_of
 from safe_core.adapters.torch.blocks.pruning import PruningPlan

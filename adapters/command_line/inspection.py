@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safe_core.adapters.readable import readable_bytes
+from safe_core._readable import readable_bytes
 from safe_core.inspection import TensorAnalysis, analyse
 
 from .checkpoint_files import StoredTensor, check_index, read_tensors, weight_sources

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from safe_core.adapters.readable import readable_seconds
+from safe_core._readable import readable_seconds
 from safe_core.adapters.torch.blocks.report import Progress as PruningProgress
 
 __all__ = ["counted", "pruning_bar"]

@@ -17,7 +17,7 @@ from safe_core.tensor_files import DTYPES
 
 from .weights import name_of
 
-__all__ = ["load_compressed", "save_compressed"]
+__all__ = ["load_compressed", "raw_array", "save_compressed"]
 
 PyTree = Any
 _DTYPES = {code: jnp.dtype(name) for code, name in DTYPES.items()}
@@ -84,9 +84,14 @@ def save_compressed(
                 f"params must hold arrays with dtypes of safetensors files, got "
                 f"{_checks.shown(leaf) if dtype is None else dtype} for {name}"
             )
-        x = np.ascontiguousarray(leaf).reshape(-1)
-        raw[name] = RawTensor(_CODES[np.dtype(dtype)], tuple(leaf.shape), x.view(np.uint8))
+        raw[name] = raw_array(leaf)
     return write_compressed(Path(path), raw, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def raw_array(x: Any) -> RawTensor:
+    """Return an array as bytes."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return RawTensor(_CODES[np.dtype(x.dtype)], tuple(x.shape), flat.view(np.uint8))
 
 
 def load_compressed(path: str | os.PathLike[str], like: PyTree) -> PyTree:

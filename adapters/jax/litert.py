@@ -19,7 +19,7 @@ from safe_core.litert.graph import Tensor, as_stored, stored_type
 
 from .litert_operations import ENTRYWISE, OPERATIONS, Call, as_tensor
 
-__all__ = ["save_litert"]
+__all__ = ["litert_graph", "save_litert"]
 
 PyTree = Any
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -103,19 +103,41 @@ def save_litert(
     settings = check_settings(
         "save_litert", weights=weights, batch_size=batch_size, compute=compute, tolerance=tolerance
     )
-    function, leaves, names = _function(model)
     given = list(example_inputs) if isinstance(example_inputs, (tuple, list)) else [example_inputs]
     for x in given:
         if not isinstance(x, (jax.Array, np.ndarray)):
             raise TypeError(f"example_inputs must hold arrays only, got {_checks.shown(x)}")
     shapes = [tuple(np.shape(x)) for x in given]
     batches = [[x[part] for x in given] for part in settings.batches(shapes)]
-    closed = jax.make_jaxpr(function)(leaves, *batches[0])
-    graph = _Trace(names).run(closed, leaves, batches[0])
-    jitted = jax.jit(function)
-    expected = [[as_stored(y) for y in jax.tree.leaves(jitted(leaves, *b))] for b in batches]
+    traced = _Traced(model)
+    graph = traced.graph(batches[0])
+    jitted = jax.jit(traced.function)
+    expected = [[as_stored(y) for y in jax.tree.leaves(jitted(traced.leaves, *b))] for b in batches]
     samples = [[as_stored(x) for x in batch] for batch in batches]
     return save_graph(graph, samples, expected, path, settings)
+
+
+def litert_graph(model: Any, inputs: Sequence[Any]) -> tuple[Builder, list[Any]]:
+    """Return the graph of a model, and the inputs as its file takes them.
+
+    Raises
+    ------
+    UnsupportedError
+        If LiteRT cannot express an operation.
+    """
+    return _Traced(model).graph(list(inputs)), [as_stored(x) for x in inputs]
+
+
+class _Traced:
+    """A model as a function of its parameters and inputs."""
+
+    def __init__(self, model: Any) -> None:
+        self.function, self.leaves, self.names = _function(model)
+
+    def graph(self, inputs: list[Any]) -> Builder:
+        """Return the graph for inputs of these shapes."""
+        closed = jax.make_jaxpr(self.function)(self.leaves, *inputs)
+        return _Trace(self.names).run(closed, self.leaves, inputs)
 
 
 def _function(model: Any) -> tuple[Callable[..., Any], list[Any], list[str]]:

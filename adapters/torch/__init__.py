@@ -13,6 +13,7 @@ require(__name__, "torch", extra="torch")
 
 from .channels import RemovedChannels, shrink, silence_channels
 from .compressed import load_compressed, save_compressed
+from .export_advice import advise
 from .flatness import loss_surface
 from .importance import hessian_diagonal
 from .lightning_callback import SparseCallbackMixin
@@ -33,6 +34,7 @@ __all__ = [
     "SparseOptimizer",
     "SparseTrainerMixin",
     "add_low_rank",
+    "advise",
     "hessian_diagonal",
     "load_compressed",
     "loss_surface",

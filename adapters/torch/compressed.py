@@ -13,7 +13,7 @@ from torch import Tensor
 from safe_core.compressed import CompressedFiles, RawTensor, read_compressed, write_compressed
 from safe_core.tensor_files import DTYPES
 
-__all__ = ["load_compressed", "save_compressed"]
+__all__ = ["load_compressed", "raw_tensor", "save_compressed"]
 
 _DTYPES = {code: getattr(torch, name) for code, name in DTYPES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -77,7 +77,7 @@ def save_compressed(
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        raw[name] = _raw(tensor)
+        raw[name] = raw_tensor(tensor)
     return write_compressed(
         Path(path), raw, aliases=aliases, max_shard_size=max_shard_size, metadata=metadata
     )
@@ -140,6 +140,7 @@ def _check(name: Any, tensor: Any) -> None:
         raise TypeError(f"dtype of {name} must be one of safetensors files, got {tensor.dtype}")
 
 
-def _raw(tensor: Tensor) -> RawTensor:
+def raw_tensor(tensor: Tensor) -> RawTensor:
+    """Return a dense tensor as bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return RawTensor(_CODES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy())

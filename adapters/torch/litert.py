@@ -24,7 +24,7 @@ from .example_inputs import arguments, evaluation_mode, tensors
 from .litert_activations import ACTIVATIONS
 from .litert_operations import OPERATIONS, as_tensor
 
-__all__ = ["save_litert"]
+__all__ = ["litert_graph", "save_litert"]
 
 _RULES = OPERATIONS | ACTIVATIONS
 
@@ -114,10 +114,23 @@ def save_litert(
         return tuple(batch[: len(args)]), dict(zip(kwargs, batch[len(args) :], strict=True))
 
     with evaluation_mode(model):
-        graph = _Trace(model, *call(batches[0])).run()
+        graph, _ = litert_graph(model, *call(batches[0]))
         expected = [_outputs(model, *call(batch)) for batch in batches]
     samples = [[_array(x) for x in batch] for batch in batches]
     return save_graph(graph, samples, expected, path, settings)
+
+
+def litert_graph(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+) -> tuple[Builder, list[np.ndarray[Any, Any]]]:
+    """Return the graph of a model in evaluation mode, and the inputs as its file takes them.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be traced, or LiteRT cannot express an operation.
+    """
+    return _Trace(model, args, kwargs).run(), [_array(x) for x in (*args, *kwargs.values())]
 
 
 def _array(x: Tensor) -> np.ndarray[Any, Any]:

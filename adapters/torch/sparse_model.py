@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -24,11 +25,11 @@ from .example_inputs import arguments, compare, evaluation_mode
 from .sparse_layers import SparseLinear, quiet_beta, sparse_forms
 from .weights import hidden_weights, prunable_weights
 
-__all__ = ["sparse_modules"]
+__all__ = ["READERS", "MeasuredLayers", "sparse_modules", "timed_call"]
 
 _FEWEST = 0.5  # zeros of a layer that is measured: below this no form has been faster
-# These read the weights of their linear layers themselves.
-_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that read the weights of their linear layers themselves."""
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def _replaced(model: nn.Module, call: Callable[[nn.Module], Any], repeats: int) 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         described = f"{torch.cuda.get_device_name(device)}"
-    measured = _Measured(model, repeats)
+    measured = MeasuredLayers(model, repeats)
     try:
         wanted = call(model)
     finally:
@@ -115,7 +116,7 @@ def _replaced(model: nn.Module, call: Callable[[nn.Module], Any], repeats: int) 
         "model must compute the same with sparse layers, got other outputs for example_inputs: "
         "are they the same at every call?",
     )
-    runs = {"dense": _timed(call, model, device), "sparse": _timed(call, sparse, device)}
+    runs = {"dense": timed_call(call, model, device), "sparse": timed_call(call, sparse, device)}
     whole = timing_of(LayerTiming("", (), 0), [interleaved(runs, repeats)], {}, margin=1.0)
     if whole.form == "dense":
         reason = "the whole model is not faster"
@@ -127,7 +128,7 @@ def _replaced(model: nn.Module, call: Callable[[nn.Module], Any], repeats: int) 
     return SparseModules(sparse, layers, dict(whole.seconds), described)
 
 
-def _timed(call: Callable[..., Any], module: Any, device: torch.device) -> Callable[[], None]:
+def timed_call(call: Callable[..., Any], module: Any, device: torch.device) -> Callable[[], None]:
     """Return a call of a module that ends when its work is done."""
 
     def run() -> None:
@@ -147,11 +148,16 @@ def _with(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if model is old else model
 
 
-class _Measured:
+class MeasuredLayers:
     """Time the forms of linear layers as the model calls them."""
 
-    def __init__(self, model: nn.Module, repeats: int) -> None:
-        self.model, self.repeats = model, repeats
+    def __init__(
+        self,
+        model: nn.Module,
+        repeats: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model, self.repeats, self.clock = model, repeats, clock
         self.layers: dict[str, LayerTiming] = {}
         self.forms: dict[str, dict[str, Callable[[], SparseLinear]]] = {}
         self.times: dict[str, dict[tuple[int, ...], dict[str, list[float]]]] = {}
@@ -165,7 +171,7 @@ class _Measured:
     def _candidates(self) -> list[tuple[str, nn.Linear]]:
         """Describe the layers with zeros, and return those to measure."""
         found, known = [], prunable_weights(self.model)
-        inside = {id(m) for reader in self.model.modules() if isinstance(reader, _READERS)
+        inside = {id(m) for reader in self.model.modules() if isinstance(reader, READERS)
                   for m in reader.modules()}  # fmt: skip
         for name, module in self.model.named_modules():
             for key, p in module._parameters.items():
@@ -206,16 +212,16 @@ class _Measured:
         return measure
 
     def _time(self, name: str, layer: nn.Linear, x: Tensor) -> dict[str, list[float]]:
-        runs = {"dense": _timed(lambda m: m.forward(x), layer, x.device)}
+        runs = {"dense": timed_call(lambda m: m.forward(x), layer, x.device)}
         for form, make in self.forms[name].items():
             try:
-                run = _timed(lambda m: m(x), make(), x.device)
+                run = timed_call(lambda m: m(x), make(), x.device)
                 run()
             except RuntimeError as error:  # the dtype, or the shape on CUDA
                 self.failed[name][form] = f"{form}: {str(error).splitlines()[0]}"
             else:
                 runs[form] = run
-        return interleaved(runs, self.repeats)
+        return interleaved(runs, self.repeats, self.clock)
 
     def make(self, name: str, form: str) -> SparseLinear:
         """Return the layer in a form."""

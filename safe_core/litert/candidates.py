@@ -16,7 +16,18 @@ from .quantization import Range, quantize
 from .report import LayerFormat
 from .sparsity import apply_formats, kernel_format
 
-__all__ = ["DENSE", "FLOAT", "SPARSE", "Candidate", "candidates"]
+__all__ = [
+    "DENSE",
+    "FLOAT",
+    "SPARSE",
+    "Candidate",
+    "built",
+    "calibrated",
+    "candidates",
+    "copied",
+    "is_linear",
+    "kernels",
+]
 
 Array = np.ndarray[Any, Any]
 Samples = Sequence[Sequence[Array]]
@@ -45,21 +56,21 @@ def candidates(
     """Return the files to measure; for int8, the ranges of all tensors are measured first."""
     chosen: dict[int, str] = {}
     if compute != "dense":
-        chosen = _kernels(graph, weights, always=compute == "sparse")
-    measured = _calibrated(graph, samples, folder) if weights == "int8" else None
-    found = {SPARSE: _built(graph, chosen, measured)} if chosen else {}
-    found[DENSE] = _built(graph, {}, measured)
+        chosen = kernels(graph, weights, always=compute == "sparse")
+    measured = calibrated(graph, samples, folder) if weights == "int8" else None
+    found = {SPARSE: built(graph, chosen, measured)} if chosen else {}
+    found[DENSE] = built(graph, {}, measured)
     if measured is not None:
         found[FLOAT] = Candidate(serialized(graph).content, ())
     return found
 
 
-def _kernels(graph: Graph, weights: str, *, always: bool) -> dict[int, str]:
+def kernels(graph: Graph, weights: str, *, always: bool) -> dict[int, str]:
     """Return the formats of layers for which the runtime can skip zeros, by their ``id``."""
     found = {}
     for op in graph.operations:
         weight = op.weight
-        if weight is None or weight.data is None or not _is_linear(op):
+        if weight is None or weight.data is None or not is_linear(op):
             continue
         outputs = weight.shape[0]
         chosen = kernel_format(
@@ -70,7 +81,7 @@ def _kernels(graph: Graph, weights: str, *, always: bool) -> dict[int, str]:
     return found
 
 
-def _is_linear(op: Operation) -> bool:
+def is_linear(op: Operation) -> bool:
     """Return whether an operation is a linear layer, or a convolution that is one at each pixel."""
     if op.kind == "FULLY_CONNECTED":
         return True
@@ -80,7 +91,8 @@ def _is_linear(op: Operation) -> bool:
     return op.weight.shape[1:3] == (1, 1) and strides == (1, 1)
 
 
-def _calibrated(graph: Graph, samples: Samples, folder: Path) -> dict[int, Range]:
+def calibrated(graph: Graph, samples: Samples, folder: Path) -> dict[int, Range]:
+    """Return the lowest and highest entries of all tensors of a graph, by their ``id``."""
     file = serialized(graph)
     path = folder / "calibration.tflite"
     path.write_bytes(file.content)
@@ -93,9 +105,10 @@ def _calibrated(graph: Graph, samples: Samples, folder: Path) -> dict[int, Range
     }
 
 
-def _built(graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | None) -> Candidate:
+def built(graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | None) -> Candidate:
+    """Return a file with kernels that skip zeros for some operations; in int8 by ranges."""
     if measured is None:
-        new, renewed = _copied(graph)
+        new, renewed = copied(graph)
     else:
         new, renewed = quantize(graph, measured, chosen)
     formats = {id(renewed[key]): value for key, value in chosen.items()}
@@ -106,7 +119,8 @@ def _built(graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | No
     return Candidate(serialized(new).content, _layers(new, formats))
 
 
-def _copied(graph: Graph) -> tuple[Graph, dict[int, Operation]]:
+def copied(graph: Graph) -> tuple[Graph, dict[int, Operation]]:
+    """Return a copy with the same tensors, and its operations by the ``id`` of the former ones."""
     renewed = {
         id(op): replace(op, inputs=list(op.inputs), options=dict(op.options))
         for op in graph.operations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .report import LayerFormat, bytes_text
+from safe_core._readable import readable_bytes
+
+from .report import LayerFormat
 from .sparsity import BLOCKS, CSR
 
 __all__ = ["notes"]
@@ -83,4 +85,4 @@ def _their(layers: Sequence[LayerFormat]) -> str:
 
 def _sizes(layers: Sequence[LayerFormat]) -> str:
     size, dense = sum(x.size for x in layers), sum(x.dense_size for x in layers)
-    return f"{bytes_text(size)} instead of {bytes_text(dense)}"
+    return f"{readable_bytes(size)} instead of {readable_bytes(dense)}"

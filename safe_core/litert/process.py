@@ -37,16 +37,22 @@ class Answer(NamedTuple):
 
 
 def measure(
-    files: Sequence[Path], samples: Sequence[Sample], outputs: int, folder: Path, seconds: float
+    files: Sequence[Path],
+    samples: Sequence[Sample],
+    outputs: int,
+    folder: Path,
+    seconds: float,
+    *,
+    least: int = 5,
 ) -> Answer:
-    """Run files on samples, and time them in turn for some seconds.
+    """Run files on samples, and time them in turn for some seconds, ``least`` times or more.
 
     Raises
     ------
     FileRuntimeError
         If the runtime refuses a file or crashes.
     """
-    found = _ask("measure", files, samples, folder, seconds=seconds)
+    found = _ask("measure", files, samples, folder, seconds=seconds, least=least)
     values = [
         [[found[f"{k}_{i}_{j}"] for j in range(outputs)] for i in range(len(samples))]
         for k in range(len(files))

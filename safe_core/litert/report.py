@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from safe_core._readable import aligned, readable_bytes, readable_ms
+
 __all__ = ["LayerFormat", "LiteRTReport"]
 
 
@@ -84,36 +86,17 @@ class LiteRTReport:
         rows = [("layer", "weights", "zeros", "format", "size", "dense")]
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
-            sizes = (bytes_text(layer.size), bytes_text(layer.dense_size))
+            sizes = (readable_bytes(layer.size), readable_bytes(layer.dense_size))
             rows.append((layer.name, shape, f"{layer.sparsity:.1%}", layer.format, *sizes))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            f"{self.path.name}: {self.weights}, {bytes_text(self.size)} "
-            f"(dense: {bytes_text(self.dense_size)}), largest relative error {self.error:.1e}"
+            f"{self.path.name}: {self.weights}, {readable_bytes(self.size)} "
+            f"(dense: {readable_bytes(self.dense_size)}), largest relative error {self.error:.1e}"
         ]
-        for row in rows:
-            cells = [
-                text.ljust(width) if i < 4 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  " + "  ".join(cells).rstrip())
+        lines += [f"  {line}" for line in aligned(rows, right=(4, 5))]
         size = "inputs as given" if self.batch_size is None else f"batch size {self.batch_size}"
         lines.append(f"time of a call with one thread, {size}:")
         width = max(map(len, self.seconds))
         for name, seconds in self.seconds.items():
             ratio = "" if name == "this file" else f", {seconds / self.latency:.2g} times this file"
-            lines.append(f"  {name.ljust(width)}  {seconds * 1e3:.3g} ms{ratio}")
+            lines.append(f"  {name.ljust(width)}  {readable_ms(seconds)}{ratio}")
         return "\n".join([*lines, *self.notes])
-
-
-def bytes_text(count: int) -> str:
-    """Return a number of bytes as text.
-
-    Examples
-    --------
-    >>> bytes_text(812), bytes_text(20_480), bytes_text(3_000_000)
-    ('812 B', '20.5 kB', '3.0 MB')
-    """
-    if count < 1000:
-        return f"{count} B"
-    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"

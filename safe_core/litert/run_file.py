@@ -38,7 +38,9 @@ def main() -> None:
             for i, sample in enumerate(samples):
                 for j, output in enumerate(run(interpreter, sample)):
                     found[f"{k}_{i}_{j}"] = output
-        found["times"] = np.asarray(times(interpreters, samples[0], request["seconds"]))
+        found["times"] = np.asarray(
+            times(interpreters, samples[0], request["seconds"], request["least"])
+        )
     np.savez(request["results"], **found)
 
 
@@ -57,13 +59,13 @@ def run(interpreter: Any, sample: list[Any]) -> list[Any]:
     return [interpreter.get_tensor(d["index"]).copy() for d in interpreter.get_output_details()]
 
 
-def times(interpreters: list[Any], sample: list[Any], seconds: float) -> list[float]:
+def times(interpreters: list[Any], sample: list[Any], seconds: float, least: int) -> list[float]:
     """Return the median time of each file, with runs of the files in turn."""
     found: list[list[float]] = [[] for _ in interpreters]
     end = time.perf_counter() + seconds
     for interpreter in interpreters:
         run(interpreter, sample)
-    while len(found[0]) < 5 or (time.perf_counter() < end and len(found[0]) < 200):
+    while len(found[0]) < least or (time.perf_counter() < end and len(found[0]) < 200):
         for interpreter, durations in zip(interpreters, found, strict=True):
             start = _CLOCK()
             interpreter.invoke()

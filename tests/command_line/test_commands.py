@@ -16,7 +16,10 @@ from typer.testing import CliRunner, Result
 from safe_core.command_line.app import GROUP, app, build_app
 from safe_core.command_line.errors import needs
 
-COMMANDS = {"compress", "decompress", "demo", "inspect", "perplexity", "prune", "report", "study"}
+COMMANDS = {
+    *("advise", "compress", "decompress", "demo", "inspect", "perplexity", "prune", "report"),
+    "study",
+}
 
 
 def invoke(*arguments: object, program: typer.Typer = app) -> Result:

@@ -192,7 +192,7 @@ def test_a_report_is_a_table() -> None:
     times = {"this file": 1e-3, "dense float32": 2e-3}
     report = LiteRTReport(Path("a/m.tflite"), "float32", 1, layers, 900, 1348, 1e-7, times, ("!",))
     assert str(report).splitlines() == [
-        "m.tflite: float32, 900 B (dense: 1.3 kB), largest relative error 1.0e-07",
+        "m.tflite: float32, 900 B (dense: 1.3 KiB), largest relative error 1.0e-07",
         "  layer  weights  zeros  format  size  dense",
         "  fc     8 x 16   90.0%  1x4     64 B  512 B",
         "time of a call with one thread, batch size 1:",

@@ -15,7 +15,7 @@ from jax.experimental.sparse import BCSR
 
 import safe_core
 from safe_core.adapters.jax.flax import SparseLinen, sparse_modules
-from safe_core.adapters.jax.flax.sparse_model import SparseLinear
+from safe_core.adapters.jax.flax.sparse_model import SparseLinear, bcsr
 
 X = jnp.sin(jnp.arange(6 * 16, dtype="float32")).reshape(6, 16)
 
@@ -62,7 +62,9 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Times of the forms in the place of measured ones."""
     known = {"dense": 3.0, "BCSR": 1.0, "sparse": 2.0}
 
-    def timed(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    def timed(
+        candidates: Mapping[str, Callable[[], Any]], repeats: int, clock: Any = None
+    ) -> dict[str, list[float]]:
         for run in candidates.values():
             run()
         return {name: [known[name]] * repeats for name in candidates}
@@ -74,6 +76,14 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 def assert_same(found: Any, wanted: Any) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(np.asarray(a, "f4"), np.asarray(b, "f4"), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_become_the_matrices_of_jax() -> None:
+    kernel = safe_core.project(jnp.cos(jnp.arange(48.0)).reshape(8, 6), 0.75).values.at[:, 2].set(0)
+    found, wanted = bcsr(kernel), BCSR.fromdense(kernel.T)
+    assert (found.shape, found.indices.dtype) == (wanted.shape, wanted.indices.dtype)
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
 
 
 def test_layers_of_nnx_are_replaced(seconds: dict[str, float]) -> None:

@@ -42,6 +42,8 @@ MODULES = (
     "safe_core.random_numbers",
     "safe_core.reconstruction",
     "safe_core.report",
+    "safe_core.adapters.export_advice",
+    "safe_core.adapters.export_forms",
     "safe_core.adapters.layer_timing",
     "safe_core.advice",
     "safe_core.compressed",

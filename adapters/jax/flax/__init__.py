@@ -6,6 +6,7 @@ require(__name__, "flax", extra="jax")
 
 from .blocks import linen_block, linen_grams, nnx_block, nnx_grams
 from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names
+from .export_advice import advise
 from .layouts import layouts_of
 from .sparse_model import SparseLinen, sparse_modules
 from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients, recalibrate
@@ -13,6 +14,7 @@ from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients
 __all__ = [
     "SparseLinen",
     "SparseTrainState",
+    "advise",
     "layouts_of",
     "linen_block",
     "linen_grams",

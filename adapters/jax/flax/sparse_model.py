@@ -24,7 +24,19 @@ from safe_core.adapters.layer_timing import (
 
 from ..weights import is_prunable, name_of
 
-__all__ = ["SparseLinear", "SparseLinen", "sparse_modules"]
+__all__ = [
+    "Layer",
+    "LinenLayers",
+    "NnxLayers",
+    "SparseLinear",
+    "SparseLinen",
+    "bcsr",
+    "layers_of",
+    "product",
+    "sparse_modules",
+    "timed",
+    "waiting",
+]
 
 PyTree = Any
 _FEWEST = 0.5  # zeros of a layer that is measured: below this no form has been faster
@@ -34,7 +46,7 @@ class SparseLinear(nnx.Module):
     """A linear layer of NNX with its kernel in BCSR, for inference."""
 
     def __init__(self, layer: nnx.Linear) -> None:
-        kernel = _bcsr(layer.kernel[...])
+        kernel = bcsr(layer.kernel[...])
         self.shape = kernel.shape
         self.data, self.indices = nnx.Param(kernel.data), nnx.Variable(kernel.indices)
         self.starts = nnx.Variable(kernel.indptr)
@@ -44,7 +56,7 @@ class SparseLinear(nnx.Module):
         """Return ``x @ kernel + bias``."""
         arrays = self.data[...], self.indices[...], self.starts[...]
         kernel = BCSR(arrays, shape=self.shape)
-        return _product(kernel, None if self.bias is None else self.bias[...], x)
+        return product(kernel, None if self.bias is None else self.bias[...], x)
 
 
 class SparseLinen(NamedTuple):
@@ -119,18 +131,23 @@ def sparse_modules(
     """
     _checks.integer("repeats", repeats, low=1)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return _replaced(layers_of(model, variables), inputs, repeats)
+
+
+def layers_of(model: Any, variables: PyTree) -> NnxLayers | LinenLayers:
+    """Return the linear layers of a Flax module, or raise a TypeError that names the argument."""
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise TypeError("variables must be left out for an NNX module, which holds its own")
-        return _replaced(_Nnx(model), inputs, repeats)
+        return NnxLayers(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, of Linen or NNX, got {type(model)!r}")
     if variables is None:
         raise TypeError("variables must be given for a Linen module, got None")
-    return _replaced(_Linen(model, variables), inputs, repeats)
+    return LinenLayers(model, variables)
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """A linear layer: kernel, bias, and the shapes of its inputs with the number of calls."""
 
     kernel: jax.Array
@@ -138,14 +155,16 @@ class _Layer(NamedTuple):
     calls: Counter[tuple[tuple[int, ...], Any]]
 
 
-def _replaced(model: _Nnx | _Linen, inputs: tuple[Any, ...], repeats: int) -> SparseModules:
+def _replaced(
+    model: NnxLayers | LinenLayers, inputs: tuple[Any, ...], repeats: int
+) -> SparseModules:
     described = f"{processor()}, {jax.default_backend()}"
     layers, found = [], model.layers(inputs)
     for name, kernel in model.kernels().items():
         zeros = 1 - float(jnp.count_nonzero(kernel)) / max(1, kernel.size)
         if zeros:
             layer = LayerTiming(name, tuple(kernel.shape), zeros)
-            layers.append(_timed(layer, found.get(name), repeats))
+            layers.append(timed(layer, found.get(name), repeats))
     chosen = [layer.name for layer in layers if layer.form != "dense"]
     if not chosen:
         return SparseModules(model.given, layers, {}, described)
@@ -163,19 +182,19 @@ def _replaced(model: _Nnx | _Linen, inputs: tuple[Any, ...], repeats: int) -> Sp
     return SparseModules(sparse, layers, dict(whole.seconds), described)
 
 
-def _timed(layer: LayerTiming, found: _Layer | str | None, repeats: int) -> LayerTiming:
+def timed(layer: LayerTiming, found: Layer | str | None, repeats: int) -> LayerTiming:
     """Time a layer on random inputs of the shapes that it gets."""
-    if not isinstance(found, _Layer):
+    if not isinstance(found, Layer):
         return layer._replace(reason=found or "it has no sparse kernel")
     if layer.sparsity < _FEWEST:
         return layer._replace(reason="fewer than half of the entries are zero")
     if not found.calls:
         return layer._replace(reason="the model does not call it")
-    sparse, times, rows = _bcsr(found.kernel), [], 0
+    sparse, times, rows = bcsr(found.kernel), [], 0
     for (shape, dtype), calls in found.calls.items():
         x = jax.random.normal(jax.random.key(0), shape, dtype)
         runs = {
-            form: _waiting(jax.jit(_product), kernel, found.bias, x)
+            form: waiting(jax.jit(product), kernel, found.bias, x)
             for form, kernel in (("dense", found.kernel), ("BCSR", sparse))
         }
         taken = interleaved(runs, repeats)
@@ -184,17 +203,26 @@ def _timed(layer: LayerTiming, found: _Layer | str | None, repeats: int) -> Laye
     return timing_of(layer._replace(rows=rows), times, {})
 
 
-def _waiting(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+def waiting(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Return a call that ends when its work is done."""
     return lambda: jax.block_until_ready(run(*args))  # type: ignore[no-untyped-call]
 
 
-def _bcsr(kernel: jax.Array) -> BCSR:
+def bcsr(kernel: jax.Array) -> BCSR:
     """Return a kernel as BCSR, transposed, because products take it on the left alone."""
-    found: BCSR = BCSR.fromdense(kernel.T)  # type: ignore[no-untyped-call]
+    # In NumPy, because BCSR.fromdense compiles a program for every number of entries.
+    dense = np.asarray(kernel).T
+    kept = dense != 0
+    starts = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int32)
+    columns = kept.nonzero()[1].astype(np.int32)
+    with jax.default_device(next(iter(kernel.devices()))):
+        arrays = jnp.asarray(dense[kept]), jnp.asarray(columns), jnp.asarray(starts)
+    found: BCSR = BCSR(arrays, shape=dense.shape, indices_sorted=True, unique_indices=True)
     return found
 
 
-def _product(kernel: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+def product(kernel: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Return ``x @ kernel + bias``, where the kernel may be the result of `bcsr`."""
     if isinstance(kernel, BCSR):
         rows = x.reshape(-1, x.shape[-1])
         y = (kernel @ rows.T).T.reshape(*x.shape[:-1], kernel.shape[0])
@@ -217,21 +245,25 @@ def _compare(wanted: PyTree, found: PyTree) -> None:
             )
 
 
-class _Nnx:
+class NnxLayers:
     """The linear layers of an NNX module."""
 
     def __init__(self, given: nnx.Module) -> None:
         self.given = given
         self.copy = _copy(given)
 
+    def arrays(self) -> list[Any]:
+        """Return all arrays of the model."""
+        return jax.tree.leaves(nnx.as_pure(nnx.state(self.copy)))
+
     def kernels(self) -> dict[str, jax.Array]:
         """Return the kernels of all layers."""
         leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(nnx.state(self.copy, nnx.Param)))
         return {name_of(path): x for path, x in leaves if is_prunable(name_of(path), x)}
 
-    def layers(self, inputs: tuple[Any, ...]) -> dict[str, _Layer | str]:
+    def layers(self, inputs: tuple[Any, ...]) -> dict[str, Layer | str]:
         """Return the layers that can be replaced, as the model calls them, or why not."""
-        watched, found = _copy(self.given), dict[str, _Layer | str]()
+        watched, found = _copy(self.given), dict[str, Layer | str]()
         layer: Any
         for path, layer in nnx.iter_modules(watched):
             if type(layer) is not nnx.Linear:
@@ -242,7 +274,7 @@ class _Nnx:
                 found[name] = reason
                 continue
             bias = None if layer.bias is None else layer.bias[...]
-            found[name] = known = _Layer(kernel, bias, Counter())
+            found[name] = known = Layer(kernel, bias, Counter())
             layer.dot_general = _recording(layer.dot_general, known.calls)
         watched(*inputs)
         return found
@@ -266,7 +298,7 @@ class _Nnx:
         """Return a compiled call of the model."""
         model = self.copy if sparse is None else sparse
         run = nnx.jit(lambda model, inputs: model(*inputs))
-        return _waiting(run, model, inputs)
+        return waiting(run, model, inputs)
 
 
 def _copy(module: nnx.Module) -> nnx.Module:
@@ -294,29 +326,33 @@ def _reason(kernel: jax.Array, layer: Any) -> str:
     )
 
 
-def _recording(product: Callable[..., Any], calls: Counter[Any]) -> Callable[..., Any]:
+def _recording(given: Callable[..., Any], calls: Counter[Any]) -> Callable[..., Any]:
     def record(x: jax.Array, *args: Any, **kwargs: Any) -> Any:
         calls[tuple(x.shape), x.dtype] += 1
-        return product(x, *args, **kwargs)
+        return given(x, *args, **kwargs)
 
     return record
 
 
-class _Linen:
+class LinenLayers:
     """The dense layers of a Linen module."""
 
     def __init__(self, module: nn.Module, variables: PyTree) -> None:
         self.module, self.variables = module, variables
         self.given = SparseLinen(module, variables)
 
+    def arrays(self) -> list[Any]:
+        """Return all arrays of the model."""
+        return jax.tree.leaves(nn.unbox(self.variables))
+
     def kernels(self) -> dict[str, jax.Array]:
         """Return the kernels of all layers."""
         leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(self.variables).get("params", {}))
         return {name_of(path): x for path, x in leaves if is_prunable(name_of(path), x)}
 
-    def layers(self, inputs: tuple[Any, ...]) -> dict[str, _Layer | str]:
+    def layers(self, inputs: tuple[Any, ...]) -> dict[str, Layer | str]:
         """Return the layers that can be replaced, as the model calls them, or why not."""
-        kernels, found = self.kernels(), dict[str, _Layer | str]()
+        kernels, found = self.kernels(), dict[str, Layer | str]()
 
         def watch(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
             layer = context.module
@@ -328,7 +364,7 @@ class _Linen:
                     found[name] = reason
                 else:
                     bias = layer.get_variable("params", "bias") if layer.use_bias else None
-                    known = found.setdefault(name, _Layer(own, bias, Counter()))
+                    known = found.setdefault(name, Layer(own, bias, Counter()))
                     known.calls[tuple(args[0].shape), args[0].dtype] += 1  # type: ignore[union-attr]
             return next_fn(*args, **kwargs)
 
@@ -340,7 +376,7 @@ class _Linen:
         """Return the module with variables in which some kernels are sparse."""
 
         def sparse(path: Any, x: Any) -> Any:
-            return _bcsr(x) if name_of(path) in names else x
+            return bcsr(x) if name_of(path) in names else x
 
         params = jax.tree_util.tree_map_with_path(sparse, self.variables["params"])
         return SparseLinen(self.module, {**self.variables, "params": params})
@@ -348,7 +384,7 @@ class _Linen:
     def call(self, sparse: SparseLinen | None, inputs: tuple[Any, ...]) -> Callable[[], Any]:
         """Return a compiled call of the model."""
         model = self.given if sparse is None else sparse
-        return _waiting(jax.jit(model.apply), model.variables, *inputs)
+        return waiting(jax.jit(model.apply), model.variables, *inputs)
 
 
 def _sparse_dense(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -357,5 +393,5 @@ def _sparse_dense(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if type(layer) is nn.Dense and context.method_name == "__call__":
         params: Mapping[str, Any] = layer.variables.get("params", {})
         if isinstance(params.get("kernel"), BCSR):
-            return _product(params["kernel"], params.get("bias"), *args)
+            return product(params["kernel"], params.get("bias"), *args)
     return next_fn(*args, **kwargs)

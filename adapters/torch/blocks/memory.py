@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from safe_core._dtypes import wide_dtype
+from safe_core._readable import readable_bytes
 from safe_core.backends.torch_sharding import local
 from safe_core.layout import Layout
-
-from ...readable import readable_bytes
 
 __all__ = [
     "BlockSize",

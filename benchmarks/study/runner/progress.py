@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from safe_core.adapters.readable import readable_seconds
+from safe_core._readable import readable_seconds
 
 from .cells import Cell
 

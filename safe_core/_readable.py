@@ -1,0 +1,70 @@
+"""Numbers and tables as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["aligned", "readable_bytes", "readable_ms", "readable_seconds"]
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a table, whose columns are two spaces apart.
+
+    Parameters
+    ----------
+    rows : sequence of sequences of str
+        The cells, the same number in each row.
+    right : sequence of int
+        The columns that end at the same place, such as numbers; the others begin there.
+
+    Examples
+    --------
+    >>> aligned([("layer", "size"), ("a", "12")], right=[1])
+    ['layer  size', 'a        12']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def readable_bytes(n: int) -> str:
+    """Return a number of bytes as people read it.
+
+    Examples
+    --------
+    >>> readable_bytes(3 * 2**29), readable_bytes(12)
+    ('1.5 GiB', '12 B')
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} B"
+
+
+def readable_ms(seconds: float) -> str:
+    """Return a short time in milliseconds.
+
+    Examples
+    --------
+    >>> readable_ms(0.00123456)
+    '1.23 ms'
+    """
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds.
+
+    Examples
+    --------
+    >>> readable_seconds(3725), readable_seconds(59.6)
+    ('1:02:05', '1:00')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,194 @@
+"""The advice follows from the measured times, and the report holds every form once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from safe_core.adapters.export_advice import ExportAdvice
+from safe_core.adapters.export_choice import choice, own_choice
+from safe_core.adapters.export_forms import FORMS, OWN, FormFigures
+from safe_core.adapters.export_measurements import Collected, Plan, Totals, check_plan
+
+KNOWN = ("dense", "litert", "int8", "1x4", "1x16", "csr", "channels", "2:4")
+
+
+def forms(**seconds: Mapping[Any, float]) -> tuple[FormFigures, ...]:
+    """Figures at batch size 1; a file takes 1000 bytes, less by its zeros."""
+    found = []
+    for key, times in seconds.items():
+        name = key.removeprefix("b")
+        sizes = {at: 250 if at == OWN else round(1000 * (1 - at)) for at in times}
+        found.append(FormFigures(name, FORMS[name].title.format("PyTorch"), {1: times}, sizes))
+    return tuple(found)
+
+
+def test_a_form_must_beat_all_dense_ones() -> None:
+    dense: dict[str, Any] = {"dense": {0.0: 9.0}, "litert": {0.0: 8.0}, "int8": {0.0: 2.0}}
+    text = choice(forms(**dense, b1x4={0.8: 4.0, 0.9: 1.9}, b1x16={0.8: 2.5, 0.9: 1.9}), 1)
+    assert text.startswith(
+        'export dense int8 with save_litert(model, inputs, path, weights="int8")'
+    )
+    assert "4 times faster than dense float32, and no form with zeros is a tenth faster" in text
+    # If int8 is no choice, the lowest sparsity that pays is, and the fastest form there.
+    assert (
+        "if int8 costs too much accuracy, train safe_core.safe(safe_core.Block((1, 16), 0.8)"
+        in text
+    )
+    # The bar for float32 is the faster runtime: 7.5 is a tenth below 9, but not below 8.
+    assert "up to 80% zeros" in choice(forms(**dense, csr={0.8: 7.5}), 1)
+    assert "costs too much" not in choice(forms(**dense, csr={0.8: 7.5}), 1)
+
+
+def test_the_lowest_sparsity_that_pays_is_advised() -> None:
+    dense: dict[str, Any] = {"dense": {0.0: 8.0}, "int8": {0.0: 4.0}}
+    found = forms(**dense, b1x4={0.8: 2.0, 0.9: 1.0}, b1x16={0.8: 3.7, 0.9: 0.1})
+    assert choice(found, 1) == (
+        "train safe_core.safe(safe_core.Block((1, 4), 0.8), steps=...), export with "
+        'save_litert(model, inputs, path, compute="sparse"): 4 times faster than dense float32, '
+        "2 times faster than dense int8, file 5 times smaller; 8 times faster at 90% zeros"
+    )
+
+
+def test_nothing_pays() -> None:
+    dense: dict[str, Any] = {"dense": {0.0: 1.0}, "int8": {0.0: 0.95}}
+    text = choice(forms(**dense, b1x4={0.8: 0.91}, csr={0.8: 3.0, 0.9: 2.0}), 1)
+    assert text == (
+        "no form is a tenth faster than dense float32 up to 90% zeros, so train zeros for a "
+        "smaller file alone; with safe_core.safe(0.8, steps=...), save_compressed makes it 5 times "
+        "smaller"
+    )
+    alone = choice(forms(dense={0.0: 1.0}, csr={0.8: 3.0}), 1)
+    assert "up to 80% zeros (dense int8 was not measured), so train" in alone
+
+
+def test_channels_are_the_last_resort() -> None:
+    dense: dict[str, Any] = {"dense": {0.0: 8.0}, "int8": {0.0: 4.0}}
+    channels = {0.75: 1.0}
+    sparse = forms(**dense, channels=channels, csr={0.95: 3.0})
+    assert choice(sparse, 1).startswith("train safe_core.safe(0.95,")
+    text = choice(forms(**dense, channels=channels, csr={0.95: 3.9}), 1)
+    assert text.startswith("export dense int8 with ")
+    assert "no form with zeros but removed channels is a tenth faster than that up to 95%" in text
+    assert "than other zeros: train safe_core.safe(safe_core.Channel(0.5), steps=...)" in text
+    assert "if int8 costs too much accuracy, train safe_core.safe(0.95," in text
+    alone = choice(forms(dense={0.0: 8.0}, channels=channels), 1)
+    assert alone.startswith("train safe_core.safe(safe_core.Channel(0.5), steps=...)")
+    assert alone.endswith("removed channels cost more accuracy than other zeros")
+
+
+def test_own_zeros_are_judged_apart() -> None:
+    dense: dict[str, Any] = {"dense": {0.0: 8.0}, "int8": {0.0: 4.0}}
+    assert own_choice(forms(**dense, csr={0.9: 1.0}), 1) == ""
+    fast = forms(**dense, csr={OWN: 5.0}, b1x16={OWN: 1.0, 0.9: 9.0})
+    assert own_choice(fast, 1) == (
+        'with its own zeros, export with save_litert(model, inputs, path, weights="int8", '
+        'compute="sparse"): 8 times faster than dense float32, 4 times faster than dense int8'
+    )
+    assert "train" not in choice(fast, 1).split("so train")[0]  # own zeros need no training
+    assert own_choice(forms(**dense, csr={OWN: 5.0}), 1) == (
+        "its own zeros are 1.6 times faster than dense float32 (CSR, PyTorch), but no tenth faster "
+        "than dense int8; save_compressed makes the file 4 times smaller"
+    )
+
+
+def plan(**changes: Any) -> Plan:
+    given: dict[str, Any] = {
+        "forms": None,
+        "batch_sizes": [1],
+        "sparsities": [0.9, 0.8],
+        "repeats": 3,
+        "zeros": 0.0,
+    }
+    return check_plan("PyTorch", KNOWN, **given | changes)
+
+
+def report() -> ExportAdvice:
+    found = Collected(plan(forms=["1x4", "1x16", "csr", "2:4"]))
+    for form, times in {
+        "dense": {0.0: 8e-3},
+        "int8": {0.0: 2e-3},
+        "1x4": {0.8: 4e-3, 0.9: 1e-3},
+        "csr": {0.8: 9e-3, 0.9: 9e-3},
+    }.items():
+        for at, seconds in times.items():
+            found.add(form, 1, at, seconds, round(2048 * (1 - at)))
+    found.add("1x16", 1, 0.8, None, 100)
+    found.miss(["litert", "2:4"], "it is not here")
+    return found.advice("a machine")
+
+
+def test_the_report_holds_every_form_once() -> None:
+    found = report()
+    assert [form.name for form in found.forms] == list(KNOWN)
+    assert found.form("channels").reason == "forms= leaves it out"
+    assert found.form("1x16").seconds == {1: {}}  # a size without a time
+    assert (found.pays_from("1x4", 1), found.beats_int8_from("1x4", 1)) == (0.8, 0.9)
+    assert (found.pays_from("csr", 1), found.pays_from("2:4", 1)) == (None, None)
+    assert str(found).splitlines()[:14] == [
+        "milliseconds of a call, batch size 1:",
+        "  form                        dense  80%  90%  pays from  over int8 from",
+        "  dense float32, PyTorch          8",
+        "  dense int8, LiteRT              2                dense",
+        "  blocks 1x4 float32, LiteRT           4    1        80%             90%",
+        "  blocks 1x16 int8, LiteRT                            no              no",
+        "  CSR, PyTorch                         9    9         no              no",
+        "",
+        "size of the file:",
+        "  form                          dense    80%    90%",
+        "  dense float32, PyTorch      2.0 KiB",
+        "  dense int8, LiteRT          2.0 KiB",
+        "  blocks 1x4 float32, LiteRT           410 B  205 B",
+        "  blocks 1x16 int8, LiteRT             100 B",
+    ]
+    lines = str(found).splitlines()
+    assert "  dense float32, LiteRT; 2:4, CUDA: it is not here" in lines
+    assert "medians on a machine" in lines
+    last = next(i for i, line in enumerate(lines) if line.startswith("batch size 1: train "))
+    words = " ".join(line.strip() for line in lines[last:])
+    assert words == f"batch size 1: {found.advice[1]}"
+    assert max(map(len, lines)) <= 100
+    plain = found.plain()
+    assert list(plain["forms"]) == list(KNOWN)
+    assert plain["forms"]["1x4"]["seconds"] == {"batch size 1": {"0.8": 4e-3, "0.9": 1e-3}}
+    with pytest.raises(KeyError, match="name must be one of dense, litert"):
+        found.form("CSR")
+
+
+def test_sums_of_layers_take_a_sparse_form_where_it_is_faster() -> None:
+    totals = Totals(10.0)
+    totals.add(2, {("dense", 0.0): 3.0, ("csr", 0.9): 1.0})
+    totals.add(1, {("dense", 0.0): 2.0, ("csr", 0.9): 1.9})  # no tenth faster
+    assert dict(totals.seconds()) == {("csr", 0.9): 6.0}
+    # Layers that take longer alone than in the model save no more than the model takes.
+    totals = Totals(1.0)
+    totals.add(1, {("dense", 0.0): 2.0, ("csr", 0.9): 0.5})
+    assert dict(totals.seconds()) == {("csr", 0.9): pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"repeats": 0}, ValueError, "repeats must be at least 1, got 0"),
+        ({"batch_sizes": [0]}, ValueError, "batch_sizes must be at least 1, got 0"),
+        ({"batch_sizes": 3}, TypeError, "batch_sizes must be a list of numbers, got 3"),
+        ({"batch_sizes": []}, ValueError, "batch_sizes must have an entry, got none"),
+        ({"sparsities": [0.0]}, ValueError, "sparsities must be above 0, since dense is measured"),
+        ({"sparsities": [1.0]}, ValueError, "sparsities must be a fraction in [0, 1)"),
+        ({"sparsities": "0.9"}, TypeError, "sparsities must be a list of numbers, got '0.9'"),
+        ({"forms": "1x4"}, TypeError, "forms must be a list of names, got '1x4'"),
+        (
+            {"forms": ["int8"]},
+            ValueError,
+            "forms must be among 1x4, 1x16, csr, channels, 2:4, got 'int8'",
+        ),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        plan(**changes)
+    assert plan(batch_sizes=None, zeros=0.005).own is None
+    assert (plan(zeros=0.02).own, plan().sparsities) == (0.02, (0.8, 0.9))
