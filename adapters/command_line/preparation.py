@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from safe_core.adapters.memory_errors import lacks_memory
 from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
 from safe_core.adapters.torch.blocks.processes import Processes
 from safe_core.adapters.torch.blocks.pruning import PruningPlan, calibration_batches, plan_pruning
@@ -194,7 +195,7 @@ def _planned(
     except NoChainError as error:
         raise ValueError(_by_option(str(error))) from None
     except Exception as error:
-        if _is_ours(error) or isinstance(error, MemoryError):
+        if _is_ours(error) or lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         parameters = inspect.signature(model.forward).parameters.values()
@@ -285,7 +286,7 @@ def naming_options(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         text = (

@@ -189,7 +189,7 @@ def _applied(
     work_dir = job.settings.work_dir
     found = finished_blocks(work_dir)
     if found:
-        say(f"found {found} finished blocks in {work_dir}: resuming after them")
+        say(f"found {_blocks(found)} in {work_dir}")
     try:
         with naming_options(model, plan):
             return plan.apply(progress)
@@ -206,8 +206,13 @@ def _kept(work_dir: str | os.PathLike[str] | None) -> str:
             "Nothing was kept. With --work-dir, an interrupted run resumes after its last "
             "finished block"
         )
-    done = finished_blocks(work_dir)
-    return f"{done} finished blocks are kept in {work_dir}; the same command resumes after them"
+    return (
+        f"kept {_blocks(finished_blocks(work_dir))} in {work_dir}; the same command resumes there"
+    )
+
+
+def _blocks(number: int) -> str:
+    return f"{number:,} finished block{'' if number == 1 else 's'}"
 
 
 def _rows(model: nn.Module, report: PruningReport) -> list[WeightRow]:
