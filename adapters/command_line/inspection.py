@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from safe_core.adapters.readable import readable_bytes
 from safe_core.inspection import TensorAnalysis, analyse
 
 from .checkpoint_files import StoredTensor, check_index, read_tensors, weight_sources
-from .output import printable
+from .output import numbers_left_out, printable
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
 
@@ -133,7 +132,7 @@ class CheckpointReport(NamedTuple):
             return
         alike: dict[tuple[str, tuple[int, ...], str], list[TensorFigures]] = {}
         for row in self.tensors:
-            alike.setdefault((re.sub(r"\d+", "*", row.name), row.shape, row.dtype), []).append(row)
+            alike.setdefault((numbers_left_out(row.name), row.shape, row.dtype), []).append(row)
         for (name, _, dtype), rows in list(alike.items())[:_MOST_ROWS]:
             yield [f"{name} ({len(rows):,})", _shape(rows[0]), dtype, *_shared_cells(rows)]
         if len(alike) > _MOST_ROWS:
