@@ -27,7 +27,8 @@ class PlainHelp(typer.core.TyperCommand):
             return
         from rich.markup import escape
 
-        for part in (self, *self.params):
+        parts: list[Any] = [self, *self.params]
+        for part in parts:
             text = getattr(part, "help", None)
             if text:
                 paragraphs = text.split("\n\n")
