@@ -341,7 +341,8 @@ def keep_zeros(*, rho: float | Schedule = 0.0, adaptive: bool = False) -> Method
     Raises
     ------
     TypeError, ValueError
-        As `Method`.
+        As `Method`. Training raises ValueError if no weight has a zero: in PyTorch at the first
+        step, elsewhere where the state is made. With a radius it warns.
 
     Examples
     --------

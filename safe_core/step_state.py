@@ -14,6 +14,7 @@ from ._dtypes import check_real_floating, wide_dtype
 from .constraints import ArrayInfo, SplitState
 from .importance import Importance
 from .method import Method
+from .own_zeros import check_own_zeros
 
 __all__ = ["StepState", "check_sparse", "no_direction", "no_motion", "start"]
 
@@ -71,7 +72,8 @@ def start(
     TypeError
         If a sparse parameter is not a plain array of real floating numbers.
     ValueError
-        If ``sparse`` or ``info`` does not match ``params``, or a pattern does not fit.
+        If ``sparse`` or ``info`` does not match ``params``, a pattern does not fit, or the method
+        is `safe_core.keep_zeros` and no weight has a zero.
 
     Examples
     --------
@@ -86,6 +88,7 @@ def start(
     values = [params[i] for i in sparse]
     for x, name in zip(values, info.names, strict=True):
         check_real_floating(array_namespace(x), x, name)
+    check_own_zeros(method, info.names, values)
     flat = no_direction(params) if method.plan().reuses else []
     source = method.importance if importance is None else importance
     held = None if source is None else source.init(values)

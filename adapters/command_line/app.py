@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from .errors import with_clear_errors
+from .plain_help import PlainHelp
 
 __all__ = ["GROUP", "app", "build_app"]
 
@@ -89,13 +90,14 @@ def _add(app: typer.Typer, entry: EntryPoint, provider: str) -> None:
         anything = {"ignore_unknown_options": True, "allow_extra_args": True}
         add = app.command(
             entry.name,
+            cls=PlainHelp,
             rich_help_panel=panel,
             help=f"Cannot be imported: {error}",
             context_settings=anything,
         )
         add(with_clear_errors(_raising(error), provider))
     else:
-        add = app.command(entry.name, rich_help_panel=panel)
+        add = app.command(entry.name, cls=PlainHelp, rich_help_panel=panel)
         add(with_clear_errors(command, provider))
 
 

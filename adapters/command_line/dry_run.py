@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -20,7 +19,7 @@ from safe_core.adapters.torch.blocks.report import TimeEstimate
 from safe_core.adapters.torch.blocks.work_folder import existing_folder
 
 from .job import PruningJob
-from .output import printable
+from .output import numbers_left_out, printable, spread
 from .preparation import check_job, finished_blocks, naming_options, prepare
 
 __all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
@@ -58,8 +57,9 @@ class FolderPlan(NamedTuple):
     settings : list of (str, str)
         Names and values of the method's settings, with those that are derived from the number of
         training steps.
-    samples, tokens : int
-        Calibration samples, and tokens in all of them; 0 for inputs that are not text.
+    samples, tokens, text_tokens : int
+        Calibration samples, tokens in all of them, and tokens in the texts; 0 for inputs that are
+        not text.
     model_bytes : int
         Memory of the model.
     memory : MemoryEstimate
@@ -79,6 +79,7 @@ class FolderPlan(NamedTuple):
     settings: list[tuple[str, str]]
     samples: int
     tokens: int
+    text_tokens: int
     model_bytes: int
     memory: MemoryEstimate
     disk_bytes: int
@@ -112,11 +113,10 @@ class FolderPlan(NamedTuple):
             table.add_column(header, footer, justify="right", no_wrap=True)
         alike: dict[tuple[str, tuple[int, ...]], list[PlannedWeight]] = {}
         for w in self.weights:
-            alike.setdefault((re.sub(r"\d+", "*", w.name), w.shape), []).append(w)
+            alike.setdefault((numbers_left_out(w.name), w.shape), []).append(w)
         for (name, shape), rows in alike.items():
             size = " x ".join(map(str, shape)), f"{sum(map(_entries, rows)):,}"
-            least, most = min(w.sparsity for w in rows), max(w.sparsity for w in rows)
-            share = f"{least:.4%}" if least == most else f"{least:.2%} to {most:.2%}"
+            share = spread([w.sparsity for w in rows], ".4%", ".2%")
             patterns = {w.pattern for w in rows}
             pattern = patterns.pop() if len(patterns) == 1 else "differs by name"
             table.add_row(printable(name), f"{len(rows):,}", *size, share, pattern)
@@ -126,7 +126,9 @@ class FolderPlan(NamedTuple):
         """Yield lines on the method, the calibration, memory, disk space and time."""
         for name, value in self.settings:
             yield f"{name}: {value}"
-        tokens = f", {self.tokens:,} tokens" if self.tokens else ""
+        tokens = ""
+        if self.tokens:
+            tokens = f", {self.tokens:,} tokens, from {self.text_tokens:,} tokens of text"
         yield f"calibration: {self.samples:,} samples{tokens}"
         yield f"memory: model {readable_bytes(self.model_bytes)}, beside it {self.memory}"
         yield (
@@ -199,6 +201,7 @@ def plan_folder(
         settings=[("method", job.method), *job.solver.describe(job.pattern, plan.steps or None)],
         samples=samples,
         tokens=0 if checked.texts is None else samples * job.length,
+        text_tokens=data.tokens,
         model_bytes=sum(p.nbytes for p in model.parameters()),
         memory=plan.memory,
         disk_bytes=source.nbytes,

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import typer
 
+from safe_core.adapters.memory_errors import lacks_memory
+
 from .output import printable
 
 __all__ = ["INTERRUPTED", "clear_errors", "needs", "with_clear_errors"]
@@ -109,10 +111,13 @@ def clear_errors(
         _fail(f"this command needs {error.name}{install}")
     except (ValueError, TypeError, OSError) as error:
         _fail(_with_notes(str(error), error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
             raise
-        _fail(f"{error}\nTry a smaller --batch-size." if in_batches else str(error))
+        message = f"memory must suffice, got: {str(error) or type(error).__name__}"
+        if in_batches:
+            message += "\nTry a smaller --batch-size."
+        _fail(_with_notes(message, error))
 
 
 def _with_notes(message: str, error: BaseException) -> str:

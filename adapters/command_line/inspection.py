@@ -12,7 +12,7 @@ from safe_core._readable import readable_bytes
 from safe_core.inspection import TensorAnalysis, analyse
 
 from .checkpoint_files import StoredTensor, check_index, read_tensors, weight_sources
-from .output import printable
+from .output import numbers_left_out, printable
 
 __all__ = ["CheckpointReport", "TensorFigures", "inspect_checkpoint"]
 
@@ -122,23 +122,34 @@ class CheckpointReport(NamedTuple):
             table.add_row(*map(printable, line))
         for name, total in self.totals().items():
             sizes = [readable_bytes(total[f"{kind}_bytes"]) for kind in ("dense", "compressed")]
-            cells = f"{total['entries']:,}", "", f"{total['sparsity']:.2%}", "", "", *sizes
+            share = f"{total['sparsity']:.2%}" if total["entries"] else "not counted"
+            cells = f"{total['entries']:,}", "", share, "", "", *sizes
             table.add_row(_TOTALS[name], *cells, style="bold")
         return table
 
     def _lines(self) -> Iterator[list[str]]:
         if len(self.tensors) <= _MOST_ROWS:
-            for row in self.tensors:
+            for row in self._in_reading_order():
                 yield [row.name, _shape(row), row.dtype, *_cells(row)]
             return
         alike: dict[tuple[str, tuple[int, ...], str], list[TensorFigures]] = {}
         for row in self.tensors:
-            alike.setdefault((re.sub(r"\d+", "*", row.name), row.shape, row.dtype), []).append(row)
+            alike.setdefault((numbers_left_out(row.name), row.shape, row.dtype), []).append(row)
         for (name, _, dtype), rows in list(alike.items())[:_MOST_ROWS]:
             yield [f"{name} ({len(rows):,})", _shape(rows[0]), dtype, *_shared_cells(rows)]
         if len(alike) > _MOST_ROWS:
             left = sum(len(rows) for rows in list(alike.values())[_MOST_ROWS:])
             yield [f"and {left:,} more tensors, see --json"]
+
+    def _in_reading_order(self) -> list[TensorFigures]:
+        """Return tensors that are in the order of characters by their numbers: 2 before 10."""
+        names = [row.name for row in self.tensors]
+        return self.tensors if names != sorted(names) else sorted(self.tensors, key=_by_numbers)
+
+
+def _by_numbers(row: TensorFigures) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", row.name)
+    return [(int(x), x) if x.isdecimal() and i % 2 else (0, x) for i, x in enumerate(parts)]
 
 
 def _shape(row: TensorFigures) -> str:

@@ -13,10 +13,9 @@ from .output import by_option, printable
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
-    from .input_files import InputFile
+    from .preparation import Calibration
     from .pruning import PruningJob, PruningResult, WeightRow
     from .source import Source
-    from .text_files import TextFile
 
 __all__ = ["code", "escaped", "markdown_table", "model_card"]
 
@@ -31,10 +30,10 @@ def model_card(
     job: PruningJob,
     source: Source,
     result: PruningResult,
-    files: Sequence[TextFile | InputFile],
+    data: Calibration,
     command: str | None = None,
 ) -> str:
-    """Return the text of a README.md, with the calibration files as they were read.
+    """Return the text of a README.md, with the calibration as it was read.
 
     ``command`` is the command line of the run, if there was one.
 
@@ -64,11 +63,11 @@ def model_card(
             *([] if command is None else ["## Command", "", _fenced(command), ""]),
             "## Calibration",
             "",
-            _drawn(job),
+            _drawn(job, data.tokens),
             "",
             markdown_table(
                 ("file", "bytes", "SHA-256"),
-                [(escaped(f.name), f"{f.nbytes:,}", code(f.sha256)) for f in files],
+                [(escaped(f.name), f"{f.nbytes:,}", code(f.sha256)) for f in data.files],
             ),
             "",
             "## Blocks",
@@ -145,11 +144,11 @@ def _settings(job: PruningJob, result: PruningResult) -> list[tuple[str, str]]:
     ]
 
 
-def _drawn(job: PruningJob) -> str:
+def _drawn(job: PruningJob, tokens: int) -> str:
     """Return where the calibration samples come from."""
     if job.inputs is not None:
         return f"At most {job.samples:,} rows of the inputs in"
-    text = f"{job.samples:,} windows of {job.length:,} tokens, drawn from"
+    text = f"{job.samples:,} windows of {job.length:,} tokens, of {tokens:,} in all, drawn from"
     if job.chat_template:
         text += " chats, made by the tokenizer's chat template, in"
     return text if job.field is None else f"{text} the field {code(job.field)} of"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from safe_core._installed import require
+from safe_core.adapters.memory_errors import lacks_memory
 
 from .checkpoint_files import StoredTensor, check_file, check_weights, gguf_of, read_json
 from .stored_tensors import FORMATS, DamagedFileError
@@ -397,9 +398,9 @@ def _loaded(auto: Any, folder: Path, what: str, trust_remote_code: bool, **optio
         return auto.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
-    except MemoryError:
-        raise
     except Exception as error:  # wrong files fail anywhere in transformers
+        if lacks_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the {what} in {folder} needs to run its own code: read that code, then pass "

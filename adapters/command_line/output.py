@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from safe_core._checks import printable
 
-__all__ = ["as_given", "by_option", "printable", "quiet_transformers", "say", "show"]
+__all__ = [
+    "as_given",
+    "by_option",
+    "numbers_left_out",
+    "printable",
+    "quiet_transformers",
+    "say",
+    "show",
+    "spread",
+]
 
 
 def as_given(context: typer.Context) -> str:
@@ -42,6 +53,31 @@ def by_option(reason: str) -> str:
     """
     plain = reason.replace("where=", "--only or --ignore")
     return plain.replace("sparsity gives it", "--sparsity gives it")
+
+
+def numbers_left_out(name: str) -> str:
+    """Return the name that weights of different blocks share in a table.
+
+    Examples
+    --------
+    >>> numbers_left_out("layers.11.up.weight")
+    'layers.*.up.weight'
+    """
+    return re.sub(r"\d+", "*", name)
+
+
+def spread(values: Sequence[float], form: str, short: str | None = None) -> str:
+    """Return the least and the greatest of some values, or the one that all are.
+
+    Examples
+    --------
+    >>> spread([0.5, 0.5], ".4%"), spread([0.25, 0.5], ".4%", ".0%")
+    ('50.0000%', '25% to 50%')
+    """
+    least, most = min(values), max(values)
+    if least == most:
+        return f"{least:{form}}"
+    return f"{least:{short or form}} to {most:{short or form}}"
 
 
 def say(text: str) -> None:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from safe_core.adapters.memory_errors import lacks_memory
+from safe_core.adapters.torch.blocks.calibration import drawn_windows, joined_tokens, overlap
 from safe_core.adapters.torch.blocks.outliers import outlier_sparsities
 from safe_core.adapters.torch.blocks.processes import Processes
-from safe_core.adapters.torch.blocks.pruning import PruningPlan, calibration_batches, plan_pruning
+from safe_core.adapters.torch.blocks.pruning import PruningPlan, plan_pruning
 from safe_core.adapters.torch.blocks.settings import PruningSettings
 from safe_core.adapters.torch.blocks.structure import NoChainError, other_blocks
 from safe_core.adapters.torch.blocks.task import PatternError
@@ -49,12 +51,16 @@ _PROBE = 64  # tokens of the forward pass by which the saved model is compared
 
 
 class Calibration(NamedTuple):
-    """Files as they were read, the samples, and one short sample to compare models with."""
+    """Files as they were read, the samples, and one short sample to compare models with.
+
+    ``tokens`` is the number of tokens in the texts; 0 for inputs that are not text.
+    """
 
     files: Sequence[TextFile | InputFile]
     batches: Any
     probe: dict[str | None, Any]
     kind: str
+    tokens: int = 0
 
 
 class Checked(NamedTuple):
@@ -112,6 +118,8 @@ def prepare(
         say(note)
     if checked.texts is not None:
         check_length(model, job.length)
+        if note := overlap(checked.texts.tokens, job.samples, job.length):
+            say(f"warning: calibration {note}")
     data = checked.texts or _input_calibration(job, model)
     plan = _planned(job, model, data, checked.device, say)
     where, each = str(checked.device), ""
@@ -151,15 +159,10 @@ def _text_calibration(job: PruningJob) -> Calibration:
     tokenizer = job_tokenizer(job)
     chat = chat_renderer(tokenizer) if job.chat_template else None
     files = [read_text_file(Path(file), job.field, chat) for file in job.calibration]
-    batches = calibration_batches(
-        tokenizer,
-        [file.text for file in files],
-        samples=job.samples,
-        length=job.length,
-        seed=job.settings.seed,
-    )
+    tokens = joined_tokens(tokenizer, [file.text for file in files])
+    batches = drawn_windows(tokens, job.samples, job.length, job.settings.seed)
     kind = f"a window of {job.length} tokens"
-    return Calibration(files, batches, {None: batches[:1, :_PROBE]}, kind)
+    return Calibration(files, batches, {None: batches[:1, :_PROBE]}, kind, len(tokens))
 
 
 def _input_calibration(job: PruningJob, model: nn.Module) -> Calibration:
@@ -183,6 +186,7 @@ def _planned(
     names = [name for name, _ in model.named_parameters()]
     check_matches("only", [job.only] if job.only is not None else [], names)
     check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
+    check_matches("sparsity", [regex for regex, _ in rules.rules], names)
     settings = job.settings_on(device)
     sparsity: Any = rules if rules.rules else rules.default
     try:
@@ -194,7 +198,7 @@ def _planned(
     except NoChainError as error:
         raise ValueError(_by_option(str(error))) from None
     except Exception as error:
-        if _is_ours(error) or isinstance(error, MemoryError):
+        if _is_ours(error) or lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         parameters = inspect.signature(model.forward).parameters.values()
@@ -285,7 +289,7 @@ def naming_options(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if lacks_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         text = (

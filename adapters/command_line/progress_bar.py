@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,9 +15,15 @@ from safe_core.adapters.torch.blocks.report import Progress as PruningProgress
 __all__ = ["counted", "pruning_bar"]
 
 
+_PARTS = 20  # lines of a log for a whole count
+_SILENCE = 10.0  # seconds between two lines
+
+
 @contextmanager
 def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that shows progress as a bar, given how many are done and how many in total.
+
+    Without a terminal, such as in a log, it prints a line now and then instead.
 
     Examples
     --------
@@ -27,16 +34,31 @@ def counted(unit: str) -> Iterator[Callable[[int, int], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )  # fmt: skip
+    started = told = time.monotonic()
+    shown = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(unit, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            nonlocal told, shown
+            bar.update(task, completed=done, total=total)
+            now = time.monotonic()
+            due = done - shown >= total / _PARTS and now - told >= _SILENCE
+            if console.is_terminal or done >= total or not due:
+                return
+            told, shown = now, done
+            left = readable_seconds((now - started) * (total - done) / done)
+            console.print(f"{done:,} of {total:,} {unit}, {left} left", highlight=False)
+
+        yield show
 
 
 @contextmanager
 def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
-    """Yield a function that shows pruning progress: a bar with the loss and the time left.
+    """Yield a function that shows pruning progress: a bar with the time left.
 
-    Without a terminal, such as in a log, it prints one line per block instead.
+    It shows the loss of an epoch, and the relative error of a finished block. Without a terminal,
+    such as in a log, it prints one line per block instead.
 
     Examples
     --------
@@ -49,13 +71,17 @@ def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
         task = bar.add_task("pruning", total=None, left="")
 
         def show(at: PruningProgress) -> None:
-            left = f"{readable_seconds(at.seconds_left)} left"
-            within = "" if at.epoch is None else f", epoch {at.epoch + 1} of {at.epochs}"
-            text = f"block {at.block + 1} of {at.blocks}{within}, loss {at.loss:.3g}"
-            if within and at.sparse_loss is not None:
-                text += f", {at.sparse_loss:.3g} when sparse"
+            left, text = f"{readable_seconds(at.seconds_left)} left", _text(at)
             bar.update(task, description=text, completed=at.done, total=at.blocks, left=left)
             if at.epoch is None and not console.is_terminal:
                 console.print(f"{text}, {left}", highlight=False)
 
         yield show
+
+
+def _text(at: PruningProgress) -> str:
+    text = f"block {at.block + 1} of {at.blocks}"
+    if at.epoch is None:
+        return text if at.relative_error is None else f"{text}, error {at.relative_error:.3g}"
+    text += f", epoch {at.epoch + 1} of {at.epochs}, training loss {at.loss:.3g}"
+    return text if at.sparse_loss is None else f"{text}, {at.sparse_loss:.3g} when sparse"

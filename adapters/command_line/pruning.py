@@ -17,7 +17,7 @@ from safe_core.adapters.torch.blocks.report import Progress
 from .drafts import save_somewhere, written_at_once
 from .job import PruningJob, find_solver
 from .model_card import model_card
-from .output import printable
+from .output import numbers_left_out, printable, spread
 from .preparation import (
     check_job,
     finished_blocks,
@@ -71,24 +71,37 @@ class PruningResult(NamedTuple):
         return sum(w.zeros for w in self.weights) / max(1, sum(w.entries for w in self.weights))
 
     def table(self) -> Any:
-        """Return a `rich.table.Table`."""
+        """Return a `rich.table.Table`.
+
+        Weights of one shape share a row if their names differ in numbers only.
+        """
         from rich.table import Table
 
         table = Table(padding=(0, 1, 0, 0), show_footer=True, box=None)
         entries, zeros = (sum(getattr(w, k) for w in self.weights) for k in ("entries", "zeros"))
-        table.add_column("weight", "total", overflow="fold", ratio=1)
+        table.add_column("weights", "total", overflow="fold", ratio=1)
         for header, footer in (
+            ("number", f"{len(self.weights):,}"),
             ("shape", ""),
             ("entries", f"{entries:,}"),
             ("zeros", f"{zeros:,}"),
             ("sparsity", f"{self.sparsity:.4%}"),
-            ("error of block", ""),
+            ("errors of blocks", ""),
         ):
             table.add_column(header, footer, justify="right", no_wrap=True)
+        alike: dict[tuple[str, tuple[int, ...]], list[WeightRow]] = {}
         for w in self.weights:
-            share, error = f"{w.zeros / max(1, w.entries):.4%}", f"{w.block_error:.3g}"
-            shape = " x ".join(map(str, w.shape))
-            table.add_row(printable(w.name), shape, f"{w.entries:,}", f"{w.zeros:,}", share, error)
+            alike.setdefault((numbers_left_out(w.name), w.shape), []).append(w)
+        for (name, shape), rows in alike.items():
+            counts = [sum(getattr(w, key) for w in rows) for key in ("entries", "zeros")]
+            table.add_row(
+                printable(rows[0].name if len(rows) == 1 else name),
+                f"{len(rows):,}",
+                " x ".join(map(str, shape)),
+                *(f"{n:,}" for n in counts),
+                spread([w.zeros / max(1, w.entries) for w in rows], ".4%", ".2%"),
+                spread([w.block_error for w in rows], ".3g"),
+            )
         return table
 
 
@@ -172,7 +185,7 @@ def _pruned(
             if job.inputs is None:
                 job_tokenizer(job).save_pretrained(draft.path)
             copy_other_files(source.folder, draft.path)
-            card = model_card(job, source, result, data.files, command)
+            card = model_card(job, source, result, data, command)
             (draft.path / "README.md").write_text(card, encoding="utf-8")
             check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
     return result
@@ -189,7 +202,7 @@ def _applied(
     work_dir = job.settings.work_dir
     found = finished_blocks(work_dir)
     if found:
-        say(f"found {found} finished blocks in {work_dir}: resuming after them")
+        say(f"found {_blocks(found)} in {work_dir}")
     try:
         with naming_options(model, plan):
             return plan.apply(progress)
@@ -206,8 +219,12 @@ def _kept(work_dir: str | os.PathLike[str] | None) -> str:
             "Nothing was kept. With --work-dir, an interrupted run resumes after its last "
             "finished block"
         )
-    done = finished_blocks(work_dir)
-    return f"{done} finished blocks are kept in {work_dir}; the same command resumes after them"
+    done = _blocks(finished_blocks(work_dir))
+    return f"Kept {done} in {work_dir}. The same command resumes there"
+
+
+def _blocks(number: int) -> str:
+    return f"{number:,} finished block{'' if number == 1 else 's'}"
 
 
 def _rows(model: nn.Module, report: PruningReport) -> list[WeightRow]:

@@ -89,9 +89,11 @@ def _chosen(file: Path, fields: Sequence[str], found: Collection[str], place: st
         if name in found:
             return name
     wanted = " or ".join(map(repr, fields))
+    chats = "messages" in found and "messages" not in fields
+    hint = "--chat-template makes a text of messages" if chats else "name the field with --field"
     raise ValueError(
         f"{file} must hold the field {wanted} in each record, got "
-        f"{', '.join(map(repr, found)) or 'none'}{place}: name the field with --field"
+        f"{', '.join(map(repr, found)) or 'none'}{place}: {hint}"
     )
 
 

@@ -47,7 +47,7 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     (Unstructured(sparsity=0.29, scope='row', distribution=None), NM(n=2, m=4, ragged='error'))
     >>> parse_sparsity("half")
     Traceback (most recent call last):
-    ValueError: sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got 'half'
+    ValueError: sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got 'half'
     """
     if names_object(text):
         return as_pattern(load_named("sparsity", text), scope)
@@ -58,8 +58,17 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
         return as_pattern(float(_checks.sparsity("sparsity", Decimal(text))), scope)
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
-            f"sparsity must be a fraction in [0, 1) such as 0.5, or N:M such as 2:4, got {text!r}"
+            f"sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got {text!r}"
+            f"{_fraction_meant(text)}"
         ) from None
+
+
+def _fraction_meant(text: str) -> str:
+    """Return a hint for a text that gives percent."""
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", text)
+    if percent is None or not 1 < float(percent[1]) < 100:
+        return ""
+    return f": {percent[1]} percent are {Decimal(percent[1]) / 100:f}"
 
 
 def takes_scope(text: str) -> bool:
@@ -110,9 +119,16 @@ class OutlierRule:
         except (ValueError, TypeError):
             raise ValueError(
                 "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
-                f"owl:SPARSITY:M:LAMBDA, such as owl:0.7:5:0.08, got {text!r}"
+                "owl:SPARSITY:M:LAMBDA with a fraction as SPARSITY, such as owl:0.7:5:0.08, got "
+                f"{text!r}{_fraction_meant(text.removeprefix(_OUTLIERS).partition(':')[0])}"
             ) from None
-        outlier_weighed([], [], found.sparsity, found.reach)  # checks the reach
+        try:
+            outlier_weighed([], [], found.sparsity, found.reach)
+        except ValueError:
+            raise ValueError(
+                "sparsity by outliers must leave every block a sparsity in [0, 1): it varies by "
+                f"LAMBDA = {found.reach:g}, got {text!r}"
+            ) from None
         return found
 
     def describe(self) -> str:

@@ -246,7 +246,7 @@ def sample_count(inputs: PyTree) -> int:
     if len(counts) != 1 or counts == {()} or counts == {(0,)}:
         raise ValueError(
             "inputs must be arrays with the same non-zero number of samples along their first "
-            f"axis, got {sorted(counts)}"
+            f"axis, got {sorted(counts)}: repeat what all samples share, such as a mask"
         )
     return int(counts.pop()[0])
 

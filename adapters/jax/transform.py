@@ -17,6 +17,7 @@ from safe_core import Method, _checks
 from safe_core.backends import selecting_on_host
 from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState
+from safe_core.own_zeros import check_own_zeros
 from safe_core.packing import packed
 from safe_core.step_state import no_direction, no_motion
 
@@ -151,6 +152,7 @@ def sparse_optimizer(
         known = None if source is None else source.first_metric(held, joint=joint)
         with selecting_on_host(select_on_host), advising_layouts_of(tree):
             method.sparsity.check_names(tree.info.names)
+            check_own_zeros(method, tree.info.names, values)
             split = method.init(values, tree.info, known)
             refuse_open_stacks(params, tree, method.sparsity)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []

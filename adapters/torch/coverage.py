@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from safe_core import FixedZeros, Method, Pattern
+from safe_core.backends.torch_sharding import is_sharded, whole
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
+from safe_core.own_zeros import check_own_zeros
 
 from .groups import settings_of
 from .modules import JoinedModules
-from .selection import Selection
+from .selection import Selected, Selection
 from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
 
-__all__ = ["coverage_of", "warn_of_dense"]
+__all__ = ["coverage_of", "refuse_dense", "warn_of_dense"]
 
 
 def coverage_of(selection: Selection, selected: Any, constrained: Collection[Tensor]) -> Coverage:
@@ -39,7 +43,7 @@ def coverage_of(selection: Selection, selected: Any, constrained: Collection[Ten
     for p, name in selection.names().items():
         listed = p in selected or is_matrix(p) or (p in known and not known[p].reason)
         if p in chosen:
-            reason, expected = "", True
+            reason, expected = _why_unmasked(selected[p], p), True
         elif not listed:
             continue
         elif p in elsewhere:
@@ -96,6 +100,31 @@ def _why_dense(
     if p not in held:
         return "base does not hold the parameter", False
     return known.reason or "its param group was added after the last selection", False
+
+
+def _why_unmasked(chosen: Selected, p: Tensor) -> str:
+    """Return why a weight that keeps its own zeros is dense, or an empty text.
+
+    The zeros of a sharded weight are not counted, because only some processes may ask.
+    """
+    own = isinstance(_pattern(chosen), FixedZeros)
+    readable = own and not is_sharded(p) and not p.is_meta
+    return "it has no zeros to keep" if readable and bool((p != 0).all()) else ""
+
+
+@torch.no_grad()
+def refuse_dense(
+    method: Method, selected: Mapping[Tensor, Selected], params: Sequence[Tensor]
+) -> None:
+    """Raise or warn if the weights should keep their own zeros, and have none."""
+    own = [p for p in params if isinstance(_pattern(selected[p]), FixedZeros)]
+    if own:  # in a param group, or of the method
+        names = [selected[p].name for p in own]
+        check_own_zeros(method, names, own, lambda p: p.is_meta or bool(whole((p == 0).sum())))
+
+
+def _pattern(chosen: Selected) -> Pattern:
+    return chosen.pattern.of(chosen.name)
 
 
 def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:

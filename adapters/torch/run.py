@@ -18,7 +18,7 @@ from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
-from .coverage import coverage_of
+from .coverage import coverage_of, refuse_dense
 from .groups import GroupRules, settings_of
 from .importance import importance_in_use
 from .low_bit import mask_states
@@ -195,6 +195,7 @@ class Run:
         sparse = self.active()
         new = [p for p in sparse if not self.parameters.has(p)]
         if new:
+            refuse_dense(self.method, self.selected, sparse)
             self._start(new)
         return sparse
 
@@ -230,9 +231,7 @@ class Run:
             values = [p.detach() for p in members]
             source = self.source
             held = None if source is None else source.init(members)
-            known = None
-            if source is not None:
-                known = source.first_metric(held, joint=pattern.joint)
+            known = None if source is None else source.first_metric(held, joint=pattern.joint)
             info = parameters.info(members)
             split = self.method.constraint.init(values, pattern, info, known)
             parameters.store(members, split)

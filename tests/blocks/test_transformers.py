@@ -1241,6 +1241,7 @@ def letters(text: str, **options: Any) -> dict[str, list[int]]:
     return {"input_ids": [ord(c) for c in text]}
 
 
+@pytest.mark.filterwarnings("ignore:texts hold")
 def test_calibration_takes_different_windows(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("the quick brown fox", encoding="utf-8")

@@ -128,6 +128,38 @@ def test_no_commands() -> None:
         build_app([])
 
 
+@pytest.mark.parametrize("source", ["broken", "fine"])
+def test_help_shows_brackets_and_wraps_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    words = "pip install other[gpu] and much more in one line of some eighty letters"
+    text = f"raise ImportError({words!r})"
+    if source == "fine":
+        text = (
+            "from typing import Annotated\nimport typer\n"
+            f"def greet(loud: Annotated[int, typer.Option(help={words!r})] = 1) -> None:\n"
+            f'    """Greet [someone].\n\n    {words}\n    or [/none].\n    """\n'
+        )
+    other_package(tmp_path, text, monkeypatch)
+    for arguments in (["--help"], ["greet", "--help"]):
+        shown = " ".join(invoke(*arguments, program=installed()).stdout.split())
+        assert "[gpu]" in shown or (source, arguments) == ("fine", ["--help"])
+        assert "[someone]" in shown or source == "broken"
+    if source == "fine":
+        assert "letters or [/none]." in shown
+        assert shown.count("[gpu]") == 2  # of the command, and of the option
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_loses_no_bracket(command: str) -> None:
+    own = typer.main.get_command(app).commands[command]
+    shown = invoke(command, "--help").stdout
+    for text in (own.help, *(getattr(p, "help", None) for p in own.params)):
+        for word in (text or "").replace("\\[", "[").split():
+            if word.startswith("["):
+                assert word in shown
+
+
 # Errors
 
 
@@ -202,15 +234,36 @@ def test_without_typer_the_extras_are_named() -> None:
     assert result.stderr.startswith("safe-core: the command line needs typer: pip install ")
 
 
-def test_a_full_device_is_reported() -> None:
-    class OutOfMemoryError(RuntimeError):  # as in torch
-        pass
+class OutOfMemoryError(RuntimeError):
+    """The error of torch for a full device."""
 
-    program = raising(OutOfMemoryError("no memory"))
-    assert message("fail", program=program) == (
-        "safe-core: no memory\nTry a smaller --batch-size.\n"
+
+class JaxRuntimeError(RuntimeError):
+    """The error of JAX for anything that fails on a device."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("no memory"),
+        MemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+    ],
+)
+def test_full_memory_is_reported(error: BaseException) -> None:
+    told = f"safe-core: memory must suffice, got: {error}\n"
+    assert message("fail", program=raising(error)) == f"{told}Try a smaller --batch-size.\n"
+    assert message("other", program=raising(error)) == told
+
+
+def test_an_empty_memory_error_is_reported() -> None:
+    assert message("other", program=raising(MemoryError())) == (
+        "safe-core: memory must suffice, got: MemoryError\n"
     )
-    assert message("other", program=program) == "safe-core: no memory\n"
+
+
+def test_a_fault_of_the_program_shows_its_traceback() -> None:
     error = RuntimeError("a fault of the program")
     assert invoke("fail", program=raising(error)).exception is error
 

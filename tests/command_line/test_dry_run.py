@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import SHORT, failed, refused, run
+from command_line import SHORT, TEXT, failed, refused, run
 
 from safe_core.command_line.dry_run import plan_folder
 from safe_core.command_line.pruning import PruningJob, prune_folder
@@ -40,7 +40,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(
         "method: safe+",
         "dual update interval (K): 1",
         "steps: 6",
-        "calibration: 4 samples, 128 tokens",
+        f"calibration: 4 samples, 128 tokens, from {len(TEXT):,} tokens of text",
     ):
         assert line in said
     text_of = "\n".join(said)

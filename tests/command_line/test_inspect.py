@@ -207,11 +207,24 @@ def test_floats_of_8_bits_are_counted_by_their_values(tmp_path: Path, dtype: str
     assert zeros == int((ones.float() == 0).sum())
 
 
+def test_layers_are_listed_by_their_numbers(tmp_path: Path) -> None:
+    names = [f"layers.{i}.w" for i in (0, 1, 2, 10, 11)]
+    save_file({name: np.ones((2, 2), np.float32) for name in names}, tmp_path / "m.safetensors")
+    listed = [x.split()[0] for x in run("inspect", tmp_path / "m.safetensors").stdout.splitlines()]
+    assert listed[1:6] == names
+    other = ["layers.10.w", "layers.2.w", "head"]
+    torch.save({name: torch.ones(2, 2) for name in other}, tmp_path / "m.pt")
+    listed = [x.split()[0] for x in run("inspect", tmp_path / "m.pt").stdout.splitlines()]
+    assert listed[1:4] == other
+
+
 def test_packed_floats_of_torch_are_not_counted(tmp_path: Path) -> None:
     packed = torch.zeros(4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     torch.save({"w": packed}, tmp_path / "m.pt")
     (line, *_) = (x for x in run("inspect", tmp_path / "m.pt").stdout.splitlines() if "w " in x)
     assert " ".join(line.split()) == "w 4 x 8 float4_e2m1fn_x2 packed 32 B 32 B"
+    total = run("inspect", tmp_path / "m.pt").stdout.splitlines()[-1]
+    assert "0 not counted" in " ".join(total.split())
 
 
 def test_complex_numbers_are_not_counted(tmp_path: Path) -> None:

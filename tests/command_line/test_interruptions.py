@@ -35,6 +35,37 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def fill_memory() -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+def test_full_memory_says_what_is_kept(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    interrupt_at(1, fill_memory, monkeypatch)
+    arguments = ("prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", work)
+    told = failed(*arguments)
+    assert "safe-core: memory must suffice, got: DefaultCPUAllocator: can't allocate" in told
+    assert "Try a smaller --batch-size." in told
+    assert f"Kept 1 finished block in {work}" in told
+
+
+@pytest.mark.parametrize(
+    "place", ["safe_core.command_line.preparation", "transformers.LlamaForCausalLM"]
+)
+def test_full_memory_before_the_first_block_is_named(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        fill_memory()
+
+    name = "from_pretrained" if place.startswith("transformers") else "plan_pruning"
+    monkeypatch.setattr(f"{place}.{name}", full)
+    told = refused("prune", folder, "--calibration", text, "--out", tmp_path / "out", *FAST)
+    assert "safe-core: memory must suffice, got: DefaultCPUAllocator" in told
+
+
 @pytest.mark.parametrize("how", [ctrl_c, terminate])
 def test_an_interrupted_run_says_what_is_kept_and_resumes(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any
@@ -49,8 +80,7 @@ def test_an_interrupted_run_says_what_is_kept_and_resumes(
     result = prune("--work-dir", work)
     assert result.exit_code == 130
     assert result.stderr.endswith(
-        f"safe-core: interrupted\n1 finished blocks are kept in {work}; the same command resumes "
-        "after them\n"
+        f"safe-core: interrupted\nKept 1 finished block in {work}. The same command resumes there\n"
     )
     result = prune()
     assert result.exit_code == 130
@@ -59,7 +89,7 @@ def test_an_interrupted_run_says_what_is_kept_and_resumes(
     monkeypatch.undo()
     result = prune("--work-dir", work)
     assert result.exit_code == 0
-    assert f"found 1 finished blocks in {work}: resuming after them" in result.stderr
+    assert f"found 1 finished block in {work}" in result.stderr
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -85,7 +85,7 @@ def test_texts_of_outlier_sparsities() -> None:
     for text in ("owl:", "owl:half", "owl:1.5", "owl:0.5:-1", "owl:0.5:5:0.1:3", "owl:nan"):
         with pytest.raises(ValueError, match="sparsity by outliers must be owl:SPARSITY, owl:"):
             parse_rules([text])
-    with pytest.raises(ValueError, match="reach must leave every sparsity in"):
+    with pytest.raises(ValueError, match="must leave every block a sparsity"):
         parse_rules(["owl:0.95"])
     with pytest.raises(ValueError, match="must be the default for all weights, got 'up=owl"):
         parse_rules(["up=owl:0.5"])

@@ -46,10 +46,22 @@ def test_perplexity_is_that_of_separate_windows(folder: Path, text: Path) -> Non
     assert several.loss == pytest.approx(found["loss"], rel=1e-4)  # products in bfloat16
     line = run("perplexity", folder, "--text", text, "--length", 48, "--device", "cpu").stdout
     assert line.startswith(f"perplexity {found['perplexity']:.4f} ± {error:.2g} (loss ")
+    assert f" of {folder} on {text.name}, " in line
     assert perplexity(model, ids[:48], 48).standard_error is None
     # Published programs multiply the mean of a window by its length, and divide by all lengths.
     scaled = [48 * log_likelihoods(model, w).mean() for w in windows]
     assert -sum(scaled) / (48 * len(windows)) == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_progress_in_a_log(folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("perplexity", folder, "--text", text, "--length", 32, "--device", "cpu")
+    assert " left" not in run(*arguments).stderr  # it is done at once
+    monkeypatch.setattr("safe_core.command_line.progress_bar._SILENCE", 0.0)
+    result = run(*arguments)
+    lines = [line for line in result.stderr.splitlines() if line.endswith(" left")]
+    assert 5 < len(lines) <= 20
+    assert " windows, 0:0" in lines[0]
+    assert result.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("stride", [1, 7, 31, 32])

@@ -28,7 +28,14 @@ def test_the_first_rule_that_matches_counts() -> None:
 def test_wrong_rules_are_refused() -> None:
     for texts, message in (
         (["0.5", "0.6"], "one default, got 0.5 and 0.6"),
-        (["up=half"], "N:M such as 2:4, got 'half'"),
+        (["up=half"], "or owl:0.5, got 'half'$"),
+        (["owl"], "or owl:0.5, got 'owl'$"),
+        (["50"], "or owl:0.5, got '50': 50 percent are 0.5$"),
+        (["62.5%"], "got '62.5%': 62.5 percent are 0.625$"),
+        (["1"], "got '1'$"),
+        (["100%"], "got '100%'$"),
+        (["owl:60"], "a fraction as SPARSITY, .* got 'owl:60': 60 percent are 0.6$"),
+        (["owl:0.95"], r"sparsity in \[0, 1\): it varies by LAMBDA = 0.08, got 'owl:0.95'"),
         (["(=0.5"], r"sparsity must be a regular expression, got '\('"),
         (["=0.5"], "an empty one"),
         ([], "sparsity must be given"),

@@ -32,7 +32,8 @@ def test_a_byte_order_mark_is_no_text(folder: Path, tmp_path: Path) -> None:
     ]
     assert outputs[0] == outputs[1]
     sizes = {"samples": 2, "length": len(TEXT) - 1}
-    batches = [calibration_batches(byte_tokenizer(), x, **sizes) for x in (file, plain)]
+    with pytest.warns(UserWarning, match="texts hold"):
+        batches = [calibration_batches(byte_tokenizer(), x, **sizes) for x in (file, plain)]
     assert bool((batches[0] == batches[1]).all())
 
 
@@ -111,6 +112,16 @@ def test_parquet_files_that_are_wrong_are_named(
     message = failed("perplexity", folder, "--text", file)
     assert 'this command needs pyarrow: pip install "safe-core[transformers,parquet]"' in message
     with pytest.raises(ModuleNotFoundError, match=r"data\.parquet needs pyarrow: pip install"):
+        read_text_file(file)
+
+
+def test_chats_without_their_template_name_the_option(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    write_records(file, [{"messages": [{"role": "user", "content": "Hello"}]}])
+    with pytest.raises(ValueError, match="got 'messages' in line 1: --chat-template makes a text"):
+        read_text_file(file)
+    write_records(file, [{"content": "Hello"}])
+    with pytest.raises(ValueError, match="got 'content' in line 1: name the field with --field"):
         read_text_file(file)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import needs
 from ..options import ChatTemplate, Device, Field, GgufFile, Json, Trust
-from ..output import quiet_transformers
+from ..output import printable, quiet_transformers
 
 __all__ = ["perplexity"]
 
@@ -56,8 +56,10 @@ def perplexity(
         typer.echo(json.dumps(found._asdict()))
     else:
         error = "" if found.standard_error is None else f" ± {found.standard_error:.2g}"
+        names = ", ".join(file.name for file in text)
         typer.echo(
-            f"perplexity {found.perplexity:.4f}{error} (loss {found.loss:.6f}), "
+            f"perplexity {found.perplexity:.4f}{error} (loss {found.loss:.6f}) of "
+            f"{printable(str(model))} on {printable(names)}, "
             f"{found.predictions:,} predictions in {found.windows:,} windows, "
             f"{found.unused:,} tokens unused"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 
-__all__ = ["calibration_batches", "split_samples"]
+__all__ = ["calibration_batches", "drawn_windows", "joined_tokens", "overlap", "split_samples"]
 
 
 def calibration_batches(
@@ -25,7 +26,7 @@ def calibration_batches(
 ) -> Tensor:
     """Return random windows of text as inputs of a language model, all of one length.
 
-    The texts are tokenized, joined, and cut at random, distinct positions.
+    The texts are tokenized, joined, and cut at random, distinct positions. Windows may overlap.
 
     Parameters
     ----------
@@ -47,6 +48,11 @@ def calibration_batches(
         If the texts are too short for so many distinct windows, are of another kind, or are the
         name of an existing file as a str.
 
+    Warns
+    -----
+    UserWarning
+        If the texts hold fewer tokens than the windows, which then repeat them.
+
     References
     ----------
     Lee et al. 2025, appendix B.4; Frantar and Alistarh 2023, "SparseGPT".
@@ -60,8 +66,34 @@ def calibration_batches(
     """
     _checks.integer("samples", samples, low=1)
     _checks.integer("length", length, low=1)
+    tokens = joined_tokens(tokenizer, texts)
+    windows = drawn_windows(tokens, samples, length, seed)
+    if note := overlap(len(tokens), samples, length):
+        warnings.warn(note, stacklevel=2)
+    return windows
+
+
+def joined_tokens(tokenizer: Any, texts: Any) -> Tensor:
+    """Return the tokens of texts for `calibration_batches`, one after the other.
+
+    Examples
+    --------
+    >>> joined_tokens(lambda text, **options: {"input_ids": [ord(c) for c in text]}, ["ab", "c"])
+    tensor([97, 98, 99])
+    """
     given = [texts] if isinstance(texts, (str, os.PathLike)) else texts
     tokens = [token for text in given for token in _tokens(tokenizer, text)]
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def drawn_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Return windows of tokens at random, distinct positions, see `calibration_batches`.
+
+    Examples
+    --------
+    >>> drawn_windows(torch.arange(3), samples=2, length=2, seed=0).shape
+    torch.Size([2, 2])
+    """
     starts = len(tokens) - length + 1
     if starts < samples:
         raise ValueError(
@@ -69,9 +101,28 @@ def calibration_batches(
             f"different windows of length={length}, got {len(tokens)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    joined = torch.tensor(tokens, dtype=torch.int64)
     chosen = torch.randperm(starts, generator=generator)[:samples]
-    return torch.stack([joined[int(start) : int(start) + length] for start in chosen])
+    return torch.stack([tokens[int(start) : int(start) + length] for start in chosen])
+
+
+def overlap(tokens: int, samples: int, length: int) -> str:
+    """Return what to know about windows that hold more tokens than their texts, or an empty text.
+
+    Examples
+    --------
+    >>> overlap(tokens=20, samples=2, length=10)
+    ''
+    >>> overlap(tokens=8, samples=4, length=4)
+    'texts hold 8 tokens, and 4 windows of 4 tokens repeat each 2.0 times on average: give 16 \
+tokens or more, or fewer samples'
+    """
+    wanted = samples * length
+    if tokens >= wanted:
+        return ""
+    return (
+        f"texts hold {tokens:,} tokens, and {samples:,} windows of {length:,} tokens repeat each "
+        f"{wanted / tokens:.1f} times on average: give {wanted:,} tokens or more, or fewer samples"
+    )
 
 
 def _tokens(tokenizer: Any, text: Any) -> list[int]:

@@ -207,14 +207,17 @@ class BlockSize(NamedTuple):
 
         It holds the parameters in float32 or wider; gradients, two moments of Adam and, if it
         ``perturbs``, a copy of those that are trained; anchors and one-byte supports of those
-        that are pruned. A dual update adds scores and a second support, but holds no activations.
+        that are pruned. A dual update adds scores, or new anchors, and a second support, but holds
+        no activations. It writes ``x + u`` where the copy for a perturbation was; without one,
+        this is one more array of each weight.
         Beside shards of them all, each process holds whole parameters and gradients for a pass.
         """
         split = self.solutions  # the bytes of an anchor and a support are the same
         held = (4 if perturbs else 3) + (self.shards > 1)
         state = (self.number * held * self.trained + split) // self.shards
         whole = self.entries + (self.trained if self.shards > 1 else 0)
-        return self.number * whole + state + max(work, split // self.shards)
+        dual = split if perturbs else split + self.number * self.sparse
+        return self.number * whole + state + max(work, dual // self.shards)
 
     def statistics(self, kind: str) -> int:
         """Return the entries of all statistics of inputs: "gram", "squares" or none."""
@@ -245,6 +248,7 @@ def forward_backward_bytes(
     trained: Collection[str] | None = None,
     dtype: torch.dtype | None = None,
     fake: bool = True,
+    recorder: Callable[[nn.Module], Any] | None = None,
 ) -> int:
     """Return the peak bytes of a forward (and backward) pass of a block, beside its parameters.
 
@@ -262,6 +266,9 @@ def forward_backward_bytes(
     dtype : torch.dtype, optional
         Dtype of floating parameters, instead of their own.
     fake : bool
+    recorder : callable, optional
+        ``recorder(block)`` returns an `InputRecorder`, in which the pass runs. What it keeps is not
+        counted, but what it computes is.
 
     Examples
     --------
@@ -284,8 +291,10 @@ def forward_backward_bytes(
             if p.requires_grad:
                 p.grad = torch.zeros_like(p)  # added to in place, as at a later step
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        own = [*model.parameters(), *model.buffers(), *gradients]
-        with TensorBytes(own) as counted:
+        seen: Any = nullcontext() if recorder is None else recorder(model)
+        kept = [] if recorder is None else seen.begin()
+        own = [*model.parameters(), *model.buffers(), *gradients, *kept]
+        with TensorBytes(own) as counted, seen:
             loss = call(model, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device))
             if backward:
                 loss.backward()  # type: ignore[no-untyped-call]

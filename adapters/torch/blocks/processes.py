@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...memory_errors import lacks_memory
+
 __all__ = ["Move", "OtherProcessError", "Processes", "processes_of"]
 
 # The others wait while one process solves its layers or saves the model. A process that ends
@@ -305,9 +307,9 @@ def _reaching() -> Iterator[None]:
     """Turn errors of an exchange into an `OtherProcessError`."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if lacks_memory(error):
+            raise
         raise OtherProcessError(
             "another process has ended or cannot be reached; its own output may say why",
             explained=False,

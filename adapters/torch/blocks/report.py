@@ -29,6 +29,8 @@ class Progress:
     sparse_loss : float or None
         The same with the weights projected, as `loss` is at the end of the block. In an epoch it
         is that of the last batch, and None if the solver does not report it.
+    relative_error : float or None
+        ``loss`` divided by the mean square of the targets, at the end of the block.
 
     Examples
     --------
@@ -43,6 +45,7 @@ class Progress:
     loss: float
     seconds_left: float
     sparse_loss: float | None = None
+    relative_error: float | None = None
 
     @property
     def done(self) -> float:

@@ -232,7 +232,7 @@ class Run:
             _write_back(block, before)
             raise
         self._finished = i + 1
-        self._tell(i, None, report.loss, report.loss)
+        self._tell(i, None, report.loss, report.loss, report.relative_error)
         return report
 
     def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
@@ -276,12 +276,17 @@ class Run:
         return dict(self.processes.gather(entry)[0])
 
     def _tell(
-        self, i: int, epoch: int | None, loss: float, sparse_loss: float | None = None
+        self,
+        i: int,
+        epoch: int | None,
+        loss: float,
+        sparse_loss: float | None = None,
+        error: float | None = None,
     ) -> None:
         if self.progress is None:
             return
         blocks, epochs = len(self.task.blocks), self.task.solver.epochs
-        at = Progress(i, blocks, epoch, epochs, loss, 0.0, sparse_loss)
+        at = Progress(i, blocks, epoch, epochs, loss, 0.0, sparse_loss, error)
         rate = (time.monotonic() - self._started) / (at.done - self._resumed)
         self.progress(replace(at, seconds_left=rate * (at.blocks - at.done)))
 

@@ -182,9 +182,10 @@ class LayerByLayer(BlockSolver):
     def memory(self, size: BlockSize, work: WorkBytes) -> int:
         """Return the bytes for the dense block, all statistics, and a pass or one layer.
 
-        One of several processes keeps its solutions until the others have theirs.
+        One of several processes keeps its solutions until the others have theirs. A single one
+        writes the values into the block, and keeps the supports.
         """
-        return self.solving(size, work, size.solutions if size.processes > 1 else 0)
+        return self.solving(size, work, size.solutions if size.processes > 1 else size.sparse)
 
     def solving(self, size: BlockSize, work: WorkBytes, solutions: int) -> int:
         """Return the bytes if ``solutions`` bytes of solutions are kept beside one layer."""

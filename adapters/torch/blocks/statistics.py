@@ -3,7 +3,7 @@
 Weights that hidden states are multiplied with can be pruned: those of linear layers, of GPT-2's
 `Conv1D`, and stacked experts, which are parameters of three axes. The operations of torch are
 recorded below modules and functions, so that any way of writing a product is seen. An expert, a
-slice of a stacked parameter, is recognised by its address in memory; the roles of its axes
+slice of a stacked parameter, is recognised by its place in memory; the roles of its axes
 follow from its use.
 """
 
@@ -135,7 +135,8 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kind = kind
         self._layouts = dict(weights)
         self._params = {name: p for name, p in block.named_parameters() if name in weights}
-        self._by_memory = {p.untyped_storage().data_ptr(): n for n, p in self._params.items()}
+        # By the storage itself, because tensors without memory have no address.
+        self._by_memory = {p.untyped_storage()._cdata: n for n, p in self._params.items()}
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
         self._used: set[str] = set()
@@ -147,6 +148,13 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(False)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def begin(self) -> list[Tensor]:
+        """Allocate the sums of weights of known layout now, and return them."""
+        for name, layout in self._layouts.items():
+            if layout is not None:
+                self._begin(name, 1, self._params[name].shape[layout.input_axes[0]])
+        return list(self._sums.values())
 
     def __exit__(self, *error: Any) -> None:
         """Stop recording."""
@@ -178,7 +186,7 @@ class InputRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _name_of(self, leaf: Any) -> str | None:
         if not torch.is_tensor(leaf) or leaf.layout != torch.strided:
             return None
-        return self._by_memory.get(leaf.untyped_storage().data_ptr())
+        return self._by_memory.get(leaf.untyped_storage()._cdata)
 
     def _see(self, name: str, x: Tensor, w: Tensor, summed: int) -> None:
         """Record the inputs of one product with a weight, or a slice or transpose of it."""

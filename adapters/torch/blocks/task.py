@@ -23,6 +23,7 @@ from .reconstruction import wide_mse
 from .settings import PruningSettings
 from .shares import SampleShares
 from .solver import BlockSolver
+from .statistics import InputRecorder
 from .structure import Structure, block_name
 
 __all__ = [
@@ -207,21 +208,28 @@ def predict_memory(task: Task) -> MemoryEstimate:
     size, held = sizes[largest], task.held([range(len(task.samples))])[0]
 
     def work(
-        batch_size: int | None = None, *, backward: bool = False, autocast: bool = False
+        batch_size: int | None = None,
+        *,
+        backward: bool = False,
+        autocast: bool = False,
+        records: bool = True,
     ) -> int:
         whole = min(s.batch_size if batch_size is None else batch_size, len(task.samples))
         # A forward pass runs the samples of this process, and a step its part of the batch.
         rows = task.shares.largest_part(whole) if backward else max(1, min(whole, len(held)))
         sent = 2 * (whole - rows) * hidden[0].nbytes if backward else 0  # inputs and targets
         return sent + _work_bytes(
-            task, calls, largest, hidden[0], rows, backward=backward, autocast=autocast
-        )
+            task, calls, largest, hidden[0], rows,
+            backward=backward, autocast=autocast, records=records and not backward,
+        )  # fmt: skip
 
     first = _numbers(task.samples[0])
     stored = 2 * sum(hidden[0].nbytes * _numbers(task.samples[k]) // first for k in held)
+    # The pass of the pruned block holds a copy of it, and the supports.
+    after = size.stored + size.sparse + work(records=False)
     # The host holds a copy of the dense block, to undo a failed write, and the file's contents.
     found = {
-        "device": task.solver.memory(size, work),
+        "device": max(task.solver.memory(size, work), after),
         "host": calls.nbytes + 2 * size.stored,
         "disk": 0,
     }
@@ -229,7 +237,7 @@ def predict_memory(task: Task) -> MemoryEstimate:
     found[places[s.offload]] += stored
     if task.device.type == "cpu":
         beside = found["host"] - 2 * size.stored
-        found["device"] = max(found["device"], 3 * size.stored) + beside
+        found["device"] = max(found["device"], 3 * size.stored, after + size.stored) + beside
         found["host"] = 0
     return MemoryEstimate(**found)
 
@@ -247,12 +255,15 @@ def _work_bytes(
     *,
     backward: bool,
     autocast: bool,
+    records: bool,
 ) -> int:
     """Return the bytes of a forward (and backward) pass of a block, beside its parameters."""
     block = task.blocks[i]
     own = block_dtype(block)
     dtype = wide_dtype(torch, list(block.parameters())) if backward else own
     trained = trainable_names(task, i, task.weights[i])
+
+    experts = None in task.weights[i].values()  # whose products depend on values
 
     def needed(rows: int, dtype: torch.dtype, *, fake: bool) -> int:
         shape = (rows * hidden.shape[0], *hidden.shape[1:])
@@ -269,13 +280,17 @@ def _work_bytes(
             target = make(torch.empty(output.shape, dtype=hidden.dtype, device="meta"))
             return wide_mse(output, target)
 
+        def recorder(model: nn.Module) -> InputRecorder:
+            return InputRecorder(model, task.weights[i], task.solver.watches)
+
         device = task.device if fake else torch.device("cpu")
         return forward_backward_bytes(
-            block, call, device, backward=backward, trained=trained, dtype=dtype, fake=fake
-        )
+            block, call, device, backward=backward, trained=trained, dtype=dtype, fake=fake,
+            recorder=recorder if records and not experts else None,
+        )  # fmt: skip
 
     try:
-        if None in task.weights[i].values():
+        if experts:
             # The shapes of grouped products of experts are known in bfloat16 only.
             return needed(rows, torch.bfloat16, fake=True) * dtype.itemsize // 2
         return needed(rows, dtype, fake=True)

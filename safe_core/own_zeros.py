@@ -1,0 +1,82 @@
+"""Refuse to keep the zeros of a network that has none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from array_api_compat import array_namespace
+
+from safe_core.backends import Array, backend_of
+
+from ._calls import level_of_caller
+from .coverage import DenseWeightWarning
+from .method import Method
+from .patterns import FixedZeros
+
+__all__ = ["check_own_zeros", "has_zero"]
+
+
+def has_zero(x: Array) -> bool:
+    """Return whether an array has a zero, or True if its values cannot be read.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> has_zero(numpy.zeros(2)), has_zero(numpy.ones(2))
+    (True, False)
+    """
+    return not backend_of(x).is_concrete(x) or bool(array_namespace(x).any(x == 0))
+
+
+def check_own_zeros(
+    method: Method,
+    names: Sequence[str],
+    params: Sequence[Array],
+    has_zero: Callable[[Array], bool] = has_zero,
+) -> None:
+    """Raise or warn if no weight has a zero, of those that should keep their own zeros.
+
+    A method that perturbs still does something for a dense network, so it warns.
+
+    Parameters
+    ----------
+    method : Method
+    names, params : sequence
+        Names and values of the sparse parameters before the first step.
+    has_zero : callable
+        Returns whether an array has a zero.
+
+    Warns
+    -----
+    DenseWeightWarning
+        If there is no zero and the method perturbs.
+
+    Raises
+    ------
+    ValueError
+        If there is no zero and it does not.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> import safe_core
+    >>> check_own_zeros(safe_core.keep_zeros(), ["w"], [numpy.ones(2)])
+    Traceback (most recent call last):
+    ValueError: keep_zeros() needs a weight with zeros before the first step, got none in w: \
+load the pruned weights, not the dense ones
+    """
+    pairs = zip(names, params, strict=True)
+    own = {key: x for key, x in pairs if isinstance(method.sparsity.of(key), FixedZeros)}
+    if not own or any(map(has_zero, own.values())):
+        return
+    first = next(iter(own))
+    rest = f" and {len(own) - 1:,} more" if len(own) > 1 else ""
+    if method.plan().perturbs:
+        text = f"keep_zeros() found no zeros in {first}{rest}, so these weights stay dense"
+        warnings.warn(text, DenseWeightWarning, stacklevel=level_of_caller())
+        return
+    raise ValueError(
+        f"keep_zeros() needs a weight with zeros before the first step, got none in {first}{rest}: "
+        "load the pruned weights, not the dense ones"
+    )
