@@ -432,3 +432,31 @@ def test_what_the_parts_of_safe_without_tuning_bring() -> None:
     growth = costs("radius without regard to growth")
     assert f"costs {-growth.pop(long):.0f} points in 180 epochs" in text
     assert max(map(abs, growth.values())) < 2
+
+
+def test_the_table_of_the_readme() -> None:
+    readme = page("README.md")
+    rows = table("docs/comparison_table.md", "half of the labels random: accuracy, %")
+    found = [
+        rows[name]["99%"][0] for name in ("SAFE, cosine penalty", "ADMM, cosine penalty", "GMP")
+    ]
+    safe, admm, gmp = (f"{value:.1f}%" for value in found)
+    dense = f"{rows['dense']['99%'][0]:.1f}%"
+    assert (
+        f"{safe} accuracy; ADMM with the same schedule {admm}, gradual magnitude pruning {gmp}, "
+        f"dense {dense}" in readme
+    )
+    blocks = (ROOT / "docs/blocks_table.md").read_text(encoding="utf-8").splitlines()
+    (heads,) = (line for line in blocks if line.startswith("| model"))
+    (means,) = (line for line in blocks if "geometric mean" in line)
+    column = [cell.strip() for cell in heads.split("|")].index("SAFE+")
+    calibration, held_out = means.split("|")[column].strip().split(" / ")
+    assert (
+        f"{held_out} times the error of ALPS on held-out inputs, {calibration} times on those of "
+        "the calibration" in readme
+    )
+    export = (ROOT / "docs/export.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in export if line.startswith("| int8, 1x16, 90%"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (round(float(cells[2])), round(float(cells[5]))) == (12, 3)
+    assert "a twelfth of the time of dense float32, and a third of that of dense int8" in readme
