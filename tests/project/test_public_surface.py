@@ -1,4 +1,4 @@
-"""The reference in `docs/api.md` and the names that the packages export are the same."""
+"""The reference in `docs/api/` and the names that the packages export are the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-API = Path(__file__).parents[2] / "docs" / "api.md"
+API = Path(__file__).parents[2] / "docs" / "api"
 
 PACKAGES = (
     "safe_core",
@@ -119,7 +119,8 @@ def resolve(name: str) -> Any:
     return found
 
 
-DOCUMENTED = list(dict.fromkeys(documented(API.read_text())))
+PAGES = [path.read_text() for path in sorted(API.glob("*.md"))]
+DOCUMENTED = list(dict.fromkeys(name for page in PAGES for name in documented(page)))
 EXPORTED = [
     f"{package}.{name}" for package in PACKAGES for name in importlib.import_module(package).__all__
 ]
