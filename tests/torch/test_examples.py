@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -103,3 +104,16 @@ def test_a_killed_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path: Pa
     resumed = run(*command("killed.pt"))
     assert resumed.startswith("resumed after epoch ")
     assert resumed.splitlines()[-1] == whole.splitlines()[-1]
+
+
+def test_the_notebook_runs_and_its_sparse_network_learns() -> None:
+    cells = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert not any(cell.get("outputs") for cell in cells)
+    printed = run(sys.executable, "-c", code.replace("EPOCHS, BATCH = 40", "EPOCHS, BATCH = 8"))
+    dense, cut, trained, blocks = (
+        float(a)
+        for a in re.findall(r"([\d.]+)%\n", printed)[:3] + re.findall(r"layer: ([\d.]+)%", printed)
+    )
+    assert min(dense, trained, blocks) > 85
+    assert cut < trained
