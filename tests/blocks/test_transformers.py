@@ -674,7 +674,8 @@ def test_progress_and_modes() -> None:
         (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
     ]
     final = report.blocks[1].loss
-    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final)
+    error = report.blocks[1].relative_error
+    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final, error)
     assert seen[0].seconds_left > 0
     assert [p.done for p in seen] == [block + k / 5 for block in (0, 1) for k in range(1, 6)]
     assert all(m.training for m in model.modules())
