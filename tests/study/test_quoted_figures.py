@@ -460,3 +460,35 @@ def test_the_table_of_the_readme() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert (round(float(cells[2])), round(float(cells[5]))) == (12, 3)
     assert "a twelfth of the time of dense float32, and a third of that of dense int8" in readme
+
+
+def test_files_by_pattern() -> None:
+    text = page("docs/payoff.md")
+    rows = {name: list(of.values()) for name, of in _files("MNIST 5000").items()}
+    dense, int8 = rows["dense, float32 0%"], rows["dense, int8 0%"]
+    blocks = {name: row for name, row in rows.items() if name.startswith("1x")}
+    assert len(blocks) == 8
+    assert max(dense[0] - row[0] for row in blocks.values()) <= 0.5
+    assert "blocks of either kind cost at most half a point up to 98% zeros" in text
+    for task in ("MNIST 5000", "digits"):
+        found = {name: list(of.values()) for name, of in _files(task).items()}
+        int8 = found["dense, int8 0%"]
+        for file in ("1x4, float32", "1x16, int8"):
+            assert found[f"{file} 95%"][2] > int8[2]
+            assert found[f"{file} 80%"][2] < int8[2]
+    failed = [name for name, row in _files("digits").items() if row["accuracy"] < 90]
+    assert failed == ["1x16, int8 98%"]
+
+
+def _files(task: str) -> dict[str, dict[str, float]]:
+    """The numbers by file and zeros of a task: accuracy, megabytes and speed."""
+    text = (ROOT / "docs/litert_table.md").read_text(encoding="utf-8")
+    lines = text.split(f"**{task}**", 1)[1].strip().splitlines()
+    found = {}
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        file, zeros, accuracy, size, speed = (cell.strip() for cell in line.strip("|").split("|"))
+        values = (float(accuracy.split(" ± ")[0]), float(size), float(speed))
+        found[f"{file} {zeros}"] = dict(zip(("accuracy", "size", "speed"), values, strict=True))
+    return found
