@@ -65,19 +65,18 @@ def is_concrete(x: Array) -> bool:
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:
-    return bool(_has_nan(list(arrays)))
+    return bool(as_program(_has_nan, (), list(arrays)))
 
 
-@jax.jit
 def _has_nan(arrays: list[Array]) -> Array:
     return jnp.any(jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays]))
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
-    return _where_kept(list(arrays), list(masks))
+    found: list[Array] = as_program(_where_kept, (), list(arrays), list(masks))
+    return found
 
 
-@jax.jit
 def _where_kept(arrays: list[Array], masks: list[Array]) -> list[Array]:
     return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
 
@@ -288,12 +287,13 @@ def _stochastic_bfloat16(arrays: list[Array], step: int | Array) -> list[Array]:
 
 
 def as_program(fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
-    # Outside of a traced program JAX compiles every operation apart, for each shape. Shards
-    # are left to that, since arrays of one call can lie on several meshes.
+    # Outside of a traced program JAX compiles every operation apart, for each shape. Arrays on
+    # several devices are left to that, because one program takes arrays of one mesh only.
     arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
-    if selects_on_host() or any(not is_concrete(x) or on_several_devices(x) for x in arrays):
+    if selects_on_host() or not all(map(is_concrete, arrays)):
         return fn(*static, *operands)
-    return _program(fn, static, *operands)
+    devices = {device for x in arrays for device in x.sharding.device_set}
+    return fn(*static, *operands) if len(devices) > 1 else _program(fn, static, *operands)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""Eight simulated devices: averaged gradients, and checkpoints that move between meshes."""
+"""Eight simulated devices: averaged gradients, moved checkpoints, and layers on devices apart."""
 
 from __future__ import annotations
 
@@ -153,11 +153,25 @@ with ocp.StandardCheckpointer() as checkpointer:
         print("agrees")
 """
 
+# Layers of a pipeline lie on devices of their own, and compete only within themselves.
+PIPELINE = """
+weights = {name: {"kernel": jax.random.normal(key, (8, 4))} for name, key in zip("ab", keys)}
+apart = {name: jax.device_put(layer, device)
+         for (name, layer), device in zip(weights.items(), jax.devices())}
+for pattern in ("2:4", safe_core.Unstructured(0.5, scope="row")):
+    method = safe_core.magnitude(pattern)
+    tx = sparse_optimizer(optax.sgd(0.1), method)
+    got, wanted = (finalize(tree, tx.init(tree), method) for tree in (apart, weights))
+    same(got, wanted, rtol=0)
+    assert got["b"]["kernel"].devices() == {jax.devices()[1]}
+    print("agrees")
+"""
+
 
 @pytest.mark.parametrize(
     ("script", "checks"),
-    [(AVERAGED, 6), (TYPED, 8), (CHECKPOINT, 2)],
-    ids=["average", "explicit axes", "checkpoint"],
+    [(AVERAGED, 6), (TYPED, 8), (CHECKPOINT, 2), (PIPELINE, 2)],
+    ids=["average", "explicit axes", "checkpoint", "pipeline"],
 )
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
