@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -124,6 +125,8 @@ def _weights(optimizer: SparseOptimizer) -> np.ndarray:
 
 
 def main() -> None:
+    """Write all pictures, with the same bytes in every run."""
+    matplotlib.rcParams["svg.hashsalt"] = "safe_core"
     for draw in (patterns, step, histogram):
         draw().savefig(OUT / f"{draw.__name__}.svg", metadata={"Date": None})
 

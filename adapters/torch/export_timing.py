@@ -238,9 +238,11 @@ def _measure_own(
     for layer in measured.layers_timed():
         if layer.seconds:
             totals.add(1, own_times(layer))
-    for (form, _), seconds in totals.seconds():
-        if form in wanted:
-            found.add(form, batch, OWN, seconds, _own_size(model))
+    own = {form: seconds for (form, _), seconds in totals.seconds() if form in wanted}
+    if own:
+        size = sum(chosen_form(raw_tensor(x)).nbytes for x in _tensors(model))
+        for form, seconds in own.items():
+            found.add(form, batch, OWN, seconds, size)
 
 
 def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -> int:
@@ -252,11 +254,6 @@ def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -
         size = stored_bytes(p.numel(), kept, width, in_2_of_4=form == "2:4")
         total += size - p.numel() * width
     return total
-
-
-def _own_size(model: nn.Module) -> int:
-    """Return the bytes of a compressed file."""
-    return sum(chosen_form(raw_tensor(x)).nbytes for x in _tensors(model))
 
 
 def state_bytes(model: nn.Module) -> int:
