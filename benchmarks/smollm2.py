@@ -36,7 +36,7 @@ from .report import write_below_machine
 from .results import append, lines
 from .training import fit
 
-__all__ = ["METHODS", "markdown"]
+__all__ = ["METHODS", "load", "markdown", "tokens"]
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -61,7 +61,8 @@ def solver(method: str, epochs: int) -> Any:
 
 
 @cache
-def _tokens(folder: Path, held_out: bool) -> Tensor:
+def tokens(folder: Path, held_out: bool) -> Tensor:
+    """Return the tokens of the documentation, held out or not."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     text = documentation(held_out)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -69,8 +70,8 @@ def _tokens(folder: Path, held_out: bool) -> Tensor:
 
 def calibration(options: argparse.Namespace) -> Tensor:
     """Return windows of the documentation, drawn by the seed."""
-    tokens = _tokens(options.model, False)
-    return windows(tokens, options.samples, options.length, seed=options.seed)
+    text = tokens(options.model, False)
+    return windows(text, options.samples, options.length, seed=options.seed)
 
 
 def settings(options: argparse.Namespace) -> dict[str, int]:
@@ -78,23 +79,23 @@ def settings(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in SETTINGS}
 
 
-def dense_model(options: argparse.Namespace) -> Any:
+def load(folder: Path) -> Any:
     """Return the model of the GGUF file."""
-    torch.manual_seed(options.seed)
-    return AutoModelForCausalLM.from_pretrained(options.model, gguf_file=GGUF)
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF)
 
 
 def measured(model: nn.Module, options: argparse.Namespace) -> dict[str, float]:
     """Return the perplexity on the held-out text, and its standard error."""
-    tokens = _tokens(options.model, True)[: options.tokens]
+    text = tokens(options.model, True)[: options.tokens]
     model.to(options.device).eval()
-    found = perplexity(model, tokens, options.length, batch_size=8, device=options.device)
+    found = perplexity(model, text, options.length, batch_size=8, device=options.device)
     return {"perplexity": found.perplexity, "standard_error": found.standard_error}
 
 
 def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
     """Prune the model by one method, and return a line of results."""
-    model = dense_model(options)
+    torch.manual_seed(options.seed)
+    model = load(options.model)
     line: dict[str, Any] = {"method": method, "sparsity": sparsity, **settings(options)}
     if method != "Dense":
         pattern = sparsity if ":" in sparsity else float(sparsity)
@@ -118,7 +119,8 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
 
 def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune a pruned model on the text of the calibration, and return a line of results."""
-    model = dense_model(options)
+    torch.manual_seed(options.seed)
+    model = load(options.model)
     model.load_state_dict(torch.load(_file(method, sparsity, options), weights_only=True))
     optimizer: Any
     if kind == "low-rank change":
@@ -129,8 +131,8 @@ def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> 
         optimizer = SparseOptimizer(base, safe_core.keep_zeros(), model=model)
     zeros = count_zeros(model)
     model.to(options.device)
-    tokens, started = _tokens(options.model, False), time.monotonic()
-    fit(model, optimizer, tokens, options.steps, batch=options.batch, length=options.length)
+    text, started = tokens(options.model, False), time.monotonic()
+    fit(model, optimizer, text, options.steps, batch=options.batch, length=options.length)
     seconds = time.monotonic() - started
     if kind == "low-rank change":
         merge_low_rank(model)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {held: torch.arange(400) % 8 for held in (False, True)}
-    monkeypatch.setattr(smollm2, "dense_model", lambda options: small_llama(16))
-    monkeypatch.setattr(smollm2, "_tokens", lambda folder, held: texts[held])
+    monkeypatch.setattr(smollm2, "load", lambda folder: small_llama(16))
+    monkeypatch.setattr(smollm2, "tokens", lambda folder, held: texts[held])
     options = Namespace(samples=8, length=16, epochs=1, tokens=160, seed=0, rank=4, steps=60)
     options.batch, options.device, options.model, options.pruned = 4, "cpu", tmp_path, tmp_path
     options.results, options.methods, options.sparsities = tmp_path / "r", ["Magnitude"], ["2:4"]
@@ -177,26 +177,22 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
 
 
 @pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ADMM, untuned", "ELSA"])
-def test_every_kind_of_run_against_elsa_ends_sparse(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_run_against_elsa_ends_sparse(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small_llama(256).save_pretrained(tmp_path)
-    monkeypatch.setattr(elsa, "PREDICTIONS", 2048)
-    monkeypatch.setattr(elsa, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(elsa, "PENALTIES", (10.0,))
-    options = Namespace(steps=30, seed=0, llama=tmp_path, results=tmp_path / "results.jsonl")
-    options.sparsities, options.methods = [0.5], [method]
+    network = replace(elsa.byte_llama(tmp_path), steps=30, predictions=2048, rates=(1e-3, 3e-3))
+    network = replace(network, penalties=(10.0,))
+    options = Namespace(seed=0, sparsities=[0.5], methods=[method], results=tmp_path / "r.jsonl")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", safe_core.FinalizeWarning)
-        dense, *found = elsa.runs(options)  # raises if zeros are lost
+        dense, *found = elsa.runs([network], options)  # raises if zeros are lost
     assert [line["rate"] for line in found] == [1e-3, 3e-3]
     assert found[1]["found"]["test"] < 0.9 * dense["found"]["test"]
     # The table shows the run that is better on the other half of the text.
     found[0]["found"] = {"choice": 1.0, "test": 50.0}
     assert f"| {method} | **50.00** |" in elsa.markdown([dense, *found])
     options.results.write_text("".join(json.dumps(line) + "\n" for line in [dense, *found]))
-    assert list(elsa.runs(options)) == []
+    assert list(elsa.runs([network], options)) == []
 
 
 def test_documentation_comes_from_different_files() -> None:
