@@ -70,6 +70,9 @@ SEEDS = (0, 1, 2)
 SHOWN_POINTS = 2.0
 """Points of accuracy below the best file that the figure shows."""
 
+LINES = {"unstructured": ("0.5", 6), "1x4": ("#0072B2", 6), "1x16": ("#D55E00", -11)}
+"""Map each pattern to its colour, and to the points by which its labels are above the line."""
+
 LANGUAGE, LANGUAGE_STEPS, LANGUAGE_SPARSITIES = "byte Llama", 512, (0.8, 0.9)
 
 
@@ -204,7 +207,7 @@ class Row:
     def __init__(self, key: tuple[str, str, float, str], files: list[dict[str, Any]]) -> None:
         self.task, self.pattern, self.sparsity, self.weights = key
         self.accuracy, self.error = mean_and_error([file["accuracy"] for file in files])
-        self.size = files[0]["size"]
+        self.size = float(np.mean([file["size"] for file in files]))
         # Each file was timed beside dense float32 in one run, so only ratios are compared.
         # A file without a faster dense twin computes dense itself.
         self.speed = float(np.median([_speed(file["seconds"]) for file in files]))
@@ -277,42 +280,46 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     found = rows(results)
     tasks = list(dict.fromkeys(row.task for row in found))
     figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
-    colours = {"unstructured": "0.5", "1x4": "#0072B2", "1x16": "#D55E00"}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        mine = [row for row in found if row.task == task]
-        for pattern, colour in colours.items():
-            line = sorted((r for r in mine if r.pattern == pattern), key=lambda r: r.sparsity)
-            if not line:
-                continue
-            speeds, accuracies = ([getattr(r, a) for r in line] for a in ("speed", "accuracy"))
-            axes.plot(speeds, accuracies, "o-", color=colour, label=line[0].name, markersize=4)
-            for row in line:
-                at = (row.speed, row.accuracy)
-                axes.annotate(
-                    f"{row.sparsity:.0%}",
-                    at,
-                    (3, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                    annotation_clip=True,
-                )
-        for row in (row for row in mine if row.dense):
-            marker = "s" if row.weights == "float32" else "D"
-            axes.plot(row.speed, row.accuracy, marker, color="black", label=row.name, markersize=5)
-        axes.set_xscale("log")
-        ticks = (1, 2, 3, 4, 6, 8)
-        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
-        axes.minorticks_off()
-        # A pattern that fails would hide the differences between the others.
-        best = max(row.accuracy for row in mine)
-        axes.set_ylim(best - SHOWN_POINTS, best + 0.3)
+        _panel(axes, [row for row in found if row.task == task])
         axes.set_title(f"{task}, perceptron with 1024 units", fontsize=9)
-        axes.set_xlabel("speed over dense float32, one sample, one thread", fontsize=8)
-        axes.set_ylabel("test accuracy of the file, %", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=160)
+
+
+def _panel(axes: Any, found: list[Row]) -> None:
+    """Draw the files of one task."""
+    for pattern, (colour, offset) in LINES.items():
+        line = sorted((r for r in found if r.pattern == pattern), key=lambda r: r.sparsity)
+        if not line:
+            continue
+        speeds, accuracies = ([getattr(r, a) for r in line] for a in ("speed", "accuracy"))
+        axes.plot(speeds, accuracies, "o-", color=colour, label=line[0].name, markersize=4)
+        for row in line:
+            axes.annotate(
+                f"{row.sparsity:.0%}",
+                (row.speed, row.accuracy),
+                (0, offset),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontsize=7,
+                annotation_clip=True,
+            )
+    for row in (row for row in found if row.dense):
+        marker = "s" if row.weights == "float32" else "D"
+        axes.plot(row.speed, row.accuracy, marker, color="black", label=row.name, markersize=5)
+    axes.set_xscale("log")
+    ticks = (1, 2, 3, 4, 6, 8)
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    # A pattern that fails would hide the differences between the others.
+    best = max(row.accuracy for row in found)
+    axes.set_ylim(best - SHOWN_POINTS, best + 0.3)
+    axes.set_xlabel("speed over dense float32, one sample, one thread", fontsize=8)
+    axes.set_ylabel("test accuracy of the file, %", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, which="both")
 
 
 def speed() -> str:

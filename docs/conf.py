@@ -1,10 +1,17 @@
 """Configuration of the documentation site."""
 
+import atexit
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "_extensions"))
+
+# The code on the pages runs in this process. What it writes goes away when the process ends.
+tempfile.tempdir = tempfile.mkdtemp(prefix="safe_core_docs_")
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 project = "safe_core"
 author = "The safe_core developers"

@@ -114,7 +114,7 @@ def clear_errors(
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        message = f"memory must suffice, got: {str(error) or type(error).__name__}"
+        message = f"out of memory: {str(error) or type(error).__name__}"
         if in_batches:
             message += "\nTry a smaller --batch-size."
         _fail(_with_notes(message, error))

@@ -148,7 +148,7 @@ def _drawn(job: PruningJob, tokens: int) -> str:
     """Return where the calibration samples come from."""
     if job.inputs is not None:
         return f"At most {job.samples:,} rows of the inputs in"
-    text = f"{job.samples:,} windows of {job.length:,} tokens, of {tokens:,} in all, drawn from"
+    text = f"{job.samples:,} windows of {job.length:,} tokens, drawn from the {tokens:,} tokens of"
     if job.chat_template:
         text += " chats, made by the tokenizer's chat template, in"
     return text if job.field is None else f"{text} the field {code(job.field)} of"

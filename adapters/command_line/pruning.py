@@ -202,7 +202,7 @@ def _applied(
     work_dir = job.settings.work_dir
     found = finished_blocks(work_dir)
     if found:
-        say(f"found {_blocks(found)} in {work_dir}")
+        say(f"resuming after {_blocks(found)} in {work_dir}")
     try:
         with naming_options(model, plan):
             return plan.apply(progress)

@@ -90,7 +90,11 @@ def _chosen(file: Path, fields: Sequence[str], found: Collection[str], place: st
             return name
     wanted = " or ".join(map(repr, fields))
     chats = "messages" in found and "messages" not in fields
-    hint = "--chat-template makes a text of messages" if chats else "name the field with --field"
+    hint = (
+        "pass --chat-template to turn messages into text"
+        if chats
+        else "name the field with --field"
+    )
     raise ValueError(
         f"{file} must hold the field {wanted} in each record, got "
         f"{', '.join(map(repr, found)) or 'none'}{place}: {hint}"

@@ -68,7 +68,7 @@ def _fraction_meant(text: str) -> str:
     percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", text)
     if percent is None or not 1 < float(percent[1]) < 100:
         return ""
-    return f": {percent[1]} percent are {Decimal(percent[1]) / 100:f}"
+    return f": write {Decimal(percent[1]) / 100:f} for {percent[1]} percent"
 
 
 def takes_scope(text: str) -> bool:

@@ -93,7 +93,11 @@ def _texts(file: Path, field: str | None, chat: Callable[[Any], str] | None) -> 
         elif isinstance(value, str):
             yield value
         else:
-            hint = ": --chat-template makes a text of messages" if isinstance(value, list) else ""
+            hint = (
+                ": pass --chat-template to turn messages into text"
+                if isinstance(value, list)
+                else ""
+            )
             raise ValueError(
                 f"{file} must hold texts, or objects with a text, got {reprlib.repr(value)} in "
                 f"{place}{hint}"

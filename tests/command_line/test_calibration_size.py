@@ -25,11 +25,11 @@ def test_windows_that_repeat_the_text_are_told(folder: Path, short: Path, tmp_pa
     found = run("prune", folder, "--calibration", short, "--out", out, *FAST, "--samples", 4)
     assert found.exit_code == 0, found.output
     assert (
-        "warning: calibration texts hold 64 tokens, and 4 windows of 32 tokens repeat each 2.0 "
-        "times on average: give 128 tokens or more, or fewer samples"
+        "warning: calibration texts hold 64 tokens, and 4 windows of 32 tokens use each token "
+        "2.0 times on average: give 128 tokens or more, or fewer samples"
     ) in found.stderr
     card = (out / "README.md").read_text()
-    assert "4 windows of 32 tokens, of 64 in all, drawn from" in card
+    assert "4 windows of 32 tokens, drawn from the 64 tokens of" in card
 
 
 def test_the_plan_counts_the_text(folder: Path, short: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_commands_take_chats(chatty: Path, tmp_path: Path) -> None:
     weights = [(out / "model.safetensors").read_bytes() for out in outs]
     assert weights[0] == weights[1]
     card = (outs[0] / "README.md").read_text()
-    assert "drawn from chats, made by the tokenizer's chat template, in the field `talk` of" in card
+    assert "tokens of chats, made by the tokenizer's chat template, in the field `talk` of" in card
     assert (outs[0] / "chat_template.jinja").read_text() == TEMPLATE
 
 
@@ -119,7 +119,7 @@ def test_wrong_messages_are_named_with_their_line(chatty: Path, tmp_path: Path) 
     assert "got [{'content': 'Hello', 'role': 'user'}, {'content'" in failed(
         *measure[:-1], "--field", "chat"
     )
-    assert "in line 1: --chat-template makes a text of messages" in failed(
+    assert "in line 1: pass --chat-template to turn messages into text" in failed(
         *measure[:-1], "--field", "chat"
     )
 

@@ -46,7 +46,7 @@ def test_full_memory_says_what_is_kept(
     interrupt_at(1, fill_memory, monkeypatch)
     arguments = ("prune", folder, "--calibration", text, "--out", out, *FAST, "--work-dir", work)
     told = failed(*arguments)
-    assert "safe-core: memory must suffice, got: DefaultCPUAllocator: can't allocate" in told
+    assert "safe-core: out of memory: DefaultCPUAllocator: can't allocate" in told
     assert "Try a smaller --batch-size." in told
     assert f"Kept 1 finished block in {work}" in told
 
@@ -63,7 +63,7 @@ def test_full_memory_before_the_first_block_is_named(
     name = "from_pretrained" if place.startswith("transformers") else "plan_pruning"
     monkeypatch.setattr(f"{place}.{name}", full)
     told = refused("prune", folder, "--calibration", text, "--out", tmp_path / "out", *FAST)
-    assert "safe-core: memory must suffice, got: DefaultCPUAllocator" in told
+    assert "safe-core: out of memory: DefaultCPUAllocator" in told
 
 
 @pytest.mark.parametrize("how", [ctrl_c, terminate])
@@ -89,7 +89,7 @@ def test_an_interrupted_run_says_what_is_kept_and_resumes(
     monkeypatch.undo()
     result = prune("--work-dir", work)
     assert result.exit_code == 0
-    assert f"found 1 finished block in {work}" in result.stderr
+    assert f"resuming after 1 finished block in {work}" in result.stderr
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

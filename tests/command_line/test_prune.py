@@ -72,7 +72,7 @@ def test_prune_saves_a_sparse_model(
     settings = card.partition("## Calibration")[0]
     assert not any(python in settings for python in ("=", "None", "NM(", "Unstructured"))
     assert result.stdout.splitlines()[-1] == f"saved in {out}"
-    assert "block 2 of 2, error " in result.stderr
+    assert "block 2 of 2, relative error " in result.stderr
     (row,) = [x for x in result.stdout.splitlines() if x.startswith("model.layers.*.mlp.down_proj")]
     zeros = sum(inspected[f"model.layers.{i}.mlp.down_proj.weight"].zeros for i in range(2))
     assert row.split()[1:7] == ["2", "16", "x", "32", "1,024", f"{zeros:,}"]

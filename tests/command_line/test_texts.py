@@ -118,7 +118,7 @@ def test_parquet_files_that_are_wrong_are_named(
 def test_chats_without_their_template_name_the_option(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     write_records(file, [{"messages": [{"role": "user", "content": "Hello"}]}])
-    with pytest.raises(ValueError, match="got 'messages' in line 1: --chat-template makes a text"):
+    with pytest.raises(ValueError, match="got 'messages' in line 1: pass --chat-template to turn"):
         read_text_file(file)
     write_records(file, [{"content": "Hello"}])
     with pytest.raises(ValueError, match="got 'content' in line 1: name the field with --field"):

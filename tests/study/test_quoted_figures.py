@@ -465,7 +465,7 @@ def test_the_table_of_the_readme() -> None:
 def test_files_by_pattern() -> None:
     text = page("docs/payoff.md")
     rows = {name: list(of.values()) for name, of in _files("MNIST 5000").items()}
-    dense, int8 = rows["dense, float32 0%"], rows["dense, int8 0%"]
+    dense = rows["dense, float32 0%"]
     blocks = {name: row for name, row in rows.items() if name.startswith("1x")}
     assert len(blocks) == 8
     assert max(dense[0] - row[0] for row in blocks.values()) <= 0.5
@@ -476,6 +476,9 @@ def test_files_by_pattern() -> None:
         for file in ("1x4, float32", "1x16, int8"):
             assert found[f"{file} 95%"][2] > int8[2]
             assert found[f"{file} 80%"][2] < int8[2]
+            assert task != "MNIST 5000" or found[f"{file} 95%"][2] < 1.3 * int8[2]
+    assert "At 80% zeros both kinds of blocks are slower. At 95% both are faster, on the" in text
+    assert "MNIST images by less than the error of 30%" in text
     failed = [name for name, row in _files("digits").items() if row["accuracy"] < 90]
     assert failed == ["1x16, int8 98%"]
 

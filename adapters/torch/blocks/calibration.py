@@ -113,15 +113,16 @@ def overlap(tokens: int, samples: int, length: int) -> str:
     >>> overlap(tokens=20, samples=2, length=10)
     ''
     >>> overlap(tokens=8, samples=4, length=4)
-    'texts hold 8 tokens, and 4 windows of 4 tokens repeat each 2.0 times on average: give 16 \
+    'texts hold 8 tokens, and 4 windows of 4 tokens use each token 2.0 times on average: give 16 \
 tokens or more, or fewer samples'
     """
     wanted = samples * length
     if tokens >= wanted:
         return ""
+    uses = wanted / tokens
     return (
-        f"texts hold {tokens:,} tokens, and {samples:,} windows of {length:,} tokens repeat each "
-        f"{wanted / tokens:.1f} times on average: give {wanted:,} tokens or more, or fewer samples"
+        f"texts hold {tokens:,} tokens, and {samples:,} windows of {length:,} tokens use each "
+        f"token {uses:.1f} times on average: give {wanted:,} tokens or more, or fewer samples"
     )
 
 
