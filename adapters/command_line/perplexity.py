@@ -227,8 +227,7 @@ def check_length(model: nn.Module, length: int) -> None:
     limits = [n for n in found if isinstance(n, int) and n > 0]
     if limits and length > min(limits):
         raise ValueError(
-            f"length must be at most the model's {min(limits)} positions, got {length}: use "
-            f"--length {min(limits)} or length={min(limits)}"
+            f"length must be at most the model's {min(limits)} positions, got {length}"
         )
 
 

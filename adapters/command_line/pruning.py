@@ -86,7 +86,6 @@ class PruningResult(NamedTuple):
             ("entries", f"{entries:,}"),
             ("zeros", f"{zeros:,}"),
             ("sparsity", f"{self.sparsity:.4%}"),
-            ("errors of blocks", ""),
         ):
             table.add_column(header, footer, justify="right", no_wrap=True)
         alike: dict[tuple[str, tuple[int, ...]], list[WeightRow]] = {}
@@ -100,8 +99,11 @@ class PruningResult(NamedTuple):
                 " x ".join(map(str, shape)),
                 *(f"{n:,}" for n in counts),
                 spread([w.zeros / max(1, w.entries) for w in rows], ".4%", ".2%"),
-                spread([w.block_error for w in rows], ".3g"),
             )
+        if self.weights:
+            errors = spread([w.block_error for w in self.weights], ".3g")
+            table.caption = f"squared error of a block, relative to its outputs: {errors}"
+            table.caption_justify = "left"
         return table
 
 

@@ -164,6 +164,12 @@ def test_help_loses_no_bracket() -> None:
         assert word in invoke(command, "--help").stdout
 
 
+def test_help_shows_no_type_for_a_flag() -> None:
+    shown = invoke("prune", "--help").stdout
+    assert "--dry-run" in shown
+    assert "bool" not in shown
+
+
 # Errors
 
 

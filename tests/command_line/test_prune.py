@@ -76,6 +76,7 @@ def test_prune_saves_a_sparse_model(
     (row,) = [x for x in result.stdout.splitlines() if x.startswith("model.layers.*.mlp.down_proj")]
     zeros = sum(inspected[f"model.layers.{i}.mlp.down_proj.weight"].zeros for i in range(2))
     assert row.split()[1:7] == ["2", "16", "x", "32", "1,024", f"{zeros:,}"]
+    assert "squared error of a block, relative to its outputs: " in result.stdout
     assert "loss" not in result.stderr + result.stdout
 
 
