@@ -201,8 +201,8 @@ def measure_layers(
         found.add(form, batch, at, seconds, size)
     if totals.forms:
         found.note(summed("CSR, BSR and 2:4 are estimates"))
-    for form in _UNFIT:
-        if form in wanted and shapes.fitting(form) and (unfit := shapes.unfit(form)):
+    for form in dict.fromkeys(form for form, _ in totals.forms):
+        if form in _UNFIT and (unfit := shapes.unfit(form)):
             found.note(_UNFIT[form].format(len(unfit), len(shapes.weights), listed(unfit)))
     known = prunable_weights(model)
     dense = [n for n, p in model.named_parameters() if p in known and id(p) not in shapes.weights]
@@ -231,7 +231,11 @@ def _times(
         except RuntimeError as error:  # the dtype, or the shape on CUDA
             if lacks_memory(error):
                 raise
-            found.not_measured([form], first_line(error), f"{percent(at)} zeros in {_size(shape)}")
+            found.not_measured(
+                [form],
+                first_line(error),
+                f"{percent(at)} zeros in {_size(shape)} and {shape.rows} rows",
+            )
         else:
             runs[form, at] = run
     taken = interleaved(
@@ -271,7 +275,7 @@ def _synthetic(
 
 
 def _size(shape: LinearCall) -> str:
-    return f"a layer of {shape.inputs} inputs, {shape.outputs} outputs and {shape.rows} rows"
+    return f"a layer of {shape.inputs} inputs, {shape.outputs} outputs"
 
 
 def _measure_own(
