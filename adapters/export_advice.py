@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safe_core._readable import aligned, readable_bytes
+from safe_core._readable import aligned, readable_bytes, readable_number
 
-from .export_choice import bars
-from .export_forms import OWN, FormFigures, Sparsity, percent
+from .export_choice import dense_times
+from .export_forms import DENSE, OWN, FormFigures, Sparsity, percent
 from .layer_timing import MARGIN
 
 __all__ = ["ExportAdvice"]
@@ -54,20 +54,56 @@ class ExportAdvice:
         raise KeyError(f"name must be one of {known}, got {name!r}")
 
     def pays_from(self, name: str, batch: int | None = None) -> float | None:
-        """Return the lowest measured sparsity at which a form is a tenth faster than dense float32.
+        """Return the lowest measured sparsity at which a form is a tenth faster than dense.
 
-        None if it never is. Dense float32 is the faster one of the framework and LiteRT.
+        Dense is the model without zeros in floating point, in the faster one of the framework and
+        LiteRT.
+
+        Parameters
+        ----------
+        name : str
+            A form.
+        batch : int, optional
+            A batch size that was measured. It may be left out if there is one only.
+
+        Returns
+        -------
+        float or None
+            None if the form never is, and for dense forms, which have no zeros.
+
+        Raises
+        ------
+        KeyError
+            If there is no such form.
+        ValueError
+            If the batch size was not measured, or is left out of several.
         """
-        found = self.form(name)
-        return found.starts(batch, MARGIN * bars(self.forms, batch).float32)
+        batch = self._batch(batch)
+        seconds = MARGIN * dense_times(self.forms, batch).floating
+        return self.form(name).lowest_sparsity(batch, seconds)
 
     def beats_int8_from(self, name: str, batch: int | None = None) -> float | None:
         """Return the lowest measured sparsity at which a form is a tenth faster than dense int8.
 
-        None if it never is, or dense int8 was not measured.
+        Parameters and errors are those of `pays_from`.
+
+        Returns
+        -------
+        float or None
+            None if the form never is, for dense forms, or if dense int8 was not measured.
         """
-        int8 = bars(self.forms, batch).int8
-        return None if int8 is None else self.form(name).starts(batch, MARGIN * int8)
+        batch = self._batch(batch)
+        int8 = dense_times(self.forms, batch).int8
+        return None if int8 is None else self.form(name).lowest_sparsity(batch, MARGIN * int8)
+
+    def _batch(self, batch: int | None) -> int | None:
+        """Return a batch size that was measured, or raise an error."""
+        if batch in self.batch_sizes:
+            return batch
+        if batch is None and len(self.batch_sizes) == 1:
+            return self.batch_sizes[0]
+        known = ", ".join(map(str, self.batch_sizes))
+        raise ValueError(f"batch must be one of {known}, got {batch!r}")
 
     def plain(self) -> dict[str, Any]:
         """Return all figures as nested dictionaries and lists, ready for JSON."""
@@ -80,20 +116,23 @@ class ExportAdvice:
         }
 
     def _plain(self, form: FormFigures) -> dict[str, Any]:
-        if form.reason and not form.seconds:
-            return {"title": form.title, "reason": form.reason}
-        return {
-            "title": form.title,
-            "seconds": {
-                _inputs(batch): {str(at): taken for at, taken in times.items()}
-                for batch, times in form.seconds.items()
-            },
-            "bytes": {str(at): size for at, size in form.sizes.items()},
-            "pays_from": {_inputs(b): self.pays_from(form.name, b) for b in form.seconds},
-            "beats_int8_from": {
-                _inputs(b): self.beats_int8_from(form.name, b) for b in form.seconds
-            },
+        found: dict[str, Any] = {"title": form.title}
+        if form.reason:
+            found["reason"] = form.reason
+        if not form.seconds:
+            return found
+        found["seconds"] = {
+            _inputs(batch): {str(at): taken for at, taken in times.items()}
+            for batch, times in form.seconds.items()
         }
+        found["bytes"] = {str(at): size for at, size in form.sizes.items()}
+        if form.name not in DENSE:
+            for key, start in (
+                ("pays_from", self.pays_from),
+                ("beats_int8_from", self.beats_int8_from),
+            ):
+                found[key] = {_inputs(batch): start(form.name, batch) for batch in form.seconds}
+        return found
 
     def __str__(self) -> str:
         lines = []
@@ -126,16 +165,17 @@ class ExportAdvice:
             if batch not in form.seconds:
                 continue
             times = form.seconds[batch]
-            cells = [f"{1e3 * times[s]:.3g}" if s in times else "" for s in columns]
+            cells = [readable_number(1e3 * times[s], 3) if s in times else "" for s in columns]
             rows.append((form.title, *cells, *self._starts(form, batch)))
         return [f"  {line}" for line in aligned(rows, right=range(1, len(rows[0])))]
 
     def _starts(self, form: FormFigures, batch: int | None) -> tuple[str, str]:
-        dense = bars(self.forms, batch)
+        dense = dense_times(self.forms, batch)
         if form.name in ("dense", "litert"):
             return "", ""
         if form.name == "int8":
-            return ("dense" if form.seconds[batch][0.0] <= MARGIN * dense.float32 else "no"), ""
+            pays = form.seconds[batch][0.0] <= MARGIN * dense.floating
+            return ("dense" if pays else "no"), ""
         found = self.pays_from(form.name, batch), self.beats_int8_from(form.name, batch)
         first, second = ("no" if s is None else percent(s) for s in found)
         return first, "" if dense.int8 is None else second

@@ -5,47 +5,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from safe_core._readable import readable_number
+
 from .export_forms import DENSE, OWN, FormFigures, percent
 from .layer_timing import MARGIN
 
-__all__ = ["Bars", "bars", "choice", "own_choice"]
+__all__ = ["DenseTimes", "choice", "dense_times", "own_choice"]
 
 _COSTLY = "removed channels cost more accuracy than other zeros"
+_IF_INT8_COSTS = "if int8 costs too much accuracy"
+
+# The dense form whose file differs from that of a form by the zeros alone.
+_DENSE_OF = {"1x4": "litert", "1x16": "int8"}
 
 
-class Bars(NamedTuple):
+class DenseTimes(NamedTuple):
     """Seconds of the dense forms.
 
     Attributes
     ----------
-    float32 : float
+    floating : float
         Of the faster one of the framework and LiteRT, so that a gain comes from zeros, not from
         another runtime.
     int8 : float or None
         None if it was not measured.
+    dtype : str
+        That of the faster one.
     """
 
-    float32: float
+    floating: float
     int8: float | None
+    dtype: str = "float32"
 
     @property
     def fastest(self) -> float:
         """Return the seconds of the fastest dense form."""
-        return self.float32 if self.int8 is None else min(self.float32, self.int8)
+        return self.floating if self.int8 is None else min(self.floating, self.int8)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the fastest dense form."""
+        return "dense int8" if self.fastest == self.int8 else f"dense {self.dtype}"
 
 
-def bars(forms: Sequence[FormFigures], batch: int | None) -> Bars:
+def dense_times(forms: Sequence[FormFigures], batch: int | None) -> DenseTimes:
     """Return the seconds of the dense forms for a batch size.
 
     Examples
     --------
     >>> times = {"dense": {1: {0.0: 4.0}}, "int8": {1: {0.0: 1.0}}}
-    >>> bars([FormFigures(name, "", found) for name, found in times.items()], 1)
-    Bars(float32=4.0, int8=1.0)
+    >>> dense_times([FormFigures(name, "", found) for name, found in times.items()], 1)
+    DenseTimes(floating=4.0, int8=1.0, dtype='float32')
     """
-    known = {form.name: form.seconds[batch][0.0] for form in forms
-             if form.name in DENSE and batch in form.seconds}  # fmt: skip
-    return Bars(min(known[name] for name in known if name != "int8"), known.get("int8"))
+    known = {form.name: form for form in forms if form.name in DENSE and batch in form.seconds}
+    taken = {name: form.seconds[batch][0.0] for name, form in known.items()}
+    best = min((name for name in taken if name != "int8"), key=lambda name: taken[name])
+    dtype = "float32" if best == "litert" else known[best].dtype
+    return DenseTimes(taken[best], taken.get("int8"), dtype)
 
 
 def choice(forms: Sequence[FormFigures], batch: int | None) -> str:
@@ -65,37 +81,46 @@ def choice(forms: Sequence[FormFigures], batch: int | None) -> str:
     train safe_core.safe(safe_core.Block((1, 4), 0.8), steps=...), export with \
 save_litert(model, inputs, path, compute="sparse"): 2 times faster than dense float32 (dense int8 \
 was not measured), \
-file 4 times smaller; 4 times faster at 90% zeros
+file 4 times smaller than dense float32; 4 times faster at 90% zeros
     """
-    dense, tried = bars(forms, batch), _tried(forms, batch)
+    dense = dense_times(forms, batch)
     others = [form for form in forms if form.name != "channels"]
     if (found := _first(others, batch, MARGIN * dense.fastest)) is not None:
         return _train(forms, batch, *found)
     channels = _first(forms, batch, MARGIN * dense.fastest)
-    if dense.int8 is None or dense.int8 > MARGIN * dense.float32:
+    in_floats = _first(others, batch, MARGIN * dense.floating)
+    if dense.int8 is None or dense.int8 > MARGIN * dense.floating:
         if channels is not None:
             return f"{_train(forms, batch, *channels)}; {_COSTLY}"
         unknown = " (dense int8 was not measured)" if dense.int8 is None else ""
-        advice = [
-            f"no form is a tenth faster than dense float32 {tried}{unknown}, so train zeros for a "
-            "smaller file alone"
-        ]
-        return "; ".join([*advice, *_smallest(forms)])
-    gain = f"{dense.float32 / dense.int8:.2g} times faster than dense float32"
-    only = "no form with zeros" if channels is None else "no form with zeros but removed channels"
-    advice = [
-        f"export dense int8 with {_named(forms, 'int8').export(batch)}: {gain}, and {only} is a "
-        f"tenth faster than that {tried}"
-    ]
-    if channels is not None:
-        advice.append(f"{_COSTLY}: {_train(forms, batch, *channels)}")
-    if (found := _first(others, batch, MARGIN * dense.float32)) is not None:
-        advice.append(f"if int8 costs too much accuracy, {_train(forms, batch, *found)}")
-    return "; ".join(advice)
+        parts = [f"{_none_pays(forms, batch, dense.name)}{unknown}"]
+        if in_floats is None and (smallest := _smallest(forms)):
+            parts = [f"{parts[0]}, so zeros only make the file smaller", smallest]
+    else:
+        parts = [f"export dense int8 with {_named(forms, 'int8').export(batch)}: "
+                 f"{_faster(dense, dense.int8)}"]  # fmt: skip
+        if channels is None:
+            parts.append(_none_pays(forms, batch, "that"))
+        else:
+            only = "no form with zeros but removed channels"
+            parts += [_none_pays(forms, batch, "that", only), _COSTLY]
+            parts[-1] += f": {_train(forms, batch, *channels)}"
+    if in_floats is not None:
+        parts.append(f"{_IF_INT8_COSTS}, {_train(forms, batch, *in_floats)}")
+    return "; ".join(parts)
 
 
-def own_choice(forms: Sequence[FormFigures], batch: int | None) -> str:
-    """Return how to export the zeros that a model has; empty if none were measured.
+def own_choice(
+    forms: Sequence[FormFigures], batch: int | None, compressed: int | None = None
+) -> str:
+    """Return how to export the zeros that a model has; empty if that gains nothing.
+
+    Parameters
+    ----------
+    forms : sequence of FormFigures
+    batch : int or None
+    compressed : int, optional
+        Bytes of the file that `save_compressed` writes; None for a model without zeros.
 
     Examples
     --------
@@ -103,35 +128,37 @@ def own_choice(forms: Sequence[FormFigures], batch: int | None) -> str:
     ...     FormFigures("dense", "dense", {1: {0.0: 4.0}}, {0.0: 1000}),
     ...     FormFigures("csr", "CSR", {1: {OWN: 3.8}}, {OWN: 200}),
     ... ]
-    >>> own_choice(forms, 1)
+    >>> own_choice(forms, 1, 200)
     'its own zeros do not make it a tenth faster in any form; save_compressed makes the file 5 \
 times smaller'
     """
-    dense = bars(forms, batch)
+    dense = dense_times(forms, batch)
     timed = [form for form in forms if OWN in form.seconds.get(batch, {})]
+    saved = None if compressed is None else _ratio(_named(forms, "dense").sizes[0.0], compressed)
+    smaller = [] if saved in (None, "1") else [f"save_compressed makes the file {saved} times "
+                                               "smaller"]  # fmt: skip
     if not timed:
-        return ""
+        return "; ".join(["its own zeros were not timed", *smaller]) if smaller else ""
     best = min(timed, key=lambda form: form.seconds[batch][OWN])
     taken = best.seconds[batch][OWN]
     if taken <= MARGIN * dense.fastest:
-        return f"with its own zeros, export with {best.export(batch)}: {_gains(dense, taken)}"
-    parts = ["its own zeros do not make it a tenth faster in any form"]
-    if dense.int8 is not None and taken <= MARGIN * dense.float32:
-        parts = [f"its own zeros are {dense.float32 / taken:.2g} times faster than dense float32 "
-                 f"({best.title}), but no tenth faster than dense int8"]  # fmt: skip
-    saved = [form for form in timed if form.name in ("csr", "bsr", "bcsr", "2:4")]
-    if saved and (ratio := _dense_size(forms) / saved[0].sizes[OWN]) > 1:
-        parts.append(f"save_compressed makes the file {ratio:.2g} times smaller")
-    return "; ".join(parts)
+        return f"with its own zeros, {_way(best, batch)}: {_gains(dense, taken)}"
+    text = "its own zeros do not make it a tenth faster in any form"
+    if taken <= MARGIN * dense.floating:
+        text = (
+            f"with its own zeros the model is {_faster(dense, taken)} ({best.title}), but not a "
+            "tenth faster than dense int8"
+        )
+    return "; ".join([text, *smaller])
 
 
 def _first(
-    forms: Sequence[FormFigures], batch: int | None, bar: float
+    forms: Sequence[FormFigures], batch: int | None, seconds: float
 ) -> tuple[FormFigures, float] | None:
-    """Return the form and the lowest sparsity that stay below a time."""
+    """Return the form and the lowest sparsity that take at most some seconds."""
     found = []
     for form in forms:
-        start = None if form.name in DENSE else form.starts(batch, bar)
+        start = form.lowest_sparsity(batch, seconds)
         if start is not None:
             last = form.name == "channels"
             found.append(((last, start, form.seconds[batch][start]), form, start))
@@ -139,53 +166,78 @@ def _first(
 
 
 def _train(forms: Sequence[FormFigures], batch: int | None, form: FormFigures, start: float) -> str:
-    dense, times = bars(forms, batch), form.seconds[batch]
-    ratio = _dense_size(forms) / form.sizes[start]
+    dense, times = dense_times(forms, batch), form.seconds[batch]
+    size, name = _dense_file(forms, form)
+    way = f"then {_way(form, batch)}" if form.name == "channels" else _way(form, batch)
     text = (
-        f"train safe_core.safe({form.pattern(start)}, steps=...), export with "
-        f"{form.export(batch)}: {_gains(dense, times[start])}, file {ratio:.2g} times smaller"
+        f"train safe_core.safe({form.pattern(start)}, steps=...), {way}: "
+        f"{_gains(dense, times[start])}, file {_ratio(size, form.sizes[start])} times smaller than "
+        f"{name}"
     )
     last = max(s for s in times if not isinstance(s, str))
     if last > start and times[last] <= MARGIN * times[start]:
-        more = f"{dense.float32 / times[last]:.2g} times faster at {percent(last)} zeros"
+        more = f"{_ratio(dense.floating, times[last])} times faster at {percent(last)} zeros"
         text = f"{text}; {more}"
     return text
 
 
-def _gains(dense: Bars, taken: float) -> str:
-    text = f"{dense.float32 / taken:.2g} times faster than dense float32"
+def _way(form: FormFigures, batch: int | None) -> str:
+    """Return what to do with zeros, once they are there."""
+    if form.name == "channels":
+        # Not keep_zeros() before shrink: it holds weights, so silent biases could grow again.
+        return f"call {form.export(batch)}, and train the smaller network further"
+    return f"export with {form.export(batch)}"
+
+
+def _dense_file(forms: Sequence[FormFigures], form: FormFigures) -> tuple[int, str]:
+    """Return the bytes and the name of the dense file to compare a form with."""
+    sized = {each.name: each for each in forms if 0.0 in each.sizes}
+    same = sized.get(_DENSE_OF.get(form.name, "dense"), sized["dense"])
+    return same.sizes[0.0], "dense int8" if same.name == "int8" else f"dense {same.dtype}"
+
+
+def _faster(dense: DenseTimes, taken: float) -> str:
+    return f"{_ratio(dense.floating, taken)} times faster than dense {dense.dtype}"
+
+
+def _gains(dense: DenseTimes, taken: float) -> str:
+    text = _faster(dense, taken)
     if dense.int8 is None:
         return f"{text} (dense int8 was not measured)"
-    ratio = dense.int8 / taken
-    return f"{text}, {ratio:.2g} times {'faster than' if ratio > 1 else 'as fast as'} dense int8"
+    how = "faster than" if dense.int8 > taken else "as fast as"
+    return f"{text}, {_ratio(dense.int8, taken)} times {how} dense int8"
 
 
-def _tried(forms: Sequence[FormFigures], batch: int | None) -> str:
-    found = sorted({s for form in forms for s in form.seconds.get(batch, {})
-                    if not isinstance(s, str) and s > 0})  # fmt: skip
-    if not found:
-        return "(no form with zeros was measured)"
-    return f"up to {percent(found[-1])} zeros"
+def _ratio(first: float, second: float) -> str:
+    return readable_number(first / second, 2)
 
 
-def _smallest(forms: Sequence[FormFigures]) -> list[str]:
+def _none_pays(
+    forms: Sequence[FormFigures], batch: int | None, bar: str, only: str = "no form with zeros"
+) -> str:
+    """Return that no form with zeros beats a dense one, as far as that was measured."""
+    found = [s for form in forms for s in form.seconds.get(batch, {})
+             if not isinstance(s, str) and s > 0]  # fmt: skip
+    if found:
+        return f"{only} is a tenth faster than {bar} up to {percent(max(found))} zeros"
+    if any(s for form in forms for s in form.sizes if not isinstance(s, str)):
+        return f"{only} is faster, because LiteRT computes them dense"
+    return f"{only} was measured"
+
+
+def _smallest(forms: Sequence[FormFigures]) -> str:
     """Return how small a file gets by the pattern that keeps accuracy best, if it is known."""
     for form in forms:
         found = [s for s in form.sizes if not isinstance(s, str)]
         if form.name in ("csr", "bcsr") and found:
             s = min(found)
-            ratio = _dense_size(forms) / form.sizes[s]
-            pattern = form.pattern(s)
-            return [
-                f"with safe_core.safe({pattern}, steps=...), save_compressed makes it {ratio:.2g} "
-                "times smaller"
-            ]
-    return []
+            size, _ = _dense_file(forms, form)
+            return (
+                f"with safe_core.safe({form.pattern(s)}, steps=...), save_compressed makes the "
+                f"file {_ratio(size, form.sizes[s])} times smaller"
+            )
+    return ""
 
 
 def _named(forms: Sequence[FormFigures], name: str) -> FormFigures:
     return next(form for form in forms if form.name == name)
-
-
-def _dense_size(forms: Sequence[FormFigures]) -> int:
-    return _named(forms, "dense").sizes[0.0]

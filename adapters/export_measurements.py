@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,25 +11,29 @@ import numpy as np
 
 from safe_core import _checks
 from safe_core._installed import require
-from safe_core.compressed.forms import places_size
 from safe_core.finalization import listed
+from safe_core.layout import Layout
 from safe_core.litert.process import FileRuntimeError
 from safe_core.litert.trials import BLOCKED, dense_layers, trials
+from safe_core.patterns import Block
 
 from .export_advice import ExportAdvice
 from .export_choice import choice, own_choice
 from .export_forms import DENSE, FORMS, OWN, FormFigures, Sparsity, chosen_forms, percent
-from .layer_timing import MARGIN, LayerTiming
+from .export_sums import SummedTimes
+from .layer_timing import HALF, LayerTiming
 
 __all__ = [
     "LITERT",
     "Collected",
     "Plan",
-    "Totals",
+    "check_fit",
     "check_plan",
+    "failed_call",
+    "first_line",
     "measure_litert",
-    "own_times",
-    "stored_bytes",
+    "measure_own",
+    "resized",
 ]
 
 LITERT = ("litert", "int8", *BLOCKED)
@@ -53,6 +57,8 @@ class Plan:
     repeats : int
     own : float or None
         The fraction of zeros of the model, where they are measured too.
+    dtype : str
+        That of the model.
     """
 
     framework: str
@@ -62,6 +68,11 @@ class Plan:
     sparsities: tuple[float, ...]
     repeats: int
     own: float | None = None
+    dtype: str = "float32"
+
+    def place(self, batch: int | None) -> str:
+        """Return the name of a batch size, empty if it is the only one."""
+        return "" if len(self.batch_sizes) == 1 else f"batch size {batch}"
 
 
 def check_plan(
@@ -73,18 +84,22 @@ def check_plan(
     sparsities: Any,
     repeats: Any,
     zeros: float,
+    dtype: str = "float32",
 ) -> Plan:
     """Return what to measure, or raise an error that names the wrong argument."""
     _checks.integer("repeats", repeats, low=1)
     batches: tuple[int | None, ...] = (None,)
     if batch_sizes is not None:
-        listed = _listed("batch_sizes", batch_sizes)
-        batches = tuple(dict.fromkeys(_checks.integer("batch_sizes", n, low=1) for n in listed))
+        given = _entries("batch_sizes", batch_sizes)
+        batches = tuple(dict.fromkeys(_checks.integer("batch_sizes", n, low=1) for n in given))
     fractions = []
-    for s in _listed("sparsities", sparsities):
-        fraction = float(_checks.sparsity("sparsities", s))
+    for s in _entries("sparsities", sparsities):
+        # By its decimal, because the float32 number 0.9 is another float64 number.
+        fraction = float(_checks.decimal_fraction(_checks.sparsity("sparsities", s)))
         if not fraction:
-            raise ValueError(f"sparsities must be above 0, since dense is measured, got {s!r}")
+            raise ValueError(
+                f"sparsities must be above 0, because the dense model is always measured, got {s}"
+            )
         fractions.append(fraction)
     return Plan(
         framework=framework,
@@ -94,15 +109,17 @@ def check_plan(
         sparsities=tuple(sorted(set(fractions))),
         repeats=repeats,
         own=zeros if zeros >= _LEAST else None,
+        dtype=dtype,
     )
 
 
-def _listed(name: str, values: Any) -> Collection[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Collection):
+def _entries(name: str, values: Any) -> list[Any]:
+    scalar = isinstance(values, (str, bytes)) or not getattr(values, "ndim", 1)
+    if scalar or not isinstance(values, Collection):
         raise TypeError(f"{name} must be a list of numbers, got {values!r}")
-    if not values:
+    if not len(values):
         raise ValueError(f"{name} must have an entry, got none")
-    return values
+    return list(values)
 
 
 @dataclass
@@ -112,15 +129,34 @@ class Collected:
     Attributes
     ----------
     plan : Plan
-    notes : dict of str to str
+    parts : int
+        How many parts there are to measure.
+    progress : callable, optional
+        Called with the number of finished parts and that of all.
+    notes : dict of str to None
         What the figures leave out, each once.
+    compressed : int or None
+        Bytes of a compressed file with the zeros of the model.
+    ragged : set of str
+        Forms whose groups of zeros do not divide the shape of some weight.
     """
 
     plan: Plan
+    parts: int = 1
+    progress: Callable[[int, int], object] | None = None
     notes: dict[str, None] = field(default_factory=dict)
     seconds: dict[str, dict[int | None, dict[Sparsity, float]]] = field(default_factory=dict)
     sizes: dict[str, dict[Sparsity, int]] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    compressed: int | None = None
+    ragged: set[str] = field(default_factory=set)
+    finished: int = 0
+
+    def finish(self) -> None:
+        """Tell that a part is measured."""
+        self.finished += 1
+        if self.progress is not None:
+            self.progress(self.finished, self.parts)
 
     def add(
         self, form: str, batch: int | None, at: Sparsity, seconds: float | None, size: int
@@ -135,32 +171,136 @@ class Collected:
         """Add what the figures leave out."""
         self.notes[text] = None
 
-    def miss(self, forms: Collection[str], reason: str) -> None:
-        """Tell why forms cannot be measured."""
-        self.reasons.update(dict.fromkeys(forms, reason))
+    def not_measured(self, forms: Collection[str], reason: str, place: str = "") -> None:
+        """Tell why forms cannot be measured, and for which batch, shape or sparsity."""
+        for form in forms:
+            places = self.reasons.setdefault(form, {}).setdefault(reason, [])
+            if place and place not in places:
+                places.append(place)
 
     def advice(self, machine: str) -> ExportAdvice:
         """Return the report."""
         plan = self.plan
         forms = tuple(self._figures(name) for name in plan.known)
+        for form in forms:
+            if not form.reason:
+                for text in self._reasons(form.name):
+                    self.note(f"{form.title} was not measured{text}")
         advice = {}
         for batch in plan.batch_sizes:
-            own = own_choice(forms, batch)
+            own = own_choice(forms, batch, self.compressed)
             advice[batch] = "; ".join(filter(None, (choice(forms, batch), own)))
         return ExportAdvice(
             forms, plan.batch_sizes, plan.sparsities, plan.own, advice, tuple(self.notes), machine
         )
 
     def _figures(self, name: str) -> FormFigures:
-        title = FORMS[name].title.format(self.plan.framework)
-        reason = self.reasons.get(name, "")
-        if name not in DENSE and name not in self.plan.forms:
+        plan, reason = self.plan, ""
+        if name not in DENSE and name not in plan.forms:
             reason = "forms= leaves it out"
-        elif not reason and name not in self.seconds:
-            reason = "the model has no layer that it fits"
+        elif not any(self.seconds.get(name, {}).values()):
+            found = self.reasons.get(name, {})
+            reason = next(iter(found), "")  # the only one says all
+            if len(found) > 1:
+                reason = "; ".join(text.removeprefix(" ") for text in self._reasons(name))
+            elif not found and name not in self.sizes:
+                reason = "the model has no layer that it fits"
         return FormFigures(
-            name, title, self.seconds.get(name, {}), self.sizes.get(name, {}), reason
+            name,
+            self.title(name),
+            self.seconds.get(name, {}),
+            self.sizes.get(name, {}),
+            reason,
+            "float32" if name in LITERT else plan.dtype,
+            name in self.ragged,
         )
+
+    def title(self, name: str) -> str:
+        """Return the name of a form in the table."""
+        return FORMS[name].title.format(framework=self.plan.framework, dtype=self.plan.dtype)
+
+    def _reasons(self, name: str) -> Iterator[str]:
+        """Yield the reasons with the places that they hold for."""
+        for reason, places in self.reasons.get(name, {}).items():
+            yield f" for {listed(places)}: {reason}" if places else f": {reason}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, or its type if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def failed_call(error: Exception, place: str) -> ValueError:
+    """Return the error for a model that fails on its example inputs.
+
+    Examples
+    --------
+    >>> failed_call(TypeError("too few arguments"), "batch size 8")
+    ValueError('model must take example_inputs with batch size 8, got TypeError: too few arguments')
+    """
+    which = f" with {place}" if place else ""
+    return ValueError(
+        f"model must take example_inputs{which}, got {type(error).__name__}: {first_line(error)}"
+    )
+
+
+def resized(x: Any, batch: int) -> Any:
+    """Return an array with a number of samples along its first axis, repeated or cut.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no array, or has no samples.
+
+    Examples
+    --------
+    >>> resized(np.asarray([1, 2]), 3).tolist()
+    [1, 2, 1]
+    """
+    if not getattr(x, "ndim", 0) or not len(x):
+        kind = ValueError if hasattr(x, "ndim") else TypeError
+        raise kind(
+            "example_inputs must be arrays with samples on their first axes for batch_sizes=, got "
+            f"{_checks.shown(x)}"
+        )
+    return x[np.arange(batch) % len(x)]
+
+
+def check_fit(
+    found: Collected, weights: Iterable[tuple[str, tuple[int, ...], Layout | None]]
+) -> None:
+    """Note for which forms some weights do not fit the pattern to train.
+
+    Parameters
+    ----------
+    found : Collected
+    weights : iterable of (name, shape, layout)
+        All weights that can be pruned.
+    """
+    known = list(weights)
+    for form in found.plan.forms:
+        unit = FORMS[form].unit
+        if unit is None:
+            continue
+        block = Block(unit, 0.5)
+        ragged = [weight for weight in known if not _fits(block, *weight)]
+        loose = Block(unit, 0.5, ragged="dense")
+        unknown = [weight[0] for weight in ragged if not _fits(loose, *weight)]
+        if len(ragged) > len(unknown):
+            found.ragged.add(form)
+        if unknown:
+            found.note(
+                f"{found.title(form)}: leave out {listed(unknown)} with where=, or pass layout=, "
+                "because the roles of the axes are unknown"
+            )
+
+
+def _fits(block: Block, name: str, shape: tuple[int, ...], layout: Layout | None) -> bool:
+    try:
+        block.check(shape, layout, name)
+    except ValueError:
+        return False
+    return True
 
 
 def measure_litert(
@@ -191,7 +331,7 @@ def measure_litert(
             repeats=plan.repeats,
         )
     except (ModuleNotFoundError, FileRuntimeError, TypeError, ValueError) as error:
-        found.miss(LITERT, str(error))
+        found.not_measured(LITERT, str(error), plan.place(batch))
         return
     for (form, at), trial in measured.items():
         found.add(form, batch, at, trial.seconds if trial.skips else None, trial.size)
@@ -206,37 +346,48 @@ def measure_litert(
         if form in plan.forms and dense:
             block = form.partition("x")[2]
             found.note(
-                f"{FORMS[form].title}: {len(dense)} of {count} layers stay dense, which are not "
-                f"linear, or whose inputs are no multiple of {block}: {listed(dense)}"
+                f"{FORMS[form].title}: {len(dense)} of {count} layers stay dense, because they "
+                f"are not linear or their number of inputs is not a multiple of {block}: "
+                f"{listed(dense)}"
             )
 
 
-class Totals:
-    """Sum the times of layers in a form, in which those stay dense that are not faster."""
+def measure_own(
+    found: Collected,
+    batch: int | None,
+    forms: Collection[str],
+    layers: Collection[LayerTiming],
+) -> None:
+    """Add the times of forms for the zeros that a model has.
 
-    def __init__(self, whole: float) -> None:
-        self.whole = whole
-        self.dense = 0.0
-        self.forms: dict[tuple[str, Sparsity], float] = {}
+    Parameters
+    ----------
+    found : Collected
+        With the size of a compressed file.
+    batch : int or None
+    forms : collection of str
+        Those whose files `save_compressed` writes.
+    layers : collection of LayerTiming
+        All layers with zeros.
+    """
+    assert found.compressed is not None
+    totals = SummedTimes(found.seconds["dense"][batch][0.0])
+    for layer in layers:
+        if layer.seconds:
+            totals.add(1, _own_times(layer))
+    own = {form: seconds for (form, _), seconds in totals.seconds()}
+    for form in forms:
+        if form in own or form in found.sizes:
+            found.add(form, batch, OWN, own.get(form), found.compressed)
+    few = [layer.name for layer in layers if layer.sparsity < HALF]
+    if few:
+        found.note(
+            f"its own zeros: {len(few)} of {len(layers)} layers have fewer than half zeros, so "
+            f"they are not timed and count as dense: {listed(few)}"
+        )
 
-    def add(self, count: int, times: Mapping[tuple[str, Sparsity], float]) -> None:
-        """Add calls of a layer, whose dense time is that of ``("dense", 0.0)``."""
-        dense = times["dense", 0.0]
-        self.dense += count * dense
-        for key, taken in times.items():
-            if key[0] != "dense":
-                gain = dense - taken if taken <= MARGIN * dense else 0.0
-                self.forms[key] = self.forms.get(key, 0.0) + count * gain
 
-    def seconds(self) -> Iterator[tuple[tuple[str, Sparsity], float]]:
-        """Yield the time of the whole model in each form."""
-        # Layers alone can take longer than within the model, which must not make it negative.
-        scale = min(1.0, self.whole / self.dense) if self.dense else 1.0
-        for key, gain in self.forms.items():
-            yield key, self.whole - scale * gain
-
-
-def own_times(layer: LayerTiming) -> dict[tuple[str, Sparsity], float]:
+def _own_times(layer: LayerTiming) -> dict[tuple[str, Sparsity], float]:
     """Return the times of a layer in the forms for its own zeros, of BSR the fastest."""
     times: dict[tuple[str, Sparsity], float] = {}
     for name, taken in layer.seconds.items():
@@ -244,26 +395,3 @@ def own_times(layer: LayerTiming) -> dict[tuple[str, Sparsity], float]:
         key = (form, 0.0 if form == "dense" else OWN)
         times[key] = min(taken, times.get(key, math.inf))
     return times
-
-
-def stored_bytes(entries: int, kept: int, width: int, *, in_2_of_4: bool = False) -> int:
-    """Return the bytes that `save_compressed` takes for a tensor.
-
-    Parameters
-    ----------
-    entries, kept : int
-        Numbers of entries, and of those that are not zero.
-    width : int
-        Bytes of an entry.
-    in_2_of_4 : bool
-        Whether at most two of every four entries are not zero.
-
-    Examples
-    --------
-    >>> stored_bytes(800, 80, 4), stored_bytes(800, 790, 4)
-    (420, 3200)
-    """
-    sizes = [entries * width, kept * width + places_size("bitmask", entries)]
-    if in_2_of_4:
-        sizes.append(entries // 2 * width + places_size("2:4", entries))
-    return min(sizes)

@@ -12,10 +12,21 @@ from typing import Any, NamedTuple
 
 from safe_core._readable import aligned, readable_ms
 
-__all__ = ["LayerTiming", "SparseModules", "interleaved", "processor", "timing_of"]
+__all__ = [
+    "HALF",
+    "MARGIN",
+    "LayerTiming",
+    "SparseModules",
+    "interleaved",
+    "processor",
+    "timing_of",
+]
 
 MARGIN = 0.9
 """A form replaces the dense layer if it takes at most this fraction of its time."""
+
+HALF = 0.5
+"""Zeros of a layer that is measured: below this no form has been faster."""
 
 _SHORTEST = 1e-3  # seconds of one sample, so that the clock and the call itself count little
 

@@ -1,11 +1,17 @@
-"""Recognise errors of full memory."""
+"""Recognise out-of-memory errors."""
 
 from __future__ import annotations
 
 __all__ = ["lacks_memory"]
 
-# PyTorch on a CPU, and JAX, raise a RuntimeError that only its text tells apart.
-_SAID = ("can't allocate memory", "Cannot allocate memory", "RESOURCE_EXHAUSTED")
+# PyTorch on a CPU, and JAX, raise a RuntimeError that only its text tells apart. The third text is
+# that of PyTorch on Windows.
+_SAID = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "RESOURCE_EXHAUSTED",
+)
 
 
 def lacks_memory(error: BaseException) -> bool:

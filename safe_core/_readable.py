@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
-__all__ = ["aligned", "readable_bytes", "readable_ms", "readable_seconds"]
+__all__ = ["aligned", "readable_bytes", "readable_ms", "readable_number", "readable_seconds"]
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -39,9 +40,12 @@ def readable_bytes(n: int) -> str:
     --------
     >>> readable_bytes(3 * 2**29), readable_bytes(12)
     ('1.5 GiB', '12 B')
+    >>> readable_bytes(2**20 - 1)
+    '1.0 MiB'
     """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= size:
+        # The next smaller unit would print 1024.0 for a number just below this one.
+        if round(1024 * n / size, 1) >= 1024:
             return f"{n / size:.1f} {unit}"
     return f"{n} B"
 
@@ -51,10 +55,21 @@ def readable_ms(seconds: float) -> str:
 
     Examples
     --------
-    >>> readable_ms(0.00123456)
-    '1.23 ms'
+    >>> readable_ms(0.00123456), readable_ms(1.5)
+    ('1.23 ms', '1500 ms')
     """
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{readable_number(1e3 * seconds, 3)} ms"
+
+
+def readable_number(x: float, digits: int) -> str:
+    """Return a number with some significant digits, and without an exponent.
+
+    Examples
+    --------
+    >>> readable_number(123.4, 2), readable_number(0.01234, 2)
+    ('120', '0.012')
+    """
+    return f"{Decimal(f'{x:.{digits}g}'):f}"
 
 
 def readable_seconds(seconds: float) -> str:

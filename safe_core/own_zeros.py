@@ -33,7 +33,7 @@ def check_own_zeros(
     method: Method,
     names: Sequence[str],
     params: Sequence[Array],
-    has_zero: Callable[[Array], bool] = has_zero,
+    contains_zero: Callable[[Array], bool] = has_zero,
 ) -> None:
     """Raise or warn if no weight has a zero, of those that should keep their own zeros.
 
@@ -44,7 +44,7 @@ def check_own_zeros(
     method : Method
     names, params : sequence
         Names and values of the sparse parameters before the first step.
-    has_zero : callable
+    contains_zero : callable
         Returns whether an array has a zero.
 
     Warns
@@ -55,7 +55,7 @@ def check_own_zeros(
     Raises
     ------
     ValueError
-        If there is no zero and it does not.
+        If there is no zero and the method does not perturb.
 
     Examples
     --------
@@ -68,7 +68,7 @@ load the pruned weights, not the dense ones
     """
     pairs = zip(names, params, strict=True)
     own = {key: x for key, x in pairs if isinstance(method.sparsity.of(key), FixedZeros)}
-    if not own or any(map(has_zero, own.values())):
+    if not own or any(map(contains_zero, own.values())):
         return
     first = next(iter(own))
     rest = f" and {len(own) - 1:,} more" if len(own) > 1 else ""

@@ -142,7 +142,10 @@ class CheckpointReport(NamedTuple):
             yield [f"and {left:,} more tensors, see --json"]
 
     def _in_reading_order(self) -> list[TensorFigures]:
-        """Return tensors that are in the order of characters by their numbers: 2 before 10."""
+        """Return the tensors in numeric order (2 before 10) if the file lists them alphabetically.
+
+        Any other order is that of the file.
+        """
         names = [row.name for row in self.tensors]
         return self.tensors if names != sorted(names) else sorted(self.tensors, key=_by_numbers)
 

@@ -1,4 +1,4 @@
-"""Show help texts as they are written."""
+"""Show brackets in help texts, and wrap each paragraph."""
 
 from __future__ import annotations
 

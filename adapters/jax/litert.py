@@ -142,16 +142,17 @@ class _Traced:
 
 def _function(model: Any) -> tuple[Callable[..., Any], list[Any], list[str]]:
     """Return a function of parameters and inputs, and the parameters with their names."""
-    flax = sys.modules.get("flax")
-    if flax is not None and isinstance(model, flax.nnx.Module):
-        copied = flax.nnx.merge(*flax.nnx.split(model))
+    # The caller may have imported one of them alone, or neither.
+    nnx, linen = sys.modules.get("flax.nnx"), sys.modules.get("flax.linen")
+    if nnx is not None and isinstance(model, nnx.Module):
+        copied = nnx.merge(*nnx.split(model))
         copied.eval()
-        definition, variables = flax.nnx.split(copied)
+        definition, variables = nnx.split(copied)
 
         def call(values: PyTree, *inputs: Any) -> Any:
-            return flax.nnx.merge(definition, values)(*inputs)
+            return nnx.merge(definition, values)(*inputs)
 
-    elif flax is not None and isinstance(model, flax.linen.Module):
+    elif linen is not None and isinstance(model, linen.Module):
         if model.scope is None:
             raise TypeError("model must be bound, as by module.bind(variables), got an unbound one")
         module, variables = model.unbind()

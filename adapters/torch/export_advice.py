@@ -12,11 +12,21 @@ from torch import Tensor, nn
 
 from safe_core._checks import shown
 from safe_core.adapters.export_advice import ExportAdvice
-from safe_core.adapters.export_measurements import LITERT, Collected, check_plan, measure_litert
+from safe_core.adapters.export_measurements import (
+    LITERT,
+    Collected,
+    check_fit,
+    check_plan,
+    failed_call,
+    first_line,
+    measure_litert,
+    resized,
+)
 from safe_core.adapters.layer_timing import processor
+from safe_core.adapters.memory_errors import lacks_memory
 
 from .example_inputs import arguments, evaluation_mode
-from .export_timing import measure_layers, measure_whole, smaller_models
+from .export_timing import compressed_bytes, measure_layers, measure_whole, smaller_models
 from .litert import litert_graph
 from .sparse_layers import quiet_beta
 from .weights import prunable_weights
@@ -36,11 +46,12 @@ def advise(
     forms: Collection[str] | None = None,
     device: torch.device | str | None = None,
     repeats: int = 9,
+    progress: Callable[[int, int], object] | None = None,
 ) -> ExportAdvice:
     """Measure in which forms zeros would pay on this machine, before or after training.
 
-    Random weights, with zeros at random places, stand in for those of the model. So only its
-    shapes count, and it need not be trained. Measured are
+    Random weights with zeros at random positions replace those of the linear layers. Only shapes
+    matter, so the model need not be trained. It measures
 
     - files of the whole model for LiteRT: dense in float32 and int8, and with zeros in blocks of
       1x4 (float32) and 1x16 (int8);
@@ -51,7 +62,7 @@ def advise(
     pays if it takes at most nine tenths of the time of dense float32. One thread runs all forms on
     the CPU, in float32.
 
-    The model stays as it is.
+    The model and the global random state stay as they are.
 
     Parameters
     ----------
@@ -70,7 +81,10 @@ def advise(
     device : torch.device or str, optional
         Where to run the model; by default where it is.
     repeats : int
-        Measurements of each form; LiteRT takes more in the same time.
+        Timed samples of each form. LiteRT files are called at least this often, and for about a
+        second in all.
+    progress : callable, optional
+        Called with the number of finished parts and the total.
 
     Returns
     -------
@@ -83,7 +97,7 @@ def advise(
     TypeError
         If an argument is of another kind.
     ValueError
-        If an argument is out of range.
+        If an argument is out of range, or the model fails on ``example_inputs``.
 
     Examples
     --------
@@ -95,6 +109,7 @@ def advise(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
     arguments(example_inputs)  # which may raise
+    given = _dtype(model)
     model, where = _placed(model, device)
     plan = check_plan(
         "PyTorch",
@@ -104,24 +119,73 @@ def advise(
         sparsities=sparsities,
         repeats=repeats,
         zeros=_zeros(model),
+        dtype=_dtype(model),
     )
     dtype = torch.float32 if where.type == "cpu" else None
     inputs = {n: _resized(example_inputs, n, where, dtype) for n in plan.batch_sizes}
-    found = Collected(plan)
-    with evaluation_mode(model), _one_thread(), quiet_beta():
-        _note_devices(found, where)
-        smaller = smaller_models(found, model, inputs[plan.batch_sizes[0]])
-        for batch, given in inputs.items():
-            args, kwargs = arguments(given)
-
-            def call(module: nn.Module, args: Any = args, kwargs: Any = kwargs) -> Any:
-                return module(*args, **kwargs)
-
-            measure_whole(found, batch, model, smaller, call, where)
-            measure_layers(found, batch, model, call, where)
-            if where.type == "cpu":
-                measure_litert(found, batch, _traced(model, args, kwargs))
+    found = Collected(plan, parts=1 + 3 * len(inputs), progress=progress)
+    if given != plan.dtype:
+        found.note(f"times and sizes are those of the model in {plan.dtype}, instead of {given}")
+    devices = [where] if where.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        evaluation_mode(model),
+        _one_thread(),
+        quiet_beta(),
+    ):
+        _measure(found, model, inputs, where)
     return found.advice(_machine(where))
+
+
+def _measure(
+    found: Collected, model: nn.Module, inputs: dict[int | None, Any], where: torch.device
+) -> None:
+    """Add the figures of all forms."""
+    calls = {batch: _call(given) for batch, given in inputs.items()}
+    for batch, call in calls.items():
+        _check_call(model, call, found.plan.place(batch))
+    known = prunable_weights(model)
+    named = [(name, p) for name, p in model.named_parameters() if p in known]
+    check_fit(found, [(name, tuple(p.shape), known[p]) for name, p in named])
+    _note_devices(found, where)
+    if found.plan.own is not None:
+        found.compressed = compressed_bytes(model)
+    smaller = smaller_models(found, model, inputs[found.plan.batch_sizes[0]])
+    found.finish()
+    for batch, call in calls.items():
+        measure_whole(found, batch, model, smaller, call, where)
+        found.finish()
+        measure_layers(found, batch, model, call, where)
+        found.finish()
+        if where.type == "cpu":
+            measure_litert(found, batch, _traced(model, *arguments(inputs[batch])))
+        found.finish()
+    if smaller and "litert" in found.seconds:
+        found.note(
+            "channels removed: measured in PyTorch only; save_litert of the smaller network may "
+            "be faster"
+        )
+
+
+def _call(given: Any) -> Callable[[nn.Module], Any]:
+    args, kwargs = arguments(given)
+    return lambda module: module(*args, **kwargs)
+
+
+def _check_call(model: nn.Module, call: Callable[[nn.Module], Any], place: str) -> None:
+    """Raise a ValueError if a model fails on its inputs."""
+    try:
+        call(model)
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise failed_call(error, place) from error
+
+
+def _dtype(model: nn.Module) -> str:
+    """Return the dtype of the weights that can be pruned."""
+    names = {str(p.dtype).removeprefix("torch.") for p in prunable_weights(model)}
+    return " and ".join(sorted(names))
 
 
 def _placed(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
@@ -135,11 +199,19 @@ def _placed(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Mod
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be on the CPU or CUDA, got {str(where)!r}")
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be there, got {str(where)!r} without a CUDA GPU")
+        raise ValueError(f"device must be available, got {str(where)!r} and no CUDA GPU")
     wide = {x.dtype for x in held if x.is_floating_point()} <= {torch.float32}
     if all(x.device == where for x in held) and (where.type != "cpu" or wide):
         return model, where
-    placed = copy.deepcopy(model).to(where)
+    try:
+        placed = copy.deepcopy(model).to(where)
+    except (RuntimeError, TypeError) as error:
+        if lacks_memory(error):
+            raise
+        raise ValueError(
+            "model must be one that can be copied, to run in float32 or on another device, got "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     return (placed.float() if where.type == "cpu" else placed), where
 
 
@@ -157,19 +229,10 @@ def _resized(
     """Return inputs with a number of samples, on a device."""
 
     def each(x: Any) -> Any:
-        if not torch.is_tensor(x):
-            if batch is not None:
-                raise TypeError(
-                    f"example_inputs must hold tensors only for batch_sizes=, got {shown(x)}"
-                )
-            return x
         if batch is not None:
-            if not x.dim() or not len(x):
-                raise ValueError(
-                    "example_inputs must have samples on their first axes for batch_sizes=, got "
-                    f"shape {tuple(x.shape)}"
-                )
-            x = x[torch.arange(batch, device=x.device) % len(x)]
+            x = resized(x, batch)
+        if not torch.is_tensor(x):
+            return x
         return x.to(device, dtype if x.is_floating_point() else None)
 
     args, kwargs = arguments(example_inputs)
@@ -179,12 +242,12 @@ def _resized(
 def _note_devices(found: Collected, device: torch.device) -> None:
     """Tell which forms do not run on a device."""
     if device.type == "cuda":
-        found.miss(LITERT, "LiteRT runs on the CPU here, and the model is on CUDA")
-        found.miss(["csr", "bsr"], "sparse_modules has no such layers on CUDA")
+        found.not_measured(LITERT, "LiteRT runs on the CPU here, and the model is on CUDA")
+        found.not_measured(["csr", "bsr"], "sparse_modules has no such layers on CUDA")
     elif torch.cuda.is_available():
-        found.miss(["2:4"], 'the model is on the CPU; pass device="cuda"')
+        found.not_measured(["2:4"], 'the model is on the CPU; pass device="cuda"')
     else:
-        found.miss(["2:4"], "there is no CUDA GPU")
+        found.not_measured(["2:4"], "there is no CUDA GPU")
 
 
 def _traced(

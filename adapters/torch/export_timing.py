@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from safe_core._synthetic import synthetic_2_of_4, synthetic_weight
-from safe_core.adapters.export_forms import OWN, Sparsity, channel_share
-from safe_core.adapters.export_measurements import Collected, Totals, own_times, stored_bytes
+from safe_core.adapters.export_forms import FORMS, OWN, Sparsity, channel_share, percent
+from safe_core.adapters.export_measurements import Collected, first_line, measure_own
+from safe_core.adapters.export_sums import SummedTimes, summed, zeroed_bytes
 from safe_core.adapters.layer_timing import interleaved
+from safe_core.adapters.memory_errors import lacks_memory
 from safe_core.compressed.forms import chosen_form
 from safe_core.finalization import listed
 
@@ -26,20 +27,28 @@ from .sparse_layers import SparseLinear, sparse_forms
 from .sparse_model import READERS, MeasuredLayers, timed_call
 from .weights import prunable_weights
 
-__all__ = ["LinearCall", "measure_layers", "measure_whole", "smaller_models", "state_bytes"]
+__all__ = [
+    "LinearCall",
+    "compressed_bytes",
+    "measure_layers",
+    "measure_whole",
+    "smaller_models",
+    "state_bytes",
+]
 
 Call = Callable[[nn.Module], Any]
 
 _HALF = 0.5  # zeros of 2:4
-_SUMMED = (
-    "CSR, BSR and 2:4: the time of the dense model, less what its linear layers save that get a "
-    "tenth faster; layers of equal shapes were measured once"
-)
-
 _CHANNELS = (
-    "channels removed: of each layer the share that leaves as few weights between two layers, "
-    "such as Channel(0.553) for 80%"
+    "channels removed: each layer loses the share of channels that leaves the stated fraction of "
+    "weights between two layers, such as Channel(0.553) for 80%."
 )
+# Why layers stay dense in a form whose groups do not fit.
+_UNFIT = {
+    "bsr": "BSR 16x16: {} of {} layers stay dense, because their shape is not a multiple of 16: {}",
+    "2:4": "2:4: {} of {} layers stay dense, because their number of inputs is not a multiple of "
+           "4: {}",
+}  # fmt: skip
 
 
 class LinearCall(NamedTuple):
@@ -51,29 +60,32 @@ class LinearCall(NamedTuple):
     bias : bool
     rows : int
         Rows of the inputs.
+    dtype : torch.dtype
+        That of the weight.
     """
 
     outputs: int
     inputs: int
     bias: bool
     rows: int
+    dtype: torch.dtype
 
 
 class _Shapes:
     """The linear layers that can be pruned, and their calls."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
-        self.weights: list[Tensor] = []
+        self.weights: dict[int, tuple[str, Tensor]] = {}  # by identity, tied ones once
         self.calls: Counter[LinearCall] = Counter()
         known = prunable_weights(model)
         inside = {id(m) for reader in model.modules() if isinstance(reader, READERS)
                   for m in reader.modules()}  # fmt: skip
         hooks = []
-        for module in model.modules():
+        for name, module in model.named_modules():
             weight = module._parameters.get("weight")
             if type(module) is nn.Linear and weight in known and id(module) not in inside:
                 assert weight is not None
-                self.weights.append(weight)
+                self.weights.setdefault(id(weight), (f"{name}.weight".lstrip("."), weight))
                 hooks.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
         try:
             call(model)
@@ -84,8 +96,22 @@ class _Shapes:
     def _count(self, module: nn.Linear, given: Any, named: Any) -> None:
         x: Tensor = given[0] if given else named["input"]
         rows = x.numel() // module.in_features
-        bias = module.bias is not None
-        self.calls[LinearCall(module.out_features, module.in_features, bias, rows)] += 1
+        bias, dtype = module.bias is not None, module.weight.dtype
+        size = module.out_features, module.in_features
+        self.calls[LinearCall(*size, bias, rows, dtype)] += 1
+
+    def fitting(self, form: str) -> list[Tensor]:
+        """Return the weights whose shape is a multiple of the groups of a form."""
+        return [p for _, p in self.weights.values() if _fits(form, p.shape)]
+
+    def unfit(self, form: str) -> list[str]:
+        """Return the names of the others."""
+        return [name for name, p in self.weights.values() if not _fits(form, p.shape)]
+
+
+def _fits(form: str, shape: Sequence[int]) -> bool:
+    unit = FORMS[form].unit or (1, 1)
+    return not any(n % size for n, size in zip(shape, unit, strict=True))
 
 
 def smaller_models(found: Collected, model: nn.Module, inputs: Any) -> dict[Sparsity, nn.Module]:
@@ -95,22 +121,36 @@ def smaller_models(found: Collected, model: nn.Module, inputs: Any) -> dict[Spar
     smaller: dict[Sparsity, nn.Module] = {}
     at: list[Sparsity] = [*found.plan.sparsities, *([OWN] if found.plan.own else [])]
     for sparsity in at:
-        trial = copy.deepcopy(model)
-        if not isinstance(sparsity, str):
-            _zero_channels(trial, channel_share(sparsity))
+        own = isinstance(sparsity, str)
+        place = "its own zeros" if isinstance(sparsity, str) else f"{percent(sparsity)} zeros"
         try:
+            trial = copy.deepcopy(model)
+            if not isinstance(sparsity, str):
+                _zero_channels(trial, channel_share(sparsity))
             silence_channels(trial, inputs)
             removed = shrink(trial, inputs)
-        except (ModuleNotFoundError, ValueError) as error:
-            if sparsity != OWN:
-                found.miss(["channels"], str(error))
+        except (ModuleNotFoundError, RuntimeError, TypeError, ValueError) as error:
+            if lacks_memory(error):
+                raise
+            if not own:
+                found.not_measured(["channels"], first_line(error), place)
             continue
+        stay: dict[str, list[str]] = {}
+        for name, reason in removed.kept.items():
+            stay.setdefault(reason, []).append(name)
         if removed.removed:
             smaller[sparsity] = trial
             found.note(_CHANNELS)
-        elif sparsity != OWN:
-            reasons = "; ".join(dict.fromkeys(removed.kept.values())) or "there are none"
-            found.miss(["channels"], f"no channels can be removed: {reasons}")
+        elif not own:
+            reasons = "; ".join(stay) or "there are none"
+            text = f"no channels can be removed: {reasons}"
+            found.not_measured(["channels"], text, place)
+        if removed.removed and not own:
+            for reason, names in stay.items():
+                found.note(
+                    f"channels removed: leave out {listed(names)} with where=, because zero "
+                    f"channels stay there: {reason}"
+                )
     return smaller
 
 
@@ -151,31 +191,36 @@ def measure_layers(
     if not wanted:
         return
     shapes = _Shapes(model, call)
-    totals = Totals(found.seconds["dense"][batch][0.0])
+    totals = SummedTimes(found.seconds["dense"][batch][0.0])
     for shape, count in shapes.calls.items():
-        totals.add(count, _times(found, shape, model, device))
+        totals.add(count, _times(found, shape, device))
+    dense_size = state_bytes(model)
     for (form, at), seconds in totals.seconds():
-        found.add(form, batch, at, seconds, _size(model, shapes.weights, float(at), form))
+        weights = [(p.numel(), p.element_size()) for p in shapes.fitting(form)]
+        size = zeroed_bytes(dense_size, weights, float(at), in_2_of_4=form == "2:4")
+        found.add(form, batch, at, seconds, size)
     if totals.forms:
-        found.note(_SUMMED)
-    measured = {id(p) for p in shapes.weights}
+        found.note(summed("CSR, BSR and 2:4 are estimates"))
+    for form in dict.fromkeys(form for form, _ in totals.forms):
+        if form in _UNFIT and (unfit := shapes.unfit(form)):
+            found.note(_UNFIT[form].format(len(unfit), len(shapes.weights), listed(unfit)))
     known = prunable_weights(model)
-    dense = [n for n, p in model.named_parameters() if p in known and id(p) not in measured]
+    dense = [n for n, p in model.named_parameters() if p in known and id(p) not in shapes.weights]
     if dense:
         found.note(
-            "CSR, BSR and 2:4: weights stay dense that are not of a torch.nn.Linear, or that "
-            f"attention reads itself: {listed(dense)}"
+            "CSR, BSR and 2:4: these weights stay dense, because they do not belong to a "
+            f"torch.nn.Linear or an attention module reads them directly: {listed(dense)}"
         )
     if found.plan.own is not None:
         _measure_own(found, batch, model, call, device, wanted)
 
 
 def _times(
-    found: Collected, shape: LinearCall, model: nn.Module, device: torch.device
+    found: Collected, shape: LinearCall, device: torch.device
 ) -> dict[tuple[str, Sparsity], float]:
-    dtype = next(p.dtype for p in prunable_weights(model))
-    x = torch.randn(shape.rows, shape.inputs, dtype=dtype, device=device)
-    layer = nn.Linear(shape.inputs, shape.outputs, shape.bias, dtype=dtype, device=device)
+    placed: dict[str, Any] = {"dtype": shape.dtype, "device": device}
+    x = torch.randn(shape.rows, shape.inputs, **placed)
+    layer = nn.Linear(shape.inputs, shape.outputs, shape.bias, **placed)
     runs: dict[tuple[str, Sparsity], Callable[[], None]] = {
         ("dense", 0.0): timed_call(lambda m: m(x), layer, device)
     }
@@ -184,7 +229,13 @@ def _times(
             run = timed_call(lambda m: m(x), make(), device)
             run()
         except RuntimeError as error:  # the dtype, or the shape on CUDA
-            found.miss([form], str(error).splitlines()[0])
+            if lacks_memory(error):
+                raise
+            found.not_measured(
+                [form],
+                first_line(error),
+                f"{percent(at)} zeros in {_size(shape)} and {shape.rows} rows",
+            )
         else:
             runs[form, at] = run
     taken = interleaved(
@@ -208,16 +259,23 @@ def _synthetic(
 
     plan = found.plan
     if layer.weight.device.type == "cuda":
-        if "2:4" in plan.forms and shape.inputs % 4 == 0:
+        if "2:4" in plan.forms and _fits("2:4", size):
             yield "2:4", _HALF, forms(synthetic_2_of_4(size))["2:4"]
         return
     for sparsity in plan.sparsities:
         if "csr" in plan.forms:
             yield "csr", sparsity, forms(synthetic_weight(size, (1, 1), sparsity))["CSR"]
-        if "bsr" in plan.forms and not (shape.outputs % 16 or shape.inputs % 16):
+        if "bsr" in plan.forms and _fits("bsr", size):
             made = forms(synthetic_weight(size, (16, 16), sparsity))
             if "BSR 16x16" in made:
                 yield "bsr", sparsity, made["BSR 16x16"]
+            else:
+                text = "more than half of the blocks are not zero, so the layers stay dense"
+                found.not_measured(["bsr"], text, f"{percent(sparsity)} zeros in {_size(shape)}")
+
+
+def _size(shape: LinearCall) -> str:
+    return f"a layer of {shape.inputs} inputs, {shape.outputs} outputs"
 
 
 def _measure_own(
@@ -234,26 +292,7 @@ def _measure_own(
         call(model)
     finally:
         measured.remove_hooks()
-    totals = Totals(found.seconds["dense"][batch][0.0])
-    for layer in measured.layers_timed():
-        if layer.seconds:
-            totals.add(1, own_times(layer))
-    own = {form: seconds for (form, _), seconds in totals.seconds() if form in wanted}
-    if own:
-        size = sum(chosen_form(raw_tensor(x)).nbytes for x in _tensors(model))
-        for form, seconds in own.items():
-            found.add(form, batch, OWN, seconds, size)
-
-
-def _size(model: nn.Module, weights: list[Tensor], sparsity: float, form: str) -> int:
-    """Return the bytes of a compressed file with synthetic zeros in some weights."""
-    total = state_bytes(model)
-    for p in weights:
-        kept = p.numel() - math.floor(sparsity * p.numel())
-        width = p.element_size()
-        size = stored_bytes(p.numel(), kept, width, in_2_of_4=form == "2:4")
-        total += size - p.numel() * width
-    return total
+    measure_own(found, batch, wanted, measured.layers_timed())
 
 
 def state_bytes(model: nn.Module) -> int:
@@ -261,8 +300,15 @@ def state_bytes(model: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in _tensors(model))
 
 
+def compressed_bytes(model: nn.Module) -> int:
+    """Return the bytes of a compressed file with the zeros that a model has."""
+    return sum(chosen_form(raw_tensor(x)).nbytes for x in _tensors(model))
+
+
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return list({(x.data_ptr(), x.shape): x for x in model.state_dict().values()}.values())
+    # Extra state of a module may be anything.
+    tensors = [x for x in model.state_dict().values() if isinstance(x, Tensor)]
+    return list({(x.data_ptr(), x.shape): x for x in tensors}.values())
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safe_core import _checks
 from safe_core.adapters.layer_timing import (
+    HALF,
     LayerTiming,
     SparseModules,
     interleaved,
@@ -27,7 +28,6 @@ from .weights import hidden_weights, prunable_weights
 
 __all__ = ["READERS", "MeasuredLayers", "sparse_modules", "timed_call"]
 
-_FEWEST = 0.5  # zeros of a layer that is measured: below this no form has been faster
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that read the weights of their linear layers themselves."""
 
@@ -255,6 +255,6 @@ def _reason(module: nn.Module, zeros: float, inside: bool) -> str:
         return f"{type(module).__name__} has no sparse kernel"
     if inside:
         return "attention reads the weight itself"
-    if zeros < _FEWEST:
+    if zeros < HALF:
         return "fewer than half of the entries are zero"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safe_core._readable import readable_bytes
+from safe_core._readable import readable_bytes, readable_number
 
 from .report import LayerFormat
 from .sparsity import BLOCKS, CSR
@@ -45,7 +45,8 @@ def notes(
     if sparse in seconds:
         ratio = seconds[sparse] / seconds["this file"]
         found.append(
-            f"Kernels that skip zeros take {ratio:.2g} times as long on this machine, so the file "
+            f"Kernels that skip zeros take {readable_number(ratio, 2)} times as long on this "
+            "machine, so the file "
             'computes dense; pass compute="sparse" for another machine.'
         )
     elif linear:

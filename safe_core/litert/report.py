@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from safe_core._readable import aligned, readable_bytes, readable_ms
+from safe_core._readable import aligned, readable_bytes, readable_ms, readable_number
 
 __all__ = ["LayerFormat", "LiteRTReport"]
 
@@ -97,6 +97,8 @@ class LiteRTReport:
         lines.append(f"time of a call with one thread, {size}:")
         width = max(map(len, self.seconds))
         for name, seconds in self.seconds.items():
-            ratio = "" if name == "this file" else f", {seconds / self.latency:.2g} times this file"
-            lines.append(f"  {name.ljust(width)}  {readable_ms(seconds)}{ratio}")
+            line = f"  {name.ljust(width)}  {readable_ms(seconds)}"
+            if name != "this file":
+                line += f", {readable_number(seconds / self.latency, 2)} times this file"
+            lines.append(line)
         return "\n".join([*lines, *self.notes])

@@ -40,7 +40,7 @@ class Trial(NamedTuple):
     size : int
         Bytes of the file.
     skips : bool
-        Whether a layer is computed without its zeros; for dense files True, too.
+        Whether a layer is computed without its zeros; always True for dense files.
     """
 
     seconds: float

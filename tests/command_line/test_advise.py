@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import output_of
 from typer.testing import CliRunner, Result
 
 from safe_core.command_line.app import app
@@ -36,6 +37,9 @@ def one_value():
 def too_much():
     return *mlp(), {}
 
+def too_narrow():
+    return mlp()[0], torch.ones(2, 31)
+
 def failing():
     raise RuntimeError("no data")
 """
@@ -65,7 +69,8 @@ def test_a_function_returns_the_model(parts: Path) -> None:
     assert "milliseconds of a call, batch size 4:" in found.stdout
     for form in ("CSR, PyTorch", "blocks 1x4 float32, LiteRT", "dense int8, LiteRT"):
         assert form in found.stdout
-    assert "forms= leaves it out" in " ".join(found.stdout.split())
+    assert "--form leaves it out" in " ".join(found.stdout.split())
+    assert "forms=" not in found.stdout
     assert "\nbatch size 4: " in found.stdout
 
 
@@ -82,9 +87,42 @@ def test_a_model_folder(folder: Path) -> None:
     assert "CSR, PyTorch" in found.stdout
 
 
+def test_a_sample_longer_than_the_model_takes(folder: Path) -> None:
+    found = invoke(folder, "--length", "600", *QUICK)
+    assert found.exit_code == 1
+    assert found.stderr.startswith("safe-core: length must be at most the model's ")
+    assert found.stderr.count("\n") == 1
+
+
+LINEN = """
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+def made():
+    x = jnp.ones((2, 32))
+    return nn.Dense(16), x, nn.Dense(16).init(jax.random.key(0), x)
+"""
+PROGRAM = """
+import sys
+from safe_core.command_line.advice import advice
+found = advice(sys.argv[1], sparsities=[0.9], forms=["bcsr"], repeats=1)
+print(found.form("bcsr").title)
+"""
+
+
+def test_linen_without_nnx(tmp_path: Path) -> None:
+    (tmp_path / "linen.py").write_text(LINEN)
+    assert output_of("-c", PROGRAM, f"{tmp_path}/linen.py:made") == "BCSR, JAX\n"
+
+
 @pytest.mark.parametrize(
     ("function", "text"),
     [
+        (
+            "too_narrow",
+            "safe-core: model must take example_inputs, got RuntimeError: mat1 and mat2",
+        ),
         ("model_alone", "must return a model and example inputs, and for Linen the variables, got"),
         ("one_value", "must return a model and example inputs, and for Linen the variables, got"),
         ("too_much", "must return a model and example inputs, got 3 values for a PyTorch model"),
@@ -104,5 +142,15 @@ def test_sources_and_options_that_do_not_fit(parts: Path, tmp_path: Path) -> Non
     assert "source must be a model folder or name a function" in missing.stderr
     on_device = invoke(f"{parts}:of_nnx", "--device", "cpu", *QUICK)
     assert "device must be left out for a Flax model, got 'cpu'" in on_device.stderr
+    for options, text in (
+        (("--sparsity", "90"), "sparsity must be a fraction above 0 and below 1, such as 0.9, got "
+         "90: 90 percent are 0.9"),
+        (("--sparsity", "0"), "sparsity must be a fraction above 0 and below 1, such as 0.9, got"),
+        (("--form", "1x8"), "--form must be among 1x4, 1x16, csr, bsr, channels, 2:4, got '1x8'"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+    ):  # fmt: skip
+        found = invoke(f"{parts}:mlp", *options)
+        assert found.exit_code == 1
+        assert found.stderr.startswith(f"safe-core: {text}")
     short = invoke(f"{parts}:mlp", "--repeats", "0")
     assert "repeats must be at least 1, got 0" in short.stderr

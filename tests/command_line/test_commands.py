@@ -258,6 +258,7 @@ class JaxRuntimeError(RuntimeError):
         OutOfMemoryError("no memory"),
         MemoryError("no memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
         JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
     ],
 )

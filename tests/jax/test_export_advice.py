@@ -14,7 +14,7 @@ from flax import nnx
 
 import safe_core
 from safe_core.adapters.jax import save_compressed
-from safe_core.adapters.jax.flax import advise, export_advice
+from safe_core.adapters.jax.flax import advise, export_advice, sparse_model
 
 X = jnp.sin(jnp.arange(3 * 32.0)).reshape(3, 32)
 
@@ -31,6 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return {name: [1.0 if "0.9" in name else 2.0] * repeats for name in candidates}
 
     monkeypatch.setattr(export_advice, "interleaved", once)
+    monkeypatch.setattr(sparse_model, "interleaved", once)
     monkeypatch.setattr("safe_core.litert.trials._SECONDS", 0.0)
     return timed
 
@@ -56,7 +57,17 @@ class Linen(nn.Module):
 def test_every_form_is_measured_and_the_model_stays(quick: list[list[str]]) -> None:
     model = Network()
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
-    found = advise(model, X, batch_sizes=[1, 4], sparsities=[0.5, 0.9], repeats=1)
+    parts: list[tuple[int, int]] = []
+    found = advise(
+        model,
+        X,
+        batch_sizes=[1, 4],
+        sparsities=[0.5, 0.9],
+        repeats=1,
+        progress=lambda *part: parts.append(part),
+    )
+    assert parts == [(done, 6) for done in range(1, 7)]
+    assert "JAX uses all its threads and wall-clock time" in "\n".join(found.notes)
     assert [form.name for form in found.forms] == ["dense", "litert", "int8", "1x4", "1x16", "bcsr"]
     for name in ("1x4", "1x16", "bcsr"):
         assert found.form(name).reason == ""
@@ -87,6 +98,33 @@ def test_own_zeros_have_the_sizes_that_exports_write(tmp_path: Any) -> None:
     assert "own zeros" in found.advice[None]
 
 
+def test_few_zeros_of_its_own_have_a_size_alone() -> None:
+    model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)), jax.nn.relu)
+    model.layers[0].kernel[...] = safe_core.project(model.layers[0].kernel[...], 0.4).values
+    found = advise(model, X, sparsities=[0.9], forms=["bcsr"], repeats=1)
+    assert list(found.form("bcsr").seconds[None]) == [0.9]
+    assert list(found.form("bcsr").sizes) == [0.9, "own"]
+    assert "1 of 1 layers have fewer than half zeros" in "\n".join(found.notes)
+    assert "save_compressed makes the file" in found.advice[None]
+
+
+def test_patterns_fit_kernels_and_titles_the_dtype() -> None:
+    model = nnx.Sequential(nnx.Linear(18, 8, param_dtype="bfloat16", rngs=nnx.Rngs(0)))
+    found = advise(model, X[:, :18], sparsities=[0.9], forms=["1x4", "bcsr"], repeats=1)
+    assert found.form("dense").title == "dense bfloat16, JAX"
+    assert found.form("1x4").pattern(0.9) == 'safe_core.Block((1, 4), 0.9, ragged="dense")'
+    assert found.form("bcsr").pattern(0.9) == "0.9"
+
+
+def test_litert_is_measured_beside_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = nnx.Sequential(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
+    found = advise(model, X, sparsities=[0.9], forms=["1x4", "bcsr"], repeats=1)
+    for name in ("litert", "int8", "1x4"):
+        assert found.form(name).reason == "LiteRT runs on the CPU here, and JAX computes on gpu"
+    assert "LiteRT" not in found.machine
+
+
 def test_what_cannot_be_built_has_its_reason() -> None:
     model = nnx.Sequential(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), jnp.fft.fft, jnp.real)
     found = advise(model, X, sparsities=[0.9], repeats=1)
@@ -99,6 +137,12 @@ def test_what_cannot_be_built_has_its_reason() -> None:
     [
         ((3, X), {}, TypeError, "model must be a Flax module, of Linen or NNX, got <class 'int'>"),
         ((Linen(), X), {}, TypeError, "variables must be given for a Linen module, got None"),
+        (
+            (nnx.Linear(16, 4, rngs=nnx.Rngs(0)), X),
+            {},
+            ValueError,
+            "model must take example_inputs, got TypeError: dot_general requires",
+        ),
         ((nnx.Dropout(0.5), X), {}, ValueError, "model must have weights that can be pruned, got"),
         (
             (nnx.Linear(32, 4, rngs=nnx.Rngs(0)), jnp.ones(())),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from litert_files import operators, run
+from processes import output_of
 
 import safe_core
 from safe_core.adapters.jax import save_litert
@@ -197,3 +198,21 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         save_litert(jnp.tanh, "text", path)
     with pytest.raises(ValueError, match="batch_size must divide"):
         save_litert(jnp.tanh, VECTORS, path, batch_size=3)
+
+
+LINEN = """
+import sys
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from safe_core.adapters.jax.litert import litert_graph
+assert "flax.nnx" not in sys.modules
+x = jnp.ones((2, 8))
+module = nn.Dense(4)
+graph, _ = litert_graph(module.bind(module.init(jax.random.key(0), x)), [x])
+print(len(graph.outputs))
+"""
+
+
+def test_linen_without_nnx() -> None:
+    assert output_of("-c", LINEN) == "1\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 
 import safe_core
 from safe_core.adapters import export_measurements
-from safe_core.adapters.torch import advise, save_compressed, save_litert
+from safe_core.adapters.torch import (
+    SparseOptimizer,
+    advise,
+    save_compressed,
+    save_litert,
+    sparse_model,
+)
 from safe_core.adapters.torch import export_timing as timing
 
 X = torch.linspace(-1, 1, 3 * 32).sin().reshape(3, 32)
@@ -33,6 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return {name: [1.0 if "0.9" in name else 2.0] * repeats for name in candidates}
 
     monkeypatch.setattr(timing, "interleaved", once)
+    monkeypatch.setattr(sparse_model, "interleaved", once)
     monkeypatch.setattr("safe_core.litert.trials._SECONDS", 0.0)
     return timed
 
@@ -72,7 +80,15 @@ def without_litert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_form_is_measured_and_the_model_stays(quick: list[list[str]]) -> None:
     model, before, threads = network(), network().state_dict(), torch.get_num_threads()
-    found = advise(model, X, batch_sizes=[1, 8], sparsities=[0.5, 0.9], repeats=1)
+    random, parts = torch.get_rng_state(), list[tuple[int, int]]()
+    found = advise(
+        model,
+        X,
+        batch_sizes=[1, 8],
+        sparsities=[0.5, 0.9],
+        repeats=1,
+        progress=lambda *part: parts.append(part),
+    )
     for name in ("1x4", "1x16", "csr", "bsr", "channels"):
         form = found.form(name)
         assert {batch: list(times) for batch, times in form.seconds.items()} == {
@@ -91,13 +107,26 @@ def test_every_form_is_measured_and_the_model_stays(quick: list[list[str]]) -> N
     assert found.form("csr").seconds[1] == {0.5: 2.0, 0.9: 1.0}
     assert found.form("bsr").seconds[1] == {0.5: 2.0, 0.9: pytest.approx(2 - 2 / 3)}
     notes = "\n".join(found.notes)
-    assert "layers of equal shapes were measured once" in notes
+    assert "Layers of equal shapes were measured once." in notes
+    assert (
+        "BSR 16x16: 1 of 3 layers stay dense, because their shape is not a multiple of 16: 4.weight"
+        in notes
+    )
+    assert torch.cuda.is_available() or "2:4: " not in notes  # which was not measured
+    assert "channels removed: leave out 4 with where=" in notes
+    assert "save_litert of the smaller network may be faster" in notes
+    # BSR leaves the last layer dense, CSR does not.
+    saved = 4 * 0.9 * 4 * 32 - 4 * 32 / 8
+    sizes = [found.form(name).sizes[0.9] for name in ("csr", "bsr")]
+    assert sizes[1] - sizes[0] == pytest.approx(saved, abs=4)
     # Two layers of 32 x 32 are measured as one, for each batch size; the last one is another.
     layers = [keys for keys in quick if "dense 0.0" in keys]
     square = ["dense 0.0", "csr 0.5", "bsr 0.5", "csr 0.9", "bsr 0.9"]
     assert layers == [square, ["dense 0.0", "csr 0.5", "csr 0.9"]] * 2
     assert model.training
     assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random)
+    assert parts == [(done, 7) for done in range(1, 8)]
     assert not any(module._forward_pre_hooks for module in model.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -132,17 +161,17 @@ def test_layers_that_blocks_do_not_fit_are_named() -> None:
     found = advise(model, X, sparsities=[0.9], forms=["1x4", "1x16", "bsr"], repeats=1)
     note = next(x for x in found.notes if "stay dense" in x)
     assert note.startswith("blocks 1x16 int8, LiteRT: 1 of 2 layers stay dense")
-    assert note.endswith("no multiple of 16: 2")
+    assert note.endswith("number of inputs is not a multiple of 16: 2")
     assert found.form("bsr").reason == "the model has no layer that it fits"
-    assert not any("layers of equal shapes" in x for x in found.notes)  # none was measured
+    assert not any("Layers of equal shapes" in x for x in found.notes)  # none was measured
 
 
 def test_convolutions_are_named() -> None:
     model = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Flatten(), nn.Linear(64, 16))
     found = advise(model, torch.ones(2, 4, 10), sparsities=[0.9], forms=["1x4", "csr"], repeats=1)
     notes = "\n".join(found.notes)
-    assert "1 of 2 layers stay dense, which are not linear, or whose inputs" in notes
-    assert "not of a torch.nn.Linear, or that attention reads itself: 0.weight" in notes
+    assert "1 of 2 layers stay dense, because they are not linear or their number" in notes
+    assert "or an attention module reads them directly: 0.weight" in notes
     assert list(found.form("csr").seconds[None]) == [0.9]
 
 
@@ -168,6 +197,7 @@ def test_a_model_in_16_bits_is_measured_in_float32() -> None:
     model = network().bfloat16()
     found = advise(model, X.bfloat16(), sparsities=[0.9], forms=["csr"], repeats=1)
     assert found.form("dense").sizes[0.0] == 2 * advise_size(model)
+    assert "those of the model in float32, instead of bfloat16" in "\n".join(found.notes)
     assert model[0].weight.dtype == torch.bfloat16
 
 
@@ -191,6 +221,101 @@ def test_inputs_are_repeated_or_cut_to_a_batch_size() -> None:
     assert seen == {(1.0,), (1.0, 2.0, 1.0)}
 
 
+@pytest.mark.usefixtures("without_litert")
+def test_tied_weights_count_once() -> None:
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU(), nn.Linear(32, 32, bias=False))
+    model[2].weight = model[0].weight
+    sizes = advise(model, X, sparsities=[0.9], forms=["csr"], repeats=1).form("csr").sizes
+    single = advise(model[0], X, sparsities=[0.9], forms=["csr"], repeats=1).form("csr").sizes
+    assert sizes == single
+
+
+@pytest.mark.usefixtures("without_litert")
+@pytest.mark.parametrize("forms", [["bsr"], ["csr"]])
+def test_the_advised_pattern_trains_the_model(forms: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    found = advise(model, X, sparsities=[0.9], forms=forms, repeats=1)
+    call = re.search(r"safe_core\.safe\(.*?, steps=\.\.\.\)", found.advice[None])
+    assert call is not None, found.advice
+    assert ("ragged" in call[0]) == (forms == ["bsr"])
+    method = eval(call[0].replace("...", "2"))
+    optimizer = SparseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method, model=model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(X).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    with pytest.warns(safe_core.FinalizeWarning, match="the projection removes"):
+        optimizer.finalize()
+    assert 0 < int((model[0].weight == 0).sum()) < 32 * 32
+
+
+class Kept(nn.Module):
+    """Holds a tensor that cannot be copied, and a state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.last = self.layer.weight.sum()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.usefixtures("without_litert")
+def test_modules_with_other_state_are_measured() -> None:
+    found = advise(Kept(), X, sparsities=[0.9], forms=["csr", "channels"], repeats=1)
+    assert found.form("dense").sizes[0.0] == 4 * (32 * 32 + 32)
+    assert "deepcopy" in found.form("channels").reason
+    assert found.form("csr").seconds[None] == {0.9: 1.0}
+    with pytest.raises(ValueError, match="model must be one that can be copied, to run in float32"):
+        advise(Kept().double(), X, sparsities=[0.9], forms=["csr"], repeats=1)
+
+
+@pytest.mark.usefixtures("without_litert")
+def test_few_zeros_of_its_own_have_a_size_alone(tmp_path: Path) -> None:
+    model = pruned(0.4)
+    found = advise(model, X, sparsities=[0.9], forms=["csr", "bsr"], repeats=1)
+    size = save_compressed(model.state_dict(), tmp_path / "model.safetensors").stored_bytes
+    for name in ("csr", "bsr"):
+        assert list(found.form(name).seconds[None]) == [0.9]
+        assert found.form(name).sizes["own"] == size
+    assert "2 of 2 layers have fewer than half zeros, so they are not timed" in str(found.notes)
+    assert "its own zeros were not timed; save_compressed makes the file" in found.advice[None]
+    alone = advise(model, X, sparsities=[0.9], forms=["1x4"], repeats=1)
+    assert "save_compressed makes the file" in alone.advice[None]
+
+
+@pytest.mark.usefixtures("without_litert")
+def test_blocks_that_are_too_full_are_noted() -> None:
+    found = advise(network(), X, sparsities=[0.25, 0.9], forms=["bsr"], repeats=1)
+    assert list(found.form("bsr").seconds[None]) == [0.9]
+    assert found.form("bsr").reason == ""
+    note = next(x for x in found.notes if "was not measured" in x)
+    assert note.startswith(
+        "BSR 16x16, PyTorch was not measured for 25% zeros in a layer of 32 inputs, 32 outputs: "
+    )
+
+
+def test_layers_are_timed_in_their_own_dtype() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
+    shapes = timing._Shapes(model, lambda m: m[1](m[0](X[:, :4]).double()))
+    assert [call.dtype for call in shapes.calls] == [torch.float32, torch.float64]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="device must be available, got 'cuda' and no CUDA GPU"):
+        advise(network(), X, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "text"),
     [
@@ -199,18 +324,24 @@ def test_inputs_are_repeated_or_cut_to_a_batch_size() -> None:
         ((nn.ReLU(), X), {}, ValueError, "model must have weights that can be pruned, got none"),
         ((network(), X), {"repeats": 0}, ValueError, "repeats must be at least 1, got 0"),
         ((network(), X), {"device": "nowhere"}, ValueError, "device must be one of PyTorch, got"),
+        (
+            (network(), X[:, :8]),
+            {},
+            ValueError,
+            "model must take example_inputs, got RuntimeError: mat",
+        ),
         ((network(), X), {"device": "meta"}, ValueError, "device must be on the CPU or CUDA, got"),
         (
             (network(), (X, 3)),
             {"batch_sizes": [1]},
             TypeError,
-            "example_inputs must hold tensors only for batch_sizes=, got 3",
+            "example_inputs must be arrays with samples on their first axes for batch_sizes=, got",
         ),
         (
             (network(), torch.ones(())),
             {"batch_sizes": [1]},
             ValueError,
-            "example_inputs must have samples on their first axes for batch_sizes=, got shape",
+            "example_inputs must be arrays with samples on their first axes for batch_sizes=, got",
         ),
     ],
 )

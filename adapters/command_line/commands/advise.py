@@ -33,7 +33,7 @@ def advise(
         list[str] | None,
         typer.Option(help="Form to measure beside the dense ones, such as 1x16; may be repeated."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Measurements of each form.")] = 9,
+    repeats: Annotated[int, typer.Option(help="Timed samples of each form.")] = 9,
     length: Annotated[int, typer.Option(help="Tokens of a sample, for a model folder.")] = 128,
     device: Annotated[
         str | None, typer.Option(help="PyTorch device; by default that of the model.")
@@ -44,21 +44,25 @@ def advise(
 ) -> None:
     """Measure in which forms zeros would pay on this machine, and say what to train.
 
-    Random weights stand in for those of the model, so it need not be trained. A function must
+    Random weights replace those of the linear layers, so the model need not be trained. A function
+    must
     return a PyTorch model and example inputs, an NNX module and example inputs, or a Linen
     module, example inputs and variables. Its file is run.
     """
     from ..advice import advice
+    from ..progress_bar import counted
 
-    found = advice(
-        source,
-        batch_sizes=batch_size or None,
-        sparsities=sparsity or None,
-        forms=form or None,
-        repeats=repeats,
-        length=length,
-        device=device,
-        gguf_file=gguf_file,
-        trust_remote_code=trust_remote_code,
-    )
+    with counted("parts") as progress:
+        found = advice(
+            source,
+            batch_sizes=batch_size or None,
+            sparsities=sparsity or None,
+            forms=form or None,
+            repeats=repeats,
+            length=length,
+            device=device,
+            gguf_file=gguf_file,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     typer.echo(json.dumps(found.plain(), indent=2) if as_json else str(found))

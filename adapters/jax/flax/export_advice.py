@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from safe_core._checks import shown
 from safe_core._synthetic import synthetic_weight
 from safe_core.adapters.export_advice import ExportAdvice
-from safe_core.adapters.export_forms import OWN, Sparsity
+from safe_core.adapters.export_forms import Sparsity
 from safe_core.adapters.export_measurements import (
+    LITERT,
     Collected,
-    Totals,
+    check_fit,
     check_plan,
+    failed_call,
     measure_litert,
-    own_times,
-    stored_bytes,
+    measure_own,
+    resized,
 )
+from safe_core.adapters.export_sums import SummedTimes, summed, zeroed_bytes
 from safe_core.adapters.layer_timing import LayerTiming, interleaved, processor
+from safe_core.adapters.memory_errors import lacks_memory
 from safe_core.compressed.forms import chosen_form
 
 from ..compressed import raw_array
 from ..litert import litert_graph
+from ..weights import known_layouts
 from .sparse_model import (
     Layer,
     LinenLayers,
@@ -43,10 +46,6 @@ __all__ = ["advise"]
 
 PyTree = Any
 _KNOWN = ("dense", "litert", "int8", "1x4", "1x16", "bcsr")
-_SUMMED = (
-    "BCSR: the time of the dense model, less what its linear layers save that get a tenth faster; "
-    "layers of equal shapes were measured once"
-)
 
 
 def advise(
@@ -58,18 +57,22 @@ def advise(
     sparsities: Collection[float] = (0.8, 0.9, 0.95),
     forms: Collection[str] | None = None,
     repeats: int = 9,
+    progress: Callable[[int, int], object] | None = None,
 ) -> ExportAdvice:
     """Measure in which forms zeros would pay on this machine, before or after training.
 
-    Random weights, with zeros at random places, stand in for those of the model. So only its
-    shapes count, and it need not be trained. Measured are
+    Random weights with zeros at random positions replace those of the linear layers. Only shapes
+    matter, so the model need not be trained. It measures
 
     - files of the whole model for LiteRT: dense in float32 and int8, and with zeros in blocks of
       1x4 (float32) and 1x16 (int8), with one thread;
     - its linear layers in BCSR, compiled, where the arrays are.
 
     If at least a hundredth of the weights are zero, the same is measured with these zeros. A form
-    pays if it takes at most nine tenths of the time of dense float32.
+    pays if it takes at most nine tenths of the time of the dense model.
+
+    JAX uses all its threads and wall-clock time, so other programs disturb its figures. LiteRT is
+    measured only where JAX computes on the CPU.
 
     ``model`` and ``variables`` stay as they are.
 
@@ -90,7 +93,10 @@ def advise(
         Forms to measure beside the dense ones: ``"1x4"``, ``"1x16"`` and ``"bcsr"``; by default
         all.
     repeats : int
-        Measurements of each form; LiteRT takes more in the same time.
+        Timed samples of each form. LiteRT files are called at least this often, and for about a
+        second in all.
+    progress : callable, optional
+        Called with the number of finished parts and the total.
 
     Returns
     -------
@@ -103,7 +109,7 @@ def advise(
     TypeError
         If an argument is of another kind.
     ValueError
-        If an argument is out of range.
+        If an argument is out of range, or the model fails on ``example_inputs``.
 
     Examples
     --------
@@ -122,19 +128,49 @@ def advise(
         sparsities=sparsities,
         repeats=repeats,
         zeros=_zeros(layers),
+        dtype=" and ".join(sorted({str(x.dtype) for x in layers.kernels().values()})),
     )
     inputs = {n: _resized(example_inputs, n) for n in plan.batch_sizes}
-    found = Collected(plan)
+    found = Collected(plan, parts=3 * len(inputs), progress=progress)
+    runs = {batch: layers.call(None, given) for batch, given in inputs.items()}
+    for batch, run in runs.items():
+        _check_call(run, plan.place(batch))
+    named = list(layers.params().items())
+    layouts = dict(
+        zip(layers.params(), known_layouts(named, [None] * len(named), model), strict=True)
+    )
+    check_fit(found, [(name, x.shape, layouts[name]) for name, x in layers.kernels().items()])
+    found.note(
+        "JAX uses all its threads and wall-clock time, so other programs disturb its figures"
+    )
+    if plan.own is not None:
+        found.compressed = sum(chosen_form(raw_array(x)).nbytes for x in _arrays(layers))
+    backend = jax.default_backend()
+    if backend != "cpu":
+        found.not_measured(LITERT, f"LiteRT runs on the CPU here, and JAX computes on {backend}")
     bound = model if variables is None else model.bind(variables)
     for batch, given in inputs.items():
-        run = layers.call(None, given)
-        taken = interleaved({"dense": run}, plan.repeats)["dense"]
+        taken = interleaved({"dense": runs[batch]}, plan.repeats)["dense"]
         found.add("dense", batch, 0.0, statistics.median(taken), _nbytes(layers))
+        found.finish()
         if "bcsr" in plan.forms:
             _measure_layers(found, batch, layers, given)
-        measure_litert(found, batch, lambda given=given: litert_graph(bound, given))  # type: ignore[misc]
-    machine = f"{processor()}, {jax.default_backend()}; LiteRT with one thread"
-    return found.advice(machine)
+        found.finish()
+        if backend == "cpu":
+            measure_litert(found, batch, lambda given=given: litert_graph(bound, given))  # type: ignore[misc]
+        found.finish()
+    machine = f"{processor()}, {backend}"
+    return found.advice(f"{machine}; LiteRT with one thread" if backend == "cpu" else machine)
+
+
+def _check_call(run: Callable[[], Any], place: str) -> None:
+    """Raise a ValueError if a model fails on its inputs."""
+    try:
+        run()
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise failed_call(error, place) from error
 
 
 def _zeros(layers: NnxLayers | LinenLayers) -> float:
@@ -150,13 +186,7 @@ def _resized(example_inputs: Any, batch: int | None) -> tuple[Any, ...]:
     given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if batch is None:
         return given
-    for x in given:
-        if not getattr(x, "ndim", 0) or not len(x):
-            raise ValueError(
-                "example_inputs must be arrays with samples on their first axes for batch_sizes=, "
-                f"got {shown(x)}"
-            )
-    return tuple(jnp.asarray(x)[jnp.arange(batch) % len(x)] for x in given)
+    return tuple(jnp.asarray(resized(x, batch)) for x in given)
 
 
 def _nbytes(layers: NnxLayers | LinenLayers) -> int:
@@ -193,24 +223,22 @@ def _measure_layers(
             dtypes = layer.kernel.dtype, dtype
             calls[_Call(layer.kernel.shape, shape, dtypes, layer.bias is not None)] += count
     whole = found.seconds["dense"][batch][0.0]
-    totals = Totals(whole)
+    totals = SummedTimes(whole)
     for call, count in calls.items():
         totals.add(count, _times(found, call))
     for (form, at), seconds in totals.seconds():
-        kept = {name: _kept(layer.kernel, float(at)) for name, layer in known.items()}
-        found.add(form, batch, at, seconds, _stored(layers, kept))
-        found.note(_SUMMED)
+        weights = [(layer.kernel.size, layer.kernel.dtype.itemsize) for layer in known.values()]
+        found.add(form, batch, at, seconds, zeroed_bytes(_nbytes(layers), weights, float(at)))
+        found.note(summed("BCSR is an estimate"))
     if found.plan.own is None:
         return
-    totals = Totals(whole)
-    for name, layer in known.items():
-        zeros = 1 - int(jnp.count_nonzero(layer.kernel)) / max(1, layer.kernel.size)
-        timing = timed(LayerTiming(name, layer.kernel.shape, zeros), layer, found.plan.repeats)
-        if timing.seconds:
-            totals.add(1, own_times(timing))
-    for (form, _), seconds in totals.seconds():
-        size = sum(chosen_form(raw_array(x)).nbytes for x in _arrays(layers))
-        found.add(form, batch, OWN, seconds, size)
+    timings = []
+    for name, kernel in layers.kernels().items():
+        zeros = 1 - int(jnp.count_nonzero(kernel)) / max(1, kernel.size)
+        if zeros:
+            timing = LayerTiming(name, kernel.shape, zeros)
+            timings.append(timed(timing, every.get(name), found.plan.repeats))
+    measure_own(found, batch, ["bcsr"], timings)
 
 
 def _times(found: Collected, call: _Call) -> dict[tuple[str, Sparsity], float]:
@@ -229,17 +257,3 @@ def _times(found: Collected, call: _Call) -> dict[tuple[str, Sparsity], float]:
     }
     taken = interleaved(runs, found.plan.repeats)
     return {key: statistics.median(taken[f"{key[0]} {key[1]}"]) for key in kernels}
-
-
-def _kept(kernel: jax.Array, sparsity: float) -> int:
-    return kernel.size - math.floor(sparsity * kernel.size)
-
-
-def _stored(layers: NnxLayers | LinenLayers, kept: Mapping[str, int]) -> int:
-    """Return the bytes of a compressed file, by the entries of kernels that are not zero."""
-    kernels = layers.kernels()
-    saved = (
-        kernels[name].nbytes - stored_bytes(kernels[name].size, count, kernels[name].dtype.itemsize)
-        for name, count in kept.items()
-    )
-    return _nbytes(layers) - sum(saved)

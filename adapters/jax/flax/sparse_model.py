@@ -15,6 +15,7 @@ from jax.experimental.sparse import BCSR
 
 from safe_core import _checks
 from safe_core.adapters.layer_timing import (
+    HALF,
     LayerTiming,
     SparseModules,
     interleaved,
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 PyTree = Any
-_FEWEST = 0.5  # zeros of a layer that is measured: below this no form has been faster
 
 
 class SparseLinear(nnx.Module):
@@ -186,7 +186,7 @@ def timed(layer: LayerTiming, found: Layer | str | None, repeats: int) -> LayerT
     """Time a layer on random inputs of the shapes that it gets."""
     if not isinstance(found, Layer):
         return layer._replace(reason=found or "it has no sparse kernel")
-    if layer.sparsity < _FEWEST:
+    if layer.sparsity < HALF:
         return layer._replace(reason="fewer than half of the entries are zero")
     if not found.calls:
         return layer._replace(reason="the model does not call it")
@@ -256,10 +256,14 @@ class NnxLayers:
         """Return all arrays of the model."""
         return jax.tree.leaves(nnx.as_pure(nnx.state(self.copy)))
 
+    def params(self) -> dict[str, jax.Array]:
+        """Return all parameters."""
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(nnx.state(self.copy, nnx.Param)))
+        return {name_of(path): x for path, x in leaves}
+
     def kernels(self) -> dict[str, jax.Array]:
         """Return the kernels of all layers."""
-        leaves = jax.tree_util.tree_leaves_with_path(nnx.as_pure(nnx.state(self.copy, nnx.Param)))
-        return {name_of(path): x for path, x in leaves if is_prunable(name_of(path), x)}
+        return {name: x for name, x in self.params().items() if is_prunable(name, x)}
 
     def layers(self, inputs: tuple[Any, ...]) -> dict[str, Layer | str]:
         """Return the layers that can be replaced, as the model calls them, or why not."""
@@ -345,10 +349,14 @@ class LinenLayers:
         """Return all arrays of the model."""
         return jax.tree.leaves(nn.unbox(self.variables))
 
+    def params(self) -> dict[str, jax.Array]:
+        """Return all parameters."""
+        leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(self.variables).get("params", {}))
+        return {name_of(path): x for path, x in leaves}
+
     def kernels(self) -> dict[str, jax.Array]:
         """Return the kernels of all layers."""
-        leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(self.variables).get("params", {}))
-        return {name_of(path): x for path, x in leaves if is_prunable(name_of(path), x)}
+        return {name: x for name, x in self.params().items() if is_prunable(name, x)}
 
     def layers(self, inputs: tuple[Any, ...]) -> dict[str, Layer | str]:
         """Return the layers that can be replaced, as the model calls them, or why not."""
