@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,7 +149,10 @@ class ExportAdvice:
             lines += ["not measured:", *(_wrapped(text, "  ") for text in texts), ""]
         lines += [_wrapped(note) for note in self.notes]
         lines += [f"medians on {self.machine}", ""]
-        lines += [_wrapped(f"{_inputs(batch)}: {text}") for batch, text in self.advice.items()]
+        if self.form("int8").reason:
+            lines += [_wrapped(f"LiteRT was not measured: {self.form('int8').reason}")]
+        for batch, text in self.advice.items():
+            lines += [f"{_inputs(batch)}:", *(_wrapped(part, "  ") for part in text.split("; "))]
         return "\n".join(lines)
 
     def _columns(self) -> dict[Sparsity, str]:
@@ -194,13 +198,20 @@ def _inputs(batch: int | None) -> str:
     return "inputs as given" if batch is None else f"batch size {batch}"
 
 
+# A call with up to two levels of parentheses in its arguments.
+_CALL = re.compile(r"\w[\w.]*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
+
+
 def _wrapped(text: str, indent: str = "") -> str:
-    """Return a text in lines, of which all but the first are indented further."""
+    """Return a text in lines, of which all but the first are indented further.
+
+    A line does not end within a call, which is there to be copied.
+    """
     return textwrap.fill(
-        text,
+        _CALL.sub(lambda call: call[0].replace(" ", "\N{NO-BREAK SPACE}"), text),
         100,
         initial_indent=indent,
         subsequent_indent=f"{indent}  ",
         break_long_words=False,
         break_on_hyphens=False,
-    )
+    ).replace("\N{NO-BREAK SPACE}", " ")

@@ -88,13 +88,15 @@ file 4 times smaller than dense float32; 4 times faster at 90% zeros
     if (found := _first(others, batch, MARGIN * dense.fastest)) is not None:
         return _train(forms, batch, *found)
     channels = _first(forms, batch, MARGIN * dense.fastest)
-    in_floats = _first(others, batch, MARGIN * dense.floating)
+    bar = MARGIN * dense.floating
+    gains = _first(others, batch, bar) is not None
+    in_floats = _first([x for x in others if _DENSE_OF.get(x.name) != "int8"], batch, bar)
     if dense.int8 is None or dense.int8 > MARGIN * dense.floating:
         if channels is not None:
             return f"{_train(forms, batch, *channels)}; {_COSTLY}"
         unknown = " (dense int8 was not measured)" if dense.int8 is None else ""
         parts = [f"{_none_pays(forms, batch, dense.name)}{unknown}"]
-        if in_floats is None and (smallest := _smallest(forms)):
+        if not gains and (smallest := _smallest(forms)):
             parts = [f"{parts[0]}, so zeros only make the file smaller", smallest]
     else:
         parts = [f"export dense int8 with {_named(forms, 'int8').export(batch)}: "

@@ -34,6 +34,7 @@ __all__ = [
     "measure_litert",
     "measure_own",
     "resized",
+    "single_sample",
 ]
 
 LITERT = ("litert", "int8", *BLOCKED)
@@ -242,6 +243,18 @@ def failed_call(error: Exception, place: str) -> ValueError:
     return ValueError(
         f"model must take example_inputs{which}, got {type(error).__name__}: {first_line(error)}"
     )
+
+
+def single_sample(arrays: Iterable[Any]) -> list[int] | None:
+    """Return the batch size 1 if all arrays hold one sample, and None otherwise.
+
+    Examples
+    --------
+    >>> single_sample([np.ones((1, 3))]), single_sample([np.ones((1, 3)), np.ones((2, 3))])
+    ([1], None)
+    """
+    lengths = {x.shape[0] if getattr(x, "ndim", 0) else None for x in arrays}
+    return [1] if lengths == {1} else None
 
 
 def resized(x: Any, batch: int) -> Any:

@@ -21,6 +21,7 @@ from safe_core.adapters.export_measurements import (
     first_line,
     measure_litert,
     resized,
+    single_sample,
 )
 from safe_core.adapters.layer_timing import processor
 from safe_core.adapters.memory_errors import lacks_memory
@@ -72,7 +73,8 @@ def advise(
         One argument, all positional ones, or all by name. Random values will do.
     batch_sizes : list of int, optional
         Numbers of samples of a call, along the first axis of all inputs, which are repeated or
-        cut to that size. By default the inputs are used as they are.
+        cut to that size. By default 1 if the inputs hold one sample, and otherwise the inputs are
+        used as they are.
     sparsities : list of float
         Fractions of zeros in the weights of linear layers.
     forms : list of str, optional
@@ -108,7 +110,9 @@ def advise(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
-    arguments(example_inputs)  # which may raise
+    args, kwargs = arguments(example_inputs)
+    if batch_sizes is None:
+        batch_sizes = single_sample([*args, *kwargs.values()])
     given = _dtype(model)
     model, where = _placed(model, device)
     plan = check_plan(

@@ -41,7 +41,7 @@ Call = Callable[[nn.Module], Any]
 _HALF = 0.5  # zeros of 2:4
 _CHANNELS = (
     "channels removed: each layer loses the share of channels that leaves the stated fraction of "
-    "weights between two layers, such as Channel(0.553) for 80%."
+    "weights between two layers, such as {} for {}."
 )
 # Why layers stay dense in a form whose groups do not fit.
 _UNFIT = {
@@ -140,7 +140,8 @@ def smaller_models(found: Collected, model: nn.Module, inputs: Any) -> dict[Spar
             stay.setdefault(reason, []).append(name)
         if removed.removed:
             smaller[sparsity] = trial
-            found.note(_CHANNELS)
+            least = found.plan.sparsities[0]
+            found.note(_CHANNELS.format(f"Channel({channel_share(least):.3g})", percent(least)))
         elif not own:
             reasons = "; ".join(stay) or "there are none"
             text = f"no channels can be removed: {reasons}"

@@ -71,7 +71,7 @@ def test_a_function_returns_the_model(parts: Path) -> None:
         assert form in found.stdout
     assert "--form leaves it out" in " ".join(found.stdout.split())
     assert "forms=" not in found.stdout
-    assert "\nbatch size 4: " in found.stdout
+    assert "\nbatch size 4:\n" in found.stdout
 
 
 @pytest.mark.parametrize("function", ["of_nnx", "of_linen"])
@@ -144,7 +144,7 @@ def test_sources_and_options_that_do_not_fit(parts: Path, tmp_path: Path) -> Non
     assert "device must be left out for a Flax model, got 'cpu'" in on_device.stderr
     for options, text in (
         (("--sparsity", "90"), "sparsity must be a fraction above 0 and below 1, such as 0.9, got "
-         "90: 90 percent are 0.9"),
+         "90: write 0.9 for 90 percent"),
         (("--sparsity", "0"), "sparsity must be a fraction above 0 and below 1, such as 0.9, got"),
         (("--form", "1x8"), "--form must be among 1x4, 1x16, csr, bsr, channels, 2:4, got '1x8'"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),

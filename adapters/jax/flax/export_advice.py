@@ -22,6 +22,7 @@ from safe_core.adapters.export_measurements import (
     measure_litert,
     measure_own,
     resized,
+    single_sample,
 )
 from safe_core.adapters.export_sums import SummedTimes, summed, zeroed_bytes
 from safe_core.adapters.layer_timing import LayerTiming, interleaved, processor
@@ -86,7 +87,8 @@ def advise(
         Those of a Linen module.
     batch_sizes : list of int, optional
         Numbers of samples of a call, along the first axis of all inputs, which are repeated or
-        cut to that size. By default the inputs are used as they are.
+        cut to that size. By default 1 if the inputs hold one sample, and otherwise the inputs are
+        used as they are.
     sparsities : list of float
         Fractions of zeros in the kernels of linear layers.
     forms : list of str, optional
@@ -120,6 +122,9 @@ def advise(
     ([0.9], 'forms= leaves it out')
     """
     layers = layers_of(model, variables)
+    if batch_sizes is None:
+        given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+        batch_sizes = single_sample(given)
     plan = check_plan(
         "JAX",
         _KNOWN,
