@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import safe_core.litert
-from safe_core.litert import export
+from safe_core.litert import export, run_file
 from safe_core.litert.build import Builder
 from safe_core.litert.export import relative_error
 from safe_core.litert.flatbuffer import serialized
@@ -152,6 +153,43 @@ def test_the_process_imports_numpy_and_the_runtime_only() -> None:
     modules |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     used = {"__future__", "json", "statistics", "sys", "time", "typing"}
     assert modules == used | {"numpy", "ai_edge_litert.interpreter"}
+
+
+class Computer:
+    """A clock, and files whose first call after another file takes longer than the others."""
+
+    def __init__(self) -> None:
+        self.now, self.readings, self.last = 0.0, 0, None
+
+    def clock(self) -> float:
+        self.readings += 1
+        self.now += 1e-6
+        return self.now
+
+    def file(self, seconds: float) -> Any:
+        def invoke() -> None:
+            self.now += seconds if self.last is file else 3 * seconds
+            self.last = file
+
+        file = SimpleNamespace(invoke=invoke, get_input_details=list, get_output_details=list)
+        return file
+
+
+def test_files_are_timed_with_what_they_keep_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    computer = Computer()
+    monkeypatch.setattr(run_file, "_CLOCK", computer.clock)
+    monkeypatch.setattr(run_file, "time", SimpleNamespace(perf_counter=lambda: computer.now))
+    known = [5e-6, 1e-5, 0.002]
+    files = [computer.file(seconds) for seconds in known]
+    found = run_file.times(files, [], 0.0, 4)
+    assert found[:2] == pytest.approx(known[:2], rel=2e-3)
+    assert found[2] == pytest.approx(known[2], rel=1e-3)
+    assert computer.readings < 100  # not one for each call
+    computer.now = 0.0
+    run_file.times(files, [], 0.1, 4)
+    assert 0.1 < computer.now < 0.12
+    run_file.times(files[2:], [], 100.0, 4)
+    assert computer.now < 1.0  # 200 blocks
 
 
 @pytest.mark.parametrize(("sparse", "chosen"), [(0.5, "1x4"), (1.02, "1x4"), (3.0, "packed")])
