@@ -223,6 +223,8 @@ class _Trace:
             return target(*args, **kwargs)
         if not hasattr(target, "_schema"):  # operator.getitem, of a list of results
             return target(*args, **kwargs)
+        if not target._schema.returns and not target._schema.is_mutable:
+            return None  # an assertion, such as that of the dtype which .to() adds
         path, kind = _module(node)
         self.graph.source = path or _name(target)
         rule = _RULES.get(_name(target))

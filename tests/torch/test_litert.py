@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from litert_files import operators, run, scales_of_compressed, types
 from torch import Tensor, nn
 from torch.nn import functional
@@ -280,6 +281,26 @@ def test_a_damaged_file_is_deleted(
     with pytest.raises(ValueError, match=r"the file must .*it was deleted"):
         save_litert(perceptron(), VECTORS, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["an older file"]
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.float(), lambda x: x.to(torch.float32)])
+def test_assertions_of_dtypes_are_left_out(cast: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    report = save_litert(Many(cast, lambda x: cast(x).relu()), VECTORS, tmp_path / "model.tflite")
+    assert report.error < 1e-6
+
+
+def test_a_llama_from_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+        )  # fmt: skip
+    )
+    tokens = {"input_ids": torch.arange(24).reshape(3, 8)}
+    report = save_litert(model, tokens, tmp_path / "model.tflite")
+    assert report.error < 1e-5
+    assert "model.layers.0.mlp.down_proj" in {layer.name for layer in report.layers}
 
 
 class Cumulative(nn.Module):
