@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core._installed import require
+from safe_core.adapters.model_calls import naming_inputs
 
 from .channel_layers import ChannelLayers
 from .example_inputs import arguments, compare, evaluation_mode
@@ -82,9 +83,9 @@ def shrink(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot be traced, has channels that are constant, or would compute something
-        else, or if a buffer of the optimizer has another shape than its parameter. Nothing has
-        changed then.
+        If the model cannot take ``example_inputs``, cannot be traced, has channels that are
+        constant, or would compute something else, or if a buffer of the optimizer has another
+        shape than its parameter. Nothing has changed then.
 
     Examples
     --------
@@ -104,6 +105,8 @@ def shrink(
     _check(model, optimizer)
     args, kwargs = arguments(example_inputs)
     with evaluation_mode(model), _naming_the_model():
+        with naming_inputs([*args, *kwargs.values()]):
+            model(*args, **kwargs)
         return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer)
 
 
@@ -136,7 +139,7 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot be traced.
+        If the model cannot take ``example_inputs``, or cannot be traced.
 
     Examples
     --------
@@ -152,6 +155,8 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     _check(model, None)
     args, kwargs = arguments(example_inputs)
     with evaluation_mode(model), _naming_the_model():
+        with naming_inputs([*args, *kwargs.values()]):
+            model(*args, **kwargs)
         found = _Removable(model, args, kwargs)
         found.layers.drop(found.constants)
     return {name: len(indices) for name, indices in found.constants.items()}

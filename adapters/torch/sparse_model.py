@@ -20,6 +20,7 @@ from safe_core.adapters.layer_timing import (
     processor,
     timing_of,
 )
+from safe_core.adapters.model_calls import naming_inputs
 
 from .example_inputs import arguments, compare, evaluation_mode
 from .sparse_layers import SparseLinear, quiet_beta, sparse_forms
@@ -67,7 +68,7 @@ def sparse_modules(model: nn.Module, example_inputs: Any, *, repeats: int = 9) -
     TypeError
         If an argument is of another kind.
     ValueError
-        If the outputs differ.
+        If the model cannot take ``example_inputs``, or the outputs differ.
 
     Examples
     --------
@@ -88,6 +89,8 @@ def sparse_modules(model: nn.Module, example_inputs: Any, *, repeats: int = 9) -
     _checks.integer("repeats", repeats, low=1)
     args, kwargs = arguments(example_inputs)
     with evaluation_mode(model), quiet_beta():
+        with naming_inputs([*args, *kwargs.values()]):
+            model(*args, **kwargs)
         return _replaced(model, lambda m: m(*args, **kwargs), repeats)
 
 

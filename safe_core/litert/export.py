@@ -116,7 +116,9 @@ def save_graph(
             files = [_written(folder / f"{k}.tflite", x) for k, x in enumerate(found.values())]
             answer = measure(files, samples, len(graph.outputs), folder, _SECONDS)
         except FileRuntimeError as error:
-            raise ValueError(f"the file must run in LiteRT, but {error}; it was deleted") from error
+            raise ValueError(
+                f"the file must run in LiteRT, but {error}; nothing was written to {target}"
+            ) from error
     seconds = dict(zip(found, answer.seconds, strict=True))
     errors = {
         key: relative_error(outputs, expected)
@@ -127,7 +129,8 @@ def save_graph(
         if not found_error <= settings.tolerance:  # not a number is wrong, too
             raise ValueError(
                 "the file must compute what the model computes, up to a relative error of "
-                f"{settings.tolerance:g}, got {found_error:.2g} ({key}); it was deleted"
+                f"{settings.tolerance:g}, got {found_error:.2g} ({key}); nothing was written to "
+                f"{target}{_remedy(settings.weights, found_error)}"
             )
     chosen = _chosen(seconds, settings.compute)
     _replace(target, found[chosen].content)
@@ -153,6 +156,14 @@ def relative_error(found: Samples, expected: Samples) -> float:
             return math.nan
         largest = max(largest, error)
     return largest
+
+
+def _remedy(weights: str, error: float) -> str:
+    """Return what can be done about an error, as the end of a sentence."""
+    if math.isnan(error):
+        return ""
+    samples = "pass more samples of real data as example_inputs, or " if weights == "int8" else ""
+    return f"; {samples}raise tolerance= to accept the error"
 
 
 def _chosen(seconds: dict[str, float], compute: str) -> str:

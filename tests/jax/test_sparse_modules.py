@@ -169,3 +169,5 @@ def test_a_bad_argument_is_named() -> None:
         sparse_modules(Module(), X, variables=variables)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         sparse_modules(Module(), X, repeats=0)
+    with pytest.raises(ValueError, match=r"example_inputs must be .*shape \(6, 15\) float32: "):
+        sparse_modules(Module(), X[:, 1:])

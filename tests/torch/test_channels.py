@@ -311,3 +311,9 @@ def test_a_buffer_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
         shrink(model, IMAGES, optimizer)
     assert model.conv1.out_channels == 10
+
+
+@pytest.mark.parametrize("function", [shrink, silence_channels])
+def test_wrong_inputs_are_named(function: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs must be .* got shape \(4, 2, 8, 8\) flo"):
+        function(layers(nn.ReLU()).double(), IMAGES[:, :2])

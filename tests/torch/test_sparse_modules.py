@@ -224,3 +224,7 @@ def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
         sparse_modules(*arguments)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         sparse_modules(network(), X, repeats=0)
+    with pytest.raises(
+        ValueError, match=r"example_inputs must be .* got shape \(6, 63\) float64: "
+    ):
+        sparse_modules(network(), X[:, 1:])

@@ -21,6 +21,7 @@ from safe_core.adapters.layer_timing import (
     processor,
     timing_of,
 )
+from safe_core.adapters.model_calls import naming_inputs
 
 from ..weights import is_prunable, name_of
 
@@ -115,7 +116,7 @@ def sparse_modules(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the outputs differ.
+        If the model cannot take ``example_inputs``, or the outputs differ.
 
     Examples
     --------
@@ -159,7 +160,9 @@ def _replaced(
     model: NnxLayers | LinenLayers, inputs: tuple[Any, ...], repeats: int
 ) -> SparseModules:
     described = f"{processor()}, {jax.default_backend()}"
-    layers, found = [], model.layers(inputs)
+    layers = []
+    with naming_inputs(inputs):
+        found = model.layers(inputs)
     for name, kernel in model.kernels().items():
         zeros = 1 - float(jnp.count_nonzero(kernel)) / max(1, kernel.size)
         if zeros:
