@@ -142,7 +142,7 @@ class _Traced:
         """Raise an error if parameters have fewer digits than the file."""
         for name, leaf in zip(self.names, self.leaves, strict=True):
             dtype = getattr(leaf, "dtype", np.dtype(bool))
-            if jax.dtypes.issubdtype(dtype, np.floating) and dtype.itemsize < 4:
+            if jax.numpy.issubdtype(dtype, np.floating) and dtype.itemsize < 4:
                 raise ValueError(
                     f"model must be in float32, got {dtype} in {name}: pass a model with float32 "
                     "parameters, because the file is float32"

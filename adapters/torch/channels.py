@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,12 @@ from safe_core.adapters.model_calls import naming_inputs
 from .channel_layers import ChannelLayers
 from .example_inputs import arguments, compare, evaluation_mode
 from .optimizer import SparseOptimizer
+from .removed_channels import RemovedChannels
 
-__all__ = ["RemovedChannels", "shrink", "silence_channels"]
+__all__ = ["shrink", "silence_channels"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
-
-
-class RemovedChannels(NamedTuple):
-    """Hold the result of `shrink`.
-
-    Attributes
-    ----------
-    model : torch.nn.Module
-        The smaller network.
-    removed : dict of str to int
-        Number of output channels that were removed, by the name of the layer.
-    kept : dict of str to str
-        Layers with channels that are zero and stay, and why.
-    """
-
-    model: nn.Module
-    removed: dict[str, int]
-    kept: dict[str, str]
 
 
 @torch.no_grad()
@@ -221,9 +204,9 @@ def _remove(
 ) -> RemovedChannels:
     from torch_kirigami.pruning import Pruner
 
-    found = _Removable(model, args, kwargs)
+    found, size = _Removable(model, args, kwargs), _size(model)
     if not found.removed:
-        return RemovedChannels(model, {}, found.kept)
+        return RemovedChannels(model, {}, found.kept, (size, size))
     layers, constants = found.layers, found.constants
     if constants and layers.have_effect(constants, args, kwargs):
         counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
@@ -248,7 +231,11 @@ def _remove(
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
     buffers.cut(result.parameter_map, maps)
     gone = {name: len(ids) for name, ids in found.removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, gone, found.kept)
+    return RemovedChannels(model, gone, found.kept, (size, _size(model)))
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 class _Closure:

@@ -110,7 +110,7 @@ def save_graph(
     with tempfile.TemporaryDirectory(prefix="safe_core-") as name:
         folder = Path(name)
         try:
-            found = candidates(
+            found, dense_size = candidates(
                 graph, samples, folder, weights=settings.weights, compute=settings.compute
             )
             files = [_written(folder / f"{k}.tflite", x) for k, x in enumerate(found.values())]
@@ -134,7 +134,21 @@ def save_graph(
             )
     chosen = _chosen(seconds, settings.compute)
     _replace(target, found[chosen].content)
-    return _report(target, settings, found, chosen, errors[chosen], seconds)
+    layers = found[chosen].layers
+    times = {"this file": seconds[chosen]}
+    names = {SPARSE: SPARSE, DENSE: f"dense {settings.weights}", FLOAT: FLOAT}
+    times |= {names[key]: value for key, value in seconds.items() if key != chosen}
+    return LiteRTReport(
+        path=target,
+        weights=settings.weights,
+        batch_size=settings.batch_size,
+        layers=layers,
+        size=len(found[chosen].content),
+        dense_size=dense_size,
+        error=errors[chosen],
+        seconds=times,
+        notes=notes(layers, settings.weights, times, SPARSE, compute=settings.compute),
+    )
 
 
 def _written(file: Path, candidate: Candidate) -> Path:
@@ -182,29 +196,3 @@ def _replace(target: Path, content: bytes) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _report(
-    target: Path,
-    settings: Settings,
-    found: dict[str, Candidate],
-    chosen: str,
-    error: float,
-    seconds: dict[str, float],
-) -> LiteRTReport:
-    layers = found[chosen].layers
-    size = len(found[chosen].content)
-    times = {"this file": seconds[chosen]}
-    names = {SPARSE: SPARSE, DENSE: f"dense {settings.weights}", FLOAT: FLOAT}
-    times |= {names[key]: value for key, value in seconds.items() if key != chosen}
-    return LiteRTReport(
-        path=target,
-        weights=settings.weights,
-        batch_size=settings.batch_size,
-        layers=layers,
-        size=size,
-        dense_size=size + sum(layer.dense_size - layer.size for layer in layers),
-        error=error,
-        seconds=times,
-        notes=notes(layers, settings.weights, times, SPARSE),
-    )

@@ -16,6 +16,7 @@ from safe_core.litert.build import Builder
 from safe_core.litert.export import relative_error
 from safe_core.litert.flatbuffer import serialized
 from safe_core.litert.graph import Compressed, Quantization
+from safe_core.litert.notes import notes
 from safe_core.litert.process import Answer, FileRuntimeError, measure
 from safe_core.litert.quantization import quantize
 from safe_core.litert.report import LayerFormat, LiteRTReport
@@ -239,3 +240,34 @@ def test_a_report_is_a_table() -> None:
         "!",
     ]
     assert report.latency == 1e-3
+
+
+def test_a_report_names_a_file_that_computes_dense_and_wraps_its_notes() -> None:
+    layers = (LayerFormat("0", (8, 16), 0.9, "packed", 64, 128),)
+    times = {"this file": 1e-3, "dense float32": 2e-3}
+    found = notes(layers, "int8", times, "")
+    report = LiteRTReport(Path("m.tflite"), "int8", None, layers, 9, 99, 0.0, times, found)
+    lines = str(report).splitlines()
+    assert lines[4:6] == [
+        "  this file (computes dense int8)  1 ms",
+        "  dense float32                    2 ms, 2 times this file",
+    ]
+    assert lines[6].startswith("'0' (90% zeros) is computed dense, since its zeros are not in")
+    assert 80 < len(lines[6]) <= 100
+    assert " ".join(lines[6:]) == found[0]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "stored", "compute", "told"),
+    [
+        (0.3, "packed", "sparse", True),
+        (0.3, "packed", "fastest", False),
+        (0.6, "packed", "sparse", False),
+        (0.4, "1x4", "sparse", False),
+    ],
+)
+def test_missing_zeros_are_told(sparsity: float, stored: str, compute: str, told: bool) -> None:
+    layer = LayerFormat("fc", (8, 16), sparsity, stored, 64, 128)
+    found = notes([layer], "float32", {"this file": 1.0}, "", compute=compute)
+    hint = "No layer has enough zeros to skip; was optimizer.finalize() called?"
+    assert (hint in found) is told
