@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safe_core._readable import aligned, readable_ms
-
 __all__ = [
     "HALF",
     "MARGIN",
     "LayerTiming",
-    "SparseModules",
     "interleaved",
     "processor",
     "timing_of",
@@ -131,58 +128,6 @@ def timing_of(
         return layer._replace(seconds=seconds, form=best)
     reason = "no form is a tenth faster" if len(forms) > 1 else "; ".join(reasons.values())
     return layer._replace(seconds=seconds, reason=reason)
-
-
-class SparseModules(NamedTuple):
-    """Hold the result of `sparse_modules`. Printed, it is a table.
-
-    Attributes
-    ----------
-    model : module
-        The model with the layers that are faster in a sparse form, for inference. If none is, or
-        the whole is not faster with them, the model that was given.
-    layers : list of LayerTiming
-        All layers with zeros.
-    seconds : dict of str to float
-        Medians for a pass of the whole model, ``"dense"`` and ``"sparse"``.
-    machine : str
-        The processor, and the threads of the framework.
-    """
-
-    model: Any
-    layers: list[LayerTiming]
-    seconds: dict[str, float]
-    machine: str
-
-    @property
-    def replaced(self) -> dict[str, str]:
-        """Return the form of every layer that was replaced."""
-        return {layer.name: layer.form for layer in self.layers if layer.form != "dense"}
-
-    def __str__(self) -> str:
-        """Return a table of the layers, and the times of the whole model."""
-        head = ("layer", "weight", "zeros", "rows", "dense", "fastest", "time", "result")
-        lines = aligned([head, *map(_cells, self.layers)])
-        dense, sparse = (self.seconds.get(form, math.nan) for form in ("dense", "sparse"))
-        times = f"whole model: {readable_ms(dense)} dense, {readable_ms(sparse)} sparse"
-        if self.replaced:
-            lines.append(f"{times}, {dense / sparse:.2f} times faster")
-        elif "sparse" in self.seconds:
-            lines.append(f"{times}, so it stays as it is")
-        else:
-            lines.append("whole model: unchanged, because no layer gets faster")
-        return "\n".join([*lines, f"medians on {self.machine}"])
-
-
-def _cells(layer: LayerTiming) -> tuple[str, ...]:
-    shape = " x ".join(map(str, layer.shape))
-    known = [layer.name, shape, f"{layer.sparsity:.1%}", str(layer.rows or "")]
-    sparse = {form: taken for form, taken in layer.seconds.items() if form != "dense"}
-    dense = readable_ms(layer.seconds["dense"]) if layer.seconds else ""
-    fastest = min(sparse, key=lambda form: sparse[form], default="")
-    ms = readable_ms(sparse[fastest]) if sparse else ""
-    result = f"dense: {layer.reason}" if layer.form == "dense" else layer.form
-    return (*known, dense, fastest, ms, result)
 
 
 def processor() -> str:

@@ -111,9 +111,11 @@ def load_compressed(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file or folder.
     ValueError
-        If the file is missing, damaged or cut off, or is not compressed, or if an array is
-        missing, left over, or of another shape or dtype.
+        If the file is damaged or cut off, or is not compressed, or if an array is missing, left
+        over, or of another shape or dtype.
 
     Examples
     --------

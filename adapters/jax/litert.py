@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from safe_core import _checks
+from safe_core.adapters.model_calls import naming_inputs
 from safe_core.litert import LiteRTReport, UnsupportedError
 from safe_core.litert.build import Builder
 from safe_core.litert.export import check_settings, save_graph
@@ -85,7 +86,8 @@ def save_litert(
         If LiteRT cannot express an operation. The message names it, and its module where JAX
         knows it. This is a ValueError.
     ValueError
-        If an argument is out of range, or the file computes something else than the model.
+        If an argument is out of range, the model is in float16 or bfloat16 or cannot take
+        ``example_inputs``, or the file computes something else than the model.
 
     Examples
     --------
@@ -110,6 +112,8 @@ def save_litert(
     shapes = [tuple(np.shape(x)) for x in given]
     batches = [[x[part] for x in given] for part in settings.batches(shapes)]
     traced = _Traced(model)
+    traced.check_dtypes()
+    traced.check(given, batches[0])
     graph = traced.graph(batches[0])
     jitted = jax.jit(traced.function)
     expected = [[as_stored(y) for y in jax.tree.leaves(jitted(traced.leaves, *b))] for b in batches]
@@ -133,6 +137,23 @@ class _Traced:
 
     def __init__(self, model: Any) -> None:
         self.function, self.leaves, self.names = _function(model)
+
+    def check_dtypes(self) -> None:
+        """Raise an error if parameters have fewer digits than the file."""
+        for name, leaf in zip(self.names, self.leaves, strict=True):
+            dtype = getattr(leaf, "dtype", np.dtype(bool))
+            if jax.numpy.issubdtype(dtype, np.floating) and dtype.itemsize < 4:
+                raise ValueError(
+                    f"model must be in float32, got {dtype} in {name}: pass a model with float32 "
+                    "parameters, because the file is float32"
+                )
+
+    def check(self, given: list[Any], inputs: list[Any]) -> None:
+        """Raise an error that shows what was given unless the model can take the inputs."""
+        # Those of values that are not known while tracing, which no inputs cause.
+        traced = jax.errors.JAXTypeError, jax.errors.JAXIndexError
+        with naming_inputs(given, other=traced):
+            jax.eval_shape(self.function, self.leaves, *inputs)
 
     def graph(self, inputs: list[Any]) -> Builder:
         """Return the graph for inputs of these shapes."""

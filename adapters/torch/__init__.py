@@ -11,7 +11,7 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
-from .channels import RemovedChannels, shrink, silence_channels
+from .channels import shrink, silence_channels
 from .compressed import load_compressed, save_compressed
 from .export_advice import advise
 from .flatness import loss_surface
@@ -21,6 +21,7 @@ from .litert import save_litert
 from .low_rank import add_low_rank, merge_low_rank
 from .modules import RandomState, recalibrate
 from .optimizer import SparseOptimizer
+from .removed_channels import RemovedChannels
 from .sassha import Sassha
 from .sparse_model import sparse_modules
 from .trainers import SparseTrainerMixin, perturbed, unwrap

@@ -5,40 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safe_core._installed import require
+from safe_core.adapters.model_calls import naming_inputs
 
 from .channel_layers import ChannelLayers
 from .example_inputs import arguments, compare, evaluation_mode
 from .optimizer import SparseOptimizer
+from .removed_channels import RemovedChannels
 
-__all__ = ["RemovedChannels", "shrink", "silence_channels"]
+__all__ = ["shrink", "silence_channels"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
-
-
-class RemovedChannels(NamedTuple):
-    """Hold the result of `shrink`.
-
-    Attributes
-    ----------
-    model : torch.nn.Module
-        The smaller network.
-    removed : dict of str to int
-        Number of output channels that were removed, by the name of the layer.
-    kept : dict of str to str
-        Layers with channels that are zero and stay, and why.
-    """
-
-    model: nn.Module
-    removed: dict[str, int]
-    kept: dict[str, str]
 
 
 @torch.no_grad()
@@ -82,9 +66,9 @@ def shrink(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot be traced, has channels that are constant, or would compute something
-        else, or if a buffer of the optimizer has another shape than its parameter. Nothing has
-        changed then.
+        If the model cannot take ``example_inputs``, cannot be traced, has channels that are
+        constant, or would compute something else, or if a buffer of the optimizer has another
+        shape than its parameter. Nothing has changed then.
 
     Examples
     --------
@@ -104,6 +88,8 @@ def shrink(
     _check(model, optimizer)
     args, kwargs = arguments(example_inputs)
     with evaluation_mode(model), _naming_the_model():
+        with naming_inputs([*args, *kwargs.values()]):
+            model(*args, **kwargs)
         return _remove(model, lambda m: m(*args, **kwargs), args, kwargs, optimizer)
 
 
@@ -136,7 +122,7 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot be traced.
+        If the model cannot take ``example_inputs``, or cannot be traced.
 
     Examples
     --------
@@ -152,6 +138,8 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     _check(model, None)
     args, kwargs = arguments(example_inputs)
     with evaluation_mode(model), _naming_the_model():
+        with naming_inputs([*args, *kwargs.values()]):
+            model(*args, **kwargs)
         found = _Removable(model, args, kwargs)
         found.layers.drop(found.constants)
     return {name: len(indices) for name, indices in found.constants.items()}
@@ -216,9 +204,9 @@ def _remove(
 ) -> RemovedChannels:
     from torch_kirigami.pruning import Pruner
 
-    found = _Removable(model, args, kwargs)
+    found, size = _Removable(model, args, kwargs), _size(model)
     if not found.removed:
-        return RemovedChannels(model, {}, found.kept)
+        return RemovedChannels(model, {}, found.kept, (size, size))
     layers, constants = found.layers, found.constants
     if constants and layers.have_effect(constants, args, kwargs):
         counts = ", ".join(f"{len(indices)} of {name}" for name, indices in constants.items())
@@ -243,7 +231,11 @@ def _remove(
     maps = {path: way for ref, way in result.coordinate_maps.items() for path in ref.paths}
     buffers.cut(result.parameter_map, maps)
     gone = {name: len(ids) for name, ids in found.removed.items() if not layers.is_norm(name)}
-    return RemovedChannels(model, gone, found.kept)
+    return RemovedChannels(model, gone, found.kept, (size, _size(model)))
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 class _Closure:

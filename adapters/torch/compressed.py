@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safe_core.compressed import CompressedFiles, RawTensor, read_compressed, write_compressed
 from safe_core.tensor_files import DTYPES
@@ -20,7 +20,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def save_compressed(
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor] | nn.Module,
     path: str | os.PathLike[str],
     *,
     max_shard_size: int | None = None,
@@ -34,8 +34,9 @@ def save_compressed(
 
     Parameters
     ----------
-    state_dict : mapping of str to tensor
-        Such as ``model.state_dict()``. Names that share one tensor still do when it is loaded.
+    state_dict : mapping of str to tensor, or torch.nn.Module
+        Such as ``model.state_dict()``, which is taken of a module. Names that share one tensor
+        still do when it is loaded.
     path : path
         The file, whose name ends in ``.safetensors``.
     max_shard_size : int, optional
@@ -51,7 +52,8 @@ def save_compressed(
     Raises
     ------
     TypeError
-        If a value is no dense tensor, or has a dtype that safetensors files do not hold.
+        If ``state_dict`` is neither a mapping nor a module, or a value is no dense tensor, or has
+        a dtype that safetensors files do not hold.
     ValueError
         If ``path`` has another ending, or a name is that of a part of another tensor, such as
         ``w.bitmask`` beside ``w``.
@@ -67,6 +69,13 @@ def save_compressed(
     >>> bool((load_compressed(path)["weight"] == weight).all())
     True
     """
+    if isinstance(state_dict, nn.Module):
+        state_dict = state_dict.state_dict()
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict must be a mapping of names to tensors, or a torch.nn.Module, got "
+            f"{type(state_dict)!r}"
+        )
     raw: dict[str, RawTensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -102,8 +111,10 @@ def load_compressed(
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file or folder.
     ValueError
-        If the file is missing, damaged or cut off, or is not compressed.
+        If the file is damaged or cut off, or is not compressed.
 
     Examples
     --------

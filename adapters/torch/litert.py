@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from safe_core import _checks
+from safe_core.adapters.model_calls import naming_inputs
 from safe_core.litert import LiteRTReport, UnsupportedError
 from safe_core.litert.build import Builder
 from safe_core.litert.export import check_settings, save_graph
@@ -82,7 +86,8 @@ def save_litert(
     UnsupportedError
         If LiteRT cannot express an operation. The message names its module. This is a ValueError.
     ValueError
-        If an argument is out of range, or the file computes something else than the model.
+        If an argument is out of range, the model is in float16 or bfloat16 or cannot take
+        ``example_inputs``, or the file computes something else than the model.
 
     Examples
     --------
@@ -102,6 +107,12 @@ def save_litert(
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model)!r}")
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype.itemsize < 4:
+            raise ValueError(
+                f"model must be in float32, got {p.dtype} in {name}: pass model.float(), because "
+                "the file is float32"
+            )
     args, kwargs = arguments(example_inputs)
     given = [*args, *kwargs.values()]
     for x in given:
@@ -114,8 +125,9 @@ def save_litert(
         return tuple(batch[: len(args)]), dict(zip(kwargs, batch[len(args) :], strict=True))
 
     with evaluation_mode(model):
+        with naming_inputs(given):
+            expected = [_outputs(model, *call(batch)) for batch in batches]
         graph, _ = litert_graph(model, *call(batches[0]))
-        expected = [_outputs(model, *call(batch)) for batch in batches]
     samples = [[_array(x) for x in batch] for batch in batches]
     return save_graph(graph, samples, expected, path, settings)
 
@@ -156,7 +168,7 @@ class _Trace:
         self.program = self.exported(model, args, kwargs)
 
     def exported(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore", FutureWarning)  # that torch's own parts cause
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)
@@ -223,6 +235,8 @@ class _Trace:
             return target(*args, **kwargs)
         if not hasattr(target, "_schema"):  # operator.getitem, of a list of results
             return target(*args, **kwargs)
+        if not target._schema.returns and not target._schema.is_mutable:
+            return None  # an assertion, such as that of the dtype which .to() adds
         path, kind = _module(node)
         self.graph.source = path or _name(target)
         rule = _RULES.get(_name(target))
@@ -245,6 +259,18 @@ class _Trace:
             return rule(self.graph, SimpleNamespace(**named))
         except UnsupportedError as error:
             raise UnsupportedError(f"{_place(path, kind)}: {error}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what torch.export logs and prints of an error that it raises, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _depends(value: Any) -> bool:

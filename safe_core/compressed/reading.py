@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ from .forms import PLACES, WIDTHS, RawTensor, decode, places_size
 from .writing import KEY, VERSION
 
 __all__ = ["compressed_header", "map_file", "read_compressed", "read_file"]
+
+_PICKLED = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first bytes of checkpoints of PyTorch before 1.6."""
 
 
 def compressed_header(file: Path, header: Header) -> dict[str, Any] | None:
@@ -64,8 +68,10 @@ def read_compressed(path: Path) -> dict[str, RawTensor]:
 
     Raises
     ------
+    FileNotFoundError
+        If there is no such file or folder.
     ValueError
-        If there is no such file, or it is not compressed.
+        If it is not compressed.
     DamagedFileError
         If a file is damaged.
     """
@@ -82,7 +88,7 @@ def read_compressed(path: Path) -> dict[str, RawTensor]:
 
 def _files(path: Path) -> Mapping[Path, Sequence[str] | None]:
     if not path.exists():
-        raise ValueError(f"path must be an existing file or folder, got {path}")
+        raise FileNotFoundError(f"path must be an existing file or folder, got {path}")
     if not path.is_dir():
         return shards(path) if path.name.endswith(".index.json") else {path: None}
     indices = sorted(path.glob("*.safetensors.index.json"))
@@ -113,11 +119,17 @@ def read_file(file: Path, *, threads: int = 0) -> Iterator[tuple[str, RawTensor]
         If it is cut off, or its values, places and check sums do not fit together.
     """
     check_file(file)
+    if _is_checkpoint(file):
+        raise ValueError(
+            f"path must be a file that save_compressed wrote, but {file} is a PyTorch checkpoint; "
+            "load it with torch.load"
+        )
     header = read_header(file)
     tensors = compressed_header(file, header)
     if tensors is None:
         raise ValueError(
-            f"path must be a file that save_compressed wrote, got {file}, which is not compressed"
+            f"path must be a file that save_compressed wrote, got {file}, which is not compressed; "
+            "load it with load_file of safetensors.torch or safetensors.flax"
         )
     aliases = {name: told.get("as") for name, told in tensors.items() if told["form"] == "same"}
     own = {name: told for name, told in tensors.items() if name not in aliases}
@@ -135,6 +147,19 @@ def read_file(file: Path, *, threads: int = 0) -> Iterator[tuple[str, RawTensor]
         yield alias, held[name]
     if reader.left:
         raise DamagedFileError(f"{file} must describe all its tensors, got {min(reader.left)}")
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """Return whether ``torch.save`` wrote a file: a zip archive with a pickle, or a pickle."""
+    with file.open("rb") as stream:
+        head = stream.read(len(_PICKLED))
+    if head == _PICKLED:
+        return True
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def map_file(file: Path) -> dict[str, RawTensor]:

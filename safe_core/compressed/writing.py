@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safe_core import _checks
+from safe_core._readable import readable_bytes
 from safe_core.tensor_files import Entry, write_file
 
 from .forms import PLACES, WIDTHS, Form, RawTensor, chosen_form, places, values
@@ -27,7 +29,7 @@ _ABOUT = "tensors without their zeros; `safe-core decompress` or load_compressed
 
 
 class CompressedFiles(NamedTuple):
-    """Report the files that `save_compressed` wrote.
+    """Report the files that `save_compressed` wrote. ``str(files)`` is a short text.
 
     Attributes
     ----------
@@ -48,6 +50,17 @@ class CompressedFiles(NamedTuple):
     def ratio(self) -> float:
         """Return how many times smaller the stored tensors are."""
         return self.dense_bytes / max(1, self.stored_bytes)
+
+    def __str__(self) -> str:
+        more = f" and {len(self.files) - 1} more files" if len(self.files) > 1 else ""
+        forms = Counter(form.partition(" ")[0] for form in self.forms.values())
+        forms["same as another"] = forms.pop("same", 0)
+        counts = ", ".join(f"{count} {form}" for form, count in forms.items() if count)
+        return (
+            f"{self.files[0].name}{more}: {readable_bytes(self.stored_bytes)} instead of "
+            f"{readable_bytes(self.dense_bytes)}, {self.ratio:.2f} times smaller\n"
+            f"tensors: {counts or 'none'}"
+        )
 
 
 class _Plan(NamedTuple):

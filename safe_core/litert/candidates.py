@@ -52,8 +52,11 @@ class Candidate(NamedTuple):
 
 def candidates(
     graph: Graph, samples: Samples, folder: Path, *, weights: str, compute: str
-) -> dict[str, Candidate]:
-    """Return the files to measure; for int8, the ranges of all tensors are measured first."""
+) -> tuple[dict[str, Candidate], int]:
+    """Return the files to measure, and the bytes of the file with dense weights.
+
+    For int8, the ranges of all tensors are measured first.
+    """
     chosen: dict[int, str] = {}
     if compute != "dense":
         chosen = kernels(graph, weights, always=compute == "sparse")
@@ -62,7 +65,10 @@ def candidates(
     found[DENSE] = built(graph, {}, measured)
     if measured is not None:
         found[FLOAT] = Candidate(serialized(graph).content, ())
-    return found
+    size = len(found[DENSE].content)
+    if any(layer.format == "packed" for layer in found[DENSE].layers):
+        size = len(serialized(_renewed(graph, {}, measured)[0]).content)
+    return found, size
 
 
 def kernels(graph: Graph, weights: str, *, always: bool) -> dict[int, str]:
@@ -107,16 +113,20 @@ def calibrated(graph: Graph, samples: Samples, folder: Path) -> dict[int, Range]
 
 def built(graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | None) -> Candidate:
     """Return a file with kernels that skip zeros for some operations; in int8 by ranges."""
-    if measured is None:
-        new, renewed = copied(graph)
-    else:
-        new, renewed = quantize(graph, measured, chosen)
+    new, renewed = _renewed(graph, chosen, measured)
     formats = {id(renewed[key]): value for key, value in chosen.items()}
     for op in new.operations:
         if id(op) in formats and op.kind == "CONV_2D":
             _make_linear(op)
     apply_formats(new, formats)
     return Candidate(serialized(new).content, _layers(new, formats))
+
+
+def _renewed(
+    graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | None
+) -> tuple[Graph, dict[int, Operation]]:
+    """Return a copy to change, in int8 by ranges, and its operations as `copied` does."""
+    return copied(graph) if measured is None else quantize(graph, measured, chosen)
 
 
 def copied(graph: Graph) -> tuple[Graph, dict[int, Operation]]:

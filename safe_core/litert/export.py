@@ -110,13 +110,15 @@ def save_graph(
     with tempfile.TemporaryDirectory(prefix="safe_core-") as name:
         folder = Path(name)
         try:
-            found = candidates(
+            found, dense_size = candidates(
                 graph, samples, folder, weights=settings.weights, compute=settings.compute
             )
             files = [_written(folder / f"{k}.tflite", x) for k, x in enumerate(found.values())]
             answer = measure(files, samples, len(graph.outputs), folder, _SECONDS)
         except FileRuntimeError as error:
-            raise ValueError(f"the file must run in LiteRT, but {error}; it was deleted") from error
+            raise ValueError(
+                f"the file must run in LiteRT, but {error}; nothing was written to {target}"
+            ) from error
     seconds = dict(zip(found, answer.seconds, strict=True))
     errors = {
         key: relative_error(outputs, expected)
@@ -127,11 +129,26 @@ def save_graph(
         if not found_error <= settings.tolerance:  # not a number is wrong, too
             raise ValueError(
                 "the file must compute what the model computes, up to a relative error of "
-                f"{settings.tolerance:g}, got {found_error:.2g} ({key}); it was deleted"
+                f"{settings.tolerance:g}, got {found_error:.2g} ({key}); nothing was written to "
+                f"{target}{_remedy(settings.weights, found_error)}"
             )
     chosen = _chosen(seconds, settings.compute)
     _replace(target, found[chosen].content)
-    return _report(target, settings, found, chosen, errors[chosen], seconds)
+    layers = found[chosen].layers
+    times = {"this file": seconds[chosen]}
+    names = {SPARSE: SPARSE, DENSE: f"dense {settings.weights}", FLOAT: FLOAT}
+    times |= {names[key]: value for key, value in seconds.items() if key != chosen}
+    return LiteRTReport(
+        path=target,
+        weights=settings.weights,
+        batch_size=settings.batch_size,
+        layers=layers,
+        size=len(found[chosen].content),
+        dense_size=dense_size,
+        error=errors[chosen],
+        seconds=times,
+        notes=notes(layers, settings.weights, times, SPARSE, compute=settings.compute),
+    )
 
 
 def _written(file: Path, candidate: Candidate) -> Path:
@@ -155,6 +172,14 @@ def relative_error(found: Samples, expected: Samples) -> float:
     return largest
 
 
+def _remedy(weights: str, error: float) -> str:
+    """Return what can be done about an error, as the end of a sentence."""
+    if math.isnan(error):
+        return ""
+    samples = "pass more samples of real data as example_inputs, or " if weights == "int8" else ""
+    return f"; {samples}raise tolerance= to accept the error"
+
+
 def _chosen(seconds: dict[str, float], compute: str) -> str:
     if SPARSE not in seconds:
         return DENSE
@@ -171,29 +196,3 @@ def _replace(target: Path, content: bytes) -> None:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _report(
-    target: Path,
-    settings: Settings,
-    found: dict[str, Candidate],
-    chosen: str,
-    error: float,
-    seconds: dict[str, float],
-) -> LiteRTReport:
-    layers = found[chosen].layers
-    size = len(found[chosen].content)
-    times = {"this file": seconds[chosen]}
-    names = {SPARSE: SPARSE, DENSE: f"dense {settings.weights}", FLOAT: FLOAT}
-    times |= {names[key]: value for key, value in seconds.items() if key != chosen}
-    return LiteRTReport(
-        path=target,
-        weights=settings.weights,
-        batch_size=settings.batch_size,
-        layers=layers,
-        size=size,
-        dense_size=size + sum(layer.dense_size - layer.size for layer in layers),
-        error=error,
-        seconds=times,
-        notes=notes(layers, settings.weights, times, SPARSE),
-    )

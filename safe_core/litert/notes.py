@@ -16,7 +16,12 @@ _NAMED = 4
 
 
 def notes(
-    layers: Sequence[LayerFormat], weights: str, seconds: dict[str, float], sparse: str
+    layers: Sequence[LayerFormat],
+    weights: str,
+    seconds: dict[str, float],
+    sparse: str,
+    *,
+    compute: str = "fastest",
 ) -> tuple[str, ...]:
     """Return the lines for the layers of a file.
 
@@ -29,13 +34,15 @@ def notes(
         Times as in a report.
     sparse : str
         The name of the kernels that skip zeros, in ``seconds``.
+    compute : str
+        What the file was asked to do, ``"fastest"``, ``"sparse"`` or ``"dense"``.
 
     Examples
     --------
     >>> layer = LayerFormat("fc1", (8, 16), 0.9, "packed", 100, 512)
     >>> (line,) = notes([layer], "float32", {"this file": 1.0}, "")
     >>> line.partition(", ")[0], line.rpartition(". ")[2]
-    ('fc1 (90% zeros) is computed dense', 'Train with Block((1, 4), ...) for both.')
+    ("'fc1' (90% zeros) is computed dense", 'Train with Block((1, 4), ...) for both.')
     """
     block = BLOCKS[weights]
     found = []
@@ -66,6 +73,8 @@ def notes(
             f"{_named(csr)} computed from single weights, which is slower than from blocks of "
             f"1x{block}. Train with Block((1, {block}), ...)."
         )
+    if compute == "sparse" and all(x.sparsity < _MANY and not x.skips_zeros for x in layers):
+        found.append("No layer has enough zeros to skip; was optimizer.finalize() called?")
     return tuple(found)
 
 
@@ -74,7 +83,7 @@ def _is_linear(layer: LayerFormat) -> bool:
 
 
 def _named(layers: Sequence[LayerFormat]) -> str:
-    names = [f"{x.name} ({x.sparsity:.0%} zeros)" for x in layers[:_NAMED]]
+    names = [f"'{x.name}' ({x.sparsity:.0%} zeros)" for x in layers[:_NAMED]]
     more = len(layers) - len(names)
     text = ", ".join(names) + (f" and {more} more" if more else "")
     return f"{text} {'is' if len(layers) == 1 else 'are'}"

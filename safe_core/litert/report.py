@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from safe_core._readable import aligned, readable_bytes, readable_ms, readable_number
 
 __all__ = ["LayerFormat", "LiteRTReport"]
+
+_WIDTH = 100  # of the lines of notes
 
 
 class LayerFormat(NamedTuple):
@@ -56,7 +59,7 @@ class LiteRTReport:
         Samples that the file takes at once; None for inputs as they were given.
     layers : tuple of LayerFormat
     size, dense_size : int
-        Bytes of the file, and of the same file with dense weights.
+        Bytes of the file, and of the file of the same type with dense weights.
     error : float
         The largest ``|y - f(x)|`` of a sample, divided by the root mean square of ``|f(x)|``.
     seconds : dict of str to float
@@ -95,10 +98,14 @@ class LiteRTReport:
         lines += [f"  {line}" for line in aligned(rows, right=(4, 5))]
         size = "inputs as given" if self.batch_size is None else f"batch size {self.batch_size}"
         lines.append(f"time of a call with one thread, {size}:")
-        width = max(map(len, self.seconds))
+        own = "this file"
+        if not any(layer.skips_zeros for layer in self.layers):
+            own += f" (computes dense {self.weights})"
+        width = max(map(len, (own, *self.seconds)))
         for name, seconds in self.seconds.items():
-            line = f"  {name.ljust(width)}  {readable_ms(seconds)}"
-            if name != "this file":
-                line += f", {readable_number(seconds / self.latency, 2)} times this file"
-            lines.append(line)
-        return "\n".join([*lines, *self.notes])
+            ratio = f", {readable_number(seconds / self.latency, 2)} times this file"
+            label, ratio = (own, "") if name == "this file" else (name, ratio)
+            lines.append(f"  {label.ljust(width)}  {readable_ms(seconds)}{ratio}")
+        for note in self.notes:
+            lines += textwrap.wrap(note, _WIDTH, break_long_words=False, break_on_hyphens=False)
+        return "\n".join(lines)

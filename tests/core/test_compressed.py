@@ -129,6 +129,18 @@ def test_shards_hold_all_tensors_and_aliases(tmp_path: Path) -> None:
         read_compressed(tmp_path)
 
 
+def test_a_result_is_a_short_text(tmp_path: Path) -> None:
+    tensors = {"w": raw(np.eye(64, dtype="f4")), "b": raw(np.ones(64, "f4"))}
+    saved = write_compressed(tmp_path / "m.safetensors", tensors, aliases={"tied": "b"})
+    assert str(saved) == (
+        "m.safetensors: 1.0 KiB instead of 16.2 KiB, 16.25 times smaller\n"
+        "tensors: 1 bitmask, 1 dense, 1 same as another"
+    )
+    saved = write_compressed(tmp_path / "m.safetensors", tensors, max_shard_size=1)
+    assert str(saved).startswith("m-00001-of-00002.safetensors and 2 more files: 1.0 KiB")
+    assert str(write_compressed(tmp_path / "m.safetensors", {})).endswith("tensors: none")
+
+
 def test_values_are_aligned(tmp_path: Path) -> None:
     tensors = {"a": random((3, 3), "U8", 0.3), "b": random((5, 5), "F64", 0.3)}
     write_compressed(tmp_path / "m.safetensors", tensors)

@@ -42,8 +42,7 @@ def test_a_form_must_beat_all_dense_ones() -> None:
     assert "4 times faster than dense float32; no form with zeros is a tenth faster" in text
     # If int8 is no choice, nor are its blocks; the lowest sparsity that pays in floats is.
     assert (
-        "if int8 costs too much accuracy, train safe_core.safe(safe_core.Block((1, 4), 0.8)"
-        in text
+        "if int8 costs too much accuracy, train safe_core.safe(safe_core.Block((1, 4), 0.8)" in text
     )
     # The bar for float32 is the faster runtime: 7.5 is a tenth below 9, but not below 8.
     assert "up to 80% zeros" in choice(forms(**dense, csr={0.8: 7.5}), 1)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import safe_core.litert
-from safe_core.litert import export
+from safe_core.litert import export, run_file
 from safe_core.litert.build import Builder
 from safe_core.litert.export import relative_error
 from safe_core.litert.flatbuffer import serialized
 from safe_core.litert.graph import Compressed, Quantization
+from safe_core.litert.notes import notes
 from safe_core.litert.process import Answer, FileRuntimeError, measure
 from safe_core.litert.quantization import quantize
 from safe_core.litert.report import LayerFormat, LiteRTReport
@@ -154,6 +156,43 @@ def test_the_process_imports_numpy_and_the_runtime_only() -> None:
     assert modules == used | {"numpy", "ai_edge_litert.interpreter"}
 
 
+class Computer:
+    """A clock, and files whose first call after another file takes longer than the others."""
+
+    def __init__(self) -> None:
+        self.now, self.readings, self.last = 0.0, 0, None
+
+    def clock(self) -> float:
+        self.readings += 1
+        self.now += 1e-6
+        return self.now
+
+    def file(self, seconds: float) -> Any:
+        def invoke() -> None:
+            self.now += seconds if self.last is file else 3 * seconds
+            self.last = file
+
+        file = SimpleNamespace(invoke=invoke, get_input_details=list, get_output_details=list)
+        return file
+
+
+def test_files_are_timed_with_what_they_keep_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    computer = Computer()
+    monkeypatch.setattr(run_file, "_CLOCK", computer.clock)
+    monkeypatch.setattr(run_file, "time", SimpleNamespace(perf_counter=lambda: computer.now))
+    known = [5e-6, 1e-5, 0.002]
+    files = [computer.file(seconds) for seconds in known]
+    found = run_file.times(files, [], 0.0, 4)
+    assert found[:2] == pytest.approx(known[:2], rel=2e-3)
+    assert found[2] == pytest.approx(known[2], rel=1e-3)
+    assert computer.readings < 100  # not one for each call
+    computer.now = 0.0
+    run_file.times(files, [], 0.1, 4)
+    assert 0.1 < computer.now < 0.12
+    run_file.times(files[2:], [], 100.0, 4)
+    assert computer.now < 1.0  # 200 blocks
+
+
 @pytest.mark.parametrize(("sparse", "chosen"), [(0.5, "1x4"), (1.02, "1x4"), (3.0, "packed")])
 def test_the_faster_file_is_kept(
     sparse: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,3 +240,34 @@ def test_a_report_is_a_table() -> None:
         "!",
     ]
     assert report.latency == 1e-3
+
+
+def test_a_report_names_a_file_that_computes_dense_and_wraps_its_notes() -> None:
+    layers = (LayerFormat("0", (8, 16), 0.9, "packed", 64, 128),)
+    times = {"this file": 1e-3, "dense float32": 2e-3}
+    found = notes(layers, "int8", times, "")
+    report = LiteRTReport(Path("m.tflite"), "int8", None, layers, 9, 99, 0.0, times, found)
+    lines = str(report).splitlines()
+    assert lines[4:6] == [
+        "  this file (computes dense int8)  1 ms",
+        "  dense float32                    2 ms, 2 times this file",
+    ]
+    assert lines[6].startswith("'0' (90% zeros) is computed dense, since its zeros are not in")
+    assert 80 < len(lines[6]) <= 100
+    assert " ".join(lines[6:]) == found[0]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "stored", "compute", "told"),
+    [
+        (0.3, "packed", "sparse", True),
+        (0.3, "packed", "fastest", False),
+        (0.6, "packed", "sparse", False),
+        (0.4, "1x4", "sparse", False),
+    ],
+)
+def test_missing_zeros_are_told(sparsity: float, stored: str, compute: str, told: bool) -> None:
+    layer = LayerFormat("fc", (8, 16), sparsity, stored, 64, 128)
+    found = notes([layer], "float32", {"this file": 1.0}, "", compute=compute)
+    hint = "No layer has enough zeros to skip; was optimizer.finalize() called?"
+    assert (hint in found) is told

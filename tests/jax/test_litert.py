@@ -198,6 +198,15 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         save_litert(jnp.tanh, "text", path)
     with pytest.raises(ValueError, match="batch_size must divide"):
         save_litert(jnp.tanh, VECTORS, path, batch_size=3)
+    kernel = jnp.ones((VECTORS.shape[1] + 1, 2))
+    with pytest.raises(ValueError, match=r"example_inputs must be .*shape \(\d+, \d+\) float32: "):
+        save_litert(lambda x: x @ kernel, VECTORS, path)
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        save_litert(lambda x: x if x.sum() > 0 else -x, VECTORS, path)
+    half = linen.Dense(3, param_dtype="bfloat16")
+    bound = half.bind(half.init(jax.random.key(0), VECTORS))
+    with pytest.raises(ValueError, match="model must be in float32, got bfloat16"):
+        save_litert(bound, VECTORS, path)
 
 
 LINEN = """

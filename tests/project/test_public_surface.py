@@ -45,6 +45,7 @@ MODULES = (
     "safe_core.adapters.export_advice",
     "safe_core.adapters.export_forms",
     "safe_core.adapters.layer_timing",
+    "safe_core.adapters.sparse_report",
     "safe_core.advice",
     "safe_core.compressed",
     "safe_core.finalization",

@@ -311,3 +311,21 @@ def test_a_buffer_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
         shrink(model, IMAGES, optimizer)
     assert model.conv1.out_channels == 10
+
+
+@pytest.mark.parametrize("function", [shrink, silence_channels])
+def test_wrong_inputs_are_named(function: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"example_inputs must be .* got shape \(4, 2, 8, 8\) flo"):
+        function(layers(nn.ReLU()).double(), IMAGES[:, :2])
+
+
+def test_a_result_is_a_short_text() -> None:
+    model = made(lambda: layers(nn.ReLU()), {"0": [1, 2], "2": [0]})
+    found = shrink(model, IMAGES)
+    assert found.parameters == (68, 68 - 2 * (3 + 1 + 4))
+    assert str(found).splitlines() == [
+        "52 of 68 parameters are left",
+        "removed channels: 2 of '0'",
+        "kept channels that are zero of '2': they are outputs of the network",
+    ]
+    assert "no channel was removed" in str(shrink(model, IMAGES))

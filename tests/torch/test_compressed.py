@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from safe_core.adapters.torch import load_compressed, save_compressed
 from safe_core.adapters.torch.compressed import _DTYPES
@@ -51,9 +53,34 @@ def test_a_state_dict_loads_and_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert load_compressed(tmp_path, device="meta")["1.bias"].is_meta
 
 
+def test_a_module_is_saved_as_its_state_dict(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    save_compressed(model, tmp_path / "m.safetensors")
+    found = load_compressed(tmp_path / "m.safetensors")
+    assert list(found) == ["weight", "bias"]
+    assert torch.equal(found["weight"], model.weight)
+
+
+def test_other_files_are_named_with_what_loads_them(tmp_path: Path) -> None:
+    state, path = torch.nn.Linear(3, 2).state_dict(), tmp_path / "m.pt"
+    for new in (True, False):
+        torch.save(state, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=r"m\.pt is a PyTorch checkpoint; .*torch\.load"):
+            load_compressed(path)
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"which is not compressed; load it with load_file of sa"):
+        load_compressed(path)
+    with pytest.raises(FileNotFoundError, match="path must be an existing file or folder, got"):
+        load_compressed(tmp_path / "nowhere.safetensors")
+    np.savez(tmp_path / "m.npz", a=np.ones(2))
+    with pytest.raises(ValueError, match=r"m\.npz must be a complete safetensors file"):
+        load_compressed(tmp_path / "m.npz")
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
+        (3, "state_dict must be a mapping of names to tensors, or a torch.nn.Module, got <cl"),
         ({3: torch.ones(2)}, "state_dict must have names as keys, got 3"),
         ({"w": 3.0}, "state_dict must hold dense tensors, got <class 'float'> for w"),
         ({"w": torch.eye(2).to_sparse()}, "state_dict must hold dense tensors"),

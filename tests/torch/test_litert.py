@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from litert_files import operators, run, scales_of_compressed, types
 from torch import Tensor, nn
 from torch.nn import functional
@@ -217,6 +220,8 @@ def test_sparse_weights_make_the_file_smaller(
     assert report.error < (1e-5 if weights == "float32" else 0.05)
     dense = save_litert(perceptron(), VECTORS, tmp_path / "dense.tflite", weights)
     share = {"1x4": 0.2, "1x16": 0.2, "csr": 0.1, "packed": 0.6, "dense": 1.01}[stored]
+    assert report.dense_size == dense.size == dense.dense_size
+    assert any("was optimizer.finalize() called?" in x for x in report.notes) is (pattern is None)
     saved = dense.size - report.size
     whole = 4 * (32 * 64 + 64 * 64) / (1 if weights == "float32" else 4)
     assert saved > (1 - share) * whole - 1500  # names, segments and operators
@@ -225,7 +230,7 @@ def test_sparse_weights_make_the_file_smaller(
     if stored == "1x16":
         assert scales_of_compressed(path) == [1, 1]
     zeros = "\n".join(report.notes)
-    assert ("0 (90% zeros), 2 (90% zeros) are computed dense" in zeros) is (stored == "packed")
+    assert ("'0' (90% zeros), '2' (90% zeros) are computed dense" in zeros) is (stored == "packed")
 
 
 def test_a_pointwise_convolution_in_blocks(tmp_path: Path) -> None:
@@ -255,13 +260,13 @@ def test_another_operator_version_is_caught(
 ) -> None:
     monkeypatch.setattr(flatbuffer, "SPARSE_VERSION", 9)
     path = tmp_path / "model.tflite"
-    with pytest.raises(ValueError, match="it was deleted"):
+    with pytest.raises(ValueError, match=r"nothing was written to .*model.tflite$"):
         save_litert(perceptron(safe_core.Block((1, 4), 0.9)), VECTORS, path, compute="sparse")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["a weight", "the end"])
-def test_a_damaged_file_is_deleted(
+def test_a_damaged_file_is_not_written(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was at the path before stays there."""
@@ -277,9 +282,36 @@ def test_a_damaged_file_is_deleted(
     monkeypatch.setattr(candidates, "serialized", serialized)
     path = tmp_path / "model.tflite"
     path.write_text("an older file")
-    with pytest.raises(ValueError, match=r"the file must .*it was deleted"):
+    with pytest.raises(ValueError, match=r"the file must .*nothing was written to"):
         save_litert(perceptron(), VECTORS, path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["an older file"]
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.float(), lambda x: x.to(torch.float32)])
+def test_assertions_of_dtypes_are_left_out(
+    cast: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    report = save_litert(Many(cast, lambda x: cast(x).relu()), VECTORS, tmp_path / "model.tflite")
+    assert report.error < 1e-6
+
+
+def test_a_llama_from_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+    tokens = {"input_ids": torch.arange(24).reshape(3, 8)}
+    report = save_litert(model, tokens, tmp_path / "model.tflite")
+    assert report.error < 1e-5
+    assert "model.layers.0.mlp.down_proj" in {layer.name for layer in report.layers}
 
 
 class Cumulative(nn.Module):
@@ -318,6 +350,62 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         given = {"model": perceptron(), "example_inputs": VECTORS, "path": path, **arguments}
         with pytest.raises(error, match=message):
             save_litert(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_with_fewer_digits_than_the_file_is_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"got {dtype} in 0.weight: pass model.float\(\), because"
+    ):
+        save_litert(perceptron().to(dtype), VECTORS.to(dtype), tmp_path / "model.tflite")
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_an_error_above_the_tolerance_names_the_remedy(weights: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.tflite"
+    with pytest.raises(ValueError, match=r"raise tolerance= to accept the error$") as raised:
+        save_litert(perceptron(), VECTORS, path, weights, tolerance=1e-9)
+    assert f"nothing was written to {path}; " in str(raised.value)
+    assert ("pass more samples of real data" in str(raised.value)) is (weights == "int8")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (VECTORS[:, :31], r"got shape \(4, 31\) float32: .*; the first axis counts samples$"),
+        (VECTORS.double(), r"got shape \(4, 32\) float64: .*Double"),
+        (VECTORS.long(), r"got shape \(4, 32\) int64: .*Long"),
+        (VECTORS[0], r"got shape \(32,\) float32: .*; the first axis counts samples$"),
+        ({"x": VECTORS}, r"got shape \(4, 32\) float32: .*unexpected keyword argument 'x'"),
+    ],
+)
+def test_wrong_inputs_are_named(inputs: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"example_inputs must be inputs of the model, {message}"):
+        save_litert(perceptron(), inputs, tmp_path / "model.tflite")
+
+
+def test_errors_of_tracing_are_neither_logged_nor_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*args: Any, **kwargs: Any) -> Any:
+        logger.error("a traceback")
+        print("a graph", file=sys.stderr)
+        raise RuntimeError("it branches")
+
+    logger, records = logging.getLogger("torch.export.tested"), list[logging.LogRecord]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    logger.addHandler(handler)
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(ValueError, match="got RuntimeError: it branches"):
+        save_litert(perceptron(), VECTORS, tmp_path / "model.tflite")
+    assert not records
+    assert capsys.readouterr().err == ""
+    logger.error("as before")
+    logger.removeHandler(handler)
+    assert len(records) == 1
 
 
 def test_a_model_with_control_flow_is_refused(tmp_path: Path) -> None:

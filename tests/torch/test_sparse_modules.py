@@ -107,12 +107,14 @@ def test_what_is_not_faster_stays_dense(seconds: dict[str, float]) -> None:
     assert found.model is model
     assert [layer.reason for layer in found.layers] == ["no form is a tenth faster"] * 2
     assert "unchanged, because no layer gets faster" in str(found)
-    seconds.update({"CSR": 1.0, "sparse": 3.1})
+    seconds.update({"CSR": 1.0, "sparse": 2.8})
     found = sparse_modules(model, X)
     assert found.model is model
     assert found.replaced == {}
-    assert [layer.reason for layer in found.layers] == ["the whole model is not faster"] * 2
-    assert "3.1e+03 ms sparse, so it stays as it is" in str(found)
+    assert [layer.reason for layer in found.layers] == ["the whole model is not a tenth faster"] * 2
+    assert "2.8e+03 ms sparse, 1.07 times as fast, so it stays as it is" in str(found)
+    seconds["sparse"] = 6.0
+    assert "0.50 times as fast, so it stays" in str(sparse_modules(model, X))
 
 
 class Mixed(nn.Module):
@@ -175,8 +177,18 @@ def test_an_encoder_layer_keeps_its_fast_path(seconds: dict[str, float]) -> None
 
 def test_a_dtype_without_kernels_is_named(seconds: dict[str, float]) -> None:
     found = sparse_modules(network().bfloat16(), X.bfloat16())
-    assert all("CSR: " in layer.reason for layer in found.layers)
-    assert all("not implemented for 'BFloat16'" in layer.reason for layer in found.layers)
+    reason = "CPU kernels take float32 and float64; pass model.float()"
+    assert [layer.reason for layer in found.layers] == [reason] * 2
+
+
+def test_missing_zeros_are_told() -> None:
+    model = nn.Sequential(nn.Linear(64, 8).double())
+    assert str(sparse_modules(model, X)) == (
+        "the model has no zeros; was optimizer.finalize() called?"
+    )
+    pruned(model[0], 0.3)
+    *_, last = str(sparse_modules(model, X)).splitlines()
+    assert last == "no layer has enough zeros to skip; was optimizer.finalize() called?"
 
 
 def test_outputs_that_differ_are_refused(
@@ -224,3 +236,7 @@ def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
         sparse_modules(*arguments)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         sparse_modules(network(), X, repeats=0)
+    with pytest.raises(
+        ValueError, match=r"example_inputs must be .* got shape \(6, 63\) float64: "
+    ):
+        sparse_modules(network(), X[:, 1:])

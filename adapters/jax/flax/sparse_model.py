@@ -17,11 +17,12 @@ from safe_core import _checks
 from safe_core.adapters.layer_timing import (
     HALF,
     LayerTiming,
-    SparseModules,
     interleaved,
     processor,
     timing_of,
 )
+from safe_core.adapters.model_calls import naming_inputs
+from safe_core.adapters.sparse_report import SparseModules, decided
 
 from ..weights import is_prunable, name_of
 
@@ -87,8 +88,9 @@ def sparse_modules(
     Each `flax.nnx.Linear` or `flax.linen.Dense` is timed, compiled, on inputs of the shape that
     it gets from ``example_inputs``: dense, and in BCSR, `jax.experimental.sparse`. The two take
     turns. BCSR replaces the layer if its median time is at least a tenth below that of the dense
-    layer. Then the outputs of the whole model are compared, and its time: if it is not faster,
-    nothing is replaced.
+    layer. Then the outputs of the whole model are compared, and its time under `jax.jit`: if that
+    is not a tenth shorter, nothing is replaced. The call of `flax.nnx.jit` itself takes longer than
+    a small model, so serve an NNX module under `jax.jit`, after `flax.nnx.split`.
 
     The result holds for this machine and the batch size of ``example_inputs``, so pass inputs
     like those to serve. ``model`` and ``variables`` stay as they are: save these.
@@ -115,7 +117,7 @@ def sparse_modules(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the outputs differ.
+        If the model cannot take ``example_inputs``, or the outputs differ.
 
     Examples
     --------
@@ -159,7 +161,9 @@ def _replaced(
     model: NnxLayers | LinenLayers, inputs: tuple[Any, ...], repeats: int
 ) -> SparseModules:
     described = f"{processor()}, {jax.default_backend()}"
-    layers, found = [], model.layers(inputs)
+    layers = []
+    with naming_inputs(inputs):
+        found = model.layers(inputs)
     for name, kernel in model.kernels().items():
         zeros = 1 - float(jnp.count_nonzero(kernel)) / max(1, kernel.size)
         if zeros:
@@ -171,15 +175,7 @@ def _replaced(
     sparse: Any = model.replaced(chosen)
     runs = {"dense": model.call(None, inputs), "sparse": model.call(sparse, inputs)}
     _compare(runs["dense"](), runs["sparse"]())
-    whole = timing_of(LayerTiming("", (), 0), [interleaved(runs, repeats)], {}, margin=1.0)
-    if whole.form == "dense":
-        reason = "the whole model is not faster"
-        layers = [
-            layer._replace(form="dense", reason=reason) if layer.form != "dense" else layer
-            for layer in layers
-        ]
-        return SparseModules(model.given, layers, dict(whole.seconds), described)
-    return SparseModules(sparse, layers, dict(whole.seconds), described)
+    return decided(model.given, sparse, layers, interleaved(runs, repeats), described)
 
 
 def timed(layer: LayerTiming, found: Layer | str | None, repeats: int) -> LayerTiming:
@@ -206,6 +202,19 @@ def timed(layer: LayerTiming, found: Layer | str | None, repeats: int) -> LayerT
 def waiting(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """Return a call that ends when its work is done."""
     return lambda: jax.block_until_ready(run(*args))  # type: ignore[no-untyped-call]
+
+
+def _compiled(
+    function: Callable[..., Any], values: PyTree, inputs: tuple[Any, ...]
+) -> Callable[[], Any]:
+    """Return a compiled call that ends when its work is done.
+
+    It takes the leaves of ``values``: to flatten a module at each call can take longer than a
+    small model, and hide what its layers take.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    run = jax.jit(lambda leaves, *given: function(jax.tree.unflatten(structure, leaves), *given))
+    return waiting(run, leaves, *inputs)
 
 
 def bcsr(kernel: jax.Array) -> BCSR:
@@ -300,9 +309,8 @@ class NnxLayers:
 
     def call(self, sparse: nnx.Module | None, inputs: tuple[Any, ...]) -> Callable[[], Any]:
         """Return a compiled call of the model."""
-        model = self.copy if sparse is None else sparse
-        run = nnx.jit(lambda model, inputs: model(*inputs))
-        return waiting(run, model, inputs)
+        definition, state = nnx.split(self.copy if sparse is None else sparse)
+        return _compiled(lambda state, *given: nnx.merge(definition, state)(*given), state, inputs)
 
 
 def _copy(module: nnx.Module) -> nnx.Module:
@@ -392,7 +400,7 @@ class LinenLayers:
     def call(self, sparse: SparseLinen | None, inputs: tuple[Any, ...]) -> Callable[[], Any]:
         """Return a compiled call of the model."""
         model = self.given if sparse is None else sparse
-        return waiting(jax.jit(model.apply), model.variables, *inputs)
+        return _compiled(model.apply, model.variables, inputs)
 
 
 def _sparse_dense(next_fn: Any, args: Any, kwargs: Any, context: Any) -> Any:
