@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from safe_core.choice import as_names
 from safe_core.coverage import Coverage, WeightCoverage
 
 from .leaves import check_arrays, check_one_copy
@@ -64,7 +65,8 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
 def _reason(name: str, leaf: Any, where: Any) -> tuple[str, bool]:
     """Return why a leaf stays dense, and whether that was chosen or is documented."""
     if where is not None:
-        return "where is False for it", True
+        listed = as_names(where) is not None
+        return "where does not list it" if listed else "where is False for it", True
     key = name.split("/")[-1]
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"its dtype is {leaf.dtype}", True

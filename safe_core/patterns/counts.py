@@ -46,6 +46,10 @@ def require_roles(
     shape: Sequence[int] | None = None,
 ) -> Layout:
     """Return the layout, or raise ValueError if it lacks a role that the pattern needs."""
+    if layout is None and shape is not None and len(shape) == 1:
+        raise ValueError(
+            f"{name} has one axis, and {what} needs the roles of two; leave it out with where="
+        )
     if layout is None:
         of_shape = "" if shape is None else f", whose lengths are {tuple(shape)}"
         raise ValueError(

@@ -314,8 +314,8 @@ def test_a_group_that_opts_out_may_keep_its_sparsity():
         ({"model": [nn.Linear]}, r"got the class Linear: pass an instance for 'model\[0\]'"),
         ({"model": (x for x in ())}, "model must be .*got <class 'generator'>"),
         ({"model": torch.ones(3)}, "model must be .*got <class 'torch.Tensor'>"),
-        ({"where": bool}, "where must be a function of name and parameter, got <class 'bool'>"),
-        ({"where": ["0.weight"]}, r"where must be a function of .* got \['0.weight'\]"),
+        ({"where": bool}, "where must be a function .*or a list of names, got <class 'bool'>"),
+        ({"where": "0.weight"}, "where must be a function of .*a list of names, got '0.weight'"),
         ({"layout": safe_core.Layout}, "layout must be a Layout, a mapping or a function, got <cl"),
         ({"importance": dict}, "importance must be a mapping or a function, .*got <class 'dict'>"),
         (
