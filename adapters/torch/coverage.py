@@ -13,6 +13,7 @@ from safe_core import FixedZeros, Method, Pattern
 from safe_core.backends.torch_sharding import is_sharded, whole
 from safe_core.choice import as_names, warn_of_vectors
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
+from safe_core.layout import resolve
 from safe_core.own_zeros import check_own_zeros
 
 from .groups import settings_of
@@ -107,12 +108,16 @@ def _why_dense(
 
 
 def _why_unmasked(chosen: Selected, p: Tensor) -> str:
-    """Return why a weight that keeps its own zeros is dense, or an empty text.
+    """Return why a selected weight is dense, or an empty text.
 
+    A ragged pattern may fit no unit into it, and one that keeps its own zeros may have none.
     The zeros of a sharded weight are not counted, because only some processes may ask.
     """
-    own = isinstance(_pattern(chosen), FixedZeros)
-    readable = own and not is_sharded(p) and not p.is_meta
+    pattern = _pattern(chosen)
+    axes = None if chosen.layout is None else resolve(chosen.layout, p.ndim, chosen.name)
+    if reason := pattern.why_whole(tuple(p.shape), axes, chosen.name):
+        return reason
+    readable = isinstance(pattern, FixedZeros) and not is_sharded(p) and not p.is_meta
     return "it has no zeros to keep" if readable and bool((p != 0).all()) else ""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safe_core.layout import Layout
 
-__all__ = ["kept_counts", "require_roles", "whole_units"]
+__all__ = ["kept_counts", "require_roles", "too_few", "whole_units"]
 
 
 def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
@@ -34,6 +34,19 @@ def whole_units(
             "leave the array out"
         )
     return size - size % unit
+
+
+def too_few(size: int, unit: int, role: str) -> str:
+    """Return why an axis that is shorter than one unit leaves an array dense, or "".
+
+    Examples
+    --------
+    >>> too_few(1, 4, "input"), too_few(3, 4, "input"), too_few(5, 4, "input")
+    ('its 1 input is fewer than 4', 'its 3 inputs are fewer than 4', '')
+    """
+    if size >= unit:
+        return ""
+    return f"its {size} {role}{' is' if size == 1 else 's are'} fewer than {unit}"
 
 
 def require_roles(

@@ -385,3 +385,21 @@ def test_a_bad_schedule_of_the_method_is_not_blamed_on_a_group():
     optimizer.step(closure)
     with pytest.raises(ValueError, match=r"^penalty at step 1 must be a finite number"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (safe_core.NM(2, 4, ragged="dense"), "its 1 input is fewer than 4"),
+        (safe_core.Block((16, 1), 0.5, ragged="dense"), "its 8 outputs are fewer than 16"),
+        (safe_core.Block((4, 1), 0.5, ragged="dense"), ""),
+    ],
+)
+def test_a_weight_without_a_whole_group_is_dense(pattern, reason):
+    model = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 16))
+    by_name = safe_core.ByName({"0.weight": pattern}, default=0.5)
+    for sparsity in (pattern, by_name):
+        optimizer = SparseOptimizer(
+            sgd(model.parameters()), safe_core.admm(sparsity, penalty=0.1), model=model
+        )
+        assert rows(optimizer) == {"0.weight": (reason, True), "1.weight": ("", True)}
