@@ -145,6 +145,11 @@ class _Report(Report):
 
     __slots__ = ()
 
+    def __str__(self) -> str:
+        # The numbers of a traced report cannot be read.
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
+        return repr(self) if traced else super().__str__()
+
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         figures = [tuple(row)[_FIGURES] for row in self.tensors]
         static = tuple(tuple(row)[: _FIGURES.start] for row in self.tensors)

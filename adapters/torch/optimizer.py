@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from safe_core import Coverage, Layout, Method, SplitState, _checks
 from safe_core.arguments import refuse_filled
+from safe_core.coverage import listing
 from safe_core.finalization import Finalized, warn
 from safe_core.report import Report
 
@@ -575,8 +576,13 @@ class SparseOptimizer(Optimizer):
     # The optimizer contract
 
     def __repr__(self) -> str:
-        title = f"{type(self).__name__}({self.method!r}, steps={self.steps})"
-        return f"{title}\n{self._run.coverage()}\n{self.base!r}"
+        method, coverage = self.method, self._run.coverage()
+        parts = (method.constraint, *filter(None, [method.perturbation]))
+        how = " with ".join(type(part).__name__ for part in parts)
+        title = f"{type(self).__name__}({type(self.base).__name__}, {how})"
+        patterns = {c.name: c.pattern.describe() for c in self._run.selected.values()}
+        lines = [f"{title}, steps taken: {self.steps}", *listing(coverage.sparse, patterns)]
+        return "\n".join([*lines, str(coverage)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
