@@ -146,9 +146,10 @@ class _Report(Report):
     __slots__ = ()
 
     def __str__(self) -> str:
-        # The numbers of a traced report cannot be read.
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self))
-        return repr(self) if traced else super().__str__()
+        # Numbers that are traced cannot be read, and those of an ensemble have no one summary.
+        numbers = jax.tree.leaves(self)
+        readable = not any(isinstance(x, jax.core.Tracer) or jnp.ndim(x) for x in numbers)
+        return super().__str__() if readable else repr(self)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         figures = [tuple(row)[_FIGURES] for row in self.tensors]
