@@ -4,6 +4,8 @@ The method is written once against the array API. `safe_core.adapters.torch` bin
 torch.optim, `safe_core.adapters.optax` to optax; importing `safe_core` imports neither.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from . import _installed, importance, schedules  # noqa: F401 - a check comes first
 from .baselines import adasap, cram, gmp, iht, imp_sam, magnitude
 from .certificate import stationarity_gap
@@ -97,3 +99,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+# A type checker would take every name for known if it saw this function.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> NoReturn:
+        from ._adapter_names import missing_name
+
+        raise AttributeError(missing_name(name), name=name, obj=__import__(__name__))

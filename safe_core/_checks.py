@@ -6,6 +6,7 @@ Every message names the argument, the rule that it breaks and the value that was
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Rational, Real
@@ -91,14 +92,60 @@ def sparsity(name: str, value: Any) -> Any:
     """
     if isinstance(value, Decimal):
         value = Fraction(value)
+    if isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a Python number in [0, 1), got {value!r}{sparsity_meant(value)}"
+        )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{name} must be a Python number in [0, 1), got {shown(value)}; an array or a traced "
             "value is refused because float32 arithmetic gets the number of zeros wrong"
         )
     if not 0 <= value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a fraction in [0, 1), such as 0.95, got {value!r}")
+        raise ValueError(
+            f"{name} must be a fraction in [0, 1), such as 0.95, got {value!r}"
+            f"{percent_meant(str(value))}"
+        )
     return value
+
+
+def percent_meant(text: str) -> str:
+    """Return a hint for a text that gives a sparsity in percent, or an empty text.
+
+    Examples
+    --------
+    >>> percent_meant("90%"), percent_meant("2.5"), percent_meant("0.9")
+    (': write 0.9 for 90 percent', ': write 0.025 for 2.5 percent', '')
+    """
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", text)
+    if percent is None or not 1 < float(percent[1]) < 100:
+        return ""
+    number = Decimal(percent[1])
+    return f": write {(number / 100).normalize():f} for {number.normalize():f} percent"
+
+
+def sparsity_meant(text: str) -> str:
+    """Return a hint for a text that is no sparsity, but shows which was meant.
+
+    Examples
+    --------
+    >>> sparsity_meant("0.9"), sparsity_meant("2-4"), sparsity_meant("half")
+    (': pass the number 0.9', ': use NM(2, 4)', '')
+    """
+    text = text.strip()
+    if re.fullmatch(r"0?\.\d+", text):
+        return f": pass the number {text}"
+    if groups := re.fullmatch(r"(\d+) ?[-:/] ?(\d+)", text):
+        n, m = int(groups[1]), int(groups[2])
+        return f": use NM({n}, {m})" if 1 <= n <= m else ""
+    if block := re.fullmatch(r"(\d+) ?[xX] ?(\d+)", text):
+        return f": for blocks pass safe_core.Block(({block[1]}, {block[2]}), 0.9)"
+    named = {
+        "unstructured": "for single entries pass a number such as 0.9",
+        "channel": "for channels pass safe_core.Channel(0.5)",
+    }
+    found = named.get(text.lower().removesuffix("s"))
+    return f": {found}" if found else percent_meant(text)
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .constraints import Constraint
-from .finalization import LARGE_DISTANCE, listed, shortfalls
+from .finalization import LARGE_DISTANCE, listed, other_length, planned_steps, shortfalls
 from .patterns import Pattern
 from .schedules import Schedule
 
@@ -171,15 +171,12 @@ def advise(found: Figures, course: Course) -> list[Advice]:
 
 def _length(found: Figures, course: Course) -> str:
     """Return a text if the run is not as long as its schedules."""
-    short, planned = _shortfalls(course), course.planned
-    if planned is not None and course.constraint.penalty_spans_run:
+    short, planned = _shortfalls(course), planned_steps(course.constraint, course.penalty)
+    if planned is not None:
         # A run of unknown length is known to be longer than planned once it is.
         known = max(found.step, planned if course.steps is None else course.steps)
         if abs(known - planned) > OTHER_LENGTH * planned:
-            return (
-                f"the run takes {known} steps, and the method was made for {planned} (give the "
-                "method the steps of the run)"
-            )
+            return other_length(known, planned)
     return f"at the end of the run {'; '.join(short)}" if short else ""
 
 

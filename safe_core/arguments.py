@@ -97,14 +97,16 @@ def check_importance(importance: Sequence[Array | None], names: Sequence[str]) -
     )
 
 
-def refuse_filled(argument: str, names: Sequence[str], counts: Sequence[int]) -> None:
+def refuse_filled(argument: str, names: Sequence[str], counts: Sequence[int], advice: str) -> None:
     """Raise ValueError if arrays that must be sparse hold too many non-zeros.
 
-    ``counts`` holds the number of surplus non-zeros of each array.
+    ``counts`` holds the number of surplus non-zeros of each array, and ``advice`` says why.
     """
     broken = [f"{name} ({n} too many)" for name, n in zip(names, counts, strict=True) if n]
     if broken:
-        raise ValueError(f"{argument} must be sparse, got non-zeros in {', '.join(broken)}")
+        raise ValueError(
+            f"{argument} must be sparse, got non-zeros in {', '.join(broken)}: {advice}"
+        )
 
 
 def _refuse_nan(arrays: Sequence[Array], names: Sequence[str]) -> None:

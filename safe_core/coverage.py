@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 __all__ = ["Coverage", "DenseWeightWarning", "WeightCoverage"]
 
 _SHOWN = 3  # names per reason in one line
+_LISTED = 20  # names in a list with one line for each
 
 
 class DenseWeightWarning(UserWarning):
@@ -106,6 +107,19 @@ def by_reason(weights: Iterable[WeightCoverage]) -> str:
         more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
         parts.append(f"{', '.join(names[:_SHOWN])}{more}, because {reason}")
     return "; ".join(parts)
+
+
+def listing(weights: Sequence[WeightCoverage], patterns: Mapping[str, str]) -> list[str]:
+    """Return a line for each weight with its shape and pattern, for the first twenty weights.
+
+    Examples
+    --------
+    >>> listing([WeightCoverage("0.weight", (4, 8))], {"0.weight": "2:4"})
+    ['  0.weight (4, 8): 2:4']
+    """
+    lines = [f"  {w.name} {w.shape}: {patterns[w.name]}" for w in weights[:_LISTED]]
+    more = len(weights) - _LISTED
+    return [*lines, f"  and {more:,} more"] if more > 0 else lines
 
 
 def _entries(weights: Iterable[WeightCoverage]) -> int:

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
@@ -30,20 +30,29 @@ __all__ = [
     "describe",
     "listed",
     "measure",
+    "other_length",
+    "planned_steps",
     "pruning_a_block",
     "shortfalls",
     "warn",
 ]
+
+LONG_RUN = 1.5
+"""`finalize` warns if the run took more than this many times the steps of its method."""
 
 LARGE_DISTANCE = 0.1
 """`finalize` warns if it removes more than this fraction of the norm of the weights."""
 
 # Longer lists of names would hide the message.
 _NAMES = 5
+_COUNTS = ("entries", "nonzero")
 
 
 class FinalizeWarning(UserWarning):
-    """`finalize` changed the network a lot, or the run was too short for the method to act."""
+    """`finalize` changed the network a lot, or the length of the run does not fit the method.
+
+    Steps after `finalize` that make zeros non-zero warn with it, too.
+    """
 
 
 class FinalizedTensor(NamedTuple):
@@ -82,6 +91,8 @@ class FinalizedTensor(NamedTuple):
 class Finalized(NamedTuple):
     """Hold the changes that `finalize` made to all sparse parameters.
 
+    ``str`` gives the totals in one line.
+
     Attributes
     ----------
     steps : int
@@ -93,10 +104,22 @@ class Finalized(NamedTuple):
     >>> found = Finalized(100, [FinalizedTensor("0.weight", 4, 2, 2, 5.0, 3.0, False)])
     >>> found.distance, found.zeroed, found.emptied
     (0.6, 2, [])
+    >>> print(found)
+    finalized after 100 steps: 1 sparse parameters with 2 zeros in 4 entries (2 set to zero now), \
+0.6 of the norm removed
     """
 
     steps: int
     tensors: list[FinalizedTensor]
+
+    def __str__(self) -> str:
+        entries, left = (sum(getattr(row, key) for row in self.tensors) for key in _COUNTS)
+        text = (
+            f"finalized after {self.steps:,} steps: {len(self.tensors):,} sparse parameters with "
+            f"{entries - left:,} zeros in {entries:,} entries ({self.zeroed:,} set to zero now), "
+            f"{self.distance:.2g} of the norm removed"
+        )
+        return f"{text}; all zero: {listed(self.emptied)}" if self.emptied else text
 
     @property
     def distance(self) -> float:
@@ -173,6 +196,8 @@ def warn(
     constraint: Constraint,
     patterns: Sequence[Pattern],
     importance: Importance | None = None,
+    *,
+    frozen: bool = False,
 ) -> None:
     """Warn once, at the caller's line, about everything that a user should look at.
 
@@ -185,6 +210,8 @@ def warn(
         The patterns of the parameters.
     importance : Importance, optional
         The source of P, if the projection used the P of the run.
+    frozen : bool
+        Whether the support was final before, so that steps of fine-tuning count too.
 
     Examples
     --------
@@ -192,6 +219,9 @@ def warn(
     >>> warn(Finalized(100, []), ADMM(), [Unstructured(0.5)])
     """
     texts = _unfinished(found, constraint, patterns, importance)
+    planned = planned_steps(constraint, constraint.penalty)
+    if not frozen and planned is not None and found.steps > LONG_RUN * planned:
+        texts.append(other_length(found.steps, planned))
     # A run that was too short is far from the constraint for no other reason.
     texts += _large(found, constraint, "" if texts else f" ({constraint.if_far})")
     if found.emptied:
@@ -199,6 +229,28 @@ def warn(
     if texts:
         text = "finalize: " + "; ".join(texts)
         warnings.warn(text, FinalizeWarning, stacklevel=level_of_caller())
+
+
+def planned_steps(constraint: Constraint, penalty: Any) -> int | None:
+    """Return the steps of the run that the method was made for, or None if it has none.
+
+    Examples
+    --------
+    >>> from safe_core import ADMM, Pull, schedules
+    >>> penalty = schedules.cosine(0.4, steps=1000)
+    >>> planned_steps(Pull(penalty), penalty), planned_steps(ADMM(penalty), penalty)
+    (1000, None)
+    """
+    planned = getattr(penalty, "steps", None)
+    return planned if isinstance(planned, int) and constraint.penalty_spans_run else None
+
+
+def other_length(steps: int, planned: int) -> str:
+    """Return the text for a run that is not as long as its method was made for."""
+    return (
+        f"the run takes {steps} steps, and the method was made for {planned} (give the method the "
+        "steps of the run)"
+    )
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class TensorReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Figures of all sparse parameters at one step, and advice.
+    """Figures of all sparse parameters at one step, and advice. ``str`` is its `summary`.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ class Report(NamedTuple):
     >>> report = Report(7, [row], dense_value=0.98, sparse_value=0.91)
     >>> report.scalars()["distance"], report.relative_distance
     (3.0, 0.6)
-    >>> print(report.summary())
+    >>> print(report)
     step 7: distance 0.6 of |x|, 0.6 off the mask; mask change 0.25; 0.98 at x, 0.91 at proj(x)
     """
 
@@ -177,6 +177,9 @@ class Report(NamedTuple):
                 "on course to the constraint"
             ]
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
 
     def scalars(self) -> dict[str, float]:
         """Return totals and all figures of every parameter as one flat dict, for a logger.

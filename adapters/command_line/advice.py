@@ -15,7 +15,6 @@ from safe_core.adapters.export_advice import ExportAdvice
 from safe_core.adapters.loading import load_named, names_object
 
 from .output import quiet_transformers
-from .sparsities import fraction_meant
 
 __all__ = ["advice"]
 
@@ -61,7 +60,7 @@ def advice(
             if not 0 < s < 1:
                 raise ValueError(
                     "sparsity must be a fraction above 0 and below 1, such as 0.9, got "
-                    f"{s:g}{fraction_meant(f'{s:g}')}"
+                    f"{s:g}{_checks.percent_meant(f'{s:g}')}"
                 )
         settings["sparsities"] = sparsities
     if Path(source).is_dir():

@@ -16,7 +16,6 @@ __all__ = [
     "OutlierRule",
     "SparsityRules",
     "check_matches",
-    "fraction_meant",
     "parse_rules",
     "parse_sparsity",
     "takes_scope",
@@ -60,22 +59,8 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
             f"sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got {text!r}"
-            f"{fraction_meant(text)}"
+            f"{_checks.percent_meant(text)}"
         ) from None
-
-
-def fraction_meant(text: str) -> str:
-    """Return a hint for a text that gives percent.
-
-    Examples
-    --------
-    >>> fraction_meant("90")
-    ': 90 percent are 0.9'
-    """
-    percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", text)
-    if percent is None or not 1 < float(percent[1]) < 100:
-        return ""
-    return f": write {Decimal(percent[1]) / 100:f} for {percent[1]} percent"
 
 
 def takes_scope(text: str) -> bool:
@@ -127,7 +112,7 @@ class OutlierRule:
             raise ValueError(
                 "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
                 "owl:SPARSITY:M:LAMBDA with a fraction as SPARSITY, such as owl:0.7:5:0.08, got "
-                f"{text!r}{fraction_meant(text.removeprefix(_OUTLIERS).partition(':')[0])}"
+                f"{text!r}{_checks.percent_meant(text.removeprefix(_OUTLIERS).partition(':')[0])}"
             ) from None
         try:
             outlier_weighed([], [], found.sparsity, found.reach)

@@ -6,7 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from safe_core.choice import as_names
 from safe_core.coverage import Coverage, WeightCoverage
+from safe_core.layout import resolve
+from safe_core.patterns import as_pattern
 
 from .leaves import check_arrays, check_one_copy
 from .tree import NamedLeaves
@@ -17,7 +20,9 @@ PyTree = Any
 _DENSE_BY_RULE = ("bias", "b", "scale", "offset", "embedding", "embeddings")
 
 
-def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Coverage:
+def coverage(
+    params: PyTree, *, where: Any = None, layout: Any = None, sparsity: Any = None
+) -> Coverage:
     """List the weights that `sparse_optimizer` makes sparse, and why the others stay dense.
 
     A weight is a leaf of two or more axes, not counting the batch axes of its layout. Print
@@ -29,6 +34,9 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
     params : pytree
     where, layout : optional
         As for `sparse_optimizer`.
+    sparsity : float, str or pattern, optional
+        As for `safe_core.safe`. With it, a leaf too small for a unit of a pattern with
+        ``ragged="dense"`` is listed as dense.
 
     Returns
     -------
@@ -52,11 +60,15 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
     leaves = NamedLeaves.of(params)
     check_arrays("params", leaves.named)
     layouts = leaves.layouts(layout, params, range(len(leaves.named)))
+    pattern = None if sparsity is None else as_pattern(sparsity)
     found = []
     for (name, leaf), chosen, axes in zip(leaves.named, leaves.chosen(where), layouts, strict=True):
         stacked = 0 if axes is None else len(axes.batch_axes)
         if leaf.ndim - stacked >= 2 or chosen:
             reason, expected = ("", True) if chosen else _reason(name, leaf, where)
+            if chosen and pattern is not None and axes is not None:
+                shape, roles = tuple(leaf.shape), resolve(axes, leaf.ndim, name)
+                reason = pattern.of(name).why_whole(shape, roles, name)
             found.append(WeightCoverage(name, tuple(leaf.shape), reason, expected))
     return Coverage(tuple(found))
 
@@ -64,7 +76,8 @@ def coverage(params: PyTree, *, where: Any = None, layout: Any = None) -> Covera
 def _reason(name: str, leaf: Any, where: Any) -> tuple[str, bool]:
     """Return why a leaf stays dense, and whether that was chosen or is documented."""
     if where is not None:
-        return "where is False for it", True
+        listed = as_names(where) is not None
+        return "where does not list it" if listed else "where is False for it", True
     key = name.split("/")[-1]
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"its dtype is {leaf.dtype}", True

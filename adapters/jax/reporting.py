@@ -145,6 +145,12 @@ class _Report(Report):
 
     __slots__ = ()
 
+    def __str__(self) -> str:
+        # Numbers that are traced cannot be read, and those of an ensemble have no one summary.
+        numbers = jax.tree.leaves(self)
+        readable = not any(isinstance(x, jax.core.Tracer) or jnp.ndim(x) for x in numbers)
+        return super().__str__() if readable else repr(self)
+
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         figures = [tuple(row)[_FIGURES] for row in self.tensors]
         static = tuple(tuple(row)[: _FIGURES.start] for row in self.tensors)

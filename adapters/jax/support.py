@@ -14,11 +14,12 @@ from safe_core.patterns import as_pattern
 
 from .arguments import check_base, check_base_state
 from .state import check_selection, check_shapes, sparse_leaves
-from .tree import SparseTree, advising_layouts_of, refuse_open_stacks
+from .tree import SparseTree, advising_layouts_of, refuse_open_stacks, warn_of_chosen_vectors
 
 __all__ = ["FixedSupportState", "check_sparsity", "fixed_support"]
 
 PyTree = Any
+_WAY = "pass what finalize() returns; later updates move its zeros"
 
 
 class FixedSupportState(NamedTuple):
@@ -48,7 +49,7 @@ def fixed_support(
     ----------
     base : optax.GradientTransformation
         It receives the extra arguments of ``update``.
-    where : callable or pytree of bool, optional
+    where : callable, list of str or pytree of bool, optional
         Selects the sparse leaves, as for `sparse_optimizer`. The others train freely.
 
     Returns
@@ -75,6 +76,7 @@ def fixed_support(
 
     def init(params: PyTree) -> FixedSupportState:
         tree = SparseTree.read(params, where, None)
+        warn_of_chosen_vectors(where, params, tree)
         support = [x != 0 for x in tree.sparse(params)]
         base_state = inner.init(params)
         check_base_state(base_state)
@@ -139,7 +141,8 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
     >>> check_sparsity({"kernel": jnp.asarray([[1.0, 2.0], [3.0, 0.0]])}, 0.5)
     Traceback (most recent call last):
         ...
-    ValueError: params must be sparse, got non-zeros in kernel (1 too many)
+    ValueError: params must be sparse, got non-zeros in kernel (1 too many): pass what finalize() \
+returns; later updates move its zeros
     """
     tree = SparseTree.read(params, where, layout)
     values = tree.sparse(params)
@@ -150,4 +153,5 @@ def check_sparsity(params: PyTree, sparsity: Any, *, where: Any = None, layout: 
         support = select_support(filled_in, pattern, tree.info, None, step=None)
         refuse_open_stacks(params, tree, pattern)
     filled = [jnp.sum((x != 0) & ~mask) for x, mask in zip(values, support, strict=True)]
-    refuse_filled("params", tree.info.names, [int(count) for count in jax.device_get(filled)])
+    counts = [int(count) for count in jax.device_get(filled)]
+    refuse_filled("params", tree.info.names, counts, _WAY)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,13 @@ from .state import (
     stored_split,
 )
 from .state_setup import StateSetup, register_with_flax
-from .tree import SparseTree, advising_layouts_of, leaves_like, refuse_open_stacks
+from .tree import (
+    SparseTree,
+    advising_layouts_of,
+    leaves_like,
+    refuse_open_stacks,
+    warn_of_chosen_vectors,
+)
 
 __all__ = ["at_step", "finalize", "sparse_optimizer"]
 
@@ -53,7 +59,7 @@ def sparse_optimizer(
     rho: float | jax.Array | Schedule | None = None,
     penalty: float | jax.Array | Schedule | None = None,
     learning_rate: float | jax.Array | Schedule | None = None,
-    where: Callable[[str, Any], bool] | PyTree | None = None,
+    where: Callable[[str, Any], bool] | Sequence[str] | PyTree | None = None,
     layout: Layouts = None,
     importance: Callable[[PyTree], PyTree] | PyTree | None = None,
     select_on_host: bool = False,
@@ -88,10 +94,12 @@ def sparse_optimizer(
         `optax.inject_hyperparams`.
     learning_rate : float, array or schedule
         The learning rate of ``base``. Pass it only for a method with a decoupled penalty.
-    where : callable or pytree of bool, optional
+    where : callable, list of str or pytree of bool, optional
         Selects the sparse leaves: ``where(path, leaf)``, with the keys of the path joined
-        by ``/``. The default selects the weights of linear, convolution, attention and
-        recurrent layers of Flax, Haiku and Equinox, see `safe_core.adapters.jax.weights`.
+        by ``/``, among all leaves, biases and norms included. Test ``leaf.ndim > 1`` to leave
+        those out. A list of paths selects exactly these. The default selects the weights of
+        linear, convolution, attention and recurrent layers of Flax, Haiku and Equinox, see
+        `safe_core.adapters.jax.weights`.
     layout : Layout, mapping of path to Layout, or callable, optional
         Axis roles, which override those inferred from the path. ``layout(path, leaf)`` may
         return None for unknown.
@@ -112,6 +120,12 @@ def sparse_optimizer(
     TypeError, ValueError
         If an argument has the wrong type, no leaf is sparse, ``params`` or ``grad_fn``
         is missing, or a pattern does not fit a leaf. The message names it.
+
+    Warns
+    -----
+    UserWarning
+        If ``init`` finds that a function ``where`` selects leaves of fewer than two axes beside
+        weights.
 
     Examples
     --------
@@ -155,6 +169,7 @@ def sparse_optimizer(
             check_own_zeros(method, tree.info.names, values)
             split = method.init(values, tree.info, known)
             refuse_open_stacks(params, tree, method.sparsity)
+        warn_of_chosen_vectors(where, params, tree)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
         register_with_flax()
@@ -315,8 +330,9 @@ def finalize(
     -----
     safe_core.FinalizeWarning
         If ``params`` is not traced, and the run was too short for the method to act (no dual
-        update, a schedule that has not reached its end), the projection removes more than a
-        tenth of the norm of the weights, or a leaf becomes zero as a whole.
+        update, a schedule that has not reached its end) or took over 1.5 times the steps of the
+        method, the projection removes more than a tenth of the norm of the weights, or a leaf
+        becomes zero as a whole.
 
     Examples
     --------

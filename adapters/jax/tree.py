@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from safe_core import ArrayInfo, Layout
+from safe_core.choice import as_names, refuse_unknown, warn_of_vectors
 from safe_core.layout import chosen_layout
 from safe_core.patterns import Pattern
 
@@ -34,6 +35,7 @@ __all__ = [
     "layout_by_path",
     "leaves_like",
     "refuse_open_stacks",
+    "warn_of_chosen_vectors",
 ]
 
 PyTree = Any
@@ -65,6 +67,12 @@ class NamedLeaves(NamedTuple):
             return [is_prunable(*leaf, owner) for leaf, owner in pairs]
         if is_function(where):
             flags = [where(*leaf) for leaf in self.named]
+        elif (listed := as_names(where)) is not None:
+            # Users who pass all variables of Flax may leave out the collection, as in layout=.
+            paths = {name: name if name in self.names else f"params/{name}" for name in listed}
+            missing = [name for name, path in paths.items() if path not in self.names]
+            refuse_unknown(missing, self.names)
+            flags = [name in paths.values() for name in self.names]
         else:
             flags = leaves_like("where", where, self.treedef)
         return [flag_of("where", name, flag) for name, flag in zip(self.names, flags, strict=True)]
@@ -105,7 +113,7 @@ class SparseTree(NamedTuple):
         if named and not indices:  # `optax.tree.map_params` passes a tree without leaves
             raise ValueError(
                 "where must select a leaf, got no sparse parameter: pass where=, a function of "
-                "path and leaf or a pytree of bool; the paths are "
+                "path and leaf, a list of paths or a pytree of bool; the paths are "
                 f"{', '.join(leaves.names)}"
             )
         for name, leaf in named:
@@ -158,6 +166,13 @@ class SparseTree(NamedTuple):
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """Return a tree of the sparse leaves, with `optax.MaskedNode` for the others."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def warn_of_chosen_vectors(where: Any, params: PyTree, tree: SparseTree) -> None:
+    """Warn if a function ``where`` chose leaves of fewer than two axes beside weights."""
+    rows = zip(tree.info.names, tree.sparse(params), tree.info.layouts, strict=True)
+    if is_function(where):
+        warn_of_vectors(where, rows, "lambda path, leaf: leaf.ndim > 1 and ...")
 
 
 def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> None:

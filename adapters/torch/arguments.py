@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from safe_core import Layout, Method, _checks
+from safe_core.choice import as_names
 
 from .selection import refuse_flat_parameters
 
@@ -30,9 +31,10 @@ def check_arguments(
         hint = ": call it, as in safe_core.safe(0.9, steps=1000)" if callable(method) else ""
         raise TypeError(f"method must be a safe_core.Method, got {_checks.shown(method)}{hint}")
     refuse_flat_parameters(model)
-    if where is not None and not _is_function(where):
+    if where is not None and not _is_function(where) and as_names(where) is None:
         raise TypeError(
-            f"where must be a function of name and parameter, got {_checks.shown(where)}"
+            "where must be a function of name and parameter, or a list of names, got "
+            f"{_checks.shown(where)}"
         )
     if layout is not None and not (isinstance(layout, (Layout, Mapping)) or _is_function(layout)):
         raise TypeError(

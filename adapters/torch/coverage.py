@@ -11,7 +11,9 @@ from torch import Tensor
 
 from safe_core import FixedZeros, Method, Pattern
 from safe_core.backends.torch_sharding import is_sharded, whole
+from safe_core.choice import as_names, warn_of_vectors
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
+from safe_core.layout import resolve
 from safe_core.own_zeros import check_own_zeros
 
 from .groups import settings_of
@@ -19,7 +21,7 @@ from .modules import JoinedModules
 from .selection import Selected, Selection
 from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
 
-__all__ = ["coverage_of", "refuse_dense", "warn_of_dense"]
+__all__ = ["coverage_of", "refuse_dense", "warn_of_chosen_vectors", "warn_of_dense"]
 
 
 def coverage_of(selection: Selection, selected: Any, constrained: Collection[Tensor]) -> Coverage:
@@ -88,7 +90,10 @@ def _why_dense(
         return '"sparsify" is False on the param group', True
     if selection.where is not None:
         asked = p not in held and selection.asks(name, p)
-        return ("base does not hold the parameter", False) if asked else ("where= said False", True)
+        if asked:
+            return "base does not hold the parameter", False
+        listed = as_names(selection.where) is not None
+        return "where= does not list it" if listed else "where= said False", True
     if selection.model is None:
         return '"sparsify" is not set on the param group', True
     if known is None:
@@ -103,12 +108,16 @@ def _why_dense(
 
 
 def _why_unmasked(chosen: Selected, p: Tensor) -> str:
-    """Return why a weight that keeps its own zeros is dense, or an empty text.
+    """Return why a selected weight is dense, or an empty text.
 
+    A ragged pattern may fit no unit into it, and one that keeps its own zeros may have none.
     The zeros of a sharded weight are not counted, because only some processes may ask.
     """
-    own = isinstance(_pattern(chosen), FixedZeros)
-    readable = own and not is_sharded(p) and not p.is_meta
+    pattern = _pattern(chosen)
+    axes = None if chosen.layout is None else resolve(chosen.layout, p.ndim, chosen.name)
+    if reason := pattern.why_whole(tuple(p.shape), axes, chosen.name):
+        return reason
+    readable = isinstance(pattern, FixedZeros) and not is_sharded(p) and not p.is_meta
     return "it has no zeros to keep" if readable and bool((p != 0).all()) else ""
 
 
@@ -125,6 +134,12 @@ def refuse_dense(
 
 def _pattern(chosen: Selected) -> Pattern:
     return chosen.pattern.of(chosen.name)
+
+
+def warn_of_chosen_vectors(where: Any, selected: Mapping[Tensor, Selected]) -> None:
+    """Warn if a function ``where`` chose parameters of fewer than two axes beside weights."""
+    rows = [(chosen.name, p, chosen.layout) for p, chosen in selected.items()]
+    warn_of_vectors(where, rows, "lambda name, p: p.ndim > 1 and ...")
 
 
 def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:

@@ -7,7 +7,7 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 from safe_core import Coverage, Layout, Method, SplitState, _checks
 from safe_core.arguments import refuse_filled
+from safe_core.coverage import listing
 from safe_core.finalization import Finalized, warn
 from safe_core.report import Report
 
 from . import kernels
 from .arguments import check_arguments
 from .checkpoint import pack, unpack
-from .coverage import warn_of_dense
+from .coverage import warn_of_chosen_vectors, warn_of_dense
 from .evaluation import at_both, is_evaluating, refuse_training_mode, sparse_weights, switch_of
 from .modules import RandomState, joined
 from .phases import Phase, Phases
@@ -52,9 +53,11 @@ class SparseOptimizer(Optimizer):
         Makes the weights of its linear, convolution, attention and recurrent layers sparse,
         not biases, norms and embeddings. It also supplies names and layouts. Of several
         modules, such as both networks of a GAN, those in ``base`` are trained.
-    where : callable, optional
-        ``where(name, parameter) -> bool`` chooses the sparse parameters instead.
-        Without ``model``, names come from a base made with ``named_parameters()``.
+    where : callable or list of str, optional
+        ``where(name, parameter) -> bool`` chooses the sparse parameters instead, among all of
+        ``base``, biases and norms included. Test ``parameter.ndim > 1`` to leave those out. A list
+        of names chooses exactly these. Without ``model``, names come from a base made with
+        ``named_parameters()``.
     layout : Layout, mapping of name to Layout, or callable, optional
         Axis roles, which override those of ``model``; ``layout(name, parameter)`` may
         return None for unknown.
@@ -81,6 +84,8 @@ class SparseOptimizer(Optimizer):
 
     Warns
     -----
+    UserWarning
+        If a function ``where`` chooses parameters of fewer than two axes beside weights.
     DenseWeightWarning
         If weights of ``model`` with two or more axes stay dense although neither ``where`` nor
         ``"sparsify"`` excludes them: the type of their module is unknown, ``base`` does not hold
@@ -141,7 +146,7 @@ class SparseOptimizer(Optimizer):
         method: Method,
         *,
         model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
-        where: Callable[[str, Tensor], bool] | None = None,
+        where: Callable[[str, Tensor], bool] | Collection[str] | None = None,
         layout: Layout
         | Mapping[str, Layout | None]
         | Callable[[str, Tensor], Layout | None]
@@ -180,6 +185,7 @@ class SparseOptimizer(Optimizer):
         )
         self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
         warn_of_dense(self._run.coverage(), stacklevel=3)
+        warn_of_chosen_vectors(where, self._run.selected)
 
     # Properties
 
@@ -447,8 +453,9 @@ class SparseOptimizer(Optimizer):
         -----
         safe_core.FinalizeWarning
             If the run was too short for the method to act (no dual update, a schedule that has
-            not reached its end), the projection removes more than a tenth of the norm of the
-            weights, or a parameter becomes zero as a whole.
+            not reached its end), or took over 1.5 times the steps of the method; if the projection
+            removes more than a tenth of the norm of the weights, or a parameter becomes zero as a
+            whole.
         """
         self._phases.refuse_within_block("finalize()")
         refuse_training_mode(self._run, "finalize()")
@@ -462,7 +469,8 @@ class SparseOptimizer(Optimizer):
         kernels.mask_([p.detach() for p in sparse], support)
         run.forget_copies()
         source = run.source if isinstance(importance, str) else None
-        warn(run.finalized, self.method.constraint, [pattern for pattern, _ in patterns], source)
+        used = [pattern for pattern, _ in patterns]
+        warn(run.finalized, self.method.constraint, used, source, frozen=run.frozen)
         if freeze and not run.frozen:
             run.freeze(sparse, support)
 
@@ -479,7 +487,8 @@ class SparseOptimizer(Optimizer):
         with run.as_started() as sparse:
             support = run.final_support(sparse, None)
         filled = kernels.count_filled(sparse, support)
-        refuse_filled("parameters", [run.selected[p].name for p in sparse], filled)
+        names = [run.selected[p].name for p in sparse]
+        refuse_filled("parameters", names, filled, run.way_to_sparse())
 
     @torch.no_grad()
     def report(
@@ -567,8 +576,13 @@ class SparseOptimizer(Optimizer):
     # The optimizer contract
 
     def __repr__(self) -> str:
-        title = f"{type(self).__name__}({self.method!r}, steps={self.steps})"
-        return f"{title}\n{self._run.coverage()}\n{self.base!r}"
+        method, coverage = self.method, self._run.coverage()
+        parts = (method.constraint, *filter(None, [method.perturbation]))
+        how = " with ".join(type(part).__name__ for part in parts)
+        title = f"{type(self).__name__}({type(self.base).__name__}, {how})"
+        patterns = {c.name: c.pattern.describe() for c in self._run.selected.values()}
+        lines = [f"{title}, steps taken: {self.steps}", *listing(coverage.sparse, patterns)]
+        return "\n".join([*lines, str(coverage)])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; after a block, also discard the step that it began."""
@@ -597,6 +611,8 @@ class SparseOptimizer(Optimizer):
             self.param_groups.pop()
             run.undo_selection(before)
             raise
+        new = {p: chosen for p, chosen in run.selected.items() if p not in before}
+        warn_of_chosen_vectors(run.where, new)
         rows, names = run.coverage().weights, run.selection.names()
         added = {names[p] for p in self.param_groups[-1]["params"]}
         warn_of_dense(Coverage(tuple(w for w in rows if w.name in added)), stacklevel=3)

@@ -395,7 +395,9 @@ class Phases:
         perturbs, projects = run.perturbed is not None, run.plan.projected is not None
         if not perturbs and not projects:
             with torch.enable_grad():
-                return closure()
+                loss = closure()
+            self._check_closure(loss)
+            return loss
         replay = RandomState.record() if self.replay_rng else None
         probe = ClosureProbe(run.trainable())
         try:
@@ -405,8 +407,9 @@ class Phases:
         finally:
             probe.stop()
         if ignored:  # a trainer has called backward() itself and passes a closure without it
-            self.check_step()
+            self.check_step("a closure that leaves the gradients as they were")
             return loss
+        self._check_closure(loss)
         if added:
             raise ValueError(
                 "closure must clear the gradients before backward(), got one that accumulates. "
@@ -425,35 +428,50 @@ class Phases:
 
     # Checks
 
-    def check_step(self) -> None:
-        """Raise unless the gradients are those that a step without a closure needs."""
+    def _check_closure(self, loss: Any) -> None:
+        """Raise if a closure returns a loss and leaves no gradient.
+
+        One that returns None skips the step, as Lightning's does where ``training_step`` returns
+        None.
+        """
+        if loss is not None and self.run.trainable() and not self.run.has_gradient():
+            raise ValueError(
+                "closure must call loss.backward(): no parameter has a gradient after it; create "
+                "the optimizer after its model is wrapped or sharded"
+            )
+
+    def check_step(self, got: str = "closure=None") -> None:
+        """Raise unless the gradients are those that a step without a closure needs.
+
+        ``got`` names what the user passed instead of such a closure.
+        """
         if not self._may_go_unperturbed():
             self.refuse_lost_gradients("step()")
-            self._check_blocks()
+            self._check_blocks(got)
         self.refuse_stale_gradients("step()")
 
-    def _check_blocks(self) -> None:
+    def _check_blocks(self, got: str) -> None:
         if self.phase is Phase.COMPLETE:
             return
         if self.phase is not Phase.READY:
-            self.check_perturbed("step()")
+            self.check_perturbed("step()", got)
         if self.run.plan.projected is not None:
             raise ValueError(
                 "step() needs a gradient at the projected point, because the method adds it: pass "
                 "step(closure=...), or call loss.backward() within `with optimizer.projected():` "
-                "last; allow_unperturbed=True turns this check off. Got closure=None"
+                f"last; allow_unperturbed=True turns this check off. Got {got}"
             )
 
-    def check_perturbed(self, call: str) -> None:
+    def check_perturbed(self, call: str, got: str = "closure=None") -> None:
         """Raise if the perturbed gradient is missing."""
         if self.run.perturbed is not None and not self._may_go_unperturbed():
             raise ValueError(
                 f"{call} needs a gradient at the perturbed point, because the method has rho > 0: "
-                "pass step(closure=...), or call loss.backward() within "
+                "pass step(closure=...) with loss.backward() in it, or call loss.backward() within "
                 "`with optimizer.perturbed():` first. If a trainer wraps the optimizer, use "
                 "`with perturbed(optimizer):` from safe_core.adapters.torch; for Hugging Face "
                 "use its SparseTrainerMixin. allow_unperturbed=True turns this check off. "
-                "Got closure=None"
+                f"Got {got}"
             )
 
     def _may_go_unperturbed(self) -> bool:

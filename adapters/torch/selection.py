@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from safe_core import Layout, Method, Pattern, _checks
+from safe_core.choice import as_names, refuse_unknown
 from safe_core.layout import chosen_layout
 
 from .groups import GroupRules, pattern_of, settings_of
@@ -55,6 +56,7 @@ class Selection(NamedTuple):
         self._refuse_hidden()
         selected: dict[Tensor, Selected] = {}
         names = self.names()
+        refuse_unknown(as_names(self.where) or (), list(names.values()))
         for g, group in enumerate(self.base.param_groups):
             settings = self._settings(g, group)
             pattern = pattern_of(settings, self.method)
@@ -102,7 +104,9 @@ class Selection(NamedTuple):
         return chosen
 
     def asks(self, name: str, p: Tensor) -> bool:
-        """Return the answer of ``where`` for a parameter."""
+        """Return the answer of ``where`` for a parameter: a function, or a list of names."""
+        if (listed := as_names(self.where)) is not None:
+            return name in listed
         answer = self.where(name, p)
         if not isinstance(answer, bool):
             raise TypeError(

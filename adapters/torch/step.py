@@ -26,6 +26,7 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
     """
     if not run.has_gradient():
         return  # optimizers of torch also skip parameters without a gradient
+    run.warn_of_moved_zeros()
     _Step(run, norms).take(first)
     run.steps += 1
 

@@ -139,6 +139,13 @@ class Pattern:
         optimizer is constructed, before any training.
         """
 
+    def why_whole(self, shape: Sequence[int], layout: Layout | None, name: str) -> str:
+        """Return why an array stays dense as a whole, as the end of "because ...", or "".
+
+        A pattern that leaves ragged tails dense overrides it, for arrays that are nothing but tail.
+        """
+        return ""
+
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
         """Return the units of one array from the scores of its entries."""
         return Units(scores, layout, lambda mask: mask)

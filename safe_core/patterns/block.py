@@ -12,7 +12,7 @@ from safe_core.layout import Layout, merge
 from safe_core.sparsity_tables import SparsityTable
 
 from .base import FractionPattern, Units, check_fraction
-from .counts import require_roles, whole_units
+from .counts import require_roles, too_few, whole_units
 from .pools import expansion, pad_kept, take
 
 __all__ = ["Block"]
@@ -73,6 +73,14 @@ class Block(FractionPattern):
         advised = replace(self, ragged="dense", sparsity=self.sparsity_of(name))
         for size, unit, role in _BlockPlan.of(shape, self, layout, name).blocks.values():
             whole_units(size, unit, self.ragged, name, role, advised)
+
+    def why_whole(self, shape: Sequence[int], layout: Layout | None, name: str) -> str:
+        """Return why an array has no whole block, or an empty text."""
+        if self.ragged == "error" or not (layout and layout.input_axes and layout.output_axes):
+            return ""
+        plan = _BlockPlan.of(shape, self, layout, name)
+        found = [too_few(size, unit, role) for size, unit, role in plan.blocks.values()]
+        return next(filter(None, found), "")
 
     def units(self, scores: Array, layout: Layout | None, name: str, *, xp: Any) -> Units:
         """Return the sums of ``P v^2`` over every block, in storage order.

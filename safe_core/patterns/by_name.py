@@ -140,6 +140,10 @@ class ByName(Pattern):
         """Raise ValueError if the pattern of an array does not fit it."""
         self.of(name).check(shape, layout, name)
 
+    def why_whole(self, shape: Sequence[int], layout: Layout | None, name: str) -> str:
+        """Return why the pattern of an array leaves it dense as a whole, or an empty text."""
+        return self.of(name).why_whole(shape, layout, name)
+
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError if the pattern, or a distribution in it, names an unknown array."""
         unknown = [name for name in self._by_name if name not in names]

@@ -24,7 +24,10 @@ class Channel(FractionPattern):
 
     Channels rank by the sum of ``P_ii * v_i**2`` over their entries. In the scope "global"
     channels of large layers therefore tend to win over those of small layers. The outputs of
-    a classifier are channels too; exclude that layer, or its classes are pruned.
+    a classifier are channels too, so leave the last layer out, or classes are pruned. If it is the
+    layer ``"4"`` of a model in PyTorch, pass
+    ``where=lambda name, p: p.ndim > 1 and not name.startswith("4.")``. In JAX, if its path holds
+    ``"Dense_2"``, pass ``where=lambda path, leaf: leaf.ndim > 1 and "Dense_2" not in path``.
 
     A bias, or the shift of a batch norm, stays: it makes a removed channel constant. In PyTorch,
     ``silence_channels`` sets it to zero, and ``shrink`` takes the channel out of the network.

@@ -8,7 +8,7 @@ from typing import Any
 
 from safe_core.layout import Layout
 
-__all__ = ["kept_counts", "require_roles", "whole_units"]
+__all__ = ["kept_counts", "require_roles", "too_few", "whole_units"]
 
 
 def kept_counts(stages: Sequence[Fraction], units: int) -> tuple[int, ...]:
@@ -36,6 +36,19 @@ def whole_units(
     return size - size % unit
 
 
+def too_few(size: int, unit: int, role: str) -> str:
+    """Return why an axis that is shorter than one unit leaves an array dense, or "".
+
+    Examples
+    --------
+    >>> too_few(1, 4, "input"), too_few(3, 4, "input"), too_few(5, 4, "input")
+    ('its 1 input is fewer than 4', 'its 3 inputs are fewer than 4', '')
+    """
+    if size >= unit:
+        return ""
+    return f"its {size} {role}{' is' if size == 1 else 's are'} fewer than {unit}"
+
+
 def require_roles(
     layout: Layout | None,
     name: str,
@@ -46,6 +59,10 @@ def require_roles(
     shape: Sequence[int] | None = None,
 ) -> Layout:
     """Return the layout, or raise ValueError if it lacks a role that the pattern needs."""
+    if layout is None and shape is not None and len(shape) == 1:
+        raise ValueError(
+            f"{name} has one axis, and {what} needs the roles of two; leave it out with where="
+        )
     if layout is None:
         of_shape = "" if shape is None else f", whose lengths are {tuple(shape)}"
         raise ValueError(

@@ -13,7 +13,7 @@ from safe_core.backends import Array
 from safe_core.layout import Layout, merge
 
 from .base import Pattern, Units
-from .counts import require_roles, whole_units
+from .counts import require_roles, too_few, whole_units
 from .pools import keep_in_groups, on_whole_units, pad_kept, take
 
 __all__ = ["NM"]
@@ -72,6 +72,13 @@ class NM(Pattern):
         layout = require_roles(layout, name, "an N:M pattern", inputs=True, shape=shape)
         merged, axis = merge(tuple(shape), layout.input_axes, name)
         whole_units(merged[axis], self.m, self.ragged, name, "input", replace(self, ragged="dense"))
+
+    def why_whole(self, shape: Sequence[int], layout: Layout | None, name: str) -> str:
+        """Return why an array has no whole group, or an empty text."""
+        if self.ragged == "error" or layout is None or not layout.input_axes:
+            return ""
+        merged, axis = merge(tuple(shape), layout.input_axes, name)
+        return too_few(merged[axis], self.m, "input")
 
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any

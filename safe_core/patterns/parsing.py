@@ -37,7 +37,7 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
         if not (numbers and 1 <= int(n) <= int(m)):
             raise ValueError(
                 'sparsity must be a number such as 0.95, or a string "N:M" that keeps N of every M '
-                f"with 1 <= N <= M, got {value!r}"
+                f"with 1 <= N <= M, got {value!r}{_checks.sparsity_meant(value)}"
             )
         return NM(int(n), int(m))
     if isinstance(value, Mapping):

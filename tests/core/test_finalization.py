@@ -185,6 +185,26 @@ def test_everything_is_said_in_one_warning() -> None:
     assert "zero in w" in text
 
 
+def test_a_run_much_longer_than_its_method_is_named() -> None:
+    pull = safe_core.admm(0.5, steps=10).constraint
+    rows = [FinalizedTensor("w", 4, 0, 2, 1.0, 0.0, False)]  # nothing is left to remove
+    (text,) = messages(Finalized(16, rows), pull, [HALF])
+    assert text.startswith("finalize: the run takes 16 steps, and the method was made for 10 (give")
+    assert messages(Finalized(15, rows), pull, [HALF]) == []
+    # The penalty of ADMM may stay at its last value for as long as the user likes.
+    warm = ADMM(safe_core.schedules.linear(0.1, steps=10), dual_update_interval=2)
+    for constraint in (warm, ADMM(), Mask(), AtEnd(), HardThreshold()):
+        assert messages(Finalized(1000, rows), constraint, [HALF]) == []
+
+
+def test_the_result_prints_as_totals() -> None:
+    rows = [FinalizedTensor(n, 1000, 500, 100, 5.0, 3.0, n == "b") for n in ("a", "b")]
+    assert str(Finalized(1234, rows)) == (
+        "finalized after 1,234 steps: 2 sparse parameters with 1,800 zeros in 2,000 entries "
+        "(1,000 set to zero now), 0.6 of the norm removed; all zero: b"
+    )
+
+
 def test_long_lists_of_names_are_cut() -> None:
     rows = [FinalizedTensor(f"w{i}", 1, 1, 0, 1.0, 1.0, True) for i in range(8)]
     (text,) = messages(Finalized(0, rows), AtEnd(), [HALF])

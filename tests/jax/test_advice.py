@@ -79,9 +79,10 @@ def test_a_compiled_function_returns_a_report() -> None:
         assert float(compiled.scalars()[key]) == pytest.approx(float(value), rel=1e-5), key
     assert [row.name for row in compiled.tensors] == ["kernel"]
     assert [item.cause for item in compiled.advice] == ["interval", "penalty"]
-    assert compiled.summary().startswith("step 3 of 4: distance 0.")
+    assert str(compiled).startswith("step 3 of 4: distance 0.")
     stacked = jax.vmap(make)(*jax.tree.map(lambda a: jnp.stack([a, a]), (params, state)))
     assert stacked.tensors[0].distance.shape == (2,)
+    assert str(stacked) == repr(stacked)
     assert jax.tree.map(lambda a: a[1], stacked).advice == compiled.advice
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen
 
-from safe_core import Layout
+from safe_core import NM, Block, Layout
 from safe_core.adapters.optax import coverage
 
 
@@ -89,3 +89,19 @@ def test_modules_of_equinox_are_told_by_their_type() -> None:
     assert [w.name for w in found.dense] == ["embed/weight"]
     with pytest.raises(TypeError, match=r"got .* at activation: .*eqx\.is_inexact_array"):
         coverage(eqx.nn.MLP(2, 2, 2, 1, key=keys[0]))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "reason"),
+    [
+        (NM(2, 4, ragged="dense"), "its 3 inputs are fewer than 4"),
+        (Block((1, 4), 0.5, ragged="dense"), "its 3 inputs are fewer than 4"),
+        (Block((1, 2), 0.5, ragged="dense"), ""),
+        (0.5, ""),
+    ],
+)
+def test_a_leaf_without_a_whole_group_is_dense(sparsity: Any, reason: str) -> None:
+    params = {"a": {"kernel": jnp.ones((3, 8))}, "b": {"kernel": jnp.ones((8, 4))}}
+    found = coverage(params, sparsity=sparsity)
+    assert {w.name: w.reason for w in found.weights} == {"a/kernel": reason, "b/kernel": ""}
+    assert found.unexpected == ()

@@ -94,3 +94,9 @@ def test_a_traced_finalize_is_silent() -> None:
     jax.jit(lambda params, state: finalize(params, state, method))(params, state)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (params, state))
     jax.vmap(lambda params, state: finalize(params, state, method))(*stacked)
+
+
+def test_a_run_over_its_steps_is_named() -> None:
+    method = safe_core.admm(0.5, steps=4)
+    with pytest.warns(FinalizeWarning, match="takes 8 steps, and the method was made for 4"):
+        finalize(*trained(method, 8), method)

@@ -7,11 +7,15 @@ import functools
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+import safe_core
 
 API = Path(__file__).parents[2] / "docs" / "api"
 
@@ -190,3 +194,32 @@ def test_an_exported_name_is_documented(name: str) -> None:
         assert thing.__name__ in PACKAGES
     else:
         assert any(other is thing for other in documented_objects())
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("SparseOptimizer", "safe_core.adapters.torch"),
+        ("sparse_optimizer", "safe_core.adapters.optax"),
+        ("advise", "safe_core.adapters.torch and safe_core.adapters.jax.flax"),
+        ("prune_blocks", "safe_core.adapters.torch.blocks and safe_core.adapters.jax.blocks"),
+    ],
+)
+def test_a_name_of_an_adapter_is_pointed_to(name: str, places: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^{name} is in {places}$"):
+        getattr(safe_core, name)
+
+
+def test_every_name_of_an_adapter_is_found_without_its_framework() -> None:
+    program = (
+        "import sys, safe_core._adapter_names\n"
+        "found = safe_core._adapter_names.adapters_with\n"
+        "for name in sys.argv[1:]: assert found(name), name\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)\n"
+        "assert not hasattr(safe_core, 'saver') and not hasattr(safe_core, '__wrapped__')"
+    )
+    packages = [name for name in PACKAGES if name.startswith("safe_core.adapters")]
+    listed = [name for package in packages for name in importlib.import_module(package).__all__]
+    command = [sys.executable, "-P", "-W", "error", "-c", program, *listed]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr

@@ -777,7 +777,7 @@ BAD_ARGUMENTS = {
     ),
     "method": (lambda o: {"method": 0.5}, TypeError, "^method "),
     "model": (lambda o: {"model": list(o["model"].parameters())}, TypeError, "^model "),
-    "where": (lambda o: {"where": ["weight"]}, TypeError, "^where "),
+    "where": (lambda o: {"where": "weight"}, TypeError, "^where "),
     "layout": (lambda o: {"layout": 1}, TypeError, "^layout "),
     "layout of a name": (lambda o: {"layout": {"weight": (1, 0)}}, TypeError, "^layout of weight"),
     "layout returned": (lambda o: {"layout": lambda name, p: 0}, TypeError, "^layout of weight"),

@@ -314,8 +314,8 @@ def test_a_group_that_opts_out_may_keep_its_sparsity():
         ({"model": [nn.Linear]}, r"got the class Linear: pass an instance for 'model\[0\]'"),
         ({"model": (x for x in ())}, "model must be .*got <class 'generator'>"),
         ({"model": torch.ones(3)}, "model must be .*got <class 'torch.Tensor'>"),
-        ({"where": bool}, "where must be a function of name and parameter, got <class 'bool'>"),
-        ({"where": ["0.weight"]}, r"where must be a function of .* got \['0.weight'\]"),
+        ({"where": bool}, "where must be a function .*or a list of names, got <class 'bool'>"),
+        ({"where": "0.weight"}, "where must be a function of .*a list of names, got '0.weight'"),
         ({"layout": safe_core.Layout}, "layout must be a Layout, a mapping or a function, got <cl"),
         ({"importance": dict}, "importance must be a mapping or a function, .*got <class 'dict'>"),
         (
@@ -385,3 +385,21 @@ def test_a_bad_schedule_of_the_method_is_not_blamed_on_a_group():
     optimizer.step(closure)
     with pytest.raises(ValueError, match=r"^penalty at step 1 must be a finite number"):
         optimizer.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (safe_core.NM(2, 4, ragged="dense"), "its 1 input is fewer than 4"),
+        (safe_core.Block((16, 1), 0.5, ragged="dense"), "its 8 outputs are fewer than 16"),
+        (safe_core.Block((4, 1), 0.5, ragged="dense"), ""),
+    ],
+)
+def test_a_weight_without_a_whole_group_is_dense(pattern, reason):
+    model = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 16))
+    by_name = safe_core.ByName({"0.weight": pattern}, default=0.5)
+    for sparsity in (pattern, by_name):
+        optimizer = SparseOptimizer(
+            sgd(model.parameters()), safe_core.admm(sparsity, penalty=0.1), model=model
+        )
+        assert rows(optimizer) == {"0.weight": (reason, True), "1.weight": ("", True)}

@@ -180,3 +180,83 @@ def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("error")
         optimizer.finalize()
     assert reads == ["tolist"]
+
+
+# The length of the run, steps after finalize, and closures that do not train
+
+
+def test_a_run_over_its_steps_is_named_but_not_its_fine_tuning() -> None:
+    _, optimizer = trained(safe_core.safe(0.5, steps=20), 40)
+    with pytest.warns(FinalizeWarning, match="takes 40 steps, and the method was made for 20"):
+        optimizer.finalize()
+    model, optimizer = trained(safe_core.safe(0.5, steps=20), 20)
+    optimizer.finalize(freeze=True)
+    for _ in range(20):
+        optimizer.step(closure_of(model, optimizer))
+    optimizer.finalize()
+
+
+def closure_of(model: nn.Sequential, optimizer: SparseOptimizer) -> Any:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.filterwarnings("ignore:finalize:safe_core.FinalizeWarning")
+@pytest.mark.parametrize("method", [safe_core.safe(0.5), safe_core.magnitude(0.5)])
+def test_the_first_step_that_moves_the_zeros_warns_once(method: Any) -> None:
+    model, optimizer = trained(method, 2)
+    with pytest.raises(ValueError, match=r"0\.weight \(.* many\).*: call finalize\(\) first$"):
+        optimizer.check_sparsity()
+    optimizer.finalize()
+    optimizer.check_sparsity()
+    closure = closure_of(model, optimizer)
+    with pytest.warns(
+        FinalizeWarning, match=r"step\(\) after finalize\(\) moves the zeros"
+    ) as found:
+        optimizer.step(closure)
+    assert found[0].filename == __file__
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match=r": steps were taken after finalize\(\), so call it agai"):
+        optimizer.check_sparsity()
+
+
+@pytest.mark.filterwarnings("ignore:finalize:safe_core.FinalizeWarning")
+@pytest.mark.parametrize(
+    "method",
+    [safe_core.iht(0.5), safe_core.gmp(safe_core.schedules.cubic(0.5, steps=2))],
+)
+def test_steps_that_keep_the_zeros_are_silent(method: Any) -> None:
+    model, optimizer = trained(method, 2)
+    optimizer.finalize()
+    optimizer.step(closure_of(model, optimizer))
+    optimizer.check_sparsity()
+    optimizer.finalize(freeze=True)
+    optimizer.step(closure_of(model, optimizer))
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    with pytest.raises(ValueError, match=r": the weights were changed after finalize\(\)"):
+        optimizer.check_sparsity()
+
+
+@pytest.mark.parametrize("method", [safe_core.safe(0.5), safe_core.admm(0.5)])
+def test_a_closure_without_backward_is_an_error(method: Any) -> None:
+    model, optimizer = trained(method, 0)
+    with pytest.raises(ValueError, match=r"closure must call loss\.backward\(\): no parameter has"):
+        optimizer.step(lambda: model(torch.ones(2, 8)).mean())
+    assert optimizer.step(lambda: None) is None  # a trainer skips a batch in this way
+    assert optimizer.steps == 0
+    for p in model[2].parameters():
+        p.requires_grad_(False)  # then some parameters have no gradient, rightly
+    optimizer.step(closure_of(model, optimizer))
+    assert optimizer.steps == 1
+
+
+def test_a_closure_that_leaves_old_gradients_is_not_called_none() -> None:
+    model, optimizer = trained(safe_core.safe(0.5), 1)
+    with pytest.raises(ValueError, match="Got a closure that leaves the gradients as they were"):
+        optimizer.step(lambda: model(torch.ones(2, 8)).mean())

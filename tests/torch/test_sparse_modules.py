@@ -95,9 +95,9 @@ def test_the_fastest_form_replaces_a_layer(seconds: dict[str, float]) -> None:
     with pytest.raises(RuntimeError, match="0 must be loaded as a dense layer"):
         found.model.load_state_dict(before)
     lines = str(found).splitlines()
-    assert " ".join(lines[1].split()) == "0 32 x 64 90.0% 6 3e+03 ms CSR 1e+03 ms CSR"
+    assert " ".join(lines[1].split()) == "0 32 x 64 90.0% 6 3000 ms CSR 1000 ms CSR"
     assert lines[2].endswith("BSR 8x8")
-    assert lines[3] == "whole model: 3e+03 ms dense, 2e+03 ms sparse, 1.50 times faster"
+    assert lines[3] == "whole model: 3000 ms dense, 2000 ms sparse, 1.50 times faster"
 
 
 def test_what_is_not_faster_stays_dense(seconds: dict[str, float]) -> None:
@@ -112,7 +112,7 @@ def test_what_is_not_faster_stays_dense(seconds: dict[str, float]) -> None:
     assert found.model is model
     assert found.replaced == {}
     assert [layer.reason for layer in found.layers] == ["the whole model is not a tenth faster"] * 2
-    assert "2.8e+03 ms sparse, 1.07 times as fast, so it stays as it is" in str(found)
+    assert "2800 ms sparse, 1.07 times as fast, so it stays as it is" in str(found)
     seconds["sparse"] = 6.0
     assert "0.50 times as fast, so it stays" in str(sparse_modules(model, X))
 

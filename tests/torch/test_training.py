@@ -329,10 +329,23 @@ def test_cleared_gradients_give_up_the_perturbed_phase() -> None:
         optimizer.step()
 
 
-def test_an_optimizer_prints_its_method_and_its_base() -> None:
-    _, optimizer = trained(2)
-    for part in ("SparseOptimizer", "Unstructured(sparsity=", "steps=2", "AdamW (", "lr: "):
-        assert part in repr(optimizer)
+def test_an_optimizer_prints_its_sparse_weights() -> None:
+    model = network()
+    patterns = safe_core.ByName({"2.weight": "2:4"}, default=0.75)
+    optimizer = SparseOptimizer(sgd(model.parameters()), safe_core.safe(patterns), model=model)
+    step(model, optimizer)
+    assert repr(optimizer).splitlines() == [
+        "SparseOptimizer(SGD, ADMM with SAM), steps taken: 1",
+        "  0.weight (16, 8): 0.75, scope global",
+        "  2.weight (4, 16): 2:4",
+        "sparse: 2 of 2 weights, 192 of 192 entries",
+    ]
+
+
+def test_a_long_list_of_sparse_weights_is_cut() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(23)))
+    lines = repr(SparseOptimizer(sgd(model.parameters()), METHOD, model=model)).splitlines()
+    assert lines[20:22] == ["  19.weight (2, 2): 0.75, scope global", "  and 3 more"]
 
 
 def test_an_outer_autocast_computes_the_second_gradient_at_the_perturbed_point() -> None:
