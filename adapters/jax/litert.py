@@ -143,8 +143,9 @@ class _Traced:
         for name, leaf in zip(self.names, self.leaves, strict=True):
             dtype = getattr(leaf, "dtype", np.dtype(bool))
             if jax.numpy.issubdtype(dtype, np.floating) and dtype.itemsize < 4:
+                place = f" in {name}" if name else ""
                 raise ValueError(
-                    f"model must be in float32, got {dtype} in {name}: pass a model with float32 "
+                    f"model must be in float32, got {dtype}{place}: pass a model with float32 "
                     "parameters, because the file is float32"
                 )
 

@@ -45,7 +45,7 @@ def measure(
     *,
     least: int = 5,
 ) -> Answer:
-    """Run files on samples, and time them in turn for some seconds, ``least`` times or more.
+    """Run files on samples, and time blocks of calls in turn for some seconds, or ``least`` blocks.
 
     Raises
     ------
