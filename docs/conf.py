@@ -33,6 +33,7 @@ exclude_patterns = [
     "blocks_table.md",
     "demo_table.md",
     "digits_tables.md",
+    "elsa_table.md",
     "overparameterisation_tables.md",
     "jax/setup.md",
     "litert_speed_table.md",

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from safe_core.choice import as_names
 from safe_core.coverage import Coverage, WeightCoverage
 from safe_core.layout import resolve
 from safe_core.patterns import as_pattern
+from safe_core.where import as_names
 
 from .leaves import check_arrays, check_one_copy
 from .tree import NamedLeaves

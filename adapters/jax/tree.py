@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from safe_core import ArrayInfo, Layout
-from safe_core.choice import as_names, refuse_unknown, warn_of_vectors
 from safe_core.layout import chosen_layout
 from safe_core.patterns import Pattern
+from safe_core.where import as_names, refuse_unknown, warn_of_vectors
 
 from .leaves import (
     check_arrays,

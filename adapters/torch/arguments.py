@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from safe_core import Layout, Method, _checks
-from safe_core.choice import as_names
+from safe_core.where import as_names
 
 from .selection import refuse_flat_parameters
 

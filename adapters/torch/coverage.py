@@ -11,10 +11,10 @@ from torch import Tensor
 
 from safe_core import FixedZeros, Method, Pattern
 from safe_core.backends.torch_sharding import is_sharded, whole
-from safe_core.choice import as_names, warn_of_vectors
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
 from safe_core.layout import resolve
 from safe_core.own_zeros import check_own_zeros
+from safe_core.where import as_names, warn_of_vectors
 
 from .groups import settings_of
 from .modules import JoinedModules

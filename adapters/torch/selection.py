@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from safe_core import Layout, Method, Pattern, _checks
-from safe_core.choice import as_names, refuse_unknown
 from safe_core.layout import chosen_layout
+from safe_core.where import as_names, refuse_unknown
 
 from .groups import GroupRules, pattern_of, settings_of
 from .modules import names_of
