@@ -98,7 +98,7 @@ __all__ = [
     "stationarity_gap",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # A type checker would take every name for known if it saw this function.

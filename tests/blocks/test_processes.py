@@ -159,7 +159,7 @@ def test_an_error_in_one_process_ends_all() -> None:
         "solver": "process 2 of 3 failed: the solver fails in 2 | No block of blocks was pruned, "
         "all are dense",
         "argument": "process 1 of 3 failed: sparsity must be a fraction in [0, 1), such as 0.95, "
-        "got 1.5",
+        "got 1.5: write 0.015 for 1.5 percent",
         "batches": "batches must be the same in all processes, got another in process 2 than in "
         "process 0; distributed=False prunes in each process alone",
         "progress": "no room | blocks.0 to blocks.0 are pruned and stay so; the rest is dense",

@@ -53,7 +53,7 @@ def test_blocks_with_outliers_are_pruned_less(planted: Path, text: Path, tmp_pat
     card = (out / "README.md").read_text()
     assert "| requested sparsity | 0.7 by outliers (M 5, lambda 0.08) |" in card
     again = run(*prune, "--out", tmp_path / "again")  # resumes with the same sparsities
-    assert "found 2 finished blocks" in again.stderr
+    assert "resuming after 2 finished blocks" in again.stderr
     assert zeros(tmp_path / "again") == found
 
 

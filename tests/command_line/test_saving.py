@@ -170,7 +170,7 @@ def test_a_full_disk_keeps_finished_blocks(
     monkeypatch.undo()
     result = run(*prune, "--work-dir", work)
     assert result.exit_code == 0, result.output
-    assert f"found 2 finished blocks in {work}" in result.stderr
+    assert f"resuming after 2 finished blocks in {work}" in result.stderr
     assert "block 1 of 2" not in result.stderr
 
 
