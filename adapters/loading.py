@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ def names_object(text: str) -> bool:
 def load_named(argument: str, text: str) -> Any:
     """Return the object that ``"file.py:name"`` or ``"package.module:name"`` names.
 
-    This runs the code of the file or module.
+    This runs the code of the file or module. A module may lie in the current folder.
 
     Parameters
     ----------
@@ -78,8 +80,20 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """Find modules in the current folder last, because scripts of packages leave it out."""
+    here, before = str(Path.cwd()), list(sys.path)
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _loaded(source: str) -> ModuleType:
     if not source.endswith(".py"):
-        return importlib.import_module(source)
+        with _current_folder_on_path():
+            return importlib.import_module(source)
     path = Path(source)
     return module_of(path, path.read_bytes())

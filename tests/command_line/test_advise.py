@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_a_function_returns_the_model(parts: Path) -> None:
     assert "--form leaves it out" in " ".join(found.stdout.split())
     assert "forms=" not in found.stdout
     assert "\nbatch size 4:\n" in found.stdout
+
+
+def test_a_module_may_lie_in_the_current_folder(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_users_module.py").write_bytes(parts.read_bytes())
+    path = list(sys.path)
+    assert "No module named 'a_users_module'" in invoke("a_users_module:mlp", *QUICK).stderr
+    monkeypatch.chdir(tmp_path)
+    found = invoke("a_users_module:mlp", "--form", "csr", *QUICK)
+    assert found.exit_code == 0, found.output
+    assert sys.path == path
 
 
 @pytest.mark.parametrize("function", ["of_nnx", "of_linen"])
