@@ -107,12 +107,16 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
+        start = self.at
         for _ in range(_MOST_STEPS):
             code = self.data[self.at]
             self.at += 1
             if code == 0x2E:  # STOP
                 return self.stack.pop()
             step = _STEPS.get(code)
+            if step is None and self.at == start + 1:
+                first = bytes(self.data[start : start + 8])
+                raise PickleError(f"a file of another kind, which begins with {first!r}")
             if step is None:
                 raise PickleError(f"the pickle operation {bytes([code])!r}")
             step(self)

@@ -190,6 +190,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     for content, message in (
         (b"hello world", "must be a safetensors file or a PyTorch checkpoint, got a damaged"),
         (b"", "an empty file"),
+        (b" \0\0\0TFL3" + bytes(40), r"of another kind, which begins with b' \x00\x00\x00TFL3'"),
         (b"GGUF" + bytes(40), "must be a safetensors file or a PyTorch checkpoint"),
         (whole[:-30], "must be a complete PyTorch checkpoint"),
         (whole[:100], "must be a complete PyTorch checkpoint"),
