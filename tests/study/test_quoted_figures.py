@@ -510,3 +510,19 @@ def _files(task: str) -> dict[str, dict[str, float]]:
         values = (float(accuracy.split(" ± ")[0]), float(size), float(speed))
         found[f"{file} {zeros}"] = dict(zip(("accuracy", "size", "speed"), values, strict=True))
     return found
+
+
+def test_elsa_on_a_small_llama() -> None:
+    lines = (ROOT / "docs/elsa_table.md").read_text(encoding="utf-8").split("| byte Llama", 1)[1]
+    heads, _, *rows = [line.strip("|").split("|") for line in lines.strip().splitlines()]
+    at = [head.strip() for head in heads].index("80%")
+    found = {row[0].strip(): float(row[at].strip(" *")) for row in rows}
+    trained = {"GMP", "ADMM, untuned", "ELSA", "ELSA, magnitude"}
+    blockwise = {"ALPS, fine-tuned", "SAFE+, fine-tuned"}
+    assert max(found[n] for n in blockwise) < min(found[n] for n in found.keys() - blockwise)
+    assert min(trained, key=found.__getitem__) == "ADMM, untuned"
+    assert abs(found["ELSA"] - found["ELSA, magnitude"]) < 0.1
+    text = page("docs/variants.md")
+    assert "Block-wise pruning with `alps` or `safe+`, fine-tuned, is ahead" in text
+    assert "the untuned ADMM is ahead" in text
+    assert "The two scores of ELSA are level" in text
