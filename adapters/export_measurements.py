@@ -22,14 +22,15 @@ from .export_choice import choice, own_choice
 from .export_forms import DENSE, FORMS, OWN, FormFigures, Sparsity, chosen_forms, percent
 from .export_sums import SummedTimes
 from .layer_timing import HALF, LayerTiming
+from .memory_errors import lacks_memory
 
 __all__ = [
     "LITERT",
     "Collected",
     "Plan",
+    "check_call",
     "check_fit",
     "check_plan",
-    "failed_call",
     "first_line",
     "measure_litert",
     "measure_own",
@@ -231,18 +232,26 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def failed_call(error: Exception, place: str) -> ValueError:
-    """Return the error for a model that fails on its example inputs.
+def check_call(run: Callable[[], Any], place: str) -> None:
+    """Call a model on its example inputs, and raise a ValueError if it fails.
 
     Examples
     --------
-    >>> failed_call(TypeError("too few arguments"), "batch size 8")
-    ValueError('model must take example_inputs with batch size 8, got TypeError: too few arguments')
+    >>> check_call(lambda: int("x"), "batch size 8")
+    Traceback (most recent call last):
+    ValueError: model must take example_inputs with batch size 8, got ValueError: invalid literal \
+for int() with base 10: 'x'
     """
-    which = f" with {place}" if place else ""
-    return ValueError(
-        f"model must take example_inputs{which}, got {type(error).__name__}: {first_line(error)}"
-    )
+    try:
+        run()
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        which = f" with {place}" if place else ""
+        raise ValueError(
+            f"model must take example_inputs{which}, got {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def single_sample(arrays: Iterable[Any]) -> list[int] | None:

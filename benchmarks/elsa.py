@@ -265,12 +265,12 @@ def main() -> None:
     if options.table:
         write_below_machine(TABLE, markdown(lines(options.results)))
         return
-    given = {byte_llama: options.llama, smollm2_135m: options.smollm2}
-    networks = [network(folder) for network, folder in given.items() if folder is not None]
+    folders = {byte_llama: options.llama, smollm2_135m: options.smollm2}
+    networks = [network(folder) for network, folder in folders.items() if folder is not None]
     if not networks:
         parser.error("--llama or --smollm2 must name the folder of a network")
-    chosen = {name: getattr(options, name) for name in ("rates", "penalties")}
-    chosen = {name: tuple(values) for name, values in chosen.items() if values is not None}
+    given = {"rates": options.rates, "penalties": options.penalties}
+    chosen = {name: tuple(values) for name, values in given.items() if values is not None}
     append(options.results, runs([replace(n, **chosen) for n in networks], options))
 
 

@@ -42,19 +42,14 @@ def refuse_unknown(names: Iterable[str], known: Sequence[str]) -> None:
         )
 
 
-def warn_of_vectors(
-    where: Any,
-    selected: Iterable[tuple[str, Any, Layout | None]],
-    example: str,
-) -> None:
+def warn_of_vectors(selected: Iterable[tuple[str, Any, Layout | None]], example: str) -> None:
     """Warn if a function selects biases or norms beside weights, which it seldom means to.
 
-    A list of names, a tree of bool and a given layout are choices of single parameters, so they
-    do not warn. Nor does a function that selects nothing but parameters of one axis.
+    A given layout is the choice of a single parameter, so it does not warn. Nor does a function
+    that selects nothing but parameters of one axis.
 
     Parameters
     ----------
-    where : callable or another selection
     selected : iterable of (str, array, Layout or None)
         Name, array and layout of each parameter that it selects.
     example : str
@@ -62,7 +57,7 @@ def warn_of_vectors(
     """
     selected = list(selected)
     vectors = [name for name, x, layout in selected if x.ndim < 2 and layout is None]
-    if not callable(where) or not vectors or all(x.ndim < 2 for _, x, _ in selected):
+    if not vectors or all(x.ndim < 2 for _, x, _ in selected):
         return
     warnings.warn(
         f"where= makes parameters of fewer than two axes sparse, as a bias is: {listed(vectors)}. "

@@ -114,10 +114,10 @@ class _Machine:
             if code == 0x2E:  # STOP
                 return self.stack.pop()
             step = _STEPS.get(code)
-            if step is None and self.at == start + 1:
-                first = bytes(self.data[start : start + 8])
-                raise PickleError(f"a file of another kind, which begins with {first!r}")
             if step is None:
+                if self.at == start + 1:
+                    first = bytes(self.data[start : start + 8])
+                    raise PickleError(f"a file of another kind, which begins with {first!r}")
                 raise PickleError(f"the pickle operation {bytes([code])!r}")
             step(self)
         raise PickleError(f"a pickle of more than {_MOST_STEPS:,} steps")

@@ -82,8 +82,7 @@ def pruning_bar() -> Iterator[Callable[[PruningProgress], None]]:
 def _text(at: PruningProgress) -> str:
     text = f"block {at.block + 1} of {at.blocks}"
     if at.epoch is None:
-        return (
-            text if at.relative_error is None else f"{text}, relative error {at.relative_error:.3g}"
-        )
+        error = at.relative_error
+        return text if error is None else f"{text}, relative error {error:.3g}"
     text += f", epoch {at.epoch + 1} of {at.epochs}, training loss {at.loss:.3g}"
     return text if at.sparse_loss is None else f"{text}, {at.sparse_loss:.3g} when sparse"

@@ -72,7 +72,8 @@ class NamedLeaves(NamedTuple):
             paths = {name: name if name in self.names else f"params/{name}" for name in listed}
             missing = [name for name, path in paths.items() if path not in self.names]
             refuse_unknown(missing, self.names)
-            flags = [name in paths.values() for name in self.names]
+            chosen = set(paths.values())
+            flags = [name in chosen for name in self.names]
         else:
             flags = leaves_like("where", where, self.treedef)
         return [flag_of("where", name, flag) for name, flag in zip(self.names, flags, strict=True)]
@@ -170,9 +171,9 @@ class SparseTree(NamedTuple):
 
 def warn_of_chosen_vectors(where: Any, params: PyTree, tree: SparseTree) -> None:
     """Warn if a function ``where`` chose leaves of fewer than two axes beside weights."""
-    rows = zip(tree.info.names, tree.sparse(params), tree.info.layouts, strict=True)
     if is_function(where):
-        warn_of_vectors(where, rows, "lambda path, leaf: leaf.ndim > 1 and ...")
+        rows = zip(tree.info.names, tree.sparse(params), tree.info.layouts, strict=True)
+        warn_of_vectors(rows, "lambda path, leaf: leaf.ndim > 1 and ...")
 
 
 def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> None:

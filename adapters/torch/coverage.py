@@ -138,8 +138,9 @@ def _pattern(chosen: Selected) -> Pattern:
 
 def warn_of_chosen_vectors(where: Any, selected: Mapping[Tensor, Selected]) -> None:
     """Warn if a function ``where`` chose parameters of fewer than two axes beside weights."""
-    rows = [(chosen.name, p, chosen.layout) for p, chosen in selected.items()]
-    warn_of_vectors(where, rows, "lambda name, p: p.ndim > 1 and ...")
+    if callable(where):
+        rows = [(chosen.name, p, chosen.layout) for p, chosen in selected.items()]
+        warn_of_vectors(rows, "lambda name, p: p.ndim > 1 and ...")
 
 
 def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:

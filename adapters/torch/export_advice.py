@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from safe_core.adapters.export_advice import ExportAdvice
 from safe_core.adapters.export_measurements import (
     LITERT,
     Collected,
+    check_call,
     check_fit,
     check_plan,
-    failed_call,
     first_line,
     measure_litert,
     resized,
@@ -147,7 +148,7 @@ def _measure(
     """Add the figures of all forms."""
     calls = {batch: _call(given) for batch, given in inputs.items()}
     for batch, call in calls.items():
-        _check_call(model, call, found.plan.place(batch))
+        check_call(partial(call, model), found.plan.place(batch))
     known = prunable_weights(model)
     named = [(name, p) for name, p in model.named_parameters() if p in known]
     check_fit(found, [(name, tuple(p.shape), known[p]) for name, p in named])
@@ -174,16 +175,6 @@ def _measure(
 def _call(given: Any) -> Callable[[nn.Module], Any]:
     args, kwargs = arguments(given)
     return lambda module: module(*args, **kwargs)
-
-
-def _check_call(model: nn.Module, call: Callable[[nn.Module], Any], place: str) -> None:
-    """Raise a ValueError if a model fails on its inputs."""
-    try:
-        call(model)
-    except Exception as error:
-        if lacks_memory(error):
-            raise
-        raise failed_call(error, place) from error
 
 
 def _dtype(model: nn.Module) -> str:

@@ -135,19 +135,16 @@ def smaller_models(found: Collected, model: nn.Module, inputs: Any) -> dict[Spar
             if not own:
                 found.not_measured(["channels"], first_line(error), place)
             continue
-        stay: dict[str, list[str]] = {}
-        for name, reason in removed.kept.items():
-            stay.setdefault(reason, []).append(name)
         if removed.removed:
             smaller[sparsity] = trial
             least = found.plan.sparsities[0]
             found.note(_CHANNELS.format(f"Channel({channel_share(least):.3g})", percent(least)))
         elif not own:
-            reasons = "; ".join(stay) or "there are none"
+            reasons = "; ".join(removed.reasons) or "there are none"
             text = f"no channels can be removed: {reasons}"
             found.not_measured(["channels"], text, place)
         if removed.removed and not own:
-            for reason, names in stay.items():
+            for reason, names in removed.reasons.items():
                 found.note(
                     f"channels removed: leave out {listed(names)} with where=, because zero "
                     f"channels stay there: {reason}"

@@ -22,6 +22,7 @@ from safe_core.finalization import Finalized, warn
 from safe_core.report import Report
 
 from . import kernels
+from .after_finalize import way_to_sparse
 from .arguments import check_arguments
 from .checkpoint import pack, unpack
 from .coverage import warn_of_chosen_vectors, warn_of_dense
@@ -488,7 +489,7 @@ class SparseOptimizer(Optimizer):
             support = run.final_support(sparse, None)
         filled = kernels.count_filled(sparse, support)
         names = [run.selected[p].name for p in sparse]
-        refuse_filled("parameters", names, filled, run.way_to_sparse())
+        refuse_filled("parameters", names, filled, way_to_sparse(run))
 
     @torch.no_grad()
     def report(

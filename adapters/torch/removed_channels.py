@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 
-__all__ = ["RemovedChannels"]
+from safe_core.finalization import listed
 
-_SHOWN = 8  # layers in a text
+__all__ = ["RemovedChannels"]
 
 
 class RemovedChannels(NamedTuple):
@@ -32,22 +31,24 @@ class RemovedChannels(NamedTuple):
     kept: dict[str, str]
     parameters: tuple[int, int]
 
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """Return the layers with channels that are zero and stay, by the reason."""
+        found: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            found.setdefault(reason, []).append(name)
+        return found
+
     def __str__(self) -> str:
         """Return the numbers of parameters and of the channels that were removed."""
         before, after = self.parameters
         lines = [f"{after:,} of {before:,} parameters are left"]
         if self.removed:
             counts = [f"{count} of {name!r}" for name, count in self.removed.items()]
-            lines.append(f"removed channels: {_listed(counts)}")
+            lines.append(f"removed channels: {listed(counts)}")
         else:
             lines.append("no channel was removed")
-        for reason in dict.fromkeys(self.kept.values()):
-            names = [repr(name) for name, why in self.kept.items() if why == reason]
-            lines.append(f"kept channels that are zero of {_listed(names)}: {reason}")
+        for reason, names in self.reasons.items():
+            shown = listed(list(map(repr, names)))
+            lines.append(f"kept channels that are zero of {shown}: {reason}")
         return "\n".join(lines)
-
-
-def _listed(texts: Sequence[str]) -> str:
-    """Return the first texts, and how many layers there are more."""
-    more = f" and {len(texts) - _SHOWN} more layers" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Coverage, Evaluation, Importance, Method, Operation, StepPlan
-from safe_core._calls import level_of_caller
+from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
 from safe_core._dtypes import wide_dtype
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
-from safe_core.finalization import Finalized, FinalizeWarning
+from safe_core.finalization import Finalized
 
 from . import kernels
 from .compiled import CompiledStep
@@ -416,36 +414,6 @@ class Run:
     def has_zero_rates(self) -> bool:
         """Return whether every group has a learning rate of 0."""
         return all("lr" in group and float(group["lr"]) == 0 for group in self.groups)
-
-    def warn_of_moved_zeros(self) -> None:
-        """Warn once, before the first step after `finalize` that makes zeros non-zero.
-
-        A mask keeps them, and a method that projects x itself sets zeros again.
-        """
-        kept = {Operation.MASK_PARAMETERS, Operation.PROJECT_PARAMETERS}
-        if (
-            self.finalized is None
-            or self.warned_of_zeros
-            or not kept.isdisjoint(self.plan.operations)
-        ):
-            return
-        if self.has_zero_rates():
-            return
-        self.warned_of_zeros = True
-        warnings.warn(
-            "step() after finalize() moves the zeros; call finalize(freeze=True), or train with "
-            "keep_zeros()",
-            FinalizeWarning,
-            stacklevel=level_of_caller(),
-        )
-
-    def way_to_sparse(self) -> str:
-        """Return why the parameters may not be sparse, for an error."""
-        if self.finalized is None and not self.frozen:
-            return "call finalize() first"
-        if self.finalized is not None and self.steps > self.finalized.steps and not self.frozen:
-            return "steps were taken after finalize(), so call it again"
-        return "the weights were changed after finalize(), by something else than this optimizer"
 
     def final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
         """Return the support of the final projection."""

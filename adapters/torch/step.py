@@ -11,6 +11,7 @@ from safe_core import Operation
 from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 
 from . import kernels
+from .after_finalize import warn_of_moved_zeros
 from .importance import second_moments
 from .run import Run, fill_gradients, gradients_of
 
@@ -26,7 +27,7 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
     """
     if not run.has_gradient():
         return  # optimizers of torch also skip parameters without a gradient
-    run.warn_of_moved_zeros()
+    warn_of_moved_zeros(run)
     _Step(run, norms).take(first)
     run.steps += 1
 

@@ -526,3 +526,10 @@ def test_elsa_on_a_small_llama() -> None:
     assert "Block-wise pruning with `alps` or `safe+`, fine-tuned, is ahead" in text
     assert "the untuned ADMM is ahead" in text
     assert "The two scores of ELSA are level" in text
+    pruned = {
+        row["method"]: row["pruned"]["test"]
+        for row in map(json.loads, (ROOT / "docs/elsa_results.jsonl").read_text().splitlines())
+        if row["sparsity"] == 0.8 and "pruned" in row
+    }
+    alps, ours = (f"{pruned[n]:.2f}" for n in ("ALPS, fine-tuned", "SAFE+, fine-tuned"))
+    assert f"80% zeros raise the perplexity to {alps} and {ours}" in text

@@ -45,8 +45,7 @@ def advise(
     """Measure in which forms zeros would pay on this machine, and say what to train.
 
     Random weights replace those of the linear layers, so the model need not be trained. A function
-    must
-    return a PyTorch model and example inputs, an NNX module and example inputs, or a Linen
+    must return a PyTorch model and example inputs, an NNX module and example inputs, or a Linen
     module, example inputs and variables. Its file is run.
     """
     from ..advice import advice

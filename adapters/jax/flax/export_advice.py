@@ -16,9 +16,9 @@ from safe_core.adapters.export_forms import Sparsity
 from safe_core.adapters.export_measurements import (
     LITERT,
     Collected,
+    check_call,
     check_fit,
     check_plan,
-    failed_call,
     measure_litert,
     measure_own,
     resized,
@@ -26,7 +26,6 @@ from safe_core.adapters.export_measurements import (
 )
 from safe_core.adapters.export_sums import SummedTimes, summed, zeroed_bytes
 from safe_core.adapters.layer_timing import LayerTiming, interleaved, processor
-from safe_core.adapters.memory_errors import lacks_memory
 from safe_core.compressed.forms import chosen_form
 
 from ..compressed import raw_array
@@ -139,7 +138,7 @@ def advise(
     found = Collected(plan, parts=3 * len(inputs), progress=progress)
     runs = {batch: layers.call(None, given) for batch, given in inputs.items()}
     for batch, run in runs.items():
-        _check_call(run, plan.place(batch))
+        check_call(run, plan.place(batch))
     named = list(layers.params().items())
     layouts = dict(
         zip(layers.params(), known_layouts(named, [None] * len(named), model), strict=True)
@@ -166,16 +165,6 @@ def advise(
         found.finish()
     machine = f"{processor()}, {backend}"
     return found.advice(f"{machine}; LiteRT with one thread" if backend == "cpu" else machine)
-
-
-def _check_call(run: Callable[[], Any], place: str) -> None:
-    """Raise a ValueError if a model fails on its inputs."""
-    try:
-        run()
-    except Exception as error:
-        if lacks_memory(error):
-            raise
-        raise failed_call(error, place) from error
 
 
 def _zeros(layers: NnxLayers | LinenLayers) -> float:
