@@ -175,6 +175,9 @@ def test_after_freezing_nothing_pulls(base: str) -> None:
 def test_what_shows_the_run_knows_the_pull() -> None:
     run = Run(UNTUNED).train(10)
     assert "Pull with SAM" in repr(run.optimizer)
+    method = repr(run.optimizer.method)
+    assert "Pull(penalty=Cosine(" in method
+    assert "in_steps=True" in method
     coverage = run.optimizer.coverage()
     assert [w.name for w in coverage.sparse] == ["0.weight", "2.weight"]
     figures = run.optimizer.report().scalars()
