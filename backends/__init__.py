@@ -169,6 +169,13 @@ class Backend(Protocol):
 
     # Control
 
+    def joins(self, arrays: Sequence[Array]) -> bool:
+        """Return whether small arrays are to be joined.
+
+        That is so on an accelerator, where starting a kernel costs more than reading a small
+        array. Sharded arrays stay apart, because joining would move their shards.
+        """
+
     def as_program(self, fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) -> Any:
         """Return ``fn(*static, *operands)``, compiled as one program where that is faster.
 

@@ -30,6 +30,7 @@ __all__ = [
     "has_bfloat16",
     "has_nan",
     "is_concrete",
+    "joins",
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
@@ -198,6 +199,10 @@ def _cuts(
 def known_finite(arrays: Sequence[Array]) -> bool:
     # Neither a traced program nor an asynchronous device can tell without a wait.
     return False
+
+
+def joins(arrays: Sequence[Array]) -> bool:
+    return jax_counting.joins()
 
 
 def blockwise(

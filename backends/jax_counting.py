@@ -5,9 +5,8 @@ the magnitudes. It is found digit by digit, from the highest: one pass over memo
 the keys that reach each of fifteen candidates. The counts of shards simply add up.
 
 A sort would take many more passes, and it would gather sharded arrays on every device.
-Counting needs no sort, no gather, no concatenation and no transfer to the host. The same
-search on the row-major index cuts the ties, so that the mask is the same in every
-library.
+Counting needs no sort, no gather and no transfer to the host. The same search on the row-major
+index cuts the ties, so that the mask is the same in every library.
 
 Counts of all arrays together can exceed 32 bits, and JAX has 64-bit integers only where
 the user enables them. So such counts are pairs (high, low) of 16-bit digits, each stored
@@ -19,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jax import lax
 
 from . import Array
 
-__all__ = ["keep_largest", "keep_largest_per_row"]
+__all__ = ["joins", "keep_largest", "keep_largest_per_row"]
 
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 # Bits settled in one pass, by 2**4 - 1 counts. Each pass reads all keys. Wider digits need
@@ -35,6 +35,8 @@ _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 _DIGIT_BITS = 4
 # Up to this many entries, passes cost less than compiling the code of many counts.
 _FEW = 2**12
+# Entries of small arrays that are joined, 128 MB in float32. It bounds the temporary memory.
+_CHUNK = 2**25
 # The most entries of a piece. Its counts, its row-major indices and the bounds of the search
 # that cuts ties then all fit uint32.
 _PIECE = 2**31 - 1
@@ -48,6 +50,37 @@ def keep_largest(
     scores: list[Array], *, counts: tuple[int, ...], stage: int | Array
 ) -> list[Array]:
     """Return masks of the ``counts[stage]`` largest magnitudes over all arrays."""
+    if not joins():
+        return _keep_largest(scores, counts, stage)
+    chunks = _chunks(scores)
+    joined = [jnp.concatenate([jnp.ravel(x) for x in chunk]) for chunk in chunks]
+    found = []
+    for chunk, mask in zip(chunks, _keep_largest(joined, counts, stage), strict=True):
+        ends = list(accumulate(x.size for x in chunk))
+        parts = jnp.split(mask, ends[:-1])
+        found += [jnp.reshape(part, x.shape) for part, x in zip(parts, chunk, strict=True)]
+    return found
+
+
+def joins() -> bool:
+    """Return whether to join small arrays: on an accelerator whose arrays have no shards."""
+    return jax.default_backend() != "cpu" and jax.device_count() == 1
+
+
+def _chunks(scores: list[Array]) -> list[list[Array]]:
+    """Return lists of neighbours with up to `_CHUNK` entries together; large arrays stay alone."""
+    chunks: list[list[Array]] = []
+    size = _CHUNK
+    for x in scores:
+        if size + x.size > _CHUNK:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(x)
+        size += x.size
+    return chunks
+
+
+def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
     keys = [_unsigned_key(score) for score in scores]
     pieces = [piece for key in keys for piece in _split(key)]
     sizes = [piece.size for piece in pieces]

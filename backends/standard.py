@@ -27,6 +27,7 @@ __all__ = [
     "has_bfloat16",
     "has_nan",
     "is_concrete",
+    "joins",
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
@@ -60,6 +61,10 @@ def detached(x: Array) -> Array:
 
 def has_nan(arrays: Sequence[Array]) -> bool:
     return any(bool(array_namespace(x).any(array_namespace(x).isnan(x))) for x in arrays)
+
+
+def joins(arrays: Sequence[Array]) -> bool:
+    return False
 
 
 def known_finite(arrays: Sequence[Array]) -> bool:

@@ -1,18 +1,12 @@
-"""The backend of PyTorch, which selects by NumPy on the CPU and by a sample on GPUs.
+"""The backend of PyTorch, which selects by NumPy on the CPU and by a sample on accelerators.
 
 On the CPU, NumPy reads the memory of the tensors without a copy, and one thread of it
-is faster than PyTorch for these passes.
-
-On a GPU a sample brackets the threshold. The few percent of all entries inside the
-bracket are sorted, and one comparison classifies the others, so the scores are never
-copied or concatenated. The host waits for the device once, to learn how many entries
-are in the bracket. Where the bracket fails, and for sharded tensors, `torch_counting`
-finds the threshold by counting.
+is faster than PyTorch for these passes. `torch_accelerator` says how accelerators select. For
+sharded tensors, and where many entries are equal, `torch_counting` finds the threshold by counting.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +14,19 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from . import hashing, selects_on_host, threshold, torch_counting, torch_sharding
+from . import (
+    hashing,
+    selects_on_host,
+    threshold,
+    torch_accelerator,
+    torch_counting,
+    torch_sharding,
+)
 from . import numpy as numpy_backend
 from .standard import as_program, cond
 from .torch_counting import ordering_key
 from .torch_sharding import is_sharded as on_several_devices
-from .torch_sharding import peaks, regrouped, resharded_as, shardwise
+from .torch_sharding import norms, peaks, regrouped, resharded_as, shardwise
 
 __all__ = [
     "as_program",
@@ -37,6 +38,7 @@ __all__ = [
     "has_bfloat16",
     "has_nan",
     "is_concrete",
+    "joins",
     "keep_largest",
     "keep_largest_per_row",
     "known_finite",
@@ -58,13 +60,8 @@ __all__ = [
 # Entries of a piece, 2 MB in float32. It stays in the cache between the passes over it.
 # Smaller pieces would cost more in calls, which are slower here than in NumPy.
 _PIECE = 2**19
-# Entries of the sample that brackets the threshold.
-_SAMPLE = 2**17
 # Bits of the largest finite float32.
 _LARGEST = 0x7F7FFFFF
-# Sort at most this many candidates, or an eighth of all entries if that is more. Counting
-# is faster than sorting a larger share.
-_CANDIDATES = 2**14
 
 
 def unreadable(x: Tensor) -> str:
@@ -88,13 +85,9 @@ def detached(x: Tensor) -> Tensor:
 def has_nan(arrays: Sequence[Tensor]) -> bool:
     if all(_is_plain(x) and x.dtype != torch.bfloat16 for x in arrays):
         return numpy_backend.has_nan([_numpy(x.detach()) for x in arrays])
-    # A sum is NaN if an entry is. It needs one pass and no array. It is also NaN where
-    # infinities cancel, so only then are the entries themselves looked at. Half precision is
-    # summed in float32, in which sums overflow to infinities less often.
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in arrays]
-    sums = [x.detach().sum(dtype=dtype) for x, dtype in zip(arrays, wide, strict=True)]
-    sums = [torch_sharding.whole(x) for x in sums]
-    return bool(torch.stack(sums).isnan().any()) and any(bool(x.isnan().any()) for x in arrays)
+    # A sum of squares is NaN only if an entry is: no infinities cancel.
+    wide = any(x.dtype == torch.float64 for x in arrays)
+    return bool(norms(arrays, dtype=torch.float64 if wide else torch.float32).isnan().any())
 
 
 def exponents(arrays: Sequence[Tensor]) -> Tensor:
@@ -127,19 +120,11 @@ def scaled(x: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
 def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
     if in_graph or not all(_is_plain(x) for x in arrays):
-        return [torch.where(mask, x, 0) for x, mask in zip(arrays, masks, strict=True)]
+        return torch_accelerator.elementwise(lambda x, m: torch.where(m, x, 0), arrays, masks)
     # One thread of NumPy finishes before PyTorch has woken its several.
     values = [x.detach() for x in arrays]
     kept = numpy_backend.where_kept([_numpy(x) for x in values], [m.numpy() for m in masks])
     return [torch.from_numpy(v).view(x.dtype) for v, x in zip(kept, values, strict=True)]
-
-
-def norms(arrays: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
-    if all(_is_plain(x) and x.dtype == dtype and x.is_contiguous() for x in arrays):
-        # On the CPU a dot product is faster than the kernel of a norm.
-        flat = [x.detach().view(-1) for x in arrays]
-        return torch.stack([torch.dot(x, x) for x in flat]).sqrt()
-    return torch_sharding.norms(arrays, dtype=dtype)
 
 
 def known_finite(arrays: Sequence[Tensor]) -> bool:
@@ -148,14 +133,16 @@ def known_finite(arrays: Sequence[Tensor]) -> bool:
     return readable and numpy_backend.known_finite([_numpy(x.detach()) for x in arrays])
 
 
+def joins(arrays: Sequence[Tensor]) -> bool:
+    return not any(torch_accelerator.on_host(x) or torch_sharding.is_sharded(x) for x in arrays)
+
+
 def blockwise(
     fn: Callable[..., Tensor], *lists: Sequence[Tensor], out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     if not all(_is_plain(x) for arrays in lists for x in arrays):
-        results = [fn(*arrays) for arrays in zip(*lists, strict=True)]
-        if out is not None:
-            torch._foreach_copy_(list(out), results)
-        return results if out is None else list(out)
+        lists = tuple([x.detach() for x in arrays] for arrays in lists)
+        return torch_accelerator.elementwise(fn, *lists, out=out)
     if out is None:
         out = _allocate(lists[0])
     for arrays in zip(*lists, out, strict=True):
@@ -179,8 +166,12 @@ def stochastic_bfloat16(
         out = [torch.empty_like(x, dtype=torch.bfloat16) for x in arrays]
     # On the CPU, whatever the default device: the salt is read, and must not be waited for.
     salt = int(hashing.mix(torch.tensor(step, dtype=torch.int32, device="cpu")))
-    for x, result in zip(arrays, out, strict=True):
-        for piece, target in _pieces([torch_sharding.local(t.detach()) for t in (x, result)]):
+    arrays, targets = ([torch_sharding.local(t.detach()) for t in ts] for ts in (arrays, out))
+    if not all(map(torch_accelerator.on_host, arrays)):
+        torch_accelerator.elementwise(lambda x: _dithered(x, salt), arrays, out=targets)
+        return list(out)
+    for pair in zip(arrays, targets, strict=True):
+        for piece, target in _pieces(pair):
             target.copy_(_dithered(piece, salt))
     return list(out)
 
@@ -213,39 +204,10 @@ def keep_largest(scores: Sequence[Tensor], *, counts: tuple[int, ...], stage: in
         return [torch.from_numpy(mask).to(x.device) for mask, x in zip(masks, scores, strict=True)]
     if k in (0, sum(x.numel() for x in scores)) or not is_concrete(scores[0]):
         return [torch.full_like(x, k > 0, dtype=torch.bool) for x in scores]
-    if scores[0].device.type == "cuda":
-        return keep_largest_by_sample(scores, k=k)
-    return torch_counting.keep_largest(scores, k=k)
-
-
-def keep_largest_by_sample(scores: Sequence[Tensor], *, k: int) -> list[Tensor]:
-    """Return masks of the ``k`` largest, and wait for the device once."""
-    keys = [ordering_key(x) for x in scores]
-    low, high = _bracket(keys, k)
-    above = [key >= high for key in keys]
-    inside = [(key >= low) & ~mask for key, mask in zip(keys, above, strict=True)]
-    sums = [mask.sum() for mask in above + inside]
-    found = torch.stack(sums).tolist()  # wait for the device here, and nowhere else
-    sizes = found[len(keys) :]
-    missing = k - sum(found[: len(keys)])
-    few = sum(sizes) <= max(_CANDIDATES, sum(key.numel() for key in keys) // 8)
-    if not (0 <= missing <= sum(sizes) and few):
-        return torch_counting.keep_largest(scores, k=k)
-    # With its size given, `nonzero_static` need not ask the device for it.
-    places = [
-        torch.nonzero_static(mask.reshape(-1), size=size)[:, 0]
-        for mask, size in zip(inside, sizes, strict=True)
-    ]
-    candidates = [key.reshape(-1)[place] for key, place in zip(keys, places, strict=True)]
-    # A stable sort leaves equal keys in the order of the arrays, so the ties that are kept
-    # are those of the lowest index.
-    order = torch.cat(candidates).argsort(descending=True, stable=True)
-    kept = torch.zeros_like(order, dtype=torch.bool)
-    kept[order[:missing]] = True
-    masks = [mask.contiguous() for mask in above]
-    for mask, place, flags in zip(masks, places, torch.split(kept, sizes), strict=True):
-        mask.view(-1)[place] = flags
-    return masks
+    # Only CUDA, and the CPU, have the operations that this needs.
+    device = scores[0].device.type
+    found = torch_accelerator.keep_largest(scores, k=k) if device in ("cuda", "cpu") else None
+    return torch_counting.keep_largest(scores, k=k) if found is None else found
 
 
 def keep_largest_per_row(scores: Tensor, *, counts: tuple[int, ...], stage: int) -> Tensor:
@@ -263,29 +225,6 @@ def _kth_largest_per_row(keys: Tensor, k: int) -> Tensor:
     return keys.kthvalue(keys.shape[1] - k + 1, dim=1, keepdim=True).values
 
 
-def _bracket(keys: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return keys with ``low <= kth < high``, almost certainly, for the k-th largest key.
-
-    Both stay on the device as scalar tensors.
-    """
-    n = sum(key.numel() for key in keys)
-    # An odd stride shares no factor with rows whose length is a power of two, and so visits
-    # every column.
-    stride = n // _SAMPLE | 1
-    sample = torch.cat([key.reshape(-1)[::stride] for key in keys]).sort(descending=True).values
-    size = sample.numel()
-    rank = k * size // n
-    # The rank of the threshold in a random sample is binomial. Four standard deviations
-    # contain it almost always. The 16 more cover small samples and rounding.
-    slack = 16 + int(4 * math.sqrt(size * (k / n) * (1 - k / n)))
-    top, bottom = rank - slack, rank + slack
-    zero = torch.zeros_like(sample[0])
-    return (
-        sample[bottom] if bottom < size else zero,
-        sample[top] if top >= 0 else zero + torch.iinfo(sample.dtype).max,
-    )
-
-
 def _allocate(like: Sequence[Tensor]) -> list[Tensor]:
     """Return uninitialised tensors of these shapes and dtypes in one allocation."""
     arrays = [_numpy(x.detach()) for x in like]
@@ -294,20 +233,15 @@ def _allocate(like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pieces(arrays: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Return matching pieces of tensors of one shape.
-
-    Tensors come whole if they are small, not contiguous or on an accelerator, which has no
-    cache to fit pieces into and prefers few large kernels.
-    """
-    small = arrays[0].numel() <= _PIECE or arrays[0].device.type != "cpu"
-    if small or not all(x.is_contiguous() for x in arrays):
+    """Return matching pieces of tensors of one shape; small ones and strided ones come whole."""
+    if arrays[0].numel() <= _PIECE or not all(x.is_contiguous() for x in arrays):
         return iter([arrays])
     return zip(*(torch.split(x.view(-1), _PIECE) for x in arrays), strict=True)
 
 
 def _is_plain(x: Tensor) -> bool:
     """Return whether NumPy can read ``x`` in place."""
-    return x.device.type == "cpu" and not torch_sharding.is_sharded(x)
+    return torch_accelerator.on_host(x) and not torch_sharding.is_sharded(x)
 
 
 def _numpy(x: Tensor) -> Any:

@@ -1,9 +1,10 @@
 """Select the largest entries of PyTorch tensors by counting, whole or sharded.
 
-The threshold is the largest t that at least k keys reach. It is found bit by bit, from
-the highest: a pass over the keys counts those that reach a candidate. Counts of shards
-simply add up, where a sort would have to gather the parameters, so only a few numbers
-travel between processes. The same search on the row-major index cuts the ties.
+The threshold is the largest t that at least k keys reach. It is found digit by digit, from the
+highest: a histogram counts the keys with each digit, and only keys with the digit of t remain
+for the next one. Counts of shards simply add up, where a sort would have to gather the parameters.
+So only two histograms travel between processes, four for float64, and then the numbers of ties.
+The same search on the row-major index cuts the ties.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_sharding import index_along, local, sharded_as, summed
+from .torch_sharding import alike, index_along, local, sharded_as, summed
 
 __all__ = ["keep_largest", "ordering_key"]
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bits of a digit. A histogram then takes half a megabyte.
+_DIGIT = 16
 
 
 def ordering_key(x: Tensor) -> Tensor:
@@ -29,48 +32,63 @@ def ordering_key(x: Tensor) -> Tensor:
 
 
 def keep_largest(scores: Sequence[Tensor], *, k: int) -> list[Tensor]:
-    """Return masks of the ``k`` largest magnitudes, sharded as the scores are.
-
-    The host waits for the device once, to learn whether ties must be cut within a tensor.
-    """
+    """Return masks of the ``k`` largest magnitudes, sharded as the scores are."""
     keys = [ordering_key(local(x)) for x in scores]
-    kth = _kth_largest(keys, scores, k)
-    above, tied = [key > kth for key in keys], [key == kth for key in keys]
-    available = _counts(tied, scores)
-    missing = k - _counts(above, scores).sum()
+    threshold = _kth_largest(keys, scores, k, bits=8 * keys[0].element_size() - 1)
+    above, tied = [key > threshold for key in keys], [key == threshold for key in keys]
+    pairs = zip(above, tied, strict=True)
+    counts = torch.stack([torch.stack([a.sum(), t.sum()]) for a, t in pairs])
+    found = summed(counts, scores).tolist()
+    missing = k - sum(count for count, _ in found)
+    masks = []
     # Earlier tensors give their ties first. Each gives all, none, or in one tensor some.
-    earlier = available.cumsum(0) - available
-    quotas = (missing - earlier).clamp(min=0).minimum(available)
-    if bool(((quotas > 0) & (quotas < available)).any()):
-        tied = _cut(tied, scores, quotas)
-    else:
-        tied = [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
-    masks = [a | t for a, t in zip(above, tied, strict=True)]
-    return [sharded_as(x, mask) for x, mask in zip(scores, masks, strict=True)]
+    for x, a, t, (_, available) in zip(scores, above, tied, found, strict=True):
+        quota = min(missing, available)
+        missing -= quota
+        kept = a | (t if quota == available else _first(t, x, quota))
+        masks.append(sharded_as(x, kept))
+    return masks
 
 
-def _kth_largest(keys: Sequence[Tensor], scores: Sequence[Tensor], k: int) -> Tensor:
-    """Return the largest key that at least ``k`` keys reach."""
-    # The sign bit of a key is 0. A bit of the result is 1 if enough keys reach the candidate
-    # with that bit set.
-    found = torch.zeros((), dtype=keys[0].dtype, device=keys[0].device)
-    for bit in reversed(range(8 * found.element_size() - 1)):
-        candidate = found | (1 << bit)
-        enough = _counts([key >= candidate for key in keys], scores).sum() >= k
-        found = torch.where(enough, candidate, found)
+def _kth_largest(keys: Sequence[Tensor], like: Sequence[Tensor], k: int, *, bits: int) -> int:
+    """Return the largest key that at least ``k`` keys reach, over all shards.
+
+    ``keys`` are non-negative integers of that many bits, from the local shards of ``like``.
+    """
+    found = 0
+    for shift in reversed(range(0, bits, _DIGIT)):
+        size = 2 ** min(_DIGIT, bits - shift)
+        digits = [(key >> shift) & (size - 1) for key in keys]
+        counts = _histogram(digits, like, size)
+        reach = counts.flip(0).cumsum(0).flip(0)
+        digit = int((reach >= k).sum()) - 1
+        k -= int(reach[digit] - counts[digit])
+        found += digit << shift
+        if shift:
+            keys = [key[own == digit] for key, own in zip(keys, digits, strict=True)]
     return found
 
 
-def _cut(tied: Sequence[Tensor], scores: Sequence[Tensor], quotas: Tensor) -> list[Tensor]:
-    """Keep the first ``quota`` entries of each mask in row-major order."""
-    indices = [_index(x) for x in scores]
-    # The largest end with at most `quota` ties before it has exactly `quota`.
-    ends = torch.zeros_like(quotas)
-    for bit in reversed(range(max(x.numel() for x in scores).bit_length())):
-        candidates = ends | (1 << bit)
-        before = [t & (i < end) for t, i, end in zip(tied, indices, candidates, strict=True)]
-        ends = torch.where(_counts(before, scores) <= quotas, candidates, ends)
-    return [t & (i < end) for t, i, end in zip(tied, indices, ends, strict=True)]
+def _histogram(digits: Sequence[Tensor], like: Sequence[Tensor], size: int) -> Tensor:
+    """Return the number of entries of each digit on the host, over all tensors and shards."""
+    groups, counts = alike(like), []
+    for members in groups:
+        total = torch.zeros(size, dtype=torch.int64, device=digits[members[0]].device)
+        one = torch.ones_like(total[:1])
+        for i in members:
+            places = digits[i].reshape(-1).long()
+            total.scatter_add_(0, places, one.expand(places.shape))
+        counts.append(total)
+    return summed(torch.stack(counts), [like[members[0]] for members in groups]).sum(0).cpu()
+
+
+def _first(tied: Tensor, x: Any, quota: int) -> Tensor:
+    """Keep the first ``quota`` entries of a mask in row-major order of the whole tensor."""
+    if quota == 0:
+        return torch.zeros_like(tied)
+    index, bits = _index(x), x.numel().bit_length()
+    last = 2**bits - 1  # the lowest index becomes the largest key
+    return tied & (index <= last - _kth_largest([last - index[tied]], [x], quota, bits=bits))
 
 
 def _index(x: Any) -> Tensor:
@@ -81,8 +99,3 @@ def _index(x: Any) -> Tensor:
         stride = math.prod(x.shape[axis + 1 :])
         index += (index_along(x, axis) * stride).reshape((-1,) + (1,) * (x.ndim - axis - 1))
     return index
-
-
-def _counts(masks: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
-    """Return the number of entries in the mask of each tensor, over all shards."""
-    return summed(torch.stack([mask.sum() for mask in masks]), scores)

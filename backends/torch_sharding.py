@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "alike",
     "index_along",
     "is_sharded",
     "local",
@@ -28,6 +29,7 @@ __all__ = [
     "sharded_as",
     "sharded_like",
     "shardwise",
+    "stacked",
     "summed",
     "whole",
 ]
@@ -161,11 +163,19 @@ def shardwise(
 
 def norms(arrays: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
     """Return the Euclidean norm of each tensor."""
-    parts = torch._foreach_norm([local(x.detach()) for x in arrays], dtype=dtype)
-    found = torch.stack([part.to(parts[0].device) for part in parts])
+    with torch.no_grad():
+        found = stacked(torch._foreach_norm([local(x) for x in arrays], dtype=dtype))
     if not any(is_sharded(x) for x in arrays):
         return found
     return summed(found * found, arrays).sqrt()
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one tensor on the device of the first."""
+    device = parts[0].device
+    if any(part.device != device for part in parts):
+        parts = [part.to(device) for part in parts]
+    return torch.stack(list(parts))
 
 
 def peaks(arrays: Sequence[Tensor]) -> Tensor:
@@ -177,13 +187,22 @@ def peaks(arrays: Sequence[Tensor]) -> Tensor:
     return _reduced(values, arrays, "MAX")
 
 
+def alike(scores: Sequence[Any]) -> list[list[int]]:
+    """Return lists of the positions of tensors that are sharded alike, or not at all."""
+    found: dict[Any, list[int]] = {}
+    for position, x in enumerate(scores):
+        place = (x.device_mesh, x.placements) if is_sharded(x) else x.device
+        found.setdefault(place, []).append(position)
+    return list(found.values())
+
+
 def summed(values: Tensor, like: Sequence[Tensor]) -> Tensor:
     """Return ``values`` summed over the shards of each tensor.
 
     Parameters
     ----------
-    values : tensor of shape (len(like),)
-        One value per tensor, computed from its local shard. May be overwritten.
+    values : tensor of shape (len(like), ...)
+        One value or row per tensor, computed from its local shard. May be overwritten.
     like : sequence of tensors
         The tensors that the values were computed from. Every process must pass them in the
         same order.

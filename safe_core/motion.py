@@ -107,7 +107,7 @@ def next_shrinkage(shrinkage: Array, first: Array, second: Array, max_growth: fl
 
 
 def with_shrinkage(motion: Array, shrinkage: Array) -> Array:
-    """Return ``motion`` with another shrinkage.
+    """Return ``motion`` with another shrinkage, also where rows of ``motion`` are states.
 
     Examples
     --------
@@ -117,11 +117,14 @@ def with_shrinkage(motion: Array, shrinkage: Array) -> Array:
     """
     xp = array_namespace(motion)
     last = xp.reshape(xp.astype(shrinkage, motion.dtype, copy=False), (1,))
-    return xp.concat([motion[:2], last])
+    rows = motion[..., :2]
+    return xp.concat([rows, xp.broadcast_to(last, (*rows.shape[:-1], 1))], axis=-1)
 
 
 def with_lengths(motion: Array, lengths: Array, step: int | Array) -> Array:
     """Return ``motion`` after one more measured step; see `mean_squares`.
+
+    Rows of ``motion`` can be states, and rows of ``lengths`` then are theirs.
 
     Examples
     --------
@@ -130,4 +133,4 @@ def with_lengths(motion: Array, lengths: Array, step: int | Array) -> Array:
     array([4.  , 9.  , 0.25])
     """
     xp = array_namespace(motion)
-    return xp.concat([mean_squares(motion[:2], lengths, step), motion[2:]])
+    return xp.concat([mean_squares(motion[..., :2], lengths, step), motion[..., 2:]], axis=-1)

@@ -97,16 +97,15 @@ class Direction(NamedTuple):
         The guard is a `where` and not an added epsilon. With an epsilon, e would change when
         the loss is multiplied by a constant, as a loss scaler does.
         """
-        xp = array_namespace(self.length)
-        return xp.where(self.usable, self._quotient, xp.zeros_like(self.length))
+        xp, usable = array_namespace(self.length), self.usable
+        return xp.where(usable, self._quotient(usable), xp.zeros_like(self.length))
 
-    @property
-    def _quotient(self) -> Array:
+    def _quotient(self, usable: Array) -> Array:
         xp = array_namespace(self.length)
         # Replace bad values before dividing, so that no warning or trap is raised.
         one = xp.ones_like(self.length)
-        length = xp.where(self.usable, self.length, one)
-        unit = xp.where(self.usable, scalar_like(self.unit, one), one)
+        length = xp.where(usable, self.length, one)
+        unit = xp.where(usable, scalar_like(self.unit, one), one)
         return scalar_like(self.rho, length) * unit / length
 
     def in_steps(self, motion: Array, full_step: float = 0.0) -> Direction:
@@ -133,9 +132,14 @@ class Direction(NamedTuple):
         """Return ``e``, which is zero if the length is not usable."""
         # A factor of 0 is not enough: 0 times NaN is NaN.
         xp = array_namespace(self.length)
-        usable, quotient = self.usable, self._quotient
-        wide = [xp.astype(d, wide_dtype(xp, [d])) for d in self.vectors]
-        return [xp.where(usable, quotient * d, xp.zeros_like(d)) for d in wide]
+        usable = self.usable
+        quotient = self._quotient(usable)
+        wide = [xp.astype(d, wide_dtype(xp, [d]), copy=False) for d in self.vectors]
+
+        def multiplied(d: Array) -> Array:
+            return xp.where(usable, quotient * d, xp.zeros_like(d))
+
+        return backend_of(wide[0]).blockwise(multiplied, wide) if wide else []
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .arguments import read_arguments, read_sparsity
 from .layout import Layout, resolve
 from .patterns import Pattern
 from .scores import common, entry_scores, unit_squares
+from .stacking import alike, with_batch_axis
 
 __all__ = ["Projection", "apply_support", "project", "select"]
 
@@ -201,6 +202,36 @@ def _select(
         None if layout is None else resolve(layout, x.ndim, name)
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
+    apart = pattern.couples_arrays or not backend_of(arrays[0]).joins(arrays)
+    groups = [[i] for i in range(len(arrays))] if apart else alike(arrays, importance, resolved)
+    if all(len(members) == 1 for members in groups):
+        return _select_each(arrays, importance, resolved, names, pattern, step)
+    masks: list[Array] = list(arrays)
+    for members in groups:
+        one = members[0]
+        if len(members) == 1:
+            given = [arrays[one]], [importance[one]], [resolved[one]]
+            masks[one] = _select_each(*given, [names[one]], pattern, step)[0]
+            continue
+        x = xp.stack([arrays[i] for i in members])
+        p = None if importance[one] is None else xp.stack([importance[i] for i in members])
+        layout = with_batch_axis(resolved[one])
+        mask = _select_each([x], [p], [layout], [names[one]], pattern, step)[0]
+        for j, i in enumerate(members):
+            masks[i] = mask[j, ...]
+    return masks
+
+
+def _select_each(
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    resolved: Sequence[Layout | None],
+    names: Sequence[str],
+    pattern: Pattern,
+    step: int | Array | None,
+) -> list[Array]:
+    """Return masks of the support, given layouts with non-negative axes."""
+    xp = array_namespace(*arrays)
     # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
     # of several entries rank by a sum, which needs the squares themselves.
     if pattern.ranks == "entries":

@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from safe_core.backends import Array
+from safe_core.backends import Array, backend_of
 
 from .perturbations import Direction, norm
 
@@ -49,10 +49,11 @@ def flat_direction(first: Sequence[Array], second: Sequence[Array]) -> list[Arra
     # The two gradients are nearly parallel, so subtracting the projection would cancel. For
     # unit vectors a . b = 1 - |b - a|^2 / 2, hence h = (b - a) + |b - a|^2 / 2 * a, which
     # only subtracts neighbouring numbers.
-    between = [b_i - a_i for a_i, b_i in zip(a, b, strict=True)]
+    blockwise = backend_of(a[0]).blockwise
+    between = blockwise(lambda b_i, a_i: b_i - a_i, b, a)
     gap = norm(between)
     xp = array_namespace(gap)
-    h = [d + xp.astype(gap * gap / 2, d.dtype) * a_i for d, a_i in zip(between, a, strict=True)]
+    h = blockwise(lambda d, a_i: d + _as(gap * gap / 2, d.dtype) * a_i, between, a)
     # Rounding moves each entry by at most half a spacing in either gradient, and the
     # arithmetic adds a little. A gap of that size is noise, which h / |h| would blow up.
     spacing = max(float(xp.finfo(g.dtype).eps) for g in (*first, *second))
@@ -93,10 +94,11 @@ def reused(gradients: Sequence[Array], flat: Sequence[Array], weight: float) -> 
     length = norm(gradients)
     xp = array_namespace(length)
     scale = xp.where(xp.isfinite(length), weight * length, xp.zeros_like(length))
-    return [
-        xp.astype(_as(g, h.dtype) + _as(scale, h.dtype) * h, g.dtype, copy=False)
-        for g, h in zip(gradients, flat, strict=True)
-    ]
+
+    def added(g: Array, h: Array) -> Array:
+        return _as(_as(g, h.dtype) + _as(scale, h.dtype) * h, g.dtype)
+
+    return backend_of(gradients[0]).blockwise(added, gradients, flat)
 
 
 def _as(x: Array, dtype: Any) -> Array:

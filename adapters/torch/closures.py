@@ -42,15 +42,15 @@ class ClosureProbe:
         self._marker = _Marker([p for p in params if p.grad is not None and is_sharded(p.grad)])
         # torch counts in-place writes in `_version`, so a closure that wrote to no gradient
         # shows the same numbers afterwards.
-        found = {p: p.grad for p in params if p.grad is not None}
-        self._versions = {p: (g, g._version) for p, g in found.items()}
+        found = [(p, p.grad) for p in params if p.grad is not None]
+        self._versions = [(p, g, g._version) for p, g in found]
 
     @property
     def ignored(self) -> bool:
         """Whether the closure left all gradients untouched."""
         return bool(self._versions) and all(
             p.grad is gradient and gradient._version == version
-            for p, (gradient, version) in self._versions.items()
+            for p, gradient, version in self._versions
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class CompiledStep:
         gradients: Sequence[Tensor],
         params: Sequence[Tensor],
         anchors: Sequence[Tensor],
-        penalties: Mapping[Tensor, float],
+        penalties: Sequence[float],
         copies: Sequence[Tensor | None] | None,
     ) -> None:
         """Restore x, add the gradient of the penalty and take a base step."""
@@ -75,14 +75,15 @@ def _is_bare(base: Optimizer) -> bool:
     return not any(hooks) and "step" not in vars(base) and not base.defaults.get("differentiable")
 
 
-def _scalars(values: Mapping[Tensor, float], params: Sequence[Tensor]) -> list[Tensor]:
+def _scalars(values: Sequence[float], params: Sequence[Tensor]) -> list[Tensor]:
     """Return numbers as tensors, so that a compiled program takes them as arguments.
 
     A Python number would be a constant of the program, and each new value would recompile it.
     Parameters with the same value, dtype and device share one tensor.
     """
     made: dict[Any, Tensor] = {}
-    keys = [(values[p], wide_dtype(torch, [p]), p.device) for p in params]
+    pairs = zip(values, params, strict=True)
+    keys = [(value, wide_dtype(torch, [p]), p.device) for value, p in pairs]
     for value, dtype, device in dict.fromkeys(keys):
         made[value, dtype, device] = torch.full((), value, dtype=dtype, device=device)
     return [made[key] for key in keys]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from safe_core import SplitState
-from safe_core.backends.torch_sharding import is_sharded, local, summed
+from safe_core.backends.torch_accelerator import elementwise, on_host
+from safe_core.backends.torch_sharding import is_sharded, stacked, summed
 from safe_core.perturbations import Direction
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "add_",
     "add_penalty_",
     "add_penalty_traced_",
+    "clones",
     "copy_",
     "count_filled",
     "local_shards",
@@ -58,11 +61,13 @@ class MovedParameters:
     def prepare(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return uninitialised tensors for the copies of ``params``."""
         copies = []
-        for p in params:
-            x, kept = local(p.detach()), self._memory.get(p)
-            copies.append(kept if kept is not None and _fits(kept, x) else torch.empty_like(x))
-        pairs = zip(params, copies, strict=True)
-        self._memory |= {p: copy for p, copy in pairs if p.device.type == "cpu"}
+        for p, x in zip(params, local_shards(params), strict=True):
+            copy = self._memory.get(p)
+            if copy is None or not _fits(copy, x):
+                copy = torch.empty_like(x, requires_grad=False)
+                if on_host(x):
+                    self._memory[p] = copy
+            copies.append(copy)
         return copies
 
     def release(self) -> None:
@@ -82,13 +87,13 @@ class MovedParameters:
         """Copy ``params`` into ``copies``, the result of `prepare`, and add e to ``params``."""
         params, copies = list(params), list(copies)
         values, vectors = local_shards(params), local_shards(direction.vectors)
-        on_host = direction.length.device.type == "cpu"
+        known = on_host(direction.length)
         # Reading a value from an accelerator would wait for all its pending work.
-        scale = float(direction.factor) if on_host else 0.0
+        scale = float(direction.factor) if known else 0.0
         for i in _groups(values):
             torch._foreach_copy_(copies[i], values[i])
             self.mark_saved(params[i], copies[i])
-            if not on_host:
+            if not known:
                 torch._foreach_add_(values[i], _written_out(vectors[i], direction))
             elif scale:  # 0 marks an unusable gradient, and 0 * NaN would be NaN
                 torch._foreach_add_(values[i], vectors[i], alpha=scale)
@@ -159,7 +164,11 @@ def pulls(
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
-    for x, pull in zip(local_shards(params), pulled, strict=True):
+    params = local_shards(params)
+    if not all(map(on_host, params)):
+        elementwise(lambda x, pull: _widened(x) - pull, params, pulled, out=params)
+        return
+    for x, pull in zip(params, pulled, strict=True):
         x.copy_(_widened(x) - pull)
 
 
@@ -169,6 +178,9 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
     It computes in float32 or wider, see `safe_core.constraints.pull.pulled`.
     """
     params, anchors, supports = map(local_shards, (params, split.anchor, split.support))
+    if not all(map(on_host, params)):
+        elementwise(partial(_pulled, penalty), params, anchors, supports, out=params)
+        return
     params, anchors, supports = _cut(params, anchors, supports)
     for i in _groups(params):
         wide = [_widened(x) for x in params[i]]
@@ -179,6 +191,12 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
         for x, moved in zip(params[i], wide, strict=True):
             if moved is not x:
                 x.copy_(moved)
+
+
+def _pulled(penalty: float, x: Tensor, anchor: Tensor, support: Tensor) -> Tensor:
+    wide = _widened(x)
+    moved = torch.add(wide, wide - anchor, alpha=math.expm1(-penalty))
+    return torch.where(support, wide, moved)
 
 
 def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:
@@ -236,10 +254,21 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(local_shards(targets), local_shards(sources))
 
 
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, sharded alike."""
+    found = [torch.empty_like(x) for x in tensors]
+    copy_(found, tensors)
+    return found
+
+
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set tensors to +0 where their masks are False."""
     # Not a product with the mask, which would leave -0 and NaN.
-    for tensor, mask in zip(local_shards(tensors), local_shards(masks), strict=True):
+    tensors, masks = local_shards(tensors), local_shards(masks)
+    if not all(map(on_host, tensors)):
+        elementwise(lambda x, mask: torch.where(mask, x, 0), tensors, masks, out=tensors)
+        return
+    for tensor, mask in zip(tensors, masks, strict=True):
         tensor.masked_fill_(~mask, 0)
 
 
@@ -256,23 +285,27 @@ def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int
     return [int(count) for count in summed(found, tensors).tolist()]
 
 
-def step_lengths(params: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``|x - before|`` and ``|before|`` of each parameter, in float32 or wider.
+@torch.no_grad()
+def step_lengths(params: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """Return ``|x - before|`` and ``|before|`` in a row for each parameter, in float32 or wider.
 
     ``before`` holds local shards. The norms run over all shards.
     """
-    parts = []
-    for x, b in zip(local_shards(params), map(_widened, before), strict=True):
-        pair = [torch.linalg.vector_norm(a) for a in (_widened(x) - b, b)]
-        parts.append(torch.stack(pair).square())
-    squares = torch.stack([part.to(parts[0].device) for part in parts])
-    found = summed(squares, params).sqrt()
-    return [both.to(p.device) for both, p in zip(found, params, strict=True)]
+    now, of_steps, of_x = local_shards(params), list[Tensor](), list[Tensor]()
+    for i in _groups(now):
+        wide = [_widened(b) for b in before[i]]
+        of_steps += torch._foreach_norm(torch._foreach_sub([_widened(x) for x in now[i]], wide))
+        of_x += torch._foreach_norm(wide)
+    squares = torch.stack([stacked(of_steps), stacked(of_x)], dim=1).square()
+    return summed(squares, params).sqrt()
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the local shard of each tensor, detached; a plain tensor is its own shard."""
-    return [local(x.detach()) for x in tensors]
+    """Return the local shard of each tensor; a plain tensor is its own shard.
+
+    Gradients are off in a step, so the shards of parameters may be changed in place.
+    """
+    return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -284,8 +317,8 @@ def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
     cut: list[list[Tensor]] = [[] for _ in lists]
     for tensors in zip(*lists, strict=True):
         pieces: Sequence[Sequence[Tensor]] = [[x] for x in tensors]
-        on_host = tensors[0].device.type == "cpu"
-        if on_host and tensors[0].numel() > _GROUP and all(x.is_contiguous() for x in tensors):
+        large = tensors[0].numel() > _GROUP and on_host(tensors[0])
+        if large and all(x.is_contiguous() for x in tensors):
             pieces = [x.view(-1).split(_GROUP) for x in tensors]
         for found, more in zip(cut, pieces, strict=True):
             found += more
@@ -297,7 +330,7 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
     start, size = 0, 0
     for stop, tensor in enumerate(tensors, 1):
         size += tensor.numel()
-        if size >= (_GROUP if tensor.device.type == "cpu" else _LARGE_GROUP):
+        if size >= (_GROUP if on_host(tensor) else _LARGE_GROUP):
             yield slice(start, stop)
             start, size = stop, 0
     if start < len(tensors):
@@ -305,8 +338,9 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _fits(copy: Tensor, x: Tensor) -> bool:
-    return (copy.shape, copy.dtype, copy.device) == (
-        x.shape,
-        x.dtype,
-        x.device,
-    ) and copy.stride() == x.stride()
+    return (
+        copy.shape == x.shape
+        and copy.stride() == x.stride()
+        and copy.dtype == x.dtype
+        and copy.device == x.device
+    )

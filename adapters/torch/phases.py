@@ -22,7 +22,7 @@ from safe_core.perturbations import norm
 from . import kernels
 from .closures import ClosureProbe
 from .modules import RandomState, statistics_kept
-from .run import Run, fill_gradients, gradients_of
+from .run import Run, by_value, fill_gradients, gradients_of
 from .watching import Found, GradientWatch
 
 __all__ = ["Phase", "Phases"]
@@ -280,9 +280,10 @@ class Phases:
         Clones, because DDP's gradients can be views of its buckets: the next backward pass
         writes to the same memory.
         """
-        held = {p: p.grad.clone() for p in self.run.trainable() if p.grad is not None}
+        held = [p for p in self.run.trainable() if p.grad is not None]
+        copies = kernels.clones(gradients_of(held))
         self.run.zero_grad()
-        return held
+        return dict(zip(held, copies, strict=True))
 
     def _project(self, sparse: list[Tensor]) -> None:
         """Set parameters to ``C(x)``."""
@@ -295,7 +296,7 @@ class Phases:
     def _ascend(self, params: list[Tensor], loss_scale: float) -> None:
         """Move the parameters to x + e, where the loss is higher."""
         run = self.run
-        radii = self._radii(loss_scale)
+        radii = self._radii(params, loss_scale)
         gradients = [p.grad for p in params if p.grad is not None]
         if any(g.is_sparse for g in gradients):
             raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
@@ -308,24 +309,21 @@ class Phases:
             motion=run.motion(),
         )
         # One call per radius: the norm is shared by all groups, only the length differs.
-        by_radius = {rho: direction._replace(rho=rho) for rho in {radii[p] for p in params}}
+        by_radius = {rho: direction._replace(rho=rho) for rho in set(radii)}
         perturbation = run.method.perturbation
         if perturbation is not None and perturbation.max_growth:
             self.norms = [direction.length]
         copies = run.moved.prepare(params)
         if run.compiled is not None:
             by_factor = {rho: found.factor for rho, found in by_radius.items()}
-            factors = [by_factor[radii[p]] for p in params]
+            factors = [by_factor[rho] for rho in radii]
             run.compiled.ascend(params, copies, direction.vectors, factors, direction.usable)
             run.moved.mark_saved(params, copies)
             return
-        for rho, found in by_radius.items():
-            mine = [i for i, p in enumerate(params) if radii[p] == rho]
-            run.moved.move(
-                [params[i] for i in mine],
-                [copies[i] for i in mine],
-                found._replace(vectors=[direction.vectors[i] for i in mine]),
-            )
+        moves = by_value(radii, zip(params, copies, direction.vectors, strict=True))
+        for rho, mine in moves.items():
+            some, into, vectors = zip(*mine, strict=True)
+            run.moved.move(some, into, by_radius[rho]._replace(vectors=vectors))
 
     @torch.no_grad()
     def _measure_growth(self, sparse: list[Tensor]) -> None:
@@ -341,24 +339,24 @@ class Phases:
         selected = self.run.selected
         return [selected[p].layout if p in selected else None for p in params]
 
-    def _radii(self, loss_scale: float) -> dict[Tensor, float]:
+    def _radii(self, params: list[Tensor], loss_scale: float) -> list[float]:
         """Return the radius of every parameter, corrected for loss scaling.
 
         If e is proportional to the gradient, it also carries the loss scale.
         """
-        radii, perturbation = self.run.signed("rho"), self.run.method.perturbation
+        radii, perturbation = self.run.signed("rho", params), self.run.method.perturbation
         if perturbation is None or perturbation.is_scale_free:
             return radii
-        return {p: rho / loss_scale for p, rho in radii.items()}
+        return [rho / loss_scale for rho in radii]
 
     def _warn_of_rounding(
-        self, params: list[Tensor], gradients: list[Tensor], radii: dict[Tensor, float]
+        self, params: list[Tensor], gradients: list[Tensor], radii: list[float]
     ) -> None:
         """Warn once, at the first perturbation, if rounding to 16 bits removes most of it."""
         run = self.run
         if run.checked_rounding or all(p.element_size() > 2 for p in params):
             return
-        widest = max(abs(radii[p]) for p in params)
+        widest = max(map(abs, radii))
         if widest == 0:
             return
         layouts = self._layouts(params)

@@ -29,11 +29,11 @@ def report(run: Run, steps: int | None) -> Report:
     found: dict[Tensor, TensorReport] = {}
     patterns: list[Pattern] = []
     with run.as_started() as sparse:
-        penalties, state = run.signed("penalty"), run.parameters
+        state = run.parameters
         for pattern, members in state.pools(sparse):
-            weights = [abs(penalties[p]) for p in members]
+            penalties = list(map(abs, run.signed("penalty", members)))
             rows = _tensor_reports(
-                state, run.method, run.source, pattern, members, run.steps, weights
+                state, run.method, run.source, pattern, members, run.steps, penalties
             )
             found.update(zip(members, rows, strict=True))
             patterns.append(pattern)

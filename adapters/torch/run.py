@@ -26,7 +26,7 @@ from .modules import forget_copies
 from .selection import Selected, Selection
 from .state import ParameterState
 
-__all__ = ["Run", "fill_gradients", "gradients_of"]
+__all__ = ["Run", "by_value", "fill_gradients", "gradients_of"]
 
 LAST = "last"
 
@@ -98,13 +98,14 @@ class Run:
 
     def _prepare(self) -> None:
         """Create the parts that hold no training state and are not pickled."""
+        self._rules = GroupRules.read({}, self.method)
         self.moved = kernels.MovedParameters()
         self.compiled = CompiledStep(self.base) if self.compile else None
         self._plans: dict[tuple[bool, bool], StepPlan] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # `_seen` holds ids of parameters, which differ in a copy.
-        left_out = ("moved", "compiled", "_plans", "_seen")
+        left_out = ("_rules", "moved", "compiled", "_plans", "_seen")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,19 +149,23 @@ class Run:
 
     def rules_of(self, group: dict[str, Any]) -> GroupRules:
         """Return the radius and penalty of a param group."""
-        return GroupRules.read(settings_of(group, self.base), self.method)
+        settings = settings_of(group, self.base)
+        return GroupRules.read(settings, self.method) if settings else self._rules
 
-    def signed(self, setting: str) -> dict[Tensor, float]:
-        """Return rho or penalty of every parameter, negative in groups with ``maximize``.
+    def signed(self, setting: str, params: Sequence[Tensor]) -> list[float]:
+        """Return rho or penalty of each parameter, negative in groups with ``maximize``.
 
         Such a group steps along its gradient, so ascent and penalty need the opposite sign.
         """
+        values = [self.rules_of(group).at(setting, self.steps) for group in self.groups]
+        pairs = zip(values, self.groups, strict=True)
+        values = [-value if group.get("maximize") else value for value, group in pairs]
+        if len(set(values)) == 1:
+            return values[:1] * len(params)
         found: dict[Tensor, float] = {}
-        for group in self.groups:
-            value = self.rules_of(group).at(setting, self.steps)
-            signed = -value if group.get("maximize") else value
-            found.update(dict.fromkeys(group["params"], signed))
-        return found
+        for value, group in zip(values, self.groups, strict=True):
+            found.update(dict.fromkeys(group["params"], value))
+        return [found[p] for p in params]
 
     # Parameters
 
@@ -194,7 +199,8 @@ class Run:
         """Return the active parameters, and initialise the state of new ones."""
         self.follow_groups()
         sparse = self.active()
-        new = [p for p in sparse if not self.parameters.has(p)]
+        has = self.parameters.has
+        new = [p for p in sparse if not has(p)]
         if new:
             refuse_dense(self.method, self.selected, sparse)
             self._start(new)
@@ -208,8 +214,8 @@ class Run:
         loaded into the model before the first step.
         """
         self.follow_groups()
-        constrained = self.constrained()
-        new = [p for p in constrained if not self.parameters.has(p)]
+        constrained, has = self.constrained(), self.parameters.has
+        new = [p for p in constrained if not has(p)]
         before = {p: dict(self.state[p]) for p in new if p in self.state}
         try:
             if new:
@@ -254,12 +260,12 @@ class Run:
         """
         if not self.method.measures_steps:
             return None
-        held = self.parameters.motions(self.active())
-        if not held:  # all sparse parameters are frozen, so no step moves them
+        active = self.active()
+        if not active:  # all sparse parameters are frozen, so no step moves them
             return torch.zeros(3)
-        together = torch.stack([motion.to(held[0].device) for motion in held])
+        held = self.parameters.motions(active)
         # A parameter that joined late has not shrunk yet; the others hold the same number.
-        return torch.cat([together[:, :2].sum(0), together[:, 2:].amax(0)])
+        return torch.cat([held[:, :2].sum(0), held[:, 2:].amax(0)])
 
     def entries(self) -> dict[Tensor, dict[str, Any]]:
         """Return the state to save, with an entry for every parameter.
@@ -434,6 +440,14 @@ class Run:
         """Return the support of ``C(x)`` at a step, for parameters projected together."""
         values = [p.detach() for p in members]
         return select_support(values, pattern, self.parameters.info(members), metric, step=step)
+
+
+def by_value(values: Iterable[float], items: Iterable[Any]) -> dict[float, list[Any]]:
+    """Return lists of the items that have the same value."""
+    found: dict[float, list[Any]] = {}
+    for value, item in zip(values, items, strict=True):
+        found.setdefault(value, []).append(item)
+    return found
 
 
 def fill_gradients(params: Iterable[Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from safe_core import ArrayInfo, Pattern, SplitState, _checks
 from safe_core._dtypes import wide_dtype
 from safe_core.arguments import check_importance
-from safe_core.backends.torch_sharding import is_sharded, sharded_like
+from safe_core.backends.torch_sharding import is_sharded, sharded_like, stacked
 from safe_core.constraints.float8 import dequantised
 from safe_core.layout import place_importance
 from safe_core.packing import packed, unpacked
@@ -100,18 +100,28 @@ class ParameterState(NamedTuple):
             for p, importance in zip(params, found, strict=True):
                 self.state[p]["importance"] = importance
 
-    def motions(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the state of `safe_core.motion` of each parameter, 0 before the first step."""
-        held = [self.state.get(p, {}).get("motion") for p in params]
-        return [
-            torch.zeros(3, dtype=wide_dtype(torch, [p]), device=p.device) if s is None else s
-            for p, s in zip(params, held, strict=True)
-        ]
+    def motions(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the states of `safe_core.motion` as rows, 0 before the first step.
 
-    def store_motions(self, params: Sequence[Tensor], motions: Sequence[Tensor]) -> None:
-        """Store the state of each parameter, as `motions` returns it."""
-        for p, motion in zip(params, motions, strict=True):
-            self.state[p]["motion"] = motion
+        They lie on the device of the first parameter, in the widest of their dtypes.
+        """
+        held = [self.state.get(p, {}).get("motion") for p in params]
+        if not held:
+            return torch.zeros(0, 3)
+        zeros = torch.zeros(3, dtype=wide_dtype(torch, params), device=params[0].device)
+        return stacked([zeros if s is None else s for s in held])
+
+    def store_motions(self, params: Sequence[Tensor], motions: Tensor) -> None:
+        """Store the state of each parameter, as `motions` returns it.
+
+        Each lies on the device of its parameter, in float32 or the wider dtype of the parameter.
+        """
+        rows = motions.unbind()
+        if len({(p.dtype, p.device) for p in params}) > 1:
+            pairs = zip(params, rows, strict=True)
+            rows = tuple(row.to(p.device, wide_dtype(torch, [p])) for p, row in pairs)
+        for p, row in zip(params, rows, strict=True):
+            self.state[p]["motion"] = row
 
     def info(self, params: Sequence[Tensor]) -> ArrayInfo:
         """Return names and layouts of ``params``."""

@@ -13,7 +13,7 @@ from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shr
 from . import kernels
 from .after_finalize import warn_of_moved_zeros
 from .importance import second_moments
-from .run import Run, fill_gradients, gradients_of
+from .run import Run, by_value, fill_gradients, gradients_of
 
 __all__ = ["take_step"]
 
@@ -41,7 +41,7 @@ class _Step:
         self.plan = run.plan
         self.sparse = run.sparse()
         self.due = self._due()
-        self.penalties: dict[Tensor, float] = {}  # what a compiled base step is to add
+        self.penalties: list[float] = []  # what a compiled base step is to add
         self.pulls: dict[Tensor, Tensor] = {}
         self.before: list[Tensor] = []  # local shards of x before a base step that is measured
 
@@ -94,14 +94,14 @@ class _Step:
 
     def add_penalty(self) -> None:
         run = self.run
-        self.penalties = run.signed("penalty")
+        penalties = run.signed("penalty", self.sparse)
         # Without a gradient the base would skip the parameter. The penalty would then not act,
         # while u would grow at every dual update.
         fill_gradients(self.sparse)
         if run.compiled is not None:
-            return  # `base_step` adds it, in one program with the base step
-        for penalty in {self.penalties[p] for p in self.sparse}:
-            mine = [p for p in self.sparse if self.penalties[p] == penalty]
+            self.penalties = penalties  # `base_step` adds it, in one program with the base step
+            return
+        for penalty, mine in by_value(penalties, self.sparse).items():
             for some in run.parameters.portions(mine):
                 gradients, anchors = gradients_of(some), run.parameters.anchors(some)
                 # One pass restores x and adds the penalty there.
@@ -112,7 +112,6 @@ class _Step:
     def measure_pull(self) -> None:
         run, selected = self.run, self.run.selected
         # Measure at x, before the base step changes it.
-        penalties = run.signed("penalty")
         fill_gradients(self.sparse)
         run.moved.restore()
         for group in run.groups:
@@ -120,7 +119,7 @@ class _Step:
             if mine:
                 rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
-                factor = rate * abs(penalties[mine[0]])
+                factor = rate * abs(run.signed("penalty", mine[:1])[0])
                 found = kernels.pulls(mine, run.parameters.anchors(mine), factor)
                 self.pulls.update(zip(mine, found, strict=True))
 
@@ -144,8 +143,10 @@ class _Step:
         """Return local shards of x, where the base starts."""
         # Where the parameters are perturbed, the copies hold x until the next block.
         copies = self.run.moved.copies(self.sparse) or [None] * len(self.sparse)
-        shards = zip(kernels.local_shards(self.sparse), copies, strict=True)
-        return [x.clone() if copy is None else copy for x, copy in shards]
+        shards = kernels.local_shards(self.sparse)
+        missing = [x for x, copy in zip(shards, copies, strict=True) if copy is None]
+        new = iter(kernels.clones(missing))
+        return [next(new) if copy is None else copy for copy in copies]
 
     @property
     def _measures(self) -> bool:
@@ -157,19 +158,18 @@ class _Step:
             return
         run, parameters = self.run, self.run.parameters
         found = parameters.motions(self.sparse)
-        if self.norms and found:
+        if self.norms and self.sparse:
             # Every parameter holds the same shrinkage, so that each can be saved by itself.
             perturbation, motion = run.method.perturbation, run.motion()
             assert perturbation is not None
             assert motion is not None
             first, second = self.norms
             now = next_shrinkage(motion[2], first, second, perturbation.max_growth)
-            found = [with_shrinkage(m, now.to(m.device)) for m in found]
+            found = with_shrinkage(found, now)
         if self._measures:
             lengths = kernels.step_lengths(self.sparse, self.before)
             self.before = []
-            pairs = zip(found, lengths, strict=True)
-            found = [with_lengths(m, new, run.steps) for m, new in pairs]
+            found = with_lengths(found, lengths, run.steps)
         parameters.store_motions(self.sparse, found)
 
     def apply_pull(self) -> None:
@@ -177,9 +177,8 @@ class _Step:
 
     def pull(self) -> None:
         run = self.run
-        penalties = run.signed("penalty")
-        for penalty in {abs(penalties[p]) for p in self.sparse}:
-            mine = [p for p in self.sparse if abs(penalties[p]) == penalty]
+        penalties = map(abs, run.signed("penalty", self.sparse))
+        for penalty, mine in by_value(penalties, self.sparse).items():
             kernels.pull_(mine, run.parameters.split(mine), penalty)
 
     def mask_parameters(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -49,9 +50,8 @@ class GradientWatch:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.found = Found.NOTHING_YET
-        sizes = {p: local(p.grad).numel() for p in params if _is_dense(p.grad)}
-        smallest = sorted((p for p in sizes if sizes[p]), key=sizes.__getitem__)
-        self._samples = [_Sample(p, weakref.ref(self)) for p in smallest[:_SAMPLES]]
+        smallest = (p for p in sorted(params, key=Tensor.numel) if _has_entries(p.grad))
+        self._samples = [_Sample(p, weakref.ref(self)) for p in islice(smallest, _SAMPLES)]
 
     @property
     def is_decided(self) -> bool:
@@ -125,8 +125,11 @@ class _Sample:
         return Found.KEPT if same else Found.CHANGED
 
 
-def _is_dense(gradient: Tensor | None) -> bool:
-    return gradient is not None and not gradient.is_sparse and not _is_capturing(gradient)
+def _has_entries(gradient: Tensor | None) -> bool:
+    """Return whether a gradient is dense, can be read, and is not an empty shard."""
+    if gradient is None or gradient.is_sparse or _is_capturing(gradient):
+        return False
+    return local(gradient).numel() > 0
 
 
 def _is_capturing(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import safe_core.backends.jax_counting as jax_counting
 import safe_core.backends.torch as torch_backend
+import safe_core.backends.torch_accelerator as torch_accelerator
 import safe_core.backends.torch_counting as torch_counting
 from safe_core import NM, Block, Channel, Unstructured, project, schedules
 from safe_core.backends import backend_of, threshold
@@ -71,7 +72,8 @@ def test_results_live_on_the_device_of_the_arrays(pattern: Any, weighted: bool) 
 
 
 def _by_sample(scores: Any, *, counts: Any, stage: int) -> Any:
-    return torch_backend.keep_largest_by_sample([x.detach() for x in scores], k=counts[stage])
+    found = torch_accelerator.keep_largest([x.detach() for x in scores], k=counts[stage])
+    return _by_counting(scores, counts=counts, stage=stage) if found is None else found
 
 
 def _by_counting(scores: Any, *, counts: Any, stage: int) -> Any:
@@ -137,6 +139,34 @@ def test_arrays_too_large_for_one_count_are_cut_into_pieces(
     arrays = rounded((3, 2, 2), (5,), ())
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+
+
+@pytest.mark.parametrize("chunk", [2**25, 40, 7])
+@pytest.mark.parametrize("sparsity", [0.4, 0.9])
+def test_arrays_that_are_joined_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, sparsity: float
+) -> None:
+    monkeypatch.setattr(jax_counting, "_CHUNK", chunk)
+    monkeypatch.setattr(jax_counting, "joins", lambda: True)
+    # Without jit, whose cache knows nothing of either.
+    monkeypatch.setattr(jax_counting, "keep_largest", jax_counting.keep_largest.__wrapped__)
+    arrays = rounded((3, 2, 2), (5,), (), (0, 2), (6, 7))
+    got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
+    assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+
+
+def test_a_pass_over_joined_arrays_is_one_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_counting, "joins", lambda: True)
+
+    def reductions(arrays: int) -> int:
+        # A function of its own for each count, because JAX caches what it traced.
+        def select(scores: Any) -> Any:
+            return jax_counting.keep_largest.__wrapped__(scores, counts=(100,), stage=0)
+
+        program = jax.make_jaxpr(select)([jnp.ones((90, 90))] * arrays)
+        return str(program).count(" reduce[")
+
+    assert 0 < reductions(3) == reductions(30)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

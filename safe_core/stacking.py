@@ -1,0 +1,62 @@
+"""Stack small arrays that are alike, so that an accelerator starts few kernels for all of them.
+
+Stacked arrays have a batch axis more, along which every pattern treats a slice as an array of its
+own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .backends import Array
+from .layout import Layout
+
+__all__ = ["alike", "with_batch_axis"]
+
+# Larger arrays keep an accelerator busy by themselves, and a stack is a copy.
+_SMALL, _TOGETHER = 2**18, 2**25
+
+
+def alike(
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    layouts: Sequence[Layout | None],
+) -> list[list[int]]:
+    """Return lists of the positions of arrays that can be stacked.
+
+    They agree in shape, dtype and layout, and so do their importances. A large array is alone.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> alike([numpy.ones(2), numpy.ones(3), numpy.ones(2)], [None] * 3, [None] * 3)
+    [[0, 2], [1]]
+    """
+    found: dict[object, list[int]] = {}
+    for i, (x, p, layout) in enumerate(zip(arrays, importance, layouts, strict=True)):
+        size = math.prod(x.shape)
+        key: object = (x.shape, x.dtype, layout, p if p is None else (p.shape, p.dtype))
+        # An importance without axes is the same everywhere, which a stack of them is not.
+        if size > _SMALL or (p is not None and p.ndim == 0):
+            key = i
+        while key in found and (len(found[key]) + 1) * size > _TOGETHER:
+            key = (key, "next")
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def with_batch_axis(layout: Layout | None) -> Layout:
+    """Return the layout of stacked arrays, from that of one with non-negative axes.
+
+    Examples
+    --------
+    >>> with_batch_axis(Layout((1,), (0,)))
+    Layout(input_axes=(2,), output_axes=(1,), batch_axes=(0,))
+    """
+    roles = layout or Layout()
+    moved = [
+        tuple(axis + 1 for axis in axes)
+        for axes in (roles.input_axes, roles.output_axes, roles.batch_axes)
+    ]
+    return Layout(moved[0], moved[1], (0, *moved[2]))

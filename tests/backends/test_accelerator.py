@@ -1,0 +1,213 @@
+"""The code of accelerators, run on the CPU: the same results, and few kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from array_backends import BFLOAT16, Backend, assert_same, projector
+from kernel_calls import KernelCalls, on_an_accelerator  # noqa: F401
+from torch import Tensor, nn
+
+import safe_core
+import safe_core.backends.jax as jax_backend
+from safe_core import NM, Block, Channel, Method, Unstructured, project, stacking
+from safe_core.adapters.torch import SparseOptimizer
+from safe_core.backends import torch_accelerator
+
+pytestmark = pytest.mark.usefixtures("on_an_accelerator")
+
+SHAPES = ((8, 32), (), (4, 64), (0, 3), (5,), (16, 4, 3))
+
+
+def drawn(*shapes: tuple[int, ...], dtype: Any = np.float32, ties: bool = False) -> list[Any]:
+    rng = np.random.default_rng(0)
+    found = [rng.normal(size=shape) for shape in shapes]
+    return [np.asarray(np.round(2 * x) if ties else x).astype(dtype) for x in found]
+
+
+@pytest.fixture(params=[2**25, 100, 7], ids=lambda size: f"chunk-{size}")
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch_accelerator, "_CHUNK", request.param)
+    return request.param
+
+
+# Projection
+
+
+@pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.7, 0.99])
+def test_projects_to_the_same_point_as_numpy(
+    chunk: int, dtype: Any, ties: bool, sparsity: float
+) -> None:
+    arrays = drawn(*SHAPES, dtype=dtype, ties=ties)
+    got = Backend.TORCH.run(projector(Unstructured(sparsity)), arrays)
+    assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+    pairs = zip(arrays, got.support, strict=True)
+    assert_same(got.values, [np.where(kept, x, np.zeros_like(x)) for x, kept in pairs])
+
+
+@pytest.mark.parametrize("candidates", [0, 2**14], ids=["counted", "sorted"])
+def test_a_bracket_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+    # With all entries inside the bracket, it tells nothing.
+    monkeypatch.setattr(torch_accelerator, "_CANDIDATES", candidates)
+    arrays = [np.float32([1, 1, 2, 1, 1, 1, 0, 1, 1, 1])] * 3
+    found = torch_accelerator.keep_largest([torch.from_numpy(x) for x in arrays], k=9)
+    assert (found is None) == (candidates == 0)
+    got = Backend.TORCH.run(projector(Unstructured(0.7)), arrays)
+    assert_same(got.support, reference.select(arrays, Unstructured(0.7)))
+
+
+@pytest.mark.parametrize("sample", [1, 50, 10_000])
+def test_a_sample_of_any_size_brackets_the_threshold(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, sample: int
+) -> None:
+    monkeypatch.setattr(torch_accelerator, "_SAMPLE", sample)
+    arrays = drawn((300, 20), (7,), (1000,))
+    got = Backend.TORCH.run(projector(Unstructured(0.95)), arrays)
+    assert_same(got.support, reference.select(arrays, Unstructured(0.95)))
+
+
+PATTERNS = [
+    Unstructured(0.4, "tensor"),
+    Unstructured(0.4, "row"),
+    NM(2, 4),
+    NM(5, 24, ragged="dense"),
+    Block((2, 4), 0.4),
+    Block((2, 4), 0.4, "global"),
+    Channel(0.4, "tensor"),
+    Channel(0.4),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.JAX], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_arrays_that_are_alike_are_pruned_together(
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool, ties: bool
+) -> None:
+    monkeypatch.setattr(jax_backend, "joins", lambda arrays: True)
+    shapes = ((8, 32), (4, 64), (8, 32), (8, 32))
+    arrays = drawn(*shapes, ties=ties)
+    rng = np.random.default_rng(1)
+    per_input = [rng.uniform(1, 9, size=(1, n)).astype(np.float32) for _, n in shapes]
+    importance = [*per_input[:3], np.float32(2.0)] if weighted else None
+    got = backend.run(projector(pattern), arrays, importance)
+    wanted = Backend.NUMPY.run(projector(pattern), arrays, importance)
+    assert_same(got.support, wanted.support)
+
+
+def test_stacks_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacking, "_TOGETHER", 130)
+    monkeypatch.setattr(stacking, "_SMALL", 100)
+    arrays = [np.ones(shape) for shape in ((5, 10), (5, 10), (101,), (101,), (5, 10), (0,), (0,))]
+    nothing = [None] * len(arrays)
+    assert stacking.alike(arrays, nothing, nothing) == [[0, 1], [2], [3], [4], [5, 6]]
+
+
+def test_ties_are_cut_in_the_order_of_rows_whatever_the_strides(chunk: int) -> None:
+    plain = [torch.from_numpy(x) for x in drawn((6, 4), (3, 4), (6, 4), ties=True)]
+    strided = [x.mT.contiguous().mT for x in plain]
+    wanted, got = project(plain, 0.5), project(strided, 0.5)
+    for kind in ("values", "support"):
+        pairs = zip(getattr(got, kind), getattr(wanted, kind), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_is_refused_and_infinity_is_kept(bad: float) -> None:
+    arrays = [torch.ones(3), torch.tensor([1.0, bad, -np.inf])]
+    if np.isnan(bad):
+        with pytest.raises(ValueError, match="NaN"):
+            project(arrays, 0.5)
+    else:
+        assert project(arrays, 0.6).support[1].tolist() == [False, True, True]
+
+
+def count_projection(tensors: int, pattern: Any) -> KernelCalls:
+    arrays = [torch.from_numpy(x) for x in drawn(*[(20, 24)] * tensors)]
+    with KernelCalls() as calls:
+        project(arrays, pattern)
+    return calls
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.9), *PATTERNS[:5], Channel(0.4)], ids=str)
+def test_the_kernels_of_a_projection_do_not_grow_with_the_tensors(pattern: Any) -> None:
+    few, many = count_projection(4, pattern), count_projection(60, pattern)
+    assert few.counts == many.counts
+    assert many.total < 80
+
+
+# Training
+
+METHODS = {
+    "derived": safe_core.safe(0.6, steps=30),
+    "penalty": safe_core.safe(0.6, rho=0.1, penalty=0.1, dual_update_interval=4),
+    "decoupled": safe_core.admm(0.6, penalty=0.1, dual_update_interval=4, decoupled=True),
+    "rounded": safe_core.safe(0.6, steps=30, state_dtype="bfloat16"),
+    "gradual": safe_core.baselines.gmp(safe_core.schedules.cubic(0.6, steps=20, every=4)),
+    "reuse": safe_core.safe(
+        0.6, rho=0.1, penalty=0.1, dual_update_interval=4, perturbation_interval=2, reuse=0.5
+    ),
+}
+
+
+class Training:
+    """A regression on some layers, with the weights sparse and the biases dense."""
+
+    def __init__(self, method: Method, layers: int = 4) -> None:
+        torch.manual_seed(0)
+        self.model = nn.ModuleList(nn.Linear(6, 8) for _ in range(layers))
+        self.x, self.y = torch.randn(16, 6), torch.randn(16, 8)
+        base = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, foreach=True)
+        self.optimizer = SparseOptimizer(base, method, model=self.model)
+
+    def closure(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = sum(((layer(self.x) - self.y) ** 2).mean() for layer in self.model)
+        loss.backward()
+        return loss
+
+    def run(self, steps: int) -> list[Tensor]:
+        for _ in range(steps):
+            self.optimizer.step(self.closure)
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def count(self) -> KernelCalls:
+        """Count the kernels of a step without those of the model."""
+        with torch.no_grad():
+            grads = [torch.ones_like(p) for p in self.model.parameters()]
+
+        def closure() -> None:
+            for p, g in zip(self.model.parameters(), grads, strict=True):
+                p.grad = g.detach()
+
+        with KernelCalls() as calls:
+            self.optimizer.step(closure)
+        return calls
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_as_on_the_host(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    accelerated = Training(METHODS[name]).run(30)
+    monkeypatch.undo()
+    for got, wanted in zip(accelerated, Training(METHODS[name]).run(30), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_kernels_of_a_step_do_not_grow_with_the_layers(name: str) -> None:
+    few, many = Training(METHODS[name], 3), Training(METHODS[name], 12)
+    few.run(3)
+    many.run(3)
+    for _ in range(6):  # with and without a dual update
+        first, second = few.count(), many.count()
+        assert first.counts == second.counts
+        assert second.total < 250
+        # Only the seed of stochastic rounding, which lies in the memory of the host.
+        assert second.reads == (name == "rounded" and second.counts["nonzero_static"])

@@ -1,0 +1,48 @@
+"""Run the code of accelerators on the CPU, and count the kernels that it would start."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safe_core.adapters.torch import kernels
+from safe_core.backends import torch_accelerator
+
+__all__ = ["KernelCalls", "on_an_accelerator"]
+
+# They only make or describe memory.
+_NO_KERNEL = ("empty", "detach", "alias", "_unsafe_view", "_reshape_alias", "is_same_size")
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat tensors in the memory of the host as those of an accelerator."""
+    for module in (torch_accelerator, kernels):
+        monkeypatch.setattr(module, "on_host", lambda x: False)
+
+
+class KernelCalls(TorchDispatchMode):
+    """Count operations that compute, each list operation once, and reads of a single value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """The number of kernels, if every operation is one."""
+        return sum(self.counts.values())
+
+    @property
+    def reads(self) -> int:
+        """The number of values that the host waited for."""
+        return self.counts["_local_scalar_dense"]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(_NO_KERNEL)):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
