@@ -14,8 +14,8 @@ from digits import batches, datasets
 from flax import nnx
 
 import safe_core
-from safe_core.adapters.jax.flax import nnx_recalibrate, nnx_value_and_gradients
-from safe_core.adapters.optax import check_sparsity, finalize, sparse_optimizer
+from safe_core.adapters.jax.flax import nnx_finalize, nnx_recalibrate, nnx_value_and_gradients
+from safe_core.adapters.optax import check_sparsity, sparse_optimizer
 
 
 class Network(nnx.Module):
@@ -57,10 +57,8 @@ def main() -> None:
     for epoch in range(options.epochs):
         for batch in batches(train, epoch):
             step(model, optimizer, batch)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    params = finalize(params, nnx.as_pure(optimizer.opt_state), method)
-    check_sparsity(params, 0.9)
-    nnx.update(model, params)
+    nnx_finalize(model, optimizer, method)
+    check_sparsity(nnx.as_pure(nnx.state(model, nnx.Param)), 0.9)
     images = (images for images, _ in batches(train, 0))
     nnx_recalibrate(model, lambda model, images: model(images), images, samples=1000)
     model.eval()

@@ -25,6 +25,7 @@ from safe_core.adapters.jax.flax.export import (
 )
 from safe_core.adapters.jax.flax.training import (
     SparseTrainState,
+    nnx_finalize,
     nnx_recalibrate,
     nnx_value_and_gradients,
     recalibrate,
@@ -415,7 +416,11 @@ def test_an_nnx_optimizer_ends_sparse() -> None:
     assert len(traces) == 1
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     projected = finalize(params, nnx.as_pure(optimizer.opt_state), METHOD)
-    nnx.update(model, projected)
+    with pytest.raises(TypeError, match=r"^optimizer must be an nnx\.Optimizer, got <class"):
+        nnx_finalize(model, optimizer.opt_state, METHOD)
+    nnx_finalize(model, optimizer, METHOD)
+    for name, leaf in {"first": model.first, "second": model.second}.items():
+        np.testing.assert_array_equal(leaf.kernel[...], projected[name]["kernel"])
     zeros = [int((layer.kernel[...] == 0).sum()) for layer in (model.first, model.second)]
     assert sum(zeros) == (8 * 16 + 16 * 4) * 3 // 4
 

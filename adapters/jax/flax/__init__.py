@@ -9,7 +9,13 @@ from .export import load_safetensors, save_safetensors, to_bcoo, to_torch_names
 from .export_advice import advise
 from .layouts import layouts_of
 from .sparse_model import SparseLinen, sparse_modules
-from .training import SparseTrainState, nnx_recalibrate, nnx_value_and_gradients, recalibrate
+from .training import (
+    SparseTrainState,
+    nnx_finalize,
+    nnx_recalibrate,
+    nnx_value_and_gradients,
+    recalibrate,
+)
 
 __all__ = [
     "SparseLinen",
@@ -20,6 +26,7 @@ __all__ = [
     "linen_grams",
     "load_safetensors",
     "nnx_block",
+    "nnx_finalize",
     "nnx_grams",
     "nnx_recalibrate",
     "nnx_value_and_gradients",

@@ -12,13 +12,21 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.train_state import TrainState
 
-from safe_core import _checks
+from safe_core import Method, _checks
 from safe_core._dtypes import wide_dtype
 
+from ..evaluation import LAST
 from ..gradients import carrying_gradients, check_loss, loss_and_aux
+from ..transform import finalize
 from ..weights import name_of
 
-__all__ = ["SparseTrainState", "nnx_recalibrate", "nnx_value_and_gradients", "recalibrate"]
+__all__ = [
+    "SparseTrainState",
+    "nnx_finalize",
+    "nnx_recalibrate",
+    "nnx_value_and_gradients",
+    "recalibrate",
+]
 
 PyTree = Any
 
@@ -265,6 +273,46 @@ def recalibrate(
         raise ValueError("batches must not be empty, got none")
     mean = jax.tree.map(lambda a, s: (a / seen).astype(s.dtype), total, statistics)
     return filled(jax.tree.leaves(mean))
+
+
+def nnx_finalize(model: Any, optimizer: Any, method: Method, *, importance: Any = LAST) -> None:
+    """Project the weights of an NNX module in place after the last step, as `finalize` does.
+
+    Parameters
+    ----------
+    model : nnx.Module
+    optimizer : nnx.Optimizer
+        The optimizer that trained ``model``, made with a transformation of `sparse_optimizer`.
+    method : Method
+        The method of the run.
+    importance : optional
+        As for `finalize`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `finalize`, or if ``optimizer`` is not an `nnx.Optimizer`.
+
+    Warns
+    -----
+    safe_core.FinalizeWarning
+        As `finalize`.
+
+    Examples
+    --------
+    >>> import optax, safe_core
+    >>> from safe_core.adapters.optax import sparse_optimizer
+    >>> model, method = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), safe_core.baselines.magnitude(0.75)
+    >>> optimizer = nnx.Optimizer(model, sparse_optimizer(optax.sgd(0.1), method), wrt=nnx.Param)
+    >>> nnx_finalize(model, optimizer, method)
+    >>> int((model.kernel[...] != 0).sum())
+    2
+    """
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(f"optimizer must be an nnx.Optimizer, got {type(optimizer)!r}")
+    weights = nnx.as_pure(nnx.state(model, optimizer.wrt))
+    state = nnx.as_pure(optimizer.opt_state)
+    nnx.update(model, finalize(weights, state, method, importance=importance))
 
 
 def nnx_recalibrate(
