@@ -27,6 +27,7 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
         "scaling": lambda: projection.scaling(sizes=sizes, repeats=repeats),
         "reading": lambda: projection.reading(size=100 * size, repeats=repeats),
         "torch": lambda: steps.torch_step(width=width, repeats=repeats, compiled=compiled),
+        "host": lambda: steps.host_step(repeats=repeats),
         "jax": lambda: steps.jax_step(width=width, repeats=repeats),
         "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
         "report": lambda: reports(width=width, batch=batch, repeats=repeats),

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-__all__ = ["MinimalSAM", "TwoArrayADMM", "by_kthvalue", "by_sort", "by_sort_jax", "by_topk"]
+__all__ = [
+    "ForeachSAM",
+    "MinimalSAM",
+    "TwoArrayADMM",
+    "by_kthvalue",
+    "by_sort",
+    "by_sort_jax",
+    "by_topk",
+]
 
 
 def by_sort(arrays: list[Tensor], kept: int) -> list[Tensor]:
@@ -65,6 +73,27 @@ class MinimalSAM(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.data = self.state[p]["old"]
+        self.base.step()
+
+
+class ForeachSAM(MinimalSAM):
+    """`MinimalSAM` by list operations, which start few kernels on a GPU."""
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Move to x + e, and keep x."""
+        self.params = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in self.params]
+        length = torch.stack(torch._foreach_norm(gradients)).norm()
+        self.old = [torch.empty_like(p) for p in self.params]
+        torch._foreach_copy_(self.old, self.params)
+        scale = self.param_groups[0]["rho"] / (length + 1e-12)
+        torch._foreach_add_(self.params, torch._foreach_mul(gradients, scale))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Restore x, and take a step of the base optimizer."""
+        torch._foreach_copy_(self.params, self.old)
         self.base.step()
 
 

@@ -15,10 +15,10 @@ import safe_core
 from safe_core.adapters.optax import sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 
-from .peers import MinimalSAM, TwoArrayADMM
+from .peers import ForeachSAM, MinimalSAM, TwoArrayADMM
 from .timing import Result, interleaved
 
-__all__ = ["give", "jax_step", "resnet50_shapes", "torch_step", "whole_step"]
+__all__ = ["give", "host_step", "jax_step", "resnet50_shapes", "torch_step", "whole_step"]
 
 INTERVAL = 32
 METHOD = safe_core.safe(0.95, rho=1e-3, penalty=1e-3, dual_update_interval=INTERVAL)
@@ -75,9 +75,16 @@ def _plain(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
     return step
 
 
-def _sam(shapes: Any, base: Any, options: Any, compiled: bool) -> Callable[[], None]:
+def _sam(
+    shapes: Any,
+    base: Any,
+    options: Any,
+    *,
+    kind: type[MinimalSAM] = MinimalSAM,
+    compiled: bool = False,
+) -> Callable[[], None]:
     params, gradients = _parameters(shapes)
-    optimizer = MinimalSAM(params, base, rho=1e-3, **options)
+    optimizer = kind(params, base, rho=1e-3, **options)
     first, second = optimizer.first_step, optimizer.second_step
     if compiled:
         first, optimizer.base.step = torch.compile(first), torch.compile(optimizer.base.step)
@@ -127,7 +134,8 @@ def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
     shapes, results = resnet50_shapes(width), []
     for name, (base, options) in BASES.items():
         candidates = {
-            f"minimal SAM + {name}": _sam(shapes, base, options, False),
+            f"minimal SAM + {name}": _sam(shapes, base, options),
+            f"foreach SAM + {name}": _sam(shapes, base, options, kind=ForeachSAM),
             f"safe_core + {name}": _ours(shapes, base, options),
             f"safe_core, steps=T + {name}": _ours(shapes, base, options, method=DERIVED),
             f"plain {name}": _plain(shapes, base, options),
@@ -135,13 +143,35 @@ def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
         }
         budgets = {f"safe_core + {name}": 1.15}
         if compiled:
-            candidates[f"minimal SAM + {name}, compiled"] = _sam(shapes, base, options, True)
+            candidates[f"minimal SAM + {name}, compiled"] = _sam(
+                shapes, base, options, compiled=True
+            )
             candidates[f"safe_core + {name}, compiled"] = _ours(
                 shapes, base, options, compiled=True
             )
             budgets[f"safe_core + {name}, compiled"] = 1.0
         case = "the optimizer's own time per step in PyTorch, shapes of ResNet-50"
         results += interleaved(case, candidates, repeats=repeats, calls=INTERVAL, budgets=budgets)
+    return results
+
+
+def host_step(*, repeats: int) -> list[Result]:
+    """Time the host's part of a step: tensors as many as in ResNet-50, with few entries.
+
+    It bounds the time of a step on a GPU from below. All use list operations, as on a GPU.
+    """
+    shapes, results = resnet50_shapes(1), []
+    for name, (base, options) in BASES.items():
+        options = {**options, "foreach": True}
+        candidates = {
+            f"foreach SAM + {name}": _sam(shapes, base, options, kind=ForeachSAM),
+            f"minimal SAM + {name}": _sam(shapes, base, options),
+            f"safe_core + {name}": _ours(shapes, base, options),
+            f"safe_core, steps=T + {name}": _ours(shapes, base, options, method=DERIVED),
+            f"plain {name}": _plain(shapes, base, options),
+        }
+        case = "the host's part of a step in PyTorch: 161 tensors with few entries"
+        results += interleaved(case, candidates, repeats=repeats, calls=INTERVAL)
     return results
 
 

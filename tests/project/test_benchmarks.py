@@ -51,9 +51,10 @@ def test_thresholds_of_peers_keep_what_the_projection_keeps(peer) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-def test_minimal_sam_goes_up_and_back() -> None:
+@pytest.mark.parametrize("sam", [peers.MinimalSAM, peers.ForeachSAM])
+def test_minimal_sam_goes_up_and_back(sam: type[peers.MinimalSAM]) -> None:
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = peers.MinimalSAM([p], torch.optim.SGD, rho=0.5, lr=1.0)
+    optimizer = sam([p], torch.optim.SGD, rho=0.5, lr=1.0)
     p.grad = torch.tensor([3.0, 4.0])
     optimizer.first_step()
     torch.testing.assert_close(p.detach(), torch.tensor([3.3, 4.4]))
