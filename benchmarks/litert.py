@@ -56,12 +56,18 @@ PATTERNS: dict[str, Callable[[float], Any]] = {
     "unstructured": Unstructured,
     "1x4": lambda sparsity: Block((1, 4), sparsity, scope="global"),
     "1x16": lambda sparsity: Block((1, 16), sparsity, scope="global"),
+    "1x4 per layer": lambda sparsity: Block((1, 4), sparsity),
+    "1x16 per layer": lambda sparsity: Block((1, 16), sparsity),
 }
+"""Map each name to its pattern. The blocks of all layers compete, except per layer."""
+
 FILES = {
     "dense": ("float32", "int8"),
     "unstructured": ("float32",),
     "1x4": ("float32",),
     "1x16": ("int8",),
+    "1x4 per layer": ("float32",),
+    "1x16 per layer": ("int8",),
 }
 """Map each pattern to the weights of its files: those that the runtime is fast with."""
 
@@ -71,7 +77,8 @@ SHOWN_POINTS = 2.0
 """Points of accuracy below the best file that the figure shows."""
 
 LINES = {"unstructured": ("0.5", 6), "1x4": ("#0072B2", 6), "1x16": ("#D55E00", -11)}
-"""Map each pattern to its colour, and to the points by which its labels are above the line."""
+"""Map each pattern of the figure to its colour, and to the points by which its labels are above the
+line."""
 
 LANGUAGE, LANGUAGE_STEPS, LANGUAGE_SPARSITIES = "byte Llama", 512, (0.8, 0.9)
 

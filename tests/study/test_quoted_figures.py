@@ -481,9 +481,9 @@ def test_files_by_pattern() -> None:
     rows = {name: list(of.values()) for name, of in _files("MNIST 5000").items()}
     dense = rows["dense, float32 0%"]
     blocks = {name: row for name, row in rows.items() if name.startswith("1x")}
-    assert len(blocks) == 8
-    assert max(dense[0] - row[0] for row in blocks.values()) <= 0.5
-    assert "blocks of either kind cost at most half a point up to 98% zeros" in text
+    assert len(blocks) == 16
+    assert max(dense[0] - row[0] for row in blocks.values()) < 1
+    assert "blocks of either kind cost less than a point up to 98% zeros" in text
     for task in ("MNIST 5000", "digits"):
         found = {name: list(of.values()) for name, of in _files(task).items()}
         int8 = found["dense, int8 0%"]
@@ -494,8 +494,11 @@ def test_files_by_pattern() -> None:
             assert found[f"{file} 80%"][2] < int8[2]
     assert "At 80% zeros both kinds of blocks are slower. At 95%, blocks of 1x16 in int8" in text
     assert "float32 are faster on the digits, and level on the MNIST images" in text
-    failed = [name for name, row in _files("digits").items() if row["accuracy"] < 90]
-    assert failed == ["1x16, int8 98%"]
+    digits = _files("digits")
+    assert [name for name, row in digits.items() if row["accuracy"] < 97] == ["1x16, int8 98%"]
+    slower = digits["1x16, int8 95%"]["speed"] / digits["1x16 per layer, int8 95%"]["speed"]
+    assert round(slower) == 3
+    assert "does not fail, but at 95% its file is only a third as fast" in text
 
 
 def _files(task: str) -> dict[str, dict[str, float]]:
