@@ -22,6 +22,7 @@ CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int |
 """Constants that results of ours hold for. Results with other ones are not shown."""
 
 MARGIN = 0.5  # points that the best tuned comparator may be ahead
+SHOWN_POINTS = 5.0  # least range of the accuracies in a panel of the figure
 
 
 class Row(NamedTuple):
@@ -205,7 +206,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     tasks = [task for task in TASKS if any(row.cell.task == task for row in rows)]
     if not tasks:
         raise ValueError("rows must have a cell in PyTorch to draw, got none")
-    across = min(len(tasks), 5)
+    across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
     figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
@@ -221,6 +222,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for label, (colour, value) in lines.items():
             shown = [value(row) for row in mine]
             axes.plot(range(len(mine)), shown, "o-", color=colour, markersize=3, label=label)
+        dense = [row.accuracy["dense"][0] for row in mine if "dense" in row.accuracy]
+        if dense:
+            axes.axhline(sum(dense) / len(dense), color="0", ls=":", lw=1, label="dense")
+        # Small differences should look small.
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, high - SHOWN_POINTS), high)
         axes.set_xticks(range(len(mine)), [row.zeros for row in mine], fontsize=8)
         axes.set_title(f"{task}\n{base}, {epochs} epochs", fontsize=9)
         axes.set_xlabel("zeros", fontsize=8)
