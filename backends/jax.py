@@ -202,7 +202,7 @@ def known_finite(arrays: Sequence[Array]) -> bool:
 
 
 def joins(arrays: Sequence[Array]) -> bool:
-    return jax_counting.joins()
+    return jax_counting.joins(list(arrays))
 
 
 def blockwise(

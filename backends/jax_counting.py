@@ -35,7 +35,7 @@ _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 _DIGIT_BITS = 4
 # Up to this many entries, passes cost less than compiling the code of many counts.
 _FEW = 2**12
-# Entries of small arrays that are joined, 128 MB in float32. It bounds the temporary memory.
+# Entries of arrays that are joined to one, 128 MB in float32.
 _CHUNK = 2**25
 # The most entries of a piece. Its counts, its row-major indices and the bounds of the search
 # that cuts ties then all fit uint32.
@@ -50,7 +50,7 @@ def keep_largest(
     scores: list[Array], *, counts: tuple[int, ...], stage: int | Array
 ) -> list[Array]:
     """Return masks of the ``counts[stage]`` largest magnitudes over all arrays."""
-    if not joins():
+    if not joins(scores):
         return _keep_largest(scores, counts, stage)
     chunks = _chunks(scores)
     joined = [jnp.concatenate([jnp.ravel(x) for x in chunk]) for chunk in chunks]
@@ -62,9 +62,12 @@ def keep_largest(
     return found
 
 
-def joins() -> bool:
-    """Return whether to join small arrays: on an accelerator whose arrays have no shards."""
-    return jax.default_backend() != "cpu" and jax.device_count() == 1
+def joins(arrays: list[Array]) -> bool:
+    """Return whether to join small arrays: if the only device is an accelerator."""
+    if jax.default_backend() == "cpu" or jax.device_count() > 1:
+        return False
+    # A mesh may have one device only, and its axes still restrict reshapes.
+    return not any(jax.typeof(x).sharding.mesh.explicit_axes for x in arrays)
 
 
 def _chunks(scores: list[Array]) -> list[list[Array]]:

@@ -1,8 +1,8 @@
-"""The backend of PyTorch, which selects by NumPy on the CPU and by a sample on accelerators.
+"""The backend of PyTorch, which selects by NumPy on the CPU and by a sample on CUDA.
 
 On the CPU, NumPy reads the memory of the tensors without a copy, and one thread of it
-is faster than PyTorch for these passes. `torch_accelerator` says how accelerators select. For
-sharded tensors, and where many entries are equal, `torch_counting` finds the threshold by counting.
+is faster than PyTorch for these passes. For CUDA see `torch_accelerator`. For sharded tensors, for
+other devices, and where many entries are equal, `torch_counting` finds the threshold by counting.
 """
 
 from __future__ import annotations
@@ -118,8 +118,10 @@ def scaled(x: Tensor, exponents: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 def where_kept(arrays: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    in_graph = torch.is_grad_enabled() and any(x.requires_grad for x in arrays)
-    if in_graph or not all(_is_plain(x) for x in arrays):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        # Apart, so that a gradient of one array does not reach the others.
+        return [torch.where(mask, x, 0) for x, mask in zip(arrays, masks, strict=True)]
+    if not all(_is_plain(x) for x in arrays):
         return torch_accelerator.elementwise(lambda x, m: torch.where(m, x, 0), arrays, masks)
     # One thread of NumPy finishes before PyTorch has woken its several.
     values = [x.detach() for x in arrays]
@@ -134,7 +136,8 @@ def known_finite(arrays: Sequence[Tensor]) -> bool:
 
 
 def joins(arrays: Sequence[Tensor]) -> bool:
-    return not any(torch_accelerator.on_host(x) or torch_sharding.is_sharded(x) for x in arrays)
+    whole = not any(torch_accelerator.on_host(x) or torch_sharding.is_sharded(x) for x in arrays)
+    return whole and len({x.device for x in arrays}) == 1
 
 
 def blockwise(
@@ -204,9 +207,10 @@ def keep_largest(scores: Sequence[Tensor], *, counts: tuple[int, ...], stage: in
         return [torch.from_numpy(mask).to(x.device) for mask, x in zip(masks, scores, strict=True)]
     if k in (0, sum(x.numel() for x in scores)) or not is_concrete(scores[0]):
         return [torch.full_like(x, k > 0, dtype=torch.bool) for x in scores]
-    # Only CUDA, and the CPU, have the operations that this needs.
-    device = scores[0].device.type
-    found = torch_accelerator.keep_largest(scores, k=k) if device in ("cuda", "cpu") else None
+    devices = {x.device for x in scores}
+    # Only CUDA, and the CPU, have the operations that a sample needs.
+    sampled = len(devices) == 1 and scores[0].device.type in ("cuda", "cpu")
+    found = torch_accelerator.keep_largest(scores, k=k) if sampled else None
     return torch_counting.keep_largest(scores, k=k) if found is None else found
 
 

@@ -1,7 +1,6 @@
 """Work on an accelerator, where starting a kernel costs more than reading a small tensor.
 
-Small tensors are joined, so that the number of kernels grows with the number of entries and not
-with that of tensors.
+Small tensors are joined, so the number of kernels depends on the number of entries, not of tensors.
 
 To select, a sample brackets the threshold. The few percent of all entries inside the bracket
 are sorted, and two comparisons classify the others. The host waits for the device once, to learn
@@ -19,10 +18,12 @@ from torch import Tensor
 from .torch_counting import ordering_key
 from .torch_sharding import is_sharded
 
-__all__ = ["elementwise", "keep_largest", "on_host"]
+__all__ = ["elementwise", "is_small", "keep_largest", "on_host"]
 
-# Entries that are worked on at once, 128 MB in float32. It bounds the temporary memory.
+# Entries that are joined at most, and selected from at once, 128 MB in float32.
 _CHUNK = 2**25
+# Entries of a tensor that is joined to others for elementwise functions.
+_SMALL = 2**20
 # Entries of the sample that brackets the threshold.
 _SAMPLE = 2**17
 # Sort at most this many candidates, or an eighth of all entries if that is more. Counting
@@ -31,8 +32,13 @@ _CANDIDATES = 2**14
 
 
 def on_host(x: Tensor) -> bool:
-    """Return whether ``x`` lies in the memory of the host, whose kernels start at no cost."""
+    """Return whether ``x`` is a tensor of the CPU. Tests replace this to run the other code."""
     return x.is_cpu
+
+
+def is_small(x: Tensor) -> bool:
+    """Return whether starting a kernel for ``x`` costs more than copying ``x`` to join it."""
+    return x.numel() <= _SMALL
 
 
 def elementwise(
@@ -40,8 +46,8 @@ def elementwise(
 ) -> list[Tensor]:
     """Return ``[fn(*arrays) for arrays in zip(*lists)]`` with few kernels.
 
-    ``fn`` gets small tensors joined, as vectors. Results of one call share an allocation, or are
-    written to ``out``.
+    ``fn`` gets small tensors joined, as vectors. Their results are views of one allocation, unless
+    they are written to ``out``.
     """
     results: list[Tensor] = []
     for i in _runs(lists):
@@ -65,6 +71,7 @@ def _runs(lists: Sequence[Sequence[Tensor]]) -> Iterator[slice]:
         # A result keeps the strides of its tensor. Joined it could not, unless it is contiguous.
         plain = all(x.is_contiguous() and not is_sharded(x) for x in arrays)
         own = tuple((x.dtype, x.device) for x in arrays) if plain else None
+        own = own if is_small(arrays[0]) else None
         joins = own is not None and own == kind and size + arrays[0].numel() <= _CHUNK
         if not joins:
             if stop > start:
@@ -108,8 +115,10 @@ def keep_largest(scores: Sequence[Tensor], *, k: int) -> list[Tensor] | None:
     # A stable sort leaves equal keys in the order of the tensors, so the ties that are kept
     # are those of the lowest index.
     order = torch.cat(candidates).argsort(descending=True, stable=True)
-    kept = torch.ones_like(order, dtype=torch.uint8)
-    kept[order[:missing]] = 2
+    ranks = torch.ones_like(order, dtype=torch.uint8)
+    ranks[:missing].fill_(2)
+    kept = torch.empty_like(ranks)
+    kept[order] = ranks
     for (_, level), place, chosen in zip(chunks, places, torch.split(kept, inside), strict=True):
         level[place] = chosen
     return _apart(levels.eq_(2).view(torch.bool), scores)

@@ -77,7 +77,7 @@ class MinimalSAM(torch.optim.Optimizer):
 
 
 class ForeachSAM(MinimalSAM):
-    """`MinimalSAM` by list operations, which start few kernels on a GPU."""
+    """`MinimalSAM` with foreach kernels, which are few on a GPU."""
 
     @torch.no_grad()
     def first_step(self) -> None:

@@ -107,7 +107,7 @@ def next_shrinkage(shrinkage: Array, first: Array, second: Array, max_growth: fl
 
 
 def with_shrinkage(motion: Array, shrinkage: Array) -> Array:
-    """Return ``motion`` with another shrinkage, also where rows of ``motion`` are states.
+    """Return ``motion`` with another shrinkage. It may hold one state in each row.
 
     Examples
     --------
@@ -124,7 +124,7 @@ def with_shrinkage(motion: Array, shrinkage: Array) -> Array:
 def with_lengths(motion: Array, lengths: Array, step: int | Array) -> Array:
     """Return ``motion`` after one more measured step; see `mean_squares`.
 
-    Rows of ``motion`` can be states, and rows of ``lengths`` then are theirs.
+    ``motion`` and ``lengths`` may hold one state in each row.
 
     Examples
     --------

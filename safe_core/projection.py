@@ -202,6 +202,7 @@ def _select(
         None if layout is None else resolve(layout, x.ndim, name)
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
+    # Patterns whose arrays do not compete may work on stacks of them.
     apart = pattern.couples_arrays or not backend_of(arrays[0]).joins(arrays)
     groups = [[i] for i in range(len(arrays))] if apart else alike(arrays, importance, resolved)
     if all(len(members) == 1 for members in groups):
@@ -213,10 +214,12 @@ def _select(
             given = [arrays[one]], [importance[one]], [resolved[one]]
             masks[one] = _select_each(*given, [names[one]], pattern, step)[0]
             continue
+        for i in members:  # whose errors should not describe the stack
+            pattern.check(tuple(arrays[i].shape), resolved[i], names[i])
         x = xp.stack([arrays[i] for i in members])
         p = None if importance[one] is None else xp.stack([importance[i] for i in members])
-        layout = with_batch_axis(resolved[one])
-        mask = _select_each([x], [p], [layout], [names[one]], pattern, step)[0]
+        roles = with_batch_axis(resolved[one])
+        mask = _select_each([x], [p], [roles], [names[one]], pattern, step)[0]
         for j, i in enumerate(members):
             masks[i] = mask[j, ...]
     return masks
@@ -243,7 +246,7 @@ def _select_each(
         for score, layout, name in zip(scores, resolved, names, strict=True)
     ]
     # Sums over units can differ in dtype; units that compete need one.
-    alike = common([unit.scores for unit in units], joint=pattern.joint, xp=xp)
-    units = [unit._replace(scores=s) for unit, s in zip(units, alike, strict=True)]
+    comparable = common([unit.scores for unit in units], joint=pattern.joint, xp=xp)
+    units = [unit._replace(scores=s) for unit, s in zip(units, comparable, strict=True)]
     masks = pattern.keep(units, names, pattern.stage(step), xp=xp)
     return [unit.expand(mask) for unit, mask in zip(units, masks, strict=True)]

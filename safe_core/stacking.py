@@ -1,7 +1,7 @@
 """Stack small arrays that are alike, so that an accelerator starts few kernels for all of them.
 
-Stacked arrays have a batch axis more, along which every pattern treats a slice as an array of its
-own.
+Stacked arrays have one more axis, a batch axis, along which every pattern treats each slice as an
+array of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from .layout import Layout
 __all__ = ["alike", "with_batch_axis"]
 
 # Larger arrays keep an accelerator busy by themselves, and a stack is a copy.
-_SMALL, _TOGETHER = 2**18, 2**25
+_SMALL = 2**18
+# Entries of a stack at most.
+_TOGETHER = 2**25
 
 
 def alike(
@@ -37,7 +39,7 @@ def alike(
     for i, (x, p, layout) in enumerate(zip(arrays, importance, layouts, strict=True)):
         size = math.prod(x.shape)
         key: object = (x.shape, x.dtype, layout, p if p is None else (p.shape, p.dtype))
-        # An importance without axes is the same everywhere, which a stack of them is not.
+        # A scalar importance broadcasts to its array. A stack of scalars has too few axes.
         if size > _SMALL or (p is not None and p.ndim == 0):
             key = i
         while key in found and (len(found[key]) + 1) * size > _TOGETHER:

@@ -8,14 +8,14 @@ operation on a DTensor would pay for its dispatch, and these need no communicati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from safe_core import SplitState
-from safe_core.backends.torch_accelerator import elementwise, on_host
+from safe_core.backends.torch_accelerator import elementwise, is_small, on_host
 from safe_core.backends.torch_sharding import is_sharded, stacked, summed
 from safe_core.perturbations import Direction
 
@@ -164,11 +164,8 @@ def pulls(
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
-    params = local_shards(params)
-    if not all(map(on_host, params)):
-        elementwise(lambda x, pull: _widened(x) - pull, params, pulled, out=params)
-        return
-    for x, pull in zip(params, pulled, strict=True):
+    lists = _after_joined(lambda x, pull: _widened(x) - pull, local_shards(params), list(pulled))
+    for x, pull in zip(*lists, strict=True):
         x.copy_(_widened(x) - pull)
 
 
@@ -177,11 +174,10 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
 
     It computes in float32 or wider, see `safe_core.constraints.pull.pulled`.
     """
-    params, anchors, supports = map(local_shards, (params, split.anchor, split.support))
-    if not all(map(on_host, params)):
-        elementwise(partial(_pulled, penalty), params, anchors, supports, out=params)
-        return
-    params, anchors, supports = _cut(params, anchors, supports)
+    lists = _after_joined(
+        partial(_pulled, penalty), *map(local_shards, (params, split.anchor, split.support))
+    )
+    params, anchors, supports = _cut(*lists)
     for i in _groups(params):
         wide = [_widened(x) for x in params[i]]
         gaps = torch._foreach_sub(wide, anchors[i])
@@ -191,6 +187,16 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
         for x, moved in zip(params[i], wide, strict=True):
             if moved is not x:
                 x.copy_(moved)
+
+
+def _after_joined(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[list[Tensor]]:
+    """Write ``fn`` of small tensors on an accelerator to the first list; return what is left."""
+    joined = [not on_host(x) and is_small(x) for x in lists[0]]
+    if not any(joined):
+        return lists
+    small = [[x for x, flag in zip(xs, joined, strict=True) if flag] for xs in lists]
+    elementwise(fn, *small, out=small[0])
+    return [[x for x, flag in zip(xs, joined, strict=True) if not flag] for xs in lists]
 
 
 def _pulled(penalty: float, x: Tensor, anchor: Tensor, support: Tensor) -> Tensor:
@@ -264,11 +270,9 @@ def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
 def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set tensors to +0 where their masks are False."""
     # Not a product with the mask, which would leave -0 and NaN.
-    tensors, masks = local_shards(tensors), local_shards(masks)
-    if not all(map(on_host, tensors)):
-        elementwise(lambda x, mask: torch.where(mask, x, 0), tensors, masks, out=tensors)
-        return
-    for tensor, mask in zip(tensors, masks, strict=True):
+    shards = local_shards(tensors), local_shards(masks)
+    lists = _after_joined(lambda x, mask: torch.where(mask, x, 0), *shards)
+    for tensor, mask in zip(*lists, strict=True):
         tensor.masked_fill_(~mask, 0)
 
 
@@ -303,7 +307,7 @@ def step_lengths(params: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the local shard of each tensor; a plain tensor is its own shard.
 
-    Gradients are off in a step, so the shards of parameters may be changed in place.
+    To change the shards of parameters in place, call it without gradients.
     """
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
 

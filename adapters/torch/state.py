@@ -103,7 +103,7 @@ class ParameterState(NamedTuple):
     def motions(self, params: Sequence[Tensor]) -> Tensor:
         """Return the states of `safe_core.motion` as rows, 0 before the first step.
 
-        They lie on the device of the first parameter, in the widest of their dtypes.
+        They lie on the device of the first state, in the widest of their dtypes.
         """
         held = [self.state.get(p, {}).get("motion") for p in params]
         if not held:

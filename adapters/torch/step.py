@@ -114,12 +114,13 @@ class _Step:
         # Measure at x, before the base step changes it.
         fill_gradients(self.sparse)
         run.moved.restore()
+        penalties = dict(zip(self.sparse, run.signed("penalty", self.sparse), strict=True))
         for group in run.groups:
             mine = [p for p in group["params"] if p in selected and p.requires_grad]
             if mine:
                 rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
-                factor = rate * abs(run.signed("penalty", mine[:1])[0])
+                factor = rate * abs(penalties[mine[0]])
                 found = kernels.pulls(mine, run.parameters.anchors(mine), factor)
                 self.pulls.update(zip(mine, found, strict=True))
 

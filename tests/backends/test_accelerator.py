@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 import safe_core
 import safe_core.backends.jax as jax_backend
-from safe_core import NM, Block, Channel, Method, Unstructured, project, stacking
+from safe_core import NM, Block, Channel, Method, Unstructured, project, projection, stacking
 from safe_core.adapters.torch import SparseOptimizer
-from safe_core.backends import torch_accelerator
+from safe_core.backends import backend_of, torch_accelerator
 
 pytestmark = pytest.mark.usefixtures("on_an_accelerator")
 
@@ -79,8 +80,8 @@ PATTERNS = [
     NM(5, 24, ragged="dense"),
     Block((2, 4), 0.4),
     Block((2, 4), 0.4, "global"),
-    Channel(0.4, "tensor"),
     Channel(0.4),
+    Channel(0.4, "global"),
 ]
 
 
@@ -92,14 +93,22 @@ def test_arrays_that_are_alike_are_pruned_together(
     monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool, ties: bool
 ) -> None:
     monkeypatch.setattr(jax_backend, "joins", lambda arrays: True)
+    jax.clear_caches()  # of programs that did not join
+    stacks = []
+    stacked = projection.with_batch_axis
+    monkeypatch.setattr(
+        projection, "with_batch_axis", lambda layout: stacks.append(1) or stacked(layout)
+    )
     shapes = ((8, 32), (4, 64), (8, 32), (8, 32))
     arrays = drawn(*shapes, ties=ties)
     rng = np.random.default_rng(1)
     per_input = [rng.uniform(1, 9, size=(1, n)).astype(np.float32) for _, n in shapes]
     importance = [*per_input[:3], np.float32(2.0)] if weighted else None
     got = backend.run(projector(pattern), arrays, importance)
+    monkeypatch.undo()
     wanted = Backend.NUMPY.run(projector(pattern), arrays, importance)
     assert_same(got.support, wanted.support)
+    assert len(stacks) == (not pattern.joint)
 
 
 def test_stacks_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,11 +145,59 @@ def count_projection(tensors: int, pattern: Any) -> KernelCalls:
     return calls
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.9), *PATTERNS[:5], Channel(0.4)], ids=str)
-def test_the_kernels_of_a_projection_do_not_grow_with_the_tensors(pattern: Any) -> None:
+@pytest.mark.parametrize(
+    "pattern",
+    [Unstructured(0.9), *(pattern for pattern in PATTERNS if not pattern.joint)],
+    ids=str,
+)
+def test_kernels_do_not_grow_with_the_number_of_tensors_of_one_shape(pattern: Any) -> None:
     few, many = count_projection(4, pattern), count_projection(60, pattern)
     assert few.counts == many.counts
     assert many.total < 80
+    assert many.reads == 1 + pattern.joint  # the check for NaN, and the entries in the bracket
+
+
+def test_a_threshold_that_is_counted_is_read_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_accelerator, "_CANDIDATES", 0)
+    arrays = [torch.tensor([1.0, 2.0, 1.0, 1.0])] * 30
+    with KernelCalls() as calls:
+        project(arrays, 0.5)
+    # The check for NaN, the sample, two values and a list of counts, and twice two for the ties.
+    assert calls.reads < 14
+
+
+def test_large_tensors_are_not_copied_to_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_accelerator, "_SMALL", 20)
+    seen: list[tuple[int, ...]] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return 2 * x
+
+    tensors = [torch.ones(shape) for shape in ((3, 4), (5,), (4, 6), (2, 2))]
+    found = torch_accelerator.elementwise(doubled, tensors)
+    assert seen == [(17,), (4, 6), (2, 2)]
+    assert all(torch.equal(a, 2 * b) for a, b in zip(found, tensors, strict=True))
+
+
+def test_gradients_of_projected_tensors_stay_apart() -> None:
+    a, b = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    values = project([a, b], 0.5).values
+    values[0].mul_(2).sum().backward()
+    assert a.grad is not None
+    assert b.grad is None
+
+
+def test_tensors_on_several_devices_are_not_stacked() -> None:
+    elsewhere = torch.ones(4, 8, device="meta")
+    assert backend_of(elsewhere).joins([elsewhere, elsewhere])
+    assert not backend_of(elsewhere).joins([elsewhere, torch.ones(4, 8)])
+
+
+def test_an_error_describes_the_array_and_not_the_stack() -> None:
+    arrays = [torch.ones(4, 6), torch.ones(4, 6)]
+    with pytest.raises(ValueError, match=r"input_axes=\(1,\)"):
+        project(arrays, Channel(0.5), layout=[safe_core.Layout((1,), ())] * 2)
 
 
 # Training
@@ -201,7 +258,7 @@ def test_trains_as_on_the_host(monkeypatch: pytest.MonkeyPatch, name: str) -> No
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_kernels_of_a_step_do_not_grow_with_the_layers(name: str) -> None:
+def test_the_kernels_of_a_step_in_float32_do_not_grow_with_the_layers(name: str) -> None:
     few, many = Training(METHODS[name], 3), Training(METHODS[name], 12)
     few.run(3)
     many.run(3)
@@ -209,5 +266,7 @@ def test_the_kernels_of_a_step_do_not_grow_with_the_layers(name: str) -> None:
         first, second = few.count(), many.count()
         assert first.counts == second.counts
         assert second.total < 250
-        # Only the seed of stochastic rounding, which lies in the memory of the host.
-        assert second.reads == (name == "rounded" and second.counts["nonzero_static"])
+        # A projection reads how many entries are in its bracket. The seed of stochastic rounding
+        # lies in the memory of the host.
+        projects = second.counts["nonzero_static"]
+        assert second.reads == projects * (1 + (name == "rounded"))

@@ -133,9 +133,7 @@ def test_arrays_too_large_for_one_count_are_cut_into_pieces(
     monkeypatch: pytest.MonkeyPatch, piece: int, sparsity: float
 ) -> None:
     monkeypatch.setattr(jax_counting, "_PIECE", piece)
-    # Without jit, whose cache knows nothing of the smaller piece.
-    unjitted = jax_counting.keep_largest.__wrapped__
-    monkeypatch.setattr(jax_counting, "keep_largest", unjitted)
+    jax.clear_caches()  # of programs that know nothing of the smaller piece
     arrays = rounded((3, 2, 2), (5,), ())
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
@@ -147,16 +145,30 @@ def test_arrays_that_are_joined_give_the_same(
     monkeypatch: pytest.MonkeyPatch, chunk: int, sparsity: float
 ) -> None:
     monkeypatch.setattr(jax_counting, "_CHUNK", chunk)
-    monkeypatch.setattr(jax_counting, "joins", lambda: True)
-    # Without jit, whose cache knows nothing of either.
-    monkeypatch.setattr(jax_counting, "keep_largest", jax_counting.keep_largest.__wrapped__)
+    monkeypatch.setattr(jax_counting, "joins", lambda arrays: True)
+    jax.clear_caches()  # of programs that know nothing of either
+    chunked, chunks = jax_counting._chunks, []
+    monkeypatch.setattr(
+        jax_counting, "_chunks", lambda scores: chunks.append(chunked(scores)) or chunks[-1]
+    )
     arrays = rounded((3, 2, 2), (5,), (), (0, 2), (6, 7))
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+    assert [len(found) for found in chunks] == [{2**25: 1, 40: 2, 7: 3}[chunk]]
+
+
+def test_arrays_of_an_explicit_mesh_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.device_put(jnp.arange(8.0).reshape(2, 4), jax.NamedSharding(mesh, jax.P(None, "x")))
+    assert backend_of(split).joins([jnp.ones(3)])
+    assert not backend_of(split).joins([split])
+    assert project([split, split], 0.5).support[0].tolist() == [[False] * 4, [True] * 4]
 
 
 def test_a_pass_over_joined_arrays_is_one_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax_counting, "joins", lambda: True)
+    monkeypatch.setattr(jax_counting, "joins", lambda arrays: True)
 
     def reductions(arrays: int) -> int:
         # A function of its own for each count, because JAX caches what it traced.

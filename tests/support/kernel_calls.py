@@ -6,6 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from safe_core.adapters.torch import kernels
@@ -25,24 +27,40 @@ def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class KernelCalls(TorchDispatchMode):
-    """Count operations that compute, each list operation once, and reads of a single value."""
+    """Count operations that compute, each list operation once, and reads by the host.
+
+    The host reads a value by `Tensor.item` or `tolist`, and a number of entries where a mask
+    selects them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.reads = 0
 
     @property
     def total(self) -> int:
         """The number of kernels, if every operation is one."""
         return sum(self.counts.values())
 
-    @property
-    def reads(self) -> int:
-        """The number of values that the host waited for."""
-        return self.counts["_local_scalar_dense"]
+    def __enter__(self) -> KernelCalls:
+        def tolist(x: Tensor) -> Any:
+            self.reads += 1
+            return self._tolist(x)
+
+        self._tolist = Tensor.tolist
+        Tensor.tolist = tolist
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        del Tensor.tolist  # which shows that of the base class again
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
+        self.reads += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
         if not (func.is_view or name.startswith(_NO_KERNEL)):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
