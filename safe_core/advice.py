@@ -276,8 +276,8 @@ def _tensor(found: Figures, course: Course) -> str:
     if not found.emptied or (progress is not None and progress < 0.5):
         return ""
     return (
-        f"the final projection would set all entries to zero in {listed(found.emptied)} (use "
-        'scope="tensor", or distribution="erdos_renyi_kernel" with it)'
+        f"the final projection would set all entries to zero in {listed(found.emptied)} (give the "
+        'pattern a floor, such as floor=0.25, or scope="tensor")'
     )
 
 

@@ -186,7 +186,7 @@ def refuse_open_stacks(params: PyTree, tree: SparseTree, pattern: Pattern) -> No
         path, leaf = paths[i]
         weight = is_prunable(name_of(path), leaf, owner_of(params, path))
         name = name_of(path)
-        if layout is None and leaf.ndim > 2 and weight and not pattern.of(name).joint:
+        if layout is None and leaf.ndim > 2 and weight and pattern.of(name).counts_in_tensors:
             raise ValueError(
                 f"layout of {name} is unknown, and {pattern.describe()} counts within tensors, of "
                 f"which {tuple(leaf.shape)} may be a stack; pass layout={{{name!r}: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from safe_core.sparsity_tables import SparsityTable, cubic
 from .counts import kept_counts
 from .pools import in_pools, keep_within
 
-__all__ = ["FractionPattern", "Pattern", "Units"]
+__all__ = ["FractionPattern", "Pattern", "Units", "check_floor", "check_fraction"]
 
 
 class Units(NamedTuple):
@@ -65,6 +65,11 @@ class Pattern:
     def by_output(self) -> bool:
         """Whether the units of each output form a pool of their own."""
         return False
+
+    @property
+    def counts_in_tensors(self) -> bool:
+        """Whether it matters which axes of an array stack several tensors."""
+        return not self.joint
 
     @property
     def couples_arrays(self) -> bool:
@@ -173,14 +178,19 @@ class Pattern:
         return in_pools(fn, x, layout, by_output=self.by_output)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FractionPattern(Pattern):
     """Base class of patterns that zero a fraction of the units in each pool.
 
     A subclass has two fields. ``sparsity`` is a fraction of zeros or a sparsity schedule.
     ``scope`` is "global" (all arrays form one pool), "tensor", or, for patterns of single
-    entries, "row".
+    entries, "row". It may have a third, ``floor``, for the scope "global": each tensor then keeps
+    at least ``floor`` times the fraction of its units that all tensors keep together.
     """
+
+    def __repr__(self) -> str:
+        shown = [f.name for f in fields(self) if f.name != "floor" or self._floor]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in shown)})"
 
     @property
     def joint(self) -> bool:
@@ -195,6 +205,15 @@ class FractionPattern(Pattern):
     @property
     def _scope(self) -> str:
         return str(getattr(self, "scope", "tensor"))
+
+    @property
+    def counts_in_tensors(self) -> bool:
+        """Whether it matters which axes of an array stack several tensors."""
+        return not self.joint or self._floor > 0
+
+    @property
+    def _floor(self) -> float:
+        return float(getattr(self, "floor", 0.0))
 
     @property
     def _sparsity(self) -> Any:
@@ -220,7 +239,11 @@ class FractionPattern(Pattern):
 
     def describe(self) -> str:
         """Return a short text for tables, such as ``"0.9 of Channel, scope tensor"``."""
-        return f"{float(self.fractions()[-1]):g} of {type(self).__name__}, scope {self._scope}"
+        return f"{float(self.fractions()[-1]):g} of {type(self).__name__}, {self._described}"
+
+    @property
+    def _described(self) -> str:
+        return f"scope {self._scope}" + (f", floor {self._floor:g}" if self._floor else "")
 
     def distributed(
         self,
@@ -241,6 +264,8 @@ class FractionPattern(Pattern):
         scores = [unit.scores for unit in units]
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
+            if self._floor:
+                scores = self._with_floor(units, names, stage, xp)
             # The stage may be traced, so counts of all stages go along and are looked up.
             return backend_of(scores[0]).keep_largest(scores, counts=counts, stage=stage)
         layouts = [unit.layout for unit in units]
@@ -250,6 +275,36 @@ class FractionPattern(Pattern):
             keep_within(score, stages, stage, layout, name, by_output=self.by_output, xp=xp)
             for score, stages, layout, name in zip(scores, spread, layouts, names, strict=True)
         ]
+
+    def _with_floor(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, xp: Any
+    ) -> list[Array]:
+        """Return the scores, infinite for the units that `floor` keeps in each tensor.
+
+        The largest of each tensor and then the largest of all others minimise the distance.
+        """
+        found = []
+        for (scores, layout, _), name in zip(units, names, strict=True):
+            stacked = layout.batch_axes if layout else ()
+            n = math.prod(scores.shape) // max(math.prod(scores.shape[a] for a in stacked), 1)
+            share = _checks.decimal_fraction(self._floor)
+            # Rounded down, so that all floors together stay below what all tensors keep.
+            kept = [int(share * (1 - zeros) * n) for zeros in self.fractions()]
+            stages = [1 - Fraction(k, n) if n else Fraction(0) for k in kept]
+            least = keep_within(scores, stages, stage, layout, name, by_output=False, xp=xp)
+            found.append(xp.where(least, xp.full_like(scores, math.inf), scores))
+        return found
+
+
+def check_floor(floor: Any, scope: str) -> None:
+    """Raise unless ``floor`` is in [0, 1], and 0 where tensors do not compete."""
+    value = _checks.real("floor", floor, low=0.0)
+    if value > 1:
+        raise ValueError(f"floor must be in [0, 1], got {floor!r}")
+    if value and scope != "global":
+        raise ValueError(
+            f"floor must be 0 unless scope is 'global', where tensors compete, got {floor!r}"
+        )
 
 
 def check_fraction(name: str, value: Any) -> None:

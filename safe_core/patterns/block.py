@@ -11,14 +11,14 @@ from safe_core.backends import Array, backend_of
 from safe_core.layout import Layout, merge
 from safe_core.sparsity_tables import SparsityTable
 
-from .base import FractionPattern, Units, check_fraction
+from .base import FractionPattern, Units, check_floor, check_fraction
 from .counts import require_roles, too_few, whole_units
 from .pools import expansion, pad_kept, take
 
 __all__ = ["Block"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Block(FractionPattern):
     """Pattern that keeps or zeroes whole blocks of ``shape`` (outputs, inputs).
 
@@ -37,11 +37,15 @@ class Block(FractionPattern):
     ragged : {"error", "dense"}
         Behaviour if the block size does not divide an axis: raise, or keep the tail dense
         and count whole blocks only.
+    floor : float
+        In the scope "global": the least part of its share of blocks that each tensor keeps, see
+        `Unstructured`.
 
     Raises
     ------
     TypeError, ValueError
-        If ``shape`` is not two positive integers or ``sparsity`` is not in [0, 1).
+        If ``shape`` is not two positive integers, ``sparsity`` is not in [0, 1), or a floor is
+        given in the scope "tensor".
 
     Examples
     --------
@@ -53,6 +57,7 @@ class Block(FractionPattern):
     sparsity: float | SparsityTable
     scope: Literal["tensor", "global"] = "tensor"
     ragged: Literal["error", "dense"] = "error"
+    floor: float = 0.0
 
     ranks: ClassVar[Literal["entries", "units"]] = "units"
 
@@ -65,6 +70,7 @@ class Block(FractionPattern):
         check_fraction("sparsity", self.sparsity)
         _checks.choice("scope", self.scope, ("tensor", "global"))
         _checks.choice("ragged", self.ragged, ("error", "dense"))
+        check_floor(self.floor, self.scope)
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if blocks do not divide an axis or the axis roles are unknown."""

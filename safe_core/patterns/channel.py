@@ -11,14 +11,14 @@ from safe_core.backends import Array, backend_of
 from safe_core.layout import Layout
 from safe_core.sparsity_tables import SparsityTable
 
-from .base import FractionPattern, Units, check_fraction
+from .base import FractionPattern, Units, check_floor, check_fraction
 from .counts import require_roles
 from .pools import expansion
 
 __all__ = ["Channel"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Channel(FractionPattern):
     """Pattern that keeps or zeroes whole output channels.
 
@@ -39,11 +39,15 @@ class Channel(FractionPattern):
     scope : {"tensor", "global"}
         Whether channels compete within each tensor or across all tensors. Each slice along the
         batch axes of an array is one tensor.
+    floor : float
+        In the scope "global": the least part of its share of channels that each tensor keeps, see
+        `Unstructured`.
 
     Raises
     ------
     TypeError, ValueError
-        If ``sparsity`` is not in [0, 1) or ``scope`` is unknown.
+        If ``sparsity`` is not in [0, 1), ``scope`` is unknown, or a floor is given in the scope
+        "tensor".
 
     Examples
     --------
@@ -53,12 +57,14 @@ class Channel(FractionPattern):
 
     sparsity: float | SparsityTable
     scope: Literal["tensor", "global"] = "tensor"
+    floor: float = 0.0
 
     ranks: ClassVar[Literal["entries", "units"]] = "units"
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
         _checks.choice("scope", self.scope, ("tensor", "global"))
+        check_floor(self.floor, self.scope)
 
     def check(self, shape: Sequence[int], layout: Layout | None, name: str) -> None:
         """Raise ValueError if the output axes are unknown."""

@@ -11,14 +11,14 @@ from safe_core import _checks
 from safe_core.layout import Layout
 from safe_core.sparsity_tables import SparsityTable
 
-from .base import FractionPattern, check_fraction
+from .base import FractionPattern, check_floor, check_fraction
 from .counts import require_roles
 from .distribution import by_names, by_rule
 
 __all__ = ["Unstructured"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unstructured(FractionPattern):
     """Pattern that zeroes the ``floor(sparsity * n)`` lowest of the n entries in each pool.
 
@@ -38,12 +38,16 @@ class Unstructured(FractionPattern):
         `safe_core.patterns.erdos_renyi_kernel`. A mapping gives the sparsity of tensors by
         the names that reports show, and ``sparsity`` to the rest. Under a sparsity schedule
         the values of the mapping rise in proportion to it.
+    floor : float
+        In the scope "global": each tensor keeps at least this part, from 0 to 1, of the fraction
+        that all tensors keep together. With 0.25 at 99% zeros no tensor loses more than 99.75%.
+        Otherwise a layer whose weights are small, because it has many inputs, can lose them all.
 
     Raises
     ------
     TypeError, ValueError
         If ``sparsity`` is not a number in [0, 1), ``scope`` or ``distribution`` is unknown, or a
-        distribution is given in the scope "global".
+        distribution is given in the scope "global", or a floor in another.
 
     Examples
     --------
@@ -54,10 +58,12 @@ class Unstructured(FractionPattern):
     sparsity: float | SparsityTable
     scope: Literal["global", "tensor", "row"] = "global"
     distribution: str | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
         _checks.choice("scope", self.scope, ("global", "tensor", "row"))
+        check_floor(self.floor, self.scope)
         if self.distribution is None:
             return
         if self.scope == "global":
@@ -95,7 +101,7 @@ class Unstructured(FractionPattern):
     def describe(self) -> str:
         """Return a short text for tables, such as ``"0.9, scope row"``."""
         rule = "" if self.distribution is None else f", distribution {self.distribution}"
-        return f"{float(self.fractions()[-1]):g}, scope {self.scope}{rule}"
+        return f"{float(self.fractions()[-1]):g}, {self._described}{rule}"
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError if the distribution names an array that is not among ``names``."""

@@ -182,7 +182,7 @@ def test_an_emptied_parameter_is_named_from_half_of_the_run() -> None:
     found = text(COSINE, 500, {"emptied": ["layer.weight"]})
     assert "layer.weight" in found
     assert 'scope="tensor"' in found
-    assert "erdos_renyi_kernel" in found
+    assert "floor=0.25" in found
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,8 +1,9 @@
-"""Sparsities of single tensors: by the Erdos-Renyi-Kernel rule, or by name."""
+"""Sparsities of single tensors: by the Erdos-Renyi-Kernel rule, by name, or with a floor."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from array_api_compat import array_namespace
 from array_backends import Backend, projector
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +22,23 @@ from short_runs import short_run
 from torch import nn
 
 import safe_core
-from safe_core import ByName, Layout, Unstructured, magnitude, project, schedules, stationarity_gap
+from safe_core import (
+    Block,
+    ByName,
+    Channel,
+    Layout,
+    Unstructured,
+    magnitude,
+    project,
+    schedules,
+    stationarity_gap,
+)
 from safe_core.adapters import optax as jax_adapter
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.constraints import ArrayInfo
 from safe_core.functional import start
 from safe_core.patterns import erdos_renyi_kernel
+from safe_core.projection import select
 from safe_core.reconstruction import block_pattern
 from safe_core.solvers import SparseGPT, Wanda
 
@@ -262,6 +275,70 @@ def test_a_distribution_by_name_goes_through_reports_and_checkpoints() -> None:
     assert counts == [120, 60]
 
 
+def test_a_floor_rises_with_what_all_tensors_keep(xp: Backend) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(10, 10)), 1e-3 * rng.normal(size=(20, 10))]
+    pattern = Unstructured(schedules.linear_sparsity(0.9, steps=30, every=10), floor=0.5)
+
+    def kept(arrays: Any, step: Any) -> list[int]:
+        apart: dict[str, Any] = {"importance": [None] * 2, "layouts": [None] * 2}
+        found = select(arrays, pattern, names=["a", "b"], step=step, **apart)
+        return [array_namespace(mask).count_nonzero(mask) for mask in found]
+
+    seen = set()
+    for step in (0, 10, 20, None):
+        given = step if step is None else xp.asarray(np.asarray(step)) if xp.traces else step
+        a, b = (int(n) for n in xp.call(kept, [xp.asarray(x) for x in arrays], given))
+        zeros = pattern.fractions()[pattern.stage(step)]
+        seen.add(zeros)
+        assert a + b == 300 - int(300 * zeros), step
+        assert b == max(int((1 - zeros) / 2 * 200), 300 - int(300 * zeros) - 100)
+    assert len(seen) > 2
+
+
+def test_a_floor_keeps_a_layer_with_small_weights_alive() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    y = (x[:, :1] * x[:, 1:2]).detach()
+
+    def trained(floor: float) -> nn.Sequential:
+        torch.manual_seed(1)
+        first, second, last = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), last)
+        method = safe_core.safe(Unstructured(0.99, floor=floor), steps=60)
+        names = ("0.weight", "2.weight")
+        optimizer = SparseOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+            method,
+            model=model,
+            where=list(names),
+        )
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = ((model(x) - y) ** 2).mean()
+            loss.backward()
+            return loss
+
+        for _ in range(60):
+            optimizer.step(closure)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", safe_core.FinalizeWarning)
+            optimizer.finalize()
+        optimizer.check_sparsity()
+        return model
+
+    assert not trained(0.0)[2].weight.any()
+    assert int((trained(0.5)[2].weight != 0).sum()) >= int(0.5 * 0.01 * 64 * 64)
+
+
+def test_a_floor_shows_where_it_is_set() -> None:
+    assert "floor" not in repr(Unstructured(0.9))
+    pattern = Block((1, 4), 0.9, "global", floor=0.25)
+    assert eval(repr(pattern)) == pattern
+    assert pattern.describe() == "0.9 of Block, scope global, floor 0.25"
+
+
 X = np.ones((4, 4))
 
 
@@ -272,6 +349,21 @@ X = np.ones((4, 4))
             lambda: Unstructured(0.5, "global", ERK),
             ValueError,
             "distribution must be None in scope 'global', where tensors compete, got 'erdos_renyi",
+        ),
+        (
+            lambda: Unstructured(0.5, "tensor", floor=0.1),
+            ValueError,
+            "floor must be 0 unless scope is 'global', where tensors compete, got 0.1",
+        ),
+        (
+            lambda: Block((1, 4), 0.5, "global", floor=1.5),
+            ValueError,
+            r"floor must be in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: Channel(0.5, "global", floor="much"),
+            TypeError,
+            "floor must be a Python number, got 'much'",
         ),
         (
             lambda: Unstructured(0.5, "tensor", "erk"),

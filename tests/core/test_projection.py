@@ -28,6 +28,10 @@ class Case(NamedTuple):
 FLAX = Layout(input_axes=(-2,), output_axes=(-1,))
 CASES = {
     "global": Case(Unstructured(0.5), ((2, 3), (4,), ())),
+    "global-floor": Case(Unstructured(0.5, floor=0.9), ((2, 3), (5,), ())),
+    "global-floor-stacked": Case(
+        Unstructured(0.4, floor=1), ((2, 3), (5,)), (Layout((1,), (), batch_axes=(0,)), Layout())
+    ),
     "tensor": Case(Unstructured(0.4, "tensor"), ((2, 4), (5,), ())),
     "row": Case(Unstructured(0.6, "row"), ((3, 5), (4,))),
     "row-flax-conv": Case(Unstructured(0.6, "row"), ((2, 3, 2),), (FLAX,)),
@@ -40,10 +44,12 @@ CASES = {
     "nm-long": Case(NM(3, 17), ((2, 17),)),
     "block": Case(Block((2, 2), 0.5), ((4, 4), (2, 6))),
     "block-global": Case(Block((2, 1), 0.6, "global"), ((4, 3), (2, 2))),
+    "block-global-floor": Case(Block((1, 2), 0.5, "global", floor=0.8), ((2, 6), (3, 4))),
     "block-tail": Case(Block((2, 3), 0.7, ragged="dense"), ((5, 7),)),
     "block-flax-conv": Case(Block((2, 2), 0.5), ((2, 4, 2),), (FLAX,)),
     "channel": Case(Channel(0.5), ((5, 2), (4, 1, 2))),
     "channel-global": Case(Channel(0.6, "global"), ((3, 2), (4, 2))),
+    "channel-global-floor": Case(Channel(0.5, "global", floor=1.0), ((4, 2), (5, 1))),
     "channel-stacked": Case(Channel(0.5), ((2, 2, 3),), (Layout((1,), (2,), batch_axes=(0,)),)),
 }
 
@@ -89,7 +95,10 @@ def test_finds_the_nearest_point(xp: Backend, case: Case, data: st.DataObject) -
     assert reference.distance(got.values, arrays, importance) == nearest
 
 
-@cases("global", "tensor", "row", "nm", "nm-long", "block-tail", "channel-global")
+@cases(
+    "global", "global-floor", "tensor", "row", "nm", "nm-long", "block-tail", "channel-global",
+    "block-global-floor",
+)  # fmt: skip
 @given(data=st.data())
 def test_is_idempotent(xp: Backend, case: Case, data: st.DataObject) -> None:
     arrays, importance = data.draw(points(case)), data.draw(points(case, SQUARES))

@@ -495,6 +495,7 @@ def test_counts_within_tensors_need_to_know_stacks() -> None:
     for pattern in (
         safe_core.Unstructured(0.5, scope="tensor"),
         safe_core.Unstructured(0.5, "tensor", "erdos_renyi_kernel"),
+        safe_core.Unstructured(0.5, floor=0.5),
     ):
         message = r"layout of layers/kernel is unknown.*\(3, 6, 8\) may be a stack.*layouts_of"
         with pytest.raises(ValueError, match=message):

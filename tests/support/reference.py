@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -92,6 +93,17 @@ def _place(
     return () if pattern.scope == "global" else tensor, (i, others, block)
 
 
+def floors(
+    shapes: Sequence[tuple[int, ...]], pattern: Any, layouts: Sequence[Layout] | None = None
+) -> list[Pool]:
+    """Return the units of every tensor, with the number that its floor keeps."""
+    if not getattr(pattern, "floor", 0):
+        return []
+    share = Fraction(str(pattern.floor)) * (1 - Fraction(str(pattern.sparsity)))
+    tensors = pools(shapes, replace(pattern, scope="tensor", floor=0.0), layouts)
+    return [Pool(units, math.floor(share * len(units))) for units, _ in tensors]
+
+
 def select(
     arrays: Sequence[np.ndarray],
     pattern: Any,
@@ -107,8 +119,18 @@ def select(
         for p, v in zip(weights, [_wide(v) for v in arrays], strict=True)
     ]
     support = [np.ones(v.shape, bool) for v in arrays]
-    for units, count in pools([v.shape for v in arrays], pattern, layouts):
-        totals = [sum(scores[i][flat] for i, flat in unit) for unit in units]
+    shapes = [v.shape for v in arrays]
+
+    def total(unit: list[Entry]) -> float:
+        return float(sum(scores[i][flat] for i, flat in unit))
+
+    first = [
+        unit
+        for units, count in floors(shapes, pattern, layouts)
+        for unit in sorted(units, key=total, reverse=True)[:count]  # a stable sort, too
+    ]
+    for units, count in pools(shapes, pattern, layouts):
+        totals = [math.inf if unit in first else total(unit) for unit in units]
         order = np.argsort(-np.asarray(totals), kind="stable")
         for loser in order[count:]:
             for i, flat in units[loser]:
@@ -127,10 +149,15 @@ def nearest_distance(
     Exact where the terms are small multiples of a power of two.
     """
     terms = [t.ravel() for t in _terms(arrays, importance)]
-    distance = 0.0
-    for units, count in pools([v.shape for v in arrays], pattern, layouts):
+    distance, shapes = 0.0, [v.shape for v in arrays]
+    least = floors(shapes, pattern, layouts)
+    for units, count in pools(shapes, pattern, layouts):
         cost = [sum(terms[i][flat] for i, flat in unit) for unit in units]
-        best = max(sum(chosen) for chosen in itertools.combinations(cost, count))
+        best = max(
+            sum(cost[unit] for unit in chosen)
+            for chosen in itertools.combinations(range(len(units)), count)
+            if all(sum(units[unit] in own for unit in chosen) >= n for own, n in least)
+        )
         distance += sum(cost) - best
     return distance
 

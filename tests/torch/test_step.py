@@ -253,7 +253,7 @@ def sharded_output() -> list[str]:
 
 def test_shards_select_what_the_whole_selects(sharded_output: list[str]) -> None:
     cases = [line for line in sharded_output if line.startswith("case")]
-    assert len(cases) == 8, sharded_output
+    assert len(cases) == 12, sharded_output
     assert all(line.endswith("agrees") for line in cases), cases
 
 
@@ -307,7 +307,8 @@ def work(rank, path):
         [(grid, [columns, copies]), None, (line, [rows])],
     ):
         parts = [x if p is None else distribute_tensor(x, *p) for x, p in zip(whole, plan)]
-        for pattern in (Unstructured(0.4), Unstructured(0.4, "tensor")):
+        floor = Unstructured(0.4, floor=0.9)
+        for pattern in (Unstructured(0.4), floor, Unstructured(0.4, "tensor")):
             wanted, got = project(whole, pattern), project(parts, pattern)
             full = [[x.full_tensor() if hasattr(x, "full_tensor") else x for x in l] for l in got]
             same = all(torch.equal(a, b) for w, g in zip(wanted, full) for a, b in zip(w, g))
