@@ -20,7 +20,7 @@ import argparse
 import itertools
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,18 @@ TASKS: dict[str, tuple[Callable[[], Dataset], int]] = {
 """Map each task to its data and its epochs."""
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+FLOOR = 0.1
 PATTERNS: dict[str, Callable[[float], Any]] = {
     "unstructured": Unstructured,
     "1x4": lambda sparsity: Block((1, 4), sparsity, scope="global"),
     "1x16": lambda sparsity: Block((1, 16), sparsity, scope="global"),
     "1x4 per layer": lambda sparsity: Block((1, 4), sparsity),
     "1x16 per layer": lambda sparsity: Block((1, 16), sparsity),
+    "1x4 floor": lambda sparsity: Block((1, 4), sparsity, scope="global", floor=FLOOR),
+    "1x16 floor": lambda sparsity: Block((1, 16), sparsity, scope="global", floor=FLOOR),
 }
-"""Map each name to its pattern. The blocks of all layers compete, except per layer."""
+"""Map each name to its pattern. The blocks of all layers compete, except per layer, and with a
+floor each layer keeps a part of its share."""
 
 FILES = {
     "dense": ("float32", "int8"),
@@ -68,6 +72,8 @@ FILES = {
     "1x16": ("int8",),
     "1x4 per layer": ("float32",),
     "1x16 per layer": ("int8",),
+    "1x4 floor": ("float32",),
+    "1x16 floor": ("int8",),
 }
 """Map each pattern to the weights of its files: those that the runtime is fast with."""
 
@@ -76,11 +82,12 @@ SEEDS = (0, 1, 2)
 SHOWN_POINTS = 2.0
 """Points of accuracy below the best file that the figure shows."""
 
-LINES = {"unstructured": ("0.5", 6), "1x4": ("#0072B2", 6), "1x16": ("#D55E00", -11)}
+LINES = {"unstructured": ("0.5", 6), "1x4 floor": ("#0072B2", 6), "1x16 floor": ("#D55E00", -11)}
 """Map each pattern of the figure to its colour, and to the points by which its labels are above the
 line."""
 
 LANGUAGE, LANGUAGE_STEPS, LANGUAGE_SPARSITIES = "byte Llama", 512, (0.8, 0.9)
+LANGUAGE_PATTERNS = ("unstructured", "1x4", "1x16")
 
 
 def perceptron(inputs: int, classes: int) -> nn.Sequential:
@@ -195,15 +202,15 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     keys = ("task", "pattern", "sparsity", "seed")
     done = {tuple(line[key] for key in keys) for line in lines(options.results)}
 
-    def cells(sparsities: tuple[float, ...]) -> list[tuple[str, float]]:
-        return [("dense", 0.0), *itertools.product(PATTERNS, sparsities)]
+    def cells(names: Iterable[str], sparsities: tuple[float, ...]) -> list[tuple[str, float]]:
+        return [("dense", 0.0), *itertools.product(names, sparsities)]
 
     for seed, task in itertools.product(options.seeds, TASKS):
-        for pattern, sparsity in cells(SPARSITIES):
+        for pattern, sparsity in cells(PATTERNS, SPARSITIES):
             if (task, pattern, sparsity, seed) not in done:
                 yield run(task, pattern, sparsity, seed)
     if options.llama is not None:
-        for pattern, sparsity in cells(LANGUAGE_SPARSITIES):
+        for pattern, sparsity in cells(LANGUAGE_PATTERNS, LANGUAGE_SPARSITIES):
             if (LANGUAGE, pattern, sparsity, 0) not in done:
                 yield run_language(options.llama, pattern, sparsity)
 
@@ -274,7 +281,7 @@ def _language(results: list[dict[str, Any]]) -> str:
     out = [f"| {LANGUAGE}, perplexity | " + " | ".join(f"{s:.0%}" for s in LANGUAGE_SPARSITIES)]
     out[0] += " |"
     out.append("| --- |" + " ---: |" * len(LANGUAGE_SPARSITIES))
-    for pattern in PATTERNS:
+    for pattern in LANGUAGE_PATTERNS:
         values = [by.get((pattern, s)) for s in LANGUAGE_SPARSITIES]
         shown = ["" if value is None else f"{value:.2f}" for value in values]
         out.append(f"| {pattern} | " + " | ".join(shown) + " |")

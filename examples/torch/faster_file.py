@@ -92,7 +92,8 @@ def main() -> None:
     torch.manual_seed(0)
     data, test = map(flat, mnist() if options.data == "mnist" else datasets())
     dense = train(data, options.epochs, None)
-    sparse = train(data, options.epochs, safe_core.Block((1, 16), options.sparsity, "global"))
+    blocks = safe_core.Block((1, 16), options.sparsity, scope="global", floor=0.1)
+    sparse = train(data, options.epochs, blocks)
     files = {
         "dense float32": (dense, "float32"),
         "dense int8": (dense, "int8"),
