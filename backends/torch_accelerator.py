@@ -1,6 +1,6 @@
 """Work on an accelerator, where starting a kernel costs more than reading a small tensor.
 
-Small tensors are joined, so the number of kernels depends on the number of entries, not of tensors.
+Small tensors are joined, so that many of them take as few kernels as one.
 
 To select, a sample brackets the threshold. The few percent of all entries inside the bracket
 are sorted, and two comparisons classify the others. The host waits for the device once, to learn

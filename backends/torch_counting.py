@@ -23,7 +23,8 @@ __all__ = ["keep_largest", "ordering_key"]
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bits of a digit. A histogram then takes half a megabyte.
 _DIGIT = 16
-# Bins for keys that do not count. In one bin, they would wait for one another on a GPU.
+# Extra bins for keys that are not counted. Atomic additions to a single bin would run one after
+# another on a GPU.
 _SPARE = 1024
 
 

@@ -164,7 +164,7 @@ def pulls(
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
-    lists = _after_joined(lambda x, pull: _widened(x) - pull, local_shards(params), list(pulled))
+    lists = _without_small(lambda x, pull: _widened(x) - pull, local_shards(params), list(pulled))
     for x, pull in zip(*lists, strict=True):
         x.copy_(_widened(x) - pull)
 
@@ -174,7 +174,7 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
 
     It computes in float32 or wider, see `safe_core.constraints.pull.pulled`.
     """
-    lists = _after_joined(
+    lists = _without_small(
         partial(_pulled, penalty), *map(local_shards, (params, split.anchor, split.support))
     )
     params, anchors, supports = _cut(*lists)
@@ -189,8 +189,11 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
                 x.copy_(moved)
 
 
-def _after_joined(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[list[Tensor]]:
-    """Write ``fn`` of small tensors on an accelerator to the first list; return what is left."""
+def _without_small(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[list[Tensor]]:
+    """Write ``fn`` of small tensors on an accelerator; return the lists without these tensors.
+
+    The results go to the first list.
+    """
     joined = [not on_host(x) and is_small(x) for x in lists[0]]
     if not any(joined):
         return lists
@@ -271,7 +274,7 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Set tensors to +0 where their masks are False."""
     # Not a product with the mask, which would leave -0 and NaN.
     shards = local_shards(tensors), local_shards(masks)
-    lists = _after_joined(lambda x, mask: torch.where(mask, x, 0), *shards)
+    lists = _without_small(lambda x, mask: torch.where(mask, x, 0), *shards)
     for tensor, mask in zip(*lists, strict=True):
         tensor.masked_fill_(~mask, 0)
 

@@ -184,8 +184,7 @@ class FractionPattern(Pattern):
 
     A subclass has two fields. ``sparsity`` is a fraction of zeros or a sparsity schedule.
     ``scope`` is "global" (all arrays form one pool), "tensor", or, for patterns of single
-    entries, "row". It may have a third, ``floor``, for the scope "global": each tensor then keeps
-    at least ``floor`` times the fraction of its units that all tensors keep together.
+    entries, "row". It may have a third, ``floor``, for the scope "global", see `Unstructured`.
     """
 
     def __repr__(self) -> str:
@@ -265,7 +264,7 @@ class FractionPattern(Pattern):
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
             if self._floor:
-                scores = self._with_floor(units, names, stage, xp)
+                scores = self._with_floor(units, names, counts, stage, xp)
             # The stage may be traced, so counts of all stages go along and are looked up.
             return backend_of(scores[0]).keep_largest(scores, counts=counts, stage=stage)
         layouts = [unit.layout for unit in units]
@@ -277,22 +276,40 @@ class FractionPattern(Pattern):
         ]
 
     def _with_floor(
-        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, xp: Any
+        self,
+        units: Sequence[Units],
+        names: Sequence[str],
+        counts: tuple[int, ...],
+        stage: int | Array,
+        xp: Any,
     ) -> list[Array]:
         """Return the scores, infinite for the units that `floor` keeps in each tensor.
 
-        The largest of each tensor and then the largest of all others minimise the distance.
+        Keeping the largest of each tensor, and then the largest of all others, minimises the
+        distance. ``counts`` are the units that all tensors keep at every stage.
         """
+        shapes = [tuple(unit.scores.shape) for unit in units]
+        stacked = [
+            math.prod(shape[axis] for axis in (unit.layout.batch_axes if unit.layout else ()))
+            for shape, unit in zip(shapes, units, strict=True)
+        ]
+        sizes = [math.prod(s) // max(n, 1) for s, n in zip(shapes, stacked, strict=True)]
+        share = _checks.decimal_fraction(self._floor)
+        floors = []
+        for zeros, count in zip(self.fractions(), counts, strict=True):
+            # Rounded down, so that all floors together are at most what all tensors keep.
+            least = [int(share * (1 - zeros) * n) for n in sizes]
+            raised = [max(k, min(n, 1)) for k, n in zip(least, sizes, strict=True)]
+            fits = sum(k * n for k, n in zip(raised, stacked, strict=True)) <= count
+            floors.append(raised if fits else least)
         found = []
-        for (scores, layout, _), name in zip(units, names, strict=True):
-            stacked = layout.batch_axes if layout else ()
-            n = math.prod(scores.shape) // max(math.prod(scores.shape[a] for a in stacked), 1)
-            share = _checks.decimal_fraction(self._floor)
-            # Rounded down, so that all floors together stay below what all tensors keep.
-            kept = [int(share * (1 - zeros) * n) for zeros in self.fractions()]
-            stages = [1 - Fraction(k, n) if n else Fraction(0) for k in kept]
-            least = keep_within(scores, stages, stage, layout, name, by_output=False, xp=xp)
-            found.append(xp.where(least, xp.full_like(scores, math.inf), scores))
+        for i, ((scores, layout, _), name) in enumerate(zip(units, names, strict=True)):
+            stages = [1 - Fraction(of[i], max(sizes[i], 1)) for of in floors]
+            chosen = keep_within(scores, stages, stage, layout, name, by_output=False, xp=xp)
+            largest = xp.full_like(scores, float(xp.finfo(scores.dtype).max))
+            # Infinite scores of other units must not tie with these.
+            bounded = xp.where(xp.isinf(scores), largest, scores)
+            found.append(xp.where(chosen, xp.full_like(scores, math.inf), bounded))
         return found
 
 

@@ -38,14 +38,14 @@ class Block(FractionPattern):
         Behaviour if the block size does not divide an axis: raise, or keep the tail dense
         and count whole blocks only.
     floor : float
-        In the scope "global": the least part of its share of blocks that each tensor keeps, see
-        `Unstructured`.
+        In the scope "global": each tensor keeps at least this part, from 0 to 1, of the fraction
+        of blocks that all tensors keep together; see `Unstructured`.
 
     Raises
     ------
     TypeError, ValueError
-        If ``shape`` is not two positive integers, ``sparsity`` is not in [0, 1), or a floor is
-        given in the scope "tensor".
+        If ``shape`` is not two positive integers, ``sparsity`` is not in [0, 1), or ``floor`` is
+        not in [0, 1] or is given in the scope "tensor".
 
     Examples
     --------

@@ -98,6 +98,11 @@ class ByName(Pattern):
         return any(pattern.joint for pattern in self.parts)
 
     @property
+    def counts_in_tensors(self) -> bool:
+        """Whether it matters which axes of an array stack several tensors."""
+        return any(pattern.counts_in_tensors for pattern in self.parts)
+
+    @property
     def couples_arrays(self) -> bool:
         """Whether the mask of one array depends on the other arrays."""
         return any(pattern.couples_arrays for pattern in self.parts)

@@ -40,14 +40,14 @@ class Channel(FractionPattern):
         Whether channels compete within each tensor or across all tensors. Each slice along the
         batch axes of an array is one tensor.
     floor : float
-        In the scope "global": the least part of its share of channels that each tensor keeps, see
-        `Unstructured`.
+        In the scope "global": each tensor keeps at least this part, from 0 to 1, of the fraction
+        of channels that all tensors keep together; see `Unstructured`.
 
     Raises
     ------
     TypeError, ValueError
-        If ``sparsity`` is not in [0, 1), ``scope`` is unknown, or a floor is given in the scope
-        "tensor".
+        If ``sparsity`` is not in [0, 1), ``scope`` is unknown, or ``floor`` is not in [0, 1] or is
+        given in the scope "tensor".
 
     Examples
     --------

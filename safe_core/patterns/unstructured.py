@@ -40,14 +40,17 @@ class Unstructured(FractionPattern):
         the values of the mapping rise in proportion to it.
     floor : float
         In the scope "global": each tensor keeps at least this part, from 0 to 1, of the fraction
-        that all tensors keep together. With 0.25 at 99% zeros no tensor loses more than 99.75%.
-        Otherwise a layer whose weights are small, because it has many inputs, can lose them all.
+        that all tensors keep together, so a quarter of a percent for 0.25 at 99% zeros. The count
+        is rounded down, but not to 0 as long as the sparsity allows one entry in every tensor. 0,
+        the default, turns this off. A layer whose weights are small, for example because it has
+        many inputs, can then lose all of them.
 
     Raises
     ------
     TypeError, ValueError
-        If ``sparsity`` is not a number in [0, 1), ``scope`` or ``distribution`` is unknown, or a
-        distribution is given in the scope "global", or a floor in another.
+        If ``sparsity`` is not a number in [0, 1), ``scope`` or ``distribution`` is unknown, a
+        distribution is given in the scope "global", or ``floor`` is not in [0, 1] or is given in
+        another scope.
 
     Examples
     --------

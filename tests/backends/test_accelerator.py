@@ -159,11 +159,16 @@ def test_kernels_do_not_grow_with_the_number_of_tensors_of_one_shape(pattern: An
 
 def test_a_threshold_that_is_counted_is_read_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_accelerator, "_CANDIDATES", 0)
-    arrays = [torch.tensor([1.0, 2.0, 1.0, 1.0])] * 30
-    with KernelCalls() as calls:
-        project(arrays, 0.5)
-    # The check for NaN, the sample, two values and a list of counts, and twice two for the ties.
-    assert calls.reads < 14
+    reads = []
+    for tensors in (3, 30):
+        arrays = [torch.tensor([1.0, 2.0, 1.0, 1.0])] * tensors
+        with KernelCalls() as calls:
+            support = project(arrays, 0.46).support
+        assert {int(mask.sum()) for mask in support} > {1, 4}  # the ties of one tensor are cut
+        reads.append(calls.reads)
+    # The check for NaN, the bracket, two digits of the threshold, the numbers of ties, and a digit
+    # of an index. Each digit reads a histogram, and two numbers of it that lie on the host.
+    assert reads == [1 + 1 + 2 * 3 + 1 + 3] * 2
 
 
 def test_large_tensors_are_not_copied_to_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from safe_core import (
 from safe_core.adapters import optax as jax_adapter
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.constraints import ArrayInfo
+from safe_core.constraints.splitting import is_projected
 from safe_core.functional import start
 from safe_core.patterns import erdos_renyi_kernel
 from safe_core.projection import select
@@ -330,6 +331,41 @@ def test_a_floor_keeps_a_layer_with_small_weights_alive() -> None:
 
     assert not trained(0.0)[2].weight.any()
     assert int((trained(0.5)[2].weight != 0).sum()) >= int(0.5 * 0.01 * 64 * 64)
+
+
+def test_a_floor_counts_infinite_entries_as_any_other(xp: Backend) -> None:
+    arrays = [np.asarray([np.inf, -np.inf, np.inf, 1.0]), np.asarray([1.0, 2.0, 3.0, 4.0])]
+    found = xp.run(projector(Unstructured(0.625, floor=1.0)), arrays)
+    assert [mask.tolist() for mask in found.support] == [
+        [True, True, False, False],
+        [False, False, False, True],
+    ]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Unstructured(0.9, floor=0.5),
+        Block((1, 2), 0.8, "global", floor=0.3),
+        Channel(0.75, "global", floor=1.0),
+    ],
+    ids=str,
+)
+def test_supports_with_a_floor_are_those_of_the_pattern(pattern: Any) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(8, 6)), 1e-3 * rng.normal(size=(4, 10))]
+    info = ArrayInfo(("a", "b"), (Layout((1,), (0,)),) * 2)
+    support = project(arrays, pattern).support
+    assert support[1].any()
+    assert is_projected(support, pattern, info)
+    emptied = [support[0], np.zeros_like(support[1])]
+    assert not is_projected(emptied, pattern, info)
+
+
+def test_a_mapping_knows_that_a_floor_counts_in_tensors() -> None:
+    assert not ByName({"a": 0.5}).counts_in_tensors
+    assert ByName({"a": Unstructured(0.5, floor=0.2)}).counts_in_tensors
+    assert ByName({"a": 0.5}, default="2:4").counts_in_tensors
 
 
 def test_a_floor_shows_where_it_is_set() -> None:

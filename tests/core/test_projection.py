@@ -29,6 +29,8 @@ FLAX = Layout(input_axes=(-2,), output_axes=(-1,))
 CASES = {
     "global": Case(Unstructured(0.5), ((2, 3), (4,), ())),
     "global-floor": Case(Unstructured(0.5, floor=0.9), ((2, 3), (5,), ())),
+    "global-floor-of-one": Case(Unstructured(0.7, floor=0.1), ((2, 4), (3,), ())),
+    "global-floor-of-none": Case(Unstructured(0.8, floor=0.5), ((7,), (2,), (1,))),
     "global-floor-stacked": Case(
         Unstructured(0.4, floor=1), ((2, 3), (5,)), (Layout((1,), (), batch_axes=(0,)), Layout())
     ),

@@ -322,6 +322,8 @@ def test_fractions_and_patterns_take_each_their_own_options() -> None:
         NM(2, 4, ragged="dense"),
     ]
     assert [method.constraint.penalty(0) for method in built] == [1, 2]
+    (entry,) = read_entries([{"method": "admm", "floor": 0.25, "penalty": 1}])
+    assert entry.build(0.9, **size).sparsity == Unstructured(0.9, floor=0.25)
     with pytest.raises(ValueError, match=r"admm\) at sparsity 0\.9: ragged must be one of 'error'"):
         read_entries([table | {"ragged": "no"}])[0].build(0.9, **size)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,8 +32,8 @@ def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 class KernelCalls(TorchDispatchMode):
     """Count operations that compute, each list operation once, and reads by the host.
 
-    The host reads a value by `Tensor.item` or `tolist`, and a number of entries where a mask
-    selects them.
+    The host reads values by `Tensor.item`, `tolist` or `cpu`, and a number of entries where a mask
+    selects them. A tensor of the host itself counts, too.
     """
 
     def __init__(self) -> None:
@@ -44,17 +47,22 @@ class KernelCalls(TorchDispatchMode):
         return sum(self.counts.values())
 
     def __enter__(self) -> KernelCalls:
-        def tolist(x: Tensor) -> Any:
-            self.reads += 1
-            return self._tolist(x)
-
-        self._tolist = Tensor.tolist
-        Tensor.tolist = tolist
+        self._patches = ExitStack()
+        for name in ("tolist", "cpu"):
+            patch = mock.patch.object(Tensor, name, self._counted(getattr(Tensor, name)))
+            self._patches.enter_context(patch)
         return super().__enter__()
 
+    def _counted(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(x: Tensor, *args: Any) -> Any:
+            self.reads += 1
+            return read(x, *args)
+
+        return counted
+
     def __exit__(self, *error: Any) -> None:
-        del Tensor.tolist  # which shows that of the base class again
         super().__exit__(*error)
+        self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -101,7 +101,10 @@ def floors(
         return []
     share = Fraction(str(pattern.floor)) * (1 - Fraction(str(pattern.sparsity)))
     tensors = pools(shapes, replace(pattern, scope="tensor", floor=0.0), layouts)
-    return [Pool(units, math.floor(share * len(units))) for units, _ in tensors]
+    found = [Pool(units, math.floor(share * len(units))) for units, _ in tensors]
+    ((_, count),) = pools(shapes, pattern, layouts)
+    at_least_one = [Pool(units, max(n, 1)) for units, n in found]
+    return at_least_one if sum(n for _, n in at_least_one) <= count else found
 
 
 def select(

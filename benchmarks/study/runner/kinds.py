@@ -75,11 +75,11 @@ class Kind(NamedTuple):
         names = [n for n in self.parameters() if n not in (*self.fixed, *OF_RUN)]
         if "penalty" in names:
             names.append("penalty_schedule")
-        of_pattern = OF_PATTERN if self.pattern is Unstructured else ("scope",)
+        of_pattern = OF_PATTERN if self.pattern is Unstructured else ("scope", "floor")
         return (*names, *of_pattern, *_OF_COURSE[self.course])
 
 
-OF_PATTERN = ("scope", "distribution", "ragged")
+OF_PATTERN = ("scope", "distribution", "floor", "ragged")
 # Parameters of a user's function that the runner fills in.
 OF_RUN = ("steps", "epochs", "steps_per_epoch", "seed")
 _OF_COURSE = {

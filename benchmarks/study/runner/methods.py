@@ -227,7 +227,8 @@ class Entry:
 
 def _pattern(course: Any, values: dict[str, Any], kind: Kind) -> Any:
     """Return the pattern of a course; remove the parameters of patterns from ``values``."""
-    pools = {name: values.pop(name) for name in ("scope", "distribution") if name in values}
+    names = ("scope", "distribution", "floor")
+    pools = {name: values.pop(name) for name in names if name in values}
     ragged = values.pop("ragged", "error")
     if isinstance(course, str):
         return replace(as_pattern(course), ragged=ragged)  # type: ignore[call-arg]  # N:M has it
