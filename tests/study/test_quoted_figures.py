@@ -516,15 +516,18 @@ def test_the_table_of_the_readme() -> None:
         f"{safe} accuracy; ADMM with the same schedule {admm}, gradual magnitude pruning {gmp}, "
         f"dense {dense}" in readme
     )
-    blocks = (ROOT / "docs/blocks_table.md").read_text(encoding="utf-8").splitlines()
-    (heads,) = (line for line in blocks if line.startswith("| model"))
-    (means,) = (line for line in blocks if "geometric mean" in line)
-    column = [cell.strip() for cell in heads.split("|")].index("SAFE+")
-    calibration, held_out = means.split("|")[column].strip().split(" / ")
+    found = {}
+    for line in (ROOT / "docs/smollm2_results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found[row["method"], row["sparsity"]] = row["perplexity"]
+    text = {name: f"{found[name, '0.7']:.1f}" for name in ("SAFE+", "ALPS", "SparseGPT", "Wanda")}
     assert (
-        f"{held_out} times the error of ALPS on held-out inputs, {calibration} times on those of "
-        "the calibration" in readme
+        f"with 70% zeros, by SAFE+ without tuning: perplexity {text['SAFE+']} on held-out text; "
+        f"ALPS {text['ALPS']}, SparseGPT {text['SparseGPT']}, Wanda {text['Wanda']}, "
+        f"dense {found['Dense', '0']:.1f}" in readme
     )
+    leads = [f"{found['ALPS', s] - found['SAFE+', s]:.1f}" for s in ("0.5", "0.7")]
+    assert f"ahead of ALPS by {leads[0]} at 50% and by {leads[1]} at 70%" in page("docs/smollm2.md")
     speeds = (ROOT / "docs/litert_speed_table.md").read_text(encoding="utf-8").splitlines()
     (row,) = (line for line in speeds if line.startswith("| int8, 1x16, 95%"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
