@@ -85,22 +85,22 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("backend", [Backend.TORCH, Backend.JAX], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_arrays_that_are_alike_are_pruned_together(
-    monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool, ties: bool
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool
 ) -> None:
     monkeypatch.setattr(jax_backend, "joins", lambda arrays: True)
-    jax.clear_caches()  # of programs that did not join
+    if backend is Backend.JAX:
+        jax.clear_caches()  # of programs that did not join
     stacks = []
     stacked = projection.with_batch_axis
     monkeypatch.setattr(
         projection, "with_batch_axis", lambda layout: stacks.append(1) or stacked(layout)
     )
     shapes = ((8, 32), (4, 64), (8, 32), (8, 32))
-    arrays = drawn(*shapes, ties=ties)
+    arrays = drawn(*shapes, ties=True)
     rng = np.random.default_rng(1)
     per_input = [rng.uniform(1, 9, size=(1, n)).astype(np.float32) for _, n in shapes]
     importance = [*per_input[:3], np.float32(2.0)] if weighted else None
