@@ -535,6 +535,23 @@ def test_the_table_of_the_readme() -> None:
     assert "a fifteenth of the time of dense float32, and a third of that of dense int8" in readme
 
 
+def test_blocks_where_safe_is_ahead_of_alps() -> None:
+    blocks = (ROOT / "docs/blocks_table.md").read_text(encoding="utf-8").splitlines()
+    (heads,) = (line for line in blocks if line.startswith("| model"))
+    columns = [cell.strip() for cell in heads.split("|")]
+    rows = [line.split("|") for line in blocks if line.startswith(("| GPT", "| Mini", "| byte"))]
+    assert len(rows) == 10
+
+    def ratios(name: str) -> list[list[float]]:
+        return [[float(x) for x in row[columns.index(name)].split("/")] for row in rows]
+
+    assert max(max(pair) for name in ("SAFE", "SAFE+") for pair in ratios(name)) < 1
+    assert sum(max(pair) > 1 for pair in ratios("SAFE+, published")) == 6
+    text = page("docs/smollm2.md")
+    assert "ahead of ALPS in all ten cells that are finished, for both kinds of inputs" in text
+    assert "With the published settings SAFE+ is behind in six of them" in text
+
+
 def test_files_by_pattern() -> None:
     text = page("docs/payoff.md")
     rows = {name: list(of.values()) for name, of in _files("MNIST 5000").items()}
