@@ -18,7 +18,7 @@ from .arguments import read_arguments, read_sparsity
 from .layout import Layout, resolve
 from .patterns import Pattern
 from .scores import common, entry_scores, unit_squares
-from .stacking import alike, with_batch_axis
+from .stacking import alike, stacked, with_batch_axis
 
 __all__ = ["Projection", "apply_support", "project", "select"]
 
@@ -197,31 +197,28 @@ def _select(
     step: int | Array | None,
 ) -> list[Array]:
     """Return masks of the support of arrays that have one pattern."""
-    xp = array_namespace(*arrays)
     resolved = [
         None if layout is None else resolve(layout, x.ndim, name)
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
-    # Patterns whose arrays do not compete may work on stacks of them.
-    apart = pattern.couples_arrays or not backend_of(arrays[0]).joins(arrays)
-    groups = [[i] for i in range(len(arrays))] if apart else alike(arrays, importance, resolved)
-    if all(len(members) == 1 for members in groups):
+    if pattern.couples_arrays or not backend_of(arrays[0]).joins(arrays):
         return _select_each(arrays, importance, resolved, names, pattern, step)
+    # Arrays that do not compete may be stacked. Errors should not describe the stack.
+    for x, layout, name in zip(arrays, resolved, names, strict=True):
+        pattern.check(tuple(x.shape), layout, name)
+    groups = alike(arrays, importance, resolved)
+    found = _select_each(
+        [stacked(arrays, members) for members in groups],
+        [stacked(importance, members) for members in groups],
+        [resolved[m[0]] if len(m) == 1 else with_batch_axis(resolved[m[0]]) for m in groups],
+        [names[m[0]] for m in groups],
+        pattern,
+        step,
+    )
     masks: list[Array] = list(arrays)
-    for members in groups:
-        one = members[0]
-        if len(members) == 1:
-            given = [arrays[one]], [importance[one]], [resolved[one]]
-            masks[one] = _select_each(*given, [names[one]], pattern, step)[0]
-            continue
-        for i in members:  # whose errors should not describe the stack
-            pattern.check(tuple(arrays[i].shape), resolved[i], names[i])
-        x = xp.stack([arrays[i] for i in members])
-        p = None if importance[one] is None else xp.stack([importance[i] for i in members])
-        roles = with_batch_axis(resolved[one])
-        mask = _select_each([x], [p], [roles], [names[one]], pattern, step)[0]
+    for members, mask in zip(groups, found, strict=True):
         for j, i in enumerate(members):
-            masks[i] = mask[j, ...]
+            masks[i] = mask if len(members) == 1 else mask[j, ...]
     return masks
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from array_api_compat import array_namespace
+
 from .backends import Array
 from .layout import Layout
 
-__all__ = ["alike", "with_batch_axis"]
+__all__ = ["alike", "stacked", "with_batch_axis"]
 
 # Larger arrays keep an accelerator busy by themselves, and a stack is a copy.
 _SMALL = 2**18
@@ -46,6 +48,21 @@ def alike(
             key = (key, "next")
         found.setdefault(key, []).append(i)
     return list(found.values())
+
+
+def stacked(arrays: Sequence[Array | None], members: Sequence[int]) -> Array | None:
+    """Return members of a list from `alike` as one array; a single one, or None, as it is.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> stacked([numpy.ones(2), numpy.ones(3), numpy.ones(2)], [0, 2]).shape
+    (2, 2)
+    """
+    first = arrays[members[0]]
+    if first is None or len(members) == 1:
+        return first
+    return array_namespace(first).stack([arrays[i] for i in members])
 
 
 def with_batch_axis(layout: Layout | None) -> Layout:

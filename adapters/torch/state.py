@@ -105,11 +105,14 @@ class ParameterState(NamedTuple):
 
         They lie on the device of the first state, in the widest of their dtypes.
         """
-        held = [self.state.get(p, {}).get("motion") for p in params]
-        if not held:
-            return torch.zeros(0, 3)
-        zeros = torch.zeros(3, dtype=wide_dtype(torch, params), device=params[0].device)
-        return stacked([zeros if s is None else s for s in held])
+
+        def held(p: Tensor) -> Tensor:
+            found = self.state.get(p, {}).get("motion")
+            if found is None:
+                return torch.zeros(3, dtype=wide_dtype(torch, [p]), device=p.device)
+            return found
+
+        return stacked([held(p) for p in params]) if params else torch.zeros(0, 3)
 
     def store_motions(self, params: Sequence[Tensor], motions: Tensor) -> None:
         """Store the state of each parameter, as `motions` returns it.

@@ -161,11 +161,11 @@ class _Step:
         found = parameters.motions(self.sparse)
         if self.norms and self.sparse:
             # Every parameter holds the same shrinkage, so that each can be saved by itself.
-            perturbation, motion = run.method.perturbation, run.motion()
+            # One that joined late has not shrunk yet.
+            perturbation = run.method.perturbation
             assert perturbation is not None
-            assert motion is not None
             first, second = self.norms
-            now = next_shrinkage(motion[2], first, second, perturbation.max_growth)
+            now = next_shrinkage(found[:, 2].amax(), first, second, perturbation.max_growth)
             found = with_shrinkage(found, now)
         if self._measures:
             lengths = kernels.step_lengths(self.sparse, self.before)
