@@ -81,7 +81,7 @@ def build_docs(session: nox.Session, *, silent: bool = False) -> None:
     build = ("sphinx-build", "-W", "-d", "docs/_build/doctrees")
     html, doctest = ("docs", "docs/_build/html"), ("docs", "docs/_build/doctest")
     session.run(*build, "--keep-going", "-b", "html", *html, silent=silent)
-    session.run("python", "docs/check_links.py", html[1], silent=silent)
+    session.run("python", "docs/check_site.py", html[1], silent=silent)
     session.run(*build, "-b", "doctest", *doctest, silent=silent, env=COMPILE_JAX_FAST)
 
 

@@ -1,4 +1,4 @@
-"""The check of the site finds dead links and anchors."""
+"""The check of the site finds dead links, dead anchors and wide code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "check_links.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "check_site.py"
 
 
 def check(site: Path) -> tuple[int, list[str]]:
@@ -33,6 +33,14 @@ def test_dead_pages_anchors_and_images_are_named(tmp_path: Path) -> None:
         "index.html: deep/page.html#gone",
         "index.html: lost.png",
     ]
+
+
+def test_lines_of_code_that_are_wider_than_a_page_are_named(tmp_path: Path) -> None:
+    line = "x = " + 95 * "1"
+    (tmp_path / "page.html").write_text(
+        f"<p>{2 * line}</p><pre><span>x</span> = 1\n<b>{line}</b>1\n{line}22</pre><p>{2 * line}</p>"
+    )
+    assert check(tmp_path) == (1, [f"page.html: over 100 columns: {line}22"])
 
 
 def test_a_whole_site_passes_and_an_empty_folder_does_not(tmp_path: Path) -> None:
