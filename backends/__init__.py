@@ -103,6 +103,9 @@ class Backend(Protocol):
         be one of the lists.
         """
 
+    def widened(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return arrays of 16 bits in float32, and others as they are."""
+
     def has_bfloat16(self) -> bool:
         """Return whether the library has bfloat16, which `stochastic_bfloat16` needs."""
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from . import Array, hashing, jax_counting, selects_on_host, threshold
 from . import numpy as numpy_backend
-from .standard import detached, peaks
+from .standard import detached, peaks, widened
 
 __all__ = [
     "as_program",
@@ -47,6 +47,7 @@ __all__ = [
     "stochastic_bfloat16",
     "unreadable",
     "where_kept",
+    "widened",
 ]
 
 _INTEGER = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}

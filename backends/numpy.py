@@ -64,6 +64,7 @@ __all__ = [
     "stochastic_bfloat16",
     "unreadable",
     "where_kept",
+    "widened",
 ]
 
 # Entries of a piece. Its keys take half a megabyte in float32 and stay in a core's cache.
@@ -144,6 +145,11 @@ def blockwise(
             for *pieces, result in _pieces(*arrays):
                 result[...] = fn(*pieces)
     return list(out)
+
+
+def widened(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    # By size, because the byte order of an array need not be that of the machine.
+    return [x.astype("f8" if x.dtype.itemsize > 4 else "f4", copy=False) for x in arrays]
 
 
 def positions(x: Array) -> Array:

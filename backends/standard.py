@@ -44,6 +44,7 @@ __all__ = [
     "stochastic_bfloat16",
     "unreadable",
     "where_kept",
+    "widened",
 ]
 
 
@@ -134,6 +135,14 @@ def blockwise(
 def positions(x: Array) -> Array:
     xp = array_namespace(x)
     return xp.arange(math.prod(x.shape), dtype=xp.int32, device=device(x))
+
+
+def widened(arrays: Sequence[Array]) -> list[Array]:
+    spaces = [array_namespace(x) for x in arrays]
+    return [
+        xp.astype(x, xp.float64 if x.dtype == xp.float64 else xp.float32, copy=False)
+        for x, xp in zip(arrays, spaces, strict=True)
+    ]
 
 
 def has_bfloat16() -> bool:

@@ -24,6 +24,7 @@ from . import (
 )
 from . import numpy as numpy_backend
 from .standard import as_program, cond
+from .torch_accelerator import widened
 from .torch_counting import ordering_key
 from .torch_sharding import is_sharded as on_several_devices
 from .torch_sharding import norms, peaks, regrouped, resharded_as, shardwise
@@ -55,6 +56,7 @@ __all__ = [
     "stochastic_bfloat16",
     "unreadable",
     "where_kept",
+    "widened",
 ]
 
 # Entries of a piece, 2 MB in float32. It stays in the cache between the passes over it.

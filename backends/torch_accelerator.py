@@ -18,7 +18,7 @@ from torch import Tensor
 from .torch_counting import ordering_key
 from .torch_sharding import is_sharded
 
-__all__ = ["elementwise", "is_small", "keep_largest", "on_host"]
+__all__ = ["elementwise", "is_small", "keep_largest", "on_host", "widened"]
 
 # Entries that are joined at most, and selected from at once, 128 MB in float32.
 _CHUNK = 2**25
@@ -62,6 +62,23 @@ def elementwise(
         else:
             torch._foreach_copy_(list(out[i]), list(found))
     return results if out is None else list(out)
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of 16 bits in float32, cast by one kernel, and others as they are."""
+    found, targets, sources = [], [], []
+    for x in tensors:
+        if x.element_size() > 2:
+            found.append(x)
+        elif is_sharded(x):
+            found.append(x.float())
+        else:
+            found.append(torch.empty_like(x, dtype=torch.float32, requires_grad=False))
+            targets.append(found[-1])
+            sources.append(x.detach())
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return found
 
 
 def _runs(lists: Sequence[Sequence[Tensor]]) -> Iterator[slice]:

@@ -21,6 +21,7 @@ from .constraints import (
     SplitState,
 )
 from .coverage import Coverage, DenseWeightWarning, WeightCoverage
+from .direction import Direction
 from .finalization import FinalizeWarning
 from .importance import Importance, RandomOrder, SecondMoment, SquaredGradient
 from .layout import Layout
@@ -37,7 +38,7 @@ from .patterns import (
     Units,
     Unstructured,
 )
-from .perturbations import ASAM, SAM, Direction, GradientAscent, Perturbation
+from .perturbations import ASAM, SAM, GradientAscent, Perturbation
 from .projection import Projection, project
 from .staged import Staged
 from .step import Evaluation, Operation, Point, StepPlan

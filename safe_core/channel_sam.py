@@ -13,8 +13,9 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import wide_dtype
+from .direction import Direction, norm
 from .layout import Layout, resolve
-from .perturbations import Direction, Perturbation, adapted, norm
+from .perturbations import Perturbation, adapted
 from .schedules import Schedule
 
 __all__ = ["ChannelSAM"]

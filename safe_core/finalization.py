@@ -17,9 +17,9 @@ from array_api_compat import array_namespace
 from ._calls import level_of_caller
 from .backends import Array
 from .constraints import Constraint
+from .direction import norm
 from .importance import Importance
 from .patterns import Pattern
-from .perturbations import norm
 from .sparsity_tables import Cubic
 
 __all__ = [

@@ -19,11 +19,11 @@ from .constraints import ArrayInfo, SplitState
 from .constraints.float8 import dequantised
 from .constraints.pull import pulled
 from .constraints.splitting import penalty_gradient
+from .direction import norm
 from .importance import Importance
 from .layout import Layout
 from .method import Method
 from .motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
-from .perturbations import norm
 from .projection import apply_support
 from .step import Evaluation, StepPlan
 from .step_state import StepState, check_sparse, start

@@ -16,10 +16,11 @@ from safe_core.backends import Array
 from . import _checks
 from .constraints import ADMM, ArrayInfo, Constraint, SplitState
 from .constraints.base import select_support
+from .direction import Direction
 from .importance import Importance
 from .layout import Layout
 from .patterns import Pattern, as_pattern
-from .perturbations import Direction, Perturbation
+from .perturbations import Perturbation
 from .projection import apply_support
 from .reuse import flat_direction, reused
 from .step import Evaluation, Operation, Point, StepPlan

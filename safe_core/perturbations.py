@@ -5,141 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
 from . import _checks
-from ._dtypes import scalar_like, wide_dtype
+from .direction import Direction, norm
 from .layout import Layout
 from .schedules import Schedule, as_schedule, is_zero
 
 __all__ = [
     "ASAM",
     "SAM",
-    "Direction",
     "GradientAscent",
     "Perturbation",
     "adapted",
     "ball",
-    "norm",
 ]
-
-
-def norm(arrays: Sequence[Array]) -> Array:
-    """Return the Euclidean norm over all entries of all arrays.
-
-    ``sqrt(sum_i |a_i|^2)``, accumulated in float32 or wider. Squares are not scaled, because
-    that would take a second pass over all gradients at every step. So in float32 a norm
-    below about 1e-19 counts as zero and one above 1e19 as infinite.
-
-    Parameters
-    ----------
-    arrays : sequence of arrays
-        One or more real floating arrays, of any shapes.
-
-    Returns
-    -------
-    array
-        A scalar in float64 if any array is float64, else in float32.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> float(norm([numpy.asarray([3.0]), numpy.asarray([[4.0]])]))
-    5.0
-    """
-    xp = array_namespace(*arrays)
-    norms = backend_of(arrays[0]).norms(arrays, dtype=wide_dtype(xp, arrays))
-    return xp.linalg.vector_norm(norms)
-
-
-class Direction(NamedTuple):
-    """Perturbation ``e = rho * unit / length * vectors`` that is not multiplied out yet.
-
-    An adapter that updates in place adds ``factor * vectors`` to x without allocating e.
-
-    Attributes
-    ----------
-    vectors : list of arrays
-        Direction of e, shaped as the parameters.
-    length : array
-        Scalar norm that the radius is divided by.
-    rho : float or scalar array
-        Perturbation radius.
-    unit : float or scalar array
-        Length that the radius counts, 1 unless it is in steps.
-
-    Examples
-    --------
-    >>> import numpy
-    >>> float(Direction([numpy.asarray([3.0])], numpy.asarray(3.0), 0.5).factor) * 3
-    0.5
-    """
-
-    vectors: Sequence[Array]
-    length: Array
-    rho: float | Array
-    unit: float | Array = 1.0
-
-    @property
-    def usable(self) -> Array:
-        """Whether unit and length are positive and the length is finite; e is zero otherwise."""
-        finite = array_namespace(self.length).isfinite(self.length)
-        return (self.length > 0) & finite & (self.unit > 0)
-
-    @property
-    def factor(self) -> Array:
-        """The quotient ``rho * unit / length``, or 0 if the length is not usable.
-
-        The guard is a `where` and not an added epsilon. With an epsilon, e would change when
-        the loss is multiplied by a constant, as a loss scaler does.
-        """
-        xp, usable = array_namespace(self.length), self.usable
-        return xp.where(usable, self._quotient(usable), xp.zeros_like(self.length))
-
-    def _quotient(self, usable: Array) -> Array:
-        xp = array_namespace(self.length)
-        # Replace bad values before dividing, so that no warning or trap is raised.
-        one = xp.ones_like(self.length)
-        length = xp.where(usable, self.length, one)
-        unit = xp.where(usable, scalar_like(self.unit, one), one)
-        return scalar_like(self.rho, length) * unit / length
-
-    def in_steps(self, motion: Array, full_step: float = 0.0) -> Direction:
-        """Return the direction with a radius of rho steps of the base optimizer.
-
-        ``motion`` is described in `safe_core.motion`. e is zero as long as no step was measured.
-        `SAM` describes ``full_step``.
-        """
-        xp = array_namespace(self.length)
-        of_step, of_x, shrinkage = (xp.astype(motion[i], self.length.dtype) for i in range(3))
-        step, size = xp.sqrt(of_step), xp.sqrt(of_x)
-        zero, one = xp.zeros_like(step), xp.ones_like(step)
-        known = (step > 0) & xp.isfinite(step) & xp.isfinite(size)
-        radius = xp.where(known, step, zero)
-        if full_step:
-            # Parameters that are all zero have no length to compare with.
-            compared = known & (size > 0)
-            full = full_step * xp.where(compared, size, one)
-            share = xp.where(compared, xp.minimum(radius / full, one), one)
-            radius = radius * share**2
-        return self._replace(unit=radius * xp.exp(-shrinkage))
-
-    def perturbation(self) -> list[Array]:
-        """Return ``e``, which is zero if the length is not usable."""
-        # A factor of 0 is not enough: 0 times NaN is NaN.
-        xp = array_namespace(self.length)
-        usable = self.usable
-        quotient = self._quotient(usable)
-        wide = [xp.astype(d, wide_dtype(xp, [d]), copy=False) for d in self.vectors]
-
-        def multiplied(d: Array) -> Array:
-            return xp.where(usable, quotient * d, xp.zeros_like(d))
-
-        return backend_of(wide[0]).blockwise(multiplied, wide) if wide else []
 
 
 @dataclass(frozen=True)
@@ -387,14 +271,23 @@ def adapted(
     params: Sequence[Array], gradients: Sequence[Array], eta: float
 ) -> tuple[list[Array], list[Array]]:
     """Return ``T g`` and ``T^2 g`` of `ASAM`, in float32 or wider."""
-    scaled, twice = [], []
-    for x, g in zip(params, gradients, strict=True):
+    if not gradients:
+        return [], []
+    backend = backend_of(gradients[0])
+
+    def times(g: Array, x: Array) -> Array:
         xp = array_namespace(g)
-        # Both products run in float32 or wider: T^2 g of 16 bits would underflow.
-        wide = xp.astype(g, wide_dtype(xp, [g]))
-        t: Any = xp.abs(xp.astype(x, wide.dtype)) + eta if x.ndim >= 2 else 1.0
-        scaled.append(t * wide)
-        twice.append(t * (t * wide))
+        return (xp.abs(xp.astype(x, g.dtype, copy=False)) + eta) * g
+
+    # Both products run in float32 or wider: T^2 g of 16 bits would underflow.
+    scaled = backend.widened(gradients)
+    twice = list(scaled)
+    weights = [i for i, x in enumerate(params) if x.ndim >= 2]
+    own = [params[i] for i in weights]
+    for found in (scaled, twice):
+        products = backend.blockwise(times, [scaled[i] for i in weights], own)
+        for i, product in zip(weights, products, strict=True):
+            found[i] = product
     return scaled, twice
 
 

@@ -16,9 +16,9 @@ from safe_core.backends import Array, backend_of, selecting_on_host, selects_on_
 
 from .arguments import read_arguments, read_sparsity
 from .layout import Layout, resolve
-from .patterns import Pattern
+from .patterns import Pattern, Units
 from .scores import common, entry_scores, unit_squares
-from .stacking import alike, stacked, with_batch_axis
+from .stacking import alike, apart, stacked, with_batch_axis, without_batch_axis
 
 __all__ = ["Projection", "apply_support", "project", "select"]
 
@@ -201,25 +201,36 @@ def _select(
         None if layout is None else resolve(layout, x.ndim, name)
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
-    if pattern.couples_arrays or not backend_of(arrays[0]).joins(arrays):
-        return _select_each(arrays, importance, resolved, names, pattern, step)
-    # Arrays that do not compete may be stacked. Errors should not describe the stack.
-    for x, layout, name in zip(arrays, resolved, names, strict=True):
-        pattern.check(tuple(x.shape), layout, name)
-    groups = alike(arrays, importance, resolved)
-    found = _select_each(
+    groups = _groups(arrays, importance, resolved, names, pattern)
+    # Names of stacks stand in errors only, and what could raise them is checked before.
+    masks = _select_each(
         [stacked(arrays, members) for members in groups],
         [stacked(importance, members) for members in groups],
         [resolved[m[0]] if len(m) == 1 else with_batch_axis(resolved[m[0]]) for m in groups],
-        [names[m[0]] for m in groups],
+        [names[members[0]] for members in groups],
         pattern,
         step,
+        groups,
     )
-    masks: list[Array] = list(arrays)
-    for members, mask in zip(groups, found, strict=True):
-        for j, i in enumerate(members):
-            masks[i] = mask if len(members) == 1 else mask[j, ...]
-    return masks
+    return apart(masks, groups)
+
+
+def _groups(
+    arrays: Sequence[Array],
+    importance: Sequence[Array | None],
+    resolved: Sequence[Layout | None],
+    names: Sequence[str],
+    pattern: Pattern,
+) -> list[list[int]]:
+    """Return lists of the positions of arrays that are pruned as one stack."""
+    # Arrays whose entries compete by magnitude need no score of their own, nor a stack.
+    scored = pattern.ranks == "units" or pattern.counts_in_tensors or importance[0] is not None
+    stacks = scored if pattern.joint else not pattern.couples_arrays
+    if not stacks or not backend_of(arrays[0]).joins(arrays):
+        return [[i] for i in range(len(arrays))]
+    for x, layout, name in zip(arrays, resolved, names, strict=True):
+        pattern.check(tuple(x.shape), layout, name)
+    return alike(arrays, importance, resolved)
 
 
 def _select_each(
@@ -229,8 +240,12 @@ def _select_each(
     names: Sequence[str],
     pattern: Pattern,
     step: int | Array | None,
+    groups: Sequence[Sequence[int]],
 ) -> list[Array]:
-    """Return masks of the support, given layouts with non-negative axes."""
+    """Return masks of the support, given layouts with non-negative axes.
+
+    ``groups`` tells which of the arrays that compete lie in each stack.
+    """
     xp = array_namespace(*arrays)
     # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
     # of several entries rank by a sum, which needs the squares themselves.
@@ -245,5 +260,32 @@ def _select_each(
     # Sums over units can differ in dtype; units that compete need one.
     comparable = common([unit.scores for unit in units], joint=pattern.joint, xp=xp)
     units = [unit._replace(scores=s) for unit, s in zip(units, comparable, strict=True)]
-    masks = pattern.keep(units, names, pattern.stage(step), xp=xp)
+    stage = pattern.stage(step)
+    units = pattern.with_floor(units, names, stage, xp=xp)
+    if pattern.joint and any(len(members) > 1 for members in groups):
+        masks = _keep_apart(units, names, pattern, stage, groups, xp)
+    else:
+        masks = pattern.keep(units, names, stage, xp=xp)
     return [unit.expand(mask) for unit, mask in zip(units, masks, strict=True)]
+
+
+def _keep_apart(
+    units: Sequence[Units],
+    names: Sequence[str],
+    pattern: Pattern,
+    stage: int | Array,
+    groups: Sequence[Sequence[int]],
+    xp: Any,
+) -> list[Array]:
+    """Return masks of stacked units that compete in the order of their arrays.
+
+    Of equal scores the first is kept, and a stack would change which is the first.
+    """
+    scores = apart([unit.scores for unit in units], groups)
+    own: dict[int, tuple[Layout | None, str]] = {}
+    for unit, name, members in zip(units, names, groups, strict=True):
+        layout = unit.layout if len(members) == 1 else without_batch_axis(unit.layout)
+        own |= dict.fromkeys(members, (layout, name))
+    single = [Units(score, own[i][0], lambda mask: mask) for i, score in enumerate(scores)]
+    masks = pattern.keep(single, [own[i][1] for i in range(len(single))], stage, xp=xp)
+    return [stacked(masks, members) for members in groups]

@@ -13,9 +13,9 @@ from .advice import Advice, Course, Figures, advise
 from .backends import Array
 from .constraints import ArrayInfo, SplitState
 from .constraints.base import select_support
+from .direction import norm
 from .method import Method
 from .patterns import Pattern
-from .perturbations import norm
 from .projection import apply_support
 
 __all__ = ["Report", "TensorReport", "outlook", "sums"]

@@ -9,7 +9,7 @@ from array_api_compat import array_namespace
 
 from safe_core.backends import Array, backend_of
 
-from .perturbations import Direction, norm
+from .direction import Direction, norm
 
 __all__ = ["flat_direction", "reused"]
 

@@ -17,7 +17,7 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import scalar_like, wide_dtype
-from .perturbations import Direction, norm
+from .direction import Direction, norm
 
 __all__ = ["ASCENTS", "BIAS_CORRECTIONS", "SasshaRule", "check_number", "estimates"]
 

@@ -14,7 +14,7 @@ from array_api_compat import array_namespace
 from .backends import Array
 from .layout import Layout
 
-__all__ = ["alike", "stacked", "with_batch_axis"]
+__all__ = ["alike", "apart", "stacked", "with_batch_axis", "without_batch_axis"]
 
 # Larger arrays keep an accelerator busy by themselves, and a stack is a copy.
 _SMALL = 2**18
@@ -65,6 +65,22 @@ def stacked(arrays: Sequence[Array | None], members: Sequence[int]) -> Array | N
     return array_namespace(first).stack([arrays[i] for i in members])
 
 
+def apart(stacks: Sequence[Array], groups: Sequence[Sequence[int]]) -> list[Array]:
+    """Return the arrays of the stacks that `stacked` makes of lists from `alike`.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> apart([numpy.asarray([[1, 2], [3, 4]]), numpy.asarray([5])], [[0, 2], [1]])
+    [array([1, 2]), array([5]), array([3, 4])]
+    """
+    found: dict[int, Array] = {}
+    for stack, members in zip(stacks, groups, strict=True):
+        for j, i in enumerate(members):
+            found[i] = stack if len(members) == 1 else stack[j, ...]
+    return [found[i] for i in range(len(found))]
+
+
 def with_batch_axis(layout: Layout | None) -> Layout:
     """Return the layout of stacked arrays, from that of one with non-negative axes.
 
@@ -79,3 +95,17 @@ def with_batch_axis(layout: Layout | None) -> Layout:
         for axes in (roles.input_axes, roles.output_axes, roles.batch_axes)
     ]
     return Layout(moved[0], moved[1], (0, *moved[2]))
+
+
+def without_batch_axis(layout: Layout | None) -> Layout | None:
+    """Return the layout of one array of a stack, from that of the stack.
+
+    Examples
+    --------
+    >>> without_batch_axis(with_batch_axis(Layout((1,), (0,))))
+    Layout(input_axes=(1,), output_axes=(0,), batch_axes=())
+    """
+    if layout is None:
+        return None
+    axes = (layout.input_axes, layout.output_axes, layout.batch_axes)
+    return Layout(*(tuple(axis - 1 for axis in role if axis) for role in axes))

@@ -12,8 +12,9 @@ from safe_core.backends import Array, backend_of
 
 from . import _checks
 from ._dtypes import wide_dtype
+from .direction import Direction
 from .layout import Layout
-from .perturbations import Direction, Perturbation
+from .perturbations import Perturbation
 from .schedules import Schedule
 
 __all__ = ["Staged"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from safe_core import SplitState
-from safe_core.backends.torch_accelerator import elementwise, is_small, on_host
+from safe_core.backends.torch_accelerator import elementwise, is_small, on_host, widened
 from safe_core.backends.torch_sharding import is_sharded, stacked, summed
-from safe_core.perturbations import Direction
+from safe_core.direction import Direction
 
 __all__ = [
     "MovedParameters",
@@ -94,7 +94,7 @@ class MovedParameters:
             torch._foreach_copy_(copies[i], values[i])
             self.mark_saved(params[i], copies[i])
             if not known:
-                torch._foreach_add_(values[i], _written_out(vectors[i], direction))
+                _add_rounded_(values[i], _written_out(vectors[i], direction))
             elif scale:  # 0 marks an unusable gradient, and 0 * NaN would be NaN
                 torch._foreach_add_(values[i], vectors[i], alpha=scale)
 
@@ -148,8 +148,8 @@ def add_penalty_(
     for i in _groups(params):
         if copies is not None:
             torch._foreach_copy_(params[i], sources[i])
-        wide = [_widened(x) for x in params[i]]
-        torch._foreach_add_(gradients[i], torch._foreach_sub(wide, anchors[i]), alpha=penalty)
+        gaps = torch._foreach_sub(widened(params[i]), widened(anchors[i]))
+        _add_rounded_(gradients[i], gaps, penalty)
 
 
 def pulls(
@@ -157,7 +157,7 @@ def pulls(
 ) -> list[Tensor]:
     """Return ``factor * (x - anchor)`` of the local shards, in float32 or wider."""
     params, anchors = local_shards(params), local_shards(anchors)
-    differences = torch._foreach_sub([_widened(x) for x in params], anchors)
+    differences = torch._foreach_sub(widened(params), widened(anchors))
     torch._foreach_mul_(differences, factor)
     return list(differences)
 
@@ -179,8 +179,8 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
     )
     params, anchors, supports = _cut(*lists)
     for i in _groups(params):
-        wide = [_widened(x) for x in params[i]]
-        gaps = torch._foreach_sub(wide, anchors[i])
+        wide = widened(params[i])
+        gaps = torch._foreach_sub(wide, widened(anchors[i]))
         for gap, support in zip(gaps, supports[i], strict=True):
             gap.masked_fill_(support, 0)
         torch._foreach_add_(wide, gaps, alpha=math.expm1(-penalty))
@@ -249,7 +249,7 @@ def move_traced_(
 def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
     """Return e on an accelerator; e is zero if the direction is not usable."""
     factor = direction.factor
-    steps = torch._foreach_mul([v.to(factor.dtype) for v in vectors], factor)
+    steps = torch._foreach_mul([v.to(factor.dtype) for v in widened(vectors)], factor)
     # NaN * 0 is NaN, but the bits of NaN, read as an integer, times 0 are 0. This needs no
     # branch on a value that the host would have to read.
     bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
@@ -300,8 +300,8 @@ def step_lengths(params: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """
     now, of_steps, of_x = local_shards(params), list[Tensor](), list[Tensor]()
     for i in _groups(now):
-        wide = [_widened(b) for b in before[i]]
-        of_steps += torch._foreach_norm(torch._foreach_sub([_widened(x) for x in now[i]], wide))
+        wide = widened(before[i])
+        of_steps += torch._foreach_norm(torch._foreach_sub(widened(now[i]), wide))
         of_x += torch._foreach_norm(wide)
     squares = torch.stack([stacked(of_steps), stacked(of_x)], dim=1).square()
     return summed(squares, params).sqrt()
@@ -313,6 +313,18 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     To change the shards of parameters in place, call it without gradients.
     """
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
+
+
+def _add_rounded_(targets: Sequence[Tensor], added: Sequence[Tensor], factor: float = 1.0) -> None:
+    """Add ``factor * added`` in-place, in the dtype of ``added``, and round the sums once."""
+    targets, added = list(targets), list(added)
+    if on_host(targets[0]) or all(x.dtype == y.dtype for x, y in zip(targets, added, strict=True)):
+        torch._foreach_add_(targets, added, alpha=factor)
+        return
+    # For lists of two dtypes, an accelerator has no kernel but that which copies.
+    sums = widened(targets)
+    torch._foreach_add_(sums, added, alpha=factor)
+    torch._foreach_copy_(targets, sums)
 
 
 def _widened(x: Tensor) -> Tensor:

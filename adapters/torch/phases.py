@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safe_core import Evaluation
 from safe_core._calls import level_of_caller
-from safe_core.perturbations import norm
+from safe_core.direction import norm
 
 from . import kernels
 from .closures import ClosureProbe

@@ -22,8 +22,8 @@ from array_api_compat import array_namespace, is_array_api_obj
 from safe_core import _checks
 from safe_core._dtypes import scalar_like, wide_dtype
 from safe_core.backends import Array, backend_of
+from safe_core.direction import norm
 from safe_core.patterns import Pattern
-from safe_core.perturbations import norm
 from safe_core.projection import apply_support
 
 from .base import ArrayInfo, SplitState, select_support
@@ -411,7 +411,4 @@ def dual_residual(state: SplitState, previous: SplitState, penalty: float | Arra
 
 def _widened(params: Sequence[Array]) -> list[Array]:
     """Return 16-bit parameters in float32 and others unchanged."""
-    return [
-        array_namespace(x).astype(x, wide_dtype(array_namespace(x), [x]), copy=False)
-        for x in params
-    ]
+    return backend_of(params[0]).widened(params) if params else []

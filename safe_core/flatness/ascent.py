@@ -11,7 +11,8 @@ from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core.backends import Array
-from safe_core.perturbations import SAM, norm
+from safe_core.direction import norm
+from safe_core.perturbations import SAM
 from safe_core.random_numbers import check_seed
 
 from .vectors import Coordinates

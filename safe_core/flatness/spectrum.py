@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 
 from safe_core import _checks
 from safe_core.backends import Array
-from safe_core.perturbations import norm
+from safe_core.direction import norm
 from safe_core.random_numbers import check_seed
 
 from .vectors import Coordinates, Operator, dot, operator_on, orthogonalised

@@ -155,6 +155,15 @@ class Pattern:
         """Return the units of one array from the scores of its entries."""
         return Units(scores, layout, lambda mask: mask)
 
+    def with_floor(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
+    ) -> list[Units]:
+        """Return the units of all arrays, with infinite scores for those that must stay.
+
+        An array can be a stack of tensors along the batch axes of its units.
+        """
+        return list(units)
+
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
     ) -> list[Array]:
@@ -263,8 +272,6 @@ class FractionPattern(Pattern):
         scores = [unit.scores for unit in units]
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))
-            if self._floor:
-                scores = self._with_floor(units, names, counts, stage, xp)
             # The stage may be traced, so counts of all stages go along and are looked up.
             return backend_of(scores[0]).keep_largest(scores, counts=counts, stage=stage)
         layouts = [unit.layout for unit in units]
@@ -275,42 +282,53 @@ class FractionPattern(Pattern):
             for score, stages, layout, name in zip(scores, spread, layouts, names, strict=True)
         ]
 
-    def _with_floor(
-        self,
-        units: Sequence[Units],
-        names: Sequence[str],
-        counts: tuple[int, ...],
-        stage: int | Array,
-        xp: Any,
-    ) -> list[Array]:
-        """Return the scores, infinite for the units that `floor` keeps in each tensor.
+    def with_floor(
+        self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
+    ) -> list[Units]:
+        """Return the units, with infinite scores for those that ``floor`` keeps in each tensor.
 
         Keeping the largest of each tensor, and then the largest of all others, minimises the
-        distance. ``counts`` are the units that all tensors keep at every stage.
+        distance.
         """
+        if not self._floor:
+            return list(units)
         shapes = [tuple(unit.scores.shape) for unit in units]
-        stacked = [
+        slices = [
             math.prod(shape[axis] for axis in (unit.layout.batch_axes if unit.layout else ()))
             for shape, unit in zip(shapes, units, strict=True)
         ]
-        sizes = [math.prod(s) // max(n, 1) for s, n in zip(shapes, stacked, strict=True)]
+        sizes = [math.prod(s) // max(n, 1) for s, n in zip(shapes, slices, strict=True)]
+        counts = kept_counts(self.fractions(), sum(map(math.prod, shapes)))
+        floors = self._least(sizes, slices, counts)
+        found = []
+        for i, (unit, name) in enumerate(zip(units, names, strict=True)):
+            scores = unit.scores
+            stages = [1 - Fraction(of[i], max(sizes[i], 1)) for of in floors]
+            chosen = keep_within(scores, stages, stage, unit.layout, name, by_output=False, xp=xp)
+            largest = xp.full_like(scores, float(xp.finfo(scores.dtype).max))
+            # Infinite scores of other units must not tie with these.
+            bounded = xp.where(xp.isinf(scores), largest, scores)
+            raised = xp.where(chosen, xp.full_like(scores, math.inf), bounded)
+            found.append(unit._replace(scores=raised))
+        return found
+
+    def _least(
+        self, sizes: Sequence[int], slices: Sequence[int], counts: Sequence[int]
+    ) -> list[list[int]]:
+        """Return for every stage the units that each tensor keeps at least.
+
+        ``sizes`` are the units of a tensor, ``slices`` the tensors in each stack, and ``counts``
+        the units that all tensors keep together at every stage.
+        """
         share = _checks.decimal_fraction(self._floor)
         floors = []
         for zeros, count in zip(self.fractions(), counts, strict=True):
             # Rounded down, so that all floors together are at most what all tensors keep.
             least = [int(share * (1 - zeros) * n) for n in sizes]
             raised = [max(k, min(n, 1)) for k, n in zip(least, sizes, strict=True)]
-            fits = sum(k * n for k, n in zip(raised, stacked, strict=True)) <= count
+            fits = sum(k * n for k, n in zip(raised, slices, strict=True)) <= count
             floors.append(raised if fits else least)
-        found = []
-        for i, ((scores, layout, _), name) in enumerate(zip(units, names, strict=True)):
-            stages = [1 - Fraction(of[i], max(sizes[i], 1)) for of in floors]
-            chosen = keep_within(scores, stages, stage, layout, name, by_output=False, xp=xp)
-            largest = xp.full_like(scores, float(xp.finfo(scores.dtype).max))
-            # Infinite scores of other units must not tie with these.
-            bounded = xp.where(xp.isinf(scores), largest, scores)
-            found.append(xp.where(chosen, xp.full_like(scores, math.inf), bounded))
-        return found
+        return floors
 
 
 def check_floor(floor: Any, scope: str) -> None:

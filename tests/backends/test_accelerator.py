@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 import safe_core
 import safe_core.backends.jax as jax_backend
-from safe_core import NM, Block, Channel, Method, Unstructured, project, projection, stacking
+from safe_core import (
+    NM,
+    Block,
+    Channel,
+    Method,
+    Unstructured,
+    project,
+    projection,
+    schedules,
+    stacking,
+)
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.backends import backend_of, torch_accelerator
 
@@ -82,6 +92,9 @@ PATTERNS = [
     Block((2, 4), 0.4, "global"),
     Channel(0.4),
     Channel(0.4, "global"),
+    Unstructured(0.4, floor=0.9),
+    Block((2, 4), 0.4, "global", floor=0.5),
+    Channel(schedules.cubic(0.6, steps=20, every=4), "global", floor=0.8),
 ]
 
 
@@ -108,7 +121,7 @@ def test_arrays_that_are_alike_are_pruned_together(
     monkeypatch.undo()
     wanted = Backend.NUMPY.run(projector(pattern), arrays, importance)
     assert_same(got.support, wanted.support)
-    assert len(stacks) == (not pattern.joint)
+    assert len(stacks) == 1
 
 
 def test_stacks_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,23 +151,33 @@ def test_nan_is_refused_and_infinity_is_kept(bad: float) -> None:
         assert project(arrays, 0.6).support[1].tolist() == [False, True, True]
 
 
-def count_projection(tensors: int, pattern: Any) -> KernelCalls:
+def test_stacks_do_not_change_which_of_equal_units_are_kept() -> None:
+    layouts = [safe_core.Layout((1,), (0,))] * 3
+    arrays = [torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4)]
+    for pattern in (Block((1, 4), 0.4, "global"), Channel(0.4, "global")):
+        support = project(arrays, pattern, layout=layouts).support
+        assert [int(mask[:, 0].sum()) for mask in support] == [2, 3, 0]
+
+
+def count_projection(tensors: int, pattern: Any, weighted: bool) -> KernelCalls:
     arrays = [torch.from_numpy(x) for x in drawn(*[(20, 24)] * tensors)]
+    importance = [torch.ones(1, 24) if weighted else None] * tensors
+    layouts, names = [safe_core.Layout((1,), (0,))] * tensors, [str(i) for i in range(tensors)]
     with KernelCalls() as calls:
-        project(arrays, pattern)
+        projection.select(arrays, pattern, importance=importance, layouts=layouts, names=names)
     return calls
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [Unstructured(0.9), *(pattern for pattern in PATTERNS if not pattern.joint)],
-    ids=str,
-)
-def test_kernels_do_not_grow_with_the_number_of_tensors_of_one_shape(pattern: Any) -> None:
-    few, many = count_projection(4, pattern), count_projection(60, pattern)
-    assert few.counts == many.counts
-    assert many.total < 80
-    assert many.reads == 1 + pattern.joint  # the check for NaN, and the entries in the bracket
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.9), *PATTERNS], ids=str)
+def test_kernels_do_not_grow_with_the_number_of_tensors_of_one_shape(
+    pattern: Any, weighted: bool
+) -> None:
+    few, many = (count_projection(tensors, pattern, weighted) for tensors in (4, 60))
+    # Whether the bracket is open at one end depends on the entries, and costs an operation.
+    assert abs(few.total - many.total) <= 1
+    assert many.total < 120
+    assert many.reads == pattern.joint  # the number of entries in the bracket
 
 
 def test_a_threshold_that_is_counted_is_read_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +236,8 @@ METHODS = {
     "decoupled": safe_core.admm(0.6, penalty=0.1, dual_update_interval=4, decoupled=True),
     "rounded": safe_core.safe(0.6, steps=30, state_dtype="bfloat16"),
     "gradual": safe_core.baselines.gmp(safe_core.schedules.cubic(0.6, steps=20, every=4)),
+    "adaptive": safe_core.safe(0.6, rho=0.5, penalty=0.1, dual_update_interval=4, adaptive=True),
+    "blocks": safe_core.safe(Block((2, 3), 0.5, "global", floor=0.1), steps=30),
     "reuse": safe_core.safe(
         0.6, rho=0.1, penalty=0.1, dual_update_interval=4, perturbation_interval=2, reuse=0.5
     ),
@@ -222,10 +247,10 @@ METHODS = {
 class Training:
     """A regression on some layers, with the weights sparse and the biases dense."""
 
-    def __init__(self, method: Method, layers: int = 4) -> None:
+    def __init__(self, method: Method, layers: int = 4, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
-        self.model = nn.ModuleList(nn.Linear(6, 8) for _ in range(layers))
-        self.x, self.y = torch.randn(16, 6), torch.randn(16, 8)
+        self.model = nn.ModuleList(nn.Linear(6, 8) for _ in range(layers)).to(dtype)
+        self.x, self.y = torch.randn(16, 6, dtype=dtype), torch.randn(16, 8, dtype=dtype)
         base = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, foreach=True)
         self.optimizer = SparseOptimizer(base, method, model=self.model)
 
@@ -254,22 +279,34 @@ class Training:
         return calls
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.mark.filterwarnings("ignore:16-bit parameters round")
+@DTYPES
 @pytest.mark.parametrize("name", METHODS)
-def test_trains_as_on_the_host(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    accelerated = Training(METHODS[name]).run(30)
+def test_trains_as_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    # Two runs in 16 bits drift apart once a sum is rounded the other way.
+    steps, close = (30, 2e-6) if dtype == torch.float32 else (3, 2**-7)
+    accelerated = Training(METHODS[name], dtype=dtype).run(steps)
     monkeypatch.undo()
-    for got, wanted in zip(accelerated, Training(METHODS[name]).run(30), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=2e-6, atol=2e-6)
+    on_host = Training(METHODS[name], dtype=dtype).run(steps)
+    for got, wanted in zip(accelerated, on_host, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=close, atol=close)
 
 
+@pytest.mark.filterwarnings("ignore:16-bit parameters round")
+@DTYPES
 @pytest.mark.parametrize("name", METHODS)
-def test_the_kernels_of_a_step_in_float32_do_not_grow_with_the_layers(name: str) -> None:
-    few, many = Training(METHODS[name], 3), Training(METHODS[name], 12)
+def test_the_kernels_of_a_step_do_not_grow_with_the_layers(name: str, dtype: torch.dtype) -> None:
+    few, many = (Training(METHODS[name], layers, dtype) for layers in (3, 12))
     few.run(3)
     many.run(3)
     for _ in range(6):  # with and without a dual update
         first, second = few.count(), many.count()
-        assert first.counts == second.counts
+        assert abs(first.total - second.total) <= 1  # as above
         assert second.total < 250
         # A projection reads how many entries are in its bracket. The seed of stochastic rounding
         # lies in the memory of the host.

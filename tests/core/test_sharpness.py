@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_core import ASAM, SAM
-from safe_core.perturbations import norm
+from safe_core.direction import norm
 from safe_core.reuse import flat_direction, reused
 
 KINDS = [SAM(0.05), ASAM(0.5), ASAM(0.5, eta=0.0)]

@@ -29,8 +29,20 @@ def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
+def _kernels(name: str, args: Any) -> int:
+    """Return the number of kernels of an operation."""
+    lists = [found for found in args if isinstance(found, list | tuple) and len(found)]
+    lists = [found for found in lists if isinstance(found[0], Tensor)]
+    dtypes = {x.dtype for found in lists for x in found}
+    apart = name.startswith("_foreach") and "copy" not in name and len(dtypes) > 1
+    return len(lists[0]) if apart else 1
+
+
 class KernelCalls(TorchDispatchMode):
-    """Count operations that compute, each list operation once, and reads by the host.
+    """Count operations that compute, and reads by the host.
+
+    An operation on lists counts once. It counts once for every tensor where the dtypes of the lists
+    differ, because CUDA has no common kernel for them but that which copies.
 
     The host reads values by `Tensor.item`, `tolist` or `cpu`, and a number of entries where a mask
     selects them. A tensor of the host itself counts, too.
@@ -70,5 +82,5 @@ class KernelCalls(TorchDispatchMode):
         by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
         self.reads += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
         if not (func.is_view or name.startswith(_NO_KERNEL)):
-            self.counts[name] += 1
+            self.counts[name] += _kernels(name, args)
         return func(*args, **(kwargs or {}))
