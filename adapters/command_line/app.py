@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from safe_core._installed import install_command
+
 try:
     import typer
 except ModuleNotFoundError as error:
     if error.name != "typer":
         raise
     raise SystemExit(
-        'safe-core: the command line needs typer: pip install "safe-core[transformers]" to prune '
-        'transformers, "safe-core[torch,jax,study]" for studies'
+        f"safe-core: the command line needs typer: {install_command('transformers')} to prune "
+        f"transformers, {install_command('torch', 'jax', 'study')} for studies"
     ) from None
 
 from .errors import with_clear_errors

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from safe_core._installed import install_command
 from safe_core.adapters.memory_errors import lacks_memory
 
 from .output import printable
@@ -107,8 +108,10 @@ def clear_errors(
             raise  # a bug, such as a misspelled import
         if requiring and not requiring.intersection(extras):
             extras = (*extras, min(requiring))  # one that only some uses of the command need
-        install = f': pip install "{distribution}[{",".join(extras)}]"' if extras else ""
-        _fail(f"this command needs {error.name}{install}")
+        own = distribution == "safe-core"
+        install = f'pip install "{distribution}[{",".join(extras)}]"'
+        install = install_command(*extras) if own else install
+        _fail(f"this command needs {error.name}" + (f": {install}" if extras else ""))
     except (ValueError, TypeError, OSError) as error:
         _fail(_with_notes(str(error), error))
     except (RuntimeError, MemoryError) as error:

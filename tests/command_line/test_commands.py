@@ -13,6 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from safe_core._installed import install_command
 from safe_core.command_line.app import GROUP, app, build_app
 from safe_core.command_line.errors import needs
 
@@ -197,8 +198,9 @@ def raising(error: BaseException, **attributes: Any) -> typer.Typer:
 )
 def test_a_missing_package_is_named_with_the_extras(package: str, more: str) -> None:
     program = raising(ModuleNotFoundError(f"No module named {package!r}", name=package))
+    install = install_command("torch", f"study{more}")
     assert message("fail", program=program) == (
-        f'safe-core: this command needs {package}: pip install "safe-core[torch,study{more}]"\n'
+        f"safe-core: this command needs {package}: {install}\n"
     )
 
 
@@ -227,11 +229,11 @@ def test_real_commands_name_missing_packages(
     for module in ("model_folder", "perplexity"):  # which other tests imported
         monkeypatch.delitem(sys.modules, f"safe_core.command_line.{module}", raising=False)
     found = message("perplexity", tmp_path, "--text", tmp_path / "text.txt")
-    assert 'needs torch: pip install "safe-core[transformers]"' in found
+    assert 'needs torch: pip install -c constraints.txt -e ".[transformers]"' in found
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "optax", None)
     found = message("demo", "--output", tmp_path / "demo")
-    assert 'needs optax: pip install "safe-core[torch,jax,demo]"' in found
+    assert 'needs optax: pip install -c constraints.txt -e ".[torch,jax,demo]"' in found
     assert not (tmp_path / "demo").exists()
 
 

@@ -16,6 +16,7 @@ import transformers
 from command_line import SHORT, failed, refused, run
 from gguf_models import llama, write_gguf
 
+from safe_core._installed import install_command
 from safe_core.command_line.checkpoint_files import read_tensors
 from safe_core.command_line.gguf_files import gguf_metadata
 from safe_core.command_line.model_folder import load_tokenizer, read_model
@@ -148,7 +149,8 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     message = refused("perplexity", tiny, "--text", text)
-    assert f'this command needs {package}: pip install "safe-core[transformers,gguf]"' in message
+    install = install_command("transformers", "gguf")
+    assert f"this command needs {package}: {install}" in message
     assert run("inspect", tiny).exit_code == 0
     with pytest.raises(ModuleNotFoundError, match=f"a GGUF file needs {package}: pip install"):
         read_model(tiny)

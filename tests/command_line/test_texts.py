@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from command_line import SHORT, TEXT, byte_tokenizer, failed, run
 
+from safe_core._installed import install_command
 from safe_core.adapters.transformers import calibration_batches
 from safe_core.command_line.perplexity import text_tokens
 from safe_core.command_line.text_files import read_text_file
@@ -110,7 +111,8 @@ def test_parquet_files_that_are_wrong_are_named(
         assert message.count("\n") == 1
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = failed("perplexity", folder, "--text", file)
-    assert 'this command needs pyarrow: pip install "safe-core[transformers,parquet]"' in message
+    install = install_command("transformers", "parquet")
+    assert f"this command needs pyarrow: {install}" in message
     with pytest.raises(ModuleNotFoundError, match=r"data\.parquet needs pyarrow: pip install"):
         read_text_file(file)
 

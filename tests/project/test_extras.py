@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safe_core._installed import require
+from safe_core._installed import install_command, require
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -88,7 +88,7 @@ def test_a_missing_package_is_named_with_its_extra(
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
-    assert last.endswith(f' needs {missing}: pip install "safe-core[{extra}]"')
+    assert last.endswith(f" needs {missing}: {install_command(extra)}")
     names = {"ai_edge_litert": "ai-edge-litert", "torch_kirigami": "torch-kirigami"}
     named = {**names, "sklearn": "scikit-learn"}.get(missing, missing)
     assert any(line.startswith(named) for line in PROJECT["optional-dependencies"][extra])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import safe_core
+from safe_core._installed import install_command
 from safe_core.adapters import export_measurements
 from safe_core.adapters.torch import (
     SparseOptimizer,
@@ -73,7 +74,7 @@ class Unknown(nn.Module):
 @pytest.fixture
 def without_litert(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(user: str, *packages: str, extra: str) -> None:
-        raise ModuleNotFoundError(f'{user} needs ai_edge_litert: pip install "safe-core[{extra}]"')
+        raise ModuleNotFoundError(f"{user} needs ai_edge_litert: {install_command(extra)}")
 
     monkeypatch.setattr(export_measurements, "require", missing)
 
