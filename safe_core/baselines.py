@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from . import _checks
+from . import _checks, untuned
 from .channel_sam import ChannelSAM
 from .constraints import AtEnd, HardThreshold, Mask
 from .importance import Importance
 from .method import Method
-from .patterns import Channel, FractionPattern, Pattern
+from .patterns import Channel, FractionPattern, Pattern, as_pattern
 from .perturbations import GradientAscent, ball
 from .schedules import Schedule, exponential_sparsity
 from .sparsity_tables import Cubic
@@ -58,7 +58,9 @@ def magnitude(
     return Method(sparsity, AtEnd(importance_interval), importance=importance)
 
 
-def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
+def gmp(
+    sparsity: Any, *, steps: int | None = None, importance: Importance | None = None
+) -> Method:
     """Return gradual magnitude pruning (GMP), which masks more weights as training goes on.
 
     The mask is recomputed at the steps where the sparsity changes. A masked weight never
@@ -66,8 +68,13 @@ def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
 
     Parameters
     ----------
-    sparsity : Cubic, or pattern with one
-        Schedule from `safe_core.schedules.cubic` or `safe_core.schedules.linear_sparsity`.
+    sparsity : float or pattern, or Cubic or pattern with one
+        Final sparsity, with ``steps``. Otherwise a schedule from `safe_core.schedules.cubic` or
+        `safe_core.schedules.linear_sparsity`.
+    steps : int, optional
+        Number of steps of the run. The sparsity then rises along a cubic over the first half of
+        it, and over a smaller part of a long run, in the same steps as that of ``safe(sparsity,
+        steps=steps)``.
     importance : Importance, optional
         See `safe`.
 
@@ -78,7 +85,8 @@ def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
     Raises
     ------
     TypeError, ValueError
-        As `Method`, or if ``sparsity`` does not change over time.
+        As `Method`, or if ``sparsity`` does not change over time: without ``steps`` it must be a
+        schedule, and with ``steps`` it must not.
 
     References
     ----------
@@ -91,13 +99,16 @@ def gmp(sparsity: Any, *, importance: Importance | None = None) -> Method:
     >>> method = gmp(schedules.cubic(0.9, steps=1000, every=50))
     >>> [step for step in range(200) if method.is_due(step)]
     [49, 99, 149, 199]
+    >>> gmp(0.9, steps=1000).sparsity.schedule.steps
+    497
     """
-    return _gradual(Method(sparsity, Mask(), importance=importance))
+    return Method(_gradual(sparsity, steps), Mask(), importance=importance)
 
 
 def imp_sam(
     sparsity: Any,
     *,
+    steps: int | None = None,
     rho: float | Schedule = 0.1,
     importance: Importance | None = None,
     adaptive: bool = False,
@@ -106,9 +117,12 @@ def imp_sam(
 
     Parameters
     ----------
-    sparsity : Cubic, or pattern with one
-        Schedule whose ``every`` is the number of steps between two prunings. The paper uses
-        `safe_core.schedules.linear_sparsity`; `safe_core.schedules.cubic` does better.
+    sparsity : float or pattern, or Cubic or pattern with one
+        Final sparsity, with ``steps``. Otherwise a schedule whose ``every`` is the number of steps
+        between two prunings. The paper uses `safe_core.schedules.linear_sparsity`;
+        `safe_core.schedules.cubic` does better.
+    steps : int, optional
+        As for `gmp`.
     rho, importance, adaptive
         See `safe`.
 
@@ -132,18 +146,31 @@ def imp_sam(
     >>> imp_sam(schedules.linear_sparsity(0.9, steps=1000, every=250), rho=0.05).plan().perturbs
     True
     """
-    return _gradual(
-        Method(sparsity, Mask(), perturbation=ball(rho, adaptive), importance=importance)
-    )
+    rising = _gradual(sparsity, steps)
+    return Method(rising, Mask(), perturbation=ball(rho, adaptive), importance=importance)
 
 
-def _gradual(method: Method) -> Method:
-    if method.sparsity.schedule is None:
+def _gradual(sparsity: Any, steps: int | None) -> Pattern:
+    """Return a pattern whose sparsity rises, by itself or over a part of ``steps``."""
+    pattern = as_pattern(sparsity)
+    if steps is None:
+        if pattern.schedule is None:
+            raise ValueError(
+                "sparsity must change over time, as with steps= of the run or "
+                f"schedules.cubic(0.9, steps=1000), got {pattern!r}"
+            )
+        return pattern
+    _checks.integer("steps", steps, low=1)
+    if pattern.schedule is not None:
         raise ValueError(
-            "sparsity must change over time, such as schedules.cubic(0.9, steps=1000), got "
-            f"{method.sparsity!r}"
+            f"steps must be None for a sparsity that changes over time, got {steps} and {pattern!r}"
         )
-    return method
+    rising = untuned.rising(pattern, steps, untuned.interval(steps))
+    if rising.schedule is None:
+        raise ValueError(
+            f"sparsity must be a positive fraction, which can rise from 0, got {pattern!r}"
+        )
+    return rising
 
 
 def adasap(

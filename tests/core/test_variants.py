@@ -477,6 +477,13 @@ def unprojected() -> Any:
     run.optimizer.step()
 
 
+@pytest.mark.parametrize("steps", [1, 30, 5000])
+def test_gradual_pruning_of_a_run_rises_as_safe_does(steps: int) -> None:
+    rising = safe_core.safe(0.9, steps=steps).sparsity
+    assert safe_core.gmp(0.9, steps=steps) == safe_core.gmp(rising)
+    assert safe_core.imp_sam(0.9, steps=steps, rho=0.05) == safe_core.imp_sam(rising, rho=0.05)
+
+
 BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("decoupled", lambda: safe_core.admm(0.5, decoupled=1), T, "1"),
     (
@@ -490,6 +497,9 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: safe_core.imp_sam("2:4"), V, "NM("),
     ("sparsity", lambda: RECIPE.bound(safe_core.Unstructured(0.5), 9), V, "sparsity=0.5"),
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
+    ("sparsity", lambda: safe_core.gmp("2:4", steps=9), V, "NM("),
+    ("steps", lambda: safe_core.gmp(CUBIC, steps=9), V, "9 and Unstructured("),
+    ("steps", lambda: safe_core.imp_sam(0.5, steps=0), V, "0"),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
     ("interval", lambda: safe_core.cram(0.5, importance_interval=1.5), T, "1.5"),
     ("interval", lambda: safe_core.magnitude(0.5, importance_interval=0), V, "0"),
