@@ -512,13 +512,17 @@ def test_the_table_of_the_readme() -> None:
         f"{safe} accuracy; ADMM with the same schedule {admm}, gradual magnitude pruning {gmp}, "
         f"dense {dense}" in readme
     )
-    found = {}
+    runs = {}
     for line in (ROOT / "docs/smollm2_results.jsonl").read_text().splitlines():
         row = json.loads(line)
-        found[row["method"], row["sparsity"]] = row["perplexity"]
+        runs[row["method"], row["sparsity"]] = row
+    found = {key: row["perplexity"] for key, row in runs.items()}
+    run = runs["SAFE+", "0.7"]
+    tokens, epochs = run["samples"] * run["length"], run["epochs"]
     text = {name: f"{found[name, '0.7']:.1f}" for name in ("SAFE+", "ALPS", "SparseGPT", "Wanda")}
     assert (
-        f"with 70% zeros, by SAFE+ without tuning: perplexity {text['SAFE+']} on held-out text; "
+        f"with 70% zeros, by SAFE+ without tuning, from {tokens:,} tokens in {epochs} epochs: "
+        f"perplexity {text['SAFE+']} on held-out text; "
         f"ALPS {text['ALPS']}, SparseGPT {text['SparseGPT']}, Wanda {text['Wanda']}, "
         f"dense {found['Dense', '0']:.1f}" in readme
     )
