@@ -58,9 +58,7 @@ def magnitude(
     return Method(sparsity, AtEnd(importance_interval), importance=importance)
 
 
-def gmp(
-    sparsity: Any, *, steps: int | None = None, importance: Importance | None = None
-) -> Method:
+def gmp(sparsity: Any, *, steps: int | None = None, importance: Importance | None = None) -> Method:
     """Return gradual magnitude pruning (GMP), which masks more weights as training goes on.
 
     The mask is recomputed at the steps where the sparsity changes. A masked weight never

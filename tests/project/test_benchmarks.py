@@ -196,6 +196,21 @@ def test_every_kind_of_run_against_elsa_ends_sparse(method: str, tmp_path: Path)
     assert list(elsa.runs([network], options)) == []
 
 
+def test_the_dense_network_is_trained_as_long_as_the_sparse_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small_llama(256).save_pretrained(tmp_path)
+    network = replace(elsa.byte_llama(tmp_path), steps=30, predictions=2048, rates=(1e-3, 3e-3))
+    options = Namespace(
+        seed=0, sparsities=[0.5, 0.7], methods=[elsa.DENSE], results=tmp_path / "r.jsonl"
+    )
+    dense, *found = elsa.runs([network], options)
+    assert [(line["sparsity"], line["rate"]) for line in found] == [(None, 1e-3), (None, 3e-3)]
+    assert found[1]["found"]["test"] < 0.9 * dense["found"]["test"]
+    dense["found"]["test"] = 60.0
+    found[0]["found"] = {"choice": 1.0, "test": 50.0}
+    assert "(dense 60.00, fine-tuned 50.00)" in elsa.markdown([dense, *found])
+
+
 def test_documentation_comes_from_different_files() -> None:
     seen, held_out = corpus.documentation(False), corpus.documentation(True)
     assert len(seen) > 5 * len(held_out) > 100_000
