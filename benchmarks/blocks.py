@@ -153,7 +153,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     methods = [m for m in METHODS if m != "ALPS" and any(key[2] == m for key in found)]
     cells = list(dict.fromkeys(key[:2] for key in found))
     rows = [
-        f"| model | sparsity | ALPS | {' | '.join(methods)} |",
+        f"| model | sparsity | ALPS, error | {' | '.join(methods)} |",
         f"| --- | --- | ---: |{' ---: |' * len(methods)}",
     ]
     ratios: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
