@@ -86,7 +86,7 @@ def save_compressed(
 
 
 def _check(argument: str, name: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
+    dtype: Any = getattr(leaf, "dtype", None)
     extended = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
     if dtype is None or extended or jnp.dtype(dtype) not in _CODES:
         is_key = extended and jnp.issubdtype(dtype, jax.dtypes.prng_key)
