@@ -14,7 +14,7 @@ from .coverage import DenseWeightWarning
 from .method import Method
 from .patterns import FixedZeros
 
-__all__ = ["check_own_zeros", "has_zero"]
+__all__ = ["check_own_zeros", "has_zero", "warn_without_zeros"]
 
 
 def has_zero(x: Array) -> bool:
@@ -70,13 +70,42 @@ load the pruned weights, not the dense ones
     own = {key: x for key, x in pairs if isinstance(method.sparsity.of(key), FixedZeros)}
     if not own or any(map(contains_zero, own.values())):
         return
-    first = next(iter(own))
-    rest = f" and {len(own) - 1:,} more" if len(own) > 1 else ""
     if method.plan().perturbs:
-        text = f"keep_zeros() found no zeros in {first}{rest}, so these weights stay dense"
-        warnings.warn(text, DenseWeightWarning, stacklevel=level_of_caller())
+        _warn("keep_zeros()", tuple(own))
         return
     raise ValueError(
-        f"keep_zeros() needs a weight with zeros before the first step, got none in {first}{rest}: "
-        "load the pruned weights, not the dense ones"
+        "keep_zeros() needs a weight with zeros before the first step, got none in "
+        f"{_counted(tuple(own))}: load the pruned weights, not the dense ones"
     )
+
+
+def warn_without_zeros(user: str, names: Sequence[str], params: Sequence[Array]) -> None:
+    """Warn if no weight has a zero, of those whose zeros a function keeps.
+
+    Parameters
+    ----------
+    user : str
+        The function, for the message.
+    names, params : sequence
+        Names and values of the sparse parameters.
+
+    Warns
+    -----
+    DenseWeightWarning
+
+    Examples
+    --------
+    >>> import numpy
+    >>> warn_without_zeros("fixed_support", ["w"], [numpy.zeros(2)])
+    """
+    if names and not any(map(has_zero, params)):
+        _warn(user, names)
+
+
+def _warn(user: str, names: Sequence[str]) -> None:
+    text = f"{user} found no zeros in {_counted(names)}, so these weights stay dense"
+    warnings.warn(text, DenseWeightWarning, stacklevel=level_of_caller())
+
+
+def _counted(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")

@@ -11,15 +11,21 @@ import optax
 
 from safe_core import Layout, Method, _checks
 
+from .nnx_trees import is_nnx_state
+
 __all__ = [
     "check_arguments",
     "check_base",
     "check_base_state",
     "check_grad_fn",
     "check_number",
+    "gradients_by",
     "is_static_zero",
     "refuse_averaging",
+    "way_to_grad_fn",
 ]
+
+PyTree = Any
 
 
 def check_base(base: Any) -> None:
@@ -86,17 +92,51 @@ def is_static_zero(rho: Any) -> bool:
     return isinstance(rho, (int, float)) and rho == 0
 
 
-def check_grad_fn(grad_fn: Any) -> None:
-    """Raise unless ``grad_fn`` is a function."""
+def check_grad_fn(grad_fn: Any, params: PyTree, plan: Any, *, second_order: bool) -> None:
+    """Raise unless ``grad_fn`` is a function, or the step does not call it."""
+    if plan.perturbs:
+        reason = "the method also takes the gradient at perturbed parameters"
+    elif plan.projected:
+        reason = "the method also takes the gradient at projected parameters"
+    elif second_order:
+        reason = "base multiplies by the Hessian, which is the derivative of grad_fn"
+    else:
+        return
     if grad_fn is None:
         raise ValueError(
-            "grad_fn must be passed to update(grads, state, params, grad_fn=...), a "
-            "function of params to gradients, because the method has rho > 0 or takes a gradient "
-            "at projected parameters, or base needs Hessian products, got None; a wrapper that "
-            "passes no extra arguments on, such as optax.lookahead, cannot hold sparse_optimizer"
+            "grad_fn must be passed to update(grads, state, params, grad_fn=...), a function of "
+            f"params to gradients, because {reason}, got None; {way_to_grad_fn(params)}"
         )
     if not callable(grad_fn):
         raise TypeError(f"grad_fn must be a function of params to gradients, got {type(grad_fn)!r}")
+
+
+def way_to_grad_fn(params: PyTree) -> str:
+    """Return how to get ``grad_fn`` and pass it, as the end of a sentence."""
+    if is_nnx_state(params):
+        return (
+            "nnx_value_and_gradients(loss_fn)(model, batch) of safe_core.adapters.jax.flax "
+            "returns it"
+        )
+    return (
+        "value_and_gradients(loss_fn)(params, batch) returns it. Flax's TrainState does not pass "
+        "it on, so use SparseTrainState.apply_gradients(grads=..., grad_fn=...) of "
+        "safe_core.adapters.jax.flax; nor do some wrappers, such as optax.lookahead"
+    )
+
+
+def gradients_by(grad_fn: Any, point: PyTree) -> PyTree:
+    """Return ``grad_fn(point)``, and say what it gets if it fails on a state of NNX."""
+    try:
+        return grad_fn(point)
+    except Exception as error:
+        if is_nnx_state(point):
+            error.add_note(
+                "grad_fn is called with an nnx.State of the parameters, not with the module. "
+                "nnx_value_and_gradients(loss_fn)(model, batch) of safe_core.adapters.jax.flax "
+                "returns a grad_fn that takes a state."
+            )
+        raise
 
 
 def check_arguments(

@@ -15,6 +15,7 @@ from safe_core import _checks
 from safe_core.compressed import CompressedFiles, RawTensor, read_compressed, write_compressed
 from safe_core.tensor_files import DTYPES
 
+from .leaves import WITHOUT_KEYS
 from .weights import name_of
 
 __all__ = ["load_compressed", "raw_array", "save_compressed"]
@@ -40,8 +41,9 @@ def save_compressed(
     Parameters
     ----------
     params : pytree of arrays
-        Variables of Flax, ``nnx.state(model)``, or the result of `to_torch_names`, which PyTorch
-        can load. Arrays are named by their paths, such as ``Dense_0/kernel``.
+        Variables of Flax, ``nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))``, or the result
+        of `to_torch_names`, which PyTorch can load. Arrays are named by their paths, such as
+        ``Dense_0/kernel``.
     path : path
         The file, whose name ends in ``.safetensors``.
     max_shard_size : int, optional
@@ -78,14 +80,21 @@ def save_compressed(
         name = name_of(at)
         if name in raw:
             raise ValueError(f"params must have different paths, got two arrays named {name!r}")
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended) or dtype not in _CODES:
-            raise TypeError(
-                f"params must hold arrays with dtypes of safetensors files, got "
-                f"{_checks.shown(leaf) if dtype is None else dtype} for {name}"
-            )
+        _check("params", name, leaf)
         raw[name] = raw_array(leaf)
     return write_compressed(Path(path), raw, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def _check(argument: str, name: str, leaf: Any) -> None:
+    dtype: Any = getattr(leaf, "dtype", None)
+    extended = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+    if dtype is None or extended or jnp.dtype(dtype) not in _CODES:
+        is_key = extended and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        raise TypeError(
+            f"{argument} must hold arrays with dtypes of safetensors files, got "
+            f"{_checks.shown(leaf) if dtype is None else dtype} for {name}"
+            + (f": keep keys out ({WITHOUT_KEYS})" if is_key else "")
+        )
 
 
 def raw_array(x: Any) -> RawTensor:
@@ -113,6 +122,8 @@ def load_compressed(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     ------
     FileNotFoundError
         If there is no such file or folder.
+    TypeError
+        If a leaf of ``like`` has a dtype that safetensors files do not hold.
     ValueError
         If the file is damaged or cut off, or is not compressed, or if an array is missing, left
         over, or of another shape or dtype.
@@ -125,13 +136,15 @@ def load_compressed(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     >>> load_compressed(path, like=jax.eval_shape(lambda: {"w": jnp.zeros(2)}))["w"].tolist()
     [1.0, 1.0]
     """
+    named = [(name_of(at), x) for at, x in jax.tree_util.tree_leaves_with_path(like)]
+    for name, wanted in named:
+        _check("like", name, wanted)
     held = read_compressed(Path(path))
     leaves = []
-    for at, wanted in jax.tree_util.tree_leaves_with_path(like):
-        name = name_of(at)
+    for name, wanted in named:
         raw = held.pop(name, None)
         given = "none" if raw is None else f"{raw.dtype} of shape {raw.shape}"
-        asked = f"{_CODES.get(np.dtype(wanted.dtype))} of shape {tuple(wanted.shape)}"
+        asked = f"{_CODES[np.dtype(wanted.dtype)]} of shape {tuple(wanted.shape)}"
         if raw is None or given != asked:
             raise ValueError(
                 f"the file must hold {name!r} as {asked}, as like= has it, got {given}"

@@ -13,6 +13,7 @@ from safe_core.finalization import Finalized, describe, measure
 from safe_core.projection import apply_support
 
 from .importance import placed
+from .nnx_trees import as_pure
 from .state import (
     Layouts,
     SparseOptimizerState,
@@ -87,12 +88,15 @@ class FinalProjection(NamedTuple):
         Support of the sparse leaves.
     step : int32 scalar
         Number of steps taken.
+    treedef
+        Structure of the parameters as they were passed, which may hold variables of NNX.
     """
 
     tree: SparseTree
     leaves: list[Any]
     support: list[Any]
     step: Any
+    treedef: Any
 
     @property
     def values(self) -> list[Any]:
@@ -100,8 +104,9 @@ class FinalProjection(NamedTuple):
         return [self.leaves[i] for i in self.tree.indices]
 
     def result(self) -> PyTree:
-        """Return the projected parameters."""
-        return self.tree.replaced(self.leaves, apply_support(self.values, self.support))
+        """Return the projected parameters, in the structure that was passed."""
+        found = self.tree.replaced(self.leaves, apply_support(self.values, self.support))
+        return self.treedef.unflatten(jax.tree.leaves(found))
 
     def describe(self) -> Finalized | None:
         """Return what the projection removes, or None if traced; refuse NaN and infinity."""
@@ -129,7 +134,8 @@ def final_projection(
     if not isinstance(method, Method):
         raise TypeError(f"method must be a safe_core.Method, got {method!r}")
     _checks.flag("select_on_host", select_on_host)
-    ours = find_state(state)
+    given = jax.tree.structure(params)
+    params, ours = as_pure(params), as_pure(find_state(state))
     tree = trained_tree(params, ours, method, layout)
     values = tree.sparse(params)
     if isinstance(importance, str) and importance == LAST:
@@ -139,7 +145,7 @@ def final_projection(
     with selecting_on_host(select_on_host):
         check_layout(split_of(ours, tree).support, method, tree)
         support = method.support_at(values, tree.info, None, metric)
-    return FinalProjection(tree, tree.leaves(params), support, ours.step)
+    return FinalProjection(tree, tree.leaves(params), support, ours.step, given)
 
 
 def last_metric(method: Method, state: SparseOptimizerState, tree: SparseTree) -> Any:

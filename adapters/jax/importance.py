@@ -15,6 +15,7 @@ from safe_core.importance import Computed, Given, Importance, hutchinson
 from safe_core.layout import place_importance
 
 from .leaves import check_arrays, check_differentiable, difference
+from .nnx_trees import as_pure
 from .tree import SparseTree, is_function, is_masked
 
 __all__ = [
@@ -172,7 +173,7 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
     """Return P of each sparse leaf, checked and with its axes."""
     names = tree.info.names
     try:
-        given = tree.sparse(importance)
+        given = [as_pure(p) for p in tree.sparse(importance)]
     except (ValueError, TypeError):
         if not (isinstance(importance, Mapping) and set(importance) & set(names)):
             raise ValueError(

@@ -14,6 +14,7 @@ from safe_core import _checks
 from .weights import name_of
 
 __all__ = [
+    "WITHOUT_KEYS",
     "check_arrays",
     "check_differentiable",
     "check_gradient",
@@ -28,6 +29,7 @@ _FILTER = (
     "pass a tree of arrays alone, such as eqx.filter(model, eqx.is_inexact_array) of an Equinox "
     "module"
 )
+WITHOUT_KEYS = "for NNX, pass nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))"
 
 
 def check_arrays(argument: str, named: Sequence[tuple[str, Any]]) -> None:
@@ -45,7 +47,7 @@ def check_arrays(argument: str, named: Sequence[tuple[str, Any]]) -> None:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"{argument} must hold numeric arrays, got a PRNG key at {name or 'the root'}: "
-                "keep keys out, or store jax.random.key_data of them"
+                f"keep keys out ({WITHOUT_KEYS}), or store jax.random.key_data of them"
             )
 
 

@@ -16,6 +16,7 @@ from safe_core.schedules import Constant
 
 from .arguments import check_number
 from .evaluation import last_metric
+from .nnx_trees import as_pure
 from .state import check_anchor, check_layout, find_state, split_of, trained_tree
 from .transform import at_step
 
@@ -44,6 +45,7 @@ def report(
     Parameters
     ----------
     params : pytree
+        A state of Flax NNX may hold its variables or plain arrays, and ``evaluate`` gets the same.
     state : pytree
         An optimizer state that contains one `SparseOptimizerState`, possibly nested.
     method : Method
@@ -90,9 +92,10 @@ def report(
         _checks.integer("steps", steps, low=1)
     if evaluate is not None and not callable(evaluate):
         raise TypeError(f"evaluate must be a function of the parameters, got {evaluate!r}")
-    ours = find_state(state)
-    tree = trained_tree(params, ours, method, layout)
-    values = tree.sparse(params)
+    given: Any = jax.tree.structure(params)
+    plain, ours = as_pure(params), as_pure(find_state(state))
+    tree = trained_tree(plain, ours, method, layout)
+    values = tree.sparse(plain)
     check_anchor(ours, method)
     split = split_of(ours, tree)
     check_layout(split.support, method, tree)
@@ -114,8 +117,8 @@ def report(
     if evaluate is None:
         return _Report(ours.step, rows, course=course)
     dense = _number(evaluate(params))
-    projected = tree.replaced(tree.leaves(params), apply_support(values, compared[2]))
-    sparse = _number(evaluate(projected))
+    projected = tree.replaced(tree.leaves(plain), apply_support(values, compared[2]))
+    sparse = _number(evaluate(given.unflatten(jax.tree.leaves(projected))))
     return _Report(ours.step, rows, dense, sparse, course)
 
 

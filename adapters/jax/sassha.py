@@ -20,6 +20,7 @@ from safe_core.backends import backend_of
 from safe_core.random_numbers import check_seed, rademacher
 from safe_core.sassha import SasshaRule, check_number, estimates
 
+from .arguments import gradients_by, way_to_grad_fn
 from .leaves import check_arrays, check_gradient, flag_of
 from .tree import NamedLeaves, is_function, is_masked, leaves_like
 
@@ -178,7 +179,7 @@ def sassha(
             raise ValueError("params must be passed to update(grads, state, params), got None")
         rule = rule_at(state.count)
         if hessian_product is None:
-            _check_grad_fn(grad_fn)
+            _check_grad_fn(grad_fn, params)
         elif rule.perturbs:
             raise ValueError(
                 "rho of sassha must be the number 0 under sparse_optimizer, whose method perturbs, "
@@ -195,7 +196,8 @@ def sassha(
             return leaves
 
         def gradient_at(point: Leaves) -> Leaves:
-            found = read("what grad_fn returns", grad_fn(tree.treedef.unflatten(point)))  # type: ignore[misc]
+            moved = tree.treedef.unflatten(point)
+            found = read("what grad_fn returns", gradients_by(grad_fn, moved))
             return [g.astype(p.dtype) for g, p in zip(found, x, strict=True)]
 
         point = x
@@ -271,11 +273,12 @@ def _named(params: PyTree) -> NamedLeaves:
     return tree
 
 
-def _check_grad_fn(grad_fn: Any) -> None:
+def _check_grad_fn(grad_fn: Any, params: PyTree) -> None:
     if not callable(grad_fn):
         raise (ValueError if grad_fn is None else TypeError)(
             "grad_fn must be passed to update(grads, state, params, grad_fn=...), a function of "
-            f"params to gradients, because sassha differentiates it, got {_checks.shown(grad_fn)}"
+            f"params to gradients, because sassha differentiates it, got {_checks.shown(grad_fn)}; "
+            f"{way_to_grad_fn(params)}"
         )
 
 

@@ -10,6 +10,7 @@ import optax
 
 from safe_core.arguments import refuse_filled
 from safe_core.constraints.base import select_support
+from safe_core.own_zeros import warn_without_zeros
 from safe_core.patterns import as_pattern
 
 from .arguments import check_base, check_base_state
@@ -62,6 +63,11 @@ def fixed_support(
     TypeError, ValueError
         If ``base`` is not a transformation, no leaf is sparse, or ``params`` is missing.
 
+    Warns
+    -----
+    DenseWeightWarning
+        If ``init`` gets ``params`` without zeros, which would train dense.
+
     Examples
     --------
     >>> tx = fixed_support(optax.adamw(0.1))
@@ -80,6 +86,7 @@ def fixed_support(
         support = [x != 0 for x in tree.sparse(params)]
         base_state = inner.init(params)
         check_base_state(base_state)
+        warn_without_zeros("fixed_support", tree.info.names, tree.sparse(params))
         return FixedSupportState(base_state, tree.masked(support))
 
     def update(

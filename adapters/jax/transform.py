@@ -25,6 +25,7 @@ from .arguments import (
     check_arguments,
     check_base_state,
     check_grad_fn,
+    gradients_by,
     is_static_zero,
     refuse_averaging,
 )
@@ -198,12 +199,11 @@ def sparse_optimizer(
         check_update(state, method, importance, params, tree, reuses=plan.reuses)
         gradients = tree.gradients("updates", updates, params)
         second_order = needs_product(state.base)
-        if plan.perturbs or plan.projected or second_order:
-            check_grad_fn(grad_fn)
+        check_grad_fn(grad_fn, params, plan, second_order=second_order)
 
         def gradients_at(leaves: list[Any]) -> list[Any]:
             point = tree.treedef.unflatten(leaves)
-            return tree.gradients("what grad_fn returns", grad_fn(point), params)  # type: ignore[misc]
+            return tree.gradients("what grad_fn returns", gradients_by(grad_fn, point), params)
 
         base_state = state.base
 
@@ -300,7 +300,7 @@ def finalize(
     Parameters
     ----------
     params : pytree
-        Parameters after the last step.
+        Parameters after the last step. A state of Flax NNX may hold its variables or plain arrays.
     state : pytree
         An optimizer state that contains one `SparseOptimizerState`, possibly nested.
     method : Method
@@ -316,7 +316,7 @@ def finalize(
     Returns
     -------
     pytree
-        The projected ``params``, exactly sparse.
+        The projected ``params``, exactly sparse, with variables if ``params`` has them.
 
     Raises
     ------

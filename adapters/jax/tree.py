@@ -23,6 +23,7 @@ from .leaves import (
     difference,
     flag_of,
 )
+from .nnx_trees import as_pure
 from .weights import is_prunable, known_layouts, name_of, owner_of
 
 __all__ = [
@@ -67,6 +68,11 @@ class NamedLeaves(NamedTuple):
             return [is_prunable(*leaf, owner) for leaf, owner in pairs]
         if is_function(where):
             flags = [where(*leaf) for leaf in self.named]
+        elif isinstance(where, str):
+            raise TypeError(
+                f"where must be a list of paths, a function or a pytree of bool, got the string "
+                f"{where!r}: pass [{where!r}] to select one leaf"
+            )
         elif (listed := as_names(where)) is not None:
             # Users who pass all variables of Flax may leave out the collection, as in layout=.
             paths = {name: name if name in self.names else f"params/{name}" for name in listed}
@@ -244,13 +250,18 @@ def is_masked(node: Any) -> bool:
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
     """Return the leaves of a tree; raise unless it has the structure of the parameters."""
     try:
-        return list(treedef.flatten_up_to(tree))
+        return [as_pure(leaf) for leaf in treedef.flatten_up_to(tree)]
     except (ValueError, TypeError):
         # JAX's own message would print every array.
         params = treedef.unflatten([0] * treedef.num_leaves)
-        raise ValueError(
-            f"{argument} must have the structure of params, but {difference(params, tree)}"
-        ) from None
+        text = f"but {difference(params, tree)}"
+        if isinstance(tree, tuple) and any(_fits(part, treedef) for part in tree):
+            text = "got a tuple such as (value, gradients): pass or return the gradients only"
+        raise ValueError(f"{argument} must have the structure of params, {text}") from None
+
+
+def _fits(tree: PyTree, treedef: Any) -> bool:
+    return treedef in (jax.tree.structure(tree), jax.tree.structure(as_pure(tree)))
 
 
 def is_sparse_in(held: PyTree) -> PyTree:

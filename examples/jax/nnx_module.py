@@ -58,7 +58,7 @@ def main() -> None:
         for batch in batches(train, epoch):
             step(model, optimizer, batch)
     nnx_finalize(model, optimizer, method)
-    check_sparsity(nnx.as_pure(nnx.state(model, nnx.Param)), 0.9)
+    check_sparsity(nnx.state(model, nnx.Param), 0.9)
     images = (images for images, _ in batches(train, 0))
     nnx_recalibrate(model, lambda model, images: model(images), images, samples=1000)
     model.eval()

@@ -14,7 +14,7 @@ from .graph import Graph, Operation
 from .process import ranges
 from .quantization import Range, quantize
 from .report import LayerFormat
-from .sparsity import apply_formats, kernel_format
+from .sparsity import BLOCKS, apply_formats, block_density, kernel_format, largest_density
 
 __all__ = [
     "DENSE",
@@ -119,7 +119,9 @@ def built(graph: Graph, chosen: dict[int, str], measured: dict[int, Range] | Non
         if id(op) in formats and op.kind == "CONV_2D":
             _make_linear(op)
     apply_formats(new, formats)
-    return Candidate(serialized(new).content, _layers(new, formats))
+    return Candidate(
+        serialized(new).content, _layers(new, formats, "float32" if measured is None else "int8")
+    )
 
 
 def _renewed(
@@ -149,7 +151,7 @@ def _make_linear(op: Operation) -> None:
     op.options = {"keepNumDims": True, "fusedActivationFunction": fused}
 
 
-def _layers(graph: Graph, formats: dict[int, str]) -> tuple[LayerFormat, ...]:
+def _layers(graph: Graph, formats: dict[int, str], weights: str) -> tuple[LayerFormat, ...]:
     made = graph.producers()
     found = []
     for op in graph.operations:
@@ -166,5 +168,14 @@ def _layers(graph: Graph, formats: dict[int, str]) -> tuple[LayerFormat, ...]:
         name = formats.get(id(op), "dense" if packed is None else "packed")
         zeros = 1 - np.count_nonzero(weight.data) / max(weight.size, 1)
         shape = weight.data.shape  # not that of the convolution that a packed linear layer becomes
-        found.append(LayerFormat(op.source, shape, float(zeros), name, size, weight.data.nbytes))
+        sizes = size, weight.data.nbytes
+        facts = _blocks(weight.data, op.output.size, weights) if len(shape) == 2 else ()
+        found.append(LayerFormat(op.source, shape, float(zeros), name, *sizes, *facts))
     return tuple(found)
+
+
+def _blocks(weight: Array, outputs: int, weights: str) -> tuple[float, float]:
+    """Return the share of zero blocks, and that from which a kernel can be faster."""
+    block, rows = BLOCKS[weights], outputs // weight.shape[0]
+    zeros = 0.0 if weight.shape[1] % block else 1 - block_density(weight, block)
+    return zeros, 1 - largest_density(weights, rows)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from safe_core._readable import readable_bytes, readable_number
 
 from .report import LayerFormat
-from .sparsity import BLOCKS, CSR
+from .sparsity import BLOCKS, CSR, LARGEST_DENSITY
 
 __all__ = ["notes"]
 
 _MANY = 0.5  # fewer zeros save nothing in any format
 _NAMED = 4
+_BLOCKED = 0.9  # zeros are in blocks if at least this part of them is in blocks of zeros alone
 
 
 def notes(
@@ -56,12 +57,13 @@ def notes(
             "machine, so the file "
             'computes dense; pass compute="sparse" for another machine.'
         )
-    elif linear:
+    elif compute == "dense" and linear:
         found.append(
-            f"{_named(linear)} computed dense, since {_their(linear)} zeros are not in blocks of "
-            f"1x{block}, or too few: they make the file smaller ({_sizes(linear)}), not faster. "
-            f"Train with Block((1, {block}), ...) for both."
+            f'{_named(linear)} computed dense, since compute="dense" asks for it: zeros make the '
+            f"file smaller ({_sizes(linear)}), not faster."
         )
+    else:
+        found += _causes(linear, block, compute)
     if windows:
         found.append(
             f"{_named(windows)} computed dense, since the runtime has no kernel that skips zeros "
@@ -78,6 +80,35 @@ def notes(
     return tuple(found)
 
 
+def _causes(layers: Sequence[LayerFormat], block: int, compute: str) -> list[str]:
+    """Return why linear layers are computed dense, one line for layers with the same reason."""
+    by_cause: dict[tuple[str, str], list[LayerFormat]] = {}
+    for layer in layers:
+        by_cause.setdefault(_cause(layer, block, compute), []).append(layer)
+    return [
+        f"{_named(found)} computed dense, since {cause}: zeros make the file smaller "
+        f"({_sizes(found)}), not faster.{advice}"
+        for (cause, advice), found in by_cause.items()
+    ]
+
+
+def _cause(layer: LayerFormat, block: int, compute: str) -> tuple[str, str]:
+    """Return why no kernel skips the zeros of a linear layer, and a sentence of advice or ""."""
+    needed = 1 - LARGEST_DENSITY if compute == "sparse" else layer.needed_zeros
+    if layer.shape[1] % block:
+        return f"{block} does not divide the number of inputs, {layer.shape[1]}", ""
+    if layer.zero_blocks >= _BLOCKED * layer.sparsity:
+        return (
+            f"skipping blocks of 1x{block} is seldom faster with fewer than {needed:.0%} zeros",
+            ' Raise the sparsity, or pass compute="sparse" to skip them all the same.',
+        )
+    also = "" if layer.sparsity >= needed else f" and at least {needed:.0%} zeros"
+    return (
+        f"the zeros are not in blocks of 1x{block}",
+        f" Train with Block((1, {block}), ...){also} for both.",
+    )
+
+
 def _is_linear(layer: LayerFormat) -> bool:
     return len(layer.shape) == 2
 
@@ -87,10 +118,6 @@ def _named(layers: Sequence[LayerFormat]) -> str:
     more = len(layers) - len(names)
     text = ", ".join(names) + (f" and {more} more" if more else "")
     return f"{text} {'is' if len(layers) == 1 else 'are'}"
-
-
-def _their(layers: Sequence[LayerFormat]) -> str:
-    return "its" if len(layers) == 1 else "their"
 
 
 def _sizes(layers: Sequence[LayerFormat]) -> str:

@@ -31,6 +31,11 @@ class LayerFormat(NamedTuple):
         without zeros and computed dense. ``"dense"``: stored and computed dense.
     size, dense_size : int
         Bytes of the weights in the file, and of the same weights stored dense.
+    zero_blocks : float
+        Share of the blocks that a kernel can skip, 1x4 (float32) or 1x16 (int8), which are all
+        zero; 0 for layers without such a kernel.
+    needed_zeros : float
+        Share of zero blocks from which such a kernel can be faster.
     """
 
     name: str
@@ -39,6 +44,8 @@ class LayerFormat(NamedTuple):
     format: str
     size: int
     dense_size: int
+    zero_blocks: float = 0.0
+    needed_zeros: float = 0.0
 
     @property
     def skips_zeros(self) -> bool:

@@ -14,11 +14,13 @@ __all__ = [
     "BLOCKS",
     "CSR",
     "DENSE",
+    "LARGEST_DENSITY",
     "PACKED",
     "apply_formats",
     "block_density",
     "compress",
     "kernel_format",
+    "largest_density",
     "smallest",
 ]
 
@@ -39,6 +41,9 @@ _WORTH_TRYING = {
     "int8": ((1, 0.3), (8, 0.15), (math.inf, 0.06)),
     CSR: ((8, 0.06), (math.inf, 0.03)),
 }
+LARGEST_DENSITY = 0.75
+"""Share of blocks that are not zero, up to which a kernel skips zeros if the user asks for it."""
+
 # Zeros are in blocks if so much of the blocks that are not zero is not zero.
 _FILLED = 0.5
 _STORED = (16, 4, 1)
@@ -93,15 +98,23 @@ def kernel_format(weight: Array, rows: int, kind: str, *, always: bool = False) 
     block, single = BLOCKS[kind], block_density(weight, 1)
     if weight.shape[1] % block == 0:
         density = block_density(weight, block)
+        limit = LARGEST_DENSITY if always else largest_density(kind, rows)
         in_blocks = single >= _FILLED * density
-        if in_blocks and density <= (0.75 if always else _largest_density(kind, rows)):
+        if in_blocks and density <= limit:
             return f"1x{block}"
-    if kind == "float32" and single <= _largest_density(CSR, rows):
+    if kind == "float32" and single <= largest_density(CSR, rows):
         return CSR
     return None
 
 
-def _largest_density(kind: str, rows: int) -> float:
+def largest_density(kind: str, rows: int) -> float:
+    """Return the share of blocks that are not zero, up to which a kernel can be faster.
+
+    Examples
+    --------
+    >>> largest_density("float32", 1), largest_density("float32", 64)
+    (0.35, 0.15)
+    """
     return next(density for limit, density in _WORTH_TRYING[kind] if rows <= limit)
 
 

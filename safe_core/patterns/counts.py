@@ -28,10 +28,11 @@ def whole_units(
     ``advised`` is the pattern that would leave the tail dense, for the message.
     """
     if size % unit and ragged == "error":
-        way = "" if advised is None else f"pass sparsity={advised!r} to leave its tail dense, or "
+        left = "its tail" if size > unit else "it"
+        way = "" if advised is None else f"pass sparsity={advised!r} to leave {left} dense, or "
         raise ValueError(
-            f"the {role} axis of {name} has {size} entries, which {unit} does not divide; {way}"
-            "leave the array out"
+            f"the {role} axis of {name} has {size} entr{'y' if size == 1 else 'ies'}, which {unit} "
+            f"does not divide; {way}leave the array out with where="
         )
     return size - size % unit
 

@@ -252,7 +252,7 @@ def test_a_report_names_a_file_that_computes_dense_and_wraps_its_notes() -> None
         "  this file (computes dense int8)  1 ms",
         "  dense float32                    2 ms, 2 times this file",
     ]
-    assert lines[6].startswith("'0' (90% zeros) is computed dense, since its zeros are not in")
+    assert lines[6].startswith("'0' (90% zeros) is computed dense, since the zeros are not in")
     assert 80 < len(lines[6]) <= 100
     assert " ".join(lines[6:]) == found[0]
 

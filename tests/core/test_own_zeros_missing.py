@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import safe_core
-from safe_core.adapters.optax import sparse_optimizer
+from safe_core.adapters.optax import fixed_support, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 from safe_core.step_state import start
 
@@ -135,3 +135,12 @@ def test_perturbing_methods_warn() -> None:
     step(model, optimizer)  # once
     with pytest.warns(safe_core.DenseWeightWarning, match="found no zeros in"):
         sparse_optimizer(optax.sgd(0.1), method).init(in_jax(sparse=False))
+
+
+def test_a_fixed_support_of_dense_weights_warns() -> None:
+    fine = fixed_support(optax.sgd(0.1))
+    with pytest.warns(safe_core.DenseWeightWarning, match="^fixed_support found no zeros") as seen:
+        fine.init(in_jax(sparse=False))
+    assert seen[0].filename == __file__
+    fine.init(in_jax(sparse=True))
+    jax.eval_shape(fine.init, in_jax(sparse=False))  # has no values to read

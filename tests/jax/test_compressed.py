@@ -14,7 +14,7 @@ from flax import nnx
 
 import safe_core
 from safe_core.adapters.jax import load_compressed, save_compressed
-from safe_core.adapters.jax.flax import to_torch_names
+from safe_core.adapters.jax.flax import save_safetensors, to_torch_names
 from safe_core.adapters.torch import load_compressed as load_in_torch
 
 
@@ -65,6 +65,21 @@ def test_another_structure_is_refused(like: Any, message: str, tmp_path: Path) -
     save_compressed({"w": jnp.ones(2, "float32")}, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=message):
         load_compressed(tmp_path / "m.safetensors", like=like)
+
+
+def test_a_module_with_dropout_is_told_to_keep_its_keys_out(tmp_path: Path) -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs))
+    way = r"nnx\.state\(model, nnx\.Any\(nnx\.Param, nnx\.BatchStat\)\)"
+    path = tmp_path / "m.safetensors"
+    for save in (save_compressed, save_safetensors):
+        with pytest.raises(TypeError, match=rf"rngs/key: keep keys out .*{way}"):
+            save(nnx.state(model), path)
+    weights = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    save_safetensors(weights, path)
+    save_compressed(weights, path)
+    with pytest.raises(TypeError, match=rf"^like must .*rngs/key: keep keys out .*{way}"):
+        load_compressed(path, like=nnx.state(model))
 
 
 @pytest.mark.parametrize("leaf", [jax.random.key(0), 1.0, np.ones(2, "complex128"), "text"])

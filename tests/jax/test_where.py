@@ -55,6 +55,8 @@ def test_paths_choose_exactly() -> None:
     assert names(support(["a/kernel"], {"params": PARAMS})["params"]) == ["a/kernel"]
     with pytest.raises(ValueError, match=r"parameters, such as a/bias, .*got 'c/kernel'"):
         support(["c/kernel"])
+    with pytest.raises(TypeError, match=r"^where must be a list of paths, .*pass \['a/kernel'\]"):
+        support("a/kernel")
 
 
 def test_a_pattern_of_two_roles_says_to_leave_a_bias_out() -> None:
