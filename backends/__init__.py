@@ -104,7 +104,10 @@ class Backend(Protocol):
         """
 
     def widened(self, arrays: Sequence[Array]) -> list[Array]:
-        """Return arrays of 16 bits in float32, and others as they are."""
+        """Return arrays of less than 32 bits in float32, detached, and others as they are.
+
+        The byte order of a result is that of the machine.
+        """
 
     def has_bfloat16(self) -> bool:
         """Return whether the library has bfloat16, which `stochastic_bfloat16` needs."""

@@ -65,7 +65,7 @@ def elementwise(
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of 16 bits in float32, cast by one kernel, and others as they are."""
+    """Return tensors of less than 32 bits in float32, cast by one kernel; others as they are."""
     found, targets, sources = [], [], []
     for x in tensors:
         if x.element_size() > 2:

@@ -152,19 +152,19 @@ def _gradual(sparsity: Any, steps: int | None) -> Pattern:
     """Return a pattern whose sparsity rises, by itself or over a part of ``steps``."""
     pattern = as_pattern(sparsity)
     if steps is None:
-        if pattern.schedule is None:
+        if not pattern.changes:
             raise ValueError(
                 "sparsity must change over time, as with steps= of the run or "
                 f"schedules.cubic(0.9, steps=1000), got {pattern!r}"
             )
         return pattern
     _checks.integer("steps", steps, low=1)
-    if pattern.schedule is not None:
+    if pattern.changes:
         raise ValueError(
             f"steps must be None for a sparsity that changes over time, got {steps} and {pattern!r}"
         )
     rising = untuned.rising(pattern, steps, untuned.interval(steps))
-    if rising.schedule is None:
+    if not rising.changes:
         raise ValueError(
             f"sparsity must be a positive fraction, which can rise from 0, got {pattern!r}"
         )

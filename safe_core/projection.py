@@ -202,16 +202,7 @@ def _select(
         for x, layout, name in zip(arrays, layouts, names, strict=True)
     ]
     groups = _groups(arrays, importance, resolved, names, pattern)
-    # Names of stacks stand in errors only, and what could raise them is checked before.
-    masks = _select_each(
-        [stacked(arrays, members) for members in groups],
-        [stacked(importance, members) for members in groups],
-        [resolved[m[0]] if len(m) == 1 else with_batch_axis(resolved[m[0]]) for m in groups],
-        [names[members[0]] for members in groups],
-        pattern,
-        step,
-        groups,
-    )
+    masks = _select_each(arrays, importance, resolved, names, pattern, step, groups)
     return apart(masks, groups)
 
 
@@ -225,8 +216,8 @@ def _groups(
     """Return lists of the positions of arrays that are pruned as one stack."""
     # Arrays whose entries compete by magnitude need no score of their own, nor a stack.
     scored = pattern.ranks == "units" or pattern.counts_in_tensors or importance[0] is not None
-    stacks = scored if pattern.joint else not pattern.couples_arrays
-    if not stacks or not backend_of(arrays[0]).joins(arrays):
+    gains = scored if pattern.joint else not pattern.couples_arrays
+    if not (pattern.stacks and gains and backend_of(arrays[0]).joins(arrays)):
         return [[i] for i in range(len(arrays))]
     for x, layout, name in zip(arrays, resolved, names, strict=True):
         pattern.check(tuple(x.shape), layout, name)
@@ -242,30 +233,31 @@ def _select_each(
     step: int | Array | None,
     groups: Sequence[Sequence[int]],
 ) -> list[Array]:
-    """Return masks of the support, given layouts with non-negative axes.
-
-    ``groups`` tells which of the arrays that compete lie in each stack.
-    """
+    """Return masks of the support for each stack, given layouts with non-negative axes."""
     xp = array_namespace(*arrays)
+    values = [stacked(arrays, members) for members in groups]
+    weights = [stacked(importance, members) for members in groups]
+    layouts = [resolved[m[0]] if len(m) == 1 else with_batch_axis(resolved[m[0]]) for m in groups]
+    first = [names[members[0]] for members in groups]
     # Entries rank by sqrt(P) |v|, which has the order of P v^2 but does not underflow. Units
     # of several entries rank by a sum, which needs the squares themselves.
     if pattern.ranks == "entries":
-        scores = entry_scores(arrays, importance, pattern, resolved, names, xp=xp)
+        scores = entry_scores(values, weights, pattern, layouts, first, xp=xp)
     else:
-        scores = unit_squares(arrays, importance, pattern, resolved, names, xp=xp)
+        scores = unit_squares(values, weights, pattern, layouts, first, xp=xp)
     units = [
         pattern.units(score, layout, name, xp=xp)
-        for score, layout, name in zip(scores, resolved, names, strict=True)
+        for score, layout, name in zip(scores, layouts, first, strict=True)
     ]
     # Sums over units can differ in dtype; units that compete need one.
     comparable = common([unit.scores for unit in units], joint=pattern.joint, xp=xp)
     units = [unit._replace(scores=s) for unit, s in zip(units, comparable, strict=True)]
     stage = pattern.stage(step)
-    units = pattern.with_floor(units, names, stage, xp=xp)
-    if pattern.joint and any(len(members) > 1 for members in groups):
+    units = pattern.with_floor(units, first, stage, xp=xp)
+    if pattern.joint and len(groups) < len(arrays):
         masks = _keep_apart(units, names, pattern, stage, groups, xp)
     else:
-        masks = pattern.keep(units, names, stage, xp=xp)
+        masks = pattern.keep(units, first, stage, xp=xp)
     return [unit.expand(mask) for unit, mask in zip(units, masks, strict=True)]
 
 
@@ -281,11 +273,11 @@ def _keep_apart(
 
     Of equal scores the first is kept, and a stack would change which is the first.
     """
-    scores = apart([unit.scores for unit in units], groups)
-    own: dict[int, tuple[Layout | None, str]] = {}
-    for unit, name, members in zip(units, names, groups, strict=True):
+    layouts: dict[int, Layout | None] = {}
+    for unit, members in zip(units, groups, strict=True):
         layout = unit.layout if len(members) == 1 else without_batch_axis(unit.layout)
-        own |= dict.fromkeys(members, (layout, name))
-    single = [Units(score, own[i][0], lambda mask: mask) for i, score in enumerate(scores)]
-    masks = pattern.keep(single, [own[i][1] for i in range(len(single))], stage, xp=xp)
+        layouts |= dict.fromkeys(members, layout)
+    scores = apart([unit.scores for unit in units], groups)
+    single = [Units(score, layouts[i], lambda mask: mask) for i, score in enumerate(scores)]
+    masks = pattern.keep(single, names, stage, xp=xp)
     return [stacked(masks, members) for members in groups]

@@ -24,8 +24,8 @@ except ModuleNotFoundError as error:
     if error.name != "typer":
         raise
     raise SystemExit(
-        f"safe-core: the command line needs typer: {install_command('transformers')} to prune "
-        f"transformers, {install_command('torch', 'jax', 'study')} for studies"
+        "safe-core: the command line needs typer, which the extra transformers brings for pruning, "
+        f"and the extra study for studies: {install_command('transformers', 'study')}"
     ) from None
 
 from .errors import with_clear_errors

@@ -318,11 +318,13 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _add_rounded_(targets: Sequence[Tensor], added: Sequence[Tensor], factor: float = 1.0) -> None:
     """Add ``factor * added`` in-place, in the dtype of ``added``, and round the sums once."""
     targets, added = list(targets), list(added)
-    if on_host(targets[0]) or all(x.dtype == y.dtype for x, y in zip(targets, added, strict=True)):
+    same = all(x.dtype == y.dtype for x, y in zip(targets, added, strict=True))
+    if same or any(map(on_host, targets)):
         torch._foreach_add_(targets, added, alpha=factor)
         return
-    # For lists of two dtypes, an accelerator has no kernel but that which copies.
-    sums = widened(targets)
+    # An accelerator has no foreach kernel for lists of two dtypes, except for copying.
+    sums = [torch.empty_like(x, dtype=y.dtype) for x, y in zip(targets, added, strict=True)]
+    torch._foreach_copy_(sums, targets)
     torch._foreach_add_(sums, added, alpha=factor)
     torch._foreach_copy_(targets, sums)
 

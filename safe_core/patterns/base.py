@@ -43,8 +43,9 @@ class Pattern:
 
     Projecting onto a pattern takes four steps: score the entries, combine the scores of each
     unit (`units`), keep the best units of each pool (`keep`), and expand the mask of units to
-    entries. A subclass defines `units` and `keep`. Both adapters, block-wise pruning, recipes
-    and reports then work with it.
+    entries. Before `keep`, `with_floor` can raise the scores of units that must stay. A subclass
+    defines `units` and `keep`. Both adapters, block-wise pruning, recipes and reports then work
+    with it.
     """
 
     ranks: ClassVar[Literal["entries", "units"]] = "entries"
@@ -52,6 +53,13 @@ class Pattern:
 
     only_masks: ClassVar[bool] = False
     """Whether zeros must be kept from the start, because the pattern does not ask for them."""
+
+    stacks: ClassVar[bool] = False
+    """Whether arrays may be stacked to be scored together, which saves kernels on an accelerator.
+
+    Then `units` and `with_floor` can get a stack along a batch axis, axis 0 of the layout, with the
+    name of its first array. The scores must keep that axis in its place.
+    """
 
     group: ClassVar[int | None] = None
     """The number of consecutive inputs decided together, such as m of N:M, or None."""
@@ -268,7 +276,10 @@ class FractionPattern(Pattern):
     def keep(
         self, units: Sequence[Units], names: Sequence[str], stage: int | Array, *, xp: Any
     ) -> list[Array]:
-        """Return masks of the units to keep, one per array."""
+        """Return masks of the units to keep, one per array.
+
+        Units that ``floor`` keeps must have infinite scores, see `with_floor`.
+        """
         scores = [unit.scores for unit in units]
         if self.joint:
             counts = kept_counts(self.fractions(), sum(math.prod(s.shape) for s in scores))

@@ -60,6 +60,7 @@ class Block(FractionPattern):
     floor: float = 0.0
 
     ranks: ClassVar[Literal["entries", "units"]] = "units"
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, (tuple, list)) or len(self.shape) != 2:

@@ -60,6 +60,7 @@ class Channel(FractionPattern):
     floor: float = 0.0
 
     ranks: ClassVar[Literal["entries", "units"]] = "units"
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)

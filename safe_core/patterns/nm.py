@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from safe_core import _checks
 from safe_core.backends import Array
@@ -46,6 +46,8 @@ class NM(Pattern):
     n: int
     m: int
     ragged: Literal["error", "dense"] = "error"
+
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.integer("m", self.m, low=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from safe_core import _checks
 from safe_core.layout import Layout
@@ -62,6 +62,8 @@ class Unstructured(FractionPattern):
     scope: Literal["global", "tensor", "row"] = "global"
     distribution: str | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
     floor: float = 0.0
+
+    stacks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)

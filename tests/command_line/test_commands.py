@@ -243,7 +243,8 @@ def test_without_typer_the_extras_are_named() -> None:
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert result.stderr.startswith("safe-core: the command line needs typer: pip install ")
+    assert result.stderr.startswith("safe-core: the command line needs typer, which the extra ")
+    assert install_command("transformers", "study") in result.stderr
 
 
 class OutOfMemoryError(RuntimeError):

@@ -499,6 +499,7 @@ BAD: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("sparsity", lambda: safe_core.gmp(MULTI), V, "RandomSparsity("),
     ("sparsity", lambda: safe_core.gmp("2:4", steps=9), V, "NM("),
     ("steps", lambda: safe_core.gmp(CUBIC, steps=9), V, "9 and Unstructured("),
+    ("sparsity", lambda: safe_core.gmp({"a": 0.5, "b": 0.9}, steps=9), V, "ByName("),
     ("steps", lambda: safe_core.imp_sam(0.5, steps=0), V, "0"),
     ("interval", lambda: safe_core.iht(0.5, interval=0), V, "0"),
     ("interval", lambda: safe_core.cram(0.5, importance_interval=1.5), T, "1.5"),

@@ -41,6 +41,8 @@ def test_lines_of_code_that_are_wider_than_a_page_are_named(tmp_path: Path) -> N
         f"<p>{2 * line}</p><pre><span>x</span> = 1\n<b>{line}</b>1\n{line}22</pre><p>{2 * line}</p>"
     )
     assert check(tmp_path) == (1, [f"page.html: over 100 columns: {line}22"])
+    (tmp_path / "page.html").rename(tmp_path / "_modules.html")
+    assert check(tmp_path) == (0, [])  # source code, which has no page of the site to fit
 
 
 def test_a_whole_site_passes_and_an_empty_folder_does_not(tmp_path: Path) -> None:

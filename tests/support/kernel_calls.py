@@ -42,7 +42,7 @@ class KernelCalls(TorchDispatchMode):
     """Count operations that compute, and reads by the host.
 
     An operation on lists counts once. It counts once for every tensor where the dtypes of the lists
-    differ, because CUDA has no common kernel for them but that which copies.
+    differ, because CUDA has no foreach kernel for them, except for copying.
 
     The host reads values by `Tensor.item`, `tolist` or `cpu`, and a number of entries where a mask
     selects them. A tensor of the host itself counts, too.
