@@ -20,7 +20,7 @@ from safe_core.adapters.torch.blocks.work_folder import existing_folder
 
 from .job import PruningJob
 from .output import numbers_left_out, printable, spread
-from .preparation import check_job, finished_blocks, naming_options, prepare
+from .preparation import check_job, naming_options, prepare
 
 __all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
 
@@ -189,6 +189,7 @@ def plan_folder(
     with processes.together():
         checked = check_job(job, target, processes)
         source, where, model, data, plan = prepare(job, checked, say, processes)
+        finished = plan.finished_blocks()
         say("pruning one block of each kind, to measure the time")
         with naming_options(model, plan):
             time = plan.measure_time()
@@ -206,7 +207,7 @@ def plan_folder(
         memory=plan.memory,
         disk_bytes=source.nbytes,
         free_bytes=shutil.disk_usage(existing_folder(target.absolute().parent)).free,
-        finished=finished_blocks(job.settings.work_dir),
+        finished=finished,
         time=time,
     )
 

@@ -202,8 +202,7 @@ def _applied(
 ) -> PruningReport:
     """Run the plan; say what is resumed and, after an error, what is kept."""
     work_dir = job.settings.work_dir
-    found = finished_blocks(work_dir)
-    if found:
+    if found := plan.finished_blocks():
         say(f"resuming after {_blocks(found)} in {work_dir}")
     try:
         with naming_options(model, plan):

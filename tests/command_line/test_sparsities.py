@@ -111,5 +111,5 @@ def test_a_run_with_rules_resumes(folder: Path, text: Path, tmp_path: Path) -> N
     assert run(*prune, *rules, "--out", tmp_path / "one").exit_code == 0
     assert run(*prune, *rules, "--out", tmp_path / "two").exit_code == 0
     message = failed(*prune, "--sparsity", "0.5", "--out", tmp_path / "three")
-    assert "was begun with sparsity=ByName(" in message
+    assert "sparsity was ByName(...), now Unstructured(sparsity=0.5, " in message
     assert len(message) < 900

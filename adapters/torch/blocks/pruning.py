@@ -25,6 +25,7 @@ from .memory import MemoryEstimate
 from .processes import Processes, processes_of
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
+from .resuming import finished_blocks
 from .run import Run
 from .selection import refuse_quantised, select_weights
 from .settings import PruningSettings, writing_nothing
@@ -340,6 +341,18 @@ class PruningPlan:
         """
         with writing_nothing(self.task.settings) as settings:
             return Run(self.task._replace(settings=settings), self.memory, None).measure()
+
+    def finished_blocks(self) -> int:
+        """Return the number of blocks in ``work_dir`` after which `apply` resumes.
+
+        Only the first of several processes reads the folder; the others return 0.
+
+        Raises
+        ------
+        ValueError
+            If ``work_dir`` is of a run with other settings, or of another model.
+        """
+        return finished_blocks(self.task)
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False
