@@ -20,7 +20,7 @@ from safe_core.adapters.torch.blocks.work_folder import existing_folder
 
 from .job import PruningJob
 from .output import numbers_left_out, printable, spread
-from .preparation import check_job, naming_options, prepare
+from .preparation import check_job, naming_blocks, prepare
 
 __all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
 
@@ -191,7 +191,7 @@ def plan_folder(
         source, where, model, data, plan = prepare(job, checked, say, processes)
         finished = plan.finished_blocks()
         say("pruning one block of each kind, to measure the time")
-        with naming_options(model, plan):
+        with naming_blocks(model, plan):
             time = plan.measure_time()
     samples = len(data.batches)
     return FolderPlan(

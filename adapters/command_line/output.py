@@ -16,6 +16,7 @@ from safe_core._checks import printable
 __all__ = [
     "as_given",
     "by_option",
+    "naming_options",
     "numbers_left_out",
     "printable",
     "quiet_transformers",
@@ -53,6 +54,21 @@ def by_option(reason: str) -> str:
     """
     plain = reason.replace("where=", "--only or --ignore")
     return plain.replace("sparsity gives it", "--sparsity gives it")
+
+
+def naming_options(text: str, *names: str) -> str:
+    """Return a message with options of the command line instead of keyword arguments.
+
+    Examples
+    --------
+    >>> naming_options("a window of length=64: choose a smaller samples= or length=", "length")
+    'a window of --length 64: choose a smaller samples= or --length'
+    """
+    return re.sub(
+        rf"\b({'|'.join(names)})=(?=(\d?))",
+        lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}",
+        text,
+    )
 
 
 def numbers_left_out(name: str) -> str:

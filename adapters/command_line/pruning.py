@@ -22,7 +22,7 @@ from .preparation import (
     check_job,
     finished_blocks,
     job_tokenizer,
-    naming_options,
+    naming_blocks,
     prepare,
 )
 from .saving import Imprint, check_saved, copy_other_files
@@ -205,7 +205,7 @@ def _applied(
     if found := plan.finished_blocks():
         say(f"resuming after {_blocks(found)} in {work_dir}")
     try:
-        with naming_options(model, plan):
+        with naming_blocks(model, plan):
             return plan.apply(progress)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):

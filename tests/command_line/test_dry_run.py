@@ -86,7 +86,7 @@ def test_a_dry_run_finds_what_a_run_refuses(folder: Path, text: Path, tmp_path: 
     prune = ["prune", folder, "--calibration", text, *SHORT, "--dry-run", "--out"]
     assert "outside of the model folder" in refused(*prune, folder / "sparse")
     message = failed(*prune, tmp_path / "out", "--sparsity", "3:12")
-    assert "--sparsity 3:12 must divide the inputs" in message
+    assert "12 must divide the inputs of every weight for --sparsity 3:12" in message
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()

@@ -19,7 +19,7 @@ from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
 from ..example_inputs import evaluation_mode
-from .calibration import calibration_batches, check_tokens, split_samples
+from .calibration import calibration_batches, check_token_axes, check_tokens, split_samples
 from .fingerprints import sample_of
 from .memory import MemoryEstimate
 from .processes import Processes, processes_of
@@ -229,6 +229,8 @@ def _planned(
     solver = as_block_solver(solver)
     if not isinstance(sparsity, Mapping) and not callable(sparsity):
         block_patterns(sparsity, {}, scope)  # raises before the model runs if it is invalid
+    if isinstance(model, nn.Module):
+        check_token_axes(model, batches)
     samples = split_samples(batches)
     if settings.work_dir is not None and processes.first:
         check_work_folder(settings.work_dir)
