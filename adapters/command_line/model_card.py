@@ -127,12 +127,13 @@ def _settings(job: PruningJob, result: PruningResult) -> list[tuple[str, str]]:
     s = job.settings
     targets = s.target_inputs if s.propagate == "pruned" else "dense"
     entries = sum(w.entries for w in result.weights)
+    described = job.solver.describe(job.pattern, result.steps or None)
     chosen = (("pruned weights", job.only), ("dense weights", job.ignore))
     return [
         ("requested sparsity", escaped(job.rules.describe())),
         ("achieved sparsity", f"{result.sparsity:.6%} of {entries:,} pruned entries"),
         ("method", escaped(job.method)),
-        *((escaped(key), escaped(value)) for key, value in job.solver.describe(job.pattern)),
+        *((escaped(key), escaped(value)) for key, value in described),
         ("batch", f"{s.batch_size} samples"),
         ("inputs of a block", _INPUTS[s.propagate]),
         ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -18,6 +20,7 @@ __all__ = [
     "by_option",
     "naming_options",
     "numbers_left_out",
+    "numbers_listed",
     "printable",
     "quiet_transformers",
     "say",
@@ -80,6 +83,37 @@ def numbers_left_out(name: str) -> str:
     'layers.*.up.weight'
     """
     return re.sub(r"\d+", "*", name)
+
+
+def numbers_listed(names: Sequence[str]) -> str:
+    """Return the names of some weights, which differ in numbers only, as one.
+
+    Examples
+    --------
+    >>> numbers_listed([f"layers.{i}.up.weight" for i in (0, 1, 2, 5)])
+    'layers.[0-2,5].up.weight'
+    >>> numbers_listed(["layers.0.up.weight"])
+    'layers.0.up.weight'
+    """
+    split = [re.split(r"(\d+)", name) for name in names]
+    numbers = [parts[1::2] for parts in split]
+    columns = [sorted(set(map(int, column))) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, columns)) != len(set(names)):
+        return f"{names[0]}, ..."  # the lists alone would also stand for other weights
+    parts = list(split[0])
+    for i, column in enumerate(columns):
+        if len(column) > 1:
+            parts[2 * i + 1] = f"[{','.join(_ranges(column))}]"
+    return "".join(parts)
+
+
+def _ranges(numbers: Sequence[int]) -> Iterator[str]:
+    """Yield the runs of consecutive numbers, such as "0-2" and "5"."""
+    start = numbers[0]
+    for n, following in itertools.zip_longest(numbers, numbers[1:]):
+        if following != n + 1:
+            yield f"{start}" if start == n else f"{start}-{n}"
+            start = following
 
 
 def spread(values: Sequence[float], form: str, short: str | None = None) -> str:

@@ -83,7 +83,7 @@ def test_prune_saves_a_sparse_model(
 TRAINED = ["| epochs | 1 |", "up epochs | 0 |"]
 SAFE = [
     *TRAINED, "| starts at | the solution of alps |", "(rho) | none |", "| constraint | Pull |",
-    "(lambda) | derived from the number of steps |", "(K) | derived from the number of steps |",
+    "(lambda) | 0 to 0 (", "(K) | 1 |", "| steps | 1 |",
     "rate | 0.01 times the root mean square of the weights |",
     "| optimizer | Adam, betas 0.9 and 0.95 |",
     "| batch | 8 samples |", "| inputs of a block | outputs of the pruned blocks before it |",
