@@ -53,8 +53,8 @@ def perplexity(
     try:
         with counted("windows") as progress:
             found = measured(loaded, tokens, length, stride, batch_size, progress=progress)
-    except ValueError as error:
-        raise ValueError(naming_options(str(error), "length")) from error
+    except ValueError as wrong:
+        raise ValueError(naming_options(str(wrong), "length")) from wrong
     if as_json:
         typer.echo(json.dumps(found._asdict()))
     else:
