@@ -673,9 +673,9 @@ def test_progress_and_modes() -> None:
     assert [(p.block, p.epoch) for p in seen] == [
         (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
     ]
-    final = report.blocks[1].loss
+    final, kept = report.blocks[1].loss, report.blocks[1].training_kept
     error = report.blocks[1].relative_error
-    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final, error)
+    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final, error, kept)
     assert seen[0].seconds_left > 0
     assert [p.done for p in seen] == [block + k / 5 for block in (0, 1) for k in range(1, 6)]
     assert all(m.training for m in model.modules())
@@ -1257,7 +1257,9 @@ def test_calibration_takes_different_windows(tmp_path: Path) -> None:
     assert not torch.equal(found, other)
     starts = calibration_batches(letters, "abcdefgh", samples=5, length=4)[:, 0]
     assert sorted(starts.tolist()) == [ord(c) for c in "abcde"]
-    with pytest.raises(ValueError, match=r"at least 9 tokens for samples=6 .* got 8"):
+    with pytest.raises(
+        ValueError, match=r"at least 9 tokens for 6 .* got 8: .* a smaller samples= or length="
+    ):
         calibration_batches(letters, "abcdefgh", samples=6, length=4)
     with pytest.raises(ValueError, match="got 0"):
         calibration_batches(letters, "", samples=1, length=1)
