@@ -11,22 +11,36 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .corpus import source
 
-__all__ = ["train"]
+__all__ = ["byte_tokenizer", "train"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose ids are the bytes of the text in UTF-8."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    # Bytes that are printable stand for themselves, and the others, in order, for what follows.
+    others = iter(sorted(character for character in alphabet if ord(character) > 255))
+    vocabulary = {chr(b) if chr(b) in alphabet else next(others): b for b in range(256)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
 
 
 def train(
     out: Path, *, hidden: int, layers: int, steps: int, batch: int, length: int, seed: int
 ) -> float:
-    """Train and save a model folder; return the mean loss of the last 50 steps.
+    """Train and save a model folder with a tokenizer; return the mean loss of the last 50 steps.
 
     Uses AdamW with a cosine schedule from 2e-3 after a warm-up, in bfloat16 on a GPU.
     """
     torch.manual_seed(seed)
+    byte_tokenizer().save_pretrained(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = LlamaConfig(
         vocab_size=256,
@@ -59,7 +73,7 @@ def train(
     return float(total) / min(steps, 50)
 
 
-def _loss(model: nn.Module, tokens: Tensor, batch: int, length: int) -> Tensor:
+def _loss(model: nn.Module, tokens: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     starts = torch.randint(len(tokens) - length, (batch,), device=tokens.device)
     rows = tokens[starts[:, None] + torch.arange(length, device=tokens.device)]
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Rational, Real
@@ -146,6 +147,18 @@ def sparsity_meant(text: str) -> str:
     }
     found = named.get(text.lower().removesuffix("s"))
     return f": {found}" if found else percent_meant(text)
+
+
+def weight_meant(name: str, names: Iterable[str]) -> str:
+    """Return a hint for the name of a module that stands for its weight, or an empty text.
+
+    Examples
+    --------
+    >>> weight_meant("layers.0.up", ["layers.0.up.weight"])
+    ': it is a module; name its weight, layers.0.up.weight'
+    """
+    within = next((known for known in names if known.startswith(f"{name}.")), None)
+    return "" if within is None else f": it is a module; name its weight, {within}"
 
 
 def printable(text: str) -> str:

@@ -162,7 +162,7 @@ def block_patterns(
         if strange:
             raise ValueError(
                 f"sparsity must name weights of the blocks, such as {next(iter(weights), 'none')}, "
-                f"got {strange[0]!r}"
+                f"got {strange[0]!r}{_checks.weight_meant(strange[0], weights)}"
             )
         chosen = {name: sparsity[name] for name in weights if name in sparsity}
     elif callable(sparsity) and not isinstance(sparsity, type):

@@ -45,12 +45,15 @@ class FolderSizes(NamedTuple):
         Bytes of the files with weights in both folders.
     forms : dict of str to int
         Number of tensors that are stored in each form, ``"dense"``, ``"bitmask"`` or ``"2:4"``.
+    restored : bool
+        Whether ``out`` is the folder with zeros.
     """
 
     out: Path
     dense_bytes: int
     compressed_bytes: int
     forms: dict[str, int]
+    restored: bool = False
 
     def summary(self) -> str:
         """Return the figures as lines of text.
@@ -61,14 +64,28 @@ class FolderSizes(NamedTuple):
         tensors: 2 bitmask, 1 dense
         weights: 3.9 KiB dense, 1000 B compressed, 4.0 times smaller
         saved in new
+        >>> print(FolderSizes(Path("new"), 4000, 3990, {"dense": 3}).summary())
+        tensors: 3 dense
+        weights: 3.9 KiB dense, 3.9 KiB compressed, 1.0 times smaller
+        note: no tensor has enough zeros to take less space; `safe-core inspect` counts them
+        saved in new
         """
         forms = ", ".join(f"{count:,} {form}" for form, count in sorted(self.forms.items()))
-        ratio = self.dense_bytes / max(1, self.compressed_bytes)
-        sizes = [readable_bytes(n) for n in (self.dense_bytes, self.compressed_bytes)]
-        return (
-            f"tensors: {forms}\nweights: {sizes[0]} dense, {sizes[1]} compressed, {ratio:.1f} "
-            f"times smaller\nsaved in {self.out}"
-        )
+        sizes = [
+            (self.dense_bytes, f"{readable_bytes(self.dense_bytes)} dense"),
+            (self.compressed_bytes, f"{readable_bytes(self.compressed_bytes)} compressed"),
+        ]
+        (before, was), (after, now) = reversed(sizes) if self.restored else sizes
+        ratio, change = before / max(1, after), "smaller"
+        if after > before:
+            ratio, change = after / max(1, before), "larger"
+        lines = [f"tensors: {forms}", f"weights: {was}, {now}, {ratio:.1f} times {change}"]
+        if set(self.forms) == {"dense"} and not self.restored:
+            lines.append(
+                "note: no tensor has enough zeros to take less space; `safe-core inspect` counts "
+                "them"
+            )
+        return "\n".join([*lines, f"saved in {self.out}"])
 
 
 def compress_folder(
@@ -159,7 +176,7 @@ def decompress_folder(
 
     files = _weights(folder, compressed=True)
     compressed, dense = _converted(folder, out, files, _unmarked, convert, say)
-    return FolderSizes(out, dense, compressed, dict(forms))
+    return FolderSizes(out, dense, compressed, dict(forms), restored=True)
 
 
 def _converted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,7 @@ def written_at_once(folder: Path) -> Iterator[Draft]:
     lock = _begun(draft.path, folder)
     try:
         yield draft
+        _make_modes_alike(draft.path)
         if whole.exists():
             whole.rmdir()
         draft.path.rename(whole)
@@ -142,6 +144,17 @@ def written_at_once(folder: Path) -> Iterator[Draft]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _make_modes_alike(folder: Path) -> None:
+    """Give all files of a folder the mode of new files: libraries make some for the owner only."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def _begun(path: Path, folder: Path) -> int | None:

@@ -19,10 +19,13 @@ from safe_core.adapters.torch.blocks.report import TimeEstimate
 from safe_core.adapters.torch.blocks.work_folder import existing_folder
 
 from .job import PruningJob
-from .output import numbers_left_out, printable, spread
-from .preparation import check_job, finished_blocks, naming_options, prepare
+from .output import numbers_left_out, numbers_listed, printable, spread
+from .preparation import check_job, naming_blocks, prepare
 
 __all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
+
+
+_PATTERNS = 6  # for which weights of one kind have rows of their own
 
 
 class PlannedWeight(NamedTuple):
@@ -96,7 +99,8 @@ class FolderPlan(NamedTuple):
     def table(self) -> Any:
         """Return a `rich.table.Table` of the weights.
 
-        Weights of one shape share a row if their names differ in numbers only.
+        Weights of one shape share a row if their names differ in numbers only. If they have
+        a few different patterns, there is a row for each, whose name lists the numbers.
         """
         from rich.table import Table
 
@@ -115,11 +119,11 @@ class FolderPlan(NamedTuple):
         for w in self.weights:
             alike.setdefault((numbers_left_out(w.name), w.shape), []).append(w)
         for (name, shape), rows in alike.items():
-            size = " x ".join(map(str, shape)), f"{sum(map(_entries, rows)):,}"
-            share = spread([w.sparsity for w in rows], ".4%", ".2%")
-            patterns = {w.pattern for w in rows}
-            pattern = patterns.pop() if len(patterns) == 1 else "differs by name"
-            table.add_row(printable(name), f"{len(rows):,}", *size, share, pattern)
+            for pattern, some in _by_pattern(rows).items():
+                size = " x ".join(map(str, shape)), f"{sum(map(_entries, some)):,}"
+                share = spread([w.sparsity for w in some], ".4%", ".2%")
+                shown = name if len(some) == len(rows) else numbers_listed([w.name for w in some])
+                table.add_row(printable(shown), f"{len(some):,}", *size, share, pattern)
         return table
 
     def lines(self) -> Iterator[str]:
@@ -189,8 +193,9 @@ def plan_folder(
     with processes.together():
         checked = check_job(job, target, processes)
         source, where, model, data, plan = prepare(job, checked, say, processes)
+        finished = plan.finished_blocks()
         say("pruning one block of each kind, to measure the time")
-        with naming_options(model, plan):
+        with naming_blocks(model, plan):
             time = plan.measure_time()
     samples = len(data.batches)
     return FolderPlan(
@@ -206,7 +211,7 @@ def plan_folder(
         memory=plan.memory,
         disk_bytes=source.nbytes,
         free_bytes=shutil.disk_usage(existing_folder(target.absolute().parent)).free,
-        finished=finished_blocks(job.settings.work_dir),
+        finished=finished,
         time=time,
     )
 
@@ -227,6 +232,14 @@ def _outside(model: nn.Module, blocks: str) -> dict[str, str]:
         for name, p in model.named_parameters()
         if p.ndim >= 2 and not name.startswith(f"{blocks}." if blocks else "")
     }
+
+
+def _by_pattern(weights: list[PlannedWeight]) -> dict[str, list[PlannedWeight]]:
+    """Return the weights of each pattern, or all of them together if there are many patterns."""
+    found: dict[str, list[PlannedWeight]] = {}
+    for weight in weights:
+        found.setdefault(weight.pattern, []).append(weight)
+    return found if len(found) <= _PATTERNS else {"differs by name": weights}
 
 
 def _entries(weight: PlannedWeight) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -49,9 +50,10 @@ def find_solver(method: str) -> Solver:
         return Reconstruction(method=found) if isinstance(found, Method) else as_solver(found)
     known = named_solvers()
     if method not in known:
+        meant = difflib.get_close_matches(str(method).lower(), known, n=1)
         raise ValueError(
             f"method must be one of {', '.join(known)}, or your own as file.py:SOLVER or "
-            f"package.module:SOLVER, got {method!r}"
+            f"package.module:SOLVER, got {method!r}{f': write {meant[0]}' if meant else ''}"
         )
     return known[method]
 

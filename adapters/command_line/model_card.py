@@ -75,8 +75,7 @@ def model_card(
             "The error is the mean squared error of the outputs of the block, divided by their "
             "mean square.",
             "",
-            markdown_table(("block", "sparsity", "error", "seconds"), _block_rows(result)),
-            "",
+            *_block_table(result),
             "## Weights",
             "",
             markdown_table(
@@ -128,12 +127,13 @@ def _settings(job: PruningJob, result: PruningResult) -> list[tuple[str, str]]:
     s = job.settings
     targets = s.target_inputs if s.propagate == "pruned" else "dense"
     entries = sum(w.entries for w in result.weights)
+    described = job.solver.describe(job.pattern, result.steps or None)
     chosen = (("pruned weights", job.only), ("dense weights", job.ignore))
     return [
         ("requested sparsity", escaped(job.rules.describe())),
         ("achieved sparsity", f"{result.sparsity:.6%} of {entries:,} pruned entries"),
         ("method", escaped(job.method)),
-        *((escaped(key), escaped(value)) for key, value in job.solver.describe(job.pattern)),
+        *((escaped(key), escaped(value)) for key, value in described),
         ("batch", f"{s.batch_size} samples"),
         ("inputs of a block", _INPUTS[s.propagate]),
         ("targets of a block", f"its dense outputs for the {_INPUTS[targets]}"),
@@ -154,14 +154,21 @@ def _drawn(job: PruningJob, tokens: int) -> str:
     return text if job.field is None else f"{text} the field {code(job.field)} of"
 
 
-def _block_rows(result: PruningResult) -> list[tuple[str, ...]]:
+def _block_table(result: PruningResult) -> list[str]:
+    """Return the lines of the table of blocks, with their training where it was compared."""
+    header: tuple[str, ...] = ("block", "sparsity", "error", "seconds", "training")
     rows: list[tuple[str, ...]] = []
     weights = list(result.weights)
     for block in result.report.blocks:
         own, weights = weights[: len(block.weights)], weights[len(block.weights) :]
         error = f"{block.relative_error:.4g}"
-        rows.append((code(block.name), _share(own), error, f"{block.seconds:.1f}"))
-    return rows
+        seconds = f"{block.seconds:.1f}"
+        rows.append((code(block.name), _share(own), error, seconds, block.training))
+    if not any(block.training for block in result.report.blocks):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    note = result.report.training_note
+    said = [] if note is None else [f"{note[0].upper()}{note[1:]}.", ""]
+    return [markdown_table(header, rows), "", *said]
 
 
 def _share(weights: Sequence[WeightRow]) -> str:

@@ -72,12 +72,17 @@ def chosen_device(device: str) -> torch.device:
 
 
 def load_tokenizer(
-    folder: Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    otherwise: str = "",
 ) -> Any:
     """Load the tokenizer of a folder, without downloads.
 
     Code in the folder runs only with ``trust_remote_code``. A GGUF file holds a tokenizer too,
-    which counts where the folder has no tokenizer.json.
+    which counts where the folder has no tokenizer.json. ``otherwise`` is what else can be done
+    without a tokenizer, for the message of the error.
 
     Raises
     ------
@@ -99,8 +104,9 @@ def load_tokenizer(
         return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code, gguf_file=gguf.name)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ValueError(
-            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}; for a "
-            "model that takes no text, pass --inputs"
+            f"model folder must hold a tokenizer, such as tokenizer.json, got {folder}: copy the "
+            "tokenizer's files from the folder of the original model, or call "
+            f"tokenizer.save_pretrained({str(folder)!r}) in Python{otherwise}"
         )
     return _loaded(AutoTokenizer, folder, "tokenizer", trust_remote_code)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -16,7 +18,9 @@ from safe_core._checks import printable
 __all__ = [
     "as_given",
     "by_option",
+    "naming_options",
     "numbers_left_out",
+    "numbers_listed",
     "printable",
     "quiet_transformers",
     "say",
@@ -55,6 +59,21 @@ def by_option(reason: str) -> str:
     return plain.replace("sparsity gives it", "--sparsity gives it")
 
 
+def naming_options(text: str, *names: str) -> str:
+    """Return a message with options of the command line instead of keyword arguments.
+
+    Examples
+    --------
+    >>> naming_options("a window of length=64: choose a smaller samples= or length=", "length")
+    'a window of --length 64: choose a smaller samples= or --length'
+    """
+    return re.sub(
+        rf"\b({'|'.join(names)})=(?=(\d?))",
+        lambda found: f"--{found[1].replace('_', '-')}{' ' if found[2] else ''}",
+        text,
+    )
+
+
 def numbers_left_out(name: str) -> str:
     """Return the name that weights of different blocks share in a table.
 
@@ -64,6 +83,37 @@ def numbers_left_out(name: str) -> str:
     'layers.*.up.weight'
     """
     return re.sub(r"\d+", "*", name)
+
+
+def numbers_listed(names: Sequence[str]) -> str:
+    """Return the names of some weights, which differ in numbers only, as one.
+
+    Examples
+    --------
+    >>> numbers_listed([f"layers.{i}.up.weight" for i in (0, 1, 2, 5)])
+    'layers.[0-2,5].up.weight'
+    >>> numbers_listed(["layers.0.up.weight"])
+    'layers.0.up.weight'
+    """
+    split = [re.split(r"(\d+)", name) for name in names]
+    numbers = [parts[1::2] for parts in split]
+    columns = [sorted(set(map(int, column))) for column in zip(*numbers, strict=True)]
+    if math.prod(map(len, columns)) != len(set(names)):
+        return f"{names[0]}, ..."  # the lists alone would also stand for other weights
+    parts = list(split[0])
+    for i, column in enumerate(columns):
+        if len(column) > 1:
+            parts[2 * i + 1] = f"[{','.join(_ranges(column))}]"
+    return "".join(parts)
+
+
+def _ranges(numbers: Sequence[int]) -> Iterator[str]:
+    """Yield the runs of consecutive numbers, such as "0-2" and "5"."""
+    start = numbers[0]
+    for n, following in itertools.zip_longest(numbers, numbers[1:]):
+        if following != n + 1:
+            yield f"{start}" if start == n else f"{start}-{n}"
+            start = following
 
 
 def spread(values: Sequence[float], form: str, short: str | None = None) -> str:

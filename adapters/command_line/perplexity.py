@@ -143,7 +143,7 @@ def perplexity(
     if len(tokens) < length:
         raise ValueError(
             f"tokens must fill at least one window of length={length}, got {len(tokens)}: use a "
-            "longer text or a smaller length"
+            "longer text or a smaller length="
         )
     check_tokens(model, [{"input_ids": tokens}])
     windows = _windows(len(tokens), length, stride)

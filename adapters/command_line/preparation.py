@@ -31,6 +31,7 @@ from .input_files import InputFile, read_input_file
 from .job import PruningJob
 from .launch import own_device
 from .model_folder import chosen_device, load_tokenizer, read_model
+from .output import naming_options, numbers_left_out
 from .perplexity import check_length
 from .source import Source, check_source
 from .sparsities import SparsityRules, check_matches
@@ -43,7 +44,7 @@ __all__ = [
     "check_job",
     "finished_blocks",
     "job_tokenizer",
-    "naming_options",
+    "naming_blocks",
     "prepare",
 ]
 
@@ -138,7 +139,10 @@ def prepare(
 def job_tokenizer(job: PruningJob) -> Any:
     """Load the tokenizer of the job's model."""
     return load_tokenizer(
-        Path(job.model), gguf_file=job.gguf_file, trust_remote_code=job.trust_remote_code
+        Path(job.model),
+        gguf_file=job.gguf_file,
+        trust_remote_code=job.trust_remote_code,
+        otherwise="; for a model that takes no text, pass --inputs",
     )
 
 
@@ -160,7 +164,10 @@ def _text_calibration(job: PruningJob) -> Calibration:
     chat = chat_renderer(tokenizer) if job.chat_template else None
     files = [read_text_file(Path(file), job.field, chat) for file in job.calibration]
     tokens = joined_tokens(tokenizer, [file.text for file in files])
-    batches = drawn_windows(tokens, job.samples, job.length, job.settings.seed)
+    try:
+        batches = drawn_windows(tokens, job.samples, job.length, job.settings.seed)
+    except ValueError as error:
+        raise ValueError(naming_options(str(error), "samples", "length")) from None
     kind = f"a window of {job.length} tokens"
     return Calibration(files, batches, {None: batches[:1, :_PROBE]}, kind, len(tokens))
 
@@ -284,7 +291,7 @@ def _by_option(text: str) -> str:
 
 
 @contextmanager
-def naming_options(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
+def naming_blocks(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     """Turn errors of blocks that do not run in a chain into messages that name the options."""
     try:
         yield
@@ -324,7 +331,21 @@ def _other_groups(error: PatternError) -> str:
     least = zeros.denominator  # the smallest group with this fraction of zeros
     sizes = [m for m in range(least, pattern.group or 0, least) if error.common % m == 0]
     groups = f"{int((1 - zeros) * sizes[-1])}:{sizes[-1]} or " if sizes else ""
-    return (
-        f"--sparsity {pattern.describe()} must divide the inputs of every weight, got "
-        f"{error.inputs} of {error.name}: --sparsity {groups}{float(zeros):g} would do"
+    text = (
+        f"{pattern.group} must divide the inputs of every weight for --sparsity "
+        f"{pattern.describe()}, got {error.inputs} of {error.name}: --sparsity "
+        f"{groups}{float(zeros):g} would do"
     )
+    if error.others:
+        regex = "|".join(dict.fromkeys(_within_block(name) for name in error.misfits))
+        text += (
+            f"; or, to keep {pattern.describe()} for the other weights, put --sparsity "
+            f"'{regex}={float(zeros):g}' first, or leave these dense by --ignore '{regex}'"
+        )
+    return text
+
+
+def _within_block(name: str) -> str:
+    """Return the part of a weight's name that it shares with those of other blocks."""
+    part = numbers_left_out(name).rpartition("*.")[2]
+    return part.removesuffix(".weight")

@@ -83,6 +83,8 @@ def _text(at: PruningProgress) -> str:
     text = f"block {at.block + 1} of {at.blocks}"
     if at.epoch is None:
         error = at.relative_error
-        return text if error is None else f"{text}, relative error {error:.3g}"
+        text += "" if error is None else f", relative error {error:.3g}"
+        kept = ", start kept: training did not improve it"
+        return text + kept if at.training_kept is False else text
     text += f", epoch {at.epoch + 1} of {at.epochs}, training loss {at.loss:.3g}"
     return text if at.sparse_loss is None else f"{text}, {at.sparse_loss:.3g} when sparse"

@@ -22,10 +22,10 @@ from .preparation import (
     check_job,
     finished_blocks,
     job_tokenizer,
-    naming_options,
+    naming_blocks,
     prepare,
 )
-from .saving import Imprint, check_saved, copy_other_files
+from .saving import Imprint, check_saved, copy_other_files, refers_to_code
 from .sparsities import parse_sparsity
 
 __all__ = [
@@ -58,12 +58,15 @@ class PruningResult(NamedTuple):
     report : PruningReport
     weights : list of WeightRow
         Zeros are counted in the saved weights.
+    steps : int
+        Training steps in each block, 0 for a method that does not train.
     """
 
     out: Path
     device: str
     report: PruningReport
     weights: list[WeightRow]
+    steps: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -173,7 +176,7 @@ def _pruned(
             draft.reserve(checked.source.nbytes)
         source, where, model, data, plan = prepare(job, checked, say, processes)
         report = _applied(model, plan, job, progress, say)
-        result = PruningResult(target, where, report, _rows(model, report))
+        result = PruningResult(target, where, report, _rows(model, report), plan.steps)
         del plan
         if draft is not None:
             imprint, work_dir = Imprint.of(model, data.probe), job.settings.work_dir
@@ -186,7 +189,13 @@ def _pruned(
             del model  # so that the check has room to load the saved one
             if job.inputs is None:
                 job_tokenizer(job).save_pretrained(draft.path)
-            copy_other_files(source.folder, draft.path)
+            code = job.trust_remote_code or refers_to_code(source.folder)
+            left = copy_other_files(source.folder, draft.path, code=code)
+            if scripts := [name for name in left if name.endswith(".py")]:
+                say(
+                    "note: not copied, because no configuration refers to code: "
+                    f"{', '.join(map(printable, scripts))}"
+                )
             card = model_card(job, source, result, data, command)
             (draft.path / "README.md").write_text(card, encoding="utf-8")
             check_saved(imprint, draft.path, trust_remote_code=job.trust_remote_code)
@@ -202,11 +211,10 @@ def _applied(
 ) -> PruningReport:
     """Run the plan; say what is resumed and, after an error, what is kept."""
     work_dir = job.settings.work_dir
-    found = finished_blocks(work_dir)
-    if found:
+    if found := plan.finished_blocks():
         say(f"resuming after {_blocks(found)} in {work_dir}")
     try:
-        with naming_options(model, plan):
+        with naming_blocks(model, plan):
             return plan.apply(progress)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or getattr(error, "__notes__", None):

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from safe_core.adapters.torch.blocks.fingerprints import fingerprint
 from safe_core.adapters.torch.example_inputs import evaluation_mode
 
+from .checkpoint_files import DamagedFileError, read_json
 from .model_folder import read_model
 
-__all__ = ["Imprint", "check_saved", "copy_other_files"]
+__all__ = ["Imprint", "check_saved", "copy_other_files", "refers_to_code"]
 
 # Files with weights in other formats still hold the dense ones.
 _WEIGHTS = (
@@ -27,7 +28,27 @@ _SAFETENSORS = (".safetensors", ".safetensors.index.json")
 _ROUNDING = 1e-2  # of 16-bit products that another kernel sums in another order
 
 
-def copy_other_files(source: Path, folder: Path, *, model_card: bool = False) -> list[str]:
+def refers_to_code(folder: Path) -> bool:
+    """Return whether a configuration in a folder names classes of its own, by ``auto_map``.
+
+    Examples
+    --------
+    >>> refers_to_code(Path("/dev"))
+    False
+    """
+    for file in folder.glob("*config.json"):
+        try:
+            found = read_json(file)
+        except DamagedFileError:  # of a part that this library does not use
+            continue
+        if isinstance(found, dict) and found.get("auto_map"):
+            return True
+    return False
+
+
+def copy_other_files(
+    source: Path, folder: Path, *, model_card: bool = False, code: bool = True
+) -> list[str]:
     """Copy what belongs to a model besides its weights, such as a processor or a licence.
 
     Files that the folder holds already stay, and so do hidden files, subfolders, and by default
@@ -38,12 +59,14 @@ def copy_other_files(source: Path, folder: Path, *, model_card: bool = False) ->
     source, folder : pathlib.Path
     model_card : bool
         Whether to copy the model card too.
+    code : bool
+        Whether to copy files of Python.
 
     Returns
     -------
     list of str
-        The names of weights in other formats than safetensors, hidden files and subfolders, which
-        stay in the source.
+        The names of weights in other formats than safetensors, hidden files, subfolders and code
+        that is not to be copied, which stay in the source.
 
     Examples
     --------
@@ -61,7 +84,8 @@ def copy_other_files(source: Path, folder: Path, *, model_card: bool = False) ->
         name = file.name.lower()
         if name.endswith(_SAFETENSORS) or (name == "readme.md" and not model_card):
             continue
-        if not file.is_file() or name.endswith(_WEIGHTS) or name.startswith("."):
+        unwanted = name.endswith(_WEIGHTS if code else (*_WEIGHTS, ".py"))
+        if not file.is_file() or unwanted or name.startswith("."):
             left.append(file.name)
         elif not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

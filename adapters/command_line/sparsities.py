@@ -59,8 +59,25 @@ def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pat
     except (ValueError, TypeError, OverflowError, InvalidOperation):
         raise ValueError(
             f"sparsity must be a fraction such as 0.5, N:M such as 2:4, or owl:0.5, got {text!r}"
-            f"{_checks.percent_meant(text)}"
+            f"{_groups_meant(text) or _checks.percent_meant(text)}"
         ) from None
+
+
+def _groups_meant(text: str) -> str:
+    """Return a hint for a text that is nearly N:M, or an empty text.
+
+    Examples
+    --------
+    >>> _groups_meant("4:2"), _groups_meant("2/4")
+    (': N of every M weights are kept, so N must be below M', ': write 2:4 to keep 2 of every 4')
+    """
+    found = re.fullmatch(r"(\d+) ?([-:/]) ?(\d+)", text.strip())
+    if found is None:
+        return ""
+    n, m = int(found[1]), int(found[3])
+    if n > m:
+        return ": N of every M weights are kept, so N must be below M"
+    return f": write {n}:{m} to keep {n} of every {m}" if n and found[2] != ":" else ""
 
 
 def takes_scope(text: str) -> bool:

@@ -578,7 +578,8 @@ class SparseOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         method, coverage = self.method, self._run.coverage()
-        parts = (method.constraint, *filter(None, [method.perturbation]))
+        perturbation = method.perturbation if self._run.has_radius else None
+        parts = (method.constraint, *filter(None, [perturbation]))
         how = " with ".join(type(part).__name__ for part in parts)
         title = f"{type(self).__name__}({type(self.base).__name__}, {how})"
         patterns = {c.name: c.pattern.describe() for c in self._run.selected.values()}

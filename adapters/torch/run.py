@@ -89,6 +89,7 @@ class Run:
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
         self.checked_rounding = False
+        self.checked_steps = False
         self.warned_of_zeros = False
         self.selected: dict[Tensor, Selected]
         self.trained: set[Tensor] = set()
@@ -128,11 +129,16 @@ class Run:
     def plan(self) -> StepPlan:
         """The plan of the next step: its gradients and operations, in order."""
         # Options of groups may change between steps, so the plan is looked up each time.
-        key = (any(rules.perturbs for rules in map(self.rules_of, self.groups)), self.frozen)
+        key = (self.has_radius, self.frozen)
         if key not in self._plans:
             plan = self.method.plan(has_radius=key[0])
             self._plans[key] = plan.frozen() if self.frozen else plan
         return self._plans[key]
+
+    @property
+    def has_radius(self) -> bool:
+        """Whether the radius of some param group may be non-zero at some step."""
+        return any(rules.perturbs for rules in map(self.rules_of, self.groups))
 
     @property
     def perturbed(self) -> Evaluation | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safe_core.backends.torch_sharding import local
 
-__all__ = ["Found", "GradientWatch"]
+__all__ = ["Found", "GradientWatch", "is_capturing"]
 
 # Gradients to look at. One alone could be zero throughout, which tells nothing.
 _SAMPLES = 3
@@ -113,7 +113,7 @@ class _Sample:
     def _compare(self, gradient: Tensor | None) -> Found:
         if gradient is None:
             return Found.CLEARED
-        if gradient.is_sparse or _is_capturing(gradient):
+        if gradient.is_sparse or is_capturing(gradient):
             return Found.UNKNOWN
         now, before = local(gradient), self._copy
         flags = torch.stack([before.any(), now.any(), (now == before).all()])
@@ -127,11 +127,11 @@ class _Sample:
 
 def _has_entries(gradient: Tensor | None) -> bool:
     """Return whether a gradient is dense, can be read, and is not an empty shard."""
-    if gradient is None or gradient.is_sparse or _is_capturing(gradient):
+    if gradient is None or gradient.is_sparse or is_capturing(gradient):
         return False
     return local(gradient).numel() > 0
 
 
-def _is_capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
     """Return whether a CUDA graph is being captured, during which no value can be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

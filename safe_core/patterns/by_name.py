@@ -155,6 +155,7 @@ class ByName(Pattern):
         if unknown:
             raise ValueError(
                 f"sparsity must name sparse arrays, {', '.join(names)}, got {', '.join(unknown)}"
+                f"{_checks.weight_meant(unknown[0], names)}"
             )
         found = {name: self._by_name.get(name, self.default) for name in names}
         named = {name for name, own in found.items() if own and name in own.named_arrays}

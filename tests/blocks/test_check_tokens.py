@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from safe_core.adapters.torch.blocks.calibration import check_tokens
+from safe_core.adapters.transformers import prune_blocks
 
 
 class Model(torch.nn.Module):
@@ -33,3 +34,14 @@ def test_models_with_one_are_checked() -> None:
     with pytest.raises(ValueError, match="below 4, got 4 in sample 0"):
         check_tokens(Model(torch.nn.Embedding(4, 2)), [{None: torch.tensor([[3, 4]])}])
     check_tokens(torch.nn.Linear(2, 2), [{None: torch.tensor([[3, 4]])}])
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_token_ids_without_an_axis_of_samples_are_refused(named: bool, whole: bool) -> None:
+    ids = torch.arange(3)
+    batch: Any = {"input_ids": ids} if named else ids
+    model = Model(torch.nn.Embedding(4, 2))
+    message = r"of shape \(samples, tokens\), got shape \(3,\): .* by ids\[None\]"
+    with pytest.raises(ValueError, match=message):
+        prune_blocks(model, batch if whole else [batch], "magnitude", 0.5)

@@ -120,6 +120,7 @@ def test_a_run_with_sparsities_by_name_is_resumed(tmp_path: Any) -> None:
     ("sparsity", "message"),
     [
         ({"blocks.0.upp.weight": 0.5}, "sparsity must name weights of the blocks, such as blocks"),
+        ({"blocks.0.up": 0.5}, "got 'blocks.0.up': it is a module; name its weight, blocks.0.up.w"),
         (lambda name, p: "24", "blocks.0.up.weight: sparsity must be"),
         (lambda name, p: Unstructured(0.5), "blocks.0.up.weight: sparsity must not compare"),
         (lambda name, p: None, "blocks must hold weights to prune, got none in blocks: blocks.0"),

@@ -34,6 +34,8 @@ def inputs() -> np.ndarray:
 def errors(solver: Any, sparsity: Any, **settings: Any) -> list[float]:
     model = torch_model(WIDTH)
     report = prune_blocks(model, torch.tensor(inputs()), solver, sparsity, **settings)
+    trained = getattr(solver, "name", solver) in ("safe", "safe+")
+    assert {block.training_kept for block in report.blocks} == {True if trained else None}
     return [block.relative_error for block in report.blocks]
 
 
@@ -71,8 +73,15 @@ def test_a_start_is_kept_if_training_makes_it_worse() -> None:
     solved, model, free = torch_model(WIDTH), torch_model(WIDTH), torch_model(WIDTH)
     x = torch.tensor(inputs())
     prune_blocks(solved, x, ALPS(), 0.5)
-    prune_blocks(model, x, SafeReconstruction(**WILD), 0.5)
-    prune_blocks(free, x, SafeReconstruction(**WILD, start="dense"), 0.5)
+    told: list[Any] = []
+    report = prune_blocks(model, x, SafeReconstruction(**WILD), 0.5, progress=told.append)
+    assert [block.training_kept for block in report.blocks] == [False, False]
+    assert [at.training_kept for at in told if at.epoch is None] == [False, False]
+    assert str(report).splitlines()[1].endswith("start kept")
+    assert "\ntraining did not lower the error of 2 of 2 blocks on the samples" in str(report)
+    report = prune_blocks(free, x, SafeReconstruction(**WILD, start="dense"), 0.5)
+    assert [block.training_kept for block in report.blocks] == [None, None]
+    assert "training" not in str(report)
     for name, p in model.named_parameters():
         assert torch.equal(p, solved.get_parameter(name)), name
     # From the dense weights the same training does harm, so it was the start that was kept.
@@ -194,7 +203,7 @@ def test_a_run_resumes_from_its_start_but_not_at_another_rate(
     for name, p in again.named_parameters():
         assert torch.equal(p, whole.get_parameter(name)), name
     monkeypatch.setattr("safe_core.solvers.reconstruction._RATE", 0.02)
-    with pytest.raises(ValueError, match=r"begun with peak=.*0\.01.*, got peak=.*0\.02"):
+    with pytest.raises(ValueError, match=r": peak was 0\.01, now 0\.02; name"):
         prune_blocks(torch_model(WIDTH), x, solver, 0.5, work_dir=tmp_path)
 
 

@@ -673,9 +673,9 @@ def test_progress_and_modes() -> None:
     assert [(p.block, p.epoch) for p in seen] == [
         (block, epoch) for block in (0, 1) for epoch in (0, 1, 2, 3, None)
     ]
-    final = report.blocks[1].loss
+    final, kept = report.blocks[1].loss, report.blocks[1].training_kept
     error = report.blocks[1].relative_error
-    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final, error)
+    assert seen[-1] == Progress(1, 2, None, 4, final, 0.0, final, error, kept)
     assert seen[0].seconds_left > 0
     assert [p.done for p in seen] == [block + k / 5 for block in (0, 1) for k in range(1, 6)]
     assert all(m.training for m in model.modules())
@@ -911,7 +911,7 @@ def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
         return safe_core.project(weight * top, sparsity, layout=layout)
 
     prune_blocks(Chain(), DATA, functools.partial(share, top=2), 0.5, work_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"begun with solver=partial\(.*share, top=2\), got"):
+    with pytest.raises(ValueError, match=r"run with the same settings, .*: top was 2, now 3;"):
         prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
     for unknown in (lambda w, g, s, layout: None, Watched()):
         with pytest.raises(ValueError, match=r"solver must be of functions .*, got .*(<lam|Wat)"):
@@ -968,7 +968,7 @@ def test_a_run_does_not_go_on_by_other_defaults(tmp_path: Path, monkeypatch: Any
     monkeypatch.setattr(
         SafeReconstruction, "bound", lambda self, sparsity, _: safe_core.safe(sparsity, rho=1e-3)
     )
-    with pytest.raises(ValueError, match=r"begun with method=.*0\.0002.*, got method=.*0\.001"):
+    with pytest.raises(ValueError, match=r": rho was .*0\.0002.*, now .*0\.001.*; name"):
         prune_blocks(Chain(), DATA, solver, 0.5, work_dir=tmp_path)
 
 
@@ -992,9 +992,9 @@ def test_pinned_memory_is_copied_once_the_device_has_written_it(
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"work_dir .* sparsity=Unstructured.sparsity=0.5"):
+    with pytest.raises(ValueError, match=r"work_dir .*: sparsity was 0.5, now 0.25; name"):
         prune_blocks(Chain(), DATA, wanda, 0.25, work_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"work_dir .* with other batches"):
+    with pytest.raises(ValueError, match=r"work_dir .*: the calibration samples are others"):
         prune_blocks(Chain(), DATA + 1, wanda, 0.5, work_dir=tmp_path)
     other = Chain()
     nn.init.ones_(other.blocks[3].weight)
@@ -1257,7 +1257,9 @@ def test_calibration_takes_different_windows(tmp_path: Path) -> None:
     assert not torch.equal(found, other)
     starts = calibration_batches(letters, "abcdefgh", samples=5, length=4)[:, 0]
     assert sorted(starts.tolist()) == [ord(c) for c in "abcde"]
-    with pytest.raises(ValueError, match=r"at least 9 tokens for samples=6 .* got 8"):
+    with pytest.raises(
+        ValueError, match=r"at least 9 tokens for 6 .* got 8: .* a smaller samples= or length="
+    ):
         calibration_batches(letters, "abcdefgh", samples=6, length=4)
     with pytest.raises(ValueError, match="got 0"):
         calibration_batches(letters, "", samples=1, length=1)

@@ -58,7 +58,11 @@ def test_a_model_comes_back_bit_for_bit(source: Path, tmp_path: Path) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16))
-    assert run("decompress", small, "--out", back).exit_code == 0
+    assert "note: no tensor" not in result.stdout
+    result = run("decompress", small, "--out", back)
+    assert result.exit_code == 0
+    assert " times larger\n" in result.stdout
+    assert "smaller" not in result.stdout
     names = {file.name for file in source.iterdir()} - {"model.onnx"}
     assert {file.name for file in back.iterdir()} == names
     for file in source.glob("*.json"):
@@ -81,6 +85,11 @@ def test_inspect_reads_a_compressed_folder_and_prune_refuses_it(
     assert "restore them with `safe-core decompress" in " ".join(message.split())
     with pytest.raises(OSError, match="no file named"):
         transformers.AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_a_dense_model_gains_nothing_and_is_told(folder: Path, tmp_path: Path) -> None:
+    result = run("compress", folder, "--out", tmp_path / "small")
+    assert "1.1 times larger\nnote: no tensor has enough zeros to take" in result.stdout
 
 
 @pytest.mark.parametrize("source", ["10KB"], indirect=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import SHORT, TEXT, failed, refused, run
+import transformers
+from command_line import SHORT, TEXT, byte_tokenizer, config, failed, refused, run
 
 from safe_core.command_line.dry_run import plan_folder
 from safe_core.command_line.pruning import PruningJob, prune_folder
@@ -72,6 +73,25 @@ def test_the_plan_in_python_agrees_with_the_run(folder: Path, text: Path, tmp_pa
     assert plan.free_bytes > 0
 
 
+def test_rows_show_which_layers_get_which_pattern(text: Path, tmp_path: Path) -> None:
+    deep = transformers.LlamaForCausalLM(config(num_hidden_layers=10))
+    deep.save_pretrained(tmp_path / "deep")
+    byte_tokenizer().save_pretrained(tmp_path / "deep")
+    many = [x for i in range(10) for x in ("--sparsity", rf"\.{i}\.mlp.down=0.{10 + i}")]
+    result = run(
+        "prune", tmp_path / "deep", "--calibration", text, "--out", tmp_path / "out", *SHORT,
+        "--method", "magnitude", "--only", "q_proj|down", *many,
+        "--sparsity", r"layers\.([0-2]|9)=2:8", "--sparsity", "0.5", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    attention = "self_attn.q_proj.weight"
+    assert f"model.layers.[0-2,9].{attention} 4 16 x 16 1,024 75.0000% 2:8" in said
+    assert f"model.layers.[3-8].{attention} 6 16 x 16 1,536 50.0000% 0.5, scope tensor" in said
+    down = "model.layers.*.mlp.down_proj.weight 10 16 x 32 5,120 10.00% to 19.00% differs by name"
+    assert down in said
+
+
 def test_finished_blocks_are_left_out_of_the_time(folder: Path, text: Path, tmp_path: Path) -> None:
     prune = ["prune", folder, "--calibration", text, *SHORT, "--method", "wanda", "--work-dir",
              tmp_path / "work"]  # fmt: skip
@@ -86,7 +106,7 @@ def test_a_dry_run_finds_what_a_run_refuses(folder: Path, text: Path, tmp_path: 
     prune = ["prune", folder, "--calibration", text, *SHORT, "--dry-run", "--out"]
     assert "outside of the model folder" in refused(*prune, folder / "sparse")
     message = failed(*prune, tmp_path / "out", "--sparsity", "3:12")
-    assert "--sparsity 3:12 must divide the inputs" in message
+    assert "12 must divide the inputs of every weight for --sparsity 3:12" in message
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()

@@ -102,19 +102,19 @@ def test_a_refused_resume_names_what_differs(folder: Path, text: Path, tmp_path:
     other.write_text(text.read_text()[::-1])
     again = [*start[:3], tmp_path / "again", *start[4:]]
     for changed, differs in (
-        (["wanda", *calibrate, "--seed", 1], "seed=0, got seed=1;"),
-        (["wanda", *calibrate, "--batch-size", 3], "batch_size=8, got batch_size=3;"),
-        (["wanda", "--calibration", other, *SHORT], "with other batches;"),
-        (["wanda", "--calibration", text, *SHORT[:3], 31], "with other batches;"),
+        (["wanda", *calibrate, "--seed", 1], "seed was 0, now 1"),
+        (["wanda", *calibrate, "--batch-size", 3], "batch_size was 8, now 3"),
+        (["wanda", "--calibration", other, *SHORT], "the calibration samples are others"),
+        (["wanda", "--calibration", text, *SHORT[:3], 31], "the calibration samples are others"),
         (["wanda", *calibrate, "--only", "mlp"],
-         "a block 0 in which self_attn.k_proj.weight was pruned, and is dense now"),
+         "self_attn.k_proj.weight of block 0 was pruned, and is dense now"),
+        (["magnitude", *calibrate, "--scope", "row"],
+         "solver was safe_core.solvers.scores.Wanda(), now safe_core.solvers.scores.Magnitude()"),
     ):  # fmt: skip
-        message = failed(*again, *changed)
-        assert f"{work} was begun" in message
-        assert differs in message.replace("\n", " ")
-        assert len(message) < 500
-    message = failed(*again, "magnitude", *calibrate)
-    assert "solver" in message
+        for more in ([], ["--dry-run"]):
+            message = failed(*again, *changed, *more)
+            assert f"same settings, got {work}: {differs}; name another folder" in message
+        assert "resuming" not in run(*again, *changed).stderr
 
 
 def test_what_a_killed_write_left_in_the_work_folder_is_removed(

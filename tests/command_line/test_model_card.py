@@ -101,6 +101,21 @@ def test_the_command_can_be_given_again(folder: Path, text: Path, tmp_path: Path
     assert "## Command" not in (tmp_path / "python" / "README.md").read_text()
 
 
+def test_discarded_training_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
+    result = run(
+        "prune", folder, "--calibration", text, "--out", tmp_path / "out", *SHORT, "--epochs", 2,
+        "--learning-rate", 50, "--work-dir", tmp_path / "work",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count(", start kept: training did not improve it, ") == 2
+    note = "raining did not lower the error of 2 of 2 blocks on the samples; they keep their start"
+    assert f"note: t{note}; a lower --learning-rate or more --epochs may" in result.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    blocks = rows(card, "block | sparsity | error | seconds | training")
+    assert [row[-1] for row in blocks] == ["start kept", "start kept"]
+    assert f"\nT{note}.\n" in card
+
+
 LICENCES: list[tuple[dict[str, str], dict[str, str], str]] = [
     ({"README.md": "---\nlicense: mit\n---\n# Hi"}, {"license": "mit"}, "mit"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,17 @@ def test_perplexity_refuses_what_it_cannot_measure(folder: Path, text: Path) -> 
 
     assert "at most the model's 64 positions, got 65" in measure("--length", 65)
     assert "length must be at least 2" in measure("--length", 1)
-    assert "stride must be at most length=8, got 9" in measure("--length", 8, "--stride", 9)
+    assert "stride must be at most --length 8, got 9" in measure("--length", 8, "--stride", 9)
     assert "must be an existing local folder" in measure(model=folder / "nowhere")
+    bare = text.parent / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    message = measure(model=bare)
+    assert "copy the tokenizer's files from the folder of the original model, or call " in message
+    assert message.endswith(f"tokenizer.save_pretrained('{bare}') in Python\n")
     short = text.with_name("short.txt")
     short.write_text("abc")
-    assert "at least one window of length=64, got 3" in measure("--length", 64, file=short)
+    shorter = "at least one window of --length 64, got 3: use a longer text or a smaller --length\n"
+    assert shorter in measure("--length", 64, file=short)
     short.write_text(" \n")
     assert "must hold text" in measure(file=short)
     short.write_bytes(b"\xff\xfe")

@@ -83,7 +83,7 @@ def test_prune_saves_a_sparse_model(
 TRAINED = ["| epochs | 1 |", "up epochs | 0 |"]
 SAFE = [
     *TRAINED, "| starts at | the solution of alps |", "(rho) | none |", "| constraint | Pull |",
-    "(lambda) | derived from the number of steps |", "(K) | derived from the number of steps |",
+    "(lambda) | 0 to 0 (", "(K) | 1 |", "| steps | 1 |",
     "rate | 0.01 times the root mean square of the weights |",
     "| optimizer | Adam, betas 0.9 and 0.95 |",
     "| batch | 8 samples |", "| inputs of a block | outputs of the pruned blocks before it |",
@@ -278,6 +278,10 @@ def test_prune_refuses_before_it_begins(
 
     for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400"):
         assert "a fraction such as 0.5, N:M such as 2:4" in message("--sparsity", wrong)
+    hint = ": N of every M weights are kept, so N must be below M\n"
+    assert message("--sparsity", "4:2").endswith(f"got '4:2'{hint}")
+    assert message("--sparsity", "2/4").endswith("got '2/4': write 2:4 to keep 2 of every 4\n")
+    assert message("--method", "SAFE+").endswith("got 'SAFE+': write safe+\n")
     unknown = message("--method", "obd")
     assert all(name in unknown for name in named_solvers())
     assert "file.py:SOLVER" in unknown
@@ -301,7 +305,7 @@ def test_prune_refuses_before_it_begins(
     down = "model.layers.0.self_attn.q_proj.weight"
     for groups, instead in (("3:12", "2:8 or 0.75"), ("4:6", "0.333333")):
         found = message("--sparsity", groups, *SHORT)
-        assert f"got 16 of {down}: --sparsity {instead} would do" in found
+        assert f"got 16 of {down}: --sparsity {instead} would do\n" in found
     with pytest.raises(TypeError, match=r"calibration must be a list of files, got 'text\.txt'"):
         PruningJob("model", "text.txt")
     bare = tmp_path / "bare"
@@ -309,12 +313,16 @@ def test_prune_refuses_before_it_begins(
     (bare / "config.json").write_text("{}")
     assert "must hold model.safetensors" in message(model=bare)
     (bare / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert "must hold a tokenizer" in message(model=bare)
+    assert "must hold a tokenizer" in (found := message(model=bare))
+    assert "; for a model that takes no text, pass --inputs\n" in found
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "must hold text, got none" in message(file=empty)
     empty.write_text("too short")
     assert "at least 35 tokens" in message(*SHORT, file=empty)
+    assert "got 9: give longer texts, or a smaller --length\n" in message(*SHORT, file=empty)
+    found = message("--samples", 4, "--length", 8, file=empty)
+    assert "got 9: give longer texts, or a smaller --samples or --length\n" in found
     assert "at most the model's 64 positions" in message("--samples", 2, "--length", 128)
     assert "work_dir must name a folder" in message(*SHORT, "--offload", "disk")
     broken = tmp_path / "broken"

@@ -83,7 +83,29 @@ def test_other_files_of_the_folder_are_copied(folder: Path, text: Path, tmp_path
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names >= {"preprocessor_config.json", "chat_template.jinja", "LICENSE", "labels.txt"}
     assert not names & {"model.onnx", "pytorch_model.bin", ".gitattributes", "onnx"}
+    modes = {oct(file.stat().st_mode) for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {oct((tmp_path / "new").stat().st_mode)}
     assert "pruned by safe_core" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("wanted", ["", "auto_map", "option"])
+def test_code_is_copied_where_it_is_used(
+    folder: Path, text: Path, tmp_path: Path, wanted: str
+) -> None:
+    source = Path(shutil.copytree(folder, tmp_path / "model"))
+    (source / "__init__.py").write_text("")
+    if wanted == "auto_map":
+        processor = {"auto_map": {"AutoProcessor": "own.Own"}}
+        (source / "preprocessor_config.json").write_text(json.dumps(processor))
+    result = run(
+        "prune", source, "--calibration", text, "--out", tmp_path / "out", *FAST,
+        *(["--trust-remote-code"] if wanted == "option" else []),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "__init__.py").is_file() is bool(wanted)
+    note = "note: not copied, because no configuration refers to code: __init__.py\n"
+    assert (note in result.stderr) is not bool(wanted)
 
 
 # Places that cannot be written

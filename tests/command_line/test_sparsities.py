@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from command_line import SHORT, failed, refused, run
+from command_line import SHORT, byte_tokenizer, config, failed, refused, run
 
 from safe_core import NM, Unstructured
 from safe_core.command_line.pruning import PruningJob
@@ -101,7 +101,25 @@ def test_expressions_that_match_nothing_are_refused(
     message = refused(*prune, "--ignore", "")
     assert "ignore must be a regular expression of a name, got an empty" in message
     message = failed(*prune, "--sparsity", "0.5", "--sparsity", "down=3:12")
-    assert "--sparsity 3:12 must divide the inputs of every weight, got 32" in message
+    assert "12 must divide the inputs of every weight for --sparsity 3:12, got 32" in message
+
+
+def test_groups_that_fit_some_weights_can_stay_there(text: Path, tmp_path: Path) -> None:
+    """The error names the others by a regular expression, which does as it says."""
+    odd = transformers.LlamaForCausalLM(config(intermediate_size=30))
+    odd.save_pretrained(tmp_path / "odd")
+    byte_tokenizer().save_pretrained(tmp_path / "odd")
+    prune = ["prune", tmp_path / "odd", "--calibration", text, *SHORT, "--method", "magnitude",
+             "--out", tmp_path / "out", "--sparsity", "2:4"]  # fmt: skip
+    message = failed(*prune)
+    assert "4 must divide the inputs of every weight for --sparsity 2:4, got 30 of " in message
+    assert message.endswith(
+        "mlp.down_proj.weight: --sparsity 1:2 or 0.5 would do; or, to keep 2:4 for the other "
+        "weights, put --sparsity 'mlp.down_proj=0.5' first, or leave these dense by --ignore "
+        "'mlp.down_proj'\n"
+    )
+    assert run(*prune, "--sparsity", "mlp.down_proj=0.5", "--dry-run").exit_code == 0
+    assert run(*prune, "--ignore", "mlp.down_proj", "--dry-run").exit_code == 0
 
 
 def test_a_run_with_rules_resumes(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -111,5 +129,5 @@ def test_a_run_with_rules_resumes(folder: Path, text: Path, tmp_path: Path) -> N
     assert run(*prune, *rules, "--out", tmp_path / "one").exit_code == 0
     assert run(*prune, *rules, "--out", tmp_path / "two").exit_code == 0
     message = failed(*prune, "--sparsity", "0.5", "--out", tmp_path / "three")
-    assert "was begun with sparsity=ByName(" in message
+    assert "sparsity was ByName(...), now Unstructured(sparsity=0.5, " in message
     assert len(message) < 900

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import safe_core
 from safe_core import ADMM, project
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     blocks,
+    byte_llama,
     corpus,
     elsa,
     litert,
@@ -175,6 +176,16 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
     assert tuned["perplexity"] < 0.99 * pruned["perplexity"]
     options.results.write_text(json.dumps(tuned) + "\n")
     assert list(smollm2.runs(options)) == []
+
+
+def test_ids_of_the_byte_tokenizer_are_bytes(tmp_path: Path) -> None:
+    """They are also after it is saved, and for text of any kind."""
+    byte_llama.byte_tokenizer().save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(map(chr, range(300))) + " def f( x ):\r\n\t#  don't ,  日本語 🙂\n\n"
+    ids = saved(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert saved.decode(ids) == text
 
 
 @pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ADMM, untuned", "ELSA"])

@@ -48,8 +48,9 @@ def byte_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core)
 
 
-def config() -> Any:
-    return transformers.LlamaConfig(
-        vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
+def config(**changes: Any) -> Any:
+    settings = {
+        "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return transformers.LlamaConfig(**settings | changes)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import needs
 from ..options import ChatTemplate, Device, Field, GgufFile, Json, Trust
-from ..output import printable, quiet_transformers
+from ..output import naming_options, printable, quiet_transformers
 
 __all__ = ["perplexity"]
 
@@ -50,8 +50,11 @@ def perplexity(
     tokens = text_tokens(tokenizer, text, field, chat_template=chat_template)
     loaded = load_model(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code).to(where)
     check_length(loaded, length)
-    with counted("windows") as progress:
-        found = measured(loaded, tokens, length, stride, batch_size, progress=progress)
+    try:
+        with counted("windows") as progress:
+            found = measured(loaded, tokens, length, stride, batch_size, progress=progress)
+    except ValueError as wrong:
+        raise ValueError(naming_options(str(wrong), "length")) from wrong
     if as_json:
         typer.echo(json.dumps(found._asdict()))
     else:

@@ -252,4 +252,6 @@ def prune(
             f"warning: {', '.join(poor)} differ from the dense model by more than their whole "
             "output; a lower --learning-rate or sparsity may help"
         )
+    if note := result.report.training_note:
+        say(f"note: {note}; a lower --learning-rate or more --epochs may help")
     typer.echo(f"saved in {result.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,9 @@ def drawn_windows(tokens: Tensor, samples: int, length: int, seed: int) -> Tenso
     starts = len(tokens) - length + 1
     if starts < samples:
         raise ValueError(
-            f"texts must hold at least {length + samples - 1} tokens for samples={samples} "
-            f"different windows of length={length}, got {len(tokens)}"
+            f"texts must hold at least {length + samples - 1} tokens for {samples} different "
+            f"windows of {length} tokens, got {len(tokens)}: give longer texts, or a smaller "
+            f"{'samples= or ' if starts > 0 else ''}length="
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(starts, generator=generator)[:samples]
@@ -202,18 +203,58 @@ def _refuse_ambiguous(named: Mapping[str | None, Any], first: Tensor) -> None:
             )
 
 
+def _vocabulary(model: nn.Module) -> nn.Embedding | None:
+    """Return the embeddings of the tokens that a model takes, or None if it takes no tokens."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except Exception:  # models of images and sound have the method, but raise in it
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def _token_ids(sample: Mapping[str | None, Any]) -> Tensor | None:
+    """Return the token ids of the arguments of a model that takes them, if they are a tensor."""
+    tokens = sample.get("input_ids", sample.get(None))
+    return tokens if torch.is_tensor(tokens) and not tokens.is_floating_point() else None
+
+
+def check_token_axes(model: nn.Module, batches: Any) -> None:
+    """Raise if token ids lack the axis of samples, for models that take token ids.
+
+    Batches of a generator are not looked at.
+
+    Examples
+    --------
+    >>> class Model(nn.Module):
+    ...     def get_input_embeddings(self):
+    ...         return nn.Embedding(4, 2)
+    >>> check_token_axes(Model(), [torch.tensor([0, 3, 1])])
+    Traceback (most recent call last):
+    ValueError: batches must hold token ids of shape (samples, tokens), got shape (3,): add the \
+axis of samples, by ids[None]
+    """
+    if _vocabulary(model) is None:
+        return
+    whole = torch.is_tensor(batches) or isinstance(batches, Mapping)
+    given = [batches] if whole else batches
+    for batch in given if isinstance(given, Sequence) else ():
+        tokens = _token_ids(batch if isinstance(batch, Mapping) else {None: batch})
+        if tokens is not None and tokens.ndim == 1:
+            raise ValueError(
+                "batches must hold token ids of shape (samples, tokens), got shape "
+                f"{tuple(tokens.shape)}: add the axis of samples, by ids[None]"
+            )
+
+
 def check_tokens(model: nn.Module, samples: Iterable[Mapping[str | None, Any]]) -> None:
     """Raise if a token is not in the model's vocabulary, for models that have one."""
-    try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    except Exception:  # models of images and sound have the method, but raise in it
-        return
-    if not isinstance(embeddings, nn.Embedding):
+    embeddings = _vocabulary(model)
+    if embeddings is None:
         return
     bounds, numbers = [], []
     for i, sample in enumerate(samples):
-        tokens = sample.get("input_ids", sample.get(None))
-        if torch.is_tensor(tokens) and not tokens.is_floating_point() and tokens.numel():
+        tokens = _token_ids(sample)
+        if tokens is not None and tokens.numel():
             bounds.append(torch.stack(tokens.aminmax()))
             numbers.append(i)
     found = torch.stack(bounds).tolist() if bounds else []  # one wait for the device

@@ -19,12 +19,13 @@ from safe_core.reconstruction import block_patterns, changed
 from safe_core.solvers import named_solver
 
 from ..example_inputs import evaluation_mode
-from .calibration import calibration_batches, check_tokens, split_samples
+from .calibration import calibration_batches, check_token_axes, check_tokens, split_samples
 from .fingerprints import sample_of
 from .memory import MemoryEstimate
 from .processes import Processes, processes_of
 from .reconstruction import SafeReconstruction
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
+from .resuming import finished_blocks
 from .run import Run
 from .selection import refuse_quantised, select_weights
 from .settings import PruningSettings, writing_nothing
@@ -228,6 +229,8 @@ def _planned(
     solver = as_block_solver(solver)
     if not isinstance(sparsity, Mapping) and not callable(sparsity):
         block_patterns(sparsity, {}, scope)  # raises before the model runs if it is invalid
+    if isinstance(model, nn.Module):
+        check_token_axes(model, batches)
     samples = split_samples(batches)
     if settings.work_dir is not None and processes.first:
         check_work_folder(settings.work_dir)
@@ -340,6 +343,18 @@ class PruningPlan:
         """
         with writing_nothing(self.task.settings) as settings:
             return Run(self.task._replace(settings=settings), self.memory, None).measure()
+
+    def finished_blocks(self) -> int:
+        """Return the number of blocks in ``work_dir`` after which `apply` resumes.
+
+        Only the first of several processes reads the folder; the others return 0.
+
+        Raises
+        ------
+        ValueError
+            If ``work_dir`` is of a run with other settings, or of another model.
+        """
+        return finished_blocks(self.task)
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False

@@ -131,7 +131,7 @@ dual_update_interval, start, published
         del start  # and with it the solutions
         _keep_zeros(p for key, p in params.items() if key not in layouts)
         epoch, steps = problem.batches(self.batch_size, wide)
-        found = self.solve(
+        found, problem.training_kept = self.solve(
             block,
             layouts,
             importance,
@@ -168,8 +168,10 @@ dual_update_interval, start, published
         autocast: bool = False,
         supports: Mapping[str, Tensor] | None = None,
         trained: Trained | None = None,
-    ) -> dict[str, Tensor]:
-        """Train a block in place, project it, and return the supports by name.
+    ) -> tuple[dict[str, Tensor], bool | None]:
+        """Train a block in place and project it.
+
+        Return the supports by name, and whether the training was kept; None without a start.
 
         Parameters
         ----------
@@ -218,9 +220,10 @@ dual_update_interval, start, published
         trained.gather()
         if kept is not None and not loss() <= kept.loss:  # not `>`: a loss may be NaN
             kept.restore(trained)
-            return dict(kept.supports)
+            return dict(kept.supports), False
         named = optimizer.sparse_parameters()
-        return {name: whole(optimizer.state[p]["support"]) for name, p in named.items()}
+        found = {name: whole(optimizer.state[p]["support"]) for name, p in named.items()}
+        return found, None if kept is None else True
 
     def train(
         self,

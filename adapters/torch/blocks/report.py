@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from safe_core._readable import aligned
 
 from .memory import MemoryEstimate
 
@@ -31,6 +34,8 @@ class Progress:
         is that of the last batch, and None if the solver does not report it.
     relative_error : float or None
         ``loss`` divided by the mean square of the targets, at the end of the block.
+    training_kept : bool or None
+        As in `BlockReport`, at the end of the block.
 
     Examples
     --------
@@ -46,6 +51,7 @@ class Progress:
     seconds_left: float
     sparse_loss: float | None = None
     relative_error: float | None = None
+    training_kept: bool | None = None
 
     @property
     def done(self) -> float:
@@ -83,6 +89,10 @@ class BlockReport(NamedTuple):
         The same error divided by the mean square of the targets.
     weights : dict of str to WeightReport
     seconds : float
+    training_kept : bool or None
+        Whether the trained block was kept. False if training did not lower the error on the
+        calibration samples, so that the block is its start, such as the solution of ALPS. None
+        if nothing was compared.
 
     Examples
     --------
@@ -97,6 +107,17 @@ class BlockReport(NamedTuple):
     relative_error: float
     weights: dict[str, WeightReport]
     seconds: float
+    training_kept: bool | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of entries of its pruned weights that are off their supports."""
+        return _sparsity(self.weights.values())
+
+    @property
+    def training(self) -> str:
+        """What became of its training, for a table; "" if nothing was compared."""
+        return {None: "", True: "kept", False: "start kept"}[self.training_kept]
 
 
 class TimeEstimate(NamedTuple):
@@ -152,6 +173,16 @@ class PruningReport(NamedTuple):
         Peak bytes relative to the start: from the allocator of the GPU or, with
         ``measure_memory``, by counting tensors on the CPU; None if not measured.
     seconds : float
+
+    Examples
+    --------
+    >>> block = BlockReport("layers.0", 0.1, 0.02, {"weight": WeightReport(64, 16, 512)}, 3.5)
+    >>> estimate = MemoryEstimate(device=4096, host=0, disk=0)
+    >>> print(PruningReport((block,), {"layers.0.gate": "it is a router"}, estimate, None, 3.5))
+    block     sparsity  relative error  seconds
+    layers.0  75.0000%            0.02      3.5
+    total     75.0000%                      3.5
+    not pruned: 1 matrix of the blocks, see `dense`
     """
 
     blocks: tuple[BlockReport, ...]
@@ -163,6 +194,46 @@ class PruningReport(NamedTuple):
     @property
     def sparsity(self) -> float:
         """The fraction of entries of the pruned weights that are off their supports."""
-        found = [w for block in self.blocks for w in block.weights.values()]
-        entries = sum(w.entries for w in found)
-        return 1 - sum(w.kept for w in found) / entries if entries else 0.0
+        return _sparsity([w for block in self.blocks for w in block.weights.values()])
+
+    def __str__(self) -> str:
+        """Return a table of the blocks, and what happened to their training and stayed dense."""
+        training = any(block.training for block in self.blocks)
+        rows = [("block", "sparsity", "relative error", "seconds", "training")]
+        for block in self.blocks:
+            error, seconds = f"{block.relative_error:.4g}", f"{block.seconds:.1f}"
+            rows.append((block.name, f"{block.sparsity:.4%}", error, seconds, block.training))
+        rows.append(("total", f"{self.sparsity:.4%}", "", f"{self.seconds:.1f}", ""))
+        lines = aligned([row if training else row[:-1] for row in rows], right=(1, 2, 3))
+        lines += [note] if (note := self.training_note) else []
+        if n := len(self.dense):
+            lines.append(
+                f"not pruned: {n} matri{'x' if n == 1 else 'ces'} of the blocks, see `dense`"
+            )
+        return "\n".join(lines)
+
+    @property
+    def training_note(self) -> str | None:
+        """A line that says that training was discarded, None if it was not.
+
+        Examples
+        --------
+        >>> blocks = [BlockReport("0", 0.1, 0.02, {}, 3.5, kept) for kept in (True, False)]
+        >>> estimate = MemoryEstimate(device=4096, host=0, disk=0)
+        >>> PruningReport(tuple(blocks), {}, estimate, None, 7.0).training_note
+        'training did not lower the error of 1 of 2 blocks on the samples; it keeps its start'
+        """
+        compared = [block for block in self.blocks if block.training_kept is not None]
+        n = sum(not block.training_kept for block in compared)
+        if not n:
+            return None
+        keep = "it keeps its start" if n == 1 else "they keep their start"
+        return (
+            f"training did not lower the error of {n} of {len(compared)} blocks on the samples; "
+            f"{keep}"
+        )
+
+
+def _sparsity(weights: Collection[WeightReport]) -> float:
+    entries = sum(w.entries for w in weights)
+    return 1 - sum(w.kept for w in weights) / entries if entries else 0.0

@@ -22,6 +22,7 @@ from .calls import BlockCalls, record
 from .fingerprints import sample_of
 from .memory import MemoryEstimate, TensorBytes, block_dtype, copy_with
 from .report import BlockReport, Progress, PruningReport, TimeEstimate, WeightReport
+from .resuming import block_digests, check_weights
 from .solver import Batch, BlockProblem
 from .statistics import InputRecorder, one_by_one
 from .structure import (
@@ -159,20 +160,11 @@ class Run:
     def _open_folder(self, stack: ExitStack) -> WorkFolder | None:
         if self.settings.work_dir is None or not self.processes.first:
             return None
-        path = Path(self.settings.work_dir)
-        digests = [sample_of(block.parameters()) for block in self.task.blocks]
+        path, digests = Path(self.settings.work_dir), block_digests(self.task)
         folder = WorkFolder(path, self.task.described(), notes=digests)
         stack.callback(folder.close)
         self._resumed = len(folder.finished)
-        for i, (now, then) in enumerate(zip(digests, folder.notes, strict=True)):
-            pruned = i < self._resumed and now == folder.finished[i]["digest"]
-            needed = self.settings.two_streams or self.settings.propagate == "dense"
-            if now != then and (not pruned or needed):
-                state = "it was, when dense" if pruned else "it was"
-                raise ValueError(
-                    f"model must be as {state} when the run in {path} was begun, got other weights "
-                    f"in {block_name(self.task.name, i)}: load the dense model again"
-                )
+        check_weights(self.task, digests, folder.notes, folder.finished)
         return folder
 
     def _record(self, stack: ExitStack) -> None:
@@ -217,6 +209,7 @@ class Run:
         if problem.statistics:
             solved, masks = self.task.solver.prune(problem)
             supports = {key: masks[key] for key in tokens if key in masks}
+        training_kept = problem.training_kept
         del problem  # with the dense copy
         before = {key: block.get_parameter(key).detach().to("cpu", copy=True) for key in solved}
         kept = torch.stack([m.sum() for m in supports.values()]).tolist() if supports else []
@@ -227,19 +220,26 @@ class Run:
         try:
             _write_back(block, solved)
             solved.clear()
-            report = self._finish(i, weights, started)
+            report = self._finish(i, weights, training_kept, started)
         except BaseException:
             _write_back(block, before)
             raise
         self._finished = i + 1
-        self._tell(i, None, report.loss, report.loss, report.relative_error)
+        self._tell(i, None, report.loss, report.loss, report.relative_error, training_kept)
         return report
 
-    def _finish(self, i: int, weights: dict[str, WeightReport], started: float) -> BlockReport:
+    def _finish(
+        self,
+        i: int,
+        weights: dict[str, WeightReport],
+        training_kept: bool | None,
+        started: float,
+    ) -> BlockReport:
         """Compute the outputs of the pruned block, and save it in the folder."""
         name, block = block_name(self.task.name, i), self.task.blocks[i]
         loss, relative = self._pruned_pass(i)
-        report = BlockReport(name, loss, relative, weights, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        report = BlockReport(name, loss, relative, weights, seconds, training_kept)
         if self._folder is not None:
             digest = sample_of(block.parameters())
             unseen = [key for key in self.dense if key.startswith(f"{name}.")]
@@ -282,11 +282,12 @@ class Run:
         loss: float,
         sparse_loss: float | None = None,
         error: float | None = None,
+        training_kept: bool | None = None,
     ) -> None:
         if self.progress is None:
             return
         blocks, epochs = len(self.task.blocks), self.task.solver.epochs
-        at = Progress(i, blocks, epoch, epochs, loss, 0.0, sparse_loss, error)
+        at = Progress(i, blocks, epoch, epochs, loss, 0.0, sparse_loss, error, training_kept)
         rate = (time.monotonic() - self._started) / (at.done - self._resumed)
         self.progress(replace(at, seconds_left=rate * (at.blocks - at.done)))
 

@@ -82,6 +82,8 @@ class BlockProblem:
         every batch.
     shard : bool
         Whether they share the state of an optimizer.
+    training_kept : bool or None
+        Set by a solver that compares its training with the start: whether it kept the training.
     """
 
     name: str
@@ -96,6 +98,7 @@ class BlockProblem:
     report: Callable[..., None]
     processes: Processes = field(default_factory=Processes)
     shard: bool = False
+    training_kept: bool | None = None
 
     def in_dtype(self, dtype: torch.dtype) -> nn.Module:
         """Return a copy of the dense block in another dtype, and free ``dense``."""

@@ -137,15 +137,29 @@ class PatternError(ValueError):
         The pattern of that weight.
     common : int
         The greatest common divisor of the numbers of inputs of all weights.
+    misfits : tuple of str
+        All weights with this pattern that it does not fit.
+    others : bool
+        Whether this pattern fits other weights.
     """
 
-    def __init__(self, pattern: Pattern, name: str, inputs: int, common: int) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        name: str,
+        inputs: int,
+        common: int,
+        misfits: Sequence[str] = (),
+        *,
+        others: bool = False,
+    ) -> None:
         super().__init__(
             f"sparsity must divide the inputs of every weight into groups of {pattern.group}, got "
             f"{inputs} of {name}: {pattern!r} with ragged='dense' leaves the last group dense, and "
             "where= leaves out the weight"
         )
         self.name, self.inputs, self.pattern, self.common = name, inputs, pattern, common
+        self.misfits, self.others = tuple(misfits), others
 
 
 def check_pattern(
@@ -172,8 +186,12 @@ def check_pattern(
         except ValueError:
             if pattern.group is None or inputs[key] % pattern.group == 0:
                 raise
-            common = math.gcd(*inputs.values())
-            raise PatternError(pattern, key, inputs[key], common) from None
+            alike = [name for name in known if patterns[name] == pattern]
+            misfits = [name for name in alike if inputs[name] % pattern.group]
+            raise PatternError(
+                pattern, key, inputs[key], math.gcd(*inputs.values()), misfits,
+                others=len(misfits) < len(alike),
+            ) from None  # fmt: skip
 
 
 def trainable_names(task: Task, i: int, pruned: Collection[str]) -> set[str]:

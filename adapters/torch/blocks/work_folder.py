@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,9 @@ from torch import Tensor
 from safe_core._installed import require
 
 from ...locks import try_lock
+from .changed_settings import changed_settings
 
-__all__ = ["WorkFolder", "check_work_folder", "existing_folder"]
+__all__ = ["WorkFolder", "check_work_folder", "earlier_run", "existing_folder"]
 
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
@@ -53,6 +52,31 @@ def check_work_folder(path: str | os.PathLike[str]) -> None:
     if others:
         more = ", ..." if len(others) > 3 else ""
         raise ValueError(f"{rule}, which holds {', '.join(others[:3])}{more}")
+
+
+def earlier_run(path: str | os.PathLike[str], settings: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the manifest of an earlier run in a folder, or None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is invalid, or of a run with other settings.
+
+    Examples
+    --------
+    >>> earlier_run("/dev/null", {"seed": "0"}) is None
+    True
+    """
+    file = Path(path) / _MANIFEST
+    if not file.is_file():
+        return None
+    found = _read_manifest(file)
+    if found["settings"] != settings:
+        raise ValueError(
+            f"work_dir must be of a run with the same settings, got {path}: "
+            f"{changed_settings(found['settings'], settings)}; name another folder to begin anew"
+        )
+    return found
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -144,14 +168,10 @@ class WorkFolder:
             raise
 
     def _read(self) -> None:
-        manifest = _read_manifest(self.path / _MANIFEST)
-        found, self.finished = manifest["settings"], manifest["blocks"]
-        self.notes, self._digests = manifest["notes"], manifest["digests"]
-        if found != self.settings:
-            raise ValueError(
-                f"work_dir must be of a run with the same settings: {self.path} was begun "
-                f"{_difference(found, self.settings)}; name another folder to begin anew"
-            )
+        manifest = earlier_run(self.path, self.settings)
+        assert manifest is not None  # the file exists
+        self.finished, self.notes = manifest["blocks"], manifest["notes"]
+        self._digests = manifest["digests"]
 
     def close(self) -> None:
         """Unlock the folder for other runs; the end of the process does so too."""
@@ -214,50 +234,6 @@ class WorkFolder:
         }
         _write(self.path / _MANIFEST, json.dumps(manifest, indent=1).encode())
         self.finished, self._digests = finished, digests
-
-
-def _difference(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Return the setting that best explains how two runs differ.
-
-    Other weights also change the sparsity by name, so weights come first. Other samples may
-    follow from another seed, so batches come last.
-    """
-    keys = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-    key = min(keys, key=lambda key: _FOLLOWING.get(key, 0))
-    was, got = then.get(key), now.get(key)
-    if key == "batches":
-        return "with other batches"
-    if key == "weights" and was and got:
-        return f"with {_other_weight(was, got)}"
-    return f"with {key}={_excerpt(was, got)}, got {key}={_excerpt(got, was)}"
-
-
-def _excerpt(text: str | None, other: str | None) -> str | None:
-    """Return a text, shortened to the part where it begins to differ from another."""
-    if text is None or len(text) <= _LONG:
-        return text
-    pairs = itertools.zip_longest(text, other or "")
-    same = next(i for i, (a, b) in enumerate(pairs) if a != b)
-    start = max(0, same - _LONG // 4)
-    return f"{'...' if start else ''}{text[start : start + _LONG]}..."
-
-
-_FOLLOWING = {"batches": 1, "weights": -1}
-_LONG = 200  # characters
-
-
-def _other_weight(was: str, got: str) -> str:
-    """Describe the first weight that only one of two runs prunes."""
-    try:
-        blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
-    except (ValueError, SyntaxError, TypeError):  # the manifest is damaged
-        return "other weights"
-    for i, (old, new) in enumerate(zip(*blocks, strict=False)):
-        for name in sorted(old ^ new):
-            whose = "was pruned, and is" if name in old else "was dense, and is pruned"
-            tail = " dense now" if name in old else " now"
-            return f"a block {i} in which {name} {whose}{tail}"
-    return "another number of blocks"
 
 
 def _remove_leftovers(path: Path) -> None:
