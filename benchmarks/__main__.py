@@ -23,6 +23,8 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
     size, width, batch = (100_000, 1, 4) if quick else (10_000_000, 64, 64)
     sizes = [10_000, 100_000] if quick else [10**6, 10**7, 10**8]
     return {
+        # First, as in a program that begins: memory that others have freed would be reused.
+        "loading": lambda: loading(blocks=2 if quick else 30, repeats=repeats),
         "selection": lambda: projection.selection(size=size, repeats=repeats),
         "scaling": lambda: projection.scaling(sizes=sizes, repeats=repeats),
         "reading": lambda: projection.reading(size=100 * size, repeats=repeats),
@@ -32,7 +34,6 @@ def cases(quick: bool, repeats: int, compiled: bool) -> dict[str, Callable[[], l
         "whole": lambda: steps.whole_step(batch=batch, repeats=repeats),
         "report": lambda: reports(width=width, batch=batch, repeats=repeats),
         "block": lambda: block_step(hidden=max(64, 16 * width), tokens=8 * batch, repeats=repeats),
-        "loading": lambda: loading(blocks=2 if quick else 30, repeats=repeats),
         "memory": lambda: memory(size=size),
     }
 

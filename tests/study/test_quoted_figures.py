@@ -177,7 +177,17 @@ def test_speed() -> None:
     name = "docs/benchmarks_table.md"
     rows = table(name, "projection of 10,000,000 float32 in 100 tensors, 95% global")
     ours = [r["ratio"][0] for n, r in rows.items() if n.startswith("safe_core") and "bf" not in n]
-    assert f"takes {min(ours):.1f} to {max(ours):.1f} times as long" in page("README.md")
+    told = f"with AVX-512 takes {min(ours):.1f} to {max(ours):.1f} times as long"
+    assert told in page("README.md")
+    assert "avx512f" in (ROOT / name).read_text()
+    loaded = [
+        table(name, f"loading 134M {dtype}, 80% of the blocks zero")["compressed file, safe_core"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    (single, half), zeros = ([row["ratio"][0] for row in loaded], page("docs/zeros.md"))
+    assert 0.46 <= single <= 0.57
+    assert 0.48 <= half <= 0.68
+    assert "took 0.46 to 0.57 of the time of safetensors in float32, and 0.48 to 0.68" in zeros
     sizes = [table(name, f"size {n}") for n in (10_000_000, 100_000_000)]
     growth = {n: sizes[1][n]["median, ms"][0] / sizes[0][n]["median, ms"][0] for n in sizes[0]}
     text = page("docs/performance.md")
@@ -188,10 +198,11 @@ def test_speed() -> None:
     steps = table(name, "the optimizer's own time per step in PyTorch, shapes of ResNet-50")
     ratio = {n: r["ratio"][0] for n, r in steps.items()}
     assert 1.15 <= ratio["safe_core + SGD"] <= 1.4
-    assert 1.135 <= ratio["safe_core + Adam"] <= 1.165
+    assert 1.135 <= ratio["safe_core + Adam"] <= 1.175
+    assert round(ratio["safe_core + SGD, compiled"], 1) == 1
+    assert 0.7 <= ratio["safe_core + Adam, compiled"] <= 0.8
     for base in ("SGD", "Adam"):
-        assert ratio[f"safe_core + {base}, compiled"] < 1
-    assert ratio["safe_core + SGD, compiled"] > ratio["minimal SAM + SGD, compiled"]
+        assert ratio[f"safe_core + {base}, compiled"] > ratio[f"minimal SAM + {base}, compiled"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/guide.md"])
