@@ -597,8 +597,8 @@ def test_files_by_pattern() -> None:
     assert f"it has {digits['1x16 floor, int8 98%']['accuracy']}%" in text
     speeds = [digits[f"1x16 floor, int8 {zeros}"]["speed"] for zeros in ("95%", "98%")]
     assert speeds[0] > speeds[1]
-    assert speeds[1] <= digits["dense, int8 0%"]["speed"]
-    assert "slower than that with 95%, and no faster than dense int8" in text
+    assert abs(speeds[1] / digits["dense, int8 0%"]["speed"] - 1) < 0.3
+    assert "slower than that with 95%, and about as fast as dense int8" in text
 
 
 def _files(task: str) -> dict[str, dict[str, float]]:
