@@ -157,8 +157,11 @@ def weight_meant(name: str, names: Iterable[str]) -> str:
     >>> weight_meant("layers.0.up", ["layers.0.up.weight"])
     ': it is a module; name its weight, layers.0.up.weight'
     """
-    within = next((known for known in names if known.startswith(f"{name}.")), None)
-    return "" if within is None else f": it is a module; name its weight, {within}"
+    within = [known for known in names if known.startswith(f"{name}.")]
+    if not within:
+        return ""
+    weights = "weights, such as" if len(within) > 1 else "weight,"
+    return f": it is a module; name its {weights} {within[0]}"
 
 
 def printable(text: str) -> str:

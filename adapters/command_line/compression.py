@@ -46,7 +46,7 @@ class FolderSizes(NamedTuple):
     forms : dict of str to int
         Number of tensors that are stored in each form, ``"dense"``, ``"bitmask"`` or ``"2:4"``.
     restored : bool
-        Whether ``out`` is the folder with zeros.
+        Whether ``out`` holds the dense files, so that zeros were restored.
     """
 
     out: Path

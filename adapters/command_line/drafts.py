@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -154,7 +155,8 @@ def _make_modes_alike(folder: Path) -> None:
     probe.unlink()
     for file in folder.iterdir():
         if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) != mode:
-            file.chmod(mode)
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                file.chmod(mode)
 
 
 def _begun(path: Path, folder: Path) -> int | None:

@@ -25,7 +25,7 @@ from .preparation import check_job, naming_blocks, prepare
 __all__ = ["FolderPlan", "PlannedWeight", "plan_folder"]
 
 
-_PATTERNS = 6  # for which weights of one kind have rows of their own
+_PATTERNS = 6  # with more patterns, weights of one kind share a row
 
 
 class PlannedWeight(NamedTuple):

@@ -191,9 +191,10 @@ def _pruned(
                 job_tokenizer(job).save_pretrained(draft.path)
             code = job.trust_remote_code or refers_to_code(source.folder)
             left = copy_other_files(source.folder, draft.path, code=code)
-            if scripts := [name for name in left if name.endswith(".py")]:
+            scripts = [name for name in left if name.endswith(".py") and not name.startswith(".")]
+            if scripts and not code:
                 say(
-                    "note: not copied, because no configuration refers to code: "
+                    "note: not copied, because no configuration names code by auto_map: "
                     f"{', '.join(map(printable, scripts))}"
                 )
             card = model_card(job, source, result, data, command)

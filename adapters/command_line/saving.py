@@ -29,7 +29,9 @@ _ROUNDING = 1e-2  # of 16-bit products that another kernel sums in another order
 
 
 def refers_to_code(folder: Path) -> bool:
-    """Return whether a configuration in a folder names classes of its own, by ``auto_map``.
+    """Return whether a configuration in a folder names code of its own.
+
+    It does so by ``auto_map`` or ``custom_pipelines``.
 
     Examples
     --------
@@ -41,7 +43,7 @@ def refers_to_code(folder: Path) -> bool:
             found = read_json(file)
         except DamagedFileError:  # of a part that this library does not use
             continue
-        if isinstance(found, dict) and found.get("auto_map"):
+        if isinstance(found, dict) and (found.get("auto_map") or found.get("custom_pipelines")):
             return True
     return False
 

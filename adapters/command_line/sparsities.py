@@ -68,16 +68,21 @@ def _groups_meant(text: str) -> str:
 
     Examples
     --------
-    >>> _groups_meant("4:2"), _groups_meant("2/4")
+    >>> _groups_meant("4:2"), _groups_meant("2-4")
     (': N of every M weights are kept, so N must be below M', ': write 2:4 to keep 2 of every 4')
+    >>> _groups_meant("3/4")
+    ': write 3:4 to keep 3 of every 4, or 0.75 for that fraction of zeros'
     """
     found = re.fullmatch(r"(\d+) ?([-:/]) ?(\d+)", text.strip())
     if found is None:
         return ""
     n, m = int(found[1]), int(found[3])
-    if n > m:
+    if n >= m:
         return ": N of every M weights are kept, so N must be below M"
-    return f": write {n}:{m} to keep {n} of every {m}" if n and found[2] != ":" else ""
+    if not n or found[2] == ":":
+        return ""
+    fraction = f", or {n / m:.4g} for that fraction of zeros" if found[2] == "/" else ""
+    return f": write {n}:{m} to keep {n} of every {m}{fraction}"
 
 
 def takes_scope(text: str) -> bool:

@@ -129,7 +129,7 @@ def gradients_by(grad_fn: Any, point: PyTree) -> PyTree:
     """Return ``grad_fn(point)``, and say what it gets if it fails on a state of NNX."""
     try:
         return grad_fn(point)
-    except Exception as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         if is_nnx_state(point):
             error.add_note(
                 "grad_fn is called with an nnx.State of the parameters, not with the module. "

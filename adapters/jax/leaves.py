@@ -32,11 +32,15 @@ _FILTER = (
 WITHOUT_KEYS = "for NNX, pass nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))"
 
 
-def check_arrays(argument: str, named: Sequence[tuple[str, Any]]) -> None:
+def check_arrays(
+    argument: str,
+    named: Sequence[tuple[str, Any]],
+    without_keys: str = "for NNX, pass nnx.state(model, nnx.Param)",
+) -> None:
     """Raise unless every leaf is a numeric array.
 
     A Python number has no dtype to keep, and a function is no parameter. A PRNG key has a
-    dtype, but no arithmetic.
+    dtype, but no arithmetic; ``without_keys`` says how to leave keys out.
     """
     for name, leaf in named:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype") and hasattr(leaf, "ndim")):
@@ -47,7 +51,7 @@ def check_arrays(argument: str, named: Sequence[tuple[str, Any]]) -> None:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"{argument} must hold numeric arrays, got a PRNG key at {name or 'the root'}: "
-                f"keep keys out ({WITHOUT_KEYS}), or store jax.random.key_data of them"
+                f"keep keys out ({without_keys}), or store jax.random.key_data of them"
             )
 
 

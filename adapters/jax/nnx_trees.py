@@ -1,6 +1,6 @@
 """Read trees of Flax NNX, whose leaves are in variables.
 
-We must not import Flax. No tree holds a variable unless ``flax.nnx`` is imported.
+Flax is not imported here: no tree holds a variable unless ``flax.nnx`` is imported already.
 """
 
 from __future__ import annotations

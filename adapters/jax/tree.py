@@ -250,12 +250,13 @@ def is_masked(node: Any) -> bool:
 def leaves_like(argument: str, tree: PyTree, treedef: Any) -> list[Any]:
     """Return the leaves of a tree; raise unless it has the structure of the parameters."""
     try:
-        return [as_pure(leaf) for leaf in treedef.flatten_up_to(tree)]
+        return list(as_pure(treedef.flatten_up_to(tree)))
     except (ValueError, TypeError):
         # JAX's own message would print every array.
         params = treedef.unflatten([0] * treedef.num_leaves)
         text = f"but {difference(params, tree)}"
-        if isinstance(tree, tuple) and any(_fits(part, treedef) for part in tree):
+        gradients = argument in ("updates", "what grad_fn returns")
+        if gradients and isinstance(tree, tuple) and any(_fits(part, treedef) for part in tree):
             text = "got a tuple such as (value, gradients): pass or return the gradients only"
         raise ValueError(f"{argument} must have the structure of params, {text}") from None
 

@@ -15,74 +15,105 @@ from safe_core.backends.torch_sharding import local
 from .run import Run
 from .watching import is_capturing
 
-__all__ = ["Sample", "samples_of", "warn_of_lost_steps"]
+__all__ = ["begin_window", "end_window"]
 
-_ENTRIES = 2**16  # of each parameter, so that the copies stay small
-_MOVED = 0.05  # the fraction of entries below which a step counts as lost
-
-
-class Sample(NamedTuple):
-    """A parameter, and a copy of evenly spaced entries of its local shard before a step."""
-
-    p: Tensor
-    before: Tensor
+_STEPS = 32  # between the two looks at the parameters
+_ENTRIES = 2**16  # about as many of each parameter are looked at, so that the copies stay small
+_MOVED = 0.05  # the fraction of entries below which the steps count as lost
 
 
-def samples_of(run: Run, sparse: Sequence[Tensor]) -> list[Sample]:
-    """Return samples before the first step at the full learning rate, and [] at other steps.
+class Window(NamedTuple):
+    """What is remembered from the start of some steps.
 
-    A schedule of torch notes the full rate of a param group in "initial_lr". In a warm-up, small
-    steps that are lost tell nothing about later ones.
+    Attributes
+    ----------
+    start : int
+        The step before which they start.
+    rates : list of float
+        The learning rate of each param group.
+    samples : list of tuple
+        The 16-bit sparse parameters of groups with a learning rate above 0, each with a copy of
+        evenly spaced entries of its local shard.
     """
-    if run.checked_steps:
-        return []
-    narrow = [p for p in sparse if p.is_floating_point() and p.element_size() == 2]
-    if not narrow:
-        return []
-    if any(map(is_capturing, narrow)) or not all(map(_is_full, run.groups)):
-        return []
-    copies = run.moved.copies(narrow) or [None] * len(narrow)  # x, where the parameters are not
-    return [
-        Sample(p, _entries(p if copy is None else copy).clone())
-        for p, copy in zip(narrow, copies, strict=True)
-    ]
+
+    start: int
+    rates: list[float]
+    samples: list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def warn_of_lost_steps(run: Run, samples: Sequence[Sample]) -> None:
-    """Warn once if nearly all entries with a gradient have the same bits after the step."""
+def begin_window(run: Run, sparse: Sequence[Tensor]) -> None:
+    """Remember some entries of the 16-bit parameters, once, before a base step.
+
+    A run is judged by 32 steps at once: bases that round stochastically, or that add up what they
+    round away, need several to move an entry. A window starts anew while the learning rate rises,
+    because lost steps of a warm-up tell nothing about later ones. A run that was resumed was judged
+    at its beginning, and one whose learning rates are on an accelerator is not judged.
+    """
+    if run.checked_steps or (run.window is not None and not _rises(run)):
+        return
+    own = {id(p) for p in sparse if p.is_floating_point() and p.element_size() == 2}
+    rates = [_rate(group) for group in run.groups]
+    known = [rate for rate in rates if rate is not None]
+    resumed = run.window is None and run.steps
+    if not own or resumed or len(known) < len(rates) or any(map(is_capturing, sparse[:1])):
+        run.checked_steps, run.window = True, None
+        return
+    narrow = [
+        p
+        for group, rate in zip(run.groups, known, strict=True)
+        for p in group["params"]
+        if rate and id(p) in own
+    ]
+    copies = run.moved.copies(narrow) or [None] * len(narrow)  # x, where the parameters are not
+    samples = [
+        (p, _entries(p if copy is None else copy).clone())
+        for p, copy in zip(narrow, copies, strict=True)
+    ]
+    run.window = Window(run.steps, known, samples)
+
+
+@torch.no_grad()
+def end_window(run: Run) -> None:
+    """Warn once, after 32 steps, if nearly all entries with a gradient have the same bits."""
+    window: Window | None = run.window
+    if run.checked_steps or window is None or run.steps + 1 < window.start + _STEPS:
+        return
+    run.checked_steps, run.window = True, None
     counts = []
-    for p, before in samples:
+    for p, before in window.samples:
         if p.grad is not None and not p.grad.is_sparse and before.numel():
             pushed = _entries(p.grad) != 0
             moved = (_entries(p) != before) & pushed
-            counts.append(torch.stack([moved.sum(), pushed.sum()]).to(samples[0].p.device))
+            counts.append(torch.stack([moved.sum(), pushed.sum()]).to(window.samples[0][0].device))
     if not counts:
         return
     moved, pushed = torch.stack(counts).sum(dim=0).tolist()  # the only read of the device
-    if not pushed:  # all gradients are zero: check at a later step
-        return
-    run.checked_steps = True
     if moved < _MOVED * pushed:
-        rates = [group["lr"] for group in run.groups if not torch.is_tensor(group.get("lr", 0.0))]
-        at = f" at learning rate {max(rates):g}" if rates else ""
         warnings.warn(
-            f"16-bit parameters round the steps away: the first step{at} moved "
-            f"{moved / pushed:.2%} of the sparse weights that have a gradient; keep the parameters "
-            "in float32 and use autocast",
+            f"16-bit parameters round the steps away: {_STEPS} steps at learning rate "
+            f"{max(window.rates):g} moved {moved / pushed:.2%} of the sparse weights that have a "
+            "gradient; keep the parameters in float32 and use autocast",
             stacklevel=level_of_caller(),
         )
 
 
-def _is_full(group: dict[str, Any]) -> bool:
-    """Return whether a param group has its full learning rate, as far as the host knows."""
-    rate, full = group.get("lr"), group.get("initial_lr", 0.0)
-    if rate is None or torch.is_tensor(rate) or torch.is_tensor(full):
-        return True
-    return bool(rate > 0 and rate >= full)
+def _rises(run: Run) -> bool:
+    """Return whether a learning rate is higher than at the start of the window."""
+    pairs = zip(map(_rate, run.groups), run.window.rates, strict=False)
+    return any(now is not None and now > before for now, before in pairs)
+
+
+def _rate(group: dict[str, Any]) -> float | None:
+    """Return a learning rate, or None where the host would have to wait for it."""
+    rate = group.get("lr")
+    if rate is None or (torch.is_tensor(rate) and rate.device.type != "cpu"):
+        return None
+    return float(rate)
 
 
 def _entries(x: Tensor) -> Tensor:
     """Return evenly spaced entries of the local shard of a tensor."""
     shard = local(x.detach())
-    return shard.reshape(-1)[:: max(1, shard.numel() // _ENTRIES)]
+    # An odd stride visits every column of rows whose length is a power of two.
+    return shard.reshape(-1)[:: shard.numel() // _ENTRIES | 1]

@@ -90,6 +90,7 @@ class Run:
         self.finalized: Finalized | None = None
         self.checked_rounding = False
         self.checked_steps = False
+        self.window: Any = None  # of `lost_steps`
         self.warned_of_zeros = False
         self.selected: dict[Tensor, Selected]
         self.trained: set[Tensor] = set()
@@ -106,11 +107,12 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         # `_seen` holds ids of parameters, which differ in a copy.
-        left_out = ("_rules", "moved", "compiled", "_plans", "_seen")
+        left_out = ("_rules", "moved", "compiled", "_plans", "_seen", "window")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.window = None
         self._prepare()
         self._seen = self._groups_now()
 

@@ -13,7 +13,7 @@ from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shr
 from . import kernels
 from .after_finalize import warn_of_moved_zeros
 from .importance import second_moments
-from .lost_steps import samples_of, warn_of_lost_steps
+from .lost_steps import begin_window, end_window
 from .run import Run, by_value, fill_gradients, gradients_of
 
 __all__ = ["take_step"]
@@ -129,10 +129,9 @@ class _Step:
         run = self.run
         if self._measures:
             self.before = self._start_of_base()
-        samples = samples_of(run, self.sparse)
+        begin_window(run, self.sparse)
         self._descend()
-        if samples:
-            warn_of_lost_steps(run, samples)
+        end_window(run)
 
     def _descend(self) -> None:
         """Restore x where it is perturbed, and take the step of the base."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from safe_core._readable import readable_bytes, readable_number
 
 from .report import LayerFormat
-from .sparsity import BLOCKS, CSR, LARGEST_DENSITY
+from .sparsity import BLOCKS, CSR, FILLED, LARGEST_DENSITY
 
 __all__ = ["notes"]
 
@@ -97,7 +97,10 @@ def _cause(layer: LayerFormat, block: int, compute: str) -> tuple[str, str]:
     needed = 1 - LARGEST_DENSITY if compute == "sparse" else layer.needed_zeros
     if layer.shape[1] % block:
         return f"{block} does not divide the number of inputs, {layer.shape[1]}", ""
-    if layer.zero_blocks >= _BLOCKED * layer.sparsity:
+    # As `kernel_format`, which skips blocks only if those that are left are mostly filled.
+    filled = 1 - layer.sparsity >= FILLED * (1 - layer.zero_blocks)
+    in_blocks = filled and layer.zero_blocks >= _BLOCKED * layer.sparsity
+    if in_blocks and layer.zero_blocks < needed:
         return (
             f"skipping blocks of 1x{block} is seldom faster with fewer than {needed:.0%} zeros",
             ' Raise the sparsity, or pass compute="sparse" to skip them all the same.',

@@ -32,10 +32,10 @@ class LayerFormat(NamedTuple):
     size, dense_size : int
         Bytes of the weights in the file, and of the same weights stored dense.
     zero_blocks : float
-        Share of the blocks that a kernel can skip, 1x4 (float32) or 1x16 (int8), which are all
-        zero; 0 for layers without such a kernel.
+        Share of blocks that are all zero, among blocks of 1x4 (float32) or 1x16 (int8); 0 for
+        layers without a kernel that skips them.
     needed_zeros : float
-        Share of zero blocks from which such a kernel can be faster.
+        Smallest share of zero blocks at which such a kernel can be faster.
     """
 
     name: str

@@ -14,6 +14,7 @@ __all__ = [
     "BLOCKS",
     "CSR",
     "DENSE",
+    "FILLED",
     "LARGEST_DENSITY",
     "PACKED",
     "apply_formats",
@@ -45,7 +46,7 @@ LARGEST_DENSITY = 0.75
 """Share of blocks that are not zero, up to which a kernel skips zeros if the user asks for it."""
 
 # Zeros are in blocks if so much of the blocks that are not zero is not zero.
-_FILLED = 0.5
+FILLED = 0.5
 _STORED = (16, 4, 1)
 
 
@@ -99,7 +100,7 @@ def kernel_format(weight: Array, rows: int, kind: str, *, always: bool = False) 
     if weight.shape[1] % block == 0:
         density = block_density(weight, block)
         limit = LARGEST_DENSITY if always else largest_density(kind, rows)
-        in_blocks = single >= _FILLED * density
+        in_blocks = single >= FILLED * density
         if in_blocks and density <= limit:
             return f"1x{block}"
     if kind == "float32" and single <= largest_density(CSR, rows):

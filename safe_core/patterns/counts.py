@@ -32,7 +32,7 @@ def whole_units(
         way = "" if advised is None else f"pass sparsity={advised!r} to leave {left} dense, or "
         raise ValueError(
             f"the {role} axis of {name} has {size} entr{'y' if size == 1 else 'ies'}, which {unit} "
-            f"does not divide; {way}leave the array out with where="
+            f"does not divide; {way}leave the array out, with where= in an optimizer"
         )
     return size - size % unit
 

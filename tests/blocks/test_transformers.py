@@ -994,7 +994,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     prune_blocks(Chain(), DATA, wanda, 0.5, work_dir=tmp_path)
     with pytest.raises(ValueError, match=r"work_dir .*: sparsity was 0.5, now 0.25; name"):
         prune_blocks(Chain(), DATA, wanda, 0.25, work_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"work_dir .*: the calibration samples are others"):
+    with pytest.raises(ValueError, match=r"work_dir .*: the calibration samples differ"):
         prune_blocks(Chain(), DATA + 1, wanda, 0.5, work_dir=tmp_path)
     other = Chain()
     nn.init.ones_(other.blocks[3].weight)

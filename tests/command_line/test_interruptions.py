@@ -104,8 +104,8 @@ def test_a_refused_resume_names_what_differs(folder: Path, text: Path, tmp_path:
     for changed, differs in (
         (["wanda", *calibrate, "--seed", 1], "seed was 0, now 1"),
         (["wanda", *calibrate, "--batch-size", 3], "batch_size was 8, now 3"),
-        (["wanda", "--calibration", other, *SHORT], "the calibration samples are others"),
-        (["wanda", "--calibration", text, *SHORT[:3], 31], "the calibration samples are others"),
+        (["wanda", "--calibration", other, *SHORT], "the calibration samples differ"),
+        (["wanda", "--calibration", text, *SHORT[:3], 31], "the calibration samples differ"),
         (["wanda", *calibrate, "--only", "mlp"],
          "self_attn.k_proj.weight of block 0 was pruned, and is dense now"),
         (["magnitude", *calibrate, "--scope", "row"],

@@ -104,7 +104,7 @@ def test_code_is_copied_where_it_is_used(
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "__init__.py").is_file() is bool(wanted)
-    note = "note: not copied, because no configuration refers to code: __init__.py\n"
+    note = "note: not copied, because no configuration names code by auto_map: __init__.py\n"
     assert (note in result.stderr) is not bool(wanted)
 
 

@@ -12,9 +12,10 @@ from safe_core.litert.candidates import built, kernels
 from safe_core.litert.notes import notes
 
 
-def linear(weight: np.ndarray[Any, Any], name: str) -> Builder:
+def linear(weight: np.ndarray[Any, Any], name: str, rows: int = 1) -> Builder:
     graph = Builder()
-    graph.outputs = [graph.linear(graph.input("x", (1, weight.shape[1])), graph.constant(weight))]
+    inputs = graph.input("x", (rows, weight.shape[1]))
+    graph.outputs = [graph.linear(inputs, graph.constant(weight))]
     graph.operations[0].source = name
     return graph
 
@@ -43,3 +44,13 @@ def test_each_cause_of_a_dense_layer_is_told_alone() -> None:
     (asked,) = notes(layers, "float32", {"this file": 1.0}, "", compute="dense")
     assert 'since compute="dense" asks for it' in asked
     assert kernels(linear(blocked, "few"), "float32", always=True)  # as the note says
+
+
+def test_blocks_that_are_zero_by_chance_are_no_blocks() -> None:
+    graph = linear(synthetic_weight((64, 64), (1, 1), 0.965, 0), "scattered", rows=64)
+    assert kernels(graph, "float32", always=False) == {}
+    layers = built(graph, {}, None).layers
+    assert layers[0].zero_blocks > layers[0].needed_zeros
+    (note,) = notes(layers, "float32", {"this file": 1.0}, "")
+    assert "since the zeros are not in blocks of 1x4: zeros" in note
+    assert note.endswith("Train with Block((1, 4), ...) for both.")

@@ -540,7 +540,9 @@ def test_the_table_of_the_readme() -> None:
         f"ALPS {text['ALPS']}, SparseGPT {text['SparseGPT']}, Wanda {text['Wanda']}, "
         f"dense {found['Dense', '0']:.1f}" in readme
     )
-    minutes = [round(runs[name, "0.5"]["seconds_per_block"] * 30 / 60) for name in ("SAFE+", "ALPS")]
+    minutes = [
+        round(runs[name, "0.5"]["seconds_per_block"] * 30 / 60) for name in ("SAFE+", "ALPS")
+    ]
     taken = f"this took {minutes[0]} minutes for SmolLM2-135M, and `alps` {minutes[1]} minutes"
     assert taken in page("docs/transformers.md")
     leads = [f"{found['ALPS', s] - found['SAFE+', s]:.1f}" for s in ("0.5", "0.7")]
@@ -633,7 +635,9 @@ def test_elsa_on_a_small_llama() -> None:
     behind = [b < a for a, b in zip(found["ELSA"], found["ELSA, magnitude"], strict=True)]
     assert behind == [True, True, False]
     text = page("docs/variants.md")
-    assert "Block-wise pruning with `alps` or `safe+`, fine-tuned, is ahead, and the two are" in text
+    assert (
+        "Block-wise pruning with `alps` or `safe+`, fine-tuned, is ahead, and the two are" in text
+    )
     assert "within 0.13 of the dense network that is trained as long" in text
     assert "the untuned ADMM is ahead" in text
     assert "slightly ahead of ELSA's own score at 60% and 80%, and behind at 90%" in text

@@ -358,12 +358,12 @@ def test_groups_that_do_not_divide_spell_the_pattern_to_write():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     message = (
         r"the input axis of 0\.weight has 3 entries, which 4 does not divide; "
-        r"pass sparsity=NM\(n=2, m=4, ragged='dense'\) to leave it dense, or leave the array out "
-        "with where=$"
+        r"pass sparsity=NM\(n=2, m=4, ragged='dense'\) to leave it dense, or leave the array out, "
+        "with where= in an optimizer$"
     )
     with pytest.raises(ValueError, match=message):
         SparseOptimizer(sgd(model.parameters()), safe_core.safe("2:4"), model=model)
-    message = r"Block\(shape=\(2, 2\), .*, ragged='dense'\) to leave its tail .* with where=$"
+    message = r"Block\(shape=\(2, 2\), .*, ragged='dense'\) to leave its tail .* with where= in an optimizer$"
     with pytest.raises(ValueError, match=message):
         SparseOptimizer(
             sgd(model.parameters()),

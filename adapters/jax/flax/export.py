@@ -15,7 +15,7 @@ from jax.experimental.sparse import BCOO
 from safe_core._installed import require
 from safe_core.layout import Layout, chosen_layout, inverse, resolve
 
-from ..leaves import check_arrays
+from ..leaves import WITHOUT_KEYS, check_arrays
 from ..tree import SparseTree, layout_by_path
 from ..weights import is_prunable, known_layouts, name_of
 
@@ -193,7 +193,7 @@ def _read(variables: PyTree, layout: Any) -> list[tuple[str, Any, _Axes]]:
     """Return path, array and torch's axes of every leaf."""
     paths = jax.tree_util.tree_leaves_with_path(variables)
     named = [(name_of(path), x) for path, x in paths]
-    check_arrays("variables", named)
+    check_arrays("variables", named, WITHOUT_KEYS)
     given = layout_by_path(layout, [name for name, _ in named], "variables")
     known = known_layouts(named, [None] * len(named))
     layouts = {

@@ -52,9 +52,10 @@ def changed_settings(then: Mapping[str, str], now: Mapping[str, str]) -> str:
 def _changes(key: str, was: str | None, got: str | None) -> Iterator[str]:
     """Yield what differs in the value of a setting."""
     if was is None or got is None:
-        yield f"{key} was {was or 'not set'}, now {got or 'not set'}"
+        then, now = (_excerpt(text or "not set", "") for text in (was, got))
+        yield f"{key} was {then}, now {now}"
     elif key == "batches":
-        yield "the calibration samples are others"
+        yield "the calibration samples differ"
     elif key == "weights":
         yield _other_weight(was, got)
     else:
@@ -64,7 +65,9 @@ def _changes(key: str, was: str | None, got: str | None) -> Iterator[str]:
 def _differing(name: str, was: str, got: str, *, nested: bool = False) -> Iterator[str]:
     """Yield what differs in two values: arguments of the same call, or the values."""
     (old, before), (new, after) = _parsed(was), _parsed(got)
-    if old and old == new and list(before) == list(after):
+    # Values in brackets, such as those of a fraction, are told together.
+    apart = list(before) == list(after) and sum(not key.isidentifier() for key in before) < 2
+    if old and old == new and apart:
         for key, value in before.items():
             # The only argument of a schedule, such as its value, is that of the setting.
             own = key.isidentifier() and not (nested and len(before) == 1)
@@ -120,7 +123,8 @@ def _excerpt(text: str, other: str) -> str:
     pairs = itertools.zip_longest(text, other)
     same = next(i for i, (a, b) in enumerate(pairs) if a != b)
     start = max(0, same - _LONG // 4)
-    return f"{'...' if start else ''}{text[start : start + _LONG]}..."
+    more = "..." if start + _LONG < len(text) else ""
+    return f"{'...' if start else ''}{text[start : start + _LONG]}{more}"
 
 
 def _other_weight(was: str, got: str) -> str:
@@ -128,9 +132,9 @@ def _other_weight(was: str, got: str) -> str:
     try:
         blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
     except (ValueError, SyntaxError, TypeError):  # the manifest is damaged
-        return "the pruned weights are others"
+        return "the pruned weights differ"
     for i, (old, new) in enumerate(zip(*blocks, strict=False)):
         for name in sorted(old ^ new):
             states = ("pruned", "dense") if name in old else ("dense", "pruned")
             return f"{name} of block {i} was {states[0]}, and is {states[1]} now"
-    return "the number of blocks is another"
+    return "the number of blocks differs"

@@ -354,7 +354,8 @@ class PruningPlan:
         ValueError
             If ``work_dir`` is of a run with other settings, or of another model.
         """
-        return finished_blocks(self.task)
+        with self.task.processes.together():
+            return finished_blocks(self.task)
 
     def apply(
         self, progress: Callable[[Progress], object] | None = None, *, measure_memory: bool = False

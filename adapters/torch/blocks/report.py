@@ -116,7 +116,7 @@ class BlockReport(NamedTuple):
 
     @property
     def training(self) -> str:
-        """What became of its training, for a table; "" if nothing was compared."""
+        """Whether its training was kept, for a table; "" if nothing was compared."""
         return {None: "", True: "kept", False: "start kept"}[self.training_kept]
 
 
@@ -197,7 +197,7 @@ class PruningReport(NamedTuple):
         return _sparsity([w for block in self.blocks for w in block.weights.values()])
 
     def __str__(self) -> str:
-        """Return a table of the blocks, and what happened to their training and stayed dense."""
+        """Return a table of the blocks, with notes on discarded training and dense matrices."""
         training = any(block.training for block in self.blocks)
         rows = [("block", "sparsity", "relative error", "seconds", "training")]
         for block in self.blocks:
