@@ -363,7 +363,7 @@ def test_groups_that_do_not_divide_spell_the_pattern_to_write():
     )
     with pytest.raises(ValueError, match=message):
         SparseOptimizer(sgd(model.parameters()), safe_core.safe("2:4"), model=model)
-    message = r"Block\(shape=\(2, 2\), .*, ragged='dense'\) to leave its tail .* with where= in an optimizer$"
+    message = r"Block\(shape=\(2, 2\), .*, ragged='dense'\) to leave its tail .* in an optimizer$"
     with pytest.raises(ValueError, match=message):
         SparseOptimizer(
             sgd(model.parameters()),
