@@ -41,8 +41,8 @@ class IterativeSAM(SafeReconstruction):
         autocast: bool = False,
         supports: Mapping[str, Tensor] | None = None,
         **options: Any,
-    ) -> dict[str, Tensor]:
-        """Train a block in place, and return the supports by name."""
+    ) -> tuple[dict[str, Tensor], None]:
+        """Train a block in place, and return the supports by name; no start is kept."""
         if not isinstance(sparsity, Unstructured):
             raise TypeError(f"sparsity must be Unstructured for IMP+SAM, got {sparsity!r}")
         if supports is not None:
@@ -74,7 +74,7 @@ class IterativeSAM(SafeReconstruction):
             optimizer, block, masked, steps_per_epoch, report,
             name=name, autocast=autocast, **options,
         )  # fmt: skip
-        return supports
+        return supports, None
 
     def _prune(self, params: Mapping[str, nn.Parameter], level: float) -> dict[str, Tensor]:
         pattern = Unstructured(min(level, 1 - 1e-6), scope="tensor")

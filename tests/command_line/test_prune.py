@@ -280,7 +280,8 @@ def test_prune_refuses_before_it_begins(
         assert "a fraction such as 0.5, N:M such as 2:4" in message("--sparsity", wrong)
     hint = ": N of every M weights are kept, so N must be below M\n"
     assert message("--sparsity", "4:2").endswith(f"got '4:2'{hint}")
-    assert message("--sparsity", "2/4").endswith("got '2/4': write 2:4 to keep 2 of every 4\n")
+    found = message("--sparsity", "2/4")
+    assert "got '2/4': write 2:4 to keep 2 of every 4, or 0.5 for that fraction" in found
     assert message("--method", "SAFE+").endswith("got 'SAFE+': write safe+\n")
     unknown = message("--method", "obd")
     assert all(name in unknown for name in named_solvers())

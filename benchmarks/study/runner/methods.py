@@ -159,8 +159,9 @@ class Entry:
                 for name, value in zip(OF_RUN, of_run, strict=True)
                 if name in kind.parameters()
             }
-            if kind.derives and "penalty" in values:
-                del given["steps"]
+            # What the recipe says is not derived from the steps.
+            if kind.course == "rising" or (kind.derives and "penalty" in values):
+                given.pop("steps", None)
             found = kind.constructor(pattern, **kind.fixed, **given, **values)
             if not isinstance(found, Method):
                 raise TypeError(
