@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 COLUMNS = 100
-"""What a page shows of a line of code without scrolling, see ``_static/custom.css``."""
+"""A page shows this many columns of code without scrolling, see ``_static/custom.css``."""
 
 
 class Page(HTMLParser):

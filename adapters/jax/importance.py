@@ -173,7 +173,7 @@ def placed(importance: Any, sparse: list[Any], tree: SparseTree) -> list[Any]:
     """Return P of each sparse leaf, checked and with its axes."""
     names = tree.info.names
     try:
-        given = [as_pure(p) for p in tree.sparse(importance)]
+        given = list(as_pure(tree.sparse(importance)))
     except (ValueError, TypeError):
         if not (isinstance(importance, Mapping) and set(importance) & set(names)):
             raise ValueError(

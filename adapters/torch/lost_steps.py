@@ -23,7 +23,7 @@ _MOVED = 0.05  # the fraction of entries below which the steps count as lost
 
 
 class Window(NamedTuple):
-    """What is remembered from the start of some steps.
+    """Remember how some steps began.
 
     Attributes
     ----------
@@ -31,14 +31,14 @@ class Window(NamedTuple):
         The step before which they start.
     rates : list of float
         The learning rate of each param group.
-    samples : list of tuple
+    samples : list of tuple, or None
         The 16-bit sparse parameters of groups with a learning rate above 0, each with a copy of
-        evenly spaced entries of its local shard.
+        evenly spaced entries of its local shard. None while the learning rate rises.
     """
 
     start: int
     rates: list[float]
-    samples: list[tuple[Tensor, Tensor]]
+    samples: list[tuple[Tensor, Tensor]] | None
 
 
 @torch.no_grad()
@@ -46,18 +46,25 @@ def begin_window(run: Run, sparse: Sequence[Tensor]) -> None:
     """Remember some entries of the 16-bit parameters, once, before a base step.
 
     A run is judged by 32 steps at once: bases that round stochastically, or that add up what they
-    round away, need several to move an entry. A window starts anew while the learning rate rises,
-    because lost steps of a warm-up tell nothing about later ones. A run that was resumed was judged
-    at its beginning, and one whose learning rates are on an accelerator is not judged.
+    round away, need several to move an entry. A window starts anew after the learning rate has
+    risen, because lost steps of a warm-up tell nothing about later ones. A run that was resumed was
+    judged at its beginning, and one whose learning rates are on an accelerator is not judged.
     """
-    if run.checked_steps or (run.window is not None and not _rises(run)):
+    if run.checked_steps:
+        return
+    window: Window | None = run.window
+    rises = window is not None and _rises(run.groups, window.rates)
+    if window is not None and window.samples is not None and not rises:
         return
     own = {id(p) for p in sparse if p.is_floating_point() and p.element_size() == 2}
     rates = [_rate(group) for group in run.groups]
     known = [rate for rate in rates if rate is not None]
-    resumed = run.window is None and run.steps
+    resumed = window is None and run.steps
     if not own or resumed or len(known) < len(rates) or any(map(is_capturing, sparse[:1])):
         run.checked_steps, run.window = True, None
+        return
+    if rises:  # nothing is copied in the steps of a warm-up
+        run.window = Window(run.steps, known, None)
         return
     narrow = [
         p
@@ -77,7 +84,9 @@ def begin_window(run: Run, sparse: Sequence[Tensor]) -> None:
 def end_window(run: Run) -> None:
     """Warn once, after 32 steps, if nearly all entries with a gradient have the same bits."""
     window: Window | None = run.window
-    if run.checked_steps or window is None or run.steps + 1 < window.start + _STEPS:
+    if run.checked_steps or window is None or window.samples is None:
+        return
+    if run.steps + 1 < window.start + _STEPS:
         return
     run.checked_steps, run.window = True, None
     counts = []
@@ -98,10 +107,10 @@ def end_window(run: Run) -> None:
         )
 
 
-def _rises(run: Run) -> bool:
-    """Return whether a learning rate is higher than at the start of the window."""
-    pairs = zip(map(_rate, run.groups), run.window.rates, strict=False)
-    return any(now is not None and now > before for now, before in pairs)
+def _rises(groups: Sequence[dict[str, Any]], before: Sequence[float]) -> bool:
+    """Return whether a learning rate is higher than before."""
+    pairs = zip(map(_rate, groups), before, strict=False)
+    return any(now is not None and now > then for now, then in pairs)
 
 
 def _rate(group: dict[str, Any]) -> float | None:

@@ -94,6 +94,18 @@ def test_a_warm_up_is_judged_after_its_end(which: str, rate: float, lost: bool) 
     assert len(found) == lost
 
 
+def test_nothing_is_copied_while_the_learning_rate_rises() -> None:
+    model = sparse_model(torch.bfloat16)
+    optimizer = optimizer_of(model, 1e-2, safe_core.keep_zeros())
+    schedule = SCHEDULES["linear"](optimizer, 1e-2)
+    held = []
+    for _ in range(60):
+        step(model, optimizer)
+        held.append(optimizer._run.window.samples is not None)
+        schedule.step()
+    assert held == [True] + 50 * [False] + 9 * [True]
+
+
 class Kahan(torch.optim.Optimizer):
     """SGD that adds up what it rounds away."""
 
