@@ -55,8 +55,8 @@ class BlockSolver(Protocol):
         inputs: PyTree,
         targets: jax.Array,
         grams: Mapping[str, Gram] | None,
-    ) -> PyTree:
-        """Return the pruned parameters of block i."""
+    ) -> tuple[PyTree, bool | None]:
+        """Return the pruned parameters of block i, and whether training was kept."""
 
 
 class _LayerByLayer:
@@ -74,10 +74,12 @@ class _LayerByLayer:
         inputs: PyTree,
         targets: jax.Array,
         grams: Mapping[str, Gram] | None,
-    ) -> PyTree:
-        return prune_layers(
-            block.params, grams, self.solver, self.pattern, where=self.where, layout=self.layout
+    ) -> tuple[PyTree, bool | None]:
+        where, layout = self.where, self.layout
+        pruned = prune_layers(
+            block.params, grams, self.solver, self.pattern, where=where, layout=layout
         )
+        return pruned, None
 
 
 class _Trained:
@@ -98,7 +100,7 @@ class _Trained:
         inputs: PyTree,
         targets: jax.Array,
         grams: Mapping[str, Gram] | None,
-    ) -> PyTree:
+    ) -> tuple[PyTree, bool | None]:
         # One training for equal functions, so that equal blocks compile once.
         if block.apply_fn not in self._trainings:
             self._trainings[block.apply_fn] = BlockTraining(
@@ -110,7 +112,8 @@ class _Trained:
                 self.layout,
             )
         training = self._trainings[block.apply_fn]
-        return training(block.params, inputs, targets, grams, seed=self.seed, block=i).params
+        found = training(block.params, inputs, targets, grams, seed=self.seed, block=i)
+        return found.params, found.training_kept
 
 
 def block_solver(solver: Any, pattern: Pattern, seed: int, where: Any, layout: Any) -> BlockSolver:

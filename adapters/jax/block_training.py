@@ -36,6 +36,10 @@ class Reconstructed(NamedTuple):
         Exactly sparse, in their original dtypes.
     losses : list of float
         The mean loss of each epoch at x, before the perturbation.
+    training_kept : bool or None
+        Whether the trained block was kept. False if training did not lower the error on the
+        samples, so that the block is its start, such as the solution of ALPS. None if nothing was
+        compared.
 
     Examples
     --------
@@ -45,6 +49,7 @@ class Reconstructed(NamedTuple):
 
     params: PyTree
     losses: list[float]
+    training_kept: bool | None = None
 
 
 class BlockTraining:
@@ -93,6 +98,7 @@ class BlockTraining:
         # Copies, because the compiled epoch donates its buffers, and the caller keeps `params`.
         wide = jax.tree.map(lambda p: jnp.copy(widened(p)), params)
         start, first, grams = None, self.recipe.initial, grams_of(importance)
+        training_kept = None
         data, order = (inputs, targets), self._batches(seed, block, 0)
         if first is not None:
             where, layout = self.where, self.layout
@@ -116,9 +122,12 @@ class BlockTraining:
         with pruning_a_block(self.method.constraint, self.method.sparsity, self.steps):
             found = finalize(*carried, self.method, layout=self.layout)
         # A start is a solution already, which training must not make worse.
-        if start is not None and not float(self._mean_loss(found, data, *order)) <= loss_at_start:
-            found = start
-        return Reconstructed(jax.tree.map(lambda x, p: x.astype(p.dtype), found, params), losses)
+        if start is not None:
+            # Not `>`: a loss may be NaN.
+            training_kept = float(self._mean_loss(found, data, *order)) <= loss_at_start
+            found = found if training_kept else start
+        found = jax.tree.map(lambda x, p: x.astype(p.dtype), found, params)
+        return Reconstructed(found, losses, training_kept)
 
     def _non_zeros(self, params: PyTree) -> dict[int, jax.Array]:
         """Return masks of the matrices that stay dense but hold zeros, by number of the leaf.

@@ -66,6 +66,8 @@ class PrunedBlock(NamedTuple):
         The fraction of zeros among the entries of its sparse weights.
     seconds : float
         Elapsed time, including compilation.
+    training_kept : bool or None
+        As in `Reconstructed`; None for a solver that does not train.
     """
 
     params: PyTree
@@ -73,6 +75,7 @@ class PrunedBlock(NamedTuple):
     relative_error: float
     sparsity: float
     seconds: float
+    training_kept: bool | None = None
 
 
 def reconstruct(
@@ -273,13 +276,14 @@ def prune_blocks(
         started = time.monotonic()
         target = chain.outputs(block, block.params, arguments(hidden if dense is None else dense))
         _check_finite(i, jnp.isfinite(target).all())
-        found = chain.prune(i, block, arguments(hidden), target)
+        found, training_kept = chain.prune(i, block, arguments(hidden), target)
         output = chain.outputs(block, found, arguments(hidden))
         loss, size = (float(x) for x in _error(output, target))
         _check_finite(i, np.isfinite(loss))
         zeros = _sparsity(found, where, layout)
         seconds = time.monotonic() - started
-        pruned.append(PrunedBlock(found, loss, loss / size if size else 0.0, zeros, seconds))
+        relative = loss / size if size else 0.0
+        pruned.append(PrunedBlock(found, loss, relative, zeros, seconds, training_kept))
         hidden = output if settings.propagate == "pruned" else target
         dense = None if dense is None else target
     return pruned
@@ -295,8 +299,10 @@ class _Chain:
         self.where, self.layout = where, layout
         self._compiled: dict[Any, Any] = {}
 
-    def prune(self, i: int, block: Block, inputs: PyTree, targets: jax.Array) -> PyTree:
-        """Return the parameters of a pruned block."""
+    def prune(
+        self, i: int, block: Block, inputs: PyTree, targets: jax.Array
+    ) -> tuple[PyTree, bool | None]:
+        """Return the parameters of a pruned block, and whether its training was kept."""
         grams = None if self.solver.needs == "nothing" else self._grams(block, inputs)
         return self.solver.prune(i, block, inputs, targets, grams)
 

@@ -56,6 +56,7 @@ def test_jax_is_the_same(name: str, sparsity: Any) -> None:
     blocks = [linen_block(JaxBlock(), {"params": params}) for params in dense]
     got = prune_jax(blocks, jnp.asarray(inputs()), Reconstruction(**kind), sparsity)
     for found, report, block in zip(got, wanted.blocks, model.blocks, strict=True):
+        assert found.training_kept is report.training_kept is True
         # The conjugate gradients of ALPS amplify rounding, and the start is their result.
         assert found.relative_error == pytest.approx(report.relative_error, rel=1e-6)
         for (path, b), (_, a) in zip(
@@ -99,7 +100,18 @@ def test_a_start_is_kept_in_jax_too() -> None:
         block.apply_fn, block.params, x, 0.5, recipe=Reconstruction(**WILD), importance=grams
     )
     assert len(found.losses) == 2
+    assert found.training_kept is False
     jax.tree.map(np.testing.assert_array_equal, found.params, solved)
+    recipe = Reconstruction(**WILD)
+    kept = [pruned.training_kept for pruned in prune_jax([block, block], x, recipe, 0.5)]
+    assert kept == [False, False]
+
+
+@pytest.mark.parametrize("solver", ["alps", Reconstruction(epochs=1, start="dense")], ids=str)
+def test_jax_compares_nothing_without_a_training_and_a_start(solver: Any) -> None:
+    block = linen_block(JaxBlock(), {"params": for_linen(torch_model(WIDTH).blocks[0])})
+    (pruned,) = prune_jax([block], jnp.asarray(inputs()), solver, 0.5)
+    assert pruned.training_kept is None
 
 
 def test_the_learning_rate_follows_the_scale_of_the_weights() -> None:
