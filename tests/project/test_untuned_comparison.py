@@ -28,6 +28,7 @@ from benchmarks.untuned.cells import (
     ABLATIONS,
     BASES,
     OURS,
+    SAFE,
     TASKS,
     Cell,
     cells,
@@ -255,6 +256,15 @@ def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
     assert "| over GMP | +5.33 | -2.00 | +20.00 | +5.33 |" in text
     shown = ("98.0 ± 0.0", "GMP", "97.0 ± 0.0", "95.0 ± 0.0", "94.0 ± 0.0", "**-2.0**")
     assert " | ".join(("| SGD 0.1", "60", "90%", *shown)) in text
+    # The averages are of PyTorch, and cells of both frameworks are compared.
+    better = {SAFE: (96.0, 0.0), "GMP": (95.0, 0.0)}
+    again = table.as_markdown(
+        [*rows, rows[0]._replace(framework="jax", accuracy=rows[0].accuracy | better)]
+    )
+    assert "| cells behind the best | 1 of 3 | 1 of 2 | 0 of 1 | 1 of 3 |" in again
+    assert "of both frameworks, the lead over the best is +1.00 in JAX and -2.00 in Py" in again
+    assert "has +1.00 points more in JAX" in again
+    assert "both frameworks" not in text
     line = table._longest_line(
         [rows[0]._replace(cell=cells[0]._replace(base="Adam 3e-3")), *rows[:2]]
     )
