@@ -433,10 +433,12 @@ def test_the_figure_of_the_readme() -> None:
 
 
 def untuned_cell(*cell: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """The mean accuracy and the chosen settings of a cell, by method."""
+    """Return the mean accuracy and the chosen settings of a cell in PyTorch, by method."""
     found, chosen = {}, {}
     for line in (ROOT / "docs" / "untuned_results.jsonl").read_text().splitlines():
         row = json.loads(line)
+        if row["framework"] != "torch" or row["part"] == "ablations":
+            continue
         if tuple(row[key] for key in ("task", "base", "epochs", "sparsity")) == cell:
             found |= {name: float(np.mean(values)) for name, values in row["accuracy"].items()}
             chosen |= row.get("chosen", {})
