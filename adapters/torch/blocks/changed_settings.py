@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
-import re
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .fingerprints import Description
 
 __all__ = ["changed_settings"]
 
@@ -20,10 +21,9 @@ _CAUSES = {
 }
 _LONG = 120  # characters of a value
 _MOST = 4  # settings that are named
-_BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
-def changed_settings(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the settings in which two runs differ, with their values.
 
     Where both values are calls of the same name, such as of a solver, only the arguments that
@@ -31,14 +31,14 @@ def changed_settings(then: Mapping[str, str], now: Mapping[str, str]) -> str:
 
     Parameters
     ----------
-    then, now : mapping of str to str
+    then, now : mapping of str to description
         Settings as `safe_core.adapters.torch.blocks.task.Task.described` returns them.
 
     Examples
     --------
     >>> changed_settings(
-    ...     {"seed": "0", "solver": "Safe(epochs=5, rho=None)"},
-    ...     {"seed": "1", "solver": "Safe(epochs=6, rho=None)"},
+    ...     {"seed": "0", "solver": {"Safe": {"epochs": "5", "rho": "None"}}},
+    ...     {"seed": "1", "solver": {"Safe": {"epochs": "6", "rho": "None"}}},
     ... )
     'seed was 0, now 1; epochs was 5, now 6'
     """
@@ -49,71 +49,72 @@ def changed_settings(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     return "; ".join(found[:_MOST]) + more
 
 
-def _changes(key: str, was: str | None, got: str | None) -> Iterator[str]:
+def _changes(key: str, was: Any, got: Any) -> Iterator[str]:
     """Yield what differs in the value of a setting."""
-    if was is None or got is None:
-        then, now = (_excerpt(text or "not set", "") for text in (was, got))
-        yield f"{key} was {then}, now {now}"
-    elif key == "batches":
+    if key == "batches" and was and got:
         yield "the calibration samples differ"
-    elif key == "weights":
+    elif key == "weights" and was and got:
         yield _other_weight(was, got)
     else:
         yield from _differing(key, was, got)
 
 
-def _differing(name: str, was: str, got: str, *, nested: bool = False) -> Iterator[str]:
-    """Yield what differs in two values: arguments of the same call, or the values."""
-    (old, before), (new, after) = _parsed(was), _parsed(got)
-    # Values in brackets, such as those of a fraction, are told together.
-    apart = list(before) == list(after) and sum(not key.isidentifier() for key in before) < 2
-    if old and old == new and apart:
+def _differing(name: str, was: Any, got: Any, *, nested: bool = False) -> Iterator[str]:
+    """Yield what differs in two descriptions: arguments of the same call, or the values."""
+    (old, before), (new, after) = _call(was), _call(got)
+    if old and old == new and list(before) == list(after):
         for key, value in before.items():
             # The only argument of a schedule, such as its value, is that of the setting.
             own = key.isidentifier() and not (nested and len(before) == 1)
             if value != after[key]:
                 yield from _differing(key if own else name, value, after[key], nested=True)
-    elif old != new and len(was) + len(got) > _LONG:
-        yield f"{name} was {_short(was, old)}, now {_short(got, new)}"
+        return
+    then, now = _told(was), _told(got)
+    if then == now:  # two classes of one name
+        then, now = _told(was, full=True), _told(got, full=True)
+    if old != new and len(then) + len(now) > _LONG:
+        yield f"{name} was {_short(was, then)}, now {_short(got, now)}"
     else:
-        yield f"{name} was {_excerpt(was, got)}, now {_excerpt(got, was)}"
+        yield f"{name} was {_excerpt(then, now)}, now {_excerpt(now, then)}"
 
 
-def _parsed(text: str) -> tuple[str, dict[str, str]]:
+def _call(found: Any) -> tuple[str, dict[str, Description]]:
     """Return the name of a call and its arguments by name or place; "" for anything else."""
-    match = re.fullmatch(r"([\w.<>]+)\((.*)\)", text, re.DOTALL)
-    if match is None:
-        return "", {}
-    arguments = {}
-    for place, part in enumerate(_parts(match[2])):
-        key, equals, value = part.partition("=")
-        named = bool(equals) and key.isidentifier()
-        arguments[key if named else str(place)] = value if named else part
-    return match[1], arguments
+    if isinstance(found, dict) and len(found) == 1:
+        ((name, arguments),) = found.items()
+        if isinstance(arguments, dict):
+            return name, arguments
+    return "", {}
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Cut a text at the commas that are outside of brackets and quotes."""
-    depth, quote, start = 0, "", 0
-    for i, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character == "," and depth == 0:
-            yield text[start:i].strip()
-            start = i + 1
-        else:
-            depth += _BRACKETS.get(character, 0)
-    if text[start:].strip():
-        yield text[start:].strip()
+def _told(found: Any, *, full: bool = False) -> str:
+    """Return a description as a text, with the modules of calls if ``full``."""
+    if found is None:
+        return "not set"
+    name, arguments = _call(found)
+    if not name:
+        return str(found)
+    parts = _arguments(arguments, full=full)
+    return f"{name if full else name.rpartition('.')[2]}({', '.join(parts)})"
 
 
-def _short(text: str, name: str) -> str:
-    """Return a call without its arguments if they are long."""
+def _arguments(arguments: Mapping[str, Any], *, full: bool = False) -> Iterator[str]:
+    for key, found in arguments.items():
+        text = _told(found, full=full)
+        yield text if key.isdecimal() else f"{key}={text}"
+
+
+def _short(found: Any, text: str) -> str:
+    """Return a call with no more than its first arguments if all are long."""
+    name, arguments = _call(found)
     if not name or len(text) <= _LONG // 2:
         return _excerpt(text, "")
-    return f"{name.rpartition('.')[2]}(...)"
+    shown = f"{name.rpartition('.')[2]}("
+    for part in _arguments(arguments):
+        if len(shown) + len(part) > _LONG // 2:
+            break
+        shown += f"{part}, "
+    return f"{shown}...)"
 
 
 def _excerpt(text: str, other: str) -> str:
@@ -127,11 +128,11 @@ def _excerpt(text: str, other: str) -> str:
     return f"{'...' if start else ''}{text[start : start + _LONG]}{more}"
 
 
-def _other_weight(was: str, got: str) -> str:
+def _other_weight(was: Any, got: Any) -> str:
     """Describe the first weight that only one of two runs prunes."""
     try:
-        blocks = [[set(names) for names in ast.literal_eval(text)] for text in (was, got)]
-    except (ValueError, SyntaxError, TypeError):  # the manifest is damaged
+        blocks = [[set(names) for names in found] for found in (was, got)]
+    except TypeError:  # the manifest is damaged
         return "the pruned weights differ"
     for i, (old, new) in enumerate(zip(*blocks, strict=False)):
         for name in sorted(old ^ new):

@@ -8,13 +8,16 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "identity", "sample_of"]
+__all__ = ["Description", "fingerprint", "identity", "sample_of"]
+
+Description: TypeAlias = "str | dict[str, dict[str, Description]]"
+"""A text, or a name with the descriptions of its arguments by their name or place, for JSON."""
 
 _SAMPLED = 1024
 
@@ -46,9 +49,10 @@ def sample_of(tensors: Iterable[Tensor]) -> str:
     return fingerprint(t.detach().reshape(-1)[:: max(1, t.numel() // _SAMPLED)] for t in tensors)
 
 
-def identity(value: Any) -> str:
+def identity(value: Any) -> Description:
     """Return a description of a solver that is the same in every process and unique to it.
 
+    It is a text, or ``{name: {argument: description}}`` for what a call of a name would make.
     It holds every field of dataclasses, the names and closures of functions, digests of arrays.
 
     Raises
@@ -59,48 +63,55 @@ def identity(value: Any) -> str:
     Examples
     --------
     >>> identity(functools.partial(round, ndigits=2))
-    'partial(builtins.round, ndigits=2)'
+    {'partial': {'0': 'builtins.round', 'ndigits': '2'}}
     >>> class Keeper:
     ...     def __init__(self, share):
     ...         self.share = share
     >>> identity(Keeper(0.5))
     Traceback (most recent call last):
-    ValueError: solver must be of functions with names and of dataclasses for work_dir, to tell \
-whether a run goes on with the same one, got an instance of Keeper
+    ValueError: solver and sparsity must be of functions with names and of dataclasses, to \
+compare them with those of another run or process, got an instance of Keeper
     """
     if isinstance(value, functools.partial):
-        return _called("partial", (value.func, *value.args), value.keywords)
+        given = dict(sorted(value.keywords.items()))
+        return _called("partial", (value.func, *value.args), given)
     if isinstance(value, types.MethodType):
-        return f"{identity(value.__self__)}.{value.__name__}"
+        return _called(_path(value), (value.__self__,))
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
         return _function(value)
     if is_dataclass(value):
         said = {f.name: getattr(value, f.name) for f in fields(value)}
-        return _called(_path(type(value)), (), said | getattr(value, "__dict__", {}))
+        # A cached property follows from the fields, and may not have been read yet.
+        said |= {
+            key: held
+            for key, held in sorted(getattr(value, "__dict__", {}).items())
+            if not isinstance(getattr(type(value), key, None), functools.cached_property)
+        }
+        return _called(_path(type(value)), (), said)
     if isinstance(value, Mapping):
-        return _called(type(value).__name__, tuple(value.items()), {})
+        return _called(type(value).__name__, tuple(value.items()))
     if isinstance(value, (list, tuple)):
-        return _called(type(value).__name__, value, {})
+        return _called(type(value).__name__, value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"array({fingerprint([torch.as_tensor(value)])})"
+        return _called("array", (), {"digest": fingerprint([torch.as_tensor(value)])})
     if isinstance(value, (set, frozenset)):  # in another order in every process
-        return f"{type(value).__name__}({', '.join(sorted(map(identity, value)))})"
+        found = sorted(map(identity, value), key=repr)
+        return {type(value).__name__: {str(i): x for i, x in enumerate(found)}}
     kept = getattr(value, "__dict__", None)
     if kept == {}:
-        return f"{_path(type(value))}()"
+        return _called(_path(type(value)), ())
     says = type(value).__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
     if isinstance(value, Enum) or (says and kept is None):
         return repr(value)
     raise _untold(f"an instance of {type(value).__name__}")
 
 
-def _called(name: str, args: Iterable[Any], named: Mapping[str, Any]) -> str:
-    parts = [identity(x) for x in args]
-    parts += [f"{key}={identity(x)}" for key, x in sorted(named.items())]
-    return f"{name}({', '.join(parts)})"
+def _called(name: str, args: Iterable[Any], named: Mapping[str, Any] | None = None) -> Description:
+    placed = {str(i): identity(x) for i, x in enumerate(args)}
+    return {name: placed | {key: identity(x) for key, x in (named or {}).items()}}
 
 
-def _function(value: Any) -> str:
+def _function(value: Any) -> Description:
     if "<lambda>" in value.__qualname__:
         raise _untold(value.__qualname__)
     cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
@@ -115,6 +126,6 @@ def _path(named: Any) -> str:
 
 def _untold(what: str) -> ValueError:
     return ValueError(
-        "solver must be of functions with names and of dataclasses for work_dir, to tell whether "
-        f"a run goes on with the same one, got {what}"
+        "solver and sparsity must be of functions with names and of dataclasses, to compare them "
+        f"with those of another run or process, got {what}"
     )

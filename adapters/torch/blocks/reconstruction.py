@@ -20,7 +20,7 @@ from safe_core.reconstruction import Reconstruction
 from safe_core.solvers.reconstruction import SOME_STEPS
 
 from ..optimizer import SparseOptimizer
-from .fingerprints import identity
+from .fingerprints import Description, identity
 from .memory import BlockSize
 from .solver import Batch, BlockProblem, BlockSolver, LayerByLayer, WorkBytes
 from .trained import Trained, trained_parameters
@@ -82,7 +82,7 @@ dual_update_interval, start, published
         """Return the number of training steps in each block."""
         return self.epochs * sum(-(-samples // self.batch_size) for samples in groups)
 
-    def described(self, pattern: Pattern) -> dict[str, str]:
+    def described(self, pattern: Pattern) -> dict[str, Description]:
         """Return what must be the same for a run to be resumed, resolved defaults included."""
         return {
             "solver": identity(self),

@@ -16,7 +16,7 @@ from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import LayerSolver, Solver, as_solver
 from safe_core.solvers.gram import solver_statistics
 
-from .fingerprints import identity
+from .fingerprints import Description, identity
 from .memory import BlockSize
 from .processes import Processes
 from .shares import rounds
@@ -145,7 +145,7 @@ class BlockSolver(Solver, ABC):
         """
         return 0
 
-    def described(self, pattern: Pattern) -> dict[str, str]:
+    def described(self, pattern: Pattern) -> dict[str, Description]:
         """Return what must be the same for a run to be resumed."""
         return {"solver": identity(self)}
 
@@ -178,7 +178,7 @@ class LayerByLayer(BlockSolver):
         """The statistics of inputs to record: those that the solver needs, or their count."""
         return "tokens" if self.solver.needs == "nothing" else self.solver.needs
 
-    def described(self, pattern: Pattern) -> dict[str, str]:
+    def described(self, pattern: Pattern) -> dict[str, Description]:
         """Return what must be the same for a run to be resumed."""
         return {"solver": identity(self.solver.origin)}
 

@@ -16,7 +16,7 @@ from safe_core.patterns import ByName, Pattern
 
 from ..example_inputs import evaluation_mode
 from .calls import BlockCalls, record
-from .fingerprints import fingerprint
+from .fingerprints import fingerprint, identity
 from .memory import BlockSize, MemoryEstimate, block_dtype, forward_backward_bytes
 from .processes import Processes
 from .reconstruction import wide_mse
@@ -83,18 +83,18 @@ class Task(NamedTuple):
         found = {name: self.patterns[f"{prefix}.{name}"] for name in names}
         return _joined(found or self.patterns)  # a block may have no weight to prune
 
-    def described(self) -> dict[str, str]:
+    def described(self) -> dict[str, Any]:
         """Return what must be the same for a run to be resumed."""
         return {**self.given(), **self.solver.described(_joined(self.patterns))}
 
-    def given(self) -> dict[str, str]:
+    def given(self) -> dict[str, Any]:
         """Return what must be the same for a run to be resumed, except for the solver."""
         s = self.settings
         tensors = [v for sample in self.samples for v in sample.values() if torch.is_tensor(v)]
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
-            "weights": repr([list(w) for w in self.weights]),
-            "sparsity": repr(_joined(self.patterns)),
+            "weights": [list(w) for w in self.weights],
+            "sparsity": identity(_joined(self.patterns)),
             "target_inputs": s.target_inputs,
             "propagate": s.propagate,
             "batch_size": str(s.batch_size),

@@ -54,7 +54,7 @@ def check_work_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{rule}, which holds {', '.join(others[:3])}{more}")
 
 
-def earlier_run(path: str | os.PathLike[str], settings: Mapping[str, str]) -> dict[str, Any] | None:
+def earlier_run(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the manifest of an earlier run in a folder, or None if there is none.
 
     Raises
@@ -116,8 +116,8 @@ class WorkFolder:
     ----------
     path : path
         Created if it does not exist.
-    settings : mapping of str to str
-        Settings that must be the same to resume.
+    settings : mapping of str to description
+        Settings that must be the same to resume, of what JSON has.
     notes : sequence of str
         Written by the first run, and read by those that resume it.
 
@@ -146,7 +146,7 @@ class WorkFolder:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        settings: Mapping[str, str],
+        settings: Mapping[str, Any],
         notes: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
