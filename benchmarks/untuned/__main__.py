@@ -12,7 +12,7 @@ from safe_core.study.runner import run_study
 from safe_core.study.runner.statistics import mean_and_error
 
 from ..results import append
-from .cells import ABLATED, ABLATIONS, OURS, Cell, cells, comparators, recipe
+from .cells import ABLATED, ABLATIONS, IN_JAX, OURS, Cell, cells, comparators, recipe
 from .table import (
     CONSTANTS,
     ablations_as_markdown,
@@ -126,7 +126,12 @@ def main() -> None:
     )
     parser.add_argument("--shard", default="0/1", help="run every n-th cell, as in 0/2 and 1/2")
     parser.add_argument("--only", default="", help="run the cells whose name holds this text")
-    parser.add_argument("--framework", default="torch", choices=["torch", "jax"])
+    parser.add_argument(
+        "--framework",
+        default="torch",
+        choices=["torch", "jax"],
+        help="all cells are trained in PyTorch, and a part of them in JAX",
+    )
     parser.add_argument(
         "--ablations", action="store_true", help="train SAFE with one part changed at a time"
     )
@@ -146,7 +151,8 @@ def main() -> None:
             (DOCS / "untuned_ablations.md").write_text(text, encoding="utf-8")
         return
     index, count = map(int, options.shard.split("/"))
-    todo, train = (ABLATED, ablate) if options.ablations else (cells(), run)
+    part = cells() if options.framework == "torch" else IN_JAX
+    todo, train = (ABLATED, ablate) if options.ablations else (part, run)
     mine = [cell for cell in todo if options.only in cell.name][index::count]
     for i, cell in enumerate(mine):
         print(f"{i + 1}/{len(mine)}: {cell.name}", flush=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = [
-    "ABLATED", "ABLATIONS", "BASES", "OURS", "PLAIN", "SAFE", "TASKS", "TUNED", "Cell", "Runs",
-    "Search", "Task", "cells", "comparators", "recipe",
+    "ABLATED", "ABLATIONS", "BASES", "IN_JAX", "OURS", "PLAIN", "SAFE", "TASKS", "TUNED", "Cell",
+    "Runs", "Search", "Task", "cells", "comparators", "recipe",
 ]  # fmt: skip
 
 
@@ -205,6 +205,15 @@ ABLATED = [
     Cell("MNIST-1D", "SGD 0.1", 60, 0.95),
 ]
 """Cells of the ablations: tasks that the constants were chosen on, and two long runs."""
+
+
+IN_JAX = [
+    Cell(task, base, 60, sparsity)
+    for task in ("digits", "digits, random labels")
+    for base in ("SGD 0.1", "Adam 3e-3")
+    for sparsity in _HIGHEST
+]
+"""Cells that are trained in JAX too, from other random numbers."""
 
 
 def comparators(cell: Cell) -> dict[str, Search]:

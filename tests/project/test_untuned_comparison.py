@@ -222,6 +222,20 @@ def test_ablations_are_trained_once_and_shown(
 COUNT = len(list(cells()))
 
 
+def test_the_cells_in_jax_are_a_part_of_those_in_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Cell, str]] = []
+    monkeypatch.setattr(command, "run", lambda cell, *paths: asked.append((cell, paths[-1])))
+    for framework in ("torch", "jax"):
+        monkeypatch.setattr(sys, "argv", ["untuned", "--framework", framework])
+        command.main()
+    trained = {name: [cell for cell, kind in asked if kind == name] for name in ("torch", "jax")}
+    assert trained["torch"] == list(cells())
+    assert 0 < len(trained["jax"]) < COUNT
+    assert set(trained["jax"]) < set(trained["torch"])
+
+
 def finished(results: Path, cell: Cell, **accuracy: list[float]) -> None:
     named = {"dense": [98.0], "GMP": accuracy["gmp"], "ADMM": accuracy["admm"]}
     ours = dict(zip(OURS, (accuracy["ours"], accuracy["plain"]), strict=True))
