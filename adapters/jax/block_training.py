@@ -37,9 +37,8 @@ class Reconstructed(NamedTuple):
     losses : list of float
         The mean loss of each epoch at x, before the perturbation.
     training_kept : bool or None
-        Whether the trained block was kept. False if training did not lower the error on the
-        samples, so that the block is its start, such as the solution of ALPS. None if nothing was
-        compared.
+        Whether the trained block was kept. False if training raised the error on the samples, so
+        that the block is its start, such as the solution of ALPS. None if nothing was compared.
 
     Examples
     --------

@@ -130,7 +130,7 @@ def main() -> None:
         "--framework",
         default="torch",
         choices=["torch", "jax"],
-        help="all cells are trained in PyTorch, and a part of them in JAX",
+        help="jax trains a part of the cells; ablations are the same",
     )
     parser.add_argument(
         "--ablations", action="store_true", help="train SAFE with one part changed at a time"

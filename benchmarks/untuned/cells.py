@@ -213,7 +213,7 @@ IN_JAX = [
     for base in ("SGD 0.1", "Adam 3e-3")
     for sparsity in _HIGHEST
 ]
-"""Cells that are trained in JAX too, from other random numbers."""
+"""Cells that are trained in JAX too, with other random numbers."""
 
 
 def comparators(cell: Cell) -> dict[str, Search]:

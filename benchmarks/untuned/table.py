@@ -143,7 +143,7 @@ def ablations_as_markdown(rows: Sequence[Row]) -> str:
 def as_markdown(rows: Sequence[Row]) -> str:
     """Return a summary by half of the tasks, and every cell.
 
-    The summary is over the cells in PyTorch, because those in JAX are a few of the same.
+    The summary is over the cells in PyTorch, because those in JAX repeat some of them.
     """
     ran = [row for row in rows if row.framework == "torch"]
     halves = {
@@ -154,9 +154,10 @@ def as_markdown(rows: Sequence[Row]) -> str:
         "other tasks": [r for r in ran if not TASKS[r.cell.task].chooses],
     }
     parts = [
-        f"{len(ran)} of {sum(1 for _ in cells())} cells in PyTorch, {len(rows) - len(ran)} in JAX.",
-        _summary({name: found for name, found in halves.items() if found}),
+        f"{len(ran)} of {sum(1 for _ in cells())} cells in PyTorch, {len(rows) - len(ran)} in JAX."
     ]
+    if ran:
+        parts.append(_summary({name: found for name, found in halves.items() if found}))
     if both := _in_both(rows):
         parts.append(both)
     for task in TASKS:
@@ -188,7 +189,7 @@ def _summary(halves: dict[str, Sequence[Row]]) -> str:
 
 
 def _in_both(rows: Sequence[Row]) -> str:
-    """Return a sentence on the cells that were trained in both frameworks, "" if there are none."""
+    """Return sentences on the cells that both frameworks trained, "" if there are none."""
     by_framework = {(row.framework, row.cell): row for row in rows}
     pairs = [
         (row, by_framework["torch", row.cell])
@@ -201,8 +202,9 @@ def _in_both(rows: Sequence[Row]) -> str:
     ours = _mean(a.accuracy[SAFE][0] - b.accuracy[SAFE][0] for a, b in pairs)
     n = f"In the {len(pairs)} cells" if len(pairs) > 1 else "In the cell"
     return (
-        f"{n} of both frameworks, the lead over the best is {jax} in JAX and {torch} in PyTorch on "
-        f"average, and SAFE, untuned, has {ours} points more in JAX. The table above is of PyTorch."
+        f"{n} that both frameworks trained, the lead over the best is {jax} points in JAX and "
+        f"{torch} in PyTorch on average. The accuracy of SAFE, untuned, differs by {ours} points "
+        "in JAX. The table above is for PyTorch only."
     )
 
 

@@ -957,7 +957,7 @@ def test_solvers_that_differ_are_told_apart() -> None:
     assert "0x" not in "".join(found)
     assert all(f'"{f.name}":' in found[0] for f in fields(SafeReconstruction))  # defaults too
     for unknown in (Kept(1), closing_over(Kept(1)), torch.Generator(), nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match="to compare them with those of another run"):
+        with pytest.raises(ValueError, match="to tell whether a run goes on with the same one"):
             identity(unknown)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .fingerprints import Description
@@ -21,6 +21,7 @@ _CAUSES = {
 }
 _LONG = 120  # characters of a value
 _MOST = 4  # settings that are named
+_ROWS = {"tuple": "({})", "list": "[{}]", "dict": "{{{}}}"}
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -54,28 +55,51 @@ def _changes(key: str, was: Any, got: Any) -> Iterator[str]:
     if key == "batches" and was and got:
         yield "the calibration samples differ"
     elif key == "weights" and was and got:
-        yield _other_weight(was, got)
+        # A manifest may be damaged, or of an earlier version.
+        yield _other_weight(was, got) if _are_names(was, got) else "the pruned weights differ"
     else:
         yield from _differing(key, was, got)
 
 
 def _differing(name: str, was: Any, got: Any, *, nested: bool = False) -> Iterator[str]:
     """Yield what differs in two descriptions: arguments of the same call, or the values."""
+    if (rows := _pairs(was)) and list(rows) == list(others := _pairs(got)):
+        for key, value in rows.items():
+            if value != others[key]:
+                yield from _both(key, value, others[key])
+        return
     (old, before), (new, after) = _call(was), _call(got)
-    if old and old == new and list(before) == list(after):
+    # Values in a row, such as those of a shape, are told together.
+    apart = list(before) == list(after) and sum(key.isdecimal() for key in before) < 2
+    if old and old == new and apart:
         for key, value in before.items():
             # The only argument of a schedule, such as its value, is that of the setting.
             own = key.isidentifier() and not (nested and len(before) == 1)
             if value != after[key]:
                 yield from _differing(key if own else name, value, after[key], nested=True)
         return
-    then, now = _told(was), _told(got)
-    if then == now:  # two classes of one name
-        then, now = _told(was, full=True), _told(got, full=True)
-    if old != new and len(then) + len(now) > _LONG:
-        yield f"{name} was {_short(was, then)}, now {_short(got, now)}"
+    yield from _both(name, was, got)
+
+
+def _both(name: str, was: Any, got: Any) -> Iterator[str]:
+    """Yield a text with two values."""
+    (old, _), (new, _) = _call(was), _call(got)
+    full = old != new and old.rpartition(".")[2] == new.rpartition(".")[2]
+    then, now = _told(was, full=full), _told(got, full=full)
+    if (old != new or _pairs(was)) and len(then) + len(now) > _LONG:
+        yield f"{name} was {_short(was, full=full)}, now {_short(got, full=full)}"
     else:
         yield f"{name} was {_excerpt(then, now)}, now {_excerpt(now, then)}"
+
+
+def _pairs(found: Any) -> dict[str, Any]:
+    """Return the values of a row of pairs by their names; empty for anything else."""
+    name, items = _call(found)
+    pairs = [_call(item) for item in items.values()]
+    if name not in _ROWS or any(kind != "tuple" or len(pair) != 2 for kind, pair in pairs):
+        return {}
+    rows = {str(pair.get("0")).strip("'"): pair.get("1") for _, pair in pairs}
+    return rows if len(rows) == len(pairs) else {}
 
 
 def _call(found: Any) -> tuple[str, dict[str, Description]]:
@@ -94,23 +118,26 @@ def _told(found: Any, *, full: bool = False) -> str:
     name, arguments = _call(found)
     if not name:
         return str(found)
-    parts = _arguments(arguments, full=full)
-    return f"{name if full else name.rpartition('.')[2]}({', '.join(parts)})"
+    parts = ", ".join(_arguments(arguments, full=full))
+    if name in _ROWS:
+        return _ROWS[name].format(parts)
+    return f"{name if full else name.rpartition('.')[2]}({parts})"
 
 
 def _arguments(arguments: Mapping[str, Any], *, full: bool = False) -> Iterator[str]:
+    """Yield the arguments of a call as texts."""
     for key, found in arguments.items():
         text = _told(found, full=full)
         yield text if key.isdecimal() else f"{key}={text}"
 
 
-def _short(found: Any, text: str) -> str:
-    """Return a call with no more than its first arguments if all are long."""
-    name, arguments = _call(found)
-    if not name or len(text) <= _LONG // 2:
+def _short(found: Any, *, full: bool) -> str:
+    """Return a description as a text, a call with its first arguments only if it is long."""
+    text, (name, arguments) = _told(found, full=full), _call(found)
+    if not name or name in _ROWS or len(text) <= _LONG // 2:
         return _excerpt(text, "")
-    shown = f"{name.rpartition('.')[2]}("
-    for part in _arguments(arguments):
+    shown = f"{name if full else name.rpartition('.')[2]}("
+    for part in _arguments(arguments, full=full):
         if len(shown) + len(part) > _LONG // 2:
             break
         shown += f"{part}, "
@@ -128,14 +155,20 @@ def _excerpt(text: str, other: str) -> str:
     return f"{'...' if start else ''}{text[start : start + _LONG]}{more}"
 
 
-def _other_weight(was: Any, got: Any) -> str:
+def _are_names(*settings: Any) -> bool:
+    """Return whether each setting is a list of lists of names."""
+    blocks = [found if isinstance(found, list) else [None] for found in settings]
+    return all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+        for found in blocks
+        for names in found
+    )
+
+
+def _other_weight(was: Sequence[Sequence[str]], got: Sequence[Sequence[str]]) -> str:
     """Describe the first weight that only one of two runs prunes."""
-    try:
-        blocks = [[set(names) for names in found] for found in (was, got)]
-    except TypeError:  # the manifest is damaged
-        return "the pruned weights differ"
-    for i, (old, new) in enumerate(zip(*blocks, strict=False)):
-        for name in sorted(old ^ new):
+    for i, (old, new) in enumerate(zip(was, got, strict=False)):
+        for name in sorted(set(old) ^ set(new)):
             states = ("pruned", "dense") if name in old else ("dense", "pruned")
             return f"{name} of block {i} was {states[0]}, and is {states[1]} now"
     return "the number of blocks differs"

@@ -1,4 +1,4 @@
-"""Digests of tensors and descriptions of solvers, to tell one run from another."""
+"""Digests of tensors and descriptions of solvers and patterns, to tell one run from another."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from array_api_compat import is_array_api_obj
 from torch import Tensor
 
 __all__ = ["Description", "fingerprint", "identity", "sample_of"]
@@ -20,6 +21,7 @@ Description: TypeAlias = "str | dict[str, dict[str, Description]]"
 """A text, or a name with the descriptions of its arguments by their name or place, for JSON."""
 
 _SAMPLED = 1024
+_ADDRESS = " at 0x"  # in a repr that differs in every process
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -50,10 +52,11 @@ def sample_of(tensors: Iterable[Tensor]) -> str:
 
 
 def identity(value: Any) -> Description:
-    """Return a description of a solver that is the same in every process and unique to it.
+    """Return a description of a solver or pattern that is the same in every process.
 
-    It is a text, or ``{name: {argument: description}}`` for what a call of a name would make.
-    It holds every field of dataclasses, the names and closures of functions, digests of arrays.
+    Another solver has another description. It is a text, or ``{name: {argument: description}}``
+    for a value with parts, such as a dataclass. It holds the fields of dataclasses that count for
+    equality, the names and closures of functions, and digests of arrays.
 
     Raises
     ------
@@ -69,8 +72,8 @@ def identity(value: Any) -> Description:
     ...         self.share = share
     >>> identity(Keeper(0.5))
     Traceback (most recent call last):
-    ValueError: solver and sparsity must be of functions with names and of dataclasses, to \
-compare them with those of another run or process, got an instance of Keeper
+    ValueError: solver must be of functions with names and of dataclasses for work_dir, to tell \
+whether a run goes on with the same one, got an instance of Keeper
     """
     if isinstance(value, functools.partial):
         given = dict(sorted(value.keywords.items()))
@@ -80,29 +83,36 @@ compare them with those of another run or process, got an instance of Keeper
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
         return _function(value)
     if is_dataclass(value):
-        said = {f.name: getattr(value, f.name) for f in fields(value)}
+        said = {f.name: getattr(value, f.name) for f in fields(value) if f.compare}
         # A cached property follows from the fields, and may not have been read yet.
-        said |= {
+        names = {f.name for f in fields(value)}
+        more = {
             key: held
             for key, held in sorted(getattr(value, "__dict__", {}).items())
-            if not isinstance(getattr(type(value), key, None), functools.cached_property)
+            if key not in names
+            and not isinstance(getattr(type(value), key, None), functools.cached_property)
         }
-        return _called(_path(type(value)), (), said)
+        return _called(_path(type(value)), (), said | more)
     if isinstance(value, Mapping):
         return _called(type(value).__name__, tuple(value.items()))
     if isinstance(value, (list, tuple)):
         return _called(type(value).__name__, value)
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return _called("array", (), {"digest": fingerprint([torch.as_tensor(value)])})
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+        return identity(value.tolist())
+    if is_array_api_obj(value) and not isinstance(value, np.generic):
+        held = value if torch.is_tensor(value) else torch.as_tensor(np.array(value))
+        return _called("array", (), {"digest": fingerprint([held])})
     if isinstance(value, (set, frozenset)):  # in another order in every process
         found = sorted(map(identity, value), key=repr)
         return {type(value).__name__: {str(i): x for i, x in enumerate(found)}}
     kept = getattr(value, "__dict__", None)
-    if kept == {}:
-        return _called(_path(type(value)), ())
-    says = type(value).__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
-    if isinstance(value, Enum) or (says and kept is None):
-        return repr(value)
+    own = type(value).__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
+    shown = repr(value) if own else ""
+    if isinstance(value, Enum) or (own and kept is None and _ADDRESS not in shown):
+        return shown
+    if kept == {} and _ADDRESS not in shown:
+        # The value of an instance of a subclass of float is in its repr only.
+        return {_path(type(value)): {"0": shown} if own else {}}
     raise _untold(f"an instance of {type(value).__name__}")
 
 
@@ -126,6 +136,6 @@ def _path(named: Any) -> str:
 
 def _untold(what: str) -> ValueError:
     return ValueError(
-        "solver and sparsity must be of functions with names and of dataclasses, to compare them "
-        f"with those of another run or process, got {what}"
+        "solver must be of functions with names and of dataclasses for work_dir, to tell whether "
+        f"a run goes on with the same one, got {what}"
     )

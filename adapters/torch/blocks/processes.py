@@ -97,7 +97,7 @@ class Processes:
         """Return the values that all processes pass, in their order. They are pickled."""
         return [value]
 
-    def check_same(self, values: Mapping[str, str]) -> None:
+    def check_same(self, values: Mapping[str, Any]) -> None:
         """Check that all processes pass the same values.
 
         Raises

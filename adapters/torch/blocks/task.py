@@ -16,7 +16,7 @@ from safe_core.patterns import ByName, Pattern
 
 from ..example_inputs import evaluation_mode
 from .calls import BlockCalls, record
-from .fingerprints import fingerprint, identity
+from .fingerprints import Description, fingerprint, identity
 from .memory import BlockSize, MemoryEstimate, block_dtype, forward_backward_bytes
 from .processes import Processes
 from .reconstruction import wide_mse
@@ -94,7 +94,7 @@ class Task(NamedTuple):
         return {
             "model": f"{type(self.model).__name__} with {len(self.blocks)} blocks in {self.name}",
             "weights": [list(w) for w in self.weights],
-            "sparsity": identity(_joined(self.patterns)),
+            "sparsity": _description(_joined(self.patterns)),
             "target_inputs": s.target_inputs,
             "propagate": s.propagate,
             "batch_size": str(s.batch_size),
@@ -116,6 +116,14 @@ def alike_samples(samples: Iterable[Mapping[str | None, Any]]) -> list[list[int]
         shapes = tuple((k, v.shape) for k, v in sample.items() if torch.is_tensor(v))
         alike.setdefault(shapes, []).append(i)
     return list(alike.values())
+
+
+def _description(pattern: Pattern) -> Description:
+    """Return the description of a pattern, or its repr if it holds what has no description."""
+    try:
+        return identity(pattern)
+    except ValueError:
+        return repr(pattern)
 
 
 def _joined(patterns: Mapping[str, Pattern]) -> Pattern:

@@ -117,7 +117,7 @@ class WorkFolder:
     path : path
         Created if it does not exist.
     settings : mapping of str to description
-        Settings that must be the same to resume, of what JSON has.
+        Settings that must be the same to resume, in types that JSON has.
     notes : sequence of str
         Written by the first run, and read by those that resume it.
 
