@@ -23,6 +23,7 @@ CONSTANTS = {name: x for name, x in vars(untuned).items() if isinstance(x, int |
 
 MARGIN = 0.5  # points that the best tuned comparator may be ahead
 SHOWN_POINTS = 5.0  # least range of the accuracies in a panel of the figure
+SHOWN_SPARSITIES = 3  # fewest points of a line in a panel
 
 
 class Row(NamedTuple):
@@ -76,10 +77,15 @@ class Row(NamedTuple):
         return self.lead_over(self.best)
 
     @property
-    def is_behind(self) -> bool:
-        """Whether the best is ahead by more than half a point and two joint standard errors."""
+    def margin(self) -> float:
+        """The points that count as a lead: over half a point and two joint standard errors."""
         joint = math.hypot(self.accuracy[SAFE][1], self.accuracy[self.best][1])
-        return -self.lead > max(MARGIN, 2 * joint)
+        return max(MARGIN, 2 * joint)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the best is ahead by more than the margin."""
+        return -self.lead > self.margin
 
 
 def latest(results: Path, part: str) -> dict[tuple[Cell, str], dict[str, Any]]:
@@ -185,6 +191,8 @@ def _summary(halves: dict[str, Sequence[Row]]) -> str:
     lines.append("| over the best of each cell | " + " | ".join(best) + " |")
     behind = [f"{sum(r.is_behind for r in rows)} of {len(rows)}" for rows in halves.values()]
     lines.append("| cells behind the best | " + " | ".join(behind) + " |")
+    ahead = [f"{sum(r.lead > r.margin for r in rows)} of {len(rows)}" for rows in halves.values()]
+    lines.append("| cells ahead of the best | " + " | ".join(ahead) + " |")
     return "\n".join(lines)
 
 
@@ -225,26 +233,35 @@ def _cells(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against sparsity by task, for the base and length with most sparsities."""
+    """Draw accuracy against sparsity by task, for the base and length with most sparsities.
+
+    Tasks without three sparsities, such as those with N:M patterns, are only in the tables.
+    """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.framework == "torch"]
-    tasks = [task for task in TASKS if any(row.cell.task == task for row in rows)]
-    if not tasks:
-        raise ValueError("rows must have a cell in PyTorch to draw, got none")
-    across = min(len(tasks), 3)
-    down = -(-len(tasks) // across)
+    ran = [row for row in rows if row.framework == "torch"]
+    drawn = {}
+    for task in TASKS:
+        mine = [row for row in ran if row.cell.task == task]
+        if mine and len((line := _longest_line(mine))[1]) >= SHOWN_SPARSITIES:
+            drawn[task] = line
+    if not drawn:
+        raise ValueError(
+            f"rows must have {SHOWN_SPARSITIES} sparsities of a task in PyTorch to draw, got fewer"
+        )
+    across = min(len(drawn), 4)
+    down = -(-len(drawn) // across)
     figure = Figure(figsize=(2.6 * across, 2.8 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in panels[len(tasks) :]:
+    for axes in panels[len(drawn) :]:
         axes.remove()
     lines = {
         "best tuned": ("#D55E00", lambda row: row.accuracy[row.best][0]),
         SAFE: ("#0072B2", lambda row: row.accuracy[SAFE][0]),
         PLAIN: ("0.5", lambda row: row.accuracy[PLAIN][0]),
     }
-    for axes, task in zip(panels[: len(tasks)], tasks, strict=True):
-        (base, epochs), mine = _longest_line([row for row in rows if row.cell.task == task])
+    for axes, (task, line) in zip(panels[: len(drawn)], drawn.items(), strict=True):
+        (base, epochs), mine = line
         for label, (colour, value) in lines.items():
             shown = [value(row) for row in mine]
             axes.plot(range(len(mine)), shown, "o-", color=colour, markersize=3, label=label)
@@ -259,7 +276,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("zeros", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    for axes in panels[: len(tasks) : across]:
+    for axes in panels[: len(drawn) : across]:
         axes.set_ylabel("test accuracy, %", fontsize=8)
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=200)

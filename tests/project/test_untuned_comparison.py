@@ -269,6 +269,7 @@ def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
     text = table.as_markdown(rows)
     assert text.startswith(f"3 of {COUNT} cells in PyTorch, 0 in JAX.")
     assert "| cells behind the best | 1 of 3 | 1 of 2 | 0 of 1 | 1 of 3 |" in text
+    assert "| cells ahead of the best | 1 of 3 | 0 of 2 | 1 of 1 | 1 of 3 |" in text
     assert "| over GMP | +5.33 | -2.00 | +20.00 | +5.33 |" in text
     shown = ("98.0 ± 0.0", "GMP", "97.0 ± 0.0", "95.0 ± 0.0", "94.0 ± 0.0", "**-2.0**")
     assert " | ".join(("| SGD 0.1", "60", "90%", *shown)) in text
@@ -294,7 +295,9 @@ def test_the_table_shows_where_ours_is_behind(tmp_path: Path) -> None:
     assert line == (("SGD 0.1", 60), rows[:2])
     tied = [rows[0]._replace(cell=cells[0]._replace(base="Adam 3e-3")), rows[0]]
     assert table._longest_line(tied) == (("SGD 0.1", 60), rows[:1])
-    table.draw(rows, tmp_path / "figure.png")
+    third = rows[0]._replace(cell=cells[0]._replace(sparsity=0.99))
+    table.draw([*rows, third], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match="a cell in PyTorch"):
-        table.draw([rows[0]._replace(framework="jax")], tmp_path / "figure.png")
+    for few in (rows, [row._replace(framework="jax") for row in (*rows, third)]):
+        with pytest.raises(ValueError, match="3 sparsities of a task in PyTorch to draw"):
+            table.draw(few, tmp_path / "figure.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 import safe_core
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "untuned_results.jsonl"  # of the comparison without tuning
 Rows = dict[str, dict[str, tuple[float, float]]]
 
 
@@ -364,85 +366,198 @@ def test_where_safe_without_tuning_is_behind() -> None:
         assert {chosen[name]["penalty"] for name in ("ADMM", "SAFE, published")} == {0.03}
 
 
-def test_how_often_safe_without_tuning_is_behind() -> None:
-    text = (ROOT / "docs" / "untuned_table.md").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith("| cells behind the best")]
-    behind, cells = map(int, line.strip("| ").split("|")[-1].split(" of "))
-    assert 0.4 <= behind / cells <= 0.6
-    assert "is behind in half of the cells" in page("docs/untuned.md")
-    section = text.split("**digits, random labels**")[1].split("\n\n**")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if "| SGD 0.1 " in line]
-    best = {
-        row[2].strip(): (row[4].strip(), math.floor(0.5 - float(row[-1].strip(" *"))))
-        for row in rows
+SAFE, PLAIN = "SAFE, untuned", "without perturbation, untuned"
+NOISY = "digits, random labels"
+
+
+def test_safe_without_tuning_over_all_cells() -> None:
+    lines = (ROOT / "docs" / "untuned_table.md").read_text(encoding="utf-8").splitlines()
+    heads = ["all", "clean", "random", "chosen", "test"]
+    leads = {
+        cells[0].removeprefix("over "): dict(zip(heads, cells[1:], strict=True))
+        for cells in ([x.strip() for x in line.strip("|").split("|")] for line in lines)
+        if cells[0].startswith(("over ", "cells "))
     }
-    assert best["80%"] == ("SAFE, published", 13)
-    assert best["90%"] == ("ADMM", 4)
-    assert best["98%"] == best["99%"] == ("SAFE, published", 2)
-    shown = page("docs/untuned.md")
-    assert "At 98% and 99%, published SAFE, tuned, is ahead by 2 points" in shown
-    assert "At 90% ADMM is ahead by 4 points, and at 80% published SAFE by 13" in shown
-    for sparsity in (0.8, 0.9):
-        accuracy, chosen = untuned_cell("digits, random labels", "SGD 0.1", 60, sparsity)
-        name = max(("ADMM", "SAFE, published"), key=accuracy.__getitem__)
-        assert chosen[name]["penalty"] == 1.0
+    six = ("magnitude, fine-tuned", "GMP", "GMP with SAM", "IMP with SAM", "ADMM",
+           "SAFE, published")  # fmt: skip
+    spans = {
+        half: [f(float(leads[name][half]) for name in six) for f in (min, max)]
+        for half in ("all", "clean", "random")
+    }
+    text, readme = page("docs/untuned.md"), page("README.md")
+    assert min(spans["clean"] + spans["random"]) > 0
+    assert "by {:.0f} to {:.0f} points over the cells with clean".format(*spans["clean"]) in text
+    assert "and by {:.0f} to {:.0f} over those with random".format(*spans["random"]) in text
+    assert "by {:.1f} to {:.0f} points, and".format(*spans["all"]) in readme
+    best = -float(leads["the best of each cell"]["all"])
+    assert f"Its mean accuracy is {best:.1f} points lower" in text
+    assert f"and {best:.1f} points lower than that of the best one" in readme
+    behind, count = map(int, leads["cells behind the best"]["all"].split(" of "))
+    assert f"Over all {count} settings" in readme
+    assert 0.25 < behind / count < 0.35
+    ahead, _ = leads["cells ahead of the best"]["all"].split(" of ")
+    assert ahead == "3"
+    assert "is behind it in three of ten cells, and ahead of it in three cells" in text
+    behind, count = map(int, leads["cells behind the best"]["test"].split(" of "))
+    assert 0.45 < behind / count < 0.6
+    assert "were not chosen on in half of the cells" in text
+    digits = [
+        line
+        for part in ("**digits**", "**digits, from dense**")
+        for line in "\n".join(lines).split(part)[1].split("\n\n**")[0].splitlines()
+        if "%" in line
+    ]
+    assert sum("**" in line for line in digits) == 2
+    assert f"it is behind in two of {len(digits)} cells" in text
+
+
+def test_over_whom_safe_without_tuning_is_ahead_with_which_optimizer() -> None:
+    text = page("docs/untuned.md")
+
+    def mean(label: str, base: str, ours: str = SAFE) -> float:
+        found = [
+            accuracy[ours] - accuracy[label]
+            for cell, (accuracy, _) in untuned_cells().items()
+            if label in accuracy and cell[1].startswith(base)
+        ]
+        return float(np.mean(found))
+
+    for label in ("GMP", "GMP with SAM"):
+        assert round(mean(label, "SGD")) == 3
+        assert abs(mean(label, "Adam")) < 0.5
+    assert "comes from SGD, where it is 3 points. With Adam and AdamW they are level" in text
+    for label in ("ADMM", "SAFE, published"):
+        assert mean(label, "Adam") > 3 * mean(label, "SGD")
+    assert "lead over ADMM and published SAFE comes from Adam" in text
+    assert f"level with GMP: {mean('GMP', '', PLAIN):.1f} points ahead on average" in text
+    assert f"The perturbation brings {mean(PLAIN, ''):.1f} points on average" in text
+    gains = [accuracy[SAFE] - accuracy[PLAIN] for accuracy, _ in untuned_cells().values()]
+    assert abs(np.median(gains)) < 0.1
+    assert "and nothing in half of the cells" in text
+    edges = [
+        any(chosen[name]["penalty"] in (0.03, 1.0) for name in ("ADMM", "SAFE, published"))
+        for _, chosen in untuned_cells().values()
+    ]
+    assert 0.45 < np.mean(edges) < 0.55
+    assert "In half of the cells, a penalty chosen for ADMM or published SAFE" in text
+    nm = {cell: found for cell, (found, _) in untuned_cells().items() if cell[3] == "2:4"}
+    behind = [
+        np.mean([found[label] - found[SAFE] for found in nm.values()])
+        for label in ("magnitude, fine-tuned", "magnitude with SAM")
+    ]
+    assert "is ahead, by {:.1f} points, and by {:.1f} with SAM".format(*behind) in text
+
+
+def test_where_safe_without_tuning_is_behind_with_random_labels() -> None:
+    text = page("docs/untuned.md")
+    for cell, name, points, words in (
+        ((NOISY, "SGD 0.1", 60, 0.8), "SAFE, published", 13, "is ahead by 13 points at 80%"),
+        ((NOISY, "SGD 0.1", 60, 0.9), "ADMM", 4, "and ADMM by 4 at 90%"),
+        ((NOISY, "SGD 0.1", 180, 0.95), "SAFE, published", 12, "ahead by 12 at 95% with SGD"),
+        ((NOISY, "Adam 3e-3", 180, 0.99), "SAFE, published", 8, "and by 8 at 99% with Adam"),
+        ((f"{NOISY}, from dense", "SGD 0.03", 20, 0.9), "SAFE, published", 21, "by 21 at 90%"),
+    ):
+        assert math.floor(0.5 - lead(*cell)) == points, cell
+        assert words in text
+        accuracy, chosen = untuned_cell(*cell)
+        assert name == max(chosen, key=accuracy.__getitem__)
+        assert chosen[name]["penalty"] in (0.3, 1.0)
+    assert abs(lead(NOISY, "SGD 0.1", 60, 0.95)) < 0.5
+    rates = [untuned_cell(NOISY, base, 60, 0.95)[0][SAFE] for base in ("SGD 0.1", "SGD 0.03")]
+    assert rates[1] < rates[0]
+    assert "level with the best, a third of the rate does not help it" in text
+
+
+def test_where_safe_without_tuning_is_behind_with_adam() -> None:
+    text = page("docs/untuned.md")
+    short = [
+        ("digits", "Adam 3e-3", 20, 0.99),
+        (NOISY, "Adam 3e-3", 20, 0.99),
+        ("digits, from dense", "Adam 1e-3", 20, 0.99),
+    ]
+    behind = [f"{-lead(*cell):.0f}" for cell in short]
+    assert (
+        "GMP with SAM is ahead by {} points with clean labels, by {} with random ones, and by {} "
+        "from a trained network".format(*behind)
+    ) in text
+    behind = [f"{-lead(*cell, ours=PLAIN):.0f}" for cell in short]
+    assert "ours is behind by {}, {} and {} there".format(*behind) in text
+    assert -lead(*short[0]) > 5.5
+    assert "`gmp` is ahead by 6 points and more" in page("docs/choose.md")
+    sequences = [-lead(*cell) for cell in untuned_cells() if cell[0] == "MNIST-1D"]
+    assert f"are {min(sequences):.0f} to {max(sequences):.0f} points ahead of" in page(
+        "docs/choose.md"
+    )
+
+
+def test_what_the_perturbation_brings_without_tuning() -> None:
+    text = page("docs/untuned.md")
+    gains = {cell: found[SAFE] - found[PLAIN] for cell, (found, _) in untuned_cells().items()}
+
+    def of(task: str, base: str = "") -> dict[Any, float]:
+        return {cell: x for cell, x in gains.items() if cell[0] == task and base in cell[1]}
+
+    assert f"with SGD, by up to {max(of(NOISY, 'SGD').values()):.0f} points" in text
+    assert f"98% and 99%, by up to {max(of('MNIST 5000').values()):.0f}" in text
+    short = {cell for cell in gains if cell[1:3] == ("Adam 3e-3", 20)}
+    assert max(abs(x) for cell, x in of("digits").items() if cell not in short) < 1.5
+    costs = [-gains[task, "Adam 3e-3", 20, 0.99] for task in ("digits", NOISY)]
+    assert (
+        "at 99%, the perturbation costs {:.0f} points with clean labels and {:.0f} with random "
+        "ones".format(*costs)
+    ) in text
+    cost = max(-x for cell, x in of("MNIST-1D").items() if cell[2] == 20)
+    assert f"it costs up to {cost:.0f} points, and in the encoder 1" in text
+    assert {round(-x) for x in of("rows of MNIST 5000").values()} == {1}
+
+
+def test_the_encoder_without_tuning() -> None:
+    text, cells = page("docs/untuned.md"), [c for c in untuned_cells() if "rows" in c[0]]
+    assert {round(-lead(*cell)) for cell in cells} == {1}
+    assert max(-lead(*cell, ours=PLAIN) for cell in cells) < 0.55
+    assert "In the encoder, the best tuned method is ahead by a point" in text
+    assert "it is within half a point of the best" in text
 
 
 def test_the_figure_of_the_readme() -> None:
-    readme = page("README.md")
-
-    def leads(
-        task: str, epochs: int, sparsities: tuple[float, ...], base: str = "SGD 0.1"
-    ) -> list[float]:
-        found = []
-        for sparsity in sparsities:
-            accuracy, _ = untuned_cell(task, base, epochs, sparsity)
-            ours = ("SAFE, untuned", "without perturbation, untuned", "dense")
-            best = max(value for name, value in accuracy.items() if name not in ours)
-            found.append(accuracy["SAFE, untuned"] - best)
-        return found
-
-    every = (0.8, 0.9, 0.95, 0.98, 0.99)
-    assert max(map(abs, leads("digits", 60, every))) < 0.5
-    assert "level on the digits with clean labels" in readme
-    ahead = [math.floor(lead) for lead in leads("MNIST 5000", 20, every[3:])]
-    assert f"ahead by {ahead[0]} and {ahead[1]} points on the MNIST images at 98% and 99%" in readme
+    readme, every = page("README.md"), (0.8, 0.9, 0.95, 0.98, 0.99)
+    assert max(abs(lead("digits", "SGD 0.1", 60, s)) for s in every) < 0.5
+    assert "It is level with the best on the digits with clean labels" in readme
+    ahead = [math.floor(lead("MNIST 5000", "SGD 0.1", 20, s)) for s in every[3:]]
+    assert f"by {ahead[0]} and {ahead[1]} points on the MNIST images at 98% and 99%" in readme
     behind = [
-        round(-min(leads("MNIST-1D", 20, every))),
-        round(-min(leads("digits, random labels", 60, every))),
+        max(-lead(*cell) for cell in untuned_cells() if task in cell[0])
+        for task in ("MNIST-1D", "random")
     ]
-    assert f"behind on MNIST-1D, by up to {behind[0]} points" in readme
-    assert f"with half of the labels random, by up to {behind[1]}" in readme
-    trained = [
-        [round(x) for x in leads(f"{task}, from dense", 20, (0.9, 0.95, 0.99), "SGD 0.03")]
-        for task in ("MNIST 5000", "MNIST-1D")
-    ]
-    assert trained == [[-1, 1, 1], [-3, 1, 1]]
-    assert "it is 1 and 3 points behind at 90%, and about a point ahead beyond" in readme
-    text = page("docs/untuned.md")
-    accuracy, _ = untuned_cell("MNIST-1D", "Adam 3e-3", 20, 0.95)
-    assert round(accuracy["ADMM"] - accuracy["SAFE, untuned"]) == 9
-    assert "With Adam, ADMM is ahead by 9 points at 95%" in text
-    costs = [
-        untuned_cell("MNIST-1D", "SGD 0.1", 20, s)[0]["without perturbation, untuned"]
-        - untuned_cell("MNIST-1D", "SGD 0.1", 20, s)[0]["SAFE, untuned"]
-        for s in every
-    ]
-    assert round(max(costs)) == 5
-    assert "in 20 epochs the perturbation costs up to 5 points" in text
+    assert f"behind on MNIST-1D, by up to {behind[0]:.0f} points" in readme
+    assert f"with half of the labels random, by up to {behind[1]:.0f}" in readme
+    assert f"are up to {behind[1]:.0f} points ahead of `safe" in page("docs/choose.md")
+    adam = -lead("MNIST-1D", "Adam 3e-3", 20, 0.95)
+    assert f"With Adam, ADMM is ahead by {adam:.0f}" in page("docs/untuned.md")
+
+
+def lead(*cell: Any, ours: str = SAFE) -> float:
+    """Return by how many points ours is ahead of the best tuned method of a cell."""
+    accuracy, chosen = untuned_cell(*cell)
+    return accuracy[ours] - max(accuracy[name] for name in chosen)
 
 
 def untuned_cell(*cell: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """Return the mean accuracy and the chosen settings of a cell in PyTorch, by method."""
-    found, chosen = {}, {}
-    for line in (ROOT / "docs" / "untuned_results.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["framework"] != "torch" or row["part"] == "ablations":
-            continue
-        if tuple(row[key] for key in ("task", "base", "epochs", "sparsity")) == cell:
+    return untuned_cells()[cell]
+
+
+@functools.cache
+def untuned_cells() -> dict[tuple[Any, ...], tuple[dict[str, float], dict[str, Any]]]:
+    """Return what `untuned_cell` does for every finished cell."""
+    cells: dict[tuple[Any, ...], tuple[dict[str, float], dict[str, Any]]] = {}
+    for row in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
+        if row["framework"] == "torch" and row["part"] != "ablations":
+            cell = tuple(row[key] for key in ("task", "base", "epochs", "sparsity"))
+            found, chosen = cells.setdefault(cell, ({}, {}))
             found |= {name: float(np.mean(values)) for name, values in row["accuracy"].items()}
             chosen |= row.get("chosen", {})
-    return found, chosen
+    return {cell: of for cell, of in cells.items() if SAFE in of[0] and of[1]}
 
 
 def ablations() -> dict[tuple[str, str, str, str], dict[str, float]]:
