@@ -513,9 +513,9 @@ def test_what_the_perturbation_brings_without_tuning() -> None:
 
 def test_the_encoder_without_tuning() -> None:
     text, cells = page("docs/untuned.md"), [c for c in untuned_cells() if "rows" in c[0]]
-    assert {round(-lead(*cell)) for cell in cells} == {1}
+    assert {round(-lead(*cell)) for cell in cells if "dense" not in cell[0]} == {1}
     assert max(-lead(*cell, ours=PLAIN) for cell in cells) < 0.55
-    assert "In the encoder, the best tuned method is ahead by a point" in text
+    assert "from random weights, the best tuned method is ahead by a point" in text
     assert "it is within half a point of the best" in text
 
 
