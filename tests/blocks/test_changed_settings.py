@@ -1,4 +1,4 @@
-"""What differs between two runs is named by the setting and the argument."""
+"""Name the setting and the argument in which two runs differ."""
 
 from __future__ import annotations
 

@@ -915,7 +915,7 @@ def test_a_solver_is_known_by_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run with the same settings, .*: top was 2, now 3;"):
         prune_blocks(Chain(), DATA, functools.partial(share, top=3), 0.5, work_dir=tmp_path)
     for unknown in (lambda w, g, s, layout: None, Watched()):
-        with pytest.raises(ValueError, match=r"must be of functions .*, got .*(<lam|Wat)"):
+        with pytest.raises(ValueError, match=r"solver must be of functions .*, got .*(<lam|Wat)"):
             prune_blocks(Chain(), DATA, unknown, 0.5, work_dir=tmp_path)
 
 

@@ -222,9 +222,7 @@ def test_ablations_are_trained_once_and_shown(
 COUNT = len(list(cells()))
 
 
-def test_the_cells_in_jax_are_a_part_of_those_in_pytorch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cells_in_jax_are_a_part_of_those_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Cell, str]] = []
     monkeypatch.setattr(command, "run", lambda cell, *paths: asked.append((cell, paths[-1])))
     for framework in ("torch", "jax"):
