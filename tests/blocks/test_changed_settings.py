@@ -21,6 +21,13 @@ class Share(float):
     """A number with a type of its own."""
 
 
+class Placed:
+    """A solver whose repr shows where it lies in memory."""
+
+    def __repr__(self) -> str:
+        return f"<Placed at {id(self):#x}>"
+
+
 class Kind(Enum):
     """Something to choose."""
 
@@ -121,5 +128,7 @@ def test_arrays_differ_by_their_entries() -> None:
 
 
 def test_a_value_that_shows_its_address_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"solver must be of functions .*, got .* Generator"):
-        identity(np.random.default_rng(0))
+    for value in (np.random.default_rng(0), Placed()):
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=rf"solver must be of functions .*, got .* {kind}"):
+            identity(value)
