@@ -1,7 +1,7 @@
 """Check the library: lint, types, docs, tests and equivalence; run the demo and benchmarks.
 
-``nox`` runs the five checks, the docs beside the tests; ``nox -s lowest`` tests the lowest
-versions. With ``--no-venv``, sessions install nothing and use the current environment.
+``nox`` runs all checks: lint, then the tests beside docs and types. ``nox -s lowest`` tests the
+lowest versions. With ``--no-venv``, sessions install nothing and use the current environment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILE_JAX_FAST = {
 }
 
 nox.needs_version = ">=2025.5.1"
-nox.options.sessions = ["lint", "types", "tests_beside_docs", "equivalence"]
+nox.options.sessions = ["lint", "tests_beside_docs_and_types"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "venv"
 
@@ -43,27 +43,28 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
-def tests_beside_docs(session: nox.Session) -> None:
-    """Run the sessions tests and docs at once, because docs alone keeps one core busy."""
+def tests_beside_docs_and_types(session: nox.Session) -> None:
+    """Run three sessions at once, because docs and types keep one core busy each."""
     install(session)
-    with ThreadPoolExecutor(1) as other:
-        docs_built = other.submit(build_docs, session, silent=True)  # prints what fails
+    with ThreadPoolExecutor(1) as other:  # silent, so that it prints what fails only
+        others = [other.submit(check, session, silent=True) for check in (build_docs, check_types)]
         try:
             run_tests(session)
         finally:
-            docs_built.result()
+            for check in others:
+                check.result()
 
 
 def run_tests(session: nox.Session) -> None:
     """Run pytest; neighbouring tests stay in one process, where they share compiled programs."""
-    chosen = ("-m", "not equivalence and not long", *session.posargs)
+    chosen = ("-m", "not long", *session.posargs)
     processes = ("-n", "2", "--dist", "worksteal")
     session.run("pytest", *processes, "--durations=25", *chosen, env=COMPILE_JAX_FAST)
 
 
 @nox.session
 def equivalence(session: nox.Session) -> None:
-    """Check that NumPy, PyTorch and JAX agree, on a GPU if there is one."""
+    """Run the tests that NumPy, PyTorch and JAX agree, on a GPU if there is one."""
     install(session)
     command = ("pytest", "-n", "2", "tests/equivalence", *session.posargs)
     session.run(*command, env=COMPILE_JAX_FAST)
@@ -97,12 +98,15 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check the types of the installed package strictly."""
     install(session)
-    config, source = str(Path("pyproject.toml").resolve()), str(Path.cwd())
+    check_types(session)
+
+
+def check_types(session: nox.Session, *, silent: bool = False) -> None:
+    """Check a copy of the package, whose folders are those that users import."""
     with tempfile.TemporaryDirectory() as site:
-        session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--target", site, source)
-        session.chdir(site)  # where no folder of the repository shadows the package
-        env = {"MYPYPATH": site}
-        session.run("mypy", "--config-file", config, "--package", "safe_core", env=env)
+        copy = ("pip", "install", "-q", "--no-deps", "--target", site, ".")
+        session.run("python", "-m", *copy, silent=silent)
+        session.run("mypy", f"{site}/safe_core", silent=silent)
 
 
 # Tests of every backend, compiled and eager, and of both adapters; about a minute and a half.

@@ -21,8 +21,6 @@ from safe_core.adapters.transformers import prune_blocks as prune_torch
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Wanda
 
-pytestmark = pytest.mark.equivalence
-
 WIDTH, TOKENS, SAMPLES = 8, 3, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,8 +26,6 @@ from safe_core.functional import FunctionalStep, start
 from safe_core.importance import Given, wanda
 from safe_core.layout import OUTPUT_INPUT
 
-pytestmark = pytest.mark.equivalence
-
 STEPS, BATCH, SIZES = 300, 16, (12, 16, 8, 4)
 LAYERS = len(SIZES) - 1
 RATES = {"momentum": 0.05, "adam": 0.01}
