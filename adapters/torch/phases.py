@@ -7,7 +7,6 @@ The plan of the method names the points. A user visits them by the blocks
 from __future__ import annotations
 
 import enum
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from safe_core import Evaluation
-from safe_core._calls import level_of_caller
 from safe_core.direction import norm
 
 from . import kernels
+from .ascent import ascend
 from .closures import ClosureProbe
 from .modules import RandomState, statistics_kept
-from .run import Run, by_value, fill_gradients, gradients_of
+from .run import Run, fill_gradients, gradients_of
 from .watching import Found, GradientWatch
 
 __all__ = ["Phase", "Phases"]
@@ -243,7 +242,7 @@ class Phases:
             fill_gradients(sparse)
             params = [p for p in run.trainable() if p.grad is not None]
         run.mask_gradients(sparse)
-        self._ascend(params, loss_scale)
+        self.norms = ascend(run, params, loss_scale)
         if evaluation.point.is_projected:
             self._project(sparse)
         if run.plan.reuses:
@@ -293,38 +292,6 @@ class Phases:
             kept = run.support_at(pattern, members, run.steps, metric)
             kernels.mask_([p.detach() for p in members], kept)
 
-    def _ascend(self, params: list[Tensor], loss_scale: float) -> None:
-        """Move the parameters to x + e, where the loss is higher."""
-        run = self.run
-        radii = self._radii(params, loss_scale)
-        gradients = [p.grad for p in params if p.grad is not None]
-        if any(g.is_sparse for g in gradients):
-            raise ValueError("gradients must be dense to be perturbed along, got a sparse one")
-        self._warn_of_rounding(params, gradients, radii)
-        direction = run.method.direction(
-            params,
-            gradients,
-            run.steps,
-            layouts=self._layouts(params),
-            motion=run.motion(),
-        )
-        # One call per radius: the norm is shared by all groups, only the length differs.
-        by_radius = {rho: direction._replace(rho=rho) for rho in set(radii)}
-        perturbation = run.method.perturbation
-        if perturbation is not None and perturbation.max_growth:
-            self.norms = [direction.length]
-        copies = run.moved.prepare(params)
-        if run.compiled is not None:
-            by_factor = {rho: found.factor for rho, found in by_radius.items()}
-            factors = [by_factor[rho] for rho in radii]
-            run.compiled.ascend(params, copies, direction.vectors, factors, direction.usable)
-            run.moved.mark_saved(params, copies)
-            return
-        moves = by_value(radii, zip(params, copies, direction.vectors, strict=True))
-        for rho, mine in moves.items():
-            some, into, vectors = zip(*mine, strict=True)
-            run.moved.move(some, into, by_radius[rho]._replace(vectors=vectors))
-
     @torch.no_grad()
     def _measure_growth(self, sparse: list[Tensor]) -> None:
         """Add the norm of the perturbed gradient, before it is clipped."""
@@ -334,52 +301,6 @@ class Phases:
         run.mask_gradients(sparse)
         found = [p.grad for p in run.trainable() if p.grad is not None]
         self.norms.append(norm(found))
-
-    def _layouts(self, params: list[Tensor]) -> list[Any]:
-        selected = self.run.selected
-        return [selected[p].layout if p in selected else None for p in params]
-
-    def _radii(self, params: list[Tensor], loss_scale: float) -> list[float]:
-        """Return the radius of every parameter, corrected for loss scaling.
-
-        If e is proportional to the gradient, it also carries the loss scale.
-        """
-        radii, perturbation = self.run.signed("rho", params), self.run.method.perturbation
-        if perturbation is None or perturbation.is_scale_free:
-            return radii
-        return [rho / loss_scale for rho in radii]
-
-    def _warn_of_rounding(
-        self, params: list[Tensor], gradients: list[Tensor], radii: list[float]
-    ) -> None:
-        """Warn once, at the first perturbation, if rounding to 16 bits removes most of it."""
-        run = self.run
-        if run.checked_rounding or all(p.element_size() > 2 for p in params):
-            return
-        widest = max(map(abs, radii))
-        if widest == 0:
-            return
-        layouts = self._layouts(params)
-        steps = run.method.perturb(
-            params,
-            gradients,
-            run.steps,
-            rho=widest,
-            layouts=layouts,
-            motion=run.motion(),
-        )
-        length = float(norm(steps))
-        if length == 0:  # the gradient is zero or not finite: check at a later step
-            return
-        run.checked_rounding = True
-        moves = [(p + e).to(p.dtype).float() - p for p, e in zip(params, steps, strict=True)]
-        moved = float(norm(moves))
-        if moved < length / 2:
-            warnings.warn(
-                f"16-bit parameters round the perturbation away: |(x + e) - x| = {moved:.3g} for "
-                f"|e| = {length:.3g}; keep the parameters in float32 and use autocast",
-                stacklevel=level_of_caller(),
-            )
 
     # Closures
 
