@@ -99,8 +99,7 @@ def sparsity(name: str, value: Any) -> Any:
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
-            f"{name} must be a Python number in [0, 1), got {shown(value)}; an array or a traced "
-            "value is refused because float32 arithmetic gets the number of zeros wrong"
+            f"{name} must be a Python number in [0, 1), got {shown(value)}{why_no_array(value)}"
         )
     if not 0 <= value < 1:  # type: ignore[operator]
         raise ValueError(
@@ -108,6 +107,22 @@ def sparsity(name: str, value: Any) -> Any:
             f"{percent_meant(str(value))}"
         )
     return value
+
+
+def why_no_array(value: Any) -> str:
+    """Return why an array is no sparsity, or an empty text for another value.
+
+    Examples
+    --------
+    >>> why_no_array([0.9])
+    ''
+    """
+    if not hasattr(value, "dtype"):
+        return ""
+    return (
+        "; an array or a traced value is refused because float32 arithmetic gets the number of "
+        "zeros wrong"
+    )
 
 
 def percent_meant(text: str) -> str:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from decimal import Decimal
 
-__all__ = ["aligned", "readable_bytes", "readable_ms", "readable_number", "readable_seconds"]
+__all__ = [
+    "aligned",
+    "excerpt",
+    "readable_bytes",
+    "readable_ms",
+    "readable_number",
+    "readable_seconds",
+]
+
+_LONG = 120  # characters of a text that is shown whole
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -31,6 +41,23 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         ).rstrip()
         for row in rows
     ]
+
+
+def excerpt(text: str, other: str) -> str:
+    """Return a text, shortened to the part where it begins to differ from another.
+
+    Examples
+    --------
+    >>> excerpt("a" * 200 + "b", "a" * 200 + "c")
+    '...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaab'
+    """
+    if len(text) <= _LONG:
+        return text
+    pairs = enumerate(itertools.zip_longest(text, other))
+    same = next((i for i, (a, b) in pairs if a != b), 0)
+    start = max(0, same - _LONG // 4)
+    more = "..." if start + _LONG < len(text) else ""
+    return f"{'...' if start else ''}{text[start : start + _LONG]}{more}"
 
 
 def readable_bytes(n: int) -> str:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .constraints import Constraint
-from .finalization import LARGE_DISTANCE, listed, other_length, planned_steps, shortfalls
+from .finalization import (
+    LARGE_DISTANCE,
+    listed,
+    other_length,
+    planned_steps,
+    shortfalls,
+    without_gradient,
+)
 from .patterns import Pattern
 from .schedules import Schedule
 
@@ -44,7 +51,9 @@ class Advice(NamedTuple):
 
     Attributes
     ----------
-    cause : {"diverged", "length", "interval", "penalty", "rounding", "mask", "tensor", "unknown"}
+    cause : str
+        "diverged", "length", "interval", "penalty", "rounding", "mask", "tensor", "gradient" or
+        "unknown".
     text : str
         A sentence with the numbers, for people.
     """
@@ -64,7 +73,7 @@ class Figures(NamedTuple):
     off_support : float
         Norm of the entries off the mask of this step, relative to ``|x|_2``.
     replaced : float
-        Part of the kept weights that a dual update now would replace.
+        Part of the weights on the mask that a dual update now would replace.
     emptied : sequence of str
         Names of the parameters that the final projection would make zero as a whole.
     """
@@ -91,6 +100,8 @@ class Course:
         Length of the run, if the user gave it.
     narrow : tuple of str
         Names of the parameters in 16 bits.
+    idle : tuple of str
+        Names of the parameters that had no gradient in any of the last steps.
     """
 
     constraint: Constraint
@@ -98,6 +109,7 @@ class Course:
     penalty: Schedule | None = None
     steps: int | None = None
     narrow: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def planned(self) -> int | None:
@@ -152,7 +164,10 @@ def advise(found: Figures, course: Course) -> list[Advice]:
     """
     if not math.isfinite(found.distance):
         # Nothing else can be told of such a run.
-        text = "the parameters hold NaN or infinity (lower the learning rate or clip gradients)"
+        text = (
+            "the parameters or their norm are NaN or infinite (lower the learning rate or clip "
+            "gradients)"
+        )
         return [Advice("diverged", text)]
     rules: tuple[tuple[str, Callable[[Figures, Course], str]], ...] = (
         ("length", _length),
@@ -161,6 +176,7 @@ def advise(found: Figures, course: Course) -> list[Advice]:
         ("rounding", _rounding),
         ("mask", _mask),
         ("tensor", _tensor),
+        ("gradient", lambda _, course: without_gradient(course.idle)),
         ("unknown", _unknown),
     )
     texts = [(cause, rule(found, course)) for cause, rule in rules]
@@ -181,11 +197,11 @@ def _length(found: Figures, course: Course) -> str:
 
 
 def _shortfalls(course: Course) -> list[str]:
-    """Return what a run of the given length leaves unfinished."""
-    if course.steps is None:
+    """Return what a run of the given or planned length leaves unfinished."""
+    if course.length is None:
         return []
-    left = _penalty_left(course, course.steps)
-    return shortfalls(course.constraint, course.patterns, course.steps) + ([left] if left else [])
+    left = _penalty_left(course, course.length)
+    return shortfalls(course.constraint, course.patterns, course.length) + ([left] if left else [])
 
 
 def _penalty_left(course: Course, steps: int) -> str:

@@ -24,6 +24,7 @@ from .sparsity_tables import Cubic
 
 __all__ = [
     "LARGE_DISTANCE",
+    "LONG_RUN",
     "FinalizeWarning",
     "Finalized",
     "FinalizedTensor",
@@ -35,6 +36,7 @@ __all__ = [
     "pruning_a_block",
     "shortfalls",
     "warn",
+    "without_gradient",
 ]
 
 LONG_RUN = 1.5
@@ -197,6 +199,8 @@ def warn(
     importance: Importance | None = None,
     *,
     frozen: bool = False,
+    idle: Sequence[str] = (),
+    halted: Sequence[str] = (),
 ) -> None:
     """Warn once, at the caller's line, about everything that a user should look at.
 
@@ -211,6 +215,10 @@ def warn(
         The source of P, if the projection used the P of the run.
     frozen : bool
         Whether the support was final before, so that steps of fine-tuning count too.
+    idle : sequence of str
+        Names of the parameters that had no gradient in any of the last steps.
+    halted : sequence of str
+        Names of the parameters that do not require gradients, so that no step moves them.
 
     Examples
     --------
@@ -222,7 +230,8 @@ def warn(
     if not frozen and planned is not None and found.steps > LONG_RUN * planned:
         texts.append(other_length(found.steps, planned))
     # A run that was too short is far from the constraint for no other reason.
-    texts += _large(found, constraint, "" if texts else f" ({constraint.if_far})")
+    texts += _large(found, constraint, halted, "" if texts else f" ({constraint.if_far})")
+    texts += [without_gradient(idle)] if idle else []
     if found.emptied:
         texts.append(f"the projection sets all entries to zero in {listed(found.emptied)}")
     if texts:
@@ -335,13 +344,36 @@ def _told_apart(a: float, b: float) -> tuple[str, str]:
     return next((pair for pair in shown if pair[0] != pair[1]), (f"{a:g}", f"{b:g}"))
 
 
-def _large(found: Finalized, constraint: Constraint, remedy: str) -> list[str]:
+def without_gradient(idle: Sequence[str]) -> str:
+    """Return a text about parameters that no loss depends on, or "" if there are none.
+
+    Examples
+    --------
+    >>> without_gradient(["auxiliary.weight"])
+    'no step had a gradient of auxiliary.weight, whose entries count towards the sparsity (leave \
+it out by where=)'
+    """
+    if not idle:
+        return ""
+    return (
+        f"no step had a gradient of {listed(idle)}, whose entries count towards the sparsity "
+        f"(leave {'it' if len(idle) == 1 else 'them'} out by where=)"
+    )
+
+
+def _large(
+    found: Finalized, constraint: Constraint, halted: Sequence[str], remedy: str
+) -> list[str]:
     """Return a text if the projection removes much, unless the method prunes at the end."""
-    # Not `distance > LARGE_DISTANCE`: norms that overflowed give NaN.
     if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
         return []
+    if not math.isfinite(found.distance):
+        return ["the norm of the weights is not finite, because their squares overflow"]
     rows = sorted(found.tensors, key=lambda row: row.removed, reverse=True)
     most = listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
+    still = [row.name for row in rows if row.name in halted and row.distance > LARGE_DISTANCE]
+    if still:
+        remedy = f" (no step moves {listed(still)}, which requires_grad=False freezes)"
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
         f"({most}), so x was far from the sparse weights{remedy}"

@@ -8,9 +8,9 @@ from . import _checks, untuned
 from .constraints import ADMM, Constraint, Mask
 from .importance import Importance, SecondMoment
 from .method import Method
-from .patterns import FixedZeros, as_pattern
+from .patterns import FixedZeros, Pattern, as_pattern
 from .perturbations import Perturbation, ball
-from .schedules import Constant, Schedule, as_schedule
+from .schedules import Constant, Cubic, Schedule, as_schedule
 from .step import Evaluation, Point
 
 __all__ = ["admm", "elsa", "keep_zeros", "safe"]
@@ -154,7 +154,14 @@ def _splitting(
         derive = untuned.interval if penalty is None else untuned.penalty_interval
         interval = derive(steps)
     interval = _checks.integer("dual_update_interval", interval, low=1)
-    pattern = untuned.rising(as_pattern(sparsity), steps, interval)
+    if interval > steps:
+        raise ValueError(
+            f"dual_update_interval must be at most steps, {steps}, because no dual update would "
+            f"take place, got {interval}"
+        )
+    asked = as_pattern(sparsity)
+    _check_length(asked, steps)
+    pattern = untuned.rising(asked, steps, interval)
     if penalty is not None:
         return pattern, ADMM(penalty, interval, state_dtype=state_dtype, **options)  # type: ignore[arg-type]
     given, plain = ADMM(**options), ADMM()  # which checks their types
@@ -165,6 +172,17 @@ def _splitting(
                 f"penalty of ADMM and not to the pull, got {value!r}"
             )
     return pattern, untuned.pull(steps, interval, state_dtype)
+
+
+def _check_length(pattern: Pattern, steps: int) -> None:
+    """Raise if a sparsity schedule would end after the run."""
+    for part in pattern.parts:
+        schedule = part.schedule
+        if isinstance(schedule, Cubic) and schedule.start + schedule.steps > steps:
+            raise ValueError(
+                f"the schedule of sparsity must end within steps, {steps}, got one that ends at "
+                f"step {schedule.start + schedule.steps}"
+            )
 
 
 def _positive(steps: Any) -> int:

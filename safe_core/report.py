@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ class TensorReport(NamedTuple):
         Norm of the entries of x off the support of z, the mask of this step. While the sparsity
         rises it shows the distance at the sparsity of the step, and ``distance`` that at the
         final one.
+    masked : float
+        Fraction of entries off the mask of this step, so the sparsity of the mask.
     """
 
     name: str
@@ -66,13 +69,14 @@ class TensorReport(NamedTuple):
     dual_residual: float
     norm: float
     off_support: float
+    masked: float
 
     @classmethod
     def of(
         cls, name: str, entries: int, pattern: Pattern, found: Sequence[Any], penalty: Any
     ) -> TensorReport:
         """Return the figures of one parameter, computed from its `sums`."""
-        removed, zeros, distance, changed, primal, dual, norm, off = found
+        removed, zeros, distance, changed, primal, dual, norm, off, masked = found
         n = max(entries, 1)  # an array may be empty
         return cls(
             name=name,
@@ -86,6 +90,7 @@ class TensorReport(NamedTuple):
             dual_residual=penalty * dual**0.5,
             norm=norm**0.5,
             off_support=off**0.5,
+            masked=masked / n,
         )
 
 
@@ -105,7 +110,7 @@ class Report(NamedTuple):
 
     Examples
     --------
-    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1, 5.0, 3.0)
+    >>> row = TensorReport("0.weight", 8, 0.5, 0.5, 0.0, 3.0, 0.25, 4.0, 0.1, 5.0, 3.0, 0.5)
     >>> report = Report(7, [row], dense_value=0.98, sparse_value=0.91)
     >>> report.scalars()["distance"], report.relative_distance
     (3.0, 0.6)
@@ -133,12 +138,18 @@ class Report(NamedTuple):
         return self._relative("off_support")
 
     @property
-    def replaced(self) -> Any:
-        """Fraction of the kept weights that a dual update now would replace.
+    def is_finite(self) -> bool:
+        """Whether the norms of the parameters are finite. In JAX, outside of `jax.jit` only."""
+        return math.isfinite(float(self._norm("norm")))
 
-        While the sparsity rises it counts the weights that are dropped, too, and may exceed 1.
+    @property
+    def replaced(self) -> Any:
+        """Half of the entries whose mask a dual update now would change, relative to the mask.
+
+        Where the sparsity does not change, it is the fraction of the weights on the mask that the
+        update would replace.
         """
-        kept = sum(row.entries * (1 - row.achieved) for row in self.tensors)
+        kept = sum(row.entries * (1 - row.masked) for row in self.tensors)
         changed = sum(row.entries * row.mask_change for row in self.tensors)
         return _ratio(changed / 2, kept)
 
@@ -152,7 +163,8 @@ class Report(NamedTuple):
             return []
         figures = Figures(
             step=int(self.step),
-            distance=float(self.relative_distance),
+            # A ratio to a norm beyond the range of float32 would be 0.
+            distance=float(self.relative_distance) if self.is_finite else math.nan,
             off_support=float(self.relative_off_support),
             replaced=float(self.replaced),
             emptied=[r.name for r in self.tensors if r.entries and float(r.achieved) == 1],
@@ -187,7 +199,7 @@ class Report(NamedTuple):
         Fractions are averaged with the number of entries as weights, and norms are added in
         quadrature, so that totals are those of the concatenated parameters.
         """
-        found = {key: self._mean(key) for key in ("achieved", "zeros", "mask_change")}
+        found = {key: self._mean(key) for key in ("achieved", "zeros", "mask_change", "masked")}
         for key in ("distance", "primal_residual", "dual_residual", "norm", "off_support"):
             found[key] = self._norm(key)
         for key in ("relative_distance", "relative_off_support", "replaced"):
@@ -283,13 +295,13 @@ def _wide(a: Array) -> Any:
 def sums(
     values: Sequence[Array], split: SplitState, update: SplitState, final: Sequence[Array]
 ) -> list[Array]:
-    """Return eight counts and squared norms for each parameter, as one float array.
+    """Return nine counts and squared norms for each parameter, as one float array.
 
     They are: entries that ``final``, the support of the final projection, removes; zeros; the
     square of ``distance``; entries of the support that ``update``, a dual update now,
-    changes; and the squares of ``primal_residual``, ``|z_now - z|_2``, ``norm`` and
-    ``off_support``. All are sums over entries, so those of local shards add up to those of the
-    parameter.
+    changes; the squares of ``primal_residual``, ``|z_now - z|_2``, ``norm`` and
+    ``off_support``; and entries off the support. All are sums over entries, so those of local
+    shards add up to those of the parameter.
 
     Examples
     --------
@@ -297,7 +309,7 @@ def sums(
     >>> x, kept = numpy.asarray([3.0, 1.0, 0.0]), numpy.asarray([True, False, False])
     >>> held = SplitState([x], [kept])
     >>> sums([x], held, held, [kept])
-    [array([ 2.,  1.,  1.,  0.,  1.,  0., 10.,  1.])]
+    [array([ 2.,  1.,  1.,  0.,  1.,  0., 10.,  1.,  2.])]
     """
     found = []
     states = zip(split.anchor, split.support, update.anchor, update.support, strict=True)
@@ -314,6 +326,7 @@ def sums(
             norm([b - a]) ** 2,
             norm([x]) ** 2,
             norm([xp.where(old, xp.zeros_like(x), x)]) ** 2,
+            xp.sum(~old),
         ]
         dtype = parts[2].dtype
         found.append(xp.stack([xp.astype(part, dtype) for part in parts]))

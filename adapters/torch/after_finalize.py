@@ -18,7 +18,7 @@ _KEEPING = {Operation.MASK_PARAMETERS, Operation.PROJECT_PARAMETERS}
 
 def warn_of_moved_zeros(run: Run) -> None:
     """Warn once, before the first step after `finalize` that makes zeros non-zero."""
-    if run.finalized is None or run.warned_of_zeros:
+    if run.finalized_at is None or run.warned_of_zeros:
         return
     if not _KEEPING.isdisjoint(run.plan.operations) or run.has_zero_rates():
         return
@@ -33,8 +33,8 @@ def warn_of_moved_zeros(run: Run) -> None:
 
 def way_to_sparse(run: Run) -> str:
     """Return why the parameters may not be sparse, for an error."""
-    if run.finalized is None and not run.frozen:
+    if run.finalized_at is None and not run.frozen:
         return "call finalize() first"
-    if run.finalized is not None and run.steps > run.finalized.steps and not run.frozen:
+    if run.finalized_at is not None and run.steps > run.finalized_at and not run.frozen:
         return "steps were taken after finalize(), so call it again"
     return "the weights were changed after finalize(), by something else than this optimizer"

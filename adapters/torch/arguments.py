@@ -31,6 +31,8 @@ def check_arguments(
         hint = ": call it, as in safe_core.safe(0.9, steps=1000)" if callable(method) else ""
         raise TypeError(f"method must be a safe_core.Method, got {_checks.shown(method)}{hint}")
     refuse_flat_parameters(model)
+    if isinstance(where, (list, tuple, set, frozenset)) and not where:
+        raise ValueError(f"where must name at least one parameter, got {where!r}")
     if where is not None and not _is_function(where) and as_names(where) is None:
         raise TypeError(
             "where must be a function of name and parameter, or a list of names, got "

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from safe_core import Importance, Method
 from safe_core._dtypes import wide_dtype
+from safe_core._readable import excerpt
 from safe_core.constraints.float8 import FLOAT8
 from safe_core.layout import broadcasts
 from safe_core.packing import packed_shape
@@ -28,6 +29,10 @@ _FROZEN = _PREFIX + "frozen"
 _STARTED = _PREFIX + "started"
 _METHOD = _PREFIX + "method"
 _BASE = _PREFIX + "base"
+_FINALIZED = _PREFIX + "finalized_at"
+_NEVER = -1  # a number, because torch.distributed.checkpoint loads only what is there already
+
+_FACTS = (_STEPS, _FROZEN, _STARTED, _FINALIZED)
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -45,12 +50,15 @@ class Unpacked(NamedTuple):
         Number of base steps taken.
     frozen : bool
         Whether the support is final.
+    finalized_at : int or None
+        The step count at the last call of `SparseOptimizer.finalize`.
     """
 
     base: dict[str, Any]
     own: State
     steps: int
     frozen: bool
+    finalized_at: int | None
 
 
 def pack(
@@ -61,6 +69,7 @@ def pack(
     steps: int,
     frozen: bool,
     started: bool,
+    finalized_at: int | None,
 ) -> dict[str, Any]:
     """Return the state dict of ``base`` with our entries added, each named ``safe_...``.
 
@@ -74,7 +83,13 @@ def pack(
         if parameter in own:
             state.setdefault(index, {}).update(named)
     # In the groups, because torch.distributed.checkpoint keeps only "state" and "param_groups".
-    ours = {_STEPS: steps, _FROZEN: frozen, _STARTED: started, _BASE: type(base).__qualname__}
+    ours = {
+        _STEPS: steps,
+        _FROZEN: frozen,
+        _STARTED: started,
+        _FINALIZED: _NEVER if finalized_at is None else finalized_at,
+        _BASE: type(base).__qualname__,
+    }
     groups = [
         {**_plain_options(saved, base), **ours, _METHOD: _method_of(group, base, method)}
         for saved, group in zip(packed["param_groups"], base.param_groups, strict=True)
@@ -97,7 +112,9 @@ def unpack(
 
     ``importance`` is the method's own, or the one that the user passed.
     """
-    groups, steps, frozen, started = _read_groups(loaded, base, method)
+    groups, facts = _read_groups(loaded, base, method)
+    frozen = bool(facts.get(_FROZEN, False))
+    finalized_at = facts.get(_FINALIZED, _NEVER)
     theirs: dict[Any, Any] = {}
     ours: dict[Any, dict[str, Tensor]] = {}
     for index, entry in loaded["state"].items():
@@ -107,7 +124,7 @@ def unpack(
         ours |= {index: mine} if mine else {}
     own: State = {}
     for index, parameter in numbered(groups, base.param_groups):
-        if not started:
+        if not facts.get(_STARTED, True):
             break
         entries = ours.get(index, {})
         flat = _read_direction(parameter, entries.pop("flat_direction", None), index)
@@ -117,17 +134,25 @@ def unpack(
         elif entries:
             raise ValueError(
                 f"state_dict makes parameter {index}, of shape {tuple(parameter.shape)}, sparse, "
-                f"which is not here; sparse are {', '.join(t.name for t in selected.values())}"
+                "which this optimizer keeps dense: make it with the model=, where= and param "
+                "groups of the run that was saved; sparse here are "
+                f"{', '.join(t.name for t in selected.values())}"
             )
         if flat is not None and method.plan(has_radius=True).reuses and not frozen:
             own.setdefault(parameter, {})["flat_direction"] = flat
-    return Unpacked({**loaded, "state": theirs, "param_groups": groups}, own, steps, frozen)
+    return Unpacked(
+        {**loaded, "state": theirs, "param_groups": groups},
+        own,
+        facts[_STEPS],
+        frozen,
+        None if finalized_at == _NEVER else finalized_at,
+    )
 
 
 def _read_groups(
     loaded: dict[str, Any], base: Optimizer, method: Method
-) -> tuple[list[dict[str, Any]], int, bool, bool]:
-    """Return the base's param groups, the step count, and the flags ``frozen`` and ``started``."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the base's param groups, and what they say of the run."""
     if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
         raise ValueError(
             "state_dict must hold 'state' and 'param_groups', got the keys "
@@ -140,27 +165,28 @@ def _read_groups(
             "state_dict must have the param groups of this optimizer, with "
             f"{', '.join(map(str, own))} parameters, got {', '.join(map(str, sizes)) or 'none'}"
         )
-    steps = [group.pop(_STEPS, None) for group in groups]
-    if not steps or not isinstance(steps[0], int):
+    if not groups or not isinstance(groups[0].get(_STEPS), int):
         raise ValueError(
-            f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}, which a flattened "
-            "state dict of torch.distributed.checkpoint loses"
+            f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}: load that of a "
+            "plain optimizer into base before this optimizer is made, and one that "
+            "torch.distributed.checkpoint flattened by its own functions"
         )
-    frozen, started = (bool(groups[0].get(key, key == _STARTED)) for key in (_FROZEN, _STARTED))
+    facts = {key: groups[0][key] for key in _FACTS if key in groups[0]}
     for group, current in zip(groups, base.param_groups, strict=True):
-        for key in (_FROZEN, _STARTED):
+        for key in _FACTS:
             group.pop(key, None)
         same = {_METHOD: _method_of(current, base, method), _BASE: type(base).__qualname__}
         for key, wanted in same.items():
             found = group.pop(key, wanted)
             if found != wanted:
+                name = key.removeprefix(_PREFIX)
                 raise ValueError(
-                    f"state_dict must be that of an optimizer with the same "
-                    f"{key.removeprefix(_PREFIX)}: this is {wanted}, got {found}. To continue "
-                    f"with another on purpose, delete {key!r} from its param_groups"
+                    f"state_dict must be that of an optimizer with the same {name}: this is "
+                    f"{excerpt(wanted, found)}, got {excerpt(found, wanted)}. To continue with "
+                    f"another on purpose, delete {key!r} from its param_groups"
                 )
         group.update({k: v for k, v in settings_of(current, base).items() if k not in group})
-    return groups, steps[0], frozen, started
+    return groups, facts
 
 
 def _read_entries(

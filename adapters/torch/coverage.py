@@ -143,14 +143,22 @@ def warn_of_chosen_vectors(where: Any, selected: Mapping[Tensor, Selected]) -> N
         warn_of_vectors(rows, "lambda name, p: p.ndim > 1 and ...")
 
 
-def warn_of_dense(coverage: Coverage, *, stacklevel: int) -> None:
-    """Warn once about weights that stay dense although the user did not exclude them."""
+def warn_of_dense(coverage: Coverage, where: Any, *, stacklevel: int) -> None:
+    """Warn once about weights that stay dense although the user did not exclude them.
+
+    ``where`` is the argument of `SparseOptimizer`. If it is given, it selects these weights.
+    """
     dense = coverage.unexpected
+    remedy = (
+        'To choose, pass where= or set "sparsify" to True or False on their param groups'
+        if where is None
+        else "To make them sparse, set requires_grad=True and pass them to base before this "
+        "optimizer is made"
+    )
     if dense:
         warnings.warn(
             f"{len(dense):,} of {len(coverage.weights):,} weights stay dense: {by_reason(dense)}. "
-            'To choose, pass where= or set "sparsify" to True or False on their param groups; '
-            "optimizer.coverage() lists all weights",
+            f"{remedy}; optimizer.coverage() lists all weights",
             DenseWeightWarning,
             stacklevel=stacklevel,
         )

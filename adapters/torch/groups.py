@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from safe_core import Method, Pattern, _checks
 from safe_core.patterns import as_pattern
-from safe_core.schedules import Constant, Schedule, as_schedule, is_zero
+from safe_core.schedules import Constant, Cubic, Schedule, as_schedule, cubic, is_zero
 
 __all__ = ["GroupRules", "numbered", "pattern_of", "settings_of"]
 
@@ -79,15 +79,30 @@ class GroupRules(NamedTuple):
 
 
 def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
-    """Return the pattern of a param group; the default is the method's."""
+    """Return the pattern of a param group; the default is the method's.
+
+    Where the sparsity of the method rises from 0 along a cubic, as `safe_core.safe` derives it from
+    the number of steps, that of the group rises with it.
+    """
     if "sparsity" not in settings:
         return method.sparsity
     try:
         found = as_pattern(settings["sparsity"])
+        if (rise := _rise(method.sparsity)) is not None:
+            found = found.rising(rise.steps, rise.every)
         method.constraint.check(found)
         return found
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("sparsity", "sparsity of a param group", 1)) from None
+
+
+def _rise(pattern: Pattern) -> Cubic | None:
+    """Return the schedule that `Pattern.rising` gave a pattern, or None."""
+    schedules = (part.schedule for part in pattern.parts)
+    rising = (
+        s for s in schedules if isinstance(s, Cubic) and s == cubic(s.value, s.steps, every=s.every)
+    )
+    return next(rising, None)
 
 
 def numbered(

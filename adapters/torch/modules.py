@@ -254,9 +254,37 @@ def recalibrate(
         _checks.integer("samples", samples, low=1)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
+    if torch.is_tensor(batches):
+        raise TypeError(
+            "batches must be an iterable of batches, got one tensor: pass [x] or x.split(size)"
+        )
     first, rest = _first(batches)
     batches = itertools.chain([first], rest)
-    update_bn(batches if samples is None else _limited(batches, samples), model, device)
+    with _restored_on_error(model):
+        update_bn(batches if samples is None else _limited(batches, samples), model, device)
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the settings and statistics of batch normalisation if an error is raised.
+
+    `update_bn` resets the statistics, and sets the momentum of its layers to None meanwhile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [(layer, layer.momentum) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.clone()) for layer in layers for b in layer.buffers(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, copy in buffers:
+                buffer.copy_(copy)
+        raise
 
 
 def _first(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:

@@ -6,7 +6,6 @@ its data, `phases` moves the parameters to where gradients are taken, and `step`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
@@ -96,10 +95,11 @@ class SparseOptimizer(Optimizer):
     -----
     A param group opts out with ``"sparsify": False``. With True, all its parameters of two or
     more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
-    ``"sparsity"`` of a group override the method's, in their unit: ``"rho"`` counts steps if the
-    radius of the method is in steps, and ``"penalty"`` of a `Pull` is a rate. The perturbation is
-    ``e_i = rho_i g_i / |g|`` with the norm over all groups, and groups of equal sparsity are
-    projected together. Parameters that are dense or frozen need no state.
+    ``"sparsity"`` of a group override the method's. Where the method's sparsity rises from 0,
+    that of the group rises with it. ``"rho"`` counts steps if the radius of the method is in
+    steps, and ``"penalty"`` of a `Pull` is a rate. The perturbation is ``e_i = rho_i g_i / |g|``
+    with the norm over all groups, and groups of equal sparsity are projected together. Parameters
+    that are dense or frozen need no state.
 
     The buffers of ``model``, such as running statistics, are updated once per step, at x.
 
@@ -185,7 +185,7 @@ class SparseOptimizer(Optimizer):
             compile=compile,
         )
         self._phases = Phases(self._run, allow_unperturbed=allow_unperturbed, replay_rng=replay_rng)
-        warn_of_dense(self._run.coverage(), stacklevel=3)
+        warn_of_dense(self._run.coverage(), where, stacklevel=3)
         warn_of_chosen_vectors(where, self._run.selected)
 
     # Properties
@@ -455,8 +455,8 @@ class SparseOptimizer(Optimizer):
         safe_core.FinalizeWarning
             If the run was too short for the method to act (no dual update, a schedule that has
             not reached its end), or took over 1.5 times the steps of the method; if the projection
-            removes more than a tenth of the norm of the weights, or a parameter becomes zero as a
-            whole.
+            removes more than a tenth of the norm of the weights; or if a parameter becomes zero as
+            a whole, or had no gradient in any of the steps.
         """
         self._phases.refuse_within_block("finalize()")
         refuse_training_mode(self._run, "finalize()")
@@ -467,11 +467,20 @@ class SparseOptimizer(Optimizer):
             support = run.final_support(sparse, importance)
             patterns = list(run.parameters.pools(sparse))
         run.finalized = describe_final(run.parameters, sparse, support, run.steps)
+        run.finalized_at = run.steps
         kernels.mask_([p.detach() for p in sparse], support)
         run.forget_copies()
         source = run.source if isinstance(importance, str) else None
         used = [pattern for pattern, _ in patterns]
-        warn(run.finalized, self.method.constraint, used, source, frozen=run.frozen)
+        warn(
+            run.finalized,
+            self.method.constraint,
+            used,
+            source,
+            frozen=run.frozen,
+            idle=run.idle(),
+            halted=[run.selected[p].name for p in sparse if not p.requires_grad],
+        )
         if freeze and not run.frozen:
             run.freeze(sparse, support)
 
@@ -549,8 +558,7 @@ class SparseOptimizer(Optimizer):
         if evaluate is None:
             return found
         # A projection of NaN or infinity would raise, and the report is to say so.
-        finite = math.isfinite(found.relative_distance)
-        dense, sparse = at_both(self._run, self._phases, evaluate, projects=finite)
+        dense, sparse = at_both(self._run, self._phases, evaluate, projects=found.is_finite)
         return found._replace(dense_value=dense, sparse_value=sparse)
 
     def coverage(self) -> Coverage:
@@ -593,7 +601,7 @@ class SparseOptimizer(Optimizer):
             self._run.discard_products()
         self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
-            self._phases.reset()
+            self._phases.reset(lost="gradients of the block that zero_grad() cleared")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base optimizer, and select the sparse ones among them."""
@@ -617,7 +625,7 @@ class SparseOptimizer(Optimizer):
         warn_of_chosen_vectors(run.where, new)
         rows, names = run.coverage().weights, run.selection.names()
         added = {names[p] for p in self.param_groups[-1]["params"]}
-        warn_of_dense(Coverage(tuple(w for w in rows if w.name in added)), stacklevel=3)
+        warn_of_dense(Coverage(tuple(w for w in rows if w.name in added)), run.where, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the base optimizer and ours, in torch's format.
@@ -638,6 +646,7 @@ class SparseOptimizer(Optimizer):
             steps=run.steps,
             frozen=run.frozen,
             started=started,
+            finalized_at=run.finalized_at,
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
@@ -670,6 +679,7 @@ class SparseOptimizer(Optimizer):
         self.state.clear()
         self.state.update(found.own)
         run.steps, run.frozen, run.finalized = found.steps, found.frozen, None
+        run.finalized_at, run.warned_of_zeros = found.finalized_at, False
         run.switched = None  # the state that was loaded may be that of train()
         self._phases.reset()
         if run.frozen:

@@ -67,9 +67,10 @@ class Phases:
         self._steps = 0
         self.reset()
 
-    def reset(self) -> None:
-        """Discard the gradients of the step."""
+    def reset(self, *, lost: str = "") -> None:
+        """Discard the gradients of the step. ``lost`` says so where a block was in vain."""
         self.phase = Phase.START
+        self._lost = lost
         self.first: dict[Tensor, Tensor] = {}
         self.norms: list[Tensor] = []
         self.stop_watching()
@@ -222,7 +223,7 @@ class Phases:
         else:
             # Without backward() in the block, the step still lacks its gradient.
             if all(p.grad is None for p in params):
-                self.reset()
+                self.reset(lost="a perturbed() block without backward()")
             else:
                 self.phase = Phase.READY
                 self._measure_growth(sparse)
@@ -359,7 +360,7 @@ class Phases:
                 "the optimizer after its model is wrapped or sharded"
             )
 
-    def check_step(self, got: str = "closure=None") -> None:
+    def check_step(self, got: str = "") -> None:
         """Raise unless the gradients are those that a step without a closure needs.
 
         ``got`` names what the user passed instead of such a closure.
@@ -378,10 +379,11 @@ class Phases:
             raise ValueError(
                 "step() needs a gradient at the projected point, because the method adds it: pass "
                 "step(closure=...), or call loss.backward() within `with optimizer.projected():` "
-                f"last; allow_unperturbed=True turns this check off. Got {got}"
+                "last; allow_unperturbed=True turns this check off. "
+                f"Got {got or self._lost or 'closure=None'}"
             )
 
-    def check_perturbed(self, call: str, got: str = "closure=None") -> None:
+    def check_perturbed(self, call: str, got: str = "") -> None:
         """Raise if the perturbed gradient is missing."""
         if self.run.perturbed is not None and not self._may_go_unperturbed():
             raise ValueError(
@@ -390,7 +392,7 @@ class Phases:
                 "`with optimizer.perturbed():` first. If a trainer wraps the optimizer, use "
                 "`with perturbed(optimizer):` from safe_core.adapters.torch; for Hugging Face "
                 "use its SparseTrainerMixin. allow_unperturbed=True turns this check off. "
-                f"Got {got}"
+                f"Got {got or self._lost or 'closure=None'}"
             )
 
     def _may_go_unperturbed(self) -> bool:

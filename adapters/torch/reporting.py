@@ -45,7 +45,12 @@ def report(run: Run, steps: int | None) -> Report:
     names = [run.selected[p].name for p in sparse if p.dtype.itemsize == 2]
     # Groups may have penalties of their own. Those of the first show the length of the run.
     course = Course(
-        run.method.constraint, tuple(patterns), rules[0].penalty, steps, narrow=tuple(names)
+        run.method.constraint,
+        tuple(patterns),
+        rules[0].penalty,
+        steps,
+        narrow=tuple(names),
+        idle=tuple(run.idle()),
     )
     return Report(run.steps, [found[p] for p in sparse], course=course)
 

@@ -29,6 +29,7 @@ from .state import ParameterState
 __all__ = ["Run", "by_value", "fill_gradients", "gradients_of"]
 
 LAST = "last"
+_ENOUGH_STEPS = 10  # to tell that a parameter has no gradient
 
 
 class Run:
@@ -54,6 +55,8 @@ class Run:
         The last call of `SparseOptimizer.train` or ``eval``, and the step count then.
     finalized : Finalized or None
         What the last call of `SparseOptimizer.finalize` did.
+    finalized_at : int or None
+        The step count at that call, also if the state was loaded after it.
     selected : dict of parameter to Selected
     trained : set of parameter
         The selected parameters that required gradients when they were selected.
@@ -88,6 +91,9 @@ class Run:
         self.frozen = False
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
+        self.finalized_at: int | None = None
+        self._noted = 0
+        self._reached: set[Tensor] = set()
         self.checked_rounding = False
         self.checked_steps = False
         self.window: Any = None  # of `lost_steps`
@@ -189,6 +195,22 @@ class Run:
     def has_gradient(self) -> bool:
         """Return whether any trainable parameter has a gradient."""
         return any(p.grad is not None for p in self.trainable())
+
+    def note_gradients(self) -> None:
+        """Remember which sparse parameters have a gradient in this step."""
+        self._noted += 1
+        if len(self._reached) < len(self.selected):
+            self._reached.update(p for p in self.active() if p.grad is not None)
+
+    def idle(self) -> list[str]:
+        """Return the names of the sparse parameters that no step gave a gradient.
+
+        The steps since the optimizer was made or loaded count, from the tenth on: experts and
+        networks that take turns have no gradient in some steps.
+        """
+        if self._noted < _ENOUGH_STEPS:
+            return []
+        return [self.selected[p].name for p in self.active() if p not in self._reached]
 
     def active(self) -> list[Tensor]:
         """Return the selected parameters that require gradients, which a step changes."""

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from safe_core import Layout, Method, Pattern, _checks
+from safe_core.finalization import listed
 from safe_core.layout import chosen_layout
 from safe_core.where import as_names, refuse_unknown
 
@@ -56,6 +57,7 @@ class Selection(NamedTuple):
         self._refuse_hidden()
         selected: dict[Tensor, Selected] = {}
         names = self.names()
+        self._refuse_other_names_of_tied()
         refuse_unknown(as_names(self.where) or (), list(names.values()))
         for g, group in enumerate(self.base.param_groups):
             settings = self._settings(g, group)
@@ -72,11 +74,15 @@ class Selection(NamedTuple):
         self._refuse_strange_layouts(names)
         _refuse_shared_names(selected)
         if not selected:
-            raise ValueError(
-                f"no parameter of base is sparse: model= and where= selected none of its "
-                f"{sum(len(group['params']) for group in self.base.param_groups)}; does base hold "
-                "the parameters of this model?"
+            held = [names[p] for group in self.base.param_groups for p in group["params"]]
+            idle = self.where is not None and not any(self.asks(n, p) for p, n in names.items())
+            why = (
+                f"where= selects none of its {len(held)}, which are {listed(held)}"
+                if idle
+                else f"model= and where= selected none of its {len(held)}; does base hold the "
+                "parameters of this model?"
             )
+            raise ValueError(f"no parameter of base is sparse: {why}")
         return selected
 
     def chooses(
@@ -113,6 +119,19 @@ class Selection(NamedTuple):
                 f"where must return True or False, got {_checks.shown(answer)} for {name}"
             )
         return answer
+
+    def _refuse_other_names_of_tied(self) -> None:
+        """Raise if ``where`` or the method names a shared parameter, and not by its first name."""
+        if self.model is None:
+            return
+        names = names_of(self.model)
+        asked = {*(as_names(self.where) or ()), *self.method.sparsity.named_arrays}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if name in asked and names[p] != name and name not in names.values():
+                raise ValueError(
+                    f"a parameter that modules share must be named {names[p]!r}, the first of its "
+                    f"names, got {name!r}"
+                )
 
     def names(self) -> dict[Tensor, str]:
         """Return the names of all parameters: those of the model, or of the base."""

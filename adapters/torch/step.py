@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from safe_core import Operation
+from safe_core._calls import level_of_caller
+from safe_core.finalization import LONG_RUN, FinalizeWarning, other_length, planned_steps
 from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 
 from . import kernels
@@ -29,8 +32,24 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
     if not run.has_gradient():
         return  # optimizers of torch also skip parameters without a gradient
     warn_of_moved_zeros(run)
+    run.note_gradients()
     _Step(run, norms).take(first)
     run.steps += 1
+    _warn_of_long_run(run)
+
+
+def _warn_of_long_run(run: Run) -> None:
+    """Warn once, when a run exceeds the steps of its method so far that these may be epochs."""
+    constraint = run.method.constraint
+    planned = planned_steps(constraint, constraint.penalty)
+    if planned is None or run.frozen or run.finalized_at is not None:
+        return
+    if run.steps == int(LONG_RUN * planned) + 1:
+        warnings.warn(
+            f"step: {other_length(run.steps, planned)}",
+            FinalizeWarning,
+            stacklevel=level_of_caller(),
+        )
 
 
 class _Step:

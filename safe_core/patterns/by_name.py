@@ -63,7 +63,9 @@ class ByName(Pattern):
             return pattern
 
         pairs = dict(self.patterns)
-        if not pairs or not all(isinstance(name, str) for name in pairs):
+        if not pairs:
+            raise ValueError("patterns must name at least one array, got {}")
+        if not all(isinstance(name, str) for name in pairs):
             raise TypeError(
                 f"patterns must be a mapping of names to patterns, got {_checks.shown(pairs)}"
             )

@@ -45,8 +45,7 @@ def as_pattern(value: Any, scope: Literal["global", "tensor", "row"] = "global")
     if isinstance(value, Real | Decimal | SparsityTable) and not isinstance(value, bool):
         return Unstructured(value, scope=scope)  # type: ignore[arg-type]
     raise TypeError(
-        "sparsity must be a fraction in [0, 1), a string such as '2:4', a pattern "
-        "(Unstructured, NM, Block, Channel) or a mapping of names to them, got "
-        f"{_checks.shown(value)}; an array or a traced value is refused because float32 "
-        "arithmetic gets the number of zeros wrong"
+        "sparsity must be a fraction in [0, 1), a string such as '2:4', a schedule such as "
+        "safe_core.schedules.cubic(0.9, steps=1000), a pattern (Unstructured, NM, Block, Channel) "
+        f"or a mapping of names to them, got {_checks.shown(value)}{_checks.why_no_array(value)}"
     )

@@ -209,13 +209,13 @@ def test_totals_are_those_of_the_concatenated_parameters() -> None:
     report = Report(
         3,
         [
-            row("a", distance=3.0, norm=5.0, off_support=4.0, mask_change=0.5),
-            row("b", distance=4.0, norm=12.0, entries=24, achieved=0.75),
+            row("a", distance=3.0, norm=5.0, off_support=4.0, mask_change=0.5, masked=0.25),
+            row("b", distance=4.0, norm=12.0, entries=24, achieved=0.9, masked=0.75),
         ],
     )
     assert report.relative_distance == pytest.approx(5 / 13)
     assert report.relative_off_support == pytest.approx(4 / 13)
-    assert report.replaced == pytest.approx(4 / 2 / (4 + 6))
+    assert report.replaced == pytest.approx(4 / 2 / (6 + 6))
     scalars = report.scalars()
     assert scalars["relative_distance"] == report.relative_distance
     assert (scalars["replaced"], scalars["norm/b"]) == (report.replaced, 12.0)

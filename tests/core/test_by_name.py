@@ -54,7 +54,7 @@ def test_a_mapping_is_a_pattern_by_name():
         ({"a": 0.5}, "name every sparse array or have a default, got none for arrays\\['b'\\]"),
         (ByName({"e": 0.5}, default=0.5), "sparsity must name sparse arrays.*got arrays\\['e'\\]"),
         ({"a": "24"}, "patterns of 'a': sparsity must be a number"),
-        ({}, "patterns must be a mapping of names"),
+        ({}, "patterns must name at least one array, got {}"),
         (
             {"a": ByName({"b": 0.5})},
             "patterns of .a. must not be a pattern by name itself, got ByName",

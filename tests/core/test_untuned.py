@@ -171,7 +171,7 @@ def test_what_is_given_changes_its_part_alone(name: str) -> None:
 def test_a_penalty_has_time_between_dual_updates(steps: int, every: int) -> None:
     method = safe_core.admm(0.8, steps=steps, penalty=0.1)
     assert method.constraint.dual_update_interval == every
-    given = safe_core.admm(0.8, steps=steps, penalty=0.1, dual_update_interval=3)
+    given = safe_core.admm(0.8, steps=max(steps, 3), penalty=0.1, dual_update_interval=3)
     assert given.constraint.dual_update_interval == 3
 
 
@@ -183,12 +183,6 @@ def test_an_interval_that_is_given_sets_the_stages_of_the_rise_and_nothing_else(
     table, other = method.sparsity.schedule, plain.sparsity.schedule
     assert table.every == 50
     assert abs(table.steps - other.steps) <= 50
-
-
-def test_an_interval_longer_than_the_run_is_taken() -> None:
-    method = safe_core.safe(0.8, steps=10, dual_update_interval=50)
-    assert method.constraint.dual_update_interval == 50
-    assert method.sparsity.schedule.steps == 50
 
 
 def test_all_numbers_together_leave_only_the_rise() -> None:
@@ -250,12 +244,23 @@ def test_every_number_given_still_checks_the_steps() -> None:
         ({"rescale_dual": True}, "rescale_dual must be left out unless penalty is given.*got True"),
         ({"decoupled": True}, "decoupled must be left out unless penalty is given.*got True"),
         ({"dual_update_interval": 0}, "dual_update_interval must be at least 1, got 0"),
+        ({"dual_update_interval": 11}, "dual_update_interval must be at most steps, 10, because"),
         ({"penalty": -1.0}, "penalty must be a finite number of at least 0, got -1.0"),
     ],
 )
 def test_options_that_do_not_fit_are_named(make: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(0.5, steps=10, **options)
+
+
+@makers
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_schedule_that_ends_after_the_run_is_refused(make: Any, by_name: bool) -> None:
+    late = schedules.cubic(0.5, steps=8, start=3)
+    text = "schedule of sparsity must end within steps, 10, got one that ends at step 11"
+    with pytest.raises(ValueError, match=text):
+        make({"a": late} if by_name else late, steps=10)
+    assert make(late, steps=11).sparsity.schedule == late
 
 
 @makers

@@ -205,6 +205,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:step. the run takes:safe_core.FinalizeWarning")
 @pytest.mark.parametrize(("method", "steps", "cause"), FAILURES.values(), ids=list(FAILURES))
 def test_a_failure_on_purpose_names_its_cause(method: Any, steps: int | None, cause: str) -> None:
     found = causes(reports(digits(epochs=20), method, steps))

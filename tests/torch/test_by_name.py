@@ -42,17 +42,22 @@ def method_for(sparsity, **options):
     return safe_core.safe(sparsity, rho=0.05, penalty=0.1, dual_update_interval=2, **options)
 
 
+def rising_method(sparsity, **options):
+    return safe_core.safe(sparsity, steps=6, **options)
+
+
 @pytest.mark.parametrize("importance", [None, safe_core.SquaredGradient(decay=0.9)])
-def test_names_do_what_param_groups_do(importance) -> None:
+@pytest.mark.parametrize("make", [method_for, rising_method])
+def test_names_do_what_param_groups_do(make, importance) -> None:
     one, other = network(), network()
     pattern = ByName({"0.weight": "2:4", "4.weight": 0.75}, default=0.5)
-    by_name = trained(one, one.parameters(), method_for(pattern, importance=importance))
+    by_name = trained(one, one.parameters(), make(pattern, importance=importance))
     groups = [
         {"params": [*other[0].parameters()], "sparsity": "2:4"},
         {"params": [*other[2].parameters()]},
         {"params": [*other[4].parameters()], "sparsity": 0.75},
     ]
-    by_group = trained(other, groups, method_for(0.5, importance=importance))
+    by_group = trained(other, groups, make(0.5, importance=importance))
     for optimizer in (by_name, by_group):
         optimizer.finalize()
         optimizer.check_sparsity()

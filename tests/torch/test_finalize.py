@@ -157,11 +157,12 @@ def test_a_copy_keeps_what_was_done_and_a_loaded_state_starts_anew() -> None:
     assert optimizer.finalized is None
 
 
-def test_large_weights_do_not_hide_the_distance() -> None:
+def test_weights_whose_squares_overflow_are_named() -> None:
     model, optimizer = trained(safe_core.admm(0.5, penalty=0.0, dual_update_interval=1), 1)
     with torch.no_grad():
         model[0].weight.mul_(1e25)  # squares overflow in float32
-    with pytest.warns(FinalizeWarning, match="removes"):
+    assert optimizer.report().advice[0].cause == "diverged"
+    with pytest.warns(FinalizeWarning, match="norm of the weights is not finite"):
         optimizer.finalize()
 
 
@@ -186,7 +187,12 @@ def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_over_its_steps_is_named_but_not_its_fine_tuning() -> None:
-    _, optimizer = trained(safe_core.safe(0.5, steps=20), 40)
+    model, optimizer = trained(safe_core.safe(0.5, steps=20), 30)
+    with pytest.warns(FinalizeWarning, match="step: the run takes 31 steps, and the m") as found:
+        optimizer.step(closure_of(model, optimizer))
+    assert found[0].filename == __file__
+    for _ in range(9):
+        optimizer.step(closure_of(model, optimizer))  # warns once
     with pytest.warns(FinalizeWarning, match="takes 40 steps, and the method was made for 20"):
         optimizer.finalize()
     model, optimizer = trained(safe_core.safe(0.5, steps=20), 20)
@@ -220,9 +226,71 @@ def test_the_first_step_that_moves_the_zeros_warns_once(method: Any) -> None:
     ) as found:
         optimizer.step(closure)
     assert found[0].filename == __file__
+    saved = optimizer.state_dict()
     optimizer.step(closure)
     with pytest.raises(ValueError, match=r": steps were taken after finalize\(\), so call it agai"):
         optimizer.check_sparsity()
+    # A new optimizer that loads the state warns, too.
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    resumed = SparseOptimizer(base, method, model=model)
+    resumed.load_state_dict(saved)
+    with pytest.warns(FinalizeWarning, match=r"step\(\) after finalize\(\) moves the zeros"):
+        resumed.step(closure_of(model, resumed))
+    with pytest.raises(ValueError, match=r": steps were taken after finalize\(\), so call it agai"):
+        resumed.check_sparsity()
+
+
+class Parts(nn.Module):
+    """A model with a layer that the loss does not reach, and one that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.unused, self.head = (nn.Linear(8, 8) for _ in range(3))
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tied(self.head(self.body(x)))
+
+
+def parts(method: Any, **options: Any) -> tuple[Parts, SparseOptimizer]:
+    torch.manual_seed(0)
+    model = Parts()
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    return model, SparseOptimizer(base, method, model=model, **options)
+
+
+@pytest.mark.parametrize("steps", [9, 10])
+def test_a_weight_without_a_gradient_is_named_after_ten_steps(steps: int) -> None:
+    model, optimizer = parts(safe_core.safe(0.5, steps=10))
+    for _ in range(steps):
+        optimizer.step(closure_of(model, optimizer))
+    texts = [item.text for item in optimizer.report().advice if item.cause == "gradient"]
+    named = "no step had a gradient of unused.weight, whose entries count towards the sparsity"
+    assert [named in text for text in texts] == [True] * (steps == 10)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer.finalize()
+    assert any(named in str(w.message) for w in found) == (steps == 10)
+
+
+def test_a_weight_that_was_frozen_is_named_as_the_reason() -> None:
+    model, optimizer = trained(safe_core.safe(0.75, steps=20), 2)
+    model[0].weight.requires_grad_(False)
+    for _ in range(18):
+        optimizer.step(closure_of(model, optimizer))
+    with pytest.warns(FinalizeWarning, match=r"\(no step moves 0\.weight, which requires_grad=Fal"):
+        optimizer.finalize()
+
+
+def test_a_parameter_of_two_names_is_asked_for_by_its_first() -> None:
+    text = "must be named 'head.weight', the first of its names, got 'tied.weight'"
+    for arguments in (
+        {"method": safe_core.safe(0.5, steps=9), "where": ["tied.weight"]},
+        {"method": safe_core.safe({"tied.weight": 0.5}, steps=9)},
+    ):
+        with pytest.raises(ValueError, match=text):
+            parts(**arguments)
 
 
 @pytest.mark.filterwarnings("ignore:finalize:safe_core.FinalizeWarning")

@@ -292,7 +292,7 @@ def test_a_flattened_distributed_state_is_refused():
     run = Run("adam").train(1)
     flat = distributed.StateDictOptions(flatten_optimizer_state_dict=True)
     state = distributed.get_optimizer_state_dict(run.model, run.optimizer, options=flat)
-    with pytest.raises(ValueError, match="safe_steps', which a flattened"):
+    with pytest.raises(ValueError, match="safe_steps': load that of a plain optim"):
         distributed.set_optimizer_state_dict(run.model, run.optimizer, state, options=flat)
 
 
@@ -331,6 +331,17 @@ def test_the_sparsity_of_a_group_is_part_of_the_method():
 
     with pytest.raises(ValueError, match=r"same method: .*sparsity=0.1.*, got .*sparsity=0.9"):
         make(0.1).load_state_dict(make(0.9).state_dict())
+
+
+def test_a_long_method_is_cut_to_where_it_differs():
+    def make(steps):
+        model = nn.Linear(8, 4)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        return SparseOptimizer(base, safe_core.safe(0.5, steps=steps), model=model)
+
+    with pytest.raises(ValueError, match=r"this is \.\.\.\S.*steps=35.*, got .*steps=40") as found:
+        make(70).load_state_dict(make(80).state_dict())
+    assert len(str(found.value)) < 450
 
 
 class Nameless(SquaredGradient):
@@ -559,6 +570,7 @@ def test_the_keys_of_a_checkpoint_stay():
         "safe_steps": 2,
         "safe_frozen": False,
         "safe_started": True,
+        "safe_finalized_at": -1,
         "safe_base": "SGD",
         "safe_method": (
             "Method(sparsity=Unstructured(sparsity=0.5), "

@@ -531,10 +531,23 @@ def test_recalibration_needs_batches_of_tensors() -> None:
     model[1].running_mean.copy_(before)
     with pytest.raises(ValueError, match="batches must not be empty"):
         recalibrate(model, [])
+    with pytest.raises(TypeError, match=r"got one tensor: pass \[x\] or x\.split"):
+        recalibrate(model, torch.ones(2, 8))
     with pytest.raises(TypeError, match=r"batches must be tensors.*dict"):
         recalibrate(model, [{"x": torch.ones(2, 8)}])
     assert torch.equal(model[1].running_mean, before)
     recalibrate(network(), [])  # nothing to estimate
+
+
+def test_a_failed_recalibration_changes_nothing() -> None:
+    model = network(nn.BatchNorm1d(16)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        recalibrate(model, [torch.ones(2, 8), torch.ones(2, 9)])
+    assert not any(module.training for module in model.modules())
+    assert model[1].momentum == 0.1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 def test_random_numbers_go_on_after_a_replay_as_if_there_was_none() -> None:
@@ -663,7 +676,7 @@ def test_a_report_of_a_narrow_state_rounds_nothing_of_its_own() -> None:
 
 def test_a_report_of_nothing_has_figures() -> None:
     assert Report(3, []).scalars()["achieved"] == 0
-    empty = TensorReport("e", 0, 0.5, *[0] * 8)
+    empty = TensorReport("e", 0, 0.5, *[0] * 9)
     assert Report(3, [empty]).scalars()["distance/e"] == 0
 
 

@@ -48,6 +48,20 @@ def test_names_choose_exactly():
         ValueError, match=r"names of parameters, such as 0\.weight, .*got '1\.weight'"
     ):
         wrapped(where=["1.weight"])
+    with pytest.raises(ValueError, match=r"where must name at least one parameter, got \[\]"):
+        wrapped(where=[])
+    with pytest.raises(
+        ValueError, match=r"where= selects none of its 4, which are 0\.weight, 0\.bi"
+    ):
+        wrapped(where=lambda name, p: False)
+
+
+def test_a_frozen_weight_that_where_selects_is_said_to_need_gradients():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model[0].weight.requires_grad_(False)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(safe_core.DenseWeightWarning, match="To make them sparse, set requires_grad"):
+        SparseOptimizer(base, safe_core.admm(0.5), model=model, where=["0.weight", "1.weight"])
 
 
 @pytest.mark.parametrize("pattern", [safe_core.Channel(0.5), safe_core.Block((2, 2), 0.5), "2:4"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from safe_core._readable import excerpt
 
 from .fingerprints import Description
 
@@ -19,7 +20,7 @@ _CAUSES = {
     "warmup": ("solver",),
     "batches": ("seed",),
 }
-_LONG = 120  # characters of a value
+_LONG = 120  # characters of two values
 _MOST = 4  # settings that are named
 _ROWS = {"tuple": "({})", "list": "[{}]", "dict": "{{{}}}"}
 
@@ -89,7 +90,7 @@ def _both(name: str, was: Any, got: Any) -> Iterator[str]:
     if (old != new or _pairs(was)) and len(then) + len(now) > _LONG:
         yield f"{name} was {_short(was, full=full)}, now {_short(got, full=full)}"
     else:
-        yield f"{name} was {_excerpt(then, now)}, now {_excerpt(now, then)}"
+        yield f"{name} was {excerpt(then, now)}, now {excerpt(now, then)}"
 
 
 def _pairs(found: Any) -> dict[str, Any]:
@@ -135,24 +136,13 @@ def _short(found: Any, *, full: bool) -> str:
     """Return a description as a text, a call with its first arguments only if it is long."""
     text, (name, arguments) = _told(found, full=full), _call(found)
     if not name or name in _ROWS or len(text) <= _LONG // 2:
-        return _excerpt(text, "")
+        return excerpt(text, "")
     shown = f"{name if full else name.rpartition('.')[2]}("
     for part in _arguments(arguments, full=full):
         if len(shown) + len(part) > _LONG // 2:
             break
         shown += f"{part}, "
     return f"{shown}...)"
-
-
-def _excerpt(text: str, other: str) -> str:
-    """Return a text, shortened to the part where it begins to differ from another."""
-    if len(text) <= _LONG:
-        return text
-    pairs = itertools.zip_longest(text, other)
-    same = next(i for i, (a, b) in enumerate(pairs) if a != b)
-    start = max(0, same - _LONG // 4)
-    more = "..." if start + _LONG < len(text) else ""
-    return f"{'...' if start else ''}{text[start : start + _LONG]}{more}"
 
 
 def _are_names(*settings: Any) -> bool:
