@@ -44,15 +44,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_beside_docs_and_types(session: nox.Session) -> None:
-    """Run three sessions at once, because docs and types keep one core busy each."""
+    """Run the tests beside docs and then types, each of which keeps one core busy."""
     install(session)
-    with ThreadPoolExecutor(1) as other:  # silent, so that it prints what fails only
+    with ThreadPoolExecutor(1) as other:  # silent: print failures only
         others = [other.submit(check, session, silent=True) for check in (build_docs, check_types)]
         try:
             run_tests(session)
         finally:
-            for check in others:
-                check.result()
+            for done in others:
+                done.result()
 
 
 def run_tests(session: nox.Session) -> None:
@@ -64,7 +64,7 @@ def run_tests(session: nox.Session) -> None:
 
 @nox.session
 def equivalence(session: nox.Session) -> None:
-    """Run the tests that NumPy, PyTorch and JAX agree, on a GPU if there is one."""
+    """Test that NumPy, PyTorch and JAX agree, on a GPU if there is one."""
     install(session)
     command = ("pytest", "-n", "2", "tests/equivalence", *session.posargs)
     session.run(*command, env=COMPILE_JAX_FAST)
@@ -102,7 +102,7 @@ def types(session: nox.Session) -> None:
 
 
 def check_types(session: nox.Session, *, silent: bool = False) -> None:
-    """Check a copy of the package, whose folders are those that users import."""
+    """Check an installed copy, because the folders here differ from the import paths."""
     with tempfile.TemporaryDirectory() as site:
         copy = ("pip", "install", "-q", "--no-deps", "--target", site, ".")
         session.run("python", "-m", *copy, silent=silent)

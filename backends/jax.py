@@ -67,7 +67,9 @@ def is_concrete(x: Array) -> bool:
 
 
 def has_nan(arrays: Sequence[Array]) -> bool:
-    return bool(as_program(_has_nan, (), list(arrays)))
+    found = as_program(_has_nan, (), list(arrays))
+    # Within a traced program, operations on concrete arrays are traced too.
+    return is_concrete(found) and bool(found)
 
 
 def _has_nan(arrays: list[Array]) -> Array:

@@ -73,9 +73,9 @@ def joins(arrays: list[Array]) -> bool:
 def _chunks(scores: list[Array]) -> list[list[Array]]:
     """Return lists of neighbours with up to `_CHUNK` entries together; large arrays stay alone."""
     chunks: list[list[Array]] = []
-    size = _CHUNK
+    size = 0
     for x in scores:
-        if size + x.size > _CHUNK:
+        if not chunks or size + x.size > _CHUNK:
             chunks.append([])
             size = 0
         chunks[-1].append(x)

@@ -110,7 +110,7 @@ def sparsity(name: str, value: Any) -> Any:
 
 
 def why_no_array(value: Any) -> str:
-    """Return why an array is no sparsity, or an empty text for another value.
+    """Return why an array is refused as a sparsity, or an empty text for another value.
 
     Examples
     --------

@@ -44,7 +44,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
 
 
 def excerpt(text: str, other: str) -> str:
-    """Return a text, shortened to the part where it begins to differ from another.
+    """Return a text or, if it is long, the part around its first difference from another.
 
     Examples
     --------

@@ -101,7 +101,7 @@ class Course:
     narrow : tuple of str
         Names of the parameters in 16 bits.
     idle : tuple of str
-        Names of the parameters that had no gradient in any of the last steps.
+        Names of the parameters that had no gradient in ten or more steps.
     """
 
     constraint: Constraint
@@ -198,10 +198,11 @@ def _length(found: Figures, course: Course) -> str:
 
 def _shortfalls(course: Course) -> list[str]:
     """Return what a run of the given or planned length leaves unfinished."""
-    if course.length is None:
+    length = course.steps or planned_steps(course.constraint, course.penalty)
+    if length is None:
         return []
-    left = _penalty_left(course, course.length)
-    return shortfalls(course.constraint, course.patterns, course.length) + ([left] if left else [])
+    left = _penalty_left(course, length)
+    return shortfalls(course.constraint, course.patterns, length) + ([left] if left else [])
 
 
 def _penalty_left(course: Course, steps: int) -> str:

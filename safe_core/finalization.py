@@ -40,7 +40,8 @@ __all__ = [
 ]
 
 LONG_RUN = 1.5
-"""`finalize` warns if the run took more than this many times the steps of its method."""
+"""`finalize`, and in PyTorch the step that exceeds it, warn if the run took more than this many
+times the steps of its method."""
 
 LARGE_DISTANCE = 0.1
 """`finalize` warns if it removes more than this fraction of the norm of the weights."""
@@ -216,9 +217,9 @@ def warn(
     frozen : bool
         Whether the support was final before, so that steps of fine-tuning count too.
     idle : sequence of str
-        Names of the parameters that had no gradient in any of the last steps.
+        Names of the parameters that had no gradient in ten or more steps.
     halted : sequence of str
-        Names of the parameters that do not require gradients, so that no step moves them.
+        Names of the parameters that were frozen at the last step.
 
     Examples
     --------
@@ -345,19 +346,20 @@ def _told_apart(a: float, b: float) -> tuple[str, str]:
 
 
 def without_gradient(idle: Sequence[str]) -> str:
-    """Return a text about parameters that no loss depends on, or "" if there are none.
+    """Return a text about parameters that never had a gradient, or "" if there are none.
 
     Examples
     --------
     >>> without_gradient(["auxiliary.weight"])
-    'no step had a gradient of auxiliary.weight, whose entries count towards the sparsity (leave \
-it out by where=)'
+    'auxiliary.weight never had a gradient, but its entries count towards the sparsity (leave it \
+out by where=)'
     """
     if not idle:
         return ""
+    its, it = ("its", "it") if len(idle) == 1 else ("their", "them")
     return (
-        f"no step had a gradient of {listed(idle)}, whose entries count towards the sparsity "
-        f"(leave {'it' if len(idle) == 1 else 'them'} out by where=)"
+        f"{listed(idle)} never had a gradient, but {its} entries count towards the sparsity (leave "
+        f"{it} out by where=)"
     )
 
 
@@ -365,15 +367,15 @@ def _large(
     found: Finalized, constraint: Constraint, halted: Sequence[str], remedy: str
 ) -> list[str]:
     """Return a text if the projection removes much, unless the method prunes at the end."""
+    if not all(math.isfinite(row.norm) for row in found.tensors):
+        return ["the norm of the weights is not finite (lower the learning rate or clip gradients)"]
     if constraint.prunes_at_end or found.distance <= LARGE_DISTANCE:
         return []
-    if not math.isfinite(found.distance):
-        return ["the norm of the weights is not finite, because their squares overflow"]
     rows = sorted(found.tensors, key=lambda row: row.removed, reverse=True)
     most = listed([f"{row.name} {row.distance:.2f}" for row in rows if row.removed])
     still = [row.name for row in rows if row.name in halted and row.distance > LARGE_DISTANCE]
     if still:
-        remedy = f" (no step moves {listed(still)}, which requires_grad=False freezes)"
+        remedy += f" ({listed(still)} did not move in the last step: requires_grad is False)"
     return [
         f"the projection removes |x - proj(x)| / |x| = {found.distance:.2f} of the weights "
         f"({most}), so x was far from the sparse weights{remedy}"

@@ -156,8 +156,8 @@ def _splitting(
     interval = _checks.integer("dual_update_interval", interval, low=1)
     if interval > steps:
         raise ValueError(
-            f"dual_update_interval must be at most steps, {steps}, because no dual update would "
-            f"take place, got {interval}"
+            f"dual_update_interval must be at most steps={steps}, or no dual update takes place, "
+            f"got {interval}"
         )
     asked = as_pattern(sparsity)
     _check_length(asked, steps)
@@ -180,8 +180,8 @@ def _check_length(pattern: Pattern, steps: int) -> None:
         schedule = part.schedule
         if isinstance(schedule, Cubic) and schedule.start + schedule.steps > steps:
             raise ValueError(
-                f"the schedule of sparsity must end within steps, {steps}, got one that ends at "
-                f"step {schedule.start + schedule.steps}"
+                f"the schedule of sparsity must end by step {steps}, the end of the run, got one "
+                f"that ends at step {schedule.start + schedule.steps}"
             )
 
 

@@ -26,7 +26,12 @@ def has_zero(x: Array) -> bool:
     >>> has_zero(numpy.zeros(2)), has_zero(numpy.ones(2))
     (True, False)
     """
-    return not backend_of(x).is_concrete(x) or bool(array_namespace(x).any(x == 0))
+    backend = backend_of(x)
+    if not backend.is_concrete(x):
+        return True
+    # In a traced program of JAX, operations on concrete arrays are traced too.
+    found = array_namespace(x).any(x == 0)
+    return not backend.is_concrete(found) or bool(found)
 
 
 def check_own_zeros(

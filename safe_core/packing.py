@@ -19,6 +19,8 @@ def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
     >>> packed_shape((3, 9))
     (3, 2)
     """
+    if not shape:
+        return ()
     *lead, n = shape
     return (*lead, -(-n // 8))
 
@@ -29,7 +31,7 @@ def packed(mask: Array) -> Array:
     Parameters
     ----------
     mask : bool array
-        With one axis or more.
+        A mask without axes takes a byte.
 
     Returns
     -------
@@ -44,6 +46,8 @@ def packed(mask: Array) -> Array:
     """
     xp = array_namespace(mask)
     bits = xp.astype(mask, xp.uint8)
+    if not bits.ndim:
+        return bits
     *lead, n = bits.shape
     if n % 8:
         zero = xp.zeros_like(bits[..., :1])
@@ -67,6 +71,8 @@ def unpacked(found: Array, like: Array) -> Array:
     xp = array_namespace(found)
     if found.dtype == xp.bool:
         return found
+    if not found.ndim:
+        return found != 0
     bits = xp.stack([(found & (1 << i)) != 0 for i in range(8)], axis=-1)
     whole = xp.reshape(bits, (*found.shape[:-1], 8 * found.shape[-1]))
     return whole[..., : like.shape[-1]]

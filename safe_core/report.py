@@ -55,7 +55,7 @@ class TensorReport(NamedTuple):
         rises it shows the distance at the sparsity of the step, and ``distance`` that at the
         final one.
     masked : float
-        Fraction of entries off the mask of this step, so the sparsity of the mask.
+        Fraction of entries that the mask of this step removes, which is its sparsity.
     """
 
     name: str
@@ -144,10 +144,9 @@ class Report(NamedTuple):
 
     @property
     def replaced(self) -> Any:
-        """Half of the entries whose mask a dual update now would change, relative to the mask.
+        """Half of the mask entries that a dual update now would change, by the kept entries.
 
-        Where the sparsity does not change, it is the fraction of the weights on the mask that the
-        update would replace.
+        At a constant sparsity, it is the fraction of the kept weights that it would replace.
         """
         kept = sum(row.entries * (1 - row.masked) for row in self.tensors)
         changed = sum(row.entries * row.mask_change for row in self.tensors)

@@ -46,10 +46,18 @@ def check_base(base: Any) -> None:
 
 
 def check_base_state(base_state: Any) -> None:
-    """Raise if ``base`` keeps fast and slow copies of the parameters, as lookahead does.
+    """Raise if ``base`` accumulates gradients, or keeps fast and slow copies of the parameters.
 
-    It would need both copies as ``params``, while z and u belong to one of them.
+    A base that skips steps would hide how far they move the parameters. One with two copies, as
+    lookahead, would need both as ``params``, while z and u belong to one of them.
     """
+    found = _state_with("acc_grads", base_state) or _state_with("grad_acc", base_state)
+    if found:
+        raise ValueError(
+            "base must take a step at every update, but it accumulates gradients over several, in "
+            f"the state {found}: average them before update and within grad_fn instead, for "
+            "example with value_and_gradients(..., micro_batches=4)"
+        )
     found = _state_with("fast_state", base_state)
     if found:
         raise ValueError(

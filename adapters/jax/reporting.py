@@ -102,7 +102,7 @@ def report(
     metric = last_metric(method, ours, tree)
     compared = outlook(method, values, split, ours.step, tree.info, metric)
     schedule = method.constraint.penalty if penalty is None else penalty
-    weight = 0.0 if schedule is None else at_step(schedule, ours.step)
+    weight = 0.0 if schedule is None else at_step("penalty", schedule, ours.step)
     found = zip(tree.info.names, values, sums(values, *compared), strict=True)
     rows = [TensorReport.of(name, x.size, method.sparsity, part, weight) for name, x, part in found]
     course = Course(

@@ -161,10 +161,11 @@ def sassha(
     rule_at(0)  # raise for a bad setting now, not at the first step
 
     def init(params: PyTree) -> SasshaState:
-        zero = jnp.zeros((), jnp.int32)
         _named(params)
+        # Two arrays, because a buffer cannot be donated twice.
+        count, hessian_count = (jnp.zeros((), jnp.int32) for _ in range(2))
         mu, hessian = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
-        return SasshaState(zero, zero, mu, hessian)
+        return SasshaState(count, hessian_count, mu, hessian)
 
     def update(
         updates: PyTree,

@@ -321,7 +321,9 @@ def check_layout(support: Sequence[Any], method: Method, tree: SparseTree) -> No
     Traced values cannot be read, and a schedule changes the sparsity of past supports: do not
     check these.
     """
-    concrete = all(backend_of(mask).is_concrete(mask) for mask in support)
+    # Within a traced program, operations on concrete masks are traced too.
+    read = [*support, *(jnp.any(mask) for mask in support[:1])]
+    concrete = all(backend_of(mask).is_concrete(mask) for mask in read)
     if method.sparsity.changes or not concrete:
         return
     if not is_projected(support, method.sparsity, tree.info):

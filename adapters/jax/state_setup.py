@@ -127,7 +127,8 @@ def pattern_text(pattern: Pattern) -> str:
     The parameters end at the final sparsity, so a schedule may be replaced by its end.
     """
     if isinstance(pattern, ByName):
-        named = {name: pattern_text(pattern.of(name)) for name in pattern.named_arrays}
+        # Sorted, because the order of names means nothing.
+        named = {name: pattern_text(pattern.of(name)) for name in sorted(pattern.named_arrays)}
         default = pattern.default and pattern_text(pattern.default)
         return f"ByName({', '.join(f'{k!r}: {v}' for k, v in named.items())}, default={default})"
     if not isinstance(pattern, FractionPattern):

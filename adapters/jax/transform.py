@@ -25,6 +25,7 @@ from .arguments import (
     check_arguments,
     check_base_state,
     check_grad_fn,
+    check_number,
     gradients_by,
     is_static_zero,
     refuse_averaging,
@@ -42,6 +43,7 @@ from .state_setup import StateSetup, register_with_flax
 from .tree import (
     SparseTree,
     advising_layouts_of,
+    as_jax,
     leaves_like,
     refuse_open_stacks,
     warn_of_chosen_vectors,
@@ -223,7 +225,7 @@ def sparse_optimizer(
 
         step = FunctionalStep(
             method,
-            tree.leaves(params),
+            [as_jax(x) for x in tree.leaves(params)],
             tree.indices,
             tree.info,
             state.step,
@@ -233,9 +235,9 @@ def sparse_optimizer(
             importance=importance_in_use(
                 importance, method, tree, known=state.importance is not None
             ),
-            rho=at_step(rho, state.step),
-            penalty=at_step(penalty, state.step),
-            learning_rate=at_step(learning_rate, state.step),
+            rho=at_step("rho", rho, state.step),
+            penalty=at_step("penalty", penalty, state.step),
+            learning_rate=at_step("learning_rate", learning_rate, state.step),
             second_moments=lambda: second_moments(base_state, tree),
             layouts=tree.layouts,
             keeps_points=second_order,
@@ -351,6 +353,12 @@ def finalize(
     return projection.result()
 
 
-def at_step(value: Any, step: jax.Array) -> Any:
-    """Return a number, or the value of a schedule at a step."""
-    return value(step) if callable(value) else value
+def at_step(name: str, value: Any, step: jax.Array) -> Any:
+    """Return a number, or the value of a schedule at a step, which must be a number too."""
+    if not callable(value):
+        return value
+    found = value(step)
+    if found is None:
+        raise TypeError(f"{name} must be a number at every step, got None from {value!r}")
+    check_number(f"{name} at a step", found)
+    return found

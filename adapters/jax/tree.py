@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from safe_core import ArrayInfo, Layout
@@ -30,6 +31,7 @@ __all__ = [
     "NamedLeaves",
     "SparseTree",
     "advising_layouts_of",
+    "as_jax",
     "is_function",
     "is_masked",
     "is_sparse_in",
@@ -161,7 +163,7 @@ class SparseTree(NamedTuple):
     def sparse(self, tree: PyTree) -> list[Any]:
         """Return the sparse leaves of a tree with the structure of the parameters."""
         leaves = self.leaves(tree)
-        return [leaves[i] for i in self.indices]
+        return [as_jax(leaves[i]) for i in self.indices]
 
     def replaced(self, leaves: Sequence[Any], sparse: Sequence[Any]) -> PyTree:
         """Return a tree of ``leaves`` in which ``sparse`` replaces the sparse ones."""
@@ -173,6 +175,11 @@ class SparseTree(NamedTuple):
     def masked(self, sparse: Sequence[Any]) -> PyTree:
         """Return a tree of the sparse leaves, with `optax.MaskedNode` for the others."""
         return self.replaced([optax.MaskedNode()] * self.treedef.num_leaves, sparse)
+
+
+def as_jax(x: Any) -> Any:
+    """Return an array of NumPy, such as `flax.serialization` reads, as one of JAX."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def warn_of_chosen_vectors(where: Any, params: PyTree, tree: SparseTree) -> None:

@@ -37,4 +37,4 @@ def way_to_sparse(run: Run) -> str:
         return "call finalize() first"
     if run.finalized_at is not None and run.steps > run.finalized_at and not run.frozen:
         return "steps were taken after finalize(), so call it again"
-    return "the weights were changed after finalize(), by something else than this optimizer"
+    return "the weights were changed after finalize(), by something other than this optimizer"

@@ -18,7 +18,7 @@ __all__ = ["ascend"]
 
 @torch.no_grad()
 def ascend(run: Run, params: list[Tensor], loss_scale: float) -> list[Tensor]:
-    """Move parameters along their gradients, and keep copies of them for `Run.moved`.
+    """Move parameters along their gradients, and keep copies in `Run.moved` to restore them.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def ascend(run: Run, params: list[Tensor], loss_scale: float) -> list[Tensor]:
     Returns
     -------
     list of tensors
-        The norm of the gradients, if the radius depends on their growth; otherwise empty.
+        The norm of the gradients if the radius depends on their growth, otherwise nothing.
 
     Raises
     ------

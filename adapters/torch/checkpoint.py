@@ -30,7 +30,7 @@ _STARTED = _PREFIX + "started"
 _METHOD = _PREFIX + "method"
 _BASE = _PREFIX + "base"
 _FINALIZED = _PREFIX + "finalized_at"
-_NEVER = -1  # a number, because torch.distributed.checkpoint loads only what is there already
+_NEVER = -1  # not None, because a checkpoint of tensors and numbers loads into the same types
 
 _FACTS = (_STEPS, _FROZEN, _STARTED, _FINALIZED)
 
@@ -134,8 +134,8 @@ def unpack(
         elif entries:
             raise ValueError(
                 f"state_dict makes parameter {index}, of shape {tuple(parameter.shape)}, sparse, "
-                "which this optimizer keeps dense: make it with the model=, where= and param "
-                "groups of the run that was saved; sparse here are "
+                "which this optimizer keeps dense. Create the optimizer with the model=, where= "
+                "and param groups of the saved run. Its sparse parameters are "
                 f"{', '.join(t.name for t in selected.values())}"
             )
         if flat is not None and method.plan(has_radius=True).reuses and not frozen:
@@ -152,7 +152,7 @@ def unpack(
 def _read_groups(
     loaded: dict[str, Any], base: Optimizer, method: Method
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the base's param groups, and what they say of the run."""
+    """Return the base's param groups, and our entries in them."""
     if not isinstance(loaded.get("param_groups"), list) or "state" not in loaded:
         raise ValueError(
             "state_dict must hold 'state' and 'param_groups', got the keys "
@@ -167,9 +167,9 @@ def _read_groups(
         )
     if not groups or not isinstance(groups[0].get(_STEPS), int):
         raise ValueError(
-            f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}: load that of a "
-            "plain optimizer into base before this optimizer is made, and one that "
-            "torch.distributed.checkpoint flattened by its own functions"
+            f"state_dict must be that of a SparseOptimizer, got no {_STEPS!r}. Load the state of "
+            "a plain optimizer into base before this optimizer is made. A state that was saved "
+            "with flatten_optimizer_state_dict=True has lost it, so save without that option"
         )
     facts = {key: groups[0][key] for key in _FACTS if key in groups[0]}
     for group, current in zip(groups, base.param_groups, strict=True):
@@ -182,8 +182,8 @@ def _read_groups(
                 name = key.removeprefix(_PREFIX)
                 raise ValueError(
                     f"state_dict must be that of an optimizer with the same {name}: this is "
-                    f"{excerpt(wanted, found)}, got {excerpt(found, wanted)}. To continue with "
-                    f"another on purpose, delete {key!r} from its param_groups"
+                    f"{excerpt(wanted, found)}, got {excerpt(str(found), wanted)}. To continue "
+                    f"with another on purpose, delete {key!r} from its param_groups"
                 )
         group.update({k: v for k, v in settings_of(current, base).items() if k not in group})
     return groups, facts

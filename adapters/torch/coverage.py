@@ -146,14 +146,14 @@ def warn_of_chosen_vectors(where: Any, selected: Mapping[Tensor, Selected]) -> N
 def warn_of_dense(coverage: Coverage, where: Any, *, stacklevel: int) -> None:
     """Warn once about weights that stay dense although the user did not exclude them.
 
-    ``where`` is the argument of `SparseOptimizer`. If it is given, it selects these weights.
+    If ``where`` is given, it selects these weights, but they are frozen or not in the base.
     """
     dense = coverage.unexpected
     remedy = (
         'To choose, pass where= or set "sparsify" to True or False on their param groups'
         if where is None
-        else "To make them sparse, set requires_grad=True and pass them to base before this "
-        "optimizer is made"
+        else "To make them sparse, set requires_grad=True first, and add them to base; to leave "
+        "them dense, exclude them with where="
     )
     if dense:
         warnings.warn(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Method, Pattern, _checks
+from safe_core import Method, Pattern, _checks, untuned
+from safe_core.finalization import planned_steps
 from safe_core.patterns import as_pattern
 from safe_core.schedules import Constant, Cubic, Schedule, as_schedule, cubic, is_zero
 
@@ -81,28 +82,32 @@ class GroupRules(NamedTuple):
 def pattern_of(settings: Mapping[str, Any], method: Method) -> Pattern:
     """Return the pattern of a param group; the default is the method's.
 
-    Where the sparsity of the method rises from 0 along a cubic, as `safe_core.safe` derives it from
-    the number of steps, that of the group rises with it.
+    Where the method was made for a number of steps, or its sparsity rises along a cubic from 0, a
+    number as the sparsity of a group rises over the same steps.
     """
     if "sparsity" not in settings:
         return method.sparsity
     try:
         found = as_pattern(settings["sparsity"])
-        if (rise := _rise(method.sparsity)) is not None:
-            found = found.rising(rise.steps, rise.every)
+        found = _with_rise_of(method, found)
         method.constraint.check(found)
         return found
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("sparsity", "sparsity of a param group", 1)) from None
 
 
-def _rise(pattern: Pattern) -> Cubic | None:
-    """Return the schedule that `Pattern.rising` gave a pattern, or None."""
-    schedules = (part.schedule for part in pattern.parts)
-    rising = (
-        s for s in schedules if isinstance(s, Cubic) and s == cubic(s.value, s.steps, every=s.every)
-    )
-    return next(rising, None)
+def _with_rise_of(method: Method, pattern: Pattern) -> Pattern:
+    """Return a pattern that rises as that of the method does."""
+    schedules = [part.schedule for part in method.sparsity.parts]
+    for found in schedules:
+        if isinstance(found, Cubic) and found == cubic(found.value, found.steps, every=found.every):
+            return pattern.rising(found.steps, found.every)
+    # The pattern of the method may have no sparsity in between, such as 2:4.
+    constraint = method.constraint
+    steps, every = planned_steps(constraint, constraint.penalty), constraint.update_interval
+    if steps is None or every is None or any(found is not None for found in schedules):
+        return pattern
+    return untuned.rising(pattern, steps, every)
 
 
 def numbered(

@@ -268,7 +268,7 @@ def recalibrate(
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Restore the settings and statistics of batch normalisation if an error is raised.
 
-    `update_bn` resets the statistics, and sets the momentum of its layers to None meanwhile.
+    `update_bn` resets the statistics, and sets the momentum to None while it runs.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [(layer, layer.momentum) for layer in layers]

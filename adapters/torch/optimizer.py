@@ -95,8 +95,9 @@ class SparseOptimizer(Optimizer):
     -----
     A param group opts out with ``"sparsify": False``. With True, all its parameters of two or
     more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
-    ``"sparsity"`` of a group override the method's. Where the method's sparsity rises from 0,
-    that of the group rises with it. ``"rho"`` counts steps if the radius of the method is in
+    ``"sparsity"`` of a group override the method's. Where the method takes ``steps``, or its
+    sparsity rises along a cubic from 0, a number as the sparsity of a group rises over the same
+    steps. ``"rho"`` counts steps if the radius of the method is in
     steps, and ``"penalty"`` of a `Pull` is a rate. The perturbation is ``e_i = rho_i g_i / |g|``
     with the norm over all groups, and groups of equal sparsity are projected together. Parameters
     that are dense or frozen need no state.
@@ -456,7 +457,7 @@ class SparseOptimizer(Optimizer):
             If the run was too short for the method to act (no dual update, a schedule that has
             not reached its end), or took over 1.5 times the steps of the method; if the projection
             removes more than a tenth of the norm of the weights; or if a parameter becomes zero as
-            a whole, or had no gradient in any of the steps.
+            a whole, or had no gradient in ten or more steps.
         """
         self._phases.refuse_within_block("finalize()")
         refuse_training_mode(self._run, "finalize()")
@@ -479,7 +480,7 @@ class SparseOptimizer(Optimizer):
             source,
             frozen=run.frozen,
             idle=run.idle(),
-            halted=[run.selected[p].name for p in sparse if not p.requires_grad],
+            halted=run.halted(),
         )
         if freeze and not run.frozen:
             run.freeze(sparse, support)
@@ -601,7 +602,7 @@ class SparseOptimizer(Optimizer):
             self._run.discard_products()
         self._phases.stop_watching()
         if self._phases.phase in (Phase.READY, Phase.COMPLETE):
-            self._phases.reset(lost="gradients of the block that zero_grad() cleared")
+            self._phases.reset(lost="no block since zero_grad() cleared the gradients of one")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base optimizer, and select the sparse ones among them."""
@@ -632,7 +633,8 @@ class SparseOptimizer(Optimizer):
 
         Our entries of a parameter are ``safe_anchor``, ``safe_support``, ``safe_importance``;
         ``safe_motion`` if the radius is in steps; and ``safe_flat_direction`` if the method
-        reuses a direction. Each group also holds ``safe_steps`` and ``safe_method``.
+        reuses a direction. Each group also holds ``safe_steps``, ``safe_finalized_at`` and
+        ``safe_method``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)

@@ -68,7 +68,7 @@ class Phases:
         self.reset()
 
     def reset(self, *, lost: str = "") -> None:
-        """Discard the gradients of the step. ``lost`` says so where a block was in vain."""
+        """Discard the gradients of the step. ``lost`` says for an error which were lost."""
         self.phase = Phase.START
         self._lost = lost
         self.first: dict[Tensor, Tensor] = {}

@@ -57,6 +57,8 @@ class Run:
         What the last call of `SparseOptimizer.finalize` did.
     finalized_at : int or None
         The step count at that call, also if the state was loaded after it.
+    stepped : set of parameter or None
+        The sparse parameters that the last step moved.
     selected : dict of parameter to Selected
     trained : set of parameter
         The selected parameters that required gradients when they were selected.
@@ -92,7 +94,8 @@ class Run:
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
         self.finalized_at: int | None = None
-        self._noted = 0
+        self.stepped: set[Tensor] | None = None
+        self._waited: dict[Tensor, int] = {}
         self._reached: set[Tensor] = set()
         self.checked_rounding = False
         self.checked_steps = False
@@ -197,20 +200,35 @@ class Run:
         return any(p.grad is not None for p in self.trainable())
 
     def note_gradients(self) -> None:
-        """Remember which sparse parameters have a gradient in this step."""
-        self._noted += 1
-        if len(self._reached) < len(self.selected):
-            self._reached.update(p for p in self.active() if p.grad is not None)
+        """Count the steps in which a sparse parameter had no gradient, until it has one."""
+        self.stepped = set(self.active())
+        for p in self.stepped - self._reached:
+            if p.grad is not None:
+                self._reached.add(p)
+            else:
+                self._waited[p] = self._waited.get(p, 0) + 1
 
     def idle(self) -> list[str]:
-        """Return the names of the sparse parameters that no step gave a gradient.
+        """Return the names of the sparse parameters that had no gradient in ten or more steps.
 
-        The steps since the optimizer was made or loaded count, from the tenth on: experts and
-        networks that take turns have no gradient in some steps.
+        Ten, because experts and networks that take turns have no gradient in some steps. The
+        steps before a state was loaded do not count, and a gradient of zeros is one. Only
+        parameters that compete with others for the sparsity are named.
         """
-        if self._noted < _ENOUGH_STEPS:
+        if self.frozen:
             return []
-        return [self.selected[p].name for p in self.active() if p not in self._reached]
+        waiting = [p for p in self.active() if p not in self._reached]
+        return [
+            self.selected[p].name
+            for p in waiting
+            if self._waited.get(p, 0) >= _ENOUGH_STEPS and self.selected[p].pattern.joint
+        ]
+
+    def halted(self) -> list[str]:
+        """Return the names of the sparse parameters that were frozen at the last step."""
+        if self.stepped is None:
+            return []
+        return [self.selected[p].name for p in self.constrained() if p not in self.stepped]
 
     def active(self) -> list[Tensor]:
         """Return the selected parameters that require gradients, which a step changes."""

@@ -16,7 +16,7 @@ from safe_core.layout import chosen_layout
 from safe_core.where import as_names, refuse_unknown
 
 from .groups import GroupRules, pattern_of, settings_of
-from .modules import names_of
+from .modules import JoinedModules, names_of
 from .weights import ModelWeight, hidden_weights, model_weights
 
 __all__ = ["Selected", "Selection", "refuse_flat_parameters"]
@@ -75,10 +75,10 @@ class Selection(NamedTuple):
         _refuse_shared_names(selected)
         if not selected:
             held = [names[p] for group in self.base.param_groups for p in group["params"]]
-            idle = self.where is not None and not any(self.asks(n, p) for p, n in names.items())
+            refuses = self.where is not None and not any(self.asks(n, p) for p, n in names.items())
             why = (
-                f"where= selects none of its {len(held)}, which are {listed(held)}"
-                if idle
+                f"where= selects none of the {len(held)} that it holds: {listed(held)}"
+                if refuses
                 else f"model= and where= selected none of its {len(held)}; does base hold the "
                 "parameters of this model?"
             )
@@ -122,7 +122,7 @@ class Selection(NamedTuple):
 
     def _refuse_other_names_of_tied(self) -> None:
         """Raise if ``where`` or the method names a shared parameter, and not by its first name."""
-        if self.model is None:
+        if self.model is None or isinstance(self.model, JoinedModules):
             return
         names = names_of(self.model)
         asked = {*(as_names(self.where) or ()), *self.method.sparsity.named_arrays}

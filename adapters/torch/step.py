@@ -39,7 +39,7 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
 
 
 def _warn_of_long_run(run: Run) -> None:
-    """Warn once, when a run exceeds the steps of its method so far that these may be epochs."""
+    """Warn once if a run exceeds 1.5 times the steps of its method, which may be epochs."""
     constraint = run.method.constraint
     planned = planned_steps(constraint, constraint.penalty)
     if planned is None or run.frozen or run.finalized_at is not None:

@@ -354,6 +354,16 @@ def test_grams_of_dense_leaves_are_left_out() -> None:
     assert zeros(found.params) == {"Dense_0/kernel": 0.0, "Dense_1/kernel": 0.5}
 
 
+def test_a_module_with_a_list_is_pruned_as_one_with_a_tuple() -> None:
+    found = []
+    for kind in (list, tuple):
+        module = nn.Sequential(kind([nn.Dense(8), nn.tanh, nn.Dense(8)]))
+        block = linen_block(module, module.init(jax.random.key(0), inputs()))
+        found.append(prune_blocks([block], inputs(), Wanda(), "2:4")[0].params)
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_layer_that_was_never_active_is_pruned_by_magnitude() -> None:
     params = chain()[0][1]
     pruned = prune_layers(params, {"kernel": jnp.zeros((8, 8))}, Wanda(), 0.5)["kernel"]

@@ -244,7 +244,7 @@ def test_every_number_given_still_checks_the_steps() -> None:
         ({"rescale_dual": True}, "rescale_dual must be left out unless penalty is given.*got True"),
         ({"decoupled": True}, "decoupled must be left out unless penalty is given.*got True"),
         ({"dual_update_interval": 0}, "dual_update_interval must be at least 1, got 0"),
-        ({"dual_update_interval": 11}, "dual_update_interval must be at most steps, 10, because"),
+        ({"dual_update_interval": 11}, "dual_update_interval must be at most steps=10, or no dual"),
         ({"penalty": -1.0}, "penalty must be a finite number of at least 0, got -1.0"),
     ],
 )
@@ -257,7 +257,9 @@ def test_options_that_do_not_fit_are_named(make: Any, options: Any, message: str
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_schedule_that_ends_after_the_run_is_refused(make: Any, by_name: bool) -> None:
     late = schedules.cubic(0.5, steps=8, start=3)
-    text = "schedule of sparsity must end within steps, 10, got one that ends at step 11"
+    text = (
+        "schedule of sparsity must end by step 10, the end of the run, got one that ends at step 11"
+    )
     with pytest.raises(ValueError, match=text):
         make({"a": late} if by_name else late, steps=10)
     assert make(late, steps=11).sparsity.schedule == late

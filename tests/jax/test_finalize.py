@@ -46,6 +46,35 @@ def test_a_run_that_ends_near_the_constraint_is_silent() -> None:
     finalize(*trained(method, 120), method)
 
 
+def test_a_state_that_a_program_closes_over_is_not_read() -> None:
+    method = safe_core.safe("2:4", steps=10)  # whose support could be compared if it were read
+    params, state = trained(method, 10)
+    inside = jax.jit(lambda params: finalize(params, state, method))(params)
+    for a, b in zip(*map(jax.tree.leaves, (inside, finalize(params, state, method))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    x = params["a"]["kernel"]
+    kept = jax.jit(lambda: safe_core.project(x, 0.5).support)()
+    np.testing.assert_array_equal(kept, safe_core.project(x, 0.5).support)
+    jax.jit(lambda: sparse_optimizer(optax.sgd(0.1), safe_core.keep_zeros()).init(inside))()
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_arrays_of_numpy_are_trained_as_those_of_jax(state_dtype: str | None) -> None:
+    method = safe_core.safe(0.5, steps=4, state_dtype=state_dtype)
+    tx = sparse_optimizer(optax.sgd(0.1), method)
+    params = {"kernel": jnp.arange(16.0).reshape(4, 4), "bias": jnp.ones(4)}
+    held = jax.tree.map(np.asarray, params)
+    found = []
+    for given in (params, held):
+        state = tx.init(given)
+        if given is held:
+            state = jax.tree.map(np.asarray, state)
+        out, state = tx.update(given, state, given, grad_fn=lambda params: params)
+        found.append(jax.tree.leaves((out, state)))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("steps", [0, 5])
 def test_a_run_shorter_than_the_interval_is_named_at_the_callers_line(steps: int) -> None:
     method = safe_core.safe(0.5, penalty=0.1)

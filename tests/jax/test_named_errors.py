@@ -40,6 +40,11 @@ def optimizer(base: Any = None, method: Any = METHOD, **options: Any) -> Any:
     return sparse_optimizer(optax.sgd(0.1) if base is None else base, method, **options)
 
 
+def scheduled(**options: Any) -> Any:
+    tx = optimizer(method=safe_core.safe(0.5, steps=10), **options)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda params: PARAMS)
+
+
 def update(params: Any, gradients: Any) -> Any:
     tx = optimizer()
     return tx.update(gradients, tx.init(params), params)
@@ -133,6 +138,28 @@ ERRORS = {
     "MultiSteps as a base": (
         lambda: optimizer(optax.MultiSteps(optax.sgd(0.1), 2)),
         r"^base must be .*accumulates gradients.*micro_batches",
+    ),
+    "MultiSteps as a transformation": (
+        lambda: optimizer(
+            optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+        ).init(PARAMS),
+        r"^base must take a step at every update, .*in the state MultiStepsState: .*micro_batches",
+    ),
+    "apply_every in a base": (
+        lambda: optimizer(optax.chain(optax.sgd(0.1), optax.apply_every(4))).init(PARAMS),
+        r"^base must take a step at every update, .*in the state ApplyEvery",
+    ),
+    "a schedule of arrays": (
+        lambda: scheduled(penalty=lambda step: jnp.ones(4)),
+        r"^penalty at a step must be a scalar, got shape \(4,\)",
+    ),
+    "a schedule below zero": (
+        lambda: scheduled(penalty=lambda step: -1.0),
+        r"^penalty at a step must be a finite number of at least 0, got -1\.0",
+    ),
+    "a schedule of nothing": (
+        lambda: scheduled(rho=lambda step: None),
+        "^rho must be a number at every step, got None from <function",
     ),
     "a constructor as a base": (
         lambda: optimizer(optax.sgd),

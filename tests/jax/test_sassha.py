@@ -29,6 +29,17 @@ OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))
 START = {"0": jnp.asarray(PROBLEM.start[0]), "1": jnp.asarray(PROBLEM.start[1])}
 
 
+def test_the_state_may_be_donated() -> None:
+    tx, grad_fn = sassha(0.1), jax.grad(loss)
+
+    def step(params: Any, state: Any) -> Any:
+        return tx.update(grad_fn(params), state, params, grad_fn=grad_fn)[1]
+
+    state = tx.init(START)
+    found = jax.jit(step, donate_argnums=1)(START, state)
+    assert int(found.count) == 1
+
+
 def draw(seed: int = 0) -> Any:
     return lambda c: rademacher(PROBLEM.start, seed, c)
 

@@ -639,6 +639,9 @@ def test_a_file_reads_in_pytorch_and_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, Network().apply(held, x, train=False), rtol=1e-4, atol=1e-5)
     empty = jax.tree.map(jnp.zeros_like, held)
     same(load_safetensors(tmp_path / "model.safetensors", empty), held)
+    scalar = {"params": {"scale": jnp.asarray(2.0)}}
+    save_safetensors(scalar, tmp_path / "scalar.safetensors")
+    same(load_safetensors(tmp_path / "scalar.safetensors", scalar), scalar)
     with pytest.raises(ValueError, match=r"must hold 'other.weight' of shape \(2, 3\), got none"):
         load_safetensors(tmp_path / "model.safetensors", {"other": {"kernel": jnp.ones((3, 2))}})
 

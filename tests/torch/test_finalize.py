@@ -164,6 +164,10 @@ def test_weights_whose_squares_overflow_are_named() -> None:
     assert optimizer.report().advice[0].cause == "diverged"
     with pytest.warns(FinalizeWarning, match="norm of the weights is not finite"):
         optimizer.finalize()
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1e25  # nothing large is removed, but the rest is lost beside it
+    with pytest.warns(FinalizeWarning, match="norm of the weights is not finite"):
+        optimizer.finalize()
 
 
 def test_the_device_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +270,7 @@ def test_a_weight_without_a_gradient_is_named_after_ten_steps(steps: int) -> Non
     for _ in range(steps):
         optimizer.step(closure_of(model, optimizer))
     texts = [item.text for item in optimizer.report().advice if item.cause == "gradient"]
-    named = "no step had a gradient of unused.weight, whose entries count towards the sparsity"
+    named = "unused.weight never had a gradient, but its entries count towards the sparsity"
     assert [named in text for text in texts] == [True] * (steps == 10)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -279,8 +283,64 @@ def test_a_weight_that_was_frozen_is_named_as_the_reason() -> None:
     model[0].weight.requires_grad_(False)
     for _ in range(18):
         optimizer.step(closure_of(model, optimizer))
-    with pytest.warns(FinalizeWarning, match=r"\(no step moves 0\.weight, which requires_grad=Fal"):
+    with pytest.warns(
+        FinalizeWarning, match=r"\(0\.weight did not move in the last step: requires"
+    ):
         optimizer.finalize()
+
+
+def test_a_model_that_was_frozen_for_export_is_judged_as_it_was_trained() -> None:
+    model, optimizer = trained(safe_core.admm(0.5, penalty=1e-5, dual_update_interval=1), 3)
+    model.requires_grad_(False)
+    with pytest.warns(FinalizeWarning, match="removes") as found:
+        optimizer.finalize()
+    assert "did not move" not in str(found[0].message)
+
+
+@pytest.mark.parametrize(
+    "method", [safe_core.safe(Unstructured(0.5, scope="tensor"), steps=20), safe_core.keep_zeros()]
+)
+def test_a_weight_that_competes_with_no_other_needs_no_gradient(method: Any) -> None:
+    model, optimizer = parts(method)
+    with torch.no_grad():
+        model.unused.weight[0] = 0
+    for _ in range(20):
+        optimizer.step(closure_of(model, optimizer))
+    assert all(item.cause != "gradient" for item in optimizer.report().advice)
+
+
+@pytest.mark.filterwarnings("ignore::safe_core.DenseWeightWarning")
+def test_a_weight_that_joins_late_has_its_own_ten_steps() -> None:
+    model = Parts()
+    model.unused.weight.requires_grad_(False)
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = SparseOptimizer(base, safe_core.safe(0.5, steps=40), model=model, where=chosen)
+    found = []
+    for late in (False, True):
+        for _ in range(10):
+            optimizer.step(closure_of(model, optimizer))
+        found.append([item.cause for item in optimizer.report().advice])
+        model.unused.weight.requires_grad_(True)
+        assert "gradient" not in [item.cause for item in optimizer.report().advice] or late
+    assert ["gradient" in causes for causes in found] == [False, True]
+
+
+def chosen(name: str, p: torch.Tensor) -> bool:
+    return p.ndim == 2
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_block_without_its_gradients_is_named(cleared: bool) -> None:
+    model, optimizer = trained(safe_core.safe(0.5, steps=20), 0)
+    model(torch.ones(2, 8)).square().mean().backward()
+    with optimizer.perturbed():
+        if cleared:
+            model(torch.ones(2, 8)).square().mean().backward()
+    if cleared:
+        optimizer.zero_grad()
+    text = "no block since zero_grad" if cleared else r"a perturbed\(\) block without backward"
+    with pytest.raises(ValueError, match=f"Got {text}"):
+        optimizer.step()
 
 
 def test_a_parameter_of_two_names_is_asked_for_by_its_first() -> None:

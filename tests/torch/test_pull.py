@@ -10,6 +10,7 @@ import torch
 from pulled_runs import BASES, FIXED, STEPS, UNTUNED, Run, assert_same, first_step, size
 from torch import Tensor, nn
 
+import safe_core
 from safe_core import Method, Pull, SplitState, schedules
 from safe_core.adapters.torch import kernels
 
@@ -165,6 +166,9 @@ def test_the_sparsity_of_a_group_rises_with_the_method_unless_it_is_a_schedule()
     assert zeros[0][0] == 64
     assert 0 < zeros[1][0] < zeros[2][0] < 64  # over 10 steps it rises faster than with the method
     assert 0 < zeros[0][1] == zeros[1][1] == zeros[2][1] < 48
+    # A method without a sparsity in between, such as 2:4, was made for a number of steps, too.
+    run = Run(safe_core.safe("2:4", steps=STEPS), grouped(0.5)).train(1)
+    assert int((~run.optimizer.split().support[0]).sum()) == zeros[1][0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")

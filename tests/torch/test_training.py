@@ -539,7 +539,7 @@ def test_recalibration_needs_batches_of_tensors() -> None:
     recalibrate(network(), [])  # nothing to estimate
 
 
-def test_a_failed_recalibration_changes_nothing() -> None:
+def test_a_failed_recalibration_restores_batch_normalisation() -> None:
     model = network(nn.BatchNorm1d(16)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

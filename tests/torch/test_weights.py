@@ -427,7 +427,7 @@ def test_nothing_that_says_which_parameters_is_an_error():
 
 def test_a_choice_of_nothing_is_an_error():
     model, base = model_and_sgd()
-    with pytest.raises(ValueError, match="where= selects none of its 6"):
+    with pytest.raises(ValueError, match="where= selects none of the 6 that it holds: 0"):
         SparseOptimizer(base, safe_core.safe(0.5), model=model, where=lambda name, p: False)
     with pytest.raises(ValueError, match="selected none of its 6"):
         SparseOptimizer(base, safe_core.safe(0.5), model=nn.LayerNorm(4))

@@ -247,6 +247,13 @@ class _LinenCall:
     module: nn.Module
     rest: _OtherState | None
 
+    def __hash__(self) -> int:
+        # A module with a list among its fields has no hash, and then compiles by itself.
+        try:
+            return hash((self.module, self.rest))
+        except TypeError:
+            return id(self.module)
+
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self.module.apply(self._variables(params), *_arguments(inputs))
 
@@ -263,6 +270,13 @@ class _NnxCall:
 
     graph: Any
     rest: _OtherState | None
+
+    def __hash__(self) -> int:
+        # A module with a list among its fields has no hash, and then compiles by itself.
+        try:
+            return hash((self.graph, self.rest))
+        except TypeError:
+            return id(self.graph)
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self._module(params)(*_arguments(inputs))

@@ -100,7 +100,10 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
         name = _torch_name(path)
         if name in found:
             raise ValueError(f"variables must get different names, got two arrays named {name!r}")
-        found[name] = np.ascontiguousarray(np.asarray(x).transpose(axes.order).reshape(axes.shape))
+        moved = np.asarray(x).transpose(axes.order).reshape(axes.shape)
+        found[name] = np.asarray(
+            moved, order="C"
+        )  # `ascontiguousarray` would add an axis to scalars
     return found
 
 

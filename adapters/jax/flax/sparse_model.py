@@ -224,7 +224,7 @@ def bcsr(kernel: jax.Array) -> BCSR:
     kept = dense != 0
     starts = np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int32)
     columns = kept.nonzero()[1].astype(np.int32)
-    with jax.default_device(next(iter(kernel.devices()))):
+    with jax.default_device(next(iter(jnp.asarray(kernel).devices()))):
         arrays = jnp.asarray(dense[kept]), jnp.asarray(columns), jnp.asarray(starts)
     found: BCSR = BCSR(arrays, shape=dense.shape, indices_sorted=True, unique_indices=True)
     return found
