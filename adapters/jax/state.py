@@ -138,7 +138,10 @@ def stored_split(state: SparseOptimizerState, tree: SparseTree) -> SplitState:
     supports = tree.sparse(state.support)
     scale = () if state.scale is None else tree.sparse(state.scale)
     if anchor and not scale:  # without anchors none is packed
-        supports = [unpacked(s, a) for s, a in zip(supports, anchor, strict=True)]
+        supports = [
+            backend_of(a).resharded_as(a, unpacked(s, a))
+            for s, a in zip(supports, anchor, strict=True)
+        ]
     return SplitState(anchor, supports, scale)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from safe_core import Method, _checks
-from safe_core.backends import selecting_on_host
+from safe_core.backends import backend_of, selecting_on_host
 from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState
 from safe_core.own_zeros import check_own_zeros
@@ -262,7 +262,7 @@ def _packed(
     """Return the state as pytrees, from lists over the sparse leaves."""
     supports = state.split.support
     if method.constraint.support_dtype == "uint8":
-        supports = [packed(support) for support in supports]
+        supports = [packed(_in_eights(support)) for support in supports]
     return SparseOptimizerState(
         step=step,
         base=base,
@@ -351,6 +351,12 @@ def finalize(
         source = method.importance if isinstance(importance, str) else None
         warn(found, method.constraint, [method.sparsity], source)
     return projection.result()
+
+
+def _in_eights(support: jax.Array) -> jax.Array:
+    """Return a support of which no shard begins within eight entries that a byte will hold."""
+    whole: jax.Array = backend_of(support).regrouped(support, units={support.ndim - 1: 8})
+    return whole
 
 
 def at_step(name: str, value: Any, step: jax.Array) -> Any:

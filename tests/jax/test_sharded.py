@@ -96,8 +96,10 @@ channels = published(safe_core.Channel(0.5))
 untuned = safe_core.safe(0.75, steps=12)
 by_channel = safe_core.Method(0.75, safe_core.ADMM(0.1, 2), perturbation=safe_core.Staged(
     safe_core.ChannelSAM(0.05, adaptive=True, scope="tensor"), safe_core.ChannelSAM(0.05), 2))
+# The eight entries of a byte lie in two shards here.
+in_bits = safe_core.Method(0.75, safe_core.ADMM(0.1, 2, packed_support=True))
 for params_spec, cases in (
-    ((None, "t"), ((published(0.75), given), (untuned, {}), (by_channel, {}))),
+    ((None, "t"), ((published(0.75), given), (untuned, {}), (by_channel, {}), (in_bits, {}))),
     (("f", "t"), ((published(0.75), {}), (published("2:4"), {}), (channels, {}), (untuned, {}),
                   (by_channel, {}))),
 ):
@@ -170,7 +172,7 @@ for pattern in ("2:4", safe_core.Unstructured(0.5, scope="row")):
 
 @pytest.mark.parametrize(
     ("script", "checks"),
-    [(AVERAGED, 6), (TYPED, 8), (CHECKPOINT, 2), (PIPELINE, 2)],
+    [(AVERAGED, 6), (TYPED, 9), (CHECKPOINT, 2), (PIPELINE, 2)],
     ids=["average", "explicit axes", "checkpoint", "pipeline"],
 )
 def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
