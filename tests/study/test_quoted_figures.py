@@ -591,21 +591,21 @@ def test_what_the_parts_of_safe_without_tuning_bring() -> None:
     with_adam = costs("final sparsity from the start", "Adam").values()
     assert f"brings {min(with_adam):.0f} to {max(with_adam):.0f} points with Adam" in text
     assert f"and {rise[long]:.0f} in 180 epochs of SGD" in text
-    assert max(map(abs, costs("final sparsity from the start", "SGD").values())) < 1.5
+    assert max(map(abs, costs("final sparsity from the start", "SGD").values())) < 2
 
     pull = costs("a mask in place of the pull")
     short, adam = (*long[:2], "60", "95%"), ("digits", "Adam 1e-3", "60", "99%")
     assert f"by {pull.pop(short):.0f} points in 60 epochs at 95%" in text
     assert f"by {pull.pop(long):.0f} in 180" in text
     assert f"ahead by {pull.pop(adam):.0f} with Adam and clean labels at 99%" in text
-    assert max(map(abs, pull.values())) < 3.2
+    assert -1.5 < min(pull.values()) < max(pull.values()) < 4.5
+    assert "Elsewhere it is at most 4 points ahead, and at most 1 behind" in text
 
     weak = costs("a tenth of the pull")
     assert f"Adam loses {min(costs('a tenth of the pull', 'Adam').values()):.0f} points" in text
     on_mnist = -weak[mnist]
-    noisy = [-weak[(*long[:2], "60", zeros)] for zeros in ("95%", "99%")]
-    assert [round(gain) for gain in noisy] == [2, 2]
-    assert f"gains {on_mnist:.0f} points on MNIST-1D and 2 under random labels" in text
+    noisy = -weak[(*long[:2], "60", "95%")]
+    assert f"gains {on_mnist:.0f} points on MNIST-1D and {noisy:.0f} under random labels" in text
     assert f"and loses {weak[long]:.0f} in 180 epochs" in text
     row = found[adam]
     assert f"from {row['SAFE, untuned']:.0f} to {row['a tenth of the pull']:.0f}%, bec" in text
@@ -614,7 +614,7 @@ def test_what_the_parts_of_safe_without_tuning_bring() -> None:
 
     fewer = "a quarter of the dual updates"
     assert f"Adam loses up to {max(costs(fewer, 'Adam').values()):.0f} points" in text
-    assert max(costs(fewer, "SGD").values()) < 0.5
+    assert max(costs(fewer, "SGD").values()) < 0.7
 
     plain = costs("without perturbation, untuned")
     first, second = (plain[(*long[:2], "60", zeros)] for zeros in ("95%", "99%"))
@@ -628,7 +628,7 @@ def test_what_the_parts_of_safe_without_tuning_bring() -> None:
     assert f"and {travel[-2]:.0f} at 95% from a trained network" in text
     growth = costs("radius without regard to growth")
     assert f"costs {-growth.pop(long):.0f} points in 180 epochs" in text
-    assert max(map(abs, growth.values())) < 2
+    assert max(map(abs, growth.values())) <= 2
 
 
 def test_the_table_of_the_readme() -> None:
