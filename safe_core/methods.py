@@ -154,11 +154,6 @@ def _splitting(
         derive = untuned.interval if penalty is None else untuned.penalty_interval
         interval = derive(steps)
     interval = _checks.integer("dual_update_interval", interval, low=1)
-    if interval > steps:
-        raise ValueError(
-            f"dual_update_interval must be at most steps={steps}, or no dual update takes place, "
-            f"got {interval}"
-        )
     asked = as_pattern(sparsity)
     _check_length(asked, steps)
     pattern = untuned.rising(asked, steps, interval)
