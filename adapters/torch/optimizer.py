@@ -97,10 +97,10 @@ class SparseOptimizer(Optimizer):
     more axes are sparse, whatever ``model`` and ``where`` say. ``"rho"``, ``"penalty"`` and
     ``"sparsity"`` of a group override the method's. Where the method takes ``steps``, or its
     sparsity rises along a cubic from 0, a number as the sparsity of a group rises over the same
-    steps. ``"rho"`` counts steps if the radius of the method is in
-    steps, and ``"penalty"`` of a `Pull` is a rate. The perturbation is ``e_i = rho_i g_i / |g|``
-    with the norm over all groups, and groups of equal sparsity are projected together. Parameters
-    that are dense or frozen need no state.
+    steps. ``"rho"`` counts steps if the radius of the method is in steps, and ``"penalty"`` of a
+    `Pull` is a rate. The perturbation is ``e_i = rho_i g_i / |g|`` with the norm over all groups,
+    and groups of equal sparsity are projected together. Parameters that are dense or frozen need
+    no state.
 
     The buffers of ``model``, such as running statistics, are updated once per step, at x.
 

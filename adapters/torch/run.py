@@ -57,7 +57,7 @@ class Run:
         What the last call of `SparseOptimizer.finalize` did.
     finalized_at : int or None
         The step count at that call, also if the state was loaded after it.
-    stepped : set of parameter or None
+    stepped : list of parameter or None
         The sparse parameters that the last step moved.
     selected : dict of parameter to Selected
     trained : set of parameter
@@ -94,7 +94,7 @@ class Run:
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
         self.finalized_at: int | None = None
-        self.stepped: set[Tensor] | None = None
+        self.stepped: list[Tensor] | None = None
         self._waited: dict[Tensor, int] = {}
         self._reached: set[Tensor] = set()
         self.checked_rounding = False
@@ -201,19 +201,19 @@ class Run:
 
     def note_gradients(self) -> None:
         """Count the steps in which a sparse parameter had no gradient, until it has one."""
-        self.stepped = set(self.active())
-        for p in self.stepped - self._reached:
+        self.stepped = self.active()
+        for p in self.stepped:
             if p.grad is not None:
                 self._reached.add(p)
-            else:
+            elif p not in self._reached:
                 self._waited[p] = self._waited.get(p, 0) + 1
 
     def idle(self) -> list[str]:
         """Return the names of the sparse parameters that had no gradient in ten or more steps.
 
-        Ten, because experts and networks that take turns have no gradient in some steps. The
-        steps before a state was loaded do not count, and a gradient of zeros is one. Only
-        parameters that compete with others for the sparsity are named.
+        Ten, because experts and networks that take turns have no gradient in some steps. A gradient
+        of zeros is a gradient. Only parameters that compete with others for the sparsity are named.
+        A checkpoint does not hold the count.
         """
         if self.frozen:
             return []
@@ -228,7 +228,8 @@ class Run:
         """Return the names of the sparse parameters that were frozen at the last step."""
         if self.stepped is None:
             return []
-        return [self.selected[p].name for p in self.constrained() if p not in self.stepped]
+        moved = set(self.stepped)
+        return [self.selected[p].name for p in self.constrained() if p not in moved]
 
     def active(self) -> list[Tensor]:
         """Return the selected parameters that require gradients, which a step changes."""

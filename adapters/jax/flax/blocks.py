@@ -240,6 +240,17 @@ def _contracted(name: str, equation: str) -> list[int]:
     return [head.index(s) if s in head else tail.index(s) - len(tail) for s in shared]
 
 
+def _hash_of(module: Any, rest: Any) -> int:
+    """Return a hash of a module and its other state, or one of its identity.
+
+    A module with a list among its fields has no hash. Calls of it are then compiled by themselves.
+    """
+    try:
+        return hash((module, rest))
+    except TypeError:
+        return id(module)
+
+
 @dataclass(frozen=True)
 class _LinenCall:
     """A Linen module as a function of parameters and inputs; equal ones compile alike."""
@@ -248,11 +259,7 @@ class _LinenCall:
     rest: _OtherState | None
 
     def __hash__(self) -> int:
-        # A module with a list among its fields has no hash, and then compiles by itself.
-        try:
-            return hash((self.module, self.rest))
-        except TypeError:
-            return id(self.module)
+        return _hash_of(self.module, self.rest)
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self.module.apply(self._variables(params), *_arguments(inputs))
@@ -272,11 +279,7 @@ class _NnxCall:
     rest: _OtherState | None
 
     def __hash__(self) -> int:
-        # A module with a list among its fields has no hash, and then compiles by itself.
-        try:
-            return hash((self.graph, self.rest))
-        except TypeError:
-            return id(self.graph)
+        return _hash_of(self.graph, self.rest)
 
     def __call__(self, params: PyTree, inputs: PyTree) -> Any:
         return self._module(params)(*_arguments(inputs))

@@ -101,9 +101,8 @@ def to_torch_names(variables: PyTree, *, layout: Any = None) -> dict[str, np.nda
         if name in found:
             raise ValueError(f"variables must get different names, got two arrays named {name!r}")
         moved = np.asarray(x).transpose(axes.order).reshape(axes.shape)
-        found[name] = np.asarray(
-            moved, order="C"
-        )  # `ascontiguousarray` would add an axis to scalars
+        # Not `ascontiguousarray`, which would add an axis to a scalar.
+        found[name] = np.asarray(moved, order="C")
     return found
 
 
