@@ -16,7 +16,7 @@ in uint32. They are exact up to 2**48.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -87,18 +87,18 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
     keys = [_unsigned_key(score) for score in scores]
     pieces = [piece for key in keys for piece in _split(key)]
     sizes = [piece.size for piece in pieces]
-    k = _pick(counts, stage)
+    k = _typed_as(keys, _pick(counts, stage))
 
     def at_least(thresholds: list[Array]) -> list[tuple[Array, Array]]:
         found = [jnp.stack(_reduced([piece >= t for t in thresholds])) for piece in pieces]
         high, low = _sum_of(found, sizes)
         return [(high[i], low[i]) for i in range(len(thresholds))]
 
-    whole = _pick((sum(sizes),), 0)
-    zero = jnp.zeros((), keys[0].dtype)
+    whole, zero = _pick((sum(sizes),), 0), jnp.zeros((), keys[0].dtype)
     reaches, same = partial(_at_least, b=k), partial(_same, k)
     bits = _DIGIT_BITS if sum(sizes) > _FEW else 1
-    threshold, exact = _search(at_least, zero, whole, reaches, same, bits)
+    start = _typed_as(k, (zero, whole))
+    threshold, exact = _search(at_least, *start, reaches, same, bits)
 
     # Real weights hardly ever tie. Then the comparison alone gives the masks, and the search
     # over indices is skipped at run time.
@@ -122,7 +122,7 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
 def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int | Array) -> Array:
     """Return the mask of the ``counts[stage]`` largest magnitudes of each row."""
     keys = _unsigned_key(scores)
-    k = jnp.asarray(counts, jnp.uint32)[stage]
+    k = _typed_as([keys], jnp.asarray(counts, jnp.uint32)[stage])
 
     def at_least(thresholds: list[Array]) -> list[Array]:
         return [x[:, None] for x in _reduced([keys >= t for t in thresholds], axes=(1,))]
@@ -130,7 +130,8 @@ def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int |
     zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
     whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
     bits = _DIGIT_BITS if keys.size > _FEW else 1
-    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
+    start = _typed_as([k], (zero, whole))
+    threshold, exact = _search(at_least, *start, lambda c: c >= k, lambda c: c == k, bits)
 
     def with_ties(keys: Array) -> Array:
         above, tied = keys > threshold, keys == threshold
@@ -195,9 +196,21 @@ def _search(
             count = jax.tree.map(lambda new, old, e=enough: jnp.where(e, new, old), more, count)
         return shift - bits, found, count
 
-    start = jnp.asarray(8 * zero.dtype.itemsize - bits, jnp.int32)
-    _, found, count = lax.while_loop(unsettled, settle, (start, zero, whole))
+    shift = _typed_as([zero], jnp.asarray(8 * zero.dtype.itemsize - bits, jnp.int32))
+    _, found, count = lax.while_loop(unsettled, settle, (shift, zero, whole))
     return found, same(count)
+
+
+def _typed_as(operands: Sequence[Array], constants: Any) -> Any:
+    """Return constants with the type of what is computed from them and the operands.
+
+    The type of an array includes its mesh and, under `jax.shard_map`, the mesh axes along which
+    its values vary. Constants have neither, but a loop must return the types that it takes, and
+    `jax.vmap` over an explicit mesh axis needs the mesh. So add zero times the operands, which
+    the compiler removes.
+    """
+    zero = jnp.uint32(0) * sum(jnp.sum(x, dtype=jnp.uint32) for x in operands)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), constants)
 
 
 def _reduced(masks: list[Array], axes: tuple[int, ...] | None = None) -> tuple[Array, ...]:

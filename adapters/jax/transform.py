@@ -179,9 +179,7 @@ def sparse_optimizer(
         # `optax.tree.map_params` passes params without leaves to see which fields resemble them.
         # An array here tells it to keep this field of the real state as it is.
         setup = StateSetup.of(method, importance, params, tree) if tree.paths else step
-        motion = None
-        if method.measures_steps:
-            motion = no_motion(values) if values else jnp.zeros(3)
+        motion = _no_motion(values) if method.measures_steps else None
         state = StepState(split, held, flat, motion)
         return _packed(step, base_state, state, tree, method, setup)
 
@@ -249,6 +247,15 @@ def sparse_optimizer(
         return tree.treedef.unflatten(out), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_motion(values: list[jax.Array]) -> jax.Array:
+    """Return `no_motion`, which may have no parameters here, typed as what updates compute.
+
+    Under `jax.shard_map` the motion varies along the mesh axes along which a parameter does.
+    """
+    motion = no_motion(values) if values else jnp.zeros(3)
+    return sum((jnp.zeros_like(v, shape=(3,), dtype=motion.dtype) for v in values), motion)
 
 
 def _packed(

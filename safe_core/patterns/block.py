@@ -105,11 +105,13 @@ class Block(FractionPattern):
             head = xp.reshape(part, own.merged)
             for axis, size in enumerate(own.wholes):
                 head = take(head, axis, size)
-            return xp.sum(xp.reshape(head, own.split), axis=own.inner, keepdims=True)
+            head = xp.reshape(xp.reshape(head, own.halfway), own.split)
+            return xp.sum(head, axis=own.inner, keepdims=True)
 
         def cover(part: Array, mask: Array) -> Array:
             own = _BlockPlan.of(part.shape, self, roles, name)
-            mask = xp.reshape(xp.broadcast_to(mask, own.split), own.wholes)
+            mask = xp.reshape(xp.broadcast_to(mask, own.split), own.halfway)
+            mask = xp.reshape(mask, own.wholes)
             like = xp.reshape(part, own.merged)
             for axis in range(mask.ndim):
                 mask = pad_kept(mask, axis, like, xp=xp)
@@ -124,11 +126,13 @@ class _BlockPlan(NamedTuple):
 
     ``merged`` puts each role on one axis, ``wholes`` drops the ragged tails, and ``split``
     turns each role into the axes (blocks, block size). Only reshapes are needed, so units
-    keep the storage order.
+    keep the storage order. Each splits one role, as JAX demands of arrays that `jax.vmap` maps
+    over an explicit mesh axis.
     """
 
     merged: tuple[int, ...]  # shape with each role merged to one axis
     wholes: tuple[int, ...]  # merged, without the ragged tails
+    halfway: tuple[int, ...]  # wholes, with the first role split
     split: tuple[int, ...]  # wholes, with each role split into (blocks, block size)
     inner: tuple[int, ...]  # axes of split that run within a block
     batch: tuple[int, ...]  # axes of split along which tensors are stacked
@@ -167,8 +171,9 @@ class _BlockPlan(NamedTuple):
                 merged.append(size)
                 wholes.append(size)
                 split.append(size)
-        axes = tuple(inner), tuple(batch)
-        return cls(tuple(merged), tuple(wholes), tuple(split), *axes, places, blocks)
+        halfway = split[: inner[0] + 1] + wholes[inner[0] :]
+        shapes = (tuple(shape) for shape in (merged, wholes, halfway, split))
+        return cls(*shapes, tuple(inner), tuple(batch), places, blocks)
 
     def units(self, ndim: int) -> dict[int, int]:
         """Return the length along each axis that a shard must not cut, 0 for the whole axis."""

@@ -1,4 +1,4 @@
-"""Eight simulated devices: averaged gradients, moved checkpoints, and layers on devices apart."""
+"""Eight simulated devices: averages, ensembles, moved checkpoints, and layers on devices apart."""
 
 from __future__ import annotations
 
@@ -113,6 +113,48 @@ for params_spec, cases in (
         print("agrees")
 """
 
+# Each device has one member of an ensemble. Rounded weights tie, so ties are cut, too.
+ENSEMBLE = """
+from functools import partial
+from safe_core import Block, Channel, Unstructured, project
+
+mesh = jax.make_mesh((8,), ("member",), axis_types=(getattr(AxisType, sys.argv[2]),))
+members = {"kernel": jax.random.normal(keys[2], (8, 8, 4)), "bias": jnp.zeros((8, 4))}
+data = jax.random.normal(keys[0], (8, 32, 8)), jax.random.normal(keys[1], (8, 32, 4))
+
+def alone(fn, *args):
+    found = [fn(*jax.tree.map(lambda a: a[i], args)) for i in range(8)]
+    return jax.tree.map(lambda *a: jnp.stack(a), *found)
+
+def apart(fn):
+    def of_one(*args):
+        return jax.tree.map(lambda a: a[None], fn(*jax.tree.map(lambda a: a[0], args)))
+    return jax.shard_map(of_one, mesh=mesh, in_specs=P("member"), out_specs=P("member"))
+
+def train(method, params, data):
+    tx = sparse_optimizer(optax.adam(0.01), method)
+    def step(carry, _):
+        params, state = carry
+        _, gradients, grad_fn = value_and_gradients(loss)(params, data)
+        updates, state = tx.update(gradients, state, params, grad_fn=grad_fn)
+        return (optax.apply_updates(params, updates), state), None
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=4)
+    return finalize(params, state, method)
+
+def agree(fn, rtol, *args):
+    wanted = alone(jax.jit(fn), *args)
+    with jax.set_mesh(mesh):
+        args = jax.device_put(args, NamedSharding(mesh, P("member")))
+        for spread in (jax.vmap(fn), apart(fn)):
+            same(jax.jit(spread)(*args), wanted, rtol)
+            print("agrees")
+
+rounded = jnp.round(2 * members["kernel"]), jnp.round(2 * data[1])
+for pattern in (0.4, Unstructured(0.4, scope="row"), Channel(0.5), Block((4, 2), 0.4)):
+    agree(lambda *arrays: project(arrays, pattern), 0, *rounded)
+agree(partial(train, safe_core.safe(0.75, steps=4)), 1e-3, members, data)
+"""
+
 CHECKPOINT = """
 import orbax.checkpoint as ocp
 folder = sys.argv[1]
@@ -171,14 +213,20 @@ for pattern in ("2:4", safe_core.Unstructured(0.5, scope="row")):
 
 
 @pytest.mark.parametrize(
-    ("script", "checks"),
-    [(AVERAGED, 6), (TYPED, 9), (CHECKPOINT, 2), (PIPELINE, 2)],
-    ids=["average", "explicit axes", "checkpoint", "pipeline"],
+    ("script", "checks", "axis_type"),
+    [
+        pytest.param(AVERAGED, 6, "Auto", id="average"),
+        pytest.param(TYPED, 9, "Explicit", id="explicit axes"),
+        pytest.param(ENSEMBLE, 10, "Auto", id="ensemble"),
+        pytest.param(ENSEMBLE, 10, "Explicit", id="ensemble over explicit axes"),
+        pytest.param(CHECKPOINT, 2, "Auto", id="checkpoint"),
+        pytest.param(PIPELINE, 2, "Auto", id="pipeline"),
+    ],
 )
-def test_eight_devices(script: str, checks: int, tmp_path: Path) -> None:
+def test_eight_devices(script: str, checks: int, axis_type: str, tmp_path: Path) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(
-        [sys.executable, "-P", "-c", PREAMBLE + script, str(tmp_path)],
+        [sys.executable, "-P", "-c", PREAMBLE + script, str(tmp_path), axis_type],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
