@@ -20,6 +20,7 @@ from . import kernels
 from .compiled import CompiledStep
 from .coverage import coverage_of, refuse_dense
 from .groups import GroupRules, settings_of
+from .idle import GradientRecord
 from .importance import importance_in_use
 from .low_bit import mask_states
 from .modules import forget_copies
@@ -29,7 +30,6 @@ from .state import ParameterState
 __all__ = ["Run", "by_value", "fill_gradients", "gradients_of"]
 
 LAST = "last"
-_ENOUGH_STEPS = 10  # to tell that a parameter has no gradient
 
 
 class Run:
@@ -57,8 +57,7 @@ class Run:
         What the last call of `SparseOptimizer.finalize` did.
     finalized_at : int or None
         The step count at that call, also if the state was loaded after it.
-    stepped : list of parameter or None
-        The sparse parameters that the last step moved.
+    gradients : GradientRecord
     selected : dict of parameter to Selected
     trained : set of parameter
         The selected parameters that required gradients when they were selected.
@@ -94,9 +93,7 @@ class Run:
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
         self.finalized_at: int | None = None
-        self.stepped: list[Tensor] | None = None
-        self._waited: dict[Tensor, int] = {}
-        self._reached: set[Tensor] = set()
+        self.gradients = GradientRecord()
         self.checked_rounding = False
         self.checked_steps = False
         self.window: Any = None  # of `lost_steps`
@@ -199,37 +196,19 @@ class Run:
         """Return whether any trainable parameter has a gradient."""
         return any(p.grad is not None for p in self.trainable())
 
-    def note_gradients(self) -> None:
-        """Count the steps in which a sparse parameter had no gradient, until it has one."""
-        self.stepped = self.active()
-        for p in self.stepped:
-            if p.grad is not None:
-                self._reached.add(p)
-            elif p not in self._reached:
-                self._waited[p] = self._waited.get(p, 0) + 1
-
     def idle(self) -> list[str]:
-        """Return the names of the sparse parameters that had no gradient in ten or more steps.
+        """Return the names of the sparse parameters that `GradientRecord` finds idle.
 
-        Ten, because experts and networks that take turns have no gradient in some steps. A gradient
-        of zeros is a gradient. Only parameters that compete with others for the sparsity are named.
-        A checkpoint does not hold the count.
+        Only those that compete with others for the sparsity are named.
         """
         if self.frozen:
             return []
-        waiting = [p for p in self.active() if p not in self._reached]
-        return [
-            self.selected[p].name
-            for p in waiting
-            if self._waited.get(p, 0) >= _ENOUGH_STEPS and self.selected[p].pattern.joint
-        ]
+        found = [self.selected[p] for p in self.gradients.idle(self.active())]
+        return [chosen.name for chosen in found if chosen.pattern.joint]
 
     def halted(self) -> list[str]:
         """Return the names of the sparse parameters that were frozen at the last step."""
-        if self.stepped is None:
-            return []
-        moved = set(self.stepped)
-        return [self.selected[p].name for p in self.constrained() if p not in moved]
+        return [self.selected[p].name for p in self.gradients.halted(self.constrained())]
 
     def active(self) -> list[Tensor]:
         """Return the selected parameters that require gradients, which a step changes."""

@@ -32,7 +32,7 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
     if not run.has_gradient():
         return  # optimizers of torch also skip parameters without a gradient
     warn_of_moved_zeros(run)
-    run.note_gradients()
+    run.gradients.note(run.active())
     _Step(run, norms).take(first)
     run.steps += 1
     _warn_of_long_run(run)
