@@ -122,8 +122,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any], float]
     "experts by sparsegpt": (mixtral, "sparsegpt", tokens(5), {}, 1e-12),
     "experts by safe+": (mixtral, trained(), tokens(5), {}, 1e-11),
     "on disk": (blocks, "wanda", SEVEN, {"offload": "disk", "work_dir": "disk"}, 1e-13),
-    "sharded": (blocks, trained(rho=1e-3), SEVEN, {"shard": True}, 1e-12),
-    "sharded in groups": (blocks, trained(), SEVEN, {"shard": True, "sparsity": "2:4"}, 1e-12),
+    "sharded": (blocks, trained(rho=1e-3, epochs=1), SEVEN, {"shard": True}, 1e-12),
+    "sharded in groups": (
+        blocks, trained(epochs=1), SEVEN, {"shard": True, "sparsity": "2:4"}, 1e-12
+    ),
     "sharded start is kept": (
         blocks, trained(learning_rate=9.0), SEVEN, {"shard": True, "target_inputs": "dense"}, 1e-12
     ),
