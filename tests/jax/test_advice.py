@@ -165,7 +165,7 @@ def causes(found: list[Report]) -> list[list[str]]:
 
 
 def test_a_good_run_is_on_course_at_every_tenth() -> None:
-    task = digits(epochs=60)
+    task = digits(epochs=30)
     found = reports(task, safe_core.safe(0.95, steps=len(task.order)), None)
     assert causes(found) == [[]] * 10
     assert float(found[0].relative_distance) > 0.5 > 0.01 > float(found[-1].relative_distance)

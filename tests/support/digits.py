@@ -1,4 +1,4 @@
-"""Digits and initial layers of LeNet-300-100, as the demo trains it."""
+"""Digits, and initial layers a third as wide as those of the demo, which train as well."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Digits(NamedTuple):
 
 def digits(epochs: int) -> Digits:
     """Return the training set with 19 batches of an epoch."""
-    recipe, run = Recipe(epochs=epochs), Run("dense", 0.0, 0)
+    recipe, run = Recipe(epochs=epochs, hidden=(100, 30)), Run("dense", 0.0, 0)
     data = load(recipe, run)
     return Digits(
         data.inputs, data.labels, data.order, initial_layers(recipe, run, data.inputs.shape[1])
