@@ -18,7 +18,7 @@ from safe_core.where import as_names, warn_of_vectors
 
 from .groups import settings_of
 from .modules import JoinedModules
-from .selection import Selected, Selection
+from .selection import Selected, Selection, keeps_zeros
 from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
 
 __all__ = ["coverage_of", "refuse_dense", "warn_of_chosen_vectors", "warn_of_dense"]
@@ -104,6 +104,8 @@ def _why_dense(
         return frozen, False
     if p not in held:
         return "base does not hold the parameter", False
+    if known.reason and keeps_zeros(selection.method.sparsity, name):
+        return "it was zero everywhere when it was selected", True
     return known.reason or "its param group was added after the last selection", False
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 from safe_core import Layout, _checks
 from safe_core._dtypes import wide_dtype
 
-from .weights import prunable_weights
+from .weights import ModelWeight, may_be_pruned, model_weights
 
 __all__ = ["add_low_rank", "merge_low_rank"]
 
@@ -63,8 +64,9 @@ def add_low_rank(
     alpha : float, optional
         Scale of the change; ``rank`` by default.
     where : callable, optional
-        Function of name and parameter that selects weights. By default they are those of linear,
-        convolution, attention and recurrent layers that hold a zero.
+        Function of name and parameter that selects weights. By default they are those whose zeros
+        `safe_core.keep_zeros` keeps: weights of linear, convolution, attention and recurrent
+        layers, and matrices of modules of other types, such as stacks of experts.
 
     Returns
     -------
@@ -99,19 +101,30 @@ def add_low_rank(
     """
     _checks.integer("rank", rank, low=1)
     scale = 1.0 if alpha is None else _checks.real("alpha", alpha, low=0.0) / rank
-    prunable = prunable_weights(model)
+    known = model_weights(model)
     chosen = [
         (module, attribute, name, p)
         for module, attribute, name, p in _parameters(model)
-        if (where(name, p) if where is not None else p in prunable and bool((p == 0).any()))
+        if (where(name, p) if where is not None else _is_sparse(p, known))
     ]
     _check(chosen)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module, attribute, _, p in chosen:
-        change = _MaskedLowRank(p, prunable.get(p), rank, scale)
+        change = _MaskedLowRank(p, _layout(p, known), rank, scale)
         parametrize.register_parametrization(module, attribute, change)
     return [name for _, _, name, _ in chosen]
+
+
+def _is_sparse(p: Tensor, known: Mapping[Any, ModelWeight]) -> bool:
+    return p in known and may_be_pruned(p, known[p]) and bool((p == 0).any())
+
+
+def _layout(p: Tensor, known: Mapping[Any, ModelWeight]) -> Layout | None:
+    """Return the layout of a weight; three axes in a module of unknown type are a stack."""
+    if p in known and not known[p].reason:
+        return known[p].layout
+    return Layout((2,), (1,), batch_axes=(0,)) if p.ndim == 3 else None
 
 
 def merge_low_rank(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safe_core import Coverage, Evaluation, Importance, Method, StepPlan
+from safe_core import Coverage, Evaluation, FixedZeros, Importance, Method, StepPlan
 from safe_core._dtypes import wide_dtype
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
@@ -455,6 +455,9 @@ class Run:
             return [self.state[p]["support"] for p in sparse]
         found: dict[Tensor, Tensor] = {}
         for pattern, members in self.parameters.pools(sparse):
+            if isinstance(pattern, FixedZeros):  # of the start; the weights may have lost some
+                found.update((p, self.state[p]["support"]) for p in members)
+                continue
             if isinstance(importance, str) and importance == LAST:
                 metric = self.metric(pattern, members)
             else:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from safe_core import Layout, Method, Pattern, _checks
+from safe_core import ByName, FixedZeros, Layout, Method, Pattern, _checks
 from safe_core.finalization import listed
 from safe_core.layout import chosen_layout
 from safe_core.where import as_names, refuse_unknown
 
 from .groups import GroupRules, pattern_of, settings_of
 from .modules import JoinedModules, names_of
-from .weights import ModelWeight, hidden_weights, model_weights
+from .weights import ModelWeight, hidden_weights, may_be_pruned, model_weights
 
-__all__ = ["Selected", "Selection", "refuse_flat_parameters"]
+__all__ = ["Selected", "Selection", "keeps_zeros", "refuse_flat_parameters"]
 
 
 class Selected(NamedTuple):
@@ -65,7 +65,7 @@ class Selection(NamedTuple):
             before = len(selected)
             for p in group["params"]:
                 _refuse_complex(names[p], p)
-                if self.chooses(names[p], p, settings, known):
+                if self.chooses(names[p], p, pattern, settings, known):
                     layout = known[p].layout if p in known else None
                     found = chosen_layout(names[p], p, self.layout, layout)
                     selected[p] = Selected(names[p], found, pattern.of(names[p]))
@@ -89,14 +89,18 @@ class Selection(NamedTuple):
         self,
         name: str,
         p: Tensor,
+        pattern: Pattern,
         settings: Mapping[str, Any],
         known: Mapping[Any, ModelWeight],
     ) -> bool:
         """Return whether a parameter is to be sparse.
 
-        An option of the group wins over ``where``, and ``where`` over the model.
+        An option of the group wins over ``where``, and ``where`` over the model. A pattern that
+        keeps zeros needs no layout, so it also keeps those in modules of unknown types.
         """
         sparsify, prunable = settings.get("sparsify"), p in known and not known[p].reason
+        if p in known and keeps_zeros(pattern, name):
+            prunable = may_be_pruned(p, known[p])
         if sparsify is False:
             return False
         if sparsify is True and (prunable or p.ndim >= 2):
@@ -208,6 +212,13 @@ class Selection(NamedTuple):
         if isinstance(self.layout, Mapping) and not set(self.layout) <= set(names.values()):
             strange = sorted(set(self.layout) - set(names.values()))[0]
             raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
+
+
+def keeps_zeros(pattern: Pattern, name: str) -> bool:
+    """Return whether a pattern keeps the zeros of the parameter ``name``, if it has one for it."""
+    if isinstance(pattern, ByName) and pattern.default is None:
+        return name in pattern.named_arrays and isinstance(pattern.of(name), FixedZeros)
+    return isinstance(pattern.of(name), FixedZeros)
 
 
 def _refuse_shared_names(selected: Mapping[Tensor, Selected]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from safe_core.backends.torch_sharding import whole
 from safe_core.layout import OUTPUT_INPUT, Layout
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ModelWeight",
     "hidden_weights",
     "is_matrix",
+    "may_be_pruned",
     "model_weights",
     "prunable_weights",
 ]
@@ -217,6 +219,17 @@ def _hidden_reason(hidden: HiddenWeight) -> str:
     if hidden.masked:
         return "torch.nn.utils.prune masks the weight"
     return "the layer computes its weight from other parameters"
+
+
+def may_be_pruned(p: Tensor, known: ModelWeight) -> bool:
+    """Return whether zeros in a parameter may come from pruning, so that training must keep them.
+
+    They may in a weight of a known layer, and in a matrix of a module of unknown type, such as a
+    stack of experts. A matrix of zeros alone is not pruned, but starts at zero.
+    """
+    if known.reason != _UNKNOWN:
+        return not known.reason
+    return is_matrix(p) and (p.is_meta or bool(whole((p.detach() != 0).sum())))
 
 
 def is_matrix(p: Tensor) -> bool:

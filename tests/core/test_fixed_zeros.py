@@ -130,3 +130,32 @@ def test_a_param_group_is_checked_too() -> None:
     with pytest.raises(ValueError, match="sparsity of a param group must ask for zeros"):
         SparseOptimizer(torch.optim.SGD(groups, lr=0.1), safe_core.admm(0.5, penalty=1.0))
     SparseOptimizer(torch.optim.SGD(groups, lr=0.1), safe_core.keep_zeros())
+
+
+class Experts(nn.Module):
+    """A module of a type that the library does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.as_tensor(np.stack([FIRST, FIRST[::-1].copy()])))
+        self.offset = nn.Parameter(torch.zeros(2, 6).double())  # starts at zero, and trains
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.einsum("bi,eoi->beo", x, self.weight) + self.offset).flatten(1)
+
+
+@every_method
+def test_zeros_in_modules_of_unknown_types_stay(name: str) -> None:
+    model = nn.Sequential(Experts(), nn.Tanh(), nn.Linear(12, 4).double())
+    before = model[0].weight.detach().clone()
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = SparseOptimizer(base, METHODS[name], model=model)
+    train(model, optimizer, 3)
+    optimizer.finalize()
+    assert torch.equal(model[0].weight == 0, before == 0)
+    assert not torch.equal(model[0].weight, before)
+    assert (model[0].offset != 0).all()
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1.0
+    with pytest.raises(ValueError, match=r"got non-zeros in 0\.weight"):
+        optimizer.check_sparsity()

@@ -115,3 +115,25 @@ def test_bad_choices_are_refused() -> None:
     add_low_rank(changed, rank=1)
     with pytest.raises(ValueError, match="its change not added yet"):
         add_low_rank(changed, rank=1)
+
+
+def test_each_matrix_of_a_stack_of_experts_has_its_own_change() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 8) * (torch.rand(3, 4, 8) < 0.5))
+            self.start = nn.Parameter(torch.zeros(3, 4))  # no pruned weight, although all zero
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("bi,eoi->beo", x, self.weight) + self.start
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts(), nn.Flatten(), nn.Linear(12, 3))
+    zeros = model[0].weight == 0
+    assert add_low_rank(model, rank=1) == ["0.weight"]
+    change = model[0].parametrizations.weight[0]
+    assert (change.a.shape, change.b.shape) == ((3, 1, 8), (3, 4, 1))
+    first, last = fit(model)
+    assert last < 0.9 * first
+    merge_low_rank(model)
+    assert torch.equal(model[0].weight == 0, zeros)
