@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
 
-from safe_core.coverage import Coverage, WeightCoverage
+from safe_core._calls import level_of_caller
+from safe_core.backends import backend_of
+from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
 from safe_core.layout import resolve
 from safe_core.patterns import as_pattern
 from safe_core.where import as_names
@@ -14,7 +17,7 @@ from safe_core.where import as_names
 from .leaves import check_arrays, check_one_copy
 from .tree import NamedLeaves
 
-__all__ = ["coverage"]
+__all__ = ["coverage", "warn_of_free_zeros"]
 
 PyTree = Any
 _DENSE_BY_RULE = ("bias", "b", "scale", "offset", "embedding", "embeddings")
@@ -71,6 +74,31 @@ def coverage(
                 reason = pattern.of(name).why_whole(shape, roles, name)
             found.append(WeightCoverage(name, tuple(leaf.shape), reason, expected))
     return Coverage(tuple(found))
+
+
+def warn_of_free_zeros(user: str, params: PyTree, where: Any) -> None:
+    """Warn of weights with zeros that ``user`` does not keep, since their names are not known.
+
+    A leaf of zeros alone is not pruned, but starts at zero. Traced values cannot be read.
+    """
+    leaves = dict(NamedLeaves.of(params).named)
+    lost = [
+        weight
+        for weight in coverage(params, where=where).unexpected
+        if 0 < _count_nonzero(leaves[weight.name]) < leaves[weight.name].size
+    ]
+    if lost:
+        warnings.warn(
+            f"{user} does not keep the zeros of {by_reason(lost)}",
+            DenseWeightWarning,
+            stacklevel=level_of_caller(),
+        )
+
+
+def _count_nonzero(leaf: Any) -> int:
+    """Return the number of entries that are not zero, or -1 if the values cannot be read."""
+    found = jnp.count_nonzero(leaf)
+    return int(found) if backend_of(found).is_concrete(found) else -1
 
 
 def _reason(name: str, leaf: Any, where: Any) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ from safe_core.own_zeros import warn_without_zeros
 from safe_core.patterns import as_pattern
 
 from .arguments import check_base, check_base_state
+from .coverage import warn_of_free_zeros
 from .state import check_selection, check_shapes, sparse_leaves
 from .tree import SparseTree, advising_layouts_of, refuse_open_stacks, warn_of_chosen_vectors
 
@@ -87,6 +88,7 @@ def fixed_support(
         base_state = inner.init(params)
         check_base_state(base_state)
         warn_without_zeros("fixed_support", tree.info.names, tree.sparse(params))
+        warn_of_free_zeros("fixed_support", params, where)
         return FixedSupportState(base_state, tree.masked(support))
 
     def update(

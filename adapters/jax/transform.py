@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from safe_core import Method, _checks
+from safe_core import FixedZeros, Method, _checks
 from safe_core.backends import backend_of, selecting_on_host
 from safe_core.finalization import warn
 from safe_core.functional import FunctionalStep, StepState
@@ -30,6 +30,7 @@ from .arguments import (
     is_static_zero,
     refuse_averaging,
 )
+from .coverage import warn_of_free_zeros
 from .evaluation import LAST, final_projection
 from .importance import importance_in_use, initial_importance, second_moments
 from .sassha import needs_product, summed_products
@@ -173,6 +174,8 @@ def sparse_optimizer(
             split = method.init(values, tree.info, known)
             refuse_open_stacks(params, tree, method.sparsity)
         warn_of_chosen_vectors(where, params, tree)
+        if any(isinstance(part, FixedZeros) for part in method.sparsity.parts):
+            warn_of_free_zeros("keep_zeros()", params, where)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
         register_with_flax()

@@ -12,7 +12,7 @@ from torch import nn
 
 import safe_core
 from safe_core import FixedZeros
-from safe_core.adapters.optax import finalize, sparse_optimizer
+from safe_core.adapters.optax import finalize, fixed_support, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 
 RNG = np.random.default_rng(0)
@@ -159,3 +159,19 @@ def test_zeros_in_modules_of_unknown_types_stay(name: str) -> None:
         model[0].weight[0, 0] = 1.0
     with pytest.raises(ValueError, match=r"got non-zeros in 0\.weight"):
         optimizer.check_sparsity()
+
+
+def test_jax_names_zeros_that_it_does_not_keep() -> None:
+    pruned = jnp.asarray(FIRST)
+    params = {
+        "fc": {"kernel": pruned, "bias": jnp.zeros(8)},
+        "experts": {"wi": jnp.stack([pruned, pruned]), "start": jnp.zeros((2, 3))},
+        "norm": {"scale": jnp.asarray([[0.0, 1.0]])},
+    }
+    text = r"does not keep the zeros of experts/wi, because its path ends in 'wi', which names no"
+    for tx in (sparse_optimizer(optax.sgd(0.1), METHODS["plain"]), fixed_support(optax.sgd(0.1))):
+        with pytest.warns(safe_core.DenseWeightWarning, match=text):
+            tx.init(params)
+        jax.jit(tx.init)(params)  # a compiled program cannot read the values
+    where = ["fc/kernel", "experts/wi"]
+    sparse_optimizer(optax.sgd(0.1), METHODS["plain"], where=where).init(params)
