@@ -49,7 +49,9 @@ _TRAINED: dict[str, dict[str, Any]] = {
     "SAFE+, published": {"importance": "wanda", "published": True},
 }
 SETTINGS = ("samples", "length", "epochs", "tokens", "seed")
-TUNING = ("all kept weights", "low-rank change")
+ALL_KEPT, LOW_RANK = TUNING = ("all kept weights", "low-rank change")
+RATES = {ALL_KEPT: 1e-4, LOW_RANK: 1e-3}
+DENSE = "Dense"
 METHODS = ("Magnitude", "Wanda", "SparseGPT", "ALPS", *_TRAINED)
 
 
@@ -97,7 +99,7 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
     torch.manual_seed(options.seed)
     model = load(options.model)
     line: dict[str, Any] = {"method": method, "sparsity": sparsity, **settings(options)}
-    if method != "Dense":
+    if method != DENSE:
         pattern = sparsity if ":" in sparsity else float(sparsity)
         rows, chosen = calibration(options), solver(method, options.epochs)
         started = time.monotonic()
@@ -118,25 +120,29 @@ def run(method: str, sparsity: str, options: argparse.Namespace) -> dict[str, An
 
 
 def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune a pruned model on the text of the calibration, and return a line of results."""
+    """Fine-tune a model on the text of the calibration, and return a line of results."""
     torch.manual_seed(options.seed)
     model = load(options.model)
-    model.load_state_dict(torch.load(_file(method, sparsity, options), weights_only=True))
+    if method != DENSE:
+        model.load_state_dict(torch.load(_file(method, sparsity, options), weights_only=True))
     optimizer: Any
-    if kind == "low-rank change":
+    if method == DENSE:
+        optimizer = torch.optim.AdamW(model.parameters(), RATES[kind])
+    elif kind == LOW_RANK:
         add_low_rank(model, rank=options.rank, where=lambda name, p: "proj" in name)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-3)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, RATES[kind])
     else:
-        base = torch.optim.AdamW(model.parameters(), 1e-4)
+        base = torch.optim.AdamW(model.parameters(), RATES[kind])
         optimizer = SparseOptimizer(base, safe_core.keep_zeros(), model=model)
     zeros = count_zeros(model)
     model.to(options.device)
     text, started = tokens(options.model, False), time.monotonic()
     fit(model, optimizer, text, options.steps, batch=options.batch, length=options.length)
     seconds = time.monotonic() - started
-    if kind == "low-rank change":
+    if kind == LOW_RANK:
         merge_low_rank(model)
-    else:
+    elif method != DENSE:
         optimizer.finalize()
     if count_zeros(model) < zeros:
         raise AssertionError(f"{kind} lost zeros of {method} at {sparsity}")
@@ -166,12 +172,12 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     cells = [(method, s) for s in options.sparsities for method in options.methods]
     if options.tune:
-        for method, sparsity in cells:
-            for kind in TUNING:
-                if (method, sparsity, kind) not in done:
-                    yield tune(method, sparsity, kind, options)
+        kinds = [(*cell, kind) for cell in cells for kind in TUNING]
+        for found in [(DENSE, "0", ALL_KEPT), *kinds]:
+            if found not in done:
+                yield tune(*found, options)
         return
-    for method, sparsity in [("Dense", "0"), *cells]:
+    for method, sparsity in [(DENSE, "0"), *cells]:
         if (method, sparsity, None) not in done:
             yield run(method, sparsity, options)
 
@@ -185,7 +191,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     found = {(r["method"], r["sparsity"]): r for r in results if "tuned" not in r}
     sparsities = [s for s in SPARSITIES if any(key[1] == s for key in found)]
     methods = [m for m in METHODS if any(key[0] == m for key in found)]
-    dense = found["Dense", "0"]
+    dense = found[DENSE, "0"]
     best = {
         s: min(found[m, s]["perplexity"] for m in methods if (m, s) in found) for s in sparsities
     }
@@ -218,7 +224,8 @@ def _tuned(tuned: list[dict[str, Any]], found: dict[tuple[str, str], Any]) -> li
     for method, sparsity in dict.fromkeys((r["method"], r["sparsity"]) for r in tuned):
         lines = [found[method, sparsity], *(after.get((method, sparsity, k)) for k in TUNING)]
         texts = ("" if line is None else _figure(line) for line in lines)
-        rows.append(f"| {method}, {sparsity} | {' | '.join(texts)} |")
+        name = method if method == DENSE else f"{method}, {sparsity}"
+        rows.append(f"| {name} | {' | '.join(texts)} |")
     return rows
 
 

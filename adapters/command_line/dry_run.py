@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from safe_core import Layout, Pattern, project
 from safe_core._readable import readable_bytes, readable_seconds
 from safe_core.adapters.torch.blocks.memory import MemoryEstimate
 from safe_core.adapters.torch.blocks.processes import processes_of
 from safe_core.adapters.torch.blocks.pruning import PruningPlan
-from safe_core.adapters.torch.blocks.report import TimeEstimate
+from safe_core.adapters.torch.blocks.report import BlockReport, TimeEstimate
 from safe_core.adapters.torch.blocks.work_folder import existing_folder
 
 from .job import PruningJob
@@ -36,7 +38,7 @@ class PlannedWeight(NamedTuple):
     name : str
     shape : tuple of int
     sparsity : float
-        The requested fraction of zeros, which is rounded down to whole entries.
+        The fraction of zeros that the run gives it, rounded down to whole entries.
     pattern : str
     """
 
@@ -92,7 +94,7 @@ class FolderPlan(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """The requested fraction of zeros in all weights together."""
+        """The fraction of zeros in all weights together."""
         entries = sum(_entries(w) for w in self.weights)
         return sum(w.sparsity * _entries(w) for w in self.weights) / max(1, entries)
 
@@ -201,7 +203,7 @@ def plan_folder(
     return FolderPlan(
         device=where,
         blocks=plan.name,
-        weights=_weights(model, plan),
+        weights=_weights(model, plan, time.measured),
         dense={**plan.dense, **_outside(model, plan.name)},
         settings=[("method", job.method), *job.solver.describe(job.pattern, plan.steps or None)],
         samples=samples,
@@ -216,13 +218,33 @@ def plan_folder(
     )
 
 
-def _weights(model: nn.Module, plan: PruningPlan) -> list[PlannedWeight]:
+def _weights(
+    model: nn.Module, plan: PruningPlan, measured: Sequence[BlockReport]
+) -> list[PlannedWeight]:
+    """Return the weights to prune, with the sparsity that a weight alike has got or would get."""
+    pruned = {
+        _kind(model, plan, name): 1 - w.kept / w.entries
+        for block in measured
+        for own, w in block.weights.items()
+        for name in (f"{block.name}.{own}",)
+    }
     rows = []
     for name, pattern in plan.patterns.items():
-        shape = tuple(model.get_parameter(name).shape)
-        share = Fraction(pattern.fractions()[-1])
-        rows.append(PlannedWeight(name, shape, float(share), pattern.describe()))
+        shape, described = found = _kind(model, plan, name)
+        if found not in pruned:
+            pruned[found] = _rounded(pattern, shape, plan.weights[name])
+        rows.append(PlannedWeight(name, shape, pruned[found], described))
     return rows
+
+
+def _rounded(pattern: Pattern, shape: tuple[int, ...], layout: Layout | None) -> float:
+    """Return the fraction of zeros in whole entries."""
+    entries = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).reshape(shape)
+    return 1 - float(project(entries, pattern, layout=layout).support.double().mean())
+
+
+def _kind(model: nn.Module, plan: PruningPlan, name: str) -> tuple[tuple[int, ...], str]:
+    return tuple(model.get_parameter(name).shape), plan.patterns[name].describe()
 
 
 def _outside(model: nn.Module, blocks: str) -> dict[str, str]:
@@ -243,7 +265,4 @@ def _by_pattern(weights: list[PlannedWeight]) -> dict[str, list[PlannedWeight]]:
 
 
 def _entries(weight: PlannedWeight) -> int:
-    found = 1
-    for n in weight.shape:
-        found *= n
-    return found
+    return math.prod(weight.shape)

@@ -55,7 +55,8 @@ def read_input_file(file: Path) -> InputFile:
     Raises
     ------
     ValueError
-        If the file is damaged or of another kind, or the arrays differ in their rows.
+        If the file is damaged or of another kind, the arrays differ in their rows, or a number is
+        not finite.
 
     Examples
     --------
@@ -81,6 +82,9 @@ def read_input_file(file: Path) -> InputFile:
             f"inputs must hold arrays with a sample in each row, as many rows each, got "
             f"{', '.join(f'{name} with {n}' for name, n in rows.items()) or 'none'} in {file}"
         )
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise ValueError(f"inputs must be finite, got NaN or infinity in {name} of {file}")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return InputFile(file.name, file.stat().st_size, digest, tensors)

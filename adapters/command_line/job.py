@@ -19,6 +19,7 @@ from safe_core.patterns import Pattern
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import Solver, as_solver, named_solvers
 
+from .records import has_records
 from .sparsities import SparsityRules, check_regex, parse_rules, takes_scope
 
 __all__ = ["PruningJob", "find_solver"]
@@ -145,6 +146,8 @@ class PruningJob:
             raise TypeError(f"settings must be PruningSettings, got {self.settings!r}")
         if self.settings.where is not None:
             raise ValueError("where must be None in a job, which selects weights by `only`")
+        for name, least in (("samples", 1), ("length", 1)):
+            _checks.integer(name, getattr(self, name), low=least)
         if self.length == 1:
             raise ValueError(
                 "length must be at least 2 tokens, so that attention has more than one position, "
@@ -165,10 +168,15 @@ class PruningJob:
         if isinstance(self.calibration, (str, os.PathLike)):
             raise TypeError(f"calibration must be a list of files, got {self.calibration!r}")
         if bool(self.calibration) == (self.inputs is not None):
-            got = "both" if self.calibration else "none"
+            got = "both" if self.calibration else "none of them"
             raise ValueError(
-                "calibration must name at least one text file, or inputs a file of inputs for a "
-                f"model that takes no text, got {got}"
+                "either calibration must name text files, or inputs a file of inputs for a model "
+                f"that takes no text, got {got}"
+            )
+        if self.field is not None and not any(has_records(Path(f)) for f in self.calibration):
+            raise ValueError(
+                "field must be left out without a .jsonl, .json or .parquet file, got "
+                f"{self.field!r}"
             )
         whole = [Path(file).resolve() for file in self.calibration]
         twice = next((file for file in whole if whole.count(file) > 1), None)

@@ -367,6 +367,8 @@ def check_model_folder(folder: Path, gguf_file: str | None = None) -> Path | Non
                 f"model must be a folder, got {folder}: name its folder, with --gguf-file "
                 f"{folder.name}"
             )
+        if folder.exists():
+            raise ValueError(f"model must be a folder, got the file {folder}: name its folder")
         named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
         hub = str(folder) if named else "ORGANISATION/NAME"
         raise ValueError(

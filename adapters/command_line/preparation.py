@@ -31,7 +31,7 @@ from .input_files import InputFile, read_input_file
 from .job import PruningJob
 from .launch import own_device
 from .model_folder import chosen_device, load_tokenizer, read_model
-from .output import naming_options, numbers_left_out
+from .output import by_option, naming_options, numbers_left_out
 from .perplexity import check_length
 from .source import Source, check_source
 from .sparsities import SparsityRules, check_matches
@@ -130,6 +130,8 @@ def prepare(
         f"{job.method} to {', '.join(job.sparsities)}: {len(plan.weights)} weights of "
         f"{plan.name} on {where}, memory beside the model{each}: {plan.memory}"
     )
+    if job.settings.shard and processes.size == 1:
+        say("note: --shard shares nothing in one process; start several with torchrun")
     left = _other_stacks(model, plan.name)
     if left:
         say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
@@ -190,7 +192,7 @@ def _planned(
 ) -> PruningPlan:
     """Plan the run; errors name the options of the command line."""
     rules = job.rules
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, p in model.named_parameters() if p.ndim >= 2]
     check_matches("only", [job.only] if job.only is not None else [], names)
     check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
     check_matches("sparsity", [regex for regex, _ in rules.rules], names)
@@ -205,18 +207,31 @@ def _planned(
     except NoChainError as error:
         raise ValueError(_by_option(str(error))) from None
     except Exception as error:
+        if isinstance(error, ValueError) and _is_ours(error):
+            raise ValueError(by_option(str(error))) from error
         if _is_ours(error) or lacks_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        parameters = inspect.signature(model.forward).parameters.values()
-        takes = ", ".join(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
-        raise ValueError(
-            f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. If it takes no "
-            f"text alone, pass --inputs with its arguments, of {takes}; for anything else, call "
-            "safe_core.adapters.transformers.prune_blocks from Python"
-        ) from error
-    check_matches("sparsity", [regex for regex, _ in rules.rules], plan.weights)
+        raise ValueError(_why_not_run(model, data, error)) from error
+    regexes = [regex for regex, _ in rules.rules]
+    check_matches("sparsity", regexes, plan.weights, "a weight that is pruned")
     return plan
+
+
+def _why_not_run(model: nn.Module, data: Calibration, error: Exception) -> str:
+    """Return the error of a model that does not run on the calibration, with a remedy."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    parameters = inspect.signature(model.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    others = [name for name in data.probe if name is not None and name not in known]
+    takes, remedy = ", ".join(known), "If it takes no text alone, pass --inputs with its arguments"
+    if others:
+        remedy = f"It has no argument {', '.join(others)}: name the arrays by its arguments"
+    elif None not in data.probe:
+        remedy = "It may need other arrays, named by its arguments"
+    return (
+        f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. {remedy}, of "
+        f"{takes}; for anything else, call safe_core.adapters.transformers.prune_blocks from Python"
+    )
 
 
 def _by_outliers(

@@ -12,6 +12,8 @@ from safe_core import _checks
 from safe_core.adapters.loading import load_named, names_object
 from safe_core.patterns import Pattern, as_pattern, outlier_weighed
 
+from .output import numbers_left_out
+
 __all__ = [
     "OutlierRule",
     "SparsityRules",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 _OUTLIERS = "owl:"
+_SHOWN = 10  # names in a message
 
 
 def parse_sparsity(text: str, scope: Literal["tensor", "row"] = "tensor") -> Pattern:
@@ -131,10 +134,14 @@ class OutlierRule:
             found = cls(_checks.sparsity("sparsity", sparsity), *others)
             _checks.real("threshold", found.threshold, low=0.0)
         except (ValueError, TypeError):
+            given = text.removeprefix(_OUTLIERS)
+            hint = _checks.percent_meant(given.partition(":")[0])
+            if re.fullmatch(r"\d+:\d+", given):
+                hint = ", and N:M patterns are the same in every block"
             raise ValueError(
                 "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
                 "owl:SPARSITY:M:LAMBDA with a fraction as SPARSITY, such as owl:0.7:5:0.08, got "
-                f"{text!r}{_checks.percent_meant(text.removeprefix(_OUTLIERS).partition(':')[0])}"
+                f"{text!r}{hint}"
             ) from None
         try:
             outlier_weighed([], [], found.sparsity, found.reach)
@@ -236,7 +243,10 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
     if plain[0].startswith(_OUTLIERS):
         outliers = OutlierRule.parsed(plain[0])
         return SparsityRules(as_pattern(outliers.sparsity, scope), tuple(rules), outliers)
-    return SparsityRules(parse_sparsity(plain[0], scope), tuple(rules))
+    default = parse_sparsity(plain[0], scope)
+    if not rules and not default.fractions()[-1]:
+        raise ValueError(f"sparsity must be above 0 for some weight, got {plain[0]}")
+    return SparsityRules(default, tuple(rules))
 
 
 def check_regex(argument: str, regex: str) -> None:
@@ -258,8 +268,12 @@ def check_regex(argument: str, regex: str) -> None:
         raise ValueError(f"{argument} must be a regular expression of a name, got an empty one")
 
 
-def check_matches(argument: str, regexes: Iterable[str], names: Iterable[str]) -> None:
+def check_matches(
+    argument: str, regexes: Iterable[str], names: Iterable[str], what: str = "a weight"
+) -> None:
     """Raise ValueError for a regular expression that matches no name: it is misspelled.
+
+    The message has a name of each kind of weight, those that the blocks repeat first.
 
     Examples
     --------
@@ -271,7 +285,11 @@ layers.0.up.weight, layers.0.down.weight
     known: list[Any] = list(names)
     for regex in regexes:
         if not any(re.search(regex, name) for name in known):
+            kinds: dict[str, list[str]] = {}
+            for name in known:
+                kinds.setdefault(numbers_left_out(name), []).append(name)
+            shown = sorted(kinds.values(), key=len, reverse=True)[:_SHOWN]
             raise ValueError(
-                f"{argument} must match the name of a weight, got {regex!r}: names are such as "
-                f"{', '.join(known[:3])}"
+                f"{argument} must match the name of {what}, got {regex!r}: names are such as "
+                f"{', '.join(alike[0] for alike in shown)}"
             )

@@ -96,6 +96,8 @@ def _texts(file: Path, field: str | None, chat: Callable[[Any], str] | None) -> 
             hint = (
                 ": pass --chat-template to turn messages into text"
                 if isinstance(value, list)
+                else ": leave such records out"
+                if value is None
                 else ""
             )
             raise ValueError(

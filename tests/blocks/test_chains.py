@@ -118,3 +118,12 @@ def test_stages_of_a_model_of_images_are_refused() -> None:
     assert "encoder.stages.2.layers" in message
     plan = plan_pruning(model, images, "wanda", 0.5, blocks="encoder.stages.2.layers")
     assert len(plan.weights) == 4
+
+
+def test_hidden_states_that_are_not_finite_are_named() -> None:
+    model = Stage(4, 3, reduces=False)
+    data = torch.randn(2, 4, 4)
+    with torch.no_grad():
+        model.layers[0].linear.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"got NaN in those that layers\.0 takes or returns"):
+        plan_pruning(model, data, "magnitude", 0.5)

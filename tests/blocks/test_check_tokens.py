@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
-from safe_core.adapters.torch.blocks.calibration import check_tokens
+from safe_core.adapters.torch.blocks.calibration import check_token_axes, check_tokens
 from safe_core.adapters.transformers import prune_blocks
 
 
@@ -45,3 +46,13 @@ def test_token_ids_without_an_axis_of_samples_are_refused(named: bool, whole: bo
     message = r"of shape \(samples, tokens\), got shape \(3,\): .* by ids\[None\]"
     with pytest.raises(ValueError, match=message):
         prune_blocks(model, batch if whole else [batch], "magnitude", 0.5)
+
+
+def test_the_output_of_a_tokenizer_is_a_batch() -> None:
+    encoded = BatchEncoding({"input_ids": torch.tensor([[0, 1], [2, 0]])})
+    check_token_axes(Model(torch.nn.Embedding(4, 2)), [encoded])
+    check_token_axes(Model(torch.nn.Embedding(4, 2)), BatchEncoding({"pixels": torch.ones(2, 2)}))
+    with pytest.raises(ValueError, match=r"got shape \(2,\): add the axis of samples"):
+        check_token_axes(
+            Model(torch.nn.Embedding(4, 2)), BatchEncoding({"input_ids": torch.ones(2).long()})
+        )

@@ -96,5 +96,8 @@ def test_errors_end_in_one_line(folder: Path, text: Path, tmp_path: Path) -> Non
     assert "owl:SPARSITY:M:LAMBDA" in refused(*prune, "--sparsity", "owl:2")
     message = failed(*prune, "--sparsity", "owl:0.5", "--only", "nothing")
     assert "only must match the name of a weight" in message
-    message = failed(*prune, "--sparsity", "owl:0.5", "--only", "norm")
+    message = failed(*prune, "--sparsity", "owl:0.5", "--only", "lm_head")
     assert "blocks must hold weights to prune, got none" in message
+    assert "because --only or --ignore leaves it out" in message
+    message = failed(*prune, "--sparsity", "owl:2:4")
+    assert "got 'owl:2:4', and N:M patterns are the same in every block" in message

@@ -300,6 +300,13 @@ def test_prune_refuses_before_it_begins(
     again = text.parent / ".." / text.parent.name / text.name
     assert f"name each file once, got {text} 2 times" in message("--calibration", again)
     assert "length must be at least 2 tokens, so that" in message("--length", 1)
+    for count in (0, -3):
+        assert f"samples must be at least 1, got {count}" in message("--samples", count)
+    assert "sparsity must be above 0 for some weight, got 0" in message("--sparsity", 0)
+    found = message("--field", "body")
+    assert "field must be left out without a .jsonl, .json or .parquet file, got 'body'" in found
+    weights = folder / "model.safetensors"
+    assert f"model must be a folder, got the file {weights}: name" in message(model=weights)
     for inside in (folder, folder / "sparse", folder / ".." / folder.name):
         found = refused("prune", folder, "--calibration", text, "--out", inside, *SHORT)
         assert f"outside of the model folder, such as {folder}-sparse, got {inside}" in found

@@ -190,6 +190,10 @@ def test_inputs_are_checked(folder: Path, text: Path, tmp_path: Path) -> None:
     other.touch()
     assert "must be a .safetensors or .npz file" in message(given=other)
     np.savez(file, images=np.zeros((2, 3), "f4"))
-    assert "LlamaForCausalLM must run on a row of inputs.npz, but fails" in message()
+    found = message()
+    assert "LlamaForCausalLM must run on a row of inputs.npz, but fails" in found
+    assert "It has no argument images: name the arrays by its arguments, of input_ids, " in found
+    np.savez(file, inputs_embeds=np.full((2, 3, 16), np.nan, "f4"))
+    assert "must be finite, got NaN or infinity in inputs_embeds of" in message()
     np.savez(file, input_ids=np.full((2, 8), 256))
     assert "below 256, got 256" in message()

@@ -97,7 +97,9 @@ def test_expressions_that_match_nothing_are_refused(
         message = failed(*prune, option, "mpl")
         assert f"{argument} must match the name of a weight, got 'mpl': names are such" in message
     message = failed(*prune, "--sparsity", "0.5", "--sparsity", "embed=0.9")
-    assert "sparsity must match the name of a weight, got 'embed': names are such as" in message
+    assert (
+        "sparsity must match the name of a weight that is pruned, got 'embed': names are" in message
+    )
     message = refused(*prune, "--ignore", "")
     assert "ignore must be a regular expression of a name, got an empty" in message
     message = failed(*prune, "--sparsity", "0.5", "--sparsity", "down=3:12")

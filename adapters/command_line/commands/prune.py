@@ -81,9 +81,9 @@ def prune(
     sparsity: Annotated[
         list[str] | None,
         typer.Option(
-            help="Fraction of zeros in each weight (0.5), N:M (2:4), file.py:PATTERN, or owl:0.7 "
-            "for blocks that differ by their outliers; again as REGEX=SPARSITY for weights with "
-            "such a name.  [default: 0.5]"
+            help="Fraction of zeros in each weight (0.5), N:M to keep N of every M (2:4), "
+            "file.py:PATTERN, or owl:0.7 for blocks that differ by their outliers; again as "
+            "REGEX=SPARSITY for weights with such a name.  [default: 0.5]"
         ),
     ] = None,
     method: Annotated[

@@ -214,7 +214,8 @@ def _vocabulary(model: nn.Module) -> nn.Embedding | None:
 
 def _token_ids(sample: Mapping[str | None, Any]) -> Tensor | None:
     """Return the token ids of the arguments of a model that takes them, if they are a tensor."""
-    tokens = sample.get("input_ids", sample.get(None))
+    # The outputs of tokenizers raise a TypeError for the key None.
+    tokens = sample["input_ids"] if "input_ids" in sample else dict(sample).get(None)
     return tokens if torch.is_tensor(tokens) and not tokens.is_floating_point() else None
 
 
