@@ -97,8 +97,8 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
     whole, zero = _pick((sum(sizes),), 0), jnp.zeros((), keys[0].dtype)
     reaches, same = partial(_at_least, b=k), partial(_same, k)
     bits = _DIGIT_BITS if sum(sizes) > _FEW else 1
-    start = _typed_as(k, (zero, whole))
-    threshold, exact = _search(at_least, *start, reaches, same, bits)
+    zero, whole = _typed_as(k, (zero, whole))
+    threshold, exact = _search(at_least, zero, whole, reaches, same, bits)
 
     # Real weights hardly ever tie. Then the comparison alone gives the masks, and the search
     # over indices is skipped at run time.
@@ -130,8 +130,8 @@ def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int |
     zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
     whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
     bits = _DIGIT_BITS if keys.size > _FEW else 1
-    start = _typed_as([k], (zero, whole))
-    threshold, exact = _search(at_least, *start, lambda c: c >= k, lambda c: c == k, bits)
+    zero, whole = _typed_as([k], (zero, whole))
+    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
 
     def with_ties(keys: Array) -> Array:
         above, tied = keys > threshold, keys == threshold

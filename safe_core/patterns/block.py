@@ -171,9 +171,16 @@ class _BlockPlan(NamedTuple):
                 merged.append(size)
                 wholes.append(size)
                 split.append(size)
-        halfway = split[: inner[0] + 1] + wholes[inner[0] :]
-        shapes = (tuple(shape) for shape in (merged, wholes, halfway, split))
-        return cls(*shapes, tuple(inner), tuple(batch), places, blocks)
+        return cls(
+            merged=tuple(merged),
+            wholes=tuple(wholes),
+            halfway=(*split[: inner[0] + 1], *wholes[inner[0] :]),
+            split=tuple(split),
+            inner=tuple(inner),
+            batch=tuple(batch),
+            places=places,
+            blocks=blocks,
+        )
 
     def units(self, ndim: int) -> dict[int, int]:
         """Return the length along each axis that a shard must not cut, 0 for the whole axis."""
