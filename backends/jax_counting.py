@@ -202,12 +202,12 @@ def _search(
 
 
 def _typed_as(operands: Sequence[Array], constants: Any) -> Any:
-    """Return constants with the type of what is computed from them and the operands.
+    """Return constants with the mesh and the varying axes of the operands.
 
     The type of an array includes its mesh and, under `jax.shard_map`, the mesh axes along which
     its values vary. Constants have neither, but a loop must return the types that it takes, and
-    `jax.vmap` over an explicit mesh axis needs the mesh. So add zero times the operands, which
-    the compiler removes.
+    `jax.vmap` over an explicit mesh axis needs the mesh. So this adds zero times a sum of the
+    operands, which the compiler removes.
     """
     zero = jnp.uint32(0) * sum(jnp.sum(x, dtype=jnp.uint32) for x in operands)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), constants)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from safe_core import Layout, Pattern, project
+from safe_core import Pattern
 from safe_core._readable import readable_bytes, readable_seconds
 from safe_core.adapters.torch.blocks.memory import MemoryEstimate
 from safe_core.adapters.torch.blocks.processes import processes_of
@@ -38,7 +37,8 @@ class PlannedWeight(NamedTuple):
     name : str
     shape : tuple of int
     sparsity : float
-        The fraction of zeros that the run gives it, rounded down to whole entries.
+        The fraction of zeros that a weight of this shape and pattern has got, which is rounded
+        down to whole entries; the requested fraction if none was pruned to measure the time.
     pattern : str
     """
 
@@ -221,30 +221,21 @@ def plan_folder(
 def _weights(
     model: nn.Module, plan: PruningPlan, measured: Sequence[BlockReport]
 ) -> list[PlannedWeight]:
-    """Return the weights to prune, with the sparsity that a weight alike has got or would get."""
-    pruned = {
-        _kind(model, plan, name): 1 - w.kept / w.entries
-        for block in measured
-        for own, w in block.weights.items()
-        for name in (f"{block.name}.{own}",)
-    }
+    """Return the weights to prune, with the sparsity of a weight alike that was pruned."""
+
+    def kind(name: str) -> tuple[tuple[int, ...], Pattern]:
+        return tuple(model.get_parameter(name).shape), plan.patterns[name]
+
+    pruned: dict[tuple[tuple[int, ...], Pattern], float] = {}
+    for block in measured:
+        for own, weight in block.weights.items():
+            pruned[kind(f"{block.name}.{own}")] = 1 - weight.kept / weight.entries
     rows = []
-    for name, pattern in plan.patterns.items():
-        shape, described = found = _kind(model, plan, name)
-        if found not in pruned:
-            pruned[found] = _rounded(pattern, shape, plan.weights[name])
-        rows.append(PlannedWeight(name, shape, pruned[found], described))
+    for name in plan.patterns:
+        shape, pattern = kind(name)
+        share = pruned.get((shape, pattern), float(pattern.fractions()[-1]))
+        rows.append(PlannedWeight(name, shape, share, pattern.describe()))
     return rows
-
-
-def _rounded(pattern: Pattern, shape: tuple[int, ...], layout: Layout | None) -> float:
-    """Return the fraction of zeros in whole entries."""
-    entries = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).reshape(shape)
-    return 1 - float(project(entries, pattern, layout=layout).support.double().mean())
-
-
-def _kind(model: nn.Module, plan: PruningPlan, name: str) -> tuple[tuple[int, ...], str]:
-    return tuple(model.get_parameter(name).shape), plan.patterns[name].describe()
 
 
 def _outside(model: nn.Module, blocks: str) -> dict[str, str]:

@@ -146,8 +146,8 @@ class PruningJob:
             raise TypeError(f"settings must be PruningSettings, got {self.settings!r}")
         if self.settings.where is not None:
             raise ValueError("where must be None in a job, which selects weights by `only`")
-        for name, least in (("samples", 1), ("length", 1)):
-            _checks.integer(name, getattr(self, name), low=least)
+        _checks.integer("samples", self.samples, low=1)
+        _checks.integer("length", self.length, low=1)
         if self.length == 1:
             raise ValueError(
                 "length must be at least 2 tokens, so that attention has more than one position, "
@@ -168,14 +168,14 @@ class PruningJob:
         if isinstance(self.calibration, (str, os.PathLike)):
             raise TypeError(f"calibration must be a list of files, got {self.calibration!r}")
         if bool(self.calibration) == (self.inputs is not None):
-            got = "both" if self.calibration else "none of them"
+            got = "both" if self.calibration else "neither"
             raise ValueError(
-                "either calibration must name text files, or inputs a file of inputs for a model "
-                f"that takes no text, got {got}"
+                "pass text files as calibration or, for a model that takes no text, a file as "
+                f"inputs, got {got}"
             )
         if self.field is not None and not any(has_records(Path(f)) for f in self.calibration):
             raise ValueError(
-                "field must be left out without a .jsonl, .json or .parquet file, got "
+                "field must be left out without a file of records, such as .jsonl or .parquet, got "
                 f"{self.field!r}"
             )
         whole = [Path(file).resolve() for file in self.calibration]

@@ -368,7 +368,9 @@ def check_model_folder(folder: Path, gguf_file: str | None = None) -> Path | Non
                 f"{folder.name}"
             )
         if folder.exists():
-            raise ValueError(f"model must be a folder, got the file {folder}: name its folder")
+            raise ValueError(
+                f"model must be a folder, got the file {folder}: pass the folder that holds it"
+            )
         named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder))
         hub = str(folder) if named else "ORGANISATION/NAME"
         raise ValueError(

@@ -131,7 +131,7 @@ def prepare(
         f"{plan.name} on {where}, memory beside the model{each}: {plan.memory}"
     )
     if job.settings.shard and processes.size == 1:
-        say("note: --shard shares nothing in one process; start several with torchrun")
+        say("note: --shard has no effect in one process; start several with torchrun")
     left = _other_stacks(model, plan.name)
     if left:
         say(f"note: only {plan.name} is pruned, not {', '.join(left)}; --blocks chooses")
@@ -192,9 +192,10 @@ def _planned(
 ) -> PruningPlan:
     """Plan the run; errors name the options of the command line."""
     rules = job.rules
+    everything = [name for name, _ in model.named_parameters()]
     names = [name for name, p in model.named_parameters() if p.ndim >= 2]
     check_matches("only", [job.only] if job.only is not None else [], names)
-    check_matches("ignore", [job.ignore] if job.ignore is not None else [], names)
+    check_matches("ignore", [job.ignore] if job.ignore is not None else [], everything)
     check_matches("sparsity", [regex for regex, _ in rules.rules], names)
     settings = job.settings_on(device)
     sparsity: Any = rules if rules.rules else rules.default
@@ -207,9 +208,11 @@ def _planned(
     except NoChainError as error:
         raise ValueError(_by_option(str(error))) from None
     except Exception as error:
-        if isinstance(error, ValueError) and _is_ours(error):
-            raise ValueError(by_option(str(error))) from error
-        if _is_ours(error) or lacks_memory(error):
+        if lacks_memory(error):
+            raise
+        if _is_ours(error):
+            if type(error) in (TypeError, ValueError):
+                raise type(error)(by_option(str(error))) from None
             raise
         raise ValueError(_why_not_run(model, data, error)) from error
     regexes = [regex for regex, _ in rules.rules]
@@ -221,16 +224,21 @@ def _why_not_run(model: nn.Module, data: Calibration, error: Exception) -> str:
     """Return the error of a model that does not run on the calibration, with a remedy."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     parameters = inspect.signature(model.forward).parameters.values()
-    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     others = [name for name in data.probe if name is not None and name not in known]
-    takes, remedy = ", ".join(known), "If it takes no text alone, pass --inputs with its arguments"
-    if others:
-        remedy = f"It has no argument {', '.join(others)}: name the arrays by its arguments"
-    elif None not in data.probe:
-        remedy = "It may need other arrays, named by its arguments"
+    takes = ", ".join(known)
+    if None in data.probe:
+        remedy = (
+            "If it does not run on text alone, pass --inputs with arrays named after its "
+            f"arguments, {takes}"
+        )
+    elif others:
+        remedy = f"Its signature does not name {', '.join(others)}. Its arguments are {takes}"
+    else:
+        remedy = f"It may need more arrays. Its arguments are {takes}"
     return (
-        f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. {remedy}, of "
-        f"{takes}; for anything else, call safe_core.adapters.transformers.prune_blocks from Python"
+        f"{type(model).__name__} must run on {data.kind}, but fails: {reason}. {remedy}; for "
+        "anything else, call safe_core.adapters.transformers.prune_blocks from Python"
     )
 
 

@@ -136,8 +136,8 @@ class OutlierRule:
         except (ValueError, TypeError):
             given = text.removeprefix(_OUTLIERS)
             hint = _checks.percent_meant(given.partition(":")[0])
-            if re.fullmatch(r"\d+:\d+", given):
-                hint = ", and N:M patterns are the same in every block"
+            if not hint and re.fullmatch(r"\d+:\d+", given):
+                hint = ": an N:M pattern cannot differ by block"
             raise ValueError(
                 "sparsity by outliers must be owl:SPARSITY, owl:SPARSITY:M or "
                 "owl:SPARSITY:M:LAMBDA with a fraction as SPARSITY, such as owl:0.7:5:0.08, got "
@@ -228,6 +228,9 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
         raise ValueError(
             f"sparsity must give one default, got {' and '.join(plain)}: others are REGEX=SPARSITY"
         )
+    values = [text.rpartition("=")[2] for text in texts]
+    if all(re.fullmatch(r"0*\.?0*", value) for value in values):
+        raise ValueError(f"sparsity must be above 0 for some weight, got {' and '.join(texts)}")
     rules = []
     for text in texts:
         regex, given, value = text.rpartition("=")
@@ -243,10 +246,7 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
     if plain[0].startswith(_OUTLIERS):
         outliers = OutlierRule.parsed(plain[0])
         return SparsityRules(as_pattern(outliers.sparsity, scope), tuple(rules), outliers)
-    default = parse_sparsity(plain[0], scope)
-    if not rules and not default.fractions()[-1]:
-        raise ValueError(f"sparsity must be above 0 for some weight, got {plain[0]}")
-    return SparsityRules(default, tuple(rules))
+    return SparsityRules(parse_sparsity(plain[0], scope), tuple(rules))
 
 
 def check_regex(argument: str, regex: str) -> None:
@@ -273,7 +273,7 @@ def check_matches(
 ) -> None:
     """Raise ValueError for a regular expression that matches no name: it is misspelled.
 
-    The message has a name of each kind of weight, those that the blocks repeat first.
+    The message lists one name of each kind of weight, the most frequent kinds first.
 
     Examples
     --------

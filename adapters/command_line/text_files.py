@@ -96,7 +96,7 @@ def _texts(file: Path, field: str | None, chat: Callable[[Any], str] | None) -> 
             hint = (
                 ": pass --chat-template to turn messages into text"
                 if isinstance(value, list)
-                else ": leave such records out"
+                else ": remove records without a text"
                 if value is None
                 else ""
             )

@@ -77,9 +77,9 @@ def coverage(
 
 
 def warn_of_free_zeros(user: str, params: PyTree, where: Any) -> None:
-    """Warn of weights with zeros that ``user`` does not keep, since their names are not known.
+    """Warn about weights whose zeros ``user`` does not keep, because it does not know their names.
 
-    A leaf of zeros alone is not pruned, but starts at zero. Traced values cannot be read.
+    A leaf that is zero everywhere was not pruned; it starts at zero. Traced values cannot be read.
     """
     leaves = dict(NamedLeaves.of(params).named)
     lost = [
@@ -89,7 +89,7 @@ def warn_of_free_zeros(user: str, params: PyTree, where: Any) -> None:
     ]
     if lost:
         warnings.warn(
-            f"{user} does not keep the zeros of {by_reason(lost)}",
+            f"{user} does not keep the zeros of {by_reason(lost)}. To silence this, pass where=",
             DenseWeightWarning,
             stacklevel=level_of_caller(),
         )

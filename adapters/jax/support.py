@@ -67,7 +67,8 @@ def fixed_support(
     Warns
     -----
     DenseWeightWarning
-        If ``init`` gets ``params`` without zeros, which would train dense.
+        If ``init`` gets ``params`` without zeros, which would train dense, or with zeros in leaves
+        that it does not select because their names are no names of weights.
 
     Examples
     --------

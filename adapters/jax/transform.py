@@ -130,6 +130,8 @@ def sparse_optimizer(
     UserWarning
         If ``init`` finds that a function ``where`` selects leaves of fewer than two axes beside
         weights.
+    DenseWeightWarning
+        If the method keeps zeros, and leaves that it does not select hold some.
 
     Examples
     --------
@@ -175,7 +177,7 @@ def sparse_optimizer(
             refuse_open_stacks(params, tree, method.sparsity)
         warn_of_chosen_vectors(where, params, tree)
         if any(isinstance(part, FixedZeros) for part in method.sparsity.parts):
-            warn_of_free_zeros("keep_zeros()", params, where)
+            warn_of_free_zeros("the method", params, where)
         flat = no_direction(tree.leaves(params)) if plan.reuses else []
         step = jnp.zeros((), jnp.int32)
         register_with_flax()
@@ -253,7 +255,7 @@ def sparse_optimizer(
 
 
 def _no_motion(values: list[jax.Array]) -> jax.Array:
-    """Return `no_motion`, which may have no parameters here, typed as what updates compute.
+    """Return the motion at the start, with the type that updates return. There may be no values.
 
     Under `jax.shard_map` the motion varies along the mesh axes along which a parameter does.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safe_core import FixedZeros, Method, Pattern
-from safe_core.backends.torch_sharding import is_sharded, whole
+from safe_core.backends.torch_sharding import is_sharded
 from safe_core.coverage import Coverage, DenseWeightWarning, WeightCoverage, by_reason
 from safe_core.layout import resolve
 from safe_core.own_zeros import check_own_zeros
@@ -18,8 +18,8 @@ from safe_core.where import as_names, warn_of_vectors
 
 from .groups import settings_of
 from .modules import JoinedModules
-from .selection import Selected, Selection, keeps_zeros
-from .weights import ModelWeight, hidden_weights, is_matrix, model_weights
+from .selection import Selected, Selection
+from .weights import ModelWeight, hidden_weights, is_matrix, is_pruned, model_weights
 
 __all__ = ["coverage_of", "refuse_dense", "warn_of_chosen_vectors", "warn_of_dense"]
 
@@ -104,8 +104,6 @@ def _why_dense(
         return frozen, False
     if p not in held:
         return "base does not hold the parameter", False
-    if known.reason and keeps_zeros(selection.method.sparsity, name):
-        return "it was zero everywhere when it was selected", True
     return known.reason or "its param group was added after the last selection", False
 
 
@@ -119,8 +117,11 @@ def _why_unmasked(chosen: Selected, p: Tensor) -> str:
     axes = None if chosen.layout is None else resolve(chosen.layout, p.ndim, chosen.name)
     if reason := pattern.why_whole(tuple(p.shape), axes, chosen.name):
         return reason
-    readable = isinstance(pattern, FixedZeros) and not is_sharded(p) and not p.is_meta
-    return "it has no zeros to keep" if readable and bool((p != 0).all()) else ""
+    if not isinstance(pattern, FixedZeros) or is_sharded(p) or p.is_meta:
+        return ""
+    if not chosen.known and not bool((p != 0).any()):
+        return "it is zero everywhere, so it was not pruned"
+    return "it has no zeros to keep" if bool((p != 0).all()) else ""
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def refuse_dense(
     own = [p for p in params if isinstance(_pattern(selected[p]), FixedZeros)]
     if own:  # in a param group, or of the method
         names = [selected[p].name for p in own]
-        check_own_zeros(method, names, own, lambda p: p.is_meta or bool(whole((p == 0).sum())))
+        check_own_zeros(method, names, own, lambda p: p.is_meta or is_pruned(p, selected[p].known))
 
 
 def _pattern(chosen: Selected) -> Pattern:

@@ -1,4 +1,4 @@
-"""Record which sparse parameters the gradients reach, for reports to name the others."""
+"""Record which sparse parameters get gradients, so that reports can name the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GradientRecord:
     def idle(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters that had no gradient so far, in ten or more steps.
 
-        Ten, because experts and networks that take turns have no gradient in some steps.
+        It waits for ten, because experts and networks that take turns have no gradient in some.
         """
         waiting = (p for p in params if p not in self._reached)
         return [p for p in waiting if self._waited.get(p, 0) >= _ENOUGH_STEPS]

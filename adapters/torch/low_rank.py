@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from safe_core import Layout, _checks
 from safe_core._dtypes import wide_dtype
 
-from .weights import ModelWeight, may_be_pruned, model_weights
+from .weights import ModelWeight, is_pruned, may_be_pruned, model_weights
 
 __all__ = ["add_low_rank", "merge_low_rank"]
 
@@ -60,13 +60,14 @@ def add_low_rank(
     model : torch.nn.Module
     rank : int
         Rows of A, shape (rank, inputs), and columns of B, shape (outputs, rank). A kernel counts
-        as a matrix of outputs by all other axes. Each matrix of a stack has its own.
+        as a matrix of outputs by all other axes. In a module of unknown type, three axes are a
+        stack of matrices, each of which has its own A and B.
     alpha : float, optional
         Scale of the change; ``rank`` by default.
     where : callable, optional
         Function of name and parameter that selects weights. By default they are those whose zeros
         `safe_core.keep_zeros` keeps: weights of linear, convolution, attention and recurrent
-        layers, and matrices of modules of other types, such as stacks of experts.
+        layers, and matrices of modules of unknown types, such as stacks of experts.
 
     Returns
     -------
@@ -101,29 +102,32 @@ def add_low_rank(
     """
     _checks.integer("rank", rank, low=1)
     scale = 1.0 if alpha is None else _checks.real("alpha", alpha, low=0.0) / rank
-    known = model_weights(model)
+    known, held = model_weights(model), list(_parameters(model))
+    uses = Counter(p for _, _, _, p in held)
     chosen = [
         (module, attribute, name, p)
-        for module, attribute, name, p in _parameters(model)
-        if (where(name, p) if where is not None else _is_sparse(p, known))
+        for module, attribute, name, p in held
+        if (where(name, p) if where is not None else _is_sparse(p, known[p], uses[p]))
     ]
     _check(chosen)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module, attribute, _, p in chosen:
-        change = _MaskedLowRank(p, _layout(p, known), rank, scale)
+        change = _MaskedLowRank(p, _layout(p, known[p]), rank, scale)
         parametrize.register_parametrization(module, attribute, change)
     return [name for _, _, name, _ in chosen]
 
 
-def _is_sparse(p: Tensor, known: Mapping[Any, ModelWeight]) -> bool:
-    return p in known and may_be_pruned(p, known[p]) and bool((p == 0).any())
+def _is_sparse(p: Tensor, known: ModelWeight, uses: int) -> bool:
+    """Return whether a weight has zeros to keep, and none but known layers share it."""
+    typed = not known.reason
+    return (typed or uses == 1) and may_be_pruned(p, known) and is_pruned(p, typed)
 
 
-def _layout(p: Tensor, known: Mapping[Any, ModelWeight]) -> Layout | None:
+def _layout(p: Tensor, known: ModelWeight) -> Layout | None:
     """Return the layout of a weight; three axes in a module of unknown type are a stack."""
-    if p in known and not known[p].reason:
-        return known[p].layout
+    if not known.reason:
+        return known.layout
     return Layout((2,), (1,), batch_axes=(0,)) if p.ndim == 3 else None
 
 

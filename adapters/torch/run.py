@@ -26,6 +26,7 @@ from .low_bit import mask_states
 from .modules import forget_copies
 from .selection import Selected, Selection
 from .state import ParameterState
+from .weights import is_pruned
 
 __all__ = ["Run", "by_value", "fill_gradients", "gradients_of"]
 
@@ -269,10 +270,18 @@ class Run:
             known = None if source is None else source.first_metric(held, joint=pattern.joint)
             info = parameters.info(members)
             split = self.method.constraint.init(values, pattern, info, known)
+            if isinstance(pattern, FixedZeros):
+                self._keep_whole(members, split.support)
             parameters.store(members, split)
             parameters.store_importance(members, held)
             if self.method.measures_steps:
                 parameters.store_motions(members, parameters.motions(members))
+
+    def _keep_whole(self, params: Sequence[Tensor], support: Sequence[Tensor]) -> None:
+        """Fill the support of parameters that were not pruned, although they are zero."""
+        for p, mask in zip(params, support, strict=True):
+            if not p.is_meta and not self.selected[p].known and not is_pruned(p, known=False):
+                mask.fill_(True)
 
     def metric(self, pattern: Any, params: Sequence[Tensor]) -> Any:
         """Return P of parameters that are projected together; None where it is 1."""
@@ -455,7 +464,8 @@ class Run:
             return [self.state[p]["support"] for p in sparse]
         found: dict[Tensor, Tensor] = {}
         for pattern, members in self.parameters.pools(sparse):
-            if isinstance(pattern, FixedZeros):  # of the start; the weights may have lost some
+            if isinstance(pattern, FixedZeros):
+                # The support is that of the start: the weights may have lost zeros since.
                 found.update((p, self.state[p]["support"]) for p in members)
                 continue
             if isinstance(importance, str) and importance == LAST:

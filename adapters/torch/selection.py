@@ -19,15 +19,20 @@ from .groups import GroupRules, pattern_of, settings_of
 from .modules import JoinedModules, names_of
 from .weights import ModelWeight, hidden_weights, may_be_pruned, model_weights
 
-__all__ = ["Selected", "Selection", "keeps_zeros", "refuse_flat_parameters"]
+__all__ = ["Selected", "Selection", "refuse_flat_parameters"]
 
 
 class Selected(NamedTuple):
-    """Name, axis roles and pattern of one sparse parameter."""
+    """Name, axis roles and pattern of one sparse parameter.
+
+    ``known`` is False for a parameter that the model holds, but not as the weight of a layer of
+    known type.
+    """
 
     name: str
     layout: Layout | None
     pattern: Pattern
+    known: bool = True
 
 
 class Selection(NamedTuple):
@@ -68,7 +73,8 @@ class Selection(NamedTuple):
                 if self.chooses(names[p], p, pattern, settings, known):
                     layout = known[p].layout if p in known else None
                     found = chosen_layout(names[p], p, self.layout, layout)
-                    selected[p] = Selected(names[p], found, pattern.of(names[p]))
+                    typed = p not in known or not known[p].reason
+                    selected[p] = Selected(names[p], found, pattern.of(names[p]), typed)
             if len(selected) == before:
                 _refuse_idle_settings(g, group, settings)
         self._refuse_strange_layouts(names)
@@ -99,7 +105,7 @@ class Selection(NamedTuple):
         keeps zeros needs no layout, so it also keeps those in modules of unknown types.
         """
         sparsify, prunable = settings.get("sparsify"), p in known and not known[p].reason
-        if p in known and keeps_zeros(pattern, name):
+        if p in known and _keeps_zeros(pattern, name):
             prunable = may_be_pruned(p, known[p])
         if sparsify is False:
             return False
@@ -214,8 +220,8 @@ class Selection(NamedTuple):
             raise ValueError(f"layout names {strange!r}, which is no parameter of base or model")
 
 
-def keeps_zeros(pattern: Pattern, name: str) -> bool:
-    """Return whether a pattern keeps the zeros of the parameter ``name``, if it has one for it."""
+def _keeps_zeros(pattern: Pattern, name: str) -> bool:
+    """Return whether `FixedZeros` is the pattern of the parameter ``name``, which may have none."""
     if isinstance(pattern, ByName) and pattern.default is None:
         return name in pattern.named_arrays and isinstance(pattern.of(name), FixedZeros)
     return isinstance(pattern.of(name), FixedZeros)

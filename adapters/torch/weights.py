@@ -22,6 +22,7 @@ __all__ = [
     "ModelWeight",
     "hidden_weights",
     "is_matrix",
+    "is_pruned",
     "may_be_pruned",
     "model_weights",
     "prunable_weights",
@@ -225,11 +226,19 @@ def may_be_pruned(p: Tensor, known: ModelWeight) -> bool:
     """Return whether zeros in a parameter may come from pruning, so that training must keep them.
 
     They may in a weight of a known layer, and in a matrix of a module of unknown type, such as a
-    stack of experts. A matrix of zeros alone is not pruned, but starts at zero.
+    stack of experts.
     """
-    if known.reason != _UNKNOWN:
-        return not known.reason
-    return is_matrix(p) and (p.is_meta or bool(whole((p.detach() != 0).sum())))
+    return not known.reason or (known.reason == _UNKNOWN and is_matrix(p))
+
+
+def is_pruned(p: Tensor, known: bool) -> bool:
+    """Return whether a parameter has zeros that come from pruning.
+
+    In a layer of known type all do. A matrix of another module that is zero everywhere was not
+    pruned; it starts at zero.
+    """
+    zeros = int(whole((p.detach() == 0).sum()))
+    return zeros > 0 and (known or zeros < p.numel())
 
 
 def is_matrix(p: Tensor) -> bool:

@@ -126,8 +126,8 @@ class _BlockPlan(NamedTuple):
 
     ``merged`` puts each role on one axis, ``wholes`` drops the ragged tails, and ``split``
     turns each role into the axes (blocks, block size). Only reshapes are needed, so units
-    keep the storage order. Each splits one role, as JAX demands of arrays that `jax.vmap` maps
-    over an explicit mesh axis.
+    keep the storage order. Each reshape splits one role, because JAX allows no more under
+    `jax.vmap` over an explicit mesh axis.
     """
 
     merged: tuple[int, ...]  # shape with each role merged to one axis

@@ -125,5 +125,5 @@ def test_hidden_states_that_are_not_finite_are_named() -> None:
     data = torch.randn(2, 4, 4)
     with torch.no_grad():
         model.layers[0].linear.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"got NaN in those that layers\.0 takes or returns"):
+    with pytest.raises(ValueError, match=r"got NaN in the inputs or outputs of layers\.0"):
         plan_pruning(model, data, "magnitude", 0.5)

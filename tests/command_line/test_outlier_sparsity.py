@@ -99,5 +99,6 @@ def test_errors_end_in_one_line(folder: Path, text: Path, tmp_path: Path) -> Non
     message = failed(*prune, "--sparsity", "owl:0.5", "--only", "lm_head")
     assert "blocks must hold weights to prune, got none" in message
     assert "because --only or --ignore leaves it out" in message
-    message = failed(*prune, "--sparsity", "owl:2:4")
-    assert "got 'owl:2:4', and N:M patterns are the same in every block" in message
+    message = refused(*prune, "--sparsity", "owl:1:4")
+    assert "got 'owl:1:4': an N:M pattern cannot differ by block" in message
+    assert "write 0.7 for 70 percent" in refused(*prune, "--sparsity", "owl:70:5")

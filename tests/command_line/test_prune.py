@@ -304,9 +304,11 @@ def test_prune_refuses_before_it_begins(
         assert f"samples must be at least 1, got {count}" in message("--samples", count)
     assert "sparsity must be above 0 for some weight, got 0" in message("--sparsity", 0)
     found = message("--field", "body")
-    assert "field must be left out without a .jsonl, .json or .parquet file, got 'body'" in found
+    assert "field must be left out without a file of records, such as" in found
     weights = folder / "model.safetensors"
-    assert f"model must be a folder, got the file {weights}: name" in message(model=weights)
+    assert f"model must be a folder, got the file {weights}: pass" in message(model=weights)
+    for nothing in (["0.0"], ["q_proj=0"], ["0", "--sparsity", "q_proj=.0"]):
+        assert "sparsity must be above 0 for some weight" in message("--sparsity", *nothing)
     for inside in (folder, folder / "sparse", folder / ".." / folder.name):
         found = refused("prune", folder, "--calibration", text, "--out", inside, *SHORT)
         assert f"outside of the model folder, such as {folder}-sparse, got {inside}" in found

@@ -121,7 +121,10 @@ def test_a_text_for_a_model_that_takes_other_arguments(tmp_path: Path, text: Pat
     byte_tokenizer().save_pretrained(tmp_path / "model")
     message = refused(*prune, "--calibration", text)
     assert "ViTModel must run on a window of 32 tokens, but fails: " in message
-    assert "pass --inputs with its arguments, of pixel_values, bool_masked_pos" in message
+    assert (
+        "pass --inputs with arrays named after its arguments, pixel_values, bool_masked_pos"
+        in message
+    )
     assert "safe_core.adapters.transformers.prune_blocks" in message
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +179,7 @@ def test_inputs_are_checked(folder: Path, text: Path, tmp_path: Path) -> None:
         return refused("prune", folder, "--inputs", given, "--out", tmp_path / "out", *more)
 
     assert "got both" in message("--calibration", text)
-    assert "got none" in refused("prune", folder, "--out", tmp_path / "out")
+    assert "got neither" in refused("prune", folder, "--out", tmp_path / "out")
     assert "inputs must be an existing file" in message()
     np.savez(file, a=np.zeros((2, 3), "f4"), b=np.zeros((3, 3), "f4"))
     assert "as many rows each, got a with 2, b with 3" in message()
@@ -192,7 +195,7 @@ def test_inputs_are_checked(folder: Path, text: Path, tmp_path: Path) -> None:
     np.savez(file, images=np.zeros((2, 3), "f4"))
     found = message()
     assert "LlamaForCausalLM must run on a row of inputs.npz, but fails" in found
-    assert "It has no argument images: name the arrays by its arguments, of input_ids, " in found
+    assert "Its signature does not name images. Its arguments are input_ids, " in found
     np.savez(file, inputs_embeds=np.full((2, 3, 16), np.nan, "f4"))
     assert "must be finite, got NaN or infinity in inputs_embeds of" in message()
     np.savez(file, input_ids=np.full((2, 8), 256))

@@ -101,7 +101,7 @@ def test_parquet_files_that_are_wrong_are_named(
     message = r"the field 'text' in each record, got 'body', 'n': name the field with --field"
     with pytest.raises(ValueError, match=message):
         read_text_file(file)
-    with pytest.raises(ValueError, match=r"objects with a text, got None in row 2"):
+    with pytest.raises(ValueError, match=r"objects with a text, got None in row 2: remove records"):
         read_text_file(file, "body")
     whole = file.read_bytes()
     for content in (whole[:-20], b"hello", whole[:40] + bytes(60) + whole[100:], whole[:-60]):

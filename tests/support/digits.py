@@ -1,4 +1,4 @@
-"""Digits, and initial layers a third as wide as those of the demo, which train as well."""
+"""Digits, and initial layers that train like those of the demo, but are a third as wide."""
 
 from __future__ import annotations
 

@@ -339,12 +339,12 @@ def _follow(
     hidden = []
     for i, call in enumerate(calls[1:]):
         found = [j for j, leaf in enumerate(call.leaves) if leaf is given[i]]
-        if found and bool(copies[i].isnan().any()):
-            raise ValueError(
-                "batches must give finite hidden states, got NaN in those that "
-                f"{block_name(name, i)} takes or returns"
-            )
         if not found or not torch.equal(given[i], copies[i]):
+            if found and bool(given[i].isnan().any()):  # NaN does not equal itself
+                raise ValueError(
+                    "hidden states must not be NaN, got NaN in the inputs or outputs of "
+                    f"{block_name(name, i)}"
+                )
             raise NoChainError(
                 f"blocks must take what the block before returns, unchanged, "
                 f"{block_name(name, i + 1)} takes something else"
