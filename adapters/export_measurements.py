@@ -12,7 +12,7 @@ import numpy as np
 from safe_core import _checks
 from safe_core._installed import require
 from safe_core.finalization import listed
-from safe_core.layout import Layout
+from safe_core.layout import Layout, resolve
 from safe_core.litert.process import FileRuntimeError
 from safe_core.litert.trials import BLOCKED, dense_layers, trials
 from safe_core.patterns import Block
@@ -319,7 +319,7 @@ def check_fit(
 
 def _fits(block: Block, name: str, shape: tuple[int, ...], layout: Layout | None) -> bool:
     try:
-        block.check(shape, layout, name)
+        block.check(shape, None if layout is None else resolve(layout, len(shape), name), name)
     except ValueError:
         return False
     return True

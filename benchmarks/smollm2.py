@@ -135,7 +135,7 @@ def tune(method: str, sparsity: str, kind: str, options: argparse.Namespace) -> 
     else:
         base = torch.optim.AdamW(model.parameters(), RATES[kind])
         optimizer = SparseOptimizer(base, safe_core.keep_zeros(), model=model)
-    zeros = count_zeros(model)
+    zeros = 0 if method == DENSE else count_zeros(model)
     model.to(options.device)
     text, started = tokens(options.model, False), time.monotonic()
     fit(model, optimizer, text, options.steps, batch=options.batch, length=options.length)

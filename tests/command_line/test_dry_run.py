@@ -87,7 +87,9 @@ def test_rows_show_which_layers_get_which_pattern(text: Path, tmp_path: Path) ->
         "--sparsity", r"layers\.([0-2]|9)=2:8", "--sparsity", "0.5", "--dry-run", "--shard",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "note: --shard has no effect in one process; start several with torchrun" in result.stderr
+    assert (
+        "note: --shard has no effect in one process; start several with torchrun" in result.stderr
+    )
     said = [" ".join(line.split()) for line in result.stdout.splitlines()]
     attention = "self_attn.q_proj.weight"
     assert f"model.layers.[0-2,9].{attention} 4 16 x 16 1,024 75.0000% 2:8" in said

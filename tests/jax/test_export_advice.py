@@ -114,6 +114,11 @@ def test_patterns_fit_kernels_and_titles_the_dtype() -> None:
     assert found.form("dense").title == "dense bfloat16, JAX"
     assert found.form("1x4").pattern(0.9) == 'safe_core.Block((1, 4), 0.9, ragged="dense")'
     assert found.form("bcsr").pattern(0.9) == "0.9"
+    layer = nn.Dense(8)  # whose layout counts axes from the end
+    variables = layer.init(jax.random.key(0), X[:, :18])
+    options = {"sparsities": [0.9], "forms": ["1x4"], "repeats": 1}
+    found = advise(layer, X[:, :18], variables=variables, **options)
+    assert found.form("1x4").pattern(0.9) == 'safe_core.Block((1, 4), 0.9, ragged="dense")'
 
 
 def test_litert_is_measured_beside_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,14 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = {held: torch.arange(400) % 8 for held in (False, True)}
-    monkeypatch.setattr(smollm2, "load", lambda folder: small_llama(16))
+
+    def load(folder: Path) -> Any:
+        model = small_llama(16)
+        with torch.no_grad():  # a dense model may have zeros, which training need not keep
+            model.model.layers[0].mlp.up_proj.weight[0, 0] = 0
+        return model
+
+    monkeypatch.setattr(smollm2, "load", load)
     monkeypatch.setattr(smollm2, "tokens", lambda folder, held: texts[held])
     options = Namespace(samples=8, length=16, epochs=1, tokens=160, seed=0, rank=4, steps=60)
     options.batch, options.device, options.model, options.pruned = 4, "cpu", tmp_path, tmp_path
@@ -172,9 +179,12 @@ def test_fine_tuning_keeps_the_zeros_and_lowers_the_perplexity(
     assert (dense["method"], pruned["method"], pruned["achieved"]) == ("Dense", "Magnitude", 0.5)
     options.tune = True
     monkeypatch.setattr(smollm2, "TUNING", (kind,))
-    (tuned,) = smollm2.runs(options)  # raises if zeros are lost
+    dense_tuned, tuned = smollm2.runs(options)  # raises if zeros are lost
     assert tuned["perplexity"] < 0.99 * pruned["perplexity"]
-    options.results.write_text(json.dumps(tuned) + "\n")
+    assert dense_tuned["method"] == "Dense"
+    assert dense_tuned["perplexity"] < 0.99 * dense["perplexity"]
+    assert "| Dense | " in smollm2.markdown([dense, pruned, dense_tuned, tuned])
+    options.results.write_text(f"{json.dumps(dense_tuned)}\n{json.dumps(tuned)}\n")
     assert list(smollm2.runs(options)) == []
 
 
