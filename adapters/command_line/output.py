@@ -48,14 +48,14 @@ def as_given(context: typer.Context) -> str:
 
 
 def by_option(reason: str) -> str:
-    """Return why a matrix stays dense, in the words of the command line.
+    """Return a reason or an error of block-wise pruning in the words of the command line.
 
     Examples
     --------
-    >>> by_option("where= leaves it out")
-    '--only or --ignore leaves it out'
+    >>> by_option("where= leaves it out"), by_option("choose others with blocks=")
+    ('--only or --ignore leaves it out', 'choose others with --blocks')
     """
-    plain = reason.replace("where=", "--only or --ignore")
+    plain = reason.replace("where=", "--only or --ignore").replace("blocks=", "--blocks")
     return plain.replace("sparsity gives it", "--sparsity gives it")
 
 

@@ -206,13 +206,12 @@ def _planned(
     except PatternError as error:
         raise ValueError(_other_groups(error)) from None
     except NoChainError as error:
-        raise ValueError(_by_option(str(error))) from None
+        raise ValueError(by_option(str(error))) from None
     except Exception as error:
-        if lacks_memory(error):
-            raise
-        if _is_ours(error):
-            if type(error) in (TypeError, ValueError):
-                raise type(error)(by_option(str(error))) from None
+        ours = _is_ours(error)
+        if ours and type(error) in (TypeError, ValueError):
+            raise type(error)(by_option(str(error))) from None
+        if ours or lacks_memory(error):
             raise
         raise ValueError(_why_not_run(model, data, error)) from error
     regexes = [regex for regex, _ in rules.rules]
@@ -308,11 +307,6 @@ def _is_within(name: str, outer: str) -> bool:
     return f"{name}.".startswith(f"{outer}.")
 
 
-def _by_option(text: str) -> str:
-    """Return a message with the option of the command instead of the keyword argument."""
-    return text.replace("blocks=", "--blocks")
-
-
 @contextmanager
 def naming_blocks(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
     """Turn errors of blocks that do not run in a chain into messages that name the options."""
@@ -324,11 +318,11 @@ def naming_blocks(model: nn.Module, plan: PruningPlan) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         text = (
             f"blocks must run one after the other, but {plan.name} fails: {reason}"
-            f"{_by_option(other_blocks(model, plan.name))}"
+            f"{by_option(other_blocks(model, plan.name))}"
         )
         raise _with_notes(ValueError(text), error) from error
     except NoChainError as error:
-        raise _with_notes(ValueError(_by_option(str(error))), error) from error
+        raise _with_notes(ValueError(by_option(str(error))), error) from error
 
 
 def _with_notes(error: ValueError, first: BaseException) -> ValueError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from safe_core import _checks
 from safe_core.adapters.loading import load_named, names_object
-from safe_core.patterns import Pattern, as_pattern, outlier_weighed
+from safe_core.patterns import Pattern, Unstructured, as_pattern, outlier_weighed
 
 from .output import numbers_left_out
 
@@ -211,7 +211,7 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
     Raises
     ------
     ValueError
-        If there are two defaults, or a text is wrong.
+        If there are two defaults, a text is wrong, or every sparsity is 0.
 
     Examples
     --------
@@ -228,9 +228,15 @@ def parse_rules(texts: Sequence[str], scope: Literal["tensor", "row"] = "tensor"
         raise ValueError(
             f"sparsity must give one default, got {' and '.join(plain)}: others are REGEX=SPARSITY"
         )
-    values = [text.rpartition("=")[2] for text in texts]
-    if all(re.fullmatch(r"0*\.?0*", value) for value in values):
+    found = _read_rules(texts, plain, scope)
+    if all(isinstance(p, Unstructured) and not p.fractions()[-1] for p in found.patterns):
         raise ValueError(f"sparsity must be above 0 for some weight, got {' and '.join(texts)}")
+    return found
+
+
+def _read_rules(
+    texts: Sequence[str], plain: Sequence[str], scope: Literal["tensor", "row"]
+) -> SparsityRules:
     rules = []
     for text in texts:
         regex, given, value = text.rpartition("=")

@@ -119,9 +119,10 @@ def _why_unmasked(chosen: Selected, p: Tensor) -> str:
         return reason
     if not isinstance(pattern, FixedZeros) or is_sharded(p) or p.is_meta:
         return ""
-    if not chosen.known and not bool((p != 0).any()):
-        return "it is zero everywhere, so it was not pruned"
-    return "it has no zeros to keep" if bool((p != 0).all()) else ""
+    if is_pruned(p, chosen.known):
+        return ""
+    zero = not bool(p.detach().any())
+    return "it is zero everywhere, so it was not pruned" if zero else "it has no zeros to keep"
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ class ParameterState(NamedTuple):
             )
         placed = []
         for p in params:
-            name, layout, *_ = self.selected[p]
+            name, layout = self.selected[p].name, self.selected[p].layout
             if name not in importance:
                 raise ValueError(f"importance must name every sparse parameter, it lacks {name!r}")
             try:

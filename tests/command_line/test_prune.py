@@ -276,7 +276,7 @@ def test_prune_refuses_before_it_begins(
     def message(*more: object, model: Path = folder, file: Path = text) -> str:
         return refused("prune", model, "--calibration", file, "--out", out, *more)
 
-    for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400"):
+    for wrong in ("half", "1.0", "-0.1", "2:1", "nan", "50%", "2:", "1e400", "", "."):
         assert "a fraction such as 0.5, N:M such as 2:4" in message("--sparsity", wrong)
     hint = ": N of every M weights are kept, so N must be below M\n"
     assert message("--sparsity", "4:2").endswith(f"got '4:2'{hint}")
