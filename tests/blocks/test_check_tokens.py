@@ -48,11 +48,14 @@ def test_token_ids_without_an_axis_of_samples_are_refused(named: bool, whole: bo
         prune_blocks(model, batch if whole else [batch], "magnitude", 0.5)
 
 
+def encoded(**inputs: Any) -> BatchEncoding:
+    """Return what a fast tokenizer returns: it takes a key that is no text for a position."""
+    return BatchEncoding(inputs, encoding=[None], n_sequences=1)
+
+
 def test_the_output_of_a_tokenizer_is_a_batch() -> None:
-    encoded = BatchEncoding({"input_ids": torch.tensor([[0, 1], [2, 0]])})
-    check_token_axes(Model(torch.nn.Embedding(4, 2)), [encoded])
-    check_token_axes(Model(torch.nn.Embedding(4, 2)), BatchEncoding({"pixels": torch.ones(2, 2)}))
+    model = Model(torch.nn.Embedding(4, 2))
+    check_token_axes(model, [encoded(input_ids=torch.tensor([[0, 1], [2, 0]]))])
+    check_token_axes(model, encoded(pixels=torch.ones(2, 2)))
     with pytest.raises(ValueError, match=r"got shape \(2,\): add the axis of samples"):
-        check_token_axes(
-            Model(torch.nn.Embedding(4, 2)), BatchEncoding({"input_ids": torch.ones(2).long()})
-        )
+        check_token_axes(model, encoded(input_ids=torch.ones(2).long()))
