@@ -13,6 +13,7 @@ import torch
 from array_backends import BFLOAT16, Backend, assert_same, projector
 from kernel_calls import KernelCalls, on_an_accelerator  # noqa: F401
 from torch import Tensor, nn
+from turns import in_turns
 
 import safe_core
 import safe_core.backends.jax as jax_backend
@@ -100,9 +101,11 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.JAX], ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "backend", "weighted"),
+    in_turns(PATTERNS, [Backend.TORCH, Backend.JAX], [False, True]),
+    ids=str,
+)
 def test_arrays_that_are_alike_are_pruned_together(
     monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool
 ) -> None:

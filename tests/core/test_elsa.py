@@ -15,6 +15,7 @@ import optax
 import pytest
 import torch
 from torch import nn
+from turns import in_turns
 
 import safe_core
 from safe_core import SplitState, schedules
@@ -170,7 +171,7 @@ def test_torch_takes_the_steps_of_the_reference(name: str) -> None:
     assert int((model.weight == 0).sum()) == (24 if "2:4" in name else math.floor(0.7 * 48))
 
 
-@every_case
+@pytest.mark.parametrize("name", in_turns(CASES))
 def test_jax_takes_the_steps_of_the_reference(name: str) -> None:
     case = CASES[name]
     params = {"kernel": jnp.asarray(WEIGHT.T), "bias": jnp.asarray(BIAS)}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from short_runs import short_run
+from turns import in_turns
 from twin_blocks import JaxBlock, for_linen, torch_model
 
 import safe_core
@@ -57,7 +58,7 @@ def quick_to_compile() -> Iterator[None]:
 @short_run
 @pytest.mark.parametrize(
     ("solver", "sparsity"),
-    [("safe", 0.5), ("safe", "2:4"), ("safe+", 0.5), ("safe+", "2:4"), (Wanda(), 0.5)],
+    [*in_turns(["safe", "safe+"], [0.5, "2:4"]), (Wanda(), 0.5)],
 )
 def test_frameworks_agree(solver: Any, sparsity: Any) -> None:
     model = model_of_blocks().to(DEVICE)

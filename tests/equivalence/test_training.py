@@ -7,7 +7,7 @@ hand; the others go through their adapters. Where a GPU is present the framework
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as linen
 import jax
@@ -17,6 +17,7 @@ import optax
 import pytest
 import torch
 from short_runs import short_run
+from turns import in_turns
 
 import safe_core
 from safe_core import ArrayInfo, SquaredGradient
@@ -240,16 +241,9 @@ def run_jax(problem, method, base, importance):
 # The comparison
 
 METHODS = {"safe": safe_core.safe, "admm": safe_core.admm}
+BASES = ("momentum", "adam")
+SPARSITIES = (0.8, "2:4")
 IMPORTANCE = ("none", "squared gradient", "inputs")
-
-
-def _cells() -> list[Any]:
-    """Return all cells; those in which ADMM repeats what SAFE does with an importance are long."""
-    found = []
-    for cell in itertools.product(METHODS, ("momentum", "adam"), (0.8, "2:4"), IMPORTANCE):
-        repeats = cell[0] == "admm" and cell[3] != "none"
-        found.append(pytest.param(*cell, marks=pytest.mark.long if repeats else ()))
-    return found
 
 
 def relative_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -263,7 +257,18 @@ def double_precision():
 
 
 @short_run
-@pytest.mark.parametrize(("name", "base", "sparsity", "importance"), _cells())
+@pytest.mark.parametrize(
+    ("name", "base", "sparsity", "importance"),
+    [
+        *in_turns(["safe"], BASES, SPARSITIES, IMPORTANCE),
+        *in_turns(["admm"], BASES, SPARSITIES, ["none"]),
+        # The importance acts in SAFE as in ADMM.
+        *(
+            pytest.param(*cell, marks=pytest.mark.long)
+            for cell in itertools.product(["admm"], BASES, SPARSITIES, IMPORTANCE[1:])
+        ),
+    ],
+)
 def test_frameworks_agree(name, base, sparsity, importance):
     problem = Problem.make()
     method = METHODS[name](
@@ -293,9 +298,7 @@ def assert_agreement(problem, method, base, arrays=None):
     return expected
 
 
-@pytest.mark.parametrize("sparsity", [0.8, "2:4"])
-@pytest.mark.parametrize("base", ["momentum", "adam"])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize(("name", "base", "sparsity"), in_turns(METHODS, BASES, SPARSITIES))
 def test_frameworks_agree_on_what_is_derived_from_the_steps(name, base, sparsity):
     problem = Problem.make()
     expected = assert_agreement(problem, METHODS[name](sparsity, steps=STEPS), base)

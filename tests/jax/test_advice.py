@@ -183,7 +183,16 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("method", "steps", "cause"), FAILURES.values(), ids=list(FAILURES))
+# The rules are those of PyTorch, whose tests run every failure in every check.
+FAILED = [
+    pytest.param(
+        *case, id=name, marks=pytest.mark.long if case[-1] in ("penalty", "length") else ()
+    )
+    for name, case in FAILURES.items()
+]
+
+
+@pytest.mark.parametrize(("method", "steps", "cause"), FAILED)
 def test_a_failure_on_purpose_names_its_cause(method: Any, steps: int | None, cause: str) -> None:
     assert causes(reports(digits(epochs=20), method, steps))[-2] == [cause]
 

@@ -11,6 +11,7 @@ import pytest
 import reference
 from flax import nnx
 from short_runs import short_run
+from turns import in_turns
 
 import safe_core
 from safe_core import NM, Block, Channel, Layout, Unstructured
@@ -100,7 +101,7 @@ def test_kernels_of_linen_modules(net):
     assert {path.rsplit("/", 1)[1] for path in others} == {"bias", "scale", "embedding"}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", in_turns(PATTERNS), ids=str)
 def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(net, pattern):
     method = safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=1)
     params, state = trained(net, method)

@@ -36,14 +36,14 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def texts() -> Iterator[str]:
-    """Every page, and every docstring."""
+    """Every page, and every docstring of a file that names a command."""
     for place in PLACES:
         path = ROOT / place
         for file in [path] if path.is_file() else sorted(path.rglob("*.*")):
             if file.suffix == ".md":
                 yield file.read_text()
-            elif file.suffix == ".py":
-                for node in ast.walk(ast.parse(file.read_text())):
+            elif file.suffix == ".py" and COMMAND.search(source := file.read_text()):
+                for node in ast.walk(ast.parse(source)):
                     if isinstance(node, DOCUMENTED):
                         yield ast.get_docstring(node) or ""
 
@@ -58,7 +58,8 @@ def expanded(text: str) -> str:
 
 @functools.cache
 def commands() -> list[str]:
-    found = (head + rest for text in texts() for head, rest in COMMAND.findall(expanded(text)))
+    named = filter(COMMAND.search, texts())
+    found = (head + rest for text in named for head, rest in COMMAND.findall(expanded(text)))
     return sorted({command.strip().strip(".") for command in found})
 
 

@@ -115,7 +115,11 @@ def test_a_broken_package_is_not_called_missing(
 
 
 @pytest.mark.parametrize(
-    ("framework", "others"), [("torch", ("jax", "optax", "flax")), ("jax", ("torch",))]
+    ("framework", "others"),
+    [
+        ("jax", ("torch",)),
+        pytest.param("torch", ("jax", "optax", "flax"), marks=pytest.mark.long),
+    ],
 )
 def test_the_demo_runs_with_one_framework(
     framework: str, others: tuple[str, ...], tmp_path: Path

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small_recipe import OWN, RECIPES, TINY, changed
+from turns import in_turns
 
 import safe_core
 import safe_core.study.runner.figures as figures
@@ -104,7 +105,15 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
     assert {quote.method for quote in recipe.quoted} <= labels | measured_elsewhere
 
 
-@pytest.mark.parametrize("name", ["table-3", "table-7", "table-8", "figure-1", "figure-4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "table-3",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("table-7", "table-8")),
+        "figure-1",
+        "figure-4",
+    ],
+)
 def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     """Every recipe runs as it is, with a narrow network and one batch an epoch."""
     whole = read_recipe(files("safe_core.study") / "recipes" / f"{name}-digits.toml")
@@ -129,7 +138,7 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", in_turns(["torch", "jax"]))
 def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
     whole = read_recipe(files("safe_core.study") / "recipes" / "sassha-digits.toml")
     recipe = replace(
