@@ -665,11 +665,11 @@ def test_the_table_of_the_readme() -> None:
     taken = f"this took {minutes[0]} minutes for SmolLM2-135M, and `alps` {minutes[1]} minutes"
     assert taken in page("docs/transformers.md")
     study = page("docs/smollm2.md")
-    names = {"0.5": "50%", "0.6": "60%", "0.7": "70%", "2:4": "2:4"}
+    names = {"0.5": "50%", "0.6": "60%", "0.7": "70%", "2:4": "2:4", "4:8": "4:8"}
     leads = [
         f"by {found['ALPS', s] - found['SAFE+', s]:.1f} at {name}" for s, name in names.items()
     ]
-    assert "ahead of ALPS {}, {}, {} and {}".format(*leads) in study
+    assert "ahead of ALPS {}, {}, {}, {} and {}".format(*leads) in study
     seconds = [
         np.mean([runs[name, s]["seconds_per_block"] for s in names]) for name in ("SAFE+", "ALPS")
     ]
