@@ -14,8 +14,8 @@ from pathlib import Path
 import nox
 
 # Tests run small programs once, so XLA takes longer to compile them than to run them. These
-# settings compile with few optimisations and with the older code generator, which takes half
-# the time, write no tracebacks into programs, which takes a fifth of it, and keep the programs
+# settings compile with few optimisations and the older code generator, which halves the time. They
+# write no tracebacks into programs, which saves about a fifth of the rest. They keep the programs
 # for the other processes and for later runs.
 COMPILE_JAX_FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

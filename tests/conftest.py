@@ -7,13 +7,12 @@ little else is installed. Fixtures that need more belong in the `conftest.py` of
 from __future__ import annotations
 
 import gc
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import pytest
 import torch
+from turns import waits
 
 pytest.register_assert_rewrite(
     "array_backends", "command_line", "linear_problem", "pulled_runs", "reference", "small_recipe"
@@ -25,34 +24,16 @@ jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(1)  # The arrays are small, and several processes run tests at once.
 
 
-# Pairs of backends that share nearly all code. A test of several cases runs each case with one of
-# a pair, in turns. With the other it is long. Most of the time is compiling for JAX.
-TURNS = {"numpy": 0, "numpy-read-only": 1, "jax": 0, "jax-jit": 1}
-
-
 @pytest.hookimpl(tryfirst=True)  # before the tests of ``-m`` are chosen
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Mark the cases that run with the other backend of a pair as long.
-
-    The turns are a checkerboard over the parameters, so that each value of each has both.
-    """
-    places: dict[Any, dict[Any, int]] = defaultdict(dict)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that wait for the long tests while their neighbours run."""
     for item in items:
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-        if "xp" not in given or given["xp"].value not in TURNS or not names:
-            continue
-        place = 0
-        for together in names:
-            first = (together.split(",") if isinstance(together, str) else together)[0]
-            known = places[item.originalname, item.path, first]
-            place += known.setdefault(id(given[first]), len(known))
-        if place % 2 != TURNS[given["xp"].value]:
+        if waits(item):
             item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the modules of all libraries, which stay until the end."""
+    """Exclude the imported modules from garbage collection, because they live until the end."""
     gc.collect()
     gc.freeze()
 

@@ -136,11 +136,8 @@ FEWER = (
     "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
     "sharded in groups",
 )  # fmt: skip
-# What the other cases do, too.
-REPEATED = (
-    "magnitude", "sparsegpt", "safe+-published", "dense inputs", "experts by sparsegpt",
-    "sharded in groups", "sharded start is kept",
-)  # fmt: skip
+# Solvers and settings of which other cases run each part.
+REPEATED = ("magnitude", "sparsegpt", "safe+-published", "experts by sparsegpt")
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
 
@@ -156,7 +153,7 @@ def test_two_processes_prune_what_one_prunes_and_hold_a_share() -> None:
     assert finished(2, *wanted) == wanted
 
 
-@pytest.mark.long  # two processes run the same code, and a minute sooner
+@pytest.mark.long  # the test above runs the same code, and a minute sooner
 @pytest.mark.parametrize(("processes", "kinds"), [(2, REPEATED), (4, FEWER)])
 def test_more_processes_and_cases_prune_what_one_prunes(
     processes: int, kinds: tuple[str, ...]

@@ -48,7 +48,7 @@ def write_records(file: Path, records: list[Any]) -> None:
         file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
-@pytest.mark.parametrize("suffix", in_turns([".jsonl", ".ndjson", ".JSONL", ".json", ".parquet"]))
+@pytest.mark.parametrize("suffix", in_turns([".jsonl", ".ndjson", ".json", ".JSONL", ".parquet"]))
 def test_records_give_their_texts(folder: Path, tmp_path: Path, suffix: str) -> None:
     records = [{"text": "one\nline", "content": "x"}, {"text": "", "content": "y"}]
     file = tmp_path / f"data{suffix}"

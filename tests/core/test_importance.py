@@ -254,6 +254,7 @@ def test_importance_at_the_smallest_normal_number_ranks_the_same_on_every_backen
     assert_same([xp.run(projector(0.34), v, p).support], [wanted])
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
 def test_bad_importance_is_refused_where_it_can_be_read(xp: Backend, bad: float) -> None:
     arrays, importance = [np.ones(2), np.ones(2)], [np.ones(2), np.asarray([1.0, bad])]

@@ -99,8 +99,9 @@ by_channel = safe_core.Method(0.75, safe_core.ADMM(0.1, 2), perturbation=safe_co
 # The eight entries of a byte lie in two shards here.
 in_bits = safe_core.Method(0.75, safe_core.ADMM(0.1, 2, packed_support=True))
 for params_spec, cases in (
-    ((None, "t"), ((published(0.75), given), (untuned, {}), (by_channel, {}), (in_bits, {}))),
-    (("f", "t"), ((published("2:4"), {}), (channels, {}), (untuned, {}))),
+    ((None, "t"), ((published(0.75), given), (untuned, {}), (in_bits, {}))),
+    (("f", "t"), ((published("2:4"), {}), (channels, {}), (untuned, {}),
+                  (by_channel, {}))),
 ):
     for method, options in cases:
         wanted = run(lambda x, spec: x, whole, method, **options)

@@ -105,6 +105,12 @@ def test_the_core_needs_no_extra() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_pytorch_needs_no_jax() -> None:
+    program = "import safe_core.adapters.torch.blocks, safe_core.adapters.transformers"
+    result = run(program, "jax", "optax", "flax")
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_broken_package_is_not_called_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Provide the fixture `xp`, which runs a test once on every array backend, and draw faster."""
+"""Provide the fixture `xp`, which runs a test once on every array backend, and plain fonts."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ __all__ = ["xp"]
 
 @pytest.fixture(autouse=True)
 def core_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Embed no fonts in PDF files, which takes most of the time of a report."""
+    """Do not embed fonts in PDF files, because embedding takes most of the time of a report."""
     monkeypatch.setitem(matplotlib.rcParams, "pdf.use14corefonts", True)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from small_recipe import OWN, RECIPES, TINY, changed
-from turns import in_turns
 
 import safe_core
 import safe_core.study.runner.figures as figures
@@ -115,7 +114,7 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
     ],
 )
 def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
-    """Every recipe runs as it is, with a narrow network and one batch an epoch."""
+    """A recipe runs as it is, with a narrow network and one batch an epoch."""
     whole = read_recipe(files("safe_core.study") / "recipes" / f"{name}-digits.toml")
     recipe = replace(
         whole,
@@ -138,7 +137,7 @@ def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:
     assert drawn >= {"figure-1": {"landscape", "weights"}, "figure-4": {"history"}}.get(name, set())
 
 
-@pytest.mark.parametrize("framework", in_turns(["torch", "jax"]))
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.long)])
 def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
     whole = read_recipe(files("safe_core.study") / "recipes" / "sassha-digits.toml")
     recipe = replace(

@@ -1,4 +1,4 @@
-"""Tables of cases of which every check runs a half."""
+"""Mark every second case of a table as long."""
 
 from __future__ import annotations
 
@@ -12,10 +12,50 @@ import pytest
 def in_turns(*axes: Iterable[Any]) -> list[Any]:
     """Return the product of some axes for `pytest.mark.parametrize`; every second cell is long.
 
-    The cells alternate as on a checkerboard, so that every check has each value of each axis.
+    The cells alternate as on a checkerboard. With two axes or more, each value still runs. With one
+    axis, every second value is long.
     """
     cells = itertools.product(*map(enumerate, axes))
     return [
         pytest.param(*values, marks=pytest.mark.long if sum(places) % 2 else ())
         for places, values in (zip(*cell, strict=True) for cell in cells)
     ]
+
+
+# JAX runs nearly the same code eagerly and compiled, and compiling takes most of the time.
+TURNS = {"jax": 0, "jax-jit": 1}
+
+
+def waits(item: Any) -> bool:
+    """Return whether a case of a test on every backend waits for the long tests.
+
+    Each case runs with JAX either eagerly or compiled, in turns, and the same case with the other
+    waits. With two parameters or more, each value of each runs with both. Tests with the marker
+    ``every_backend`` take no turns, nor do those without parameters.
+    """
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    turn = TURNS.get(given["xp"].value) if "xp" in given else None
+    marks = list(item.iter_markers("parametrize"))
+    if turn is None or not marks or any("xp" in _names(mark) for mark in marks):
+        return False
+    if item.get_closest_marker("every_backend"):
+        return False
+    return sum(_place(mark, given) for mark in marks) % 2 != turn
+
+
+def _names(mark: pytest.Mark) -> list[str]:
+    """Return the names that a mark gives parameters to."""
+    names = mark.args[0]
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+
+
+def _place(mark: pytest.Mark, given: dict[str, Any]) -> int:
+    """Return the place of the given parameters in the table of a mark."""
+    names = _names(mark)
+    for place, case in enumerate(mark.args[1]):
+        values = getattr(case, "values", None)  # of `pytest.param`; a mapping has a method
+        if not isinstance(values, tuple):
+            values = (case,) if len(names) == 1 else case
+        if all(given[name] is value for name, value in zip(names, values, strict=True)):
+            return place
+    raise ValueError(f"no case of {names} is the one that runs: pass a list, no generator")
