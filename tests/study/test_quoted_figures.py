@@ -682,6 +682,9 @@ def test_the_table_of_the_readme() -> None:
         f"SAFE+ with 60% zeros goes from {found['SAFE+', '0.6']:.1f} to {full:.1f} and "
         f"{low_rank:.1f}, and the dense model from {found['Dense', '0']:.1f} to {dense:.1f}"
     ) in study
+    alps = tuned["ALPS", "0.6", "all kept weights"]
+    assert f"ALPS goes from {found['ALPS', '0.6']:.1f} to {alps:.1f} if all weights" in study
+    assert full < alps
     speeds = (ROOT / "docs/litert_speed_table.md").read_text(encoding="utf-8").splitlines()
     (row,) = (line for line in speeds if line.startswith("| int8, 1x16, 95%"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
