@@ -99,8 +99,8 @@ by_channel = safe_core.Method(0.75, safe_core.ADMM(0.1, 2), perturbation=safe_co
 # The eight entries of a byte lie in two shards here.
 in_bits = safe_core.Method(0.75, safe_core.ADMM(0.1, 2, packed_support=True))
 for params_spec, cases in (
-    ((None, "t"), ((published(0.75), given), (untuned, {}), (in_bits, {}))),
-    (("f", "t"), ((published("2:4"), {}), (channels, {}), (untuned, {}),
+    ((None, "t"), ((published(0.75), given), (untuned, {}), (by_channel, {}), (in_bits, {}))),
+    (("f", "t"), ((published(0.75), {}), (published("2:4"), {}), (channels, {}), (untuned, {}),
                   (by_channel, {}))),
 ):
     for method, options in cases:
@@ -216,7 +216,7 @@ for pattern in ("2:4", safe_core.Unstructured(0.5, scope="row")):
     ("script", "checks", "axis_type"),
     [
         pytest.param(AVERAGED, 6, "Auto", id="average"),
-        pytest.param(TYPED, 7, "Explicit", id="explicit axes"),
+        pytest.param(TYPED, 9, "Explicit", id="explicit axes"),
         pytest.param(ENSEMBLE, 10, "Auto", id="ensemble", marks=pytest.mark.long),
         pytest.param(ENSEMBLE, 10, "Explicit", id="ensemble over explicit axes"),
         pytest.param(CHECKPOINT, 2, "Auto", id="checkpoint"),

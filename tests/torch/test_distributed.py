@@ -24,7 +24,7 @@ KINDS = {
         "ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local", "fsdp-packed",
         "tp-packed", "fsdp-float8", "fsdp-channels", "tp-channels",
     ),
-    4: ("mixed", "mixed-untuned", "mixed-packed", "tp-fsdp", "tp-fsdp-channels"),
+    4: ("ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp", "tp-fsdp-channels"),
 }  # fmt: skip
 
 
