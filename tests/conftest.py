@@ -1,6 +1,6 @@
 """Settings and fixtures of all tests.
 
-This file imports only pytest, PyTorch and JAX, because `tests/equivalence` must run where
+This file needs only pytest, PyTorch and JAX, because `tests/equivalence` must run where
 little else is installed. Fixtures that need more belong in the `conftest.py` of a folder.
 """
 
@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # The arrays are small, and several processes run test
 
 @pytest.hookimpl(tryfirst=True)  # before the tests of ``-m`` are chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the cases that wait for the long tests while their neighbours run."""
+    """Mark the cases as long that other cases of the same test cover."""
     for item in items:
         if waits(item):
             item.add_marker(pytest.mark.long)

@@ -136,7 +136,7 @@ FEWER = (
     "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
     "sharded in groups",
 )  # fmt: skip
-# Solvers and settings of which other cases run each part.
+# Other cases run every part of these.
 REPEATED = ("magnitude", "sparsegpt", "safe+-published", "experts by sparsegpt")
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 

@@ -90,19 +90,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def config_of(family: str) -> Any:
-    name, arguments = CONFIGS[family]
-    return getattr(transformers, name)(**arguments)
-
-
 DATA = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
 AUTO = {"bert": "AutoModelForMaskedLM", "vit": "AutoModelForImageClassification"}
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
+    name, arguments = CONFIGS[family]
     auto = getattr(transformers, AUTO.get(family, "AutoModelForCausalLM"))
-    model = auto.from_config(config_of(family))
+    model = auto.from_config(getattr(transformers, name)(**arguments))
     for p in model.parameters():  # so that no weight is symmetric or zero, biases included
         p.data = torch.randn_like(p) * (0.2 if p.ndim > 1 else 0.05) + (p.ndim == 1)
     return model.to(dtype).eval()

@@ -170,7 +170,7 @@ def test_torch_takes_the_steps_of_the_reference(name: str) -> None:
     assert int((model.weight == 0).sum()) == (24 if "2:4" in name else math.floor(0.7 * 48))
 
 
-# What PyTorch has tested. The others differ in code that is JAX's own.
+# These cases run in PyTorch in every check.
 REPEATED = ("not clipped", "published phase", "exponential")
 
 

@@ -58,8 +58,7 @@ def expanded(text: str) -> str:
 
 @functools.cache
 def commands() -> list[str]:
-    named = filter(COMMAND.search, texts())
-    found = (head + rest for text in named for head, rest in COMMAND.findall(expanded(text)))
+    found = (head + rest for text in texts() for head, rest in COMMAND.findall(expanded(text)))
     return sorted({command.strip().strip(".") for command in found})
 
 

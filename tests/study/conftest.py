@@ -1,4 +1,4 @@
-"""Provide the fixture `xp`, which runs a test once on every array backend, and plain fonts."""
+"""Provide the fixture `xp`, and draw figures without embedded fonts."""
 
 from __future__ import annotations
 

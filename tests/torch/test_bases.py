@@ -19,7 +19,7 @@ BASES = sorted(
     for name, found in vars(torch.optim).items()
     if isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
 )
-# These are the class of all, the one that needs a closure, and the one for sparse gradients.
+# Leave out the base class, the optimizer that needs a closure, and the one for sparse gradients.
 BASES = [name for name in BASES if name not in ("Optimizer", "LBFGS", "SparseAdam")]
 
 
