@@ -674,6 +674,7 @@ def test_the_table_of_the_readme() -> None:
         np.mean([runs[name, s]["seconds_per_block"] for s in names]) for name in ("SAFE+", "ALPS")
     ]
     assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in study
+    assert f"there is {found['SAFE', '0.6'] - found['SAFE+', '0.6']:.1f} above that of" in study
     full, low_rank = (
         tuned["SAFE+", "0.6", kind] for kind in ("all kept weights", "low-rank change")
     )
