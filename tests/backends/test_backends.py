@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 from array_api_compat import array_namespace
-from array_backends import BFLOAT16, Backend, assert_same, projector
+from array_backends import BFLOAT16, Backend, assert_same, forget_programs, projector
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,6 +113,7 @@ def test_a_parameter_projects_without_a_graph_on_its_support() -> None:
 # JAX
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     "pattern", [Unstructured(0.4), Unstructured(0.4, "row"), NM(2, 4), Channel(0.4)], ids=str
 )
@@ -131,7 +132,7 @@ def test_arrays_too_large_for_one_count_are_cut_into_pieces(
     monkeypatch: pytest.MonkeyPatch, piece: int, sparsity: float
 ) -> None:
     monkeypatch.setattr(jax_counting, "_PIECE", piece)
-    jax.clear_caches()  # of programs that know nothing of the smaller piece
+    forget_programs()  # JAX would reuse programs with larger pieces
     arrays = rounded((3, 2, 2), (5,), ())
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
@@ -144,7 +145,7 @@ def test_arrays_that_are_joined_give_the_same(
 ) -> None:
     monkeypatch.setattr(jax_counting, "_CHUNK", chunk)
     monkeypatch.setattr(jax_counting, "joins", lambda arrays: True)
-    jax.clear_caches()  # of programs that know nothing of either
+    forget_programs()  # JAX would reuse programs that do not join
     chunked, chunks = jax_counting._chunks, []
     monkeypatch.setattr(
         jax_counting, "_chunks", lambda scores: chunks.append(chunked(scores)) or chunks[-1]
@@ -162,7 +163,7 @@ def test_arrays_of_an_explicit_mesh_are_not_joined(monkeypatch: pytest.MonkeyPat
     split = jax.device_put(jnp.arange(8.0).reshape(2, 4), jax.NamedSharding(mesh, jax.P(None, "x")))
     assert backend_of(split).joins([jnp.ones(3)])
     assert not backend_of(split).joins([split])
-    jax.clear_caches()  # of programs of other meshes
+    forget_programs()  # JAX would reuse programs for other meshes
     assert project([split, split], 0.5).support[0].tolist() == [[False] * 4, [True] * 4]
 
 
@@ -251,6 +252,7 @@ def test_a_traced_step_picks_the_stage(kind: str) -> None:
         assert int(zeros(x, jnp.asarray(step))) == pools * int(100 * exact)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     "pattern", [Unstructured(0.4), Unstructured(0.4, "row"), NM(2, 4), NM(5, 17, "dense")], ids=str
 )
@@ -328,10 +330,10 @@ REGROUPED = """[
 @pytest.mark.parametrize(
     ("axis_type", "cases"),
     [
-        ("AxisType.Auto", ENTRIES + " + " + ACROSS_SHARDS),
-        ("AxisType.Explicit", ENTRIES + " + " + REGROUPED),
+        pytest.param("Auto", ACROSS_SHARDS, id="auto"),
+        pytest.param("Auto", ENTRIES, id="entries, auto", marks=pytest.mark.long),
+        pytest.param("Explicit", ENTRIES + " + " + REGROUPED, id="explicit"),
     ],
-    ids=["auto", "explicit"],
 )
 def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -342,7 +344,7 @@ def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> No
             "-W",
             "error",
             "-c",
-            SHARDED.format(axis_type=axis_type, cases=cases),
+            SHARDED.format(axis_type=f"AxisType.{axis_type}", cases=cases),
         ],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,

@@ -33,6 +33,7 @@ HARD = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("sparsity", [0.01, 0.5])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("kind", HARD)

@@ -68,6 +68,7 @@ def test_a_block_with_planted_outliers_is_pruned_less(block: int) -> None:
     assert all(0.6 < s <= 0.7 for s in others)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("sparsity", [0.5, 0.61, 0.7])
 @pytest.mark.parametrize("solver", ["magnitude", "wanda", "sparsegpt", "safe+"])
 def test_the_total_is_exact(sparsity: float, solver: str) -> None:

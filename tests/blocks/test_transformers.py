@@ -489,6 +489,7 @@ def test_stacked_experts_may_share_their_inputs(how: str) -> None:
 SHORT = SafeReconstruction(importance="wanda", epochs=4, warmup_epochs=1, batch_size=2)
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "bert"])
 @pytest.mark.parametrize("sparsity", ["2:4", Unstructured(0.6, scope="row")], ids=str)
@@ -591,6 +592,7 @@ def test_safe_lowers_the_error_of_the_projection() -> None:
 
 
 # ALPS meets near-ties in these small layers, which 16 bits turn the other way.
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize(("published", "rel"), [(True, 0.05), (False, 0.15)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

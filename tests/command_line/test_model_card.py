@@ -117,23 +117,24 @@ def test_discarded_training_is_told(folder: Path, text: Path, tmp_path: Path) ->
 
 
 LICENCES: list[tuple[dict[str, str], dict[str, str], str]] = [
-    ({"README.md": "---\nlicense: mit\n---\n# Hi"}, {"license": "mit"}, "mit"),
     (
         {"README.md": "---\nlicense: other\nlicense_name: big\nlicense_link: https://x/y\n---\n"},
         {"license": "other", "license_name": "big", "license_link": "https://x/y"},
         "other, big, https://x/y",
     ),
+    ({"README.md": "---\nlicense: mit\n---\n# Hi"}, {"license": "mit"}, "mit"),
     ({"LICENSE.txt": "All"}, {"license": "other", "license_link": "LICENSE.txt"},
      "see the file `LICENSE.txt`"),
+    ({"README.md": "---\nlicense: [a]\n---\n"}, {}, "not stated in its files"),
     ({"README.md": "---\nlicense: mit\n---\n", "COPYING": ""}, {"license": "mit"},
      "mit; see the file `COPYING`"),
-    ({"README.md": "---\n: {\n---\n"}, {}, "not stated in its files"),
-    ({"README.md": "---\nlicense: [a]\n---\n"}, {}, "not stated in its files"),
     ({"README.md": "---\n- license\n---\n"}, {}, "not stated in its files"),
+    ({"README.md": "---\n: {\n---\n"}, {}, "not stated in its files"),
     ({}, {}, "not stated in its files"),
 ]  # fmt: skip
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(("files", "front", "said"), LICENCES)
 def test_the_licence_is_that_of_the_files(
     folder: Path, text: Path, tmp_path: Path, files: dict[str, str], front: Any, said: str

@@ -54,6 +54,7 @@ def t5() -> tuple[Any, dict[str, torch.Tensor]]:
     return model, {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     ("make", "blocks", "weight"),
     [

@@ -51,8 +51,8 @@ class Case(NamedTuple):
 CASES = {
     "objective": Case({}),
     "magnitude": Case({"score": "magnitude"}),
-    "2:4": Case({"sparsity": "2:4"}),
     "not clipped": Case({}, clips=False),
+    "2:4": Case({"sparsity": "2:4"}),
     "published phase": Case({"first_dual_update": 1}, first=1),
     "linear from 0": Case(
         {"penalty": schedules.linear(0.1, steps=200), "first_dual_update": 1},
@@ -154,6 +154,7 @@ def torch_step(case: Case, model: nn.Linear, optimizer: SparseOptimizer, t: int)
 
 
 # At this penalty the weights are still far from z.
+@pytest.mark.every_second
 @pytest.mark.filterwarnings("ignore::safe_core.FinalizeWarning")
 @every_case
 def test_torch_takes_the_steps_of_the_reference(name: str) -> None:

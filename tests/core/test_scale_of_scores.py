@@ -75,6 +75,7 @@ def test_every_pool_is_ranked_by_the_exact_product(
     np.testing.assert_array_equal(got, exactly(pattern, x, p))
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("pattern", ENTRIES + UNITS, ids=str)
 @pytest.mark.parametrize("power", [-149, -140, -126, -60, 100, 125])

@@ -327,6 +327,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_frameworks_agree_on_variants(name):

@@ -31,7 +31,7 @@ INTERVAL = 2
 METHOD = safe_core.safe(0.5, rho=0.2, penalty=0.3, dual_update_interval=INTERVAL)
 INPUT_OUTPUT = Layout(input_axes=(0,), output_axes=(1,))
 OUTPUT_INPUT = Layout(input_axes=(1,), output_axes=(0,))
-DTYPES = [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64]
 
 
 @pytest.fixture
@@ -161,6 +161,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", list(OPTIONS))
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_types_never_change_and_a_step_is_traced_once(name, dtype):
@@ -634,12 +635,12 @@ def expected_support(v, importance):
 
 GIVEN = {
     "pytree": lambda params: importance_tree(params),
+    "mapping": lambda params: {
+        f"{layer}/kernel": entry["kernel"] for layer, entry in importance_tree(params).items()
+    },
     "pytree with None": lambda params: {
         layer: {"kernel": entry["kernel"], "bias": None}
         for layer, entry in importance_tree(params).items()
-    },
-    "mapping": lambda params: {
-        f"{layer}/kernel": entry["kernel"] for layer, entry in importance_tree(params).items()
     },
     "per input": lambda params: {
         f"{layer}/kernel": entry["kernel"][:, 0] for layer, entry in importance_tree(params).items()
@@ -651,6 +652,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("form", list(GIVEN))
 def test_importance_given_at_the_start_decides_what_is_kept(form):
@@ -739,6 +741,7 @@ def test_squared_gradient_is_refreshed_at_dual_updates_before_the_penalty():
 # finalize
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_finalize_keeps_entries_bit_for_bit(dtype, double_precision):

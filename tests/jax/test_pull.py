@@ -98,6 +98,7 @@ def length(tree: Any) -> float:
     return float(np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(tree))))
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
 def test_a_step_is_traced_once_and_types_stay(base: str, state_dtype: str | None) -> None:
@@ -225,6 +226,7 @@ def test_injected_hyperparameters_reach_the_pull() -> None:
     assert length(kernels(stronger)) < length(kernels(plain))
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("at", [1, 17])
@@ -249,6 +251,7 @@ def test_16_bit_parameters_end_near_the_constraint(state_dtype: str | None) -> N
     finalize(params, state, method)  # a warning would be an error
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     "sparsity",
     [
@@ -314,6 +317,7 @@ def test_the_sparse_network_is_shown_during_the_rise() -> None:
     assert float(figures["primal_residual"]) > 0
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_the_shortest_runs_end_exactly_sparse(steps: int) -> None:

@@ -101,6 +101,7 @@ def assert_near(params: Any, wanted: Any, rtol: float = 1e-10) -> None:
         np.testing.assert_allclose(params[name], b, rtol=rtol, atol=1e-13)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_step_is_that_of_numpy(name: str) -> None:
     recipe = CASES[name]
@@ -114,6 +115,7 @@ def test_every_step_is_that_of_numpy(name: str) -> None:
     assert (int(state.count), int(state.hessian_count)) == (STEPS, -(-STEPS // recipe.interval))
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", list(UNDER_SAFE))
 def test_every_step_under_a_method_is_that_of_numpy(name: str) -> None:
     method, safe = UNDER_SAFE[name]

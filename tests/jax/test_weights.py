@@ -61,11 +61,11 @@ WEIGHTS = {
 INPUTS = (jnp.ones((2, 4, 4, 4), jnp.float32), jnp.arange(6).reshape(2, 3))
 PATTERNS = [
     Unstructured(0.9),
-    pytest.param(Unstructured(0.7, scope="tensor"), marks=pytest.mark.long),
-    pytest.param(Unstructured(0.6, scope="row"), marks=pytest.mark.long),
+    Unstructured(0.7, scope="tensor"),
     NM(2, 4, ragged="dense"),
-    Block((2, 2), 0.6),
+    Unstructured(0.6, scope="row"),
     Channel(0.4, scope="global"),
+    Block((2, 2), 0.6),
 ]
 
 
@@ -100,6 +100,7 @@ def test_kernels_of_linen_modules(net):
     assert {path.rsplit("/", 1)[1] for path in others} == {"bias", "scale", "embedding"}
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_finalize_leaves_exactly_as_many_as_the_pattern_asks(net, pattern):
     method = safe_core.safe(pattern, rho=0.05, penalty=0.1, dual_update_interval=1)

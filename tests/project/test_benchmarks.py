@@ -198,12 +198,14 @@ def test_ids_of_the_byte_tokenizer_are_bytes(tmp_path: Path) -> None:
     assert saved.decode(ids) == text
 
 
-@pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ADMM, untuned", "ELSA"])
+@pytest.mark.every_second
+@pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ELSA", "ADMM, untuned"])
 def test_every_kind_of_run_against_elsa_ends_sparse(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small_llama(256).save_pretrained(tmp_path)
-    network = replace(elsa.byte_llama(tmp_path), steps=30, predictions=2048, rates=(1e-3, 3e-3))
-    network = replace(network, penalties=(10.0,))
+    network = replace(elsa.byte_llama(tmp_path), steps=30, updates=10, predictions=2048)
+    network = replace(network, rates=(1e-3, 3e-3), penalties=(10.0,))
+    assert network.interval == 3
     options = Namespace(seed=0, sparsities=[0.5], methods=[method], results=tmp_path / "r.jsonl")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", safe_core.FinalizeWarning)
@@ -232,6 +234,7 @@ def test_the_dense_network_is_trained_as_long_as_the_sparse_ones(tmp_path: Path)
     assert "(dense 60.00, fine-tuned 50.00)" in elsa.markdown([dense, *found])
 
 
+@pytest.mark.long  # reads the documentation of every module of Python
 def test_documentation_comes_from_different_files() -> None:
     seen, held_out = corpus.documentation(False), corpus.documentation(True)
     assert len(seen) > 5 * len(held_out) > 100_000
@@ -239,7 +242,7 @@ def test_documentation_comes_from_different_files() -> None:
     assert longest not in seen
 
 
-@pytest.mark.parametrize("method", ["ALPS", "SAFE+"])
+@pytest.mark.parametrize("method", ["ALPS", pytest.param("SAFE+", marks=pytest.mark.long)])
 def test_errors_of_blocks_are_measured_on_both_sets_of_inputs(method: str) -> None:
     torch.manual_seed(0)
     small = blocks.first_blocks(blocks.random_gpt2(8), 2)

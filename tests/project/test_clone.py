@@ -43,10 +43,8 @@ def in_clone(wheel: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# All benchmarks take half a minute, and run in this process in other tests.
-@pytest.mark.parametrize(
-    "module", [pytest.param("benchmarks", marks=pytest.mark.long), "benchmarks.savings"]
-)
+@pytest.mark.long  # other tests import the benchmarks, but start no new Python
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.savings"])
 def test_benchmarks_run_in_a_clone_with_a_wheel(wheel: Path, module: str) -> None:
     found = in_clone(wheel, "-m", module, "--help")
     assert found.returncode == 0, found.stderr

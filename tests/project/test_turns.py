@@ -18,6 +18,7 @@ def item(marks: list[pytest.MarkDecorator], params: dict[str, Any], *others: str
     """Return what `waits` reads of an item of pytest."""
     return SimpleNamespace(
         callspec=SimpleNamespace(params=params),
+        name="test_of_turns",
         iter_markers=lambda name: [decorator.mark for decorator in marks],
         get_closest_marker=lambda name: name in others,
     )
@@ -54,7 +55,31 @@ def test_tests_whose_outcome_differs_take_no_turns() -> None:
     assert waiting(marks, {"a": 2}, "every_backend") == NEVER
     assert waiting([], {}) == NEVER
     assert waiting([*marks, PARAMETRIZE("xp", list(Backend))], {"a": 2}) == NEVER
-    assert not waits(SimpleNamespace(iter_markers=lambda name: []))
+    assert not waits(item([], {}))
+
+
+def test_every_second_case_of_a_table_is_long() -> None:
+    marks = [PARAMETRIZE("a", [1, 2]), PARAMETRIZE("b", "xyz")]
+    cells = list(itertools.product((1, 2), "xyz"))
+    found = [waits(item(marks, {"a": a, "b": b}, "every_second")) for a, b in cells]
+    assert found == [False, True, False, True, False, True]
+
+
+def test_the_cases_that_remain_take_turns() -> None:
+    marks = [PARAMETRIZE("a", [1, 2, 3, 4])]
+    found = [waiting(marks, {"a": a}, "every_second") for a in (1, 2, 3, 4)]
+    always = [True] * len(Backend)
+    assert found == [ONLY_EAGER, always, ONLY_COMPILED, always]
+    found = [waiting(marks, {"a": a}, "every_second", "every_backend") for a in (1, 2, 3, 4)]
+    assert found == [NEVER, always, NEVER, always]
+    tables = [*marks, PARAMETRIZE("xp", list(Backend))]
+    found = [waiting(tables, {"a": a}, "every_second") for a in (1, 2)]
+    assert found == [[bool((a + x) % 2) for x in range(len(Backend))] for a in (0, 1)]
+
+
+def test_every_second_needs_a_table() -> None:
+    with pytest.raises(ValueError, match="every_second needs a table of cases, which test_of_tur"):
+        waits(item([], {}, "every_second"))
 
 
 def test_a_table_that_can_be_read_once_is_refused() -> None:

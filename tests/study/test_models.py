@@ -28,10 +28,10 @@ from safe_core.study.models.flax import Network, normalised
 from safe_core.study.models.torch import Normalised, build
 
 SMALL = {
-    "lenet": LeNet((12, 6), classes=4, image=(5, 4, 3)),
-    "resnet": ResNet(14, width=0.25, classes=4, image=(8, 8, 3)),
     "resnet-projection": ResNet(8, width=0.25, classes=4, image=(9, 8, 1), shortcut="projection"),
+    "lenet": LeNet((12, 6), classes=4, image=(5, 4, 3)),
     "vgg": VGG19(width=1 / 32, classes=4, image=(32, 64, 3)),
+    "resnet": ResNet(14, width=0.25, classes=4, image=(8, 8, 3)),
 }
 
 
@@ -94,6 +94,7 @@ def test_impossible_networks_are_refused(make, message):
         make()
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", SMALL)
 def test_frameworks_compute_the_same_function(name):
     network, x = SMALL[name], images(SMALL[name])

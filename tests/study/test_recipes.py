@@ -108,9 +108,11 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
     "name",
     [
         "table-3",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("table-7", "table-8")),
         "figure-1",
-        "figure-4",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("table-7", "table-8", "figure-4")
+        ),
     ],
 )
 def test_studies_on_digits_run(name: str, tmp_path: Path) -> None:

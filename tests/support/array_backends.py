@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import safe_core.backends.jax as jax_backend
 from safe_core import project
+from safe_core.backends import jax_counting
 
 hypothesis.settings.register_profile(
     "safe_core",
@@ -143,3 +145,14 @@ def assert_same(got: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> None
     for a, b in zip(got, wanted, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def forget_programs() -> None:
+    """Clear the programs that JAX has compiled for the backend, after a test has patched it.
+
+    `jax.clear_caches` would also clear the programs of all other tests.
+    """
+    for program in (
+        jax_backend._program, jax_counting.keep_largest, jax_counting.keep_largest_per_row
+    ):  # fmt: skip
+        program.clear_cache()

@@ -155,8 +155,8 @@ PLAIN = Recipe(rho=(0.0, 0.0))
 _SAFE = {"rho": 0.1, "penalty": 0.1, "dual_update_interval": 8}
 UNDER_SAFE = {
     "safe": (safe_core.safe(0.6, **_SAFE), Safe()),
-    "sg": (safe_core.safe(0.6, **_SAFE, projected_gradient=True), Safe(adds_projected=True)),
     "at times": (safe_core.safe(0.6, **_SAFE, perturbation_interval=3), Safe(perturbed_every=3)),
+    "sg": (safe_core.safe(0.6, **_SAFE, projected_gradient=True), Safe(adds_projected=True)),
     "admm": (
         safe_core.admm(0.6, penalty=0.1, dual_update_interval=8),
         Safe(rho=0.0),

@@ -1,4 +1,4 @@
-"""Mark every second case of a table as long."""
+"""Mark as long the cases of a table that repeat others."""
 
 from __future__ import annotations
 
@@ -27,20 +27,36 @@ TURNS = {"jax": 0, "jax-jit": 1}
 
 
 def waits(item: Any) -> bool:
-    """Return whether a case of a test on every backend waits for the long tests.
+    """Return whether a case is left to the long tests.
 
-    Each case runs with JAX either eagerly or compiled, in turns, and the same case with the other
-    waits. With two parameters or more, each value of each runs with both. Tests with the marker
-    ``every_backend`` take no turns, nor do those without parameters.
+    With the marker ``every_second``, every second case is left to them, as in `in_turns`.
+
+    In a test on every backend, each case that remains runs with JAX either eagerly or compiled, in
+    turns, and the same case with the other is left. Without the marker, and with two parameters or
+    more, each value of each runs with both. Tests with the marker ``every_backend`` take no turns,
+    nor do those without parameters.
+
+    Raises
+    ------
+    ValueError
+        If a table can be read only once, or if a test with ``every_second`` has no table.
     """
     given = item.callspec.params if hasattr(item, "callspec") else {}
     turn = TURNS.get(given["xp"].value) if "xp" in given else None
     marks = list(item.iter_markers("parametrize"))
-    if turn is None or not marks or any("xp" in _names(mark) for mark in marks):
+    by_turns = bool(marks) and turn is not None and not any("xp" in _names(m) for m in marks)
+    by_turns = by_turns and not item.get_closest_marker("every_backend")
+    every_second = item.get_closest_marker("every_second")
+    if every_second and not marks:
+        raise ValueError(f"every_second needs a table of cases, which {item.name} has not")
+    if not (every_second or by_turns):
         return False
-    if item.get_closest_marker("every_backend"):
-        return False
-    return sum(_place(mark, given) for mark in marks) % 2 != turn
+    place = sum(_place(mark, given) for mark in marks)
+    if every_second:
+        if place % 2:
+            return True
+        place //= 2  # among the cases that remain
+    return by_turns and place % 2 != turn
 
 
 def _names(mark: pytest.Mark) -> list[str]:

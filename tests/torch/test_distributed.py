@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +29,29 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [2, 4], ids=["two", "four"])
-def test_processes_train_what_one_trains(world: int) -> None:
-    kinds = list(KINDS[world])
+# "tp", "fsdp-packed", "mixed-packed" and "tp-channels", among others, run the same code.
+REPEATED = {
+    2: ("tp-packed", "fsdp-channels"),
+    4: ("ddp", "fsdp", "mixed", "mixed-untuned", "tp-fsdp-channels"),
+}
+
+
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [
+        *(
+            (world, [kind for kind in KINDS[world] if kind not in REPEATED[world]])
+            for world in KINDS
+        ),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in REPEATED.items()),
+    ],
+    ids=["two", "four", "two, other kinds", "four, other kinds"],
+)
+def test_processes_train_what_one_trains(world: int, kinds: Sequence[str]) -> None:
     printed = output_of(__file__, str(world), *kinds)
     print(printed)
     found = [line.split() for line in printed.splitlines() if line.startswith("largest")]
-    assert [kind for _, kind, *_ in found] == kinds
+    assert [kind for _, kind, *_ in found] == list(kinds)
     for _, kind, difference, supports, gathered, reported in found:
         assert float(difference) < TOLERANCE, printed
         assert supports == "same", printed

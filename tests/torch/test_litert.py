@@ -163,7 +163,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The Llama of another test has these layers.
+        pytest.param(
+            name, marks=pytest.mark.long if name in ("a transformer layer", "an embedding") else ()
+        )
+        for name in LAYERS
+    ],
+)
 def test_layers_compute_the_same(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, inputs = LAYERS[name]
@@ -198,16 +207,17 @@ def test_a_model_in_int8(tmp_path: Path) -> None:
     assert set(report.seconds) == {"this file", "dense float32"}
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     ("pattern", "weights", "stored"),
     [
         (safe_core.Block((1, 4), 0.9), "float32", "1x4"),
-        (safe_core.Block((1, 16), 0.9), "int8", "1x16"),
         (safe_core.Block((1, 16), 0.9), "float32", "1x4"),
-        (safe_core.Unstructured(0.99), "float32", "csr"),
+        (safe_core.Block((1, 16), 0.9), "int8", "1x16"),
         (safe_core.Unstructured(0.9), "float32", "packed"),
-        (safe_core.Unstructured(0.9), "int8", "packed"),
+        (safe_core.Unstructured(0.99), "float32", "csr"),
         (None, "float32", "dense"),
+        (safe_core.Unstructured(0.9), "int8", "packed"),
     ],
 )
 def test_sparse_weights_make_the_file_smaller(

@@ -121,6 +121,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("make", [safe_core.safe, safe_core.admm])
 def test_a_run_of_the_steps_given_ends_on_the_constraint(make: Any, name: str) -> None:
