@@ -758,6 +758,7 @@ def _files(task: str) -> dict[str, dict[str, float]]:
 
 def test_elsa_on_a_small_llama() -> None:
     lines = (ROOT / "docs/elsa_table.md").read_text(encoding="utf-8").split("| byte Llama", 1)[1]
+    lines = lines.split("\n\n")[0]
     heads, _, *rows = [line.strip("|").split("|") for line in lines.strip().splitlines()]
     assert [head.strip() for head in heads[1:]] == ["60%", "80%", "90%"]
     found = {row[0].strip(): [float(cell.strip(" *")) for cell in row[1:]] for row in rows}
@@ -780,10 +781,19 @@ def test_elsa_on_a_small_llama() -> None:
     assert "within 0.13 of the dense network that is trained as long" in text
     assert "the untuned ADMM is ahead" in text
     assert "slightly ahead of ELSA's own score at 60% and 80%, and behind at 90%" in text
+    runs = list(map(json.loads, (ROOT / "docs/elsa_results.jsonl").read_text().splitlines()))
     pruned = {
         row["method"]: row["pruned"]["test"]
-        for row in map(json.loads, (ROOT / "docs/elsa_results.jsonl").read_text().splitlines())
-        if row["sparsity"] == 0.8 and "pruned" in row
+        for row in runs
+        if (row["network"], row["sparsity"]) == ("byte Llama", 0.8) and "pruned" in row
     }
     alps, ours = (f"{pruned[n]:.2f}" for n in ("ALPS, fine-tuned", "SAFE+, fine-tuned"))
     assert f"80% zeros raise the perplexity to {alps} and {ours}" in text
+    larger = {row["method"]: row for row in runs if row["network"] == "SmolLM2-135M"}
+    perplexity = {name: row["found"]["test"] for name, row in larger.items()}
+    scores = [larger[name] for name in ("ELSA", "ELSA, magnitude")]
+    left = [f"{row['distance']:.0%}" for row in scores]
+    assert f"moves the weights by {left[0]} of their norm, and by {left[1]} with the" in text
+    found = [f"{row['found']['test']:,.0f}" for row in scores]
+    assert f"The perplexity is {found[0]} and {found[1]}" in text
+    assert f"ALPS, fine-tuned for as long, has {perplexity['ALPS, fine-tuned']:.0f}" in text
