@@ -51,10 +51,10 @@ BLOCKWISE: dict[str, Callable[[], Any]] = {
     "SAFE+, fine-tuned": lambda: SafeReconstruction(importance="wanda", epochs=5),
 }
 TRAINED: dict[str, Callable[[Network, float, float], safe_core.Method]] = {
-    "GMP": lambda network, s, _: safe_core.gmp(_in_tensors(_rising(s, network))),
+    "GMP": lambda network, s, _: safe_core.gmp(_in_tensors(_rising(network, s))),
     "ADMM, untuned": lambda network, s, _: safe_core.admm(_in_tensors(s), steps=network.steps),
-    "ELSA": lambda network, s, penalty: _elsa(s, network, penalty, "objective"),
-    "ELSA, magnitude": lambda network, s, penalty: _elsa(s, network, penalty, "magnitude"),
+    "ELSA": lambda network, s, penalty: _elsa(network, s, penalty, "objective"),
+    "ELSA, magnitude": lambda network, s, penalty: _elsa(network, s, penalty, "magnitude"),
 }
 DENSE = "Dense, fine-tuned"
 METHODS = (DENSE, *BLOCKWISE, *TRAINED)
@@ -64,12 +64,12 @@ def _in_tensors(sparsity: Any) -> Unstructured:
     return Unstructured(sparsity, "tensor")
 
 
-def _rising(sparsity: float, network: Network) -> Any:
+def _rising(network: Network, sparsity: float) -> Any:
     every = network.interval
     return schedules.cubic(sparsity, steps=7 * network.steps // 10 // every * every, every=every)
 
 
-def _elsa(sparsity: float, network: Network, penalty: float, score: Any) -> safe_core.Method:
+def _elsa(network: Network, sparsity: float, penalty: float, score: Any) -> safe_core.Method:
     every = network.interval
     return safe_core.elsa(sparsity, penalty=penalty, dual_update_interval=every, score=score)
 

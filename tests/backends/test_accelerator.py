@@ -12,7 +12,6 @@ import torch
 from array_backends import BFLOAT16, Backend, assert_same, forget_programs, projector
 from kernel_calls import KernelCalls, on_an_accelerator  # noqa: F401
 from torch import Tensor, nn
-from turns import in_turns
 
 import safe_core
 import safe_core.backends.jax as jax_backend
@@ -100,11 +99,10 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "backend", "weighted"),
-    in_turns(PATTERNS, [Backend.TORCH, Backend.JAX], [False, True]),
-    ids=str,
-)
+@pytest.mark.every_second
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.JAX])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_arrays_that_are_alike_are_pruned_together(
     monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: Backend, weighted: bool
 ) -> None:

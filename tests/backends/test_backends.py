@@ -133,9 +133,12 @@ def test_arrays_too_large_for_one_count_are_cut_into_pieces(
 ) -> None:
     monkeypatch.setattr(jax_counting, "_PIECE", piece)
     forget_programs()  # JAX would reuse programs with larger pieces
+    split, pieces = jax_counting._split, []
+    monkeypatch.setattr(jax_counting, "_split", lambda key: pieces.append(split(key)) or pieces[-1])
     arrays = rounded((3, 2, 2), (5,), ())
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
+    assert any(len(found) > 1 for found in pieces) == (piece < 12)
 
 
 @pytest.mark.parametrize("chunk", [2**25, 40, 7])
@@ -274,7 +277,7 @@ import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from safe_core import NM, Block, Channel, Unstructured, project
 
-mesh = jax.make_mesh((8,), ("d",), axis_types=({axis_type},))
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.{axis_type},))
 rng = np.random.default_rng(0)
 matrix = np.round(2 * rng.normal(size=(16, 32))).astype(np.float32)
 vector = np.round(2 * rng.normal(size=(32,))).astype(np.float32)
@@ -344,7 +347,7 @@ def test_eight_devices_select_what_one_selects(axis_type: str, cases: str) -> No
             "-W",
             "error",
             "-c",
-            SHARDED.format(axis_type=f"AxisType.{axis_type}", cases=cases),
+            SHARDED.format(axis_type=axis_type, cases=cases),
         ],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from array_backends import Backend
-from turns import in_turns
 
 from safe_core import Unstructured
 from safe_core.solvers import ALPS, Magnitude, SparseGPT, Wanda, reconstruction_error
@@ -67,11 +66,10 @@ def test_alps_is_never_worse_than_wanda_on_a_few_inputs(pattern: Any) -> None:
         assert error(w, values, x.T @ x) <= error(w, wanda, x.T @ x) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("units", "name", "backend"),
-    in_turns([(100, 0), (-100, 0), (0, 120), (0, -100), (110, 110)], ["alps", "sparsegpt"], EAGER),
-    ids=str,
-)
+@pytest.mark.every_second
+@pytest.mark.parametrize("units", [(100, 0), (-100, 0), (0, 120), (0, -100), (110, 110)], ids=str)
+@pytest.mark.parametrize("name", ["alps", "sparsegpt"])
+@pytest.mark.parametrize("backend", EAGER)
 def test_units_of_weights_and_inputs_change_nothing_else(
     backend: Backend, name: str, units: tuple[int, int]
 ) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from short_runs import short_run
 from torch import Tensor, nn
-from turns import in_turns
 
 from safe_core import NM, Unstructured
 from safe_core.adapters.torch.blocks.pruning import (
@@ -225,13 +224,9 @@ def test_matrices_outside_of_linear_layers_are_listed(solver: Any) -> None:
     assert set(report.blocks[0].weights) == {"out.weight"}
 
 
-@pytest.mark.parametrize(
-    ("mode", "solver"),
-    in_turns(
-        ["autocast", "no_grad", "inference", "made in inference"],
-        ["wanda", "sparsegpt", SAFE, "safe+"],
-    ),
-)
+@pytest.mark.every_second
+@pytest.mark.parametrize("mode", ["autocast", "no_grad", "inference", "made in inference"])
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", SAFE, "safe+"])
 def test_modes_around_the_call_change_nothing(mode: str, solver: Any) -> None:
     plain = chain()
     wanted = prune_blocks(plain, data(), solver, 0.5)

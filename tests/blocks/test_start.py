@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from turns import in_turns
 from twin_blocks import JaxBlock, for_linen, torch_model
 
 import safe_core
@@ -40,13 +39,17 @@ def errors(solver: Any, sparsity: Any, **settings: Any) -> list[float]:
     return [block.relative_error for block in report.blocks]
 
 
-@pytest.mark.parametrize(("name", "sparsity"), in_turns(["safe+", "safe"], PATTERNS), ids=str)
+@pytest.mark.every_second
+@pytest.mark.parametrize("name", ["safe+", "safe"])
+@pytest.mark.parametrize("sparsity", PATTERNS, ids=str)
 def test_the_default_is_ahead_of_alps_in_every_block(name: str, sparsity: Any) -> None:
     found, alps = errors(name, sparsity), errors("alps", sparsity)
     assert all(a < 0.9 * b for a, b in zip(found, alps, strict=True))
 
 
-@pytest.mark.parametrize(("name", "sparsity"), in_turns(["safe+", "safe"], [0.5, "2:4"]))
+@pytest.mark.every_second
+@pytest.mark.parametrize("name", ["safe+", "safe"])
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 def test_jax_is_the_same(name: str, sparsity: Any) -> None:
     model = torch_model(WIDTH)
     dense = [for_linen(block) for block in model.blocks]

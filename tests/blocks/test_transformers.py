@@ -20,7 +20,6 @@ import transformers
 from processes import output_of
 from short_runs import short_run
 from torch import Tensor, nn
-from turns import in_turns
 
 import safe_core
 from safe_core import Block, Layout, Unstructured
@@ -843,9 +842,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> Non
 
 
 @short_run
-@pytest.mark.parametrize(
-    ("propagate", "target_inputs"), in_turns(["pruned", "dense"], ["pruned", "dense"])
-)
+@pytest.mark.every_second
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("target_inputs", ["pruned", "dense"])
 def test_an_interrupted_run_goes_on(target_inputs: str, propagate: str, tmp_path: Path) -> None:
     rules: Any = {"target_inputs": target_inputs, "propagate": propagate}
     whole, model = model_of("llama"), model_of("llama")

@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from command_line import SHORT, TEXT, byte_tokenizer, failed, run
-from turns import in_turns
 
 from safe_core._installed import install_command
 from safe_core.adapters.transformers import calibration_batches
@@ -48,7 +47,8 @@ def write_records(file: Path, records: list[Any]) -> None:
         file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
-@pytest.mark.parametrize("suffix", in_turns([".jsonl", ".ndjson", ".json", ".JSONL", ".parquet"]))
+@pytest.mark.every_second
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL", ".parquet"])
 def test_records_give_their_texts(folder: Path, tmp_path: Path, suffix: str) -> None:
     records = [{"text": "one\nline", "content": "x"}, {"text": "", "content": "y"}]
     file = tmp_path / f"data{suffix}"

@@ -17,7 +17,6 @@ import optax
 import pytest
 import torch
 from short_runs import short_run
-from turns import in_turns
 
 import safe_core
 from safe_core import ArrayInfo, SquaredGradient
@@ -256,20 +255,33 @@ def double_precision():
         yield
 
 
+@pytest.mark.every_second
 @short_run
-@pytest.mark.parametrize(
-    ("name", "base", "sparsity", "importance"),
-    [
-        *in_turns(["safe"], BASES, SPARSITIES, IMPORTANCE),
-        *in_turns(["admm"], BASES, SPARSITIES, ["none"]),
-        # The importance acts in SAFE as in ADMM.
-        *(
-            pytest.param(*cell, marks=pytest.mark.long)
-            for cell in itertools.product(["admm"], BASES, SPARSITIES, IMPORTANCE[1:])
-        ),
-    ],
-)
-def test_frameworks_agree(name, base, sparsity, importance):
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("importance", IMPORTANCE)
+def test_frameworks_agree_on_safe(base, sparsity, importance):
+    assert_agreement_with_penalty("safe", base, sparsity, importance)
+
+
+@pytest.mark.every_second
+@short_run
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_frameworks_agree_on_admm(base, sparsity):
+    assert_agreement_with_penalty("admm", base, sparsity, "none")
+
+
+@pytest.mark.long  # the importance acts in SAFE as in ADMM
+@short_run
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("importance", IMPORTANCE[1:])
+def test_frameworks_agree_on_admm_with_an_importance(base, sparsity, importance):
+    assert_agreement_with_penalty("admm", base, sparsity, importance)
+
+
+def assert_agreement_with_penalty(name, base, sparsity, importance):
     problem = Problem.make()
     method = METHODS[name](
         sparsity,
@@ -298,7 +310,10 @@ def assert_agreement(problem, method, base, arrays=None):
     return expected
 
 
-@pytest.mark.parametrize(("name", "base", "sparsity"), in_turns(METHODS, BASES, SPARSITIES))
+@pytest.mark.every_second
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_frameworks_agree_on_what_is_derived_from_the_steps(name, base, sparsity):
     problem = Problem.make()
     expected = assert_agreement(problem, METHODS[name](sparsity, steps=STEPS), base)

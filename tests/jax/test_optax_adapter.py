@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import pytest
 from short_runs import short_run
-from turns import in_turns
 
 import safe_core
 from safe_core import NM, Layout, SquaredGradient, schedules
@@ -252,7 +251,8 @@ def test_the_penalty_acts_on_the_kernels_alone():
 
 
 @short_run
-@pytest.mark.parametrize("dtype", in_turns(DTYPES), ids=lambda dtype: dtype.__name__)
+@pytest.mark.every_second
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_dtypes_are_kept(dtype, double_precision):
     method = safe_core.safe(
         0.5, rho=0.2, penalty=0.3, dual_update_interval=1, importance=SquaredGradient()

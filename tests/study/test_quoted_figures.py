@@ -781,19 +781,39 @@ def test_elsa_on_a_small_llama() -> None:
     assert "within 0.13 of the dense network that is trained as long" in text
     assert "the untuned ADMM is ahead" in text
     assert "slightly ahead of ELSA's own score at 60% and 80%, and behind at 90%" in text
-    runs = list(map(json.loads, (ROOT / "docs/elsa_results.jsonl").read_text().splitlines()))
     pruned = {
-        row["method"]: row["pruned"]["test"]
-        for row in runs
-        if (row["network"], row["sparsity"]) == ("byte Llama", 0.8) and "pruned" in row
+        name: row["pruned"]["test"]
+        for name, row in _runs_of_elsa("byte Llama", 0.8).items()
+        if "pruned" in row
     }
     alps, ours = (f"{pruned[n]:.2f}" for n in ("ALPS, fine-tuned", "SAFE+, fine-tuned"))
     assert f"80% zeros raise the perplexity to {alps} and {ours}" in text
-    larger = {row["method"]: row for row in runs if row["network"] == "SmolLM2-135M"}
-    perplexity = {name: row["found"]["test"] for name, row in larger.items()}
-    scores = [larger[name] for name in ("ELSA", "ELSA, magnitude")]
-    left = [f"{row['distance']:.0%}" for row in scores]
-    assert f"moves the weights by {left[0]} of their norm, and by {left[1]} with the" in text
-    found = [f"{row['found']['test']:,.0f}" for row in scores]
-    assert f"The perplexity is {found[0]} and {found[1]}" in text
-    assert f"ALPS, fine-tuned for as long, has {perplexity['ALPS, fine-tuned']:.0f}" in text
+
+
+def test_elsa_on_smollm2() -> None:
+    runs = _runs_of_elsa("SmolLM2-135M", 0.8)
+    elsa, magnitude, alps = (runs[n] for n in ("ELSA", "ELSA, magnitude", "ALPS, fine-tuned"))
+    assert [(row["rate"], row["penalty"]) for row in (elsa, magnitude)] == [(1e-2, 1e-2)] * 2
+    assert {row["rate"] for name, row in runs.items() if "ELSA" not in name} == {3e-4}
+    assert not runs.keys() & {"SAFE+, fine-tuned", "GMP", "ADMM, untuned"}
+    text = page("docs/variants.md")
+    assert (
+        "rate of 1e-2 and a penalty of 1e-2 for ELSA, and at a rate of 3e-4 for the others" in text
+    )
+    assert (
+        f"moves the weights by {elsa['distance']:.0%} of their norm, and by "
+        f"{magnitude['distance']:.0%} with the magnitude as the score"
+    ) in text
+    assert (
+        f"perplexity is {elsa['found']['test']:,.0f} and {magnitude['found']['test']:,.0f}, and "
+        f"that of ALPS, fine-tuned for as long, is {alps['found']['test']:.0f}. SAFE+, GMP and "
+        "ADMM were not run there"
+    ) in text
+
+
+def _runs_of_elsa(network: str, sparsity: float) -> dict[str, dict[str, Any]]:
+    """Return the last run of each method."""
+    lines = (ROOT / "docs/elsa_results.jsonl").read_text(encoding="utf-8").splitlines()
+    named = (network, sparsity)
+    rows = [row for row in map(json.loads, lines) if (row["network"], row["sparsity"]) == named]
+    return {row["method"]: row for row in rows}

@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
-
-
-def in_turns(*axes: Iterable[Any]) -> list[Any]:
-    """Return the product of some axes for `pytest.mark.parametrize`; every second cell is long.
-
-    The cells alternate as on a checkerboard. With two axes or more, each value still runs. With one
-    axis, every second value is long.
-    """
-    cells = itertools.product(*map(enumerate, axes))
-    return [
-        pytest.param(*values, marks=pytest.mark.long if sum(places) % 2 else ())
-        for places, values in (zip(*cell, strict=True) for cell in cells)
-    ]
-
 
 # JAX runs nearly the same code eagerly and compiled, and compiling takes most of the time.
 TURNS = {"jax": 0, "jax-jit": 1}
@@ -29,7 +13,8 @@ TURNS = {"jax": 0, "jax-jit": 1}
 def waits(item: Any) -> bool:
     """Return whether a case is left to the long tests.
 
-    With the marker ``every_second``, every second case is left to them, as in `in_turns`.
+    With the marker ``every_second``, every second case is left. With two parameters or more, the
+    cells alternate as on a checkerboard, so that each value still runs.
 
     In a test on every backend, each case that remains runs with JAX either eagerly or compiled, in
     turns, and the same case with the other is left. Without the marker, and with two parameters or
@@ -44,12 +29,12 @@ def waits(item: Any) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
     turn = TURNS.get(given["xp"].value) if "xp" in given else None
     marks = list(item.iter_markers("parametrize"))
-    by_turns = bool(marks) and turn is not None and not any("xp" in _names(m) for m in marks)
-    by_turns = by_turns and not item.get_closest_marker("every_backend")
     every_second = item.get_closest_marker("every_second")
     if every_second and not marks:
         raise ValueError(f"every_second needs a table of cases, which {item.name} has not")
-    if not (every_second or by_turns):
+    by_turns = turn is not None and not item.get_closest_marker("every_backend")
+    by_turns = by_turns and not any("xp" in _names(mark) for mark in marks)
+    if not marks or not (every_second or by_turns):
         return False
     place = sum(_place(mark, given) for mark in marks)
     if every_second:
