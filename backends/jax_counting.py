@@ -2,24 +2,24 @@
 
 The threshold is the largest t that at least k keys reach, where the keys are the bits of
 the magnitudes. It is found digit by digit, from the highest: one pass over memory counts
-the keys that reach each of fifteen candidates. The counts of shards simply add up.
+the keys that reach each candidate for a digit. The counts of shards simply add up.
 
 A sort would take many more passes, and it would gather sharded arrays on every device.
-Counting needs no sort, no gather and no transfer to the host. The same search on the row-major
-index cuts the ties, so that the mask is the same in every library.
+Counting needs no sort, no gather and no transfer to the host. The same search finds the row-major
+position up to which ties are kept, so that the mask is the same in every library.
 
 Counts of all arrays together can exceed 32 bits, and JAX has 64-bit integers only where
-the user enables them. So such counts are pairs (high, low) of 16-bit digits, each stored
-in uint32. They are exact up to 2**48.
+the user enables them. Where they can, counts are pairs (high, low) of 16-bit digits, each
+stored in uint32. They are exact up to 2**48.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,6 @@ from . import Array
 __all__ = ["joins", "keep_largest", "keep_largest_per_row"]
 
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-# Bits settled in one pass, by 2**4 - 1 counts. Each pass reads all keys. Wider digits need
-# fewer passes, but the number of counts doubles with each bit.
-_DIGIT_BITS = 4
-# Up to this many entries, passes cost less than compiling the code of many counts.
-_FEW = 2**12
 # Entries of arrays that are joined to one, 128 MB in float32.
 _CHUNK = 2**25
 # The most entries of a piece. Its counts, its row-major indices and the bounds of the search
@@ -43,6 +38,7 @@ _PIECE = 2**31 - 1
 # The largest sum of counts that is taken in uint32.
 _SUMMAND = 2**32 - 1
 _DIGIT = 0xFFFF
+Count: TypeAlias = Any  # a number or several, in uint32, or a pair of digits (high, low)
 
 
 @partial(jax.jit, static_argnames="counts")
@@ -84,103 +80,111 @@ def _chunks(scores: list[Array]) -> list[list[Array]]:
 
 
 def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Array) -> list[Array]:
-    keys = [_unsigned_key(score) for score in scores]
-    pieces = [piece for key in keys for piece in _split(key)]
+    pieces = [piece for score in scores for piece in _split(score)]
     sizes = [piece.size for piece in pieces]
-    k = _typed_as(keys, _pick(counts, stage))
+    large = sum(sizes) > _SUMMAND
+    k = _typed_as(scores, _pick(counts, stage, large))
+    nothing, whole = (_typed_as(k, _pick((n,), 0, large)) for n in (0, sum(sizes)))
 
-    def at_least(thresholds: list[Array]) -> list[tuple[Array, Array]]:
-        found = [jnp.stack(_reduced([piece >= t for t in thresholds])) for piece in pieces]
-        high, low = _sum_of(found, sizes)
-        return [(high[i], low[i]) for i in range(len(thresholds))]
+    def at_least(thresholds: Array) -> Count:
+        held, thresholds = _within_loop((pieces, thresholds))
+        keys = [_unsigned_key(piece) for piece in held]
+        each = [thresholds[i] for i in range(thresholds.size)]
+        return _sum_of([jnp.stack(_reduced([key >= t for t in each])) for key in keys], sizes)
 
-    whole, zero = _pick((sum(sizes),), 0), jnp.zeros((), keys[0].dtype)
-    reaches, same = partial(_at_least, b=k), partial(_same, k)
-    bits = _DIGIT_BITS if sum(sizes) > _FEW else 1
-    zero, whole = _typed_as(k, (zero, whole))
-    threshold, exact = _search(at_least, zero, whole, reaches, same, bits)
+    same, zero = partial(_same, k), _typed_as(k, jnp.zeros((), _unsigned(scores[0].dtype)))
+    bits = 8 * zero.dtype.itemsize
+    threshold, exact = _search(at_least, zero, whole, lambda count: _at_least(count, k), same, bits)
 
-    # Real weights hardly ever tie. Then the comparison alone gives the masks, and the search
-    # over indices is skipped at run time.
-    def plain(pieces: list[Array]) -> list[Array]:
-        return [piece >= threshold for piece in pieces]
+    def before(positions: Count) -> Count:
+        held, positions, one = _within_loop((pieces, positions, jnp.uint32(1)))
+        found = []
+        for piece, ends in zip(held, _ends(positions, sizes), strict=True):
+            key, index = _unsigned_key(piece), _index(piece.shape, one)
+            masks = [_kept(key, threshold, index, ends[i]) for i in range(ends.size)]
+            found.append(jnp.stack(_reduced(masks)))
+        return _sum_of(found, sizes)
 
-    def with_ties(pieces: list[Array]) -> list[Array]:
-        above = [piece > threshold for piece in pieces]
-        tied = [piece == threshold for piece in pieces]
-        found = [_reduced(list(pair)) for pair in zip(above, tied, strict=True)]
-        missing = _subtract(k, _sum_of([a for a, _ in found], sizes))
-        available = [t for _, t in found]
-        masks = _cut(tied, available, _fill(available, missing))
-        return [a | t for a, t in zip(above, masks, strict=True)]
-
-    kept = iter(lax.cond(exact, plain, with_ties, pieces))
-    return [_join(key, kept) for key in keys]
+    # Real weights hardly ever tie. Then all ties are kept, and this search makes no pass.
+    start, count = _where(exact, (whole, k), (nothing, nothing))
+    bits = sum(sizes).bit_length()
+    position, _ = _search(before, start, count, lambda count: _at_least(k, count), same, bits)
+    masks = [
+        _kept(_unsigned_key(piece), threshold, _index(piece.shape), end)
+        for piece, end in zip(pieces, _ends(position, sizes), strict=True)
+    ]
+    kept = iter(masks)
+    return [_join(score, kept) for score in scores]
 
 
 @partial(jax.jit, static_argnames="counts")
 def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int | Array) -> Array:
     """Return the mask of the ``counts[stage]`` largest magnitudes of each row."""
-    keys = _unsigned_key(scores)
-    k = _typed_as([keys], jnp.asarray(counts, jnp.uint32)[stage])
+    k = _typed_as(scores, jnp.asarray(counts, jnp.uint32)[stage])
+    rows, width = scores.shape
+    nothing = jnp.zeros_like(scores, jnp.uint32, shape=(rows, 1))
+    zero, nothing, whole = _typed_as(
+        k, (nothing.astype(_unsigned(scores.dtype)), nothing, nothing + jnp.uint32(width))
+    )
 
-    def at_least(thresholds: list[Array]) -> list[Array]:
-        return [x[:, None] for x in _reduced([keys >= t for t in thresholds], axes=(1,))]
+    def at_least(thresholds: Array) -> Array:
+        held, thresholds = _within_loop((scores, thresholds))
+        keys, each = _unsigned_key(held), jnp.split(thresholds, thresholds.shape[1], axis=1)
+        return jnp.stack(_reduced([keys >= t for t in each], axes=(1,)), axis=1)
 
-    zero = jnp.zeros_like(keys, shape=(keys.shape[0], 1))
-    whole = jnp.full_like(zero, keys.shape[1], dtype=jnp.uint32)
-    bits = _DIGIT_BITS if keys.size > _FEW else 1
-    zero, whole = _typed_as([k], (zero, whole))
+    bits = 8 * zero.dtype.itemsize
     threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
 
-    def with_ties(keys: Array) -> Array:
-        above, tied = keys > threshold, keys == threshold
-        quota = k - _row_count(above)
-        index = lax.broadcasted_iota(jnp.uint32, keys.shape, 1)
-        width = keys.shape[1].bit_length()
+    def kept(scores: Array, end: Array) -> Array:
+        index = lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
+        return _kept(_unsigned_key(scores), threshold, index, end)
 
-        # The largest end with at most `quota` ties before it has exactly `quota`.
-        def advance(i: Array, end: Array) -> Array:
-            candidate = end | jnp.left_shift(jnp.uint32(1), jnp.asarray(width - 1 - i, jnp.uint32))
-            return jnp.where(_row_count(tied & (index < candidate)) <= quota, candidate, end)
+    def before(ends: Array) -> Array:
+        held, ends = _within_loop((scores, ends))
+        each = jnp.split(ends, ends.shape[1], axis=1)
+        return jnp.stack(_reduced([kept(held, end) for end in each], axes=(1,)), axis=1)
 
-        return above | (tied & (index < lax.fori_loop(0, width, advance, jnp.zeros_like(quota))))
-
-    return lax.cond(jnp.all(exact), lambda keys: keys >= threshold, with_ties, keys)
+    start, count = _where(exact, (whole, nothing + k), (nothing, nothing))
+    bits = width.bit_length()
+    end, _ = _search(before, start, count, lambda c: c <= k, lambda c: c == k, bits)
+    return kept(scores, end)
 
 
 def _search(
-    at_least: Callable[[list[Array]], list[Any]],
-    zero: Array,
-    whole: Any,
+    counts_at: Callable[[Any], Any],
+    start: Count,
+    count: Count,
     reaches: Callable[[Any], Array],
     same: Callable[[Any], Array],
-    bits: int = _DIGIT_BITS,
-) -> tuple[Array, Array]:
-    """Find the largest t that enough keys reach, or any t that exactly enough keys reach.
+    bits: int,
+) -> tuple[Any, Array]:
+    """Find the largest t whose count will do, or any t whose count is exactly the one wanted.
 
-    Each pass settles the next ``bits`` bits of t, from the highest: it counts the keys that
-    reach every candidate for them, and takes the largest candidate that enough reach. The
-    search ends early once a count is exact, for every such t selects the same keys.
+    Each pass settles the next digit of t, from the highest: it takes the counts at every
+    candidate for the digit, and keeps the largest candidate that will do. The search ends early
+    once a count is exact, because every such t selects the same keys.
 
     Parameters
     ----------
-    at_least : callable
-        Returns the number of keys at or above each of several thresholds.
-    zero : array
-        The threshold to start from, in the dtype of the keys.
-    whole : count
-        The number of keys at or above ``zero``.
+    counts_at : callable
+        Returns the number of keys that each of several candidates selects. The candidates lie
+        along the last axis.
+    start : Count
+        The number to start from, without bits where the search sets some.
+    count : Count
+        The number of keys that ``start`` selects.
     reaches, same : callable
-        Tell whether a count is at least, or exactly, the number wanted.
+        Tell whether a count will do, and whether it is exactly the number wanted. If a candidate
+        will not do, then no larger one does.
     bits : int
-        Number of bits to settle in a pass.
+        Number of bits that t may have.
 
     Returns
     -------
-    threshold, exact : array
-        t, and whether exactly the number wanted reach it.
+    t, exact : array
+        t, and whether it selects exactly the number wanted.
     """
+    width = _digit_bits()
 
     def unsettled(carry: Any) -> Array:
         shift, _, count = carry
@@ -188,20 +192,50 @@ def _search(
 
     def settle(carry: Any) -> Any:
         shift, found, count = carry
-        digits = [jnp.asarray(digit, zero.dtype) for digit in range(1, 2**bits)]
-        thresholds = [found | jnp.left_shift(digit, shift.astype(zero.dtype)) for digit in digits]
-        for threshold, more in zip(thresholds, at_least(thresholds), strict=True):
-            enough = reaches(more)
-            found = jnp.where(enough, threshold, found)
-            count = jax.tree.map(lambda new, old, e=enough: jnp.where(e, new, old), more, count)
-        return shift - bits, found, count
+        digits = jnp.arange(1, 2**width, dtype=jnp.uint32)
+        counts = counts_at(_with_digit(found, digits, shift))
+        enough = reaches(counts)
+        digit = jnp.sum(enough, axis=-1, keepdims=enough.ndim > 1, dtype=jnp.uint32)
+        picked = digits == digit
 
-    shift = _typed_as([zero], jnp.asarray(8 * zero.dtype.itemsize - bits, jnp.int32))
-    _, found, count = lax.while_loop(unsettled, settle, (shift, zero, whole))
+        def pick(counts: Array, before: Array) -> Array:
+            found = jnp.sum(jnp.where(picked, counts, 0), -1, keepdims=counts.ndim > 1)
+            return jnp.where(digit == 0, before, found.astype(before.dtype))
+
+        return (shift - width, _with_digit(found, digit, shift), jax.tree.map(pick, counts, count))
+
+    first = (bits - 1) // width * width
+    shift = _typed_as(jax.tree.leaves(start), jnp.asarray(first, jnp.int32))
+    _, found, count = lax.while_loop(unsettled, settle, (shift, start, count))
     return found, same(count)
 
 
-def _typed_as(operands: Sequence[Array], constants: Any) -> Any:
+def _digit_bits() -> int:
+    """Return the number of bits that a pass settles, by ``2**bits - 1`` counts.
+
+    Each pass reads all keys. Wider digits need fewer passes, but the number of counts doubles
+    with each bit. On the CPU, two bits take as long as four, and their code compiles faster. One
+    count alone is slow there, because XLA compiles no vector code for it.
+    """
+    return 2 if jax.default_backend() == "cpu" else 4
+
+
+def _with_digit(found: Count, digit: Array, shift: Array) -> Any:
+    """Return a number with the bits of a digit set."""
+    if not isinstance(found, tuple):
+        return found | jnp.left_shift(digit.astype(found.dtype), shift.astype(found.dtype))
+    # Digits of 2 or 4 bits never lie in both numbers of a pair.
+    high, low = found
+    upper, moved = shift >= 16, jnp.left_shift(digit, (shift % 16).astype(jnp.uint32))
+    return high | jnp.where(upper, moved, 0), low | jnp.where(upper, 0, moved)
+
+
+def _where(condition: Array, a: Any, b: Any) -> Any:
+    """Return the leaves of ``a`` where the condition holds, and else those of ``b``."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _typed_as(operands: Any, constants: Any) -> Any:
     """Return constants with the mesh and the varying axes of the operands.
 
     The type of an array includes its mesh and, under `jax.shard_map`, the mesh axes along which
@@ -209,7 +243,8 @@ def _typed_as(operands: Sequence[Array], constants: Any) -> Any:
     `jax.vmap` over an explicit mesh axis needs the mesh. So this adds zero times a sum of the
     operands, which the compiler removes.
     """
-    zero = jnp.uint32(0) * sum(jnp.sum(x, dtype=jnp.uint32) for x in operands)
+    leaves = jax.tree.leaves(operands)
+    zero = jnp.uint32(0) * sum(jnp.sum(x, dtype=jnp.uint32) for x in leaves)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), constants)
 
 
@@ -230,6 +265,19 @@ def _reduced(masks: list[Array], axes: tuple[int, ...] | None = None) -> tuple[A
     return found
 
 
+def _within_loop(operands: Any) -> Any:
+    """Return the operands, so that XLA computes within a loop what depends on them.
+
+    It would otherwise compute what no pass changes before the loop, such as the keys and
+    indices, and keep it in memory. One of the operands must change from pass to pass.
+    """
+    return lax.optimization_barrier(operands)  # type: ignore[no-untyped-call]
+
+
+def _unsigned(dtype: Any) -> Any:
+    return _UNSIGNED[jnp.dtype(dtype).itemsize]
+
+
 def _unsigned_key(x: Array) -> Array:
     """Return the bits of the magnitudes, unsigned.
 
@@ -239,10 +287,6 @@ def _unsigned_key(x: Array) -> Array:
     unsigned = _UNSIGNED[x.dtype.itemsize]
     bits: Array = lax.bitcast_convert_type(x, unsigned)
     return bits & jnp.asarray(2 ** (8 * x.dtype.itemsize - 1) - 1, unsigned)
-
-
-def _row_count(mask: Array) -> Array:
-    return jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.uint32)
 
 
 def _split(key: Array) -> list[Array]:
@@ -267,77 +311,61 @@ def _join(key: Array, pieces: Any) -> Array:
     return jnp.concatenate([next(pieces) for _ in range(0, key.shape[0], step)])
 
 
-def _cut(tied: list[Array], available: list[Array], quotas: list[Array]) -> list[Array]:
-    """Keep the first ``quota`` entries of each mask of ties in row-major order."""
-
-    def advance(i: Array, ends: list[Array]) -> list[Array]:
-        # Binary search for the index at which to cut, since a running count of ties would
-        # need an array of counts and move data between shards. The largest end with at most
-        # `quota` ties before it has exactly `quota`.
-        bit = jnp.left_shift(jnp.uint32(1), jnp.asarray(width - 1 - i, jnp.uint32))
-        return [
-            jnp.where(_count(mask & (_index(mask.shape) < (end | bit))) <= quota, end | bit, end)
-            for mask, end, quota in zip(tied, ends, quotas, strict=True)
-        ]
-
-    def cut(tied: list[Array]) -> list[Array]:
-        ends = lax.fori_loop(0, width, advance, [jnp.zeros_like(quota) for quota in quotas])
-        return [mask & (_index(mask.shape) < end) for mask, end in zip(tied, ends, strict=True)]
-
-    def whole(tied: list[Array]) -> list[Array]:
-        return [mask & (quota > 0) for mask, quota in zip(tied, quotas, strict=True)]
-
-    # A quota parts the ties of one piece at most. Where it falls between pieces, no index has
-    # to be searched for.
-    width = max(mask.size for mask in tied).bit_length()
-    parted = [(quota > 0) & (quota < n) for n, quota in zip(available, quotas, strict=True)]
-    return lax.cond(jnp.any(jnp.stack(parted)), cut, whole, tied)
+def _kept(keys: Array, threshold: Array, index: Array, end: Array) -> Array:
+    """Return the mask of the keys above the threshold, and of those equal to it before ``end``."""
+    return keys >= threshold + (index >= end).astype(threshold.dtype)
 
 
-def _index(shape: tuple[int, ...]) -> Array:
-    """Return the row-major index of every entry.
+def _index(shape: tuple[int, ...], one: Any = 1) -> Array:
+    """Return the row-major index of every entry. ``one`` is 1, and may come from `_within_loop`.
 
     XLA fuses it into what reads it, so no array of indices is written to memory.
     """
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :])
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    index = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) if shape else jnp.uint32(0)
+    for axis in range(len(shape) - 1):
+        if shape[axis] > 1:
+            stride = jnp.uint32(math.prod(shape[axis + 1 :])) * one
+            index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
     return index
 
 
-def _fill(available: list[Array], missing: tuple[Array, Array]) -> list[Array]:
-    """Assign the ``missing`` ties to the pieces, as many as possible to the first ones."""
-    quotas = []
-    for count in available:
-        high, low = missing
-        # Where `high` needs more than 16 bits, `missing` exceeds every count of a piece.
+def _ends(position: Count, sizes: list[int]) -> list[Array]:
+    """Return, for each piece, how many of its entries lie before a position among all of them.
+
+    Where that is more than the size of the piece, all its entries lie before it.
+    """
+    if not isinstance(position, tuple):
+        offsets = [jnp.uint32(sum(sizes[:i])) for i in range(len(sizes))]
+        return [jnp.maximum(position, offset) - offset for offset in offsets]
+    ends = []
+    for size in sizes:
+        high, low = position
+        # Where `high` needs more than 16 bits, the position is past every piece.
         small = jnp.left_shift(high & _DIGIT, 16) | low
-        quota = jnp.where(high > _DIGIT, count, jnp.minimum(count, small))
-        missing = _subtract(missing, _digits(quota))
-        quotas.append(quota)
-    return quotas
+        end = jnp.where(high > _DIGIT, jnp.uint32(size), jnp.minimum(jnp.uint32(size), small))
+        position = _subtract(position, _digits(end))
+        ends.append(end)
+    return ends
 
 
-def _pick(counts: tuple[int, ...], stage: int | Array) -> tuple[Array, Array]:
-    """Return ``counts[stage]`` as a pair of digits. ``stage`` can be traced."""
+def _pick(counts: tuple[int, ...], stage: int | Array, large: bool) -> Count:
+    """Return ``counts[stage]``, as a pair of digits if ``large``. ``stage`` can be traced."""
+    if not large:
+        return jnp.asarray(counts, jnp.uint32)[stage]
     high = jnp.asarray([count >> 16 for count in counts], jnp.uint32)
     low = jnp.asarray([count & _DIGIT for count in counts], jnp.uint32)
     return high[stage], low[stage]
-
-
-def _count(mask: Array) -> Array:
-    return jnp.sum(mask, dtype=jnp.uint32)
 
 
 def _digits(count: Array) -> tuple[Array, Array]:
     return count >> 16, count & _DIGIT
 
 
-def _sum_of(counts: list[Array], sizes: list[int]) -> tuple[Array, Array]:
-    """Return the sum of counts, none of which exceeds its size, as a pair of digits."""
-    # Add plain uint32 numbers as long as they cannot overflow, which is always for arrays of
-    # fewer than 2**32 entries in all.
+def _sum_of(counts: list[Array], sizes: list[int]) -> Count:
+    """Return the sum of counts, none of which exceeds its size."""
+    if sum(sizes) <= _SUMMAND:
+        return sum(counts, jnp.uint32(0))
+    # Add plain uint32 numbers as long as they cannot overflow.
     high = low = jnp.uint32(0)
     together, size = jnp.uint32(0), 0
     for count, limit in zip(counts, sizes, strict=True):
@@ -355,9 +383,13 @@ def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Ar
     return a[0] - b[0] - borrow, a[1] + jnp.left_shift(borrow, 16) - b[1]
 
 
-def _at_least(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+def _at_least(a: Count, b: Count) -> Array:
+    if isinstance(a, tuple):
+        return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+    return a >= b
 
 
-def _same(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-    return (a[0] == b[0]) & (a[1] == b[1])
+def _same(a: Count, b: Count) -> Array:
+    if isinstance(a, tuple):
+        return (a[0] == b[0]) & (a[1] == b[1])
+    return a == b

@@ -127,11 +127,15 @@ def test_selects_the_same_without_64_bit_numbers(pattern: Any) -> None:
     assert_same(weighted.support, Backend.NUMPY.run(projector(pattern), arrays, importance).support)
 
 
-@pytest.mark.parametrize(("piece", "sparsity"), [(2, 0.4), (3, 0), (5, 0.4), (5, 0.9), (12, 0.4)])
+@pytest.mark.parametrize(
+    ("piece", "summand", "sparsity"),
+    [(2, 12, 0.4), (3, 12, 0), (5, 12, 0.4), (5, 100, 0.9), (12, 12, 0.4), (12, 12, 0.9)],
+)
 def test_arrays_too_large_for_one_count_are_cut_into_pieces(
-    monkeypatch: pytest.MonkeyPatch, piece: int, sparsity: float
+    monkeypatch: pytest.MonkeyPatch, piece: int, summand: int, sparsity: float
 ) -> None:
     monkeypatch.setattr(jax_counting, "_PIECE", piece)
+    monkeypatch.setattr(jax_counting, "_SUMMAND", summand)  # more entries are counted in pairs
     forget_programs()  # JAX would reuse programs with larger pieces
     split, pieces = jax_counting._split, []
     monkeypatch.setattr(jax_counting, "_split", lambda key: pieces.append(split(key)) or pieces[-1])
@@ -190,7 +194,26 @@ def test_counts_past_16_bits(xp: Backend, dtype: str, sparsity: float) -> None:
     if np.dtype(dtype) not in xp.dtypes:
         dtype = "float64"
     arrays = rounded((300, 400), (70_000,), dtype=dtype)
-    support = xp.run(projector(Unstructured(sparsity)), arrays).support
+    assert_sorted(xp.run(projector(Unstructured(sparsity)), arrays).support, arrays, sparsity)
+
+
+def test_counts_in_pairs_past_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_counting, "_SUMMAND", 150_000)
+    forget_programs()  # JAX would reuse programs that count in one number
+    arrays = rounded((300, 400), (70_000,))
+    assert_sorted(Backend.JAX.run(projector(Unstructured(0.2)), arrays).support, arrays, 0.2)
+
+
+def test_counting_keeps_no_copy_of_the_arrays() -> None:
+    arrays = [jnp.ones((64, 65)), jnp.ones((3, 3, 32, 16))]
+    select = jax_counting.keep_largest.lower(arrays, counts=(1000,), stage=0)
+    needed = select.compile().memory_analysis()
+    assert needed.argument_size_in_bytes >= sum(x.nbytes for x in arrays)
+    assert needed.temp_size_in_bytes < 2**12
+
+
+def assert_sorted(support: Any, arrays: Any, sparsity: float) -> None:
+    """Assert that the support is that of a stable sort."""
     scores = np.concatenate([np.abs(v).ravel() for v in arrays])
     wanted = np.zeros(scores.size, bool)
     wanted[np.argsort(-scores, kind="stable")[: scores.size - int(sparsity * scores.size)]] = True
@@ -205,7 +228,7 @@ def test_counts_of_two_digits_are_exact(a: int, b: int) -> None:
     a, b = max(a, b), min(a, b)
 
     def digits(count: int) -> Any:
-        return jax_counting._pick((count,), 0)
+        return jax_counting._pick((count,), 0, large=True)
 
     def value(pair: Any) -> int:
         return (int(pair[0]) << 16) + int(pair[1])
@@ -216,18 +239,21 @@ def test_counts_of_two_digits_are_exact(a: int, b: int) -> None:
 
 
 @given(
-    available=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4),
+    sizes=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4),
     share=st.fractions(0, 1),
 )
-def test_missing_ties_come_from_the_first_pieces(available: list[int], share: Fraction) -> None:
-    missing = int(share * sum(available))
-    counts = [jnp.asarray(count, jnp.uint32) for count in available]
-    quotas = [int(quota) for quota in jax_counting._fill(counts, jax_counting._pick((missing,), 0))]
+def test_entries_before_a_position_lie_in_the_first_pieces(
+    sizes: list[int], share: Fraction
+) -> None:
+    position = int(share * sum(sizes))
+    large = sum(sizes) > jax_counting._SUMMAND
+    ends = jax_counting._ends(jax_counting._pick((position,), 0, large), sizes)
+    found = [min(int(end), size) for end, size in zip(ends, sizes, strict=True)]
     wanted = []
-    for count in available:
-        wanted.append(min(count, missing))
-        missing -= wanted[-1]
-    assert quotas == wanted
+    for size in sizes:
+        wanted.append(min(size, position))
+        position -= wanted[-1]
+    assert found == wanted
 
 
 @pytest.mark.parametrize("kind", ["global", "row", "channel"])

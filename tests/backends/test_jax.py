@@ -175,12 +175,12 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
     passes = []
     keys = jnp.asarray([1, 2**28, 2**29], jnp.uint32)
 
-    def at_least(thresholds: list[Any]) -> list[Any]:
+    def at_least(thresholds: Any) -> Any:
         jax.debug.callback(lambda: passes.append(1))
-        return [jnp.sum(keys >= t, dtype=jnp.uint32) for t in thresholds]
+        return jnp.sum(keys[:, None] >= thresholds, axis=0, dtype=jnp.uint32)
 
     threshold, exact = jax_counting._search(
-        at_least, jnp.uint32(0), jnp.uint32(3), lambda c: c >= 2, lambda c: c == 2
+        at_least, jnp.uint32(0), jnp.uint32(3), lambda c: c >= 2, lambda c: c == 2, bits=30
     )
     jax.effects_barrier()
     assert bool(exact)
