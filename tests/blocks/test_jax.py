@@ -194,7 +194,7 @@ def test_layers_are_pruned_by_a_solver() -> None:
 
 
 @short_run
-@pytest.mark.parametrize("importance", [None, "wanda"])
+@pytest.mark.parametrize("importance", [pytest.param(None, marks=pytest.mark.long), "wanda"])
 def test_reconstruction_beats_the_projection(importance: Any) -> None:
     params = parameters(Layers())
     method = safe_core.safe(0.5, rho=1e-3, penalty=0.1, dual_update_interval=4)

@@ -50,7 +50,12 @@ def together(launcher: str, *arguments: object) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.long)])
+launchers = pytest.mark.parametrize(
+    "launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.long)]
+)
+
+
+@launchers
 def test_processes_write_and_print_once(
     launcher: str, folder: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -72,10 +77,13 @@ def test_processes_write_and_print_once(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_an_error_in_one_process_is_printed_once(folder: Path, text: Path, tmp_path: Path) -> None:
+@launchers
+def test_an_error_in_one_process_is_printed_once(
+    launcher: str, folder: Path, text: Path, tmp_path: Path
+) -> None:
     (tmp_path / "solver.py").write_text(FAILS_IN_ONE)
-    done = together(  # torchrun ends the other process
-        "torchrun", "prune", folder, "--calibration", text, *SHORT, "--out", tmp_path / "out",
+    done = together(
+        launcher, "prune", folder, "--calibration", text, *SHORT, "--out", tmp_path / "out",
         "--method", f"{tmp_path / 'solver.py'}:SOLVER",
     )  # fmt: skip
     assert done.returncode == 1
@@ -104,4 +112,4 @@ if __name__ == "__main__":
     for name in ("safe_core.command_line.dry_run", "safe_core.command_line.pruning"):
         importlib.import_module(name)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    fork(2, lambda rank, store: work(rank, server.port))
+    fork(2, lambda rank, store: work(rank, server.port), end_all=True)

@@ -117,7 +117,7 @@ def test_an_nnx_module(weights: str, tmp_path: Path) -> None:
     assert kinds.count("QUANTIZE") == kinds.count("DEQUANTIZE") == (weights == "int8")
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("weights", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_a_linen_module(weights: str, tmp_path: Path) -> None:
     module = Layered()
     variables = module.init(jax.random.key(0), VECTORS)

@@ -209,7 +209,9 @@ class NNXNet(nnx.Module):
 
 
 @short_run
-@pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [NM(2, 4), pytest.param(Unstructured(0.7), marks=pytest.mark.long)], ids=str
+)
 def test_a_model_of_nnx_trains(pattern):
     model = NNXNet(nnx.Rngs(0))
     model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,10 +28,11 @@ def output_of(*arguments: str) -> str:
     return finished.stdout
 
 
-def fork(world: int, work: Callable[[int, str], None]) -> None:
+def fork(world: int, work: Callable[[int, str], None], *, end_all: bool = False) -> None:
     """Call ``work(rank, store)`` in one process per rank, and exit with the worst of their codes.
 
-    ``store`` is the path of a file for `torch.distributed.init_process_group`.
+    ``store`` is the path of a file for `torch.distributed.init_process_group`. With ``end_all``,
+    the first process that fails ends the others, as in torchrun, and its code is the result.
     """
     import torch
 
@@ -49,5 +51,14 @@ def fork(world: int, work: Callable[[int, str], None]) -> None:
                     sys.stderr.flush()
                     os._exit(1)
             children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, codes)))
+        codes = []
+        while children:
+            ended, status = os.wait()
+            children.remove(ended)
+            codes.append(abs(os.waitstatus_to_exitcode(status)))
+            if end_all and codes[-1]:
+                for child in children:
+                    os.kill(child, signal.SIGTERM)
+                    os.waitpid(child, 0)
+                break
+    sys.exit(max(codes))

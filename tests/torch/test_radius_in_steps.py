@@ -75,7 +75,7 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
         (Pull(0.2, 4), "adam", False),
         (Pull(0.2, 4), "sgd", True),
         (safe_core.ADMM(0.3, 4), "adam", False),
-        (safe_core.ADMM(0.3, 4), "adam", True),
+        pytest.param(safe_core.ADMM(0.3, 4), "adam", True, marks=pytest.mark.long),
         (safe_core.ADMM(0.3, 4, decoupled=True), "sgd", False),
         (safe_core.HardThreshold(4), "sgd", False),
         (safe_core.AtEnd(), "adam", False),
