@@ -9,8 +9,8 @@ Counting needs no sort, no gather and no transfer to the host. The same search f
 position up to which ties are kept, so that the mask is the same in every library.
 
 Counts of all arrays together can exceed 32 bits, and JAX has 64-bit integers only where
-the user enables them. Where they can, counts are pairs (high, low) of 16-bit digits, each
-stored in uint32. They are exact up to 2**48.
+the user enables them. Only where the sum can exceed 32 bits, counts are pairs (high, low) of
+16-bit digits, each stored in uint32. They are exact up to 2**48.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def _search(
         Returns the number of keys that each of several candidates selects. The candidates lie
         along the last axis.
     start : Count
-        The number to start from, without bits where the search sets some.
+        The number to start from. It has no bits that the search sets, unless its count is exact.
     count : Count
-        The number of keys that ``start`` selects.
+        The number of keys that ``start`` selects, or any that is not exact.
     reaches, same : callable
         Tell whether a count will do, and whether it is exactly the number wanted. If a candidate
         will not do, then no larger one does.
@@ -192,7 +192,8 @@ def _search(
 
     def settle(carry: Any) -> Any:
         shift, found, count = carry
-        digits = jnp.arange(1, 2**width, dtype=jnp.uint32)
+        axes = jax.tree.leaves(found)[0].ndim
+        digits = jnp.reshape(jnp.arange(1, 2**width, dtype=jnp.uint32), (1,) * (axes - 1) + (-1,))
         counts = counts_at(_with_digit(found, digits, shift))
         enough = reaches(counts)
         digit = jnp.sum(enough, axis=-1, keepdims=enough.ndim > 1, dtype=jnp.uint32)
@@ -226,7 +227,8 @@ def _with_digit(found: Count, digit: Array, shift: Array) -> Any:
         return found | jnp.left_shift(digit.astype(found.dtype), shift.astype(found.dtype))
     # Digits of 2 or 4 bits never lie in both numbers of a pair.
     high, low = found
-    upper, moved = shift >= 16, jnp.left_shift(digit, (shift % 16).astype(jnp.uint32))
+    upper = shift >= 16
+    moved = jnp.left_shift(digit, jnp.where(upper, shift - 16, shift).astype(jnp.uint32))
     return high | jnp.where(upper, moved, 0), low | jnp.where(upper, 0, moved)
 
 
@@ -330,9 +332,10 @@ def _index(shape: tuple[int, ...], one: Any = 1) -> Array:
 
 
 def _ends(position: Count, sizes: list[int]) -> list[Array]:
-    """Return, for each piece, how many of its entries lie before a position among all of them.
+    """Return, for each piece, the index in it up to which its entries lie before a position.
 
-    Where that is more than the size of the piece, all its entries lie before it.
+    The position is one among the entries of all pieces, in row-major order. An index can exceed
+    the size of its piece, of which all entries then lie before the position.
     """
     if not isinstance(position, tuple):
         offsets = [jnp.uint32(sum(sizes[:i])) for i in range(len(sizes))]
@@ -341,7 +344,7 @@ def _ends(position: Count, sizes: list[int]) -> list[Array]:
     for size in sizes:
         high, low = position
         # Where `high` needs more than 16 bits, the position is past every piece.
-        small = jnp.left_shift(high & _DIGIT, 16) | low
+        small = jnp.left_shift(high, 16) | low
         end = jnp.where(high > _DIGIT, jnp.uint32(size), jnp.minimum(jnp.uint32(size), small))
         position = _subtract(position, _digits(end))
         ends.append(end)
