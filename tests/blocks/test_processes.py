@@ -137,9 +137,10 @@ FEWER = (
     "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
     "sharded in groups",
 )  # fmt: skip
-# Cases with other solvers, and "sharded", run the same code.
+# Cases with other solvers, "one is worse" and "sharded", run the same code.
 REPEATED = (
     "magnitude", "sparsegpt", "safe+-published", "experts by sparsegpt", "sharded in groups",
+    "sharded start is kept",
 )  # fmt: skip
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
