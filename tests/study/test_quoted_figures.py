@@ -674,7 +674,16 @@ def test_the_table_of_the_readme() -> None:
         np.mean([runs[name, s]["seconds_per_block"] for s in names]) for name in ("SAFE+", "ALPS")
     ]
     assert f"takes {seconds[0] / seconds[1]:.1f} times as long" in study
-    assert f"there is {found['SAFE', '0.6'] - found['SAFE+', '0.6']:.1f} above that of" in study
+    behind = {s: found["SAFE", s] - found["SAFE+", s] for s in names if ("SAFE", s) in found}
+    assert all(found["SAFE", s] < found["ALPS", s] for s in behind)
+    assert f"perplexity is {-behind.pop('0.5'):.2f} below that of SAFE+ at 50%, and " in study
+    assert f"{min(behind.values()):.1f} to {max(behind.values()):.1f} above it elsewhere" in study
+    assert behind.keys() == names.keys() - {"0.5"} - {"4:8"}
+    assert {s for name, s in found if "published" in name} == {"0.6"}
+    published = [found[f"{name}, published", "0.6"] for name in ("SAFE+", "SAFE")]
+    simple = [found[name, "0.6"] for name in ("Wanda", "Magnitude")]
+    assert "SAFE+ reaches {:,.0f} and SAFE {:,.0f}".format(*published) in study
+    assert "Wanda has {:,.0f} there, and pruning by magnitude {:,.0f}".format(*simple) in study
     full, low_rank = (
         tuned["SAFE+", "0.6", kind] for kind in ("all kept weights", "low-rank change")
     )
