@@ -91,9 +91,14 @@ class Backend(Protocol):
         self,
         fn: Callable[..., Array],
         *lists: Sequence[Array],
+        static: tuple[Any, ...] | None = None,
         out: Sequence[Array] | None = None,
     ) -> list[Array]:
         """Return ``[fn(*arrays) for arrays in zip(*lists)]`` for an elementwise ``fn``.
+
+        With ``static``, a hashable tuple, the results are ``fn(*static, *arrays)``. Pass it, if
+        only ``()``, where ``fn`` is a function of a module, so that the backend can compile it.
+        Leave it out for a closure, which is new at each call and would be compiled each time.
 
         Arrays at the same position of the lists have the same shape. The backend can call
         ``fn`` with flat pieces of them that fit in the cache. Each result has the dtype of the
@@ -186,7 +191,7 @@ class Backend(Protocol):
         """Return ``fn(*static, *operands)``, compiled as one program where that is faster.
 
         ``static`` is hashable, and names all that the program depends on besides operands, which
-        are arrays, numbers, None, or lists of them.
+        are arrays, numbers, None, or lists of them. An integer becomes an int32 in a program.
         """
 
     def linalg_errors(self) -> tuple[type[Exception], ...]:

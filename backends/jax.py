@@ -77,12 +77,12 @@ def _has_nan(arrays: list[Array]) -> Array:
 
 
 def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
-    found: list[Array] = as_program(_where_kept, (), list(arrays), list(masks))
-    return found
+    # Arrays of one shape and dtype share a program.
+    return [as_program(_where_kept, (), x, mask) for x, mask in zip(arrays, masks, strict=True)]
 
 
-def _where_kept(arrays: list[Array], masks: list[Array]) -> list[Array]:
-    return [jnp.where(mask, x, jnp.zeros_like(x)) for x, mask in zip(arrays, masks, strict=True)]
+def _where_kept(x: Array, mask: Array) -> Array:
+    return jnp.where(mask, x, jnp.zeros_like(x))
 
 
 def norms(arrays: Sequence[Array], *, dtype: Any) -> Array:
@@ -209,9 +209,14 @@ def joins(arrays: Sequence[Array]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
+    fn: Callable[..., Array],
+    *lists: Sequence[Array],
+    static: tuple[Any, ...] | None = None,
+    out: Sequence[Array] | None = None,
 ) -> list[Array]:
-    return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+    if static is None:
+        return [fn(*arrays) for arrays in zip(*lists, strict=True)]
+    return [as_program(fn, static, *arrays) for arrays in zip(*lists, strict=True)]
 
 
 def positions(x: Array) -> Array:
@@ -300,8 +305,13 @@ def as_program(fn: Callable[..., Any], static: tuple[Any, ...], *operands: Any) 
     arrays = [x for x in jax.tree.leaves(operands) if isinstance(x, jax.Array)]
     if selects_on_host() or not all(map(is_concrete, arrays)):
         return fn(*static, *operands)
-    devices = {device for x in arrays for device in x.sharding.device_set}
-    return fn(*static, *operands) if len(devices) > 1 else _program(fn, static, *operands)
+    if len({device for x in arrays for device in x.sharding.device_set}) > 1:
+        return fn(*static, *operands)
+    # A Python integer has a weak type, and would need a program beside that for an int32 array.
+    same = jax.tree.map(
+        lambda x: jax.device_put(np.int32(x)) if isinstance(x, int) else x, operands
+    )
+    return _program(fn, static, *same)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -9,8 +9,8 @@ Counting needs no sort, no gather and no transfer to the host. The same search f
 position up to which ties are kept, so that the mask is the same in every library.
 
 Counts of all arrays together can exceed 32 bits, and JAX has 64-bit integers only where
-the user enables them. Only where the sum can exceed 32 bits, counts are pairs (high, low) of
-16-bit digits, each stored in uint32. They are exact up to 2**48.
+the user enables them. Only where the sum can exceed 32 bits, counts are pairs (high, low) in
+uint32, and low has 16 bits. They are exact up to 2**48.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _CHUNK = 2**25
 _PIECE = 2**31 - 1
 # The largest sum of counts that is taken in uint32.
 _SUMMAND = 2**32 - 1
-_DIGIT = 0xFFFF
-Count: TypeAlias = Any  # a number or several, in uint32, or a pair of digits (high, low)
+_LOW = 0xFFFF
+Count: TypeAlias = Any  # a number or several, in uint32, or a pair (high, low) of them
 
 
 @partial(jax.jit, static_argnames="counts")
@@ -84,7 +84,8 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
     sizes = [piece.size for piece in pieces]
     large = sum(sizes) > _SUMMAND
     k = _typed_as(scores, _pick(counts, stage, large))
-    nothing, whole = (_typed_as(k, _pick((n,), 0, large)) for n in (0, sum(sizes)))
+    zero = jnp.zeros((), _UNSIGNED[scores[0].dtype.itemsize])
+    zero, whole = _typed_as(k, (zero, _pick((sum(sizes),), 0, large)))
 
     def at_least(thresholds: Array) -> Count:
         held, thresholds = _within_loop((pieces, thresholds))
@@ -92,11 +93,7 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
         each = [thresholds[i] for i in range(thresholds.size)]
         return _sum_of([jnp.stack(_reduced([key >= t for t in each])) for key in keys], sizes)
 
-    same, zero = partial(_same, k), _typed_as(k, jnp.zeros((), _unsigned(scores[0].dtype)))
-    bits = 8 * zero.dtype.itemsize
-    threshold, exact = _search(at_least, zero, whole, lambda count: _at_least(count, k), same, bits)
-
-    def before(positions: Count) -> Count:
+    def before(threshold: Array, positions: Count) -> Count:
         held, positions, one = _within_loop((pieces, positions, jnp.uint32(1)))
         found = []
         for piece, ends in zip(held, _ends(positions, sizes), strict=True):
@@ -105,15 +102,11 @@ def _keep_largest(scores: list[Array], counts: tuple[int, ...], stage: int | Arr
             found.append(jnp.stack(_reduced(masks)))
         return _sum_of(found, sizes)
 
-    # Real weights hardly ever tie. Then all ties are kept, and this search makes no pass.
-    start, count = _where(exact, (whole, k), (nothing, nothing))
-    bits = sum(sizes).bit_length()
-    position, _ = _search(before, start, count, lambda count: _at_least(k, count), same, bits)
-    masks = [
+    threshold, position = _threshold_and_position(at_least, before, zero, whole, k, sum(sizes))
+    kept = iter(
         _kept(_unsigned_key(piece), threshold, _index(piece.shape), end)
         for piece, end in zip(pieces, _ends(position, sizes), strict=True)
-    ]
-    kept = iter(masks)
+    )
     return [_join(score, kept) for score in scores]
 
 
@@ -122,32 +115,57 @@ def keep_largest_per_row(scores: Array, *, counts: tuple[int, ...], stage: int |
     """Return the mask of the ``counts[stage]`` largest magnitudes of each row."""
     k = _typed_as(scores, jnp.asarray(counts, jnp.uint32)[stage])
     rows, width = scores.shape
-    nothing = jnp.zeros_like(scores, jnp.uint32, shape=(rows, 1))
-    zero, nothing, whole = _typed_as(
-        k, (nothing.astype(_unsigned(scores.dtype)), nothing, nothing + jnp.uint32(width))
-    )
+    zero = jnp.zeros_like(scores, _UNSIGNED[scores.dtype.itemsize], shape=(rows, 1))
+    zero, whole = _typed_as(k, (zero, jnp.full_like(zero, width, dtype=jnp.uint32)))
 
     def at_least(thresholds: Array) -> Array:
         held, thresholds = _within_loop((scores, thresholds))
         keys, each = _unsigned_key(held), jnp.split(thresholds, thresholds.shape[1], axis=1)
         return jnp.stack(_reduced([keys >= t for t in each], axes=(1,)), axis=1)
 
-    bits = 8 * zero.dtype.itemsize
-    threshold, exact = _search(at_least, zero, whole, lambda c: c >= k, lambda c: c == k, bits)
-
-    def kept(scores: Array, end: Array) -> Array:
+    def kept(scores: Array, threshold: Array, end: Array) -> Array:
         index = lax.broadcasted_iota(jnp.uint32, scores.shape, 1)
         return _kept(_unsigned_key(scores), threshold, index, end)
 
-    def before(ends: Array) -> Array:
+    def before(threshold: Array, ends: Array) -> Array:
         held, ends = _within_loop((scores, ends))
         each = jnp.split(ends, ends.shape[1], axis=1)
-        return jnp.stack(_reduced([kept(held, end) for end in each], axes=(1,)), axis=1)
+        return jnp.stack(_reduced([kept(held, threshold, end) for end in each], axes=(1,)), axis=1)
 
-    start, count = _where(exact, (whole, nothing + k), (nothing, nothing))
-    bits = width.bit_length()
-    end, _ = _search(before, start, count, lambda c: c <= k, lambda c: c == k, bits)
-    return kept(scores, end)
+    return kept(scores, *_threshold_and_position(at_least, before, zero, whole, k, width))
+
+
+def _threshold_and_position(
+    at_least: Callable[[Array], Count],
+    before: Callable[[Array, Count], Count],
+    zero: Array,
+    whole: Count,
+    k: Count,
+    entries: int,
+) -> tuple[Array, Count]:
+    """Find the threshold, and the position before which the keys equal to it are kept.
+
+    Parameters
+    ----------
+    at_least : callable
+        Returns the number of keys that reach each of several thresholds.
+    before : callable
+        Returns the number of keys that are kept by a threshold and each of several positions.
+    zero : array
+        The threshold 0, in the dtype of the keys.
+    whole, k : Count
+        The numbers of all keys and of those to keep.
+    entries : int
+        The number of entries, which is the last position.
+    """
+    same, bits = partial(_same, k), 8 * zero.dtype.itemsize
+    threshold, exact = _search(at_least, zero, whole, lambda count: _at_least(count, k), same, bits)
+    # Real weights hardly ever tie. Then all ties are kept, and this search makes no pass.
+    nothing = jax.tree.map(jnp.zeros_like, whole)
+    start, count = jax.tree.map(partial(jnp.where, exact), (whole, k), (nothing, nothing))
+    bits, fits = entries.bit_length(), lambda count: _at_least(k, count)
+    position, _ = _search(partial(before, threshold), start, count, fits, same, bits)
+    return threshold, position
 
 
 def _search(
@@ -196,17 +214,17 @@ def _search(
         digits = jnp.reshape(jnp.arange(1, 2**width, dtype=jnp.uint32), (1,) * (axes - 1) + (-1,))
         counts = counts_at(_with_digit(found, digits, shift))
         enough = reaches(counts)
-        digit = jnp.sum(enough, axis=-1, keepdims=enough.ndim > 1, dtype=jnp.uint32)
+        digit = jnp.sum(enough, axis=-1, keepdims=axes > 0, dtype=jnp.uint32)
         picked = digits == digit
 
         def pick(counts: Array, before: Array) -> Array:
-            found = jnp.sum(jnp.where(picked, counts, 0), -1, keepdims=counts.ndim > 1)
+            found = jnp.sum(jnp.where(picked, counts, 0), axis=-1, keepdims=axes > 0)
             return jnp.where(digit == 0, before, found.astype(before.dtype))
 
-        return (shift - width, _with_digit(found, digit, shift), jax.tree.map(pick, counts, count))
+        return shift - width, _with_digit(found, digit, shift), jax.tree.map(pick, counts, count)
 
     first = (bits - 1) // width * width
-    shift = _typed_as(jax.tree.leaves(start), jnp.asarray(first, jnp.int32))
+    shift = _typed_as(start, jnp.asarray(first, jnp.int32))
     _, found, count = lax.while_loop(unsettled, settle, (shift, start, count))
     return found, same(count)
 
@@ -222,7 +240,7 @@ def _digit_bits() -> int:
 
 
 def _with_digit(found: Count, digit: Array, shift: Array) -> Any:
-    """Return a number with the bits of a digit set."""
+    """Return a number, or a pair, with the bits of a digit of the search set."""
     if not isinstance(found, tuple):
         return found | jnp.left_shift(digit.astype(found.dtype), shift.astype(found.dtype))
     # Digits of 2 or 4 bits never lie in both numbers of a pair.
@@ -230,11 +248,6 @@ def _with_digit(found: Count, digit: Array, shift: Array) -> Any:
     upper = shift >= 16
     moved = jnp.left_shift(digit, jnp.where(upper, shift - 16, shift).astype(jnp.uint32))
     return high | jnp.where(upper, moved, 0), low | jnp.where(upper, 0, moved)
-
-
-def _where(condition: Array, a: Any, b: Any) -> Any:
-    """Return the leaves of ``a`` where the condition holds, and else those of ``b``."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def _typed_as(operands: Any, constants: Any) -> Any:
@@ -245,8 +258,8 @@ def _typed_as(operands: Any, constants: Any) -> Any:
     `jax.vmap` over an explicit mesh axis needs the mesh. So this adds zero times a sum of the
     operands, which the compiler removes.
     """
-    leaves = jax.tree.leaves(operands)
-    zero = jnp.uint32(0) * sum(jnp.sum(x, dtype=jnp.uint32) for x in leaves)
+    sums = [jnp.sum(x, dtype=jnp.uint32) for x in jax.tree.leaves(operands)]
+    zero = jnp.uint32(0) * sum(sums)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), constants)
 
 
@@ -274,10 +287,6 @@ def _within_loop(operands: Any) -> Any:
     indices, and keep it in memory. One of the operands must change from pass to pass.
     """
     return lax.optimization_barrier(operands)  # type: ignore[no-untyped-call]
-
-
-def _unsigned(dtype: Any) -> Any:
-    return _UNSIGNED[jnp.dtype(dtype).itemsize]
 
 
 def _unsigned_key(x: Array) -> Array:
@@ -332,36 +341,37 @@ def _index(shape: tuple[int, ...], one: Any = 1) -> Array:
 
 
 def _ends(position: Count, sizes: list[int]) -> list[Array]:
-    """Return, for each piece, the index in it up to which its entries lie before a position.
+    """Return, for each piece, the index before which its entries lie before the position.
 
-    The position is one among the entries of all pieces, in row-major order. An index can exceed
-    the size of its piece, of which all entries then lie before the position.
+    The position counts the entries of all pieces. The index is 0 in the pieces after it, and the
+    size or more in those before it.
     """
     if not isinstance(position, tuple):
-        offsets = [jnp.uint32(sum(sizes[:i])) for i in range(len(sizes))]
+        totals = zip(accumulate(sizes), sizes, strict=True)
+        offsets = [jnp.uint32(total - size) for total, size in totals]
         return [jnp.maximum(position, offset) - offset for offset in offsets]
     ends = []
     for size in sizes:
         high, low = position
         # Where `high` needs more than 16 bits, the position is past every piece.
         small = jnp.left_shift(high, 16) | low
-        end = jnp.where(high > _DIGIT, jnp.uint32(size), jnp.minimum(jnp.uint32(size), small))
-        position = _subtract(position, _digits(end))
+        end = jnp.where(high > _LOW, jnp.uint32(size), jnp.minimum(jnp.uint32(size), small))
+        position = _subtract(position, _pair(end))
         ends.append(end)
     return ends
 
 
 def _pick(counts: tuple[int, ...], stage: int | Array, large: bool) -> Count:
-    """Return ``counts[stage]``, as a pair of digits if ``large``. ``stage`` can be traced."""
+    """Return ``counts[stage]``, as a pair if ``large``. ``stage`` can be traced."""
     if not large:
         return jnp.asarray(counts, jnp.uint32)[stage]
     high = jnp.asarray([count >> 16 for count in counts], jnp.uint32)
-    low = jnp.asarray([count & _DIGIT for count in counts], jnp.uint32)
+    low = jnp.asarray([count & _LOW for count in counts], jnp.uint32)
     return high[stage], low[stage]
 
 
-def _digits(count: Array) -> tuple[Array, Array]:
-    return count >> 16, count & _DIGIT
+def _pair(count: Array) -> tuple[Array, Array]:
+    return count >> 16, count & _LOW
 
 
 def _sum_of(counts: list[Array], sizes: list[int]) -> Count:
@@ -373,15 +383,15 @@ def _sum_of(counts: list[Array], sizes: list[int]) -> Count:
     together, size = jnp.uint32(0), 0
     for count, limit in zip(counts, sizes, strict=True):
         if size + limit > _SUMMAND:
-            high, low = high + (together >> 16), low + (together & _DIGIT)
+            high, low = high + (together >> 16), low + (together & _LOW)
             together, size = jnp.uint32(0), 0
         together, size = together + count, size + limit
-    high, low = high + (together >> 16), low + (together & _DIGIT)
-    return high + (low >> 16), low & _DIGIT
+    high, low = high + (together >> 16), low + (together & _LOW)
+    return high + (low >> 16), low & _LOW
 
 
 def _subtract(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Return ``a - b`` for ``a >= b``."""
+    """Return ``a - b`` for pairs with ``a >= b``."""
     borrow = (a[1] < b[1]).astype(jnp.uint32)
     return a[0] - b[0] - borrow, a[1] + jnp.left_shift(borrow, 16) - b[1]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -135,8 +136,12 @@ def known_finite(arrays: Sequence[Array]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
+    fn: Callable[..., Array],
+    *lists: Sequence[Array],
+    static: tuple[Any, ...] | None = None,
+    out: Sequence[Array] | None = None,
 ) -> list[Array]:
+    fn = partial(fn, *static or ())
     if out is None:
         out = allocate([x.shape for x in lists[0]], [x.dtype for x in lists[0]])
     # Results that overflow are the caller's to find, as in the other libraries.

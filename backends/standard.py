@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,12 @@ def where_kept(arrays: Sequence[Array], masks: Sequence[Array]) -> list[Array]:
 
 
 def blockwise(
-    fn: Callable[..., Array], *lists: Sequence[Array], out: Sequence[Array] | None = None
+    fn: Callable[..., Array],
+    *lists: Sequence[Array],
+    static: tuple[Any, ...] | None = None,
+    out: Sequence[Array] | None = None,
 ) -> list[Array]:
+    fn = partial(fn, *static or ())
     # The standard does not say which arrays can be written to, so `out` is not used.
     return [fn(*arrays) for arrays in zip(*lists, strict=True)]
 

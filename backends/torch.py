@@ -8,6 +8,7 @@ other devices, and where many entries are equal, `torch_counting` finds the thre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -143,8 +144,12 @@ def joins(arrays: Sequence[Tensor]) -> bool:
 
 
 def blockwise(
-    fn: Callable[..., Tensor], *lists: Sequence[Tensor], out: Sequence[Tensor] | None = None
+    fn: Callable[..., Tensor],
+    *lists: Sequence[Tensor],
+    static: tuple[Any, ...] | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
+    fn = partial(fn, *static or ())
     if not all(_is_plain(x) for arrays in lists for x in arrays):
         lists = tuple([x.detach() for x in arrays] for arrays in lists)
         return torch_accelerator.elementwise(fn, *lists, out=out)

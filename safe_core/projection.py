@@ -153,9 +153,15 @@ def select(
             "select_on_host must be False for arrays on several devices, got True and an array "
             f"of shape {tuple(arrays[0].shape)}"
         )
-    chosen = (pattern, tuple(layouts), tuple(names))
+    resolved = tuple(
+        None if layout is None else resolve(layout, x.ndim, name)
+        for x, layout, name in zip(arrays, layouts, names, strict=True)
+    )
+    chosen = (pattern, resolved, tuple(names))
+    # Stages are operands and not static, so all steps share a program. A single stage is known.
+    stages = [part.stage(step) if len(part.fractions()) > 1 else None for part in pattern.parts]
     program = backend_of(arrays[0]).as_program
-    found: list[Array] = program(_select_by_pattern, chosen, list(arrays), list(importance), step)
+    found: list[Array] = program(_select_by_pattern, chosen, list(arrays), list(importance), stages)
     return found
 
 
@@ -165,11 +171,16 @@ def _select_by_pattern(
     names: Sequence[str],
     arrays: Sequence[Array],
     importance: Sequence[Array | None],
-    step: int | Array | None,
+    stages: Sequence[int | Array | None],
 ) -> list[Array]:
-    """Return the masks of `select`, with each array under its own pattern."""
+    """Return the masks of `select`, with each array under its own pattern.
+
+    Axes of ``layouts`` are not negative. ``stages`` holds the stage of each part of the pattern,
+    or None for a part that has one stage.
+    """
     if all(pattern.of(name) is pattern for name in names):
-        return _select(arrays, importance, layouts, names, pattern, step)
+        return _select(arrays, importance, layouts, names, pattern, stages[0])
+    stage_of = dict(zip(pattern.parts, stages, strict=True))
     masks: list[Array] = list(arrays)
     by_pattern: dict[Pattern, list[int]] = {}
     for i, name in enumerate(names):
@@ -181,7 +192,7 @@ def _select_by_pattern(
             [layouts[i] for i in members],
             [names[i] for i in members],
             own,
-            step,
+            stage_of[own],
         )
         for i, mask in zip(members, found, strict=True):
             masks[i] = mask
@@ -194,15 +205,12 @@ def _select(
     layouts: Sequence[Layout | None],
     names: Sequence[str],
     pattern: Pattern,
-    step: int | Array | None,
+    stage: int | Array | None,
 ) -> list[Array]:
     """Return masks of the support of arrays that have one pattern."""
-    resolved = [
-        None if layout is None else resolve(layout, x.ndim, name)
-        for x, layout, name in zip(arrays, layouts, names, strict=True)
-    ]
-    groups = _groups(arrays, importance, resolved, names, pattern)
-    masks = _select_each(arrays, importance, resolved, names, pattern, step, groups)
+    stage = pattern.stage(None) if stage is None else stage
+    groups = _groups(arrays, importance, layouts, names, pattern)
+    masks = _select_each(arrays, importance, layouts, names, pattern, stage, groups)
     return apart(masks, groups)
 
 
@@ -230,7 +238,7 @@ def _select_each(
     resolved: Sequence[Layout | None],
     names: Sequence[str],
     pattern: Pattern,
-    step: int | Array | None,
+    stage: int | Array,
     groups: Sequence[Sequence[int]],
 ) -> list[Array]:
     """Return masks of the support for each stack, given layouts with non-negative axes."""
@@ -252,7 +260,6 @@ def _select_each(
     # Sums over units can differ in dtype; units that compete need one.
     comparable = common([unit.scores for unit in units], joint=pattern.joint, xp=xp)
     units = [unit._replace(scores=s) for unit, s in zip(units, comparable, strict=True)]
-    stage = pattern.stage(step)
     units = pattern.with_floor(units, first, stage, xp=xp)
     if pattern.joint and len(groups) < len(arrays):
         masks = _keep_apart(units, names, pattern, stage, groups, xp)

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from ._dtypes import wide_dtype
 from ._installed import require
 from .advice import Advice, Course, Figures, advise
-from .backends import Array
+from .backends import Array, backend_of
 from .constraints import ArrayInfo, SplitState
 from .constraints.base import select_support
 from .direction import norm
@@ -310,23 +310,29 @@ def sums(
     >>> sums([x], held, held, [kept])
     [array([ 2.,  1.,  1.,  0.,  1.,  0., 10.,  1.,  2.])]
     """
-    found = []
-    states = zip(split.anchor, split.support, update.anchor, update.support, strict=True)
-    for x, kept, (anchor, old, anchor_now, new) in zip(values, final, states, strict=True):
-        # z is the anchor on the support. One array at a time, to need little memory.
-        a, b = apply_support([anchor, anchor_now], [old, new])
-        xp = array_namespace(x)
-        parts = [
-            xp.sum(~kept),
-            xp.sum(x == 0),
-            norm([xp.where(kept, xp.zeros_like(x), x)]) ** 2,
-            xp.sum(old != new),
-            norm([xp.astype(x, a.dtype, copy=False) - a]) ** 2,
-            norm([b - a]) ** 2,
-            norm([x]) ** 2,
-            norm([xp.where(old, xp.zeros_like(x), x)]) ** 2,
-            xp.sum(~old),
-        ]
-        dtype = parts[2].dtype
-        found.append(xp.stack([xp.astype(part, dtype) for part in parts]))
-    return found
+    # Measure one array at a time, which needs little memory. Arrays of one shape and dtype share
+    # a program.
+    states = zip(values, final, *split[:2], *update[:2], strict=True)
+    return [backend_of(x).as_program(_sums_of, (), x, *others) for x, *others in states]
+
+
+def _sums_of(
+    x: Array, kept: Array, anchor: Array, old: Array, anchor_now: Array, new: Array
+) -> Array:
+    """Return the `sums` of one parameter."""
+    # z is the anchor on the support.
+    a, b = apply_support([anchor, anchor_now], [old, new])
+    xp = array_namespace(x)
+    parts = [
+        xp.sum(~kept),
+        xp.sum(x == 0),
+        norm([xp.where(kept, xp.zeros_like(x), x)]) ** 2,
+        xp.sum(old != new),
+        norm([xp.astype(x, a.dtype, copy=False) - a]) ** 2,
+        norm([b - a]) ** 2,
+        norm([x]) ** 2,
+        norm([xp.where(old, xp.zeros_like(x), x)]) ** 2,
+        xp.sum(~old),
+    ]
+    dtype = parts[2].dtype
+    return xp.stack([xp.astype(part, dtype) for part in parts])

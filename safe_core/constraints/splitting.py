@@ -15,7 +15,6 @@ is simply ``lambda * (x - anchor)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from array_api_compat import array_namespace, is_array_api_obj
 
@@ -227,14 +226,15 @@ def dual_update(
         raise ValueError("step must be given to round to a state_dtype, got None")
     _check_storable(params, state_dtype)
     backend, state = backend_of(params[0]), dequantised(state)
-    fn = partial(_relaxed, relaxation, backend.known_finite(params))
-    v = backend.blockwise(fn, _widened(params), state.anchor, state.support, out=workspace)
+    old = (_widened(params), state.anchor, state.support)
+    static = (relaxation, backend.known_finite(params))
+    v = backend.blockwise(_relaxed, *old, static=static, out=workspace)
     support = select_support(v, pattern, info, importance, step=step)
     # v was the last reader of the old anchors, so the new ones may overwrite them.
     in_place = None if workspace is None else state.anchor
     if state_dtype is None:
-        return SplitState(backend.blockwise(_anchor, v, support, out=in_place), support)
-    anchor = backend.blockwise(_anchor, v, support, out=workspace)
+        return SplitState(backend.blockwise(_anchor, v, support, static=(), out=in_place), support)
+    anchor = backend.blockwise(_anchor, v, support, static=(), out=workspace)
     if state_dtype == FLOAT8:
         return quantised(anchor, support)
     return SplitState(_rounded(anchor, step, in_place), support)

@@ -51,13 +51,16 @@ def keep_within(
     if math.prod(scores.shape[axis] for axis in order[:pools]) == 1:
         return backend_of(scores).keep_largest([scores], counts=counts, stage=stage)[0]
 
-    def within(scores: Array) -> Array:
+    # A traced stage is an argument, because a function of local shards must not enclose it.
+    traced = () if isinstance(stage, int) else (stage,)
+
+    def within(scores: Array, stage: int | Array = stage) -> Array:
         shape = tuple(scores.shape[axis] for axis in order)
         table = xp.reshape(xp.permute_dims(scores, order), (math.prod(shape[:pools]), n))
         mask = backend_of(scores).keep_largest_per_row(table, counts=counts, stage=stage)
         return xp.permute_dims(xp.reshape(mask, shape), inverse(order))
 
-    return on_whole_units(within, scores, dict.fromkeys(order[pools:], 0))
+    return on_whole_units(within, scores, dict.fromkeys(order[pools:], 0), *traced)
 
 
 def in_pools(
@@ -79,15 +82,18 @@ def in_pools(
     return on_whole_units(lambda part: fn(part, axes), x, dict.fromkeys(axes, 0))
 
 
-def on_whole_units(fn: Callable[[Array], Array], scores: Array, units: Mapping[int, int]) -> Array:
-    """Return ``fn(scores)``, where each local shard that ``fn`` gets holds whole units only.
+def on_whole_units(
+    fn: Callable[..., Array], scores: Array, units: Mapping[int, int], *others: Array
+) -> Array:
+    """Return ``fn(scores, *others)``, where each local shard of ``scores`` holds whole units only.
 
     ``units`` maps an axis to the length of a unit along it, 0 for the whole axis. Shards that
-    cut a unit are resharded first. Arrays that are not sharded are passed unchanged.
+    cut a unit are resharded first. Arrays that are not sharded, as ``others``, are passed
+    unchanged.
     """
     backend = backend_of(scores)
     whole = backend.regrouped(scores, units=units)
-    return backend.resharded_as(scores, backend.shardwise(fn, whole))
+    return backend.resharded_as(scores, backend.shardwise(fn, whole, *others))
 
 
 def expansion(

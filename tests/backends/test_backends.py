@@ -244,7 +244,7 @@ def test_ties_are_cut_past_32_bits(k: int) -> None:
         sum(sizes).bit_length(),
     )
     assert bool(exact)
-    assert (int(position[0]) << 16) + int(position[1]) == k
+    assert value(position) == k
 
 
 @pytest.mark.usefixtures("strict_promotion")
@@ -254,6 +254,11 @@ def test_nothing_is_promoted(scope: str, x: np.ndarray) -> None:
     arrays, pattern = [x.reshape(4, 6).astype(np.float32)], Unstructured(0.5, scope)
     got = Backend.JAX.run(projector(pattern), arrays)
     assert_same(got.support, reference.select(arrays, pattern))
+
+
+def value(pair: Any) -> int:
+    """Return the number that a pair (high, low) stands for."""
+    return (int(pair[0]) << 16) + int(pair[1])
 
 
 def assert_sorted(support: Any, arrays: Any, sparsity: float) -> None:
@@ -268,18 +273,15 @@ COUNTS = st.integers(0, 2**48 - 1)
 
 
 @given(a=COUNTS, b=COUNTS)
-def test_counts_of_two_digits_are_exact(a: int, b: int) -> None:
+def test_counts_in_pairs_are_exact(a: int, b: int) -> None:
     a, b = max(a, b), min(a, b)
 
-    def digits(count: int) -> Any:
+    def pair(count: int) -> Any:
         return jax_counting._pick((count,), 0, large=True)
 
-    def value(pair: Any) -> int:
-        return (int(pair[0]) << 16) + int(pair[1])
-
-    assert value(jax_counting._subtract(digits(a), digits(b))) == a - b
-    assert bool(jax_counting._at_least(digits(a), digits(b)))
-    assert bool(jax_counting._at_least(digits(b), digits(a))) == (a == b)
+    assert value(jax_counting._subtract(pair(a), pair(b))) == a - b
+    assert bool(jax_counting._at_least(pair(a), pair(b)))
+    assert bool(jax_counting._at_least(pair(b), pair(a))) == (a == b)
 
 
 @example(sizes=[2**31 - 1] * 4, share=Fraction(3, 4))

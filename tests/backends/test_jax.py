@@ -188,6 +188,31 @@ def test_the_search_ends_where_a_count_is_exact() -> None:
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize(("values", "tied"), [([4, 3, 2, 1], False), ([4, 3, 3, 1], True)])
+def test_positions_are_searched_for_ties_alone(values: list[int], tied: bool) -> None:
+    passes = []
+    keys, index = jnp.asarray(values, jnp.uint32), jnp.arange(4, dtype=jnp.uint32)
+
+    def kept(threshold: Any, end: Any) -> Any:
+        return jax_counting._kept(keys[:, None], threshold, index[:, None], end)
+
+    def before(threshold: Any, positions: Any) -> Any:
+        jax.debug.callback(lambda: passes.append(1))
+        return jnp.sum(kept(threshold, positions), axis=0, dtype=jnp.uint32)
+
+    threshold, position = jax_counting._threshold_and_position(
+        lambda thresholds: jnp.sum(keys[:, None] >= thresholds, axis=0, dtype=jnp.uint32),
+        before,
+        jnp.uint32(0),
+        jnp.uint32(4),
+        jnp.uint32(2),
+        4,
+    )
+    jax.effects_barrier()
+    assert kept(threshold, position)[:, 0].tolist() == [True, True, False, False]
+    assert bool(passes) == tied
+
+
 def in_eight_devices(program: str) -> str:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     finished = subprocess.run(

@@ -419,7 +419,7 @@ def layers(draw: Any) -> tuple[nn.Module, Any, str]:
     return Calls(stacked(kind, axis, length, **options), name, norms), x, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(layers())
 def test_shapes_never_contradict_the_module(drawn: tuple[nn.Module, Any, str]) -> None:
     model, x, name = drawn
