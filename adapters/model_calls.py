@@ -1,14 +1,42 @@
-"""Name example inputs in the errors of a model that cannot take them."""
+"""Read example inputs, and name them in the errors of a model that cannot take them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from .memory_errors import lacks_memory
 
-__all__ = ["naming_inputs"]
+__all__ = ["naming_inputs", "read_arguments"]
+
+
+def read_arguments(
+    example_inputs: Any, is_array: Callable[[Any], bool], kind: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the named arguments that example inputs stand for, or raise.
+
+    ``is_array`` tells whether they are one array, which messages call ``kind``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> read_arguments({"train": False}, lambda x: isinstance(x, np.ndarray), "an array")
+    ((), {'train': False})
+    >>> read_arguments("x", lambda x: isinstance(x, np.ndarray), "an array")
+    Traceback (most recent call last):
+    TypeError: example_inputs must be an array, a tuple or a mapping of arguments, got <class 'str'>
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if is_array(example_inputs):
+        return (example_inputs,), {}
+    if not isinstance(example_inputs, (tuple, list)):
+        raise TypeError(
+            f"example_inputs must be {kind}, a tuple or a mapping of arguments, got "
+            f"{type(example_inputs)!r}"
+        )
+    return tuple(example_inputs), {}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class SparseModules(NamedTuple):
 
     Attributes
     ----------
-    model : module
+    model : torch.nn.Module, flax.nnx.Module or SparseLinen
         The model with the layers that are faster in a sparse form, for inference. If none is, or
         the whole is not a tenth faster with them, the model that was given.
     layers : list of LayerTiming

@@ -113,13 +113,11 @@ class FinalProjection(NamedTuple):
         values = self.values
         if any(isinstance(x, jax.core.Tracer) for x in (self.step, *values, *self.support)):
             return None
-        numbers = as_program(_measured, (), values, self.support)
+        # Leaves of one shape and dtype share a program.
+        pairs = zip(values, self.support, strict=True)
+        numbers = [as_program(measure, (), x, kept) for x, kept in pairs]
         steps, read = jax.device_get((self.step, numbers))
         return describe(int(steps), self.tree.info.names, [x.size for x in values], read)
-
-
-def _measured(values: list[Any], support: list[Any]) -> list[list[jax.Array]]:
-    return [measure(x, kept) for x, kept in zip(values, support, strict=True)]
 
 
 def final_projection(

@@ -19,16 +19,11 @@ from safe_core.litert.export import check_settings, save_graph
 from safe_core.litert.graph import Tensor, as_stored, stored_type
 
 from .litert_operations import ENTRYWISE, OPERATIONS, Call, as_tensor
+from .traced_program import called
 
 __all__ = ["litert_graph", "save_litert"]
 
 PyTree = Any
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-# Primitives that call a function once; a loop has a function among its parameters, too.
-_CALLS = (
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-)
 
 
 def save_litert(
@@ -242,16 +237,15 @@ class _Trace:
         for equation in jaxpr.eqns:
             stack = str(equation.source_info.name_stack)
             place = "/".join(filter(None, (scope, stack)))
-            if equation.primitive.name in _CALLS:
-                inner = next(equation.params[key] for key in _INNER if key in equation.params)
-                found = self.inlined(equation, inner, place)
+            inner = called(equation)
+            if inner is not None:
+                found = self.inlined(equation, *inner, place)
             else:
                 found = self.call(equation, place)
             self.values.update(zip(equation.outvars, found, strict=True))
 
-    def inlined(self, equation: Any, inner: Any, place: str) -> list[Any]:
+    def inlined(self, equation: Any, jaxpr: Any, consts: Sequence[Any], place: str) -> list[Any]:
         """Return the results of a function that is called, such as one under jit."""
-        jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
         self.values.update(zip(jaxpr.constvars, consts, strict=True))
         for outer, variable in zip(equation.invars, jaxpr.invars, strict=True):
             self.values[variable] = self.read(outer)

@@ -219,7 +219,7 @@ def advising_layouts_of(tree: SparseTree) -> Iterator[None]:
             raise
         raise ValueError(
             f"{error}. For a Flax model, layout=layouts_of(model, inputs) of "
-            "safe_core.adapters.jax.flax gives those of all kernels"
+            "safe_core.adapters.jax.flax gives those of all kernels; an NNX module needs no inputs"
         ) from None
 
 

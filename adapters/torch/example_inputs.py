@@ -9,21 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safe_core.adapters.model_calls import read_arguments
+
 __all__ = ["arguments", "compare", "evaluation_mode", "tensors"]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the named arguments that example inputs stand for, or raise."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if torch.is_tensor(example_inputs):
-        return (example_inputs,), {}
-    if not isinstance(example_inputs, (tuple, list)):
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple or a mapping of arguments, got "
-            f"{type(example_inputs)!r}"
-        )
-    return tuple(example_inputs), {}
+    return read_arguments(example_inputs, torch.is_tensor, "a tensor")
 
 
 @contextmanager

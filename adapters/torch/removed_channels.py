@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from safe_core.finalization import listed
+from safe_core.adapters.removed_channels import by_reason, removed_text
 
 __all__ = ["RemovedChannels"]
 
@@ -34,21 +34,8 @@ class RemovedChannels(NamedTuple):
     @property
     def reasons(self) -> dict[str, list[str]]:
         """Return the layers with channels that are zero and stay, by the reason."""
-        found: dict[str, list[str]] = {}
-        for name, reason in self.kept.items():
-            found.setdefault(reason, []).append(name)
-        return found
+        return by_reason(self.kept)
 
     def __str__(self) -> str:
         """Return the numbers of parameters and of the channels that were removed."""
-        before, after = self.parameters
-        lines = [f"{after:,} of {before:,} parameters are left"]
-        if self.removed:
-            counts = [f"{count} of {name!r}" for name, count in self.removed.items()]
-            lines.append(f"removed channels: {listed(counts)}")
-        else:
-            lines.append("no channel was removed")
-        for reason, names in self.reasons.items():
-            shown = listed(list(map(repr, names)))
-            lines.append(f"kept channels that are zero of {shown}: {reason}")
-        return "\n".join(lines)
+        return removed_text(self.parameters, self.removed, self.kept)

@@ -35,6 +35,11 @@ class FixedZeros(Pattern):
 
     only_masks: ClassVar[bool] = True
 
+    @property
+    def counts_in_tensors(self) -> bool:
+        """Whether it matters which axes stack several tensors: no, since nothing is counted."""
+        return False
+
     def fractions(self) -> tuple[Fraction, ...]:
         """Return 0 as the only stage: the pattern asks for no zero that is not there."""
         return (Fraction(0),)

@@ -219,3 +219,11 @@ def test_jax_names_zeros_that_it_does_not_keep() -> None:
         jax.jit(tx.init)(params)  # a compiled program cannot read the values
     where = ["fc/kernel", "experts/wi"]
     sparse_optimizer(optax.sgd(0.1), METHODS["plain"], where=where).init(params)
+
+
+def test_zeros_of_a_kernel_of_unknown_layout_are_kept_in_jax() -> None:
+    """Nothing is counted in tensors, so it does not matter whether the kernel is a stack."""
+    kernel = jnp.ones((3, 3, 4, 6)).at[:, :, 1].set(0)
+    params = {"block": {"a": {"kernel": kernel, "bias": jnp.ones(6)}}}
+    state = sparse_optimizer(optax.sgd(0.1), safe_core.keep_zeros()).init(params)
+    assert (state.support["block"]["a"]["kernel"] == (kernel != 0)).all()

@@ -24,6 +24,7 @@ from safe_core.adapters.layer_timing import (
 from safe_core.adapters.model_calls import naming_inputs
 from safe_core.adapters.sparse_report import SparseModules, decided
 
+from ..outputs import compare
 from ..weights import is_prunable, name_of
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SparseLinear",
     "SparseLinen",
     "bcsr",
+    "evaluation_copy",
     "layers_of",
     "product",
     "sparse_modules",
@@ -174,7 +176,12 @@ def _replaced(
         return SparseModules(model.given, layers, {}, described)
     sparse: Any = model.replaced(chosen)
     runs = {"dense": model.call(None, inputs), "sparse": model.call(sparse, inputs)}
-    _compare(runs["dense"](), runs["sparse"]())
+    compare(
+        runs["dense"](),
+        runs["sparse"](),
+        "model must compute the same with sparse layers, got other outputs for "
+        "example_inputs: are they the same at every call?",
+    )
     return decided(model.given, sparse, layers, interleaved(runs, repeats), described)
 
 
@@ -240,26 +247,12 @@ def product(kernel: Any, bias: jax.Array | None, x: jax.Array) -> jax.Array:
     return y if bias is None else y + bias
 
 
-def _compare(wanted: PyTree, found: PyTree) -> None:
-    """Raise unless the outputs of two models agree up to rounding."""
-    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
-    for a, b in ((np.asarray(a), np.asarray(b)) for a, b in pairs):
-        inexact = jnp.issubdtype(a.dtype, jnp.inexact)
-        eps = float(jnp.finfo(a.dtype).eps) if inexact else 0.0  # type: ignore[no-untyped-call]
-        allowed = eps**0.5 * np.abs(a).max(initial=0)
-        if a.shape != b.shape or not bool((np.abs(a - b) <= allowed).all()):
-            raise ValueError(
-                "model must compute the same with sparse layers, got other outputs for "
-                "example_inputs: are they the same at every call?"
-            )
-
-
 class NnxLayers:
     """The linear layers of an NNX module."""
 
     def __init__(self, given: nnx.Module) -> None:
         self.given = given
-        self.copy = _copy(given)
+        self.copy = evaluation_copy(given)
 
     def arrays(self) -> list[Any]:
         """Return all arrays of the model."""
@@ -276,7 +269,7 @@ class NnxLayers:
 
     def layers(self, inputs: tuple[Any, ...]) -> dict[str, Layer | str]:
         """Return the layers that can be replaced, as the model calls them, or why not."""
-        watched, found = _copy(self.given), dict[str, Layer | str]()
+        watched, found = evaluation_copy(self.given), dict[str, Layer | str]()
         layer: Any
         for path, layer in nnx.iter_modules(watched):
             if type(layer) is not nnx.Linear:
@@ -294,7 +287,7 @@ class NnxLayers:
 
     def replaced(self, names: list[str]) -> nnx.Module:
         """Return a copy in which some layers are sparse."""
-        sparse = _copy(self.given)
+        sparse = evaluation_copy(self.given)
         for name in names:
             *parents, last, _ = name.split("/")
             parent: Any = sparse
@@ -313,7 +306,7 @@ class NnxLayers:
         return _compiled(lambda state, *given: nnx.merge(definition, state)(*given), state, inputs)
 
 
-def _copy(module: nnx.Module) -> nnx.Module:
+def evaluation_copy(module: nnx.Module) -> nnx.Module:
     """Return a copy of a module in evaluation mode, with the same arrays."""
     copy: nnx.Module = nnx.merge(*nnx.split(module))
     copy.eval()  # type: ignore[no-untyped-call]
