@@ -48,7 +48,7 @@ def test_command_line_from_recipe_to_report(tmp_path: Path) -> None:
     assert {f"{name}.{kind}" for name in wanted for kind in ("png", "pdf")} <= figures
     refused = CliRunner().invoke(app, ["study", "table-99"])
     assert refused.exit_code == 1
-    assert "recipe must be an existing file, or one of adasap-digits, figure-1, " in refused.stderr
+    assert "recipe must be an existing file, or one of adasap, adasap-digits, " in refused.stderr
 
 
 def made_results(out: Path) -> None:

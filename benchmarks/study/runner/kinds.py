@@ -109,6 +109,7 @@ RECIPE_METHODS = {
     "iht": Kind(safe_core.iht),
     "imp_sam": Kind(safe_core.imp_sam, {}, "rising"),
     "at_start": Kind(at_start, prunes_start=True),
+    "elsa": Kind(safe_core.elsa, {"scope": "tensor"}),
     "adasap": Kind(safe_core.adasap, pattern=Channel),
     "cram": Kind(safe_core.cram, {"plus": False}),
     "cram_plus": Kind(safe_core.cram, {"plus": True}),

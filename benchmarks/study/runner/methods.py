@@ -354,7 +354,8 @@ def _options(place: str, name: str, method: str | Own) -> tuple[str, ...]:
         kind = Entry(method, name).kind
     except ValueError as error:
         raise ValueError(f"{place}.method: {error}") from error
-    clash = [n for n in kind.parameters() if n in (*_OF_ENTRY, *OF_PATTERN)]
+    taken = {*_OF_ENTRY, *OF_PATTERN} - set(kind.fixed)  # the recipe does not set what is fixed
+    clash = [n for n in kind.parameters() if n in taken]
     if clash:
         raise ValueError(
             f"{place}.method must not have the parameter {clash[0]}, which is a key of every "
