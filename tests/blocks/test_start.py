@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen, nnx
 from torch import nn
 from twin_blocks import JaxBlock, for_linen, torch_model
 
 import safe_core
 from safe_core.adapters.jax.blocks import prune_blocks as prune_jax
 from safe_core.adapters.jax.blocks import prune_layers, reconstruct
-from safe_core.adapters.jax.flax.blocks import linen_block
+from safe_core.adapters.jax.flax.blocks import linen_block, nnx_block
 from safe_core.adapters.torch.blocks import SafeReconstruction, prune_blocks
 from safe_core.reconstruction import Reconstruction
 from safe_core.solvers import ALPS, Gram
@@ -66,6 +67,41 @@ def test_jax_is_the_same(name: str, sparsity: Any) -> None:
         ):
             np.testing.assert_array_equal(a != 0, b != 0, err_msg=str(path))
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-6, err_msg=str(path))
+
+
+class NnxLayers(nnx.Module):
+    """Two layers of NNX."""
+
+    def __init__(self) -> None:
+        self.first, self.second = (
+            nnx.Linear(WIDTH, WIDTH, param_dtype=jnp.float64, rngs=nnx.Rngs(i)) for i in range(2)
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(nnx.tanh(self.first(x)))
+
+
+class LinenLayers(linen.Module):
+    """The same layers of Linen."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linen.Dense(WIDTH, name="second")(linen.tanh(linen.Dense(WIDTH, name="first")(x)))
+
+
+@pytest.mark.parametrize("name", ["safe+", "safe"])
+def test_a_module_of_nnx_is_pruned_as_the_same_of_linen(name: str) -> None:
+    module = NnxLayers()
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    blocks = [nnx_block(module), linen_block(LinenLayers(), {"params": params})]
+    got, wanted = (prune_jax([b], jnp.asarray(inputs()), name, 0.5)[0] for b in blocks)
+    assert got.training_kept is wanted.training_kept is True
+    nnx.update(module, got.params)
+    for layer in ("first", "second"):
+        kernel, want = getattr(module, layer).kernel[...], wanted.params[layer]["kernel"]
+        np.testing.assert_array_equal(kernel != 0, want != 0)
+        np.testing.assert_allclose(kernel, want, rtol=0, atol=1e-6)
+        assert float((kernel == 0).mean()) == 0.5
 
 
 # A rate at which the loss stays finite and training ends far from where it began.

@@ -112,4 +112,4 @@ if __name__ == "__main__":
     for name in ("safe_core.command_line.dry_run", "safe_core.command_line.pruning"):
         importlib.import_module(name)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    fork(2, lambda rank, store: work(rank, server.port), end_all=True)
+    fork(2, lambda rank, store: work(rank, server.port))

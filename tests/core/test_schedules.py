@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from array_backends import Backend
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safe_core import Unstructured
+from safe_core.projection import select
 from safe_core.schedules import (
     constant,
     cosine,
@@ -207,3 +211,27 @@ def test_schedules_are_values(make: Any) -> None:
     with pytest.raises(AttributeError):
         schedule.value = 1.0
     assert len({linear(0.1, 3), cosine(0.1, 3), constant(0.1), cubic(0.1, 3)}) == 4
+
+
+@dataclass(frozen=True)
+class Course(Unstructured):
+    """A pattern with stages of its own, in a list, which has no hash."""
+
+    table: Any = field(default_factory=lambda: [Fraction(1, 4), Fraction(3, 4)])
+
+    def fractions(self) -> tuple[Fraction, ...]:
+        return tuple(self.table)
+
+    def stage(self, step: Any) -> Any:
+        return 1 if step is None else min(step // 2, 1)
+
+
+@pytest.mark.parametrize("array", [np.arange(1.0, 17.0), torch.arange(1.0, 17.0)], ids=type)
+def test_a_pattern_may_have_stages_of_its_own_and_no_hash(array: Any) -> None:
+    pattern, zeros = Course(0.5), []
+    for step in (0, 1, 2, None):
+        (mask,) = select(
+            [array], pattern, importance=[None], layouts=[None], names=["x"], step=step
+        )
+        zeros.append(int((~mask).sum()))
+    assert zeros == [4, 4, 12, 12]

@@ -46,7 +46,7 @@ class Loop(NamedTuple):
 
     INFO = ArrayInfo(("w",), (Layout((1,), (0,)),))
 
-    def run(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def run(self, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The weight and its support after every step of `linear_problem`."""
         problem = linear_problem.Problem.make()
         params = [self.xp.asarray(problem.weight), self.xp.asarray(problem.bias)]
@@ -63,7 +63,7 @@ class Loop(NamedTuple):
             ]
             return [-linear_problem.RATE * m for m in buffers]
 
-        for t in range(linear_problem.STEPS):
+        for t in range(steps):
             step = FunctionalStep(self.method, params, [0], self.INFO, t, gradients, momentum)
             step.learning_rate = linear_problem.RATE
             step.layouts = [*self.INFO.layouts, None]
@@ -76,7 +76,7 @@ class Loop(NamedTuple):
 def test_the_parts_of_a_method_make_its_steps(name: str, xp: Backend) -> None:
     method, recipe = linear_problem.CASES[name]
     points = linear_problem.trajectory(linear_problem.Problem.make(), recipe)
-    for (w, support), point in zip(Loop(method, xp).run(), points, strict=True):
+    for (w, support), point in zip(Loop(method, xp).run(recipe.steps), points, strict=True):
         np.testing.assert_allclose(w, point.weight, rtol=1e-11, atol=1e-15)
         np.testing.assert_array_equal(support, point.z != 0)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sassha_reference import CASES, PLAIN, STEPS, UNDER_SAFE, Problem, Recipe
+from sassha_reference import CASES, PLAIN, UNDER_SAFE, Problem, Recipe
 
 import safe_core
 from safe_core import Layout
@@ -112,7 +112,10 @@ def test_every_step_is_that_of_numpy(name: str) -> None:
         params, state = step(params, state)
         assert_near(params, point)
     assert len(traces) == 1
-    assert (int(state.count), int(state.hessian_count)) == (STEPS, -(-STEPS // recipe.interval))
+    assert (int(state.count), int(state.hessian_count)) == (
+        recipe.length,
+        -(-recipe.length // recipe.interval),
+    )
 
 
 @pytest.mark.every_second

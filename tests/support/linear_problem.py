@@ -71,6 +71,7 @@ class Recipe(NamedTuple):
     uniform_rho: float = 0.0
     channels: bool = False
     after: str = "dual"  # or "hard", "mask", "nothing"
+    steps: int = STEPS
 
 
 def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
@@ -101,7 +102,7 @@ def trajectory(problem: Problem, recipe: Recipe) -> Iterator[Point]:
         gw, gb = problem.gradient(w, b)
         return np.where(z != 0, gw, 0) if recipe.after == "mask" else gw, gb
 
-    for t in range(STEPS):
+    for t in range(recipe.steps):
         gw, gb = g0w, g0b = gradient(w, b)
         scale = np.abs(w) + 0.01 if recipe.adaptive else np.ones_like(w)
         length = math.sqrt(np.sum((scale * gw) ** 2) + np.sum(gb**2)) if recipe.normalised else 1
@@ -234,22 +235,24 @@ def in_steps(rho: float, **options: float) -> tuple[safe_core.Method, Recipe]:
     return method, Recipe(rho=lambda t: rho, in_steps=True, **options)
 
 
-def adasap(**options: Any) -> tuple[safe_core.Method, Recipe]:
-    """Return AdaSAP that removes half of the channels in three stages of 2 steps."""
-    schedule = schedules.exponential_sparsity(0.5, steps=6, start=3, every=2)
+def adasap(every: int = 2, rho: float = 0.4, **options: Any) -> tuple[safe_core.Method, Recipe]:
+    """Return AdaSAP that removes half of the channels in three stages of ``every`` steps."""
+    start = 3 * every // 2
+    schedule = schedules.exponential_sparsity(0.5, steps=3 * every, start=start, every=every)
     channels = safe_core.Channel(schedule, scope="tensor")
-    method = safe_core.adasap(channels, rho_max=0.4, rho_min=0.1, rho=0.2, **options)
+    method = safe_core.adasap(channels, rho_max=rho, rho_min=rho / 4, rho=rho / 2, **options)
     return method, Recipe(
-        rho=lambda t: 0.4,
-        sparsity=lambda t: 1 - Fraction(0.5 ** (min(max((t - 3) // 2, 0), 3) / 3)),
+        rho=lambda t: rho,
+        sparsity=lambda t: 1 - Fraction(0.5 ** (min(max((t - start) // every, 0), 3) / 3)),
         adaptive=options.get("adaptive", True),
         decay=None if "importance" not in options else 0.7,
         least=0.25,
         norm=options.get("norm", "channel"),
-        uniform_from=9,
-        uniform_rho=0.2,
+        uniform_from=start + 3 * every,
+        uniform_rho=rho / 2,
         channels=True,
         after="mask",
+        steps=6 * every,
     )
 
 
@@ -308,6 +311,8 @@ CASES = {
         Recipe(sparsity=gradual(1), after="mask"),
     ),
     "adasap": adasap(),
+    # Normalised gradients amplify rounding near the minimum, the more the larger the radius.
+    "adasap over 300 steps": adasap(every=50, rho=0.02),
     "adasap with SAM and Taylor": adasap(adaptive=False, importance=SquaredGradient(0.7)),
     "adasap with a global norm": adasap(norm="global"),
     "magnitude": (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,11 +27,10 @@ def output_of(*arguments: str) -> str:
     return finished.stdout
 
 
-def fork(world: int, work: Callable[[int, str], None], *, end_all: bool = False) -> None:
+def fork(world: int, work: Callable[[int, str], None]) -> None:
     """Call ``work(rank, store)`` in one process per rank, and exit with the worst of their codes.
 
-    ``store`` is the path of a file for `torch.distributed.init_process_group`. With ``end_all``,
-    the first process that fails ends the others, as in torchrun, and its code is the result.
+    ``store`` is the path of a file for `torch.distributed.init_process_group`.
     """
     import torch
 
@@ -51,14 +49,5 @@ def fork(world: int, work: Callable[[int, str], None], *, end_all: bool = False)
                     sys.stderr.flush()
                     os._exit(1)
             children.append(child)
-        codes = []
-        while children:
-            ended, status = os.wait()
-            children.remove(ended)
-            codes.append(abs(os.waitstatus_to_exitcode(status)))
-            if end_all and codes[-1]:
-                for child in children:
-                    os.kill(child, signal.SIGTERM)
-                    os.waitpid(child, 0)
-                break
-    sys.exit(max(codes))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(map(abs, codes)))

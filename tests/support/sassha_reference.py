@@ -10,7 +10,7 @@ import numpy as np
 
 import safe_core
 
-STEPS = 60
+STEPS, LONG = 60, 300
 Arrays = list[np.ndarray]
 Draw = Callable[[int], Arrays]
 """``c -> z``, the random signs of the c-th Hessian product."""
@@ -52,11 +52,12 @@ class Recipe(NamedTuple):
     power: float = 0.5
     correction: str = "corrected"
     momentum: bool = False
+    length: int = STEPS
 
     def steps(self, problem: Problem, draw: Draw) -> Iterator[Arrays]:
         """Yield the parameters after every step of Sassha alone."""
         x, base = problem.start, Base(self, draw)
-        for _ in range(STEPS):
+        for _ in range(self.length):
             along = base.m if self.momentum else problem.gradient(x)
             length = math.sqrt(sum(np.sum(a**2) for a in along))
             sign = -1 if self.momentum else 1
@@ -105,12 +106,13 @@ class Safe(NamedTuple):
     zeros: int = 14
     adds_projected: bool = False
     perturbed_every: int = 1
+    length: int = STEPS
 
     def steps(self, problem: Problem, recipe: Recipe, draw: Draw) -> Iterator[tuple[Any, ...]]:
         """Yield W, b and the support after every step."""
         base, x = Base(recipe, draw), problem.start
         z, u = self._keep(x[0]), np.zeros_like(x[0])
-        for t in range(STEPS):
+        for t in range(self.length):
             first = problem.gradient(x)
             length = math.sqrt(sum(np.sum(a**2) for a in first))
             rho = self.rho if t % self.perturbed_every == 0 else 0.0
@@ -139,7 +141,7 @@ def _sums(parts: list[Arrays]) -> Arrays:
 
 
 CASES = {
-    "default": Recipe(),
+    "default": Recipe(length=LONG),
     "published correction": Recipe(correction="published", rate=(0.005, 0.005)),
     "no correction": Recipe(correction="none", betas=(0.9, 0.9)),
     "every step": Recipe(interval=1),
@@ -154,7 +156,7 @@ CASES = {
 PLAIN = Recipe(rho=(0.0, 0.0))
 _SAFE = {"rho": 0.1, "penalty": 0.1, "dual_update_interval": 8}
 UNDER_SAFE = {
-    "safe": (safe_core.safe(0.6, **_SAFE), Safe()),
+    "safe": (safe_core.safe(0.6, **_SAFE), Safe(length=LONG)),
     "at times": (safe_core.safe(0.6, **_SAFE, perturbation_interval=3), Safe(perturbed_every=3)),
     "sg": (safe_core.safe(0.6, **_SAFE, projected_gradient=True), Safe(adds_projected=True)),
     "admm": (

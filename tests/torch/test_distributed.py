@@ -23,7 +23,7 @@ STEPS = 8
 KINDS = {
     2: (
         "ddp", "ddp-reuse", "fsdp", "fsdp-reuse", "fsdp-untuned", "tp", "local", "fsdp-packed",
-        "tp-packed", "fsdp-float8", "fsdp-channels", "tp-channels",
+        "tp-packed", "fsdp-float8", "fsdp-channels", "tp-channels", "ddp-elsa", "fsdp-elsa",
     ),
     4: ("ddp", "fsdp", "mixed", "mixed-untuned", "mixed-packed", "tp-fsdp", "tp-fsdp-channels"),
 }  # fmt: skip
@@ -88,7 +88,9 @@ def _compare(kind: str, mesh: Any, rank: int, world: int) -> str:
     from torch.distributed.tensor.debug import CommDebugMode
 
     rows = slice(rank * 32 // world, (rank + 1) * 32 // world)
-    wrapped = kind.removesuffix("-channels").removesuffix("-packed").removesuffix("-float8")
+    wrapped = kind
+    for suffix in ("-channels", "-packed", "-float8", "-elsa"):
+        wrapped = wrapped.removesuffix(suffix)
     model = _wrap(wrapped, _network(), mesh)
     optimizer = _optimizer(model, kind)
     if kind.endswith("reuse"):
@@ -214,6 +216,8 @@ def _optimizer(model: Any, kind: str) -> Any:
         second = safe_core.ChannelSAM(0.05)
         by_channel = safe_core.Staged(first, second, STEPS // 2)
         method = safe_core.Method(0.7, safe_core.ADMM(0.1, 3), perturbation=by_channel)
+    if kind.endswith("elsa"):  # its score is the second moment of the base, which is sharded too
+        method = safe_core.elsa(0.7, penalty=0.1, dual_update_interval=3)
     base, given = torch.optim.Adam(model.parameters(), lr=0.01), None
     if kind == "tp-fsdp":
         generator = torch.Generator().manual_seed(2)
@@ -237,8 +241,9 @@ def _train(model: Any, optimizer: Any, rows: slice, *, local: bool = False) -> N
         optimizer.zero_grad()
         with model.no_sync() if local else contextlib.nullcontext():
             _loss(model, rows).backward()
-        with optimizer.perturbed():
-            _loss(model, rows).backward()
+        if optimizer.method.plan().perturbs:
+            with optimizer.perturbed():
+                _loss(model, rows).backward()
         optimizer.step()
 
 

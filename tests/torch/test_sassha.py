@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sassha_reference import CASES, PLAIN, STEPS, UNDER_SAFE, Problem, Recipe
+from sassha_reference import CASES, PLAIN, UNDER_SAFE, Problem, Recipe
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -92,7 +92,7 @@ def test_every_step_is_that_of_numpy(recipe: Recipe) -> None:
     for point in recipe.steps(PROBLEM, draw(3)):
         run.step()
         assert_near(run.params(), point)
-    assert run.calls == STEPS * (2 if recipe.rho[0] and not recipe.momentum else 1)
+    assert run.calls == recipe.length * (2 if recipe.rho[0] and not recipe.momentum else 1)
     assert np.linalg.norm(point[0] - PROBLEM.start[0]) > 1
 
 

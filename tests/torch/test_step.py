@@ -118,13 +118,16 @@ def test_copies_keep_their_memory_and_follow_the_parameters() -> None:
 class Run:
     """A small regression, trained for some steps."""
 
-    def __init__(self, make_base: Callable[..., Any], **options: Any) -> None:
+    METHOD = safe_core.safe(
+        0.75, rho=0.05, penalty=schedules.cosine(0.1, steps=12), dual_update_interval=3
+    )
+
+    def __init__(
+        self, make_base: Callable[..., Any], method: safe_core.Method = METHOD, **options: Any
+    ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         self.data = torch.randn(32, 8), torch.randn(32, 2)
-        method = safe_core.safe(
-            0.75, rho=0.05, penalty=schedules.cosine(0.1, steps=12), dual_update_interval=3
-        )
         self.optimizer = SparseOptimizer(
             make_base(self.model.parameters()), method, model=self.model, **options
         )
@@ -148,9 +151,17 @@ BASES = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("base", BASES)
-def test_compiled_steps_are_the_same_steps_compiled_once(base: str) -> None:
-    eager, compiled = Run(BASES[base]), Run(BASES[base], compile=True)
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("sgd", Run.METHOD),
+        ("adam", Run.METHOD),
+        ("adam", safe_core.elsa(0.75, penalty=0.1, dual_update_interval=3)),
+    ],
+    ids=["sgd", "adam", "elsa"],
+)
+def test_compiled_steps_are_the_same_steps_compiled_once(base: str, method: Any) -> None:
+    eager, compiled = Run(BASES[base], method), Run(BASES[base], method, compile=True)
     compiled.steps(4)  # the base optimizer makes its state, a dual update passes
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert programs > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from trained_regression import Regression, batches, dataset, network
 
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
@@ -29,22 +29,6 @@ METHOD = METHODS["published"]
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train by each of the methods."""
     monkeypatch.setitem(globals(), "METHOD", METHODS[request.param])
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def dataset() -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(
-        torch.randn(48, 8, generator=generator), torch.randn(48, 4, generator=generator)
-    )
-
-
-def batches() -> DataLoader[Any]:
-    return DataLoader(dataset(), 8)
 
 
 def optimizer_of(model: nn.Module) -> SparseOptimizer:
@@ -153,15 +137,6 @@ def test_lightning_accumulates_by_manual_optimization() -> None:
 
 
 # Hugging Face
-
-
-class Regression(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = network()
-
-    def forward(self, inputs: Any, targets: Any) -> dict[str, Any]:
-        return {"loss": nn.functional.mse_loss(self.network(inputs), targets)}
 
 
 class SparseTrainer(SparseTrainerMixin, transformers.Trainer):
