@@ -16,7 +16,8 @@ def read_arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and the named arguments that example inputs stand for, or raise.
 
-    ``is_array`` tells whether they are one array, which messages call ``kind``.
+    ``is_array`` tells whether they are one array, which messages call ``kind``. Outputs that are
+    NaN cannot be compared, so arrays must not hold NaN.
 
     Examples
     --------
@@ -27,21 +28,31 @@ def read_arguments(
     Traceback (most recent call last):
     TypeError: example_inputs must be an array, a tuple or a mapping of arguments, got <class 'str'>
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if is_array(example_inputs):
-        return (example_inputs,), {}
-    if not isinstance(example_inputs, (tuple, list)):
+        kwargs = dict(example_inputs)
+    elif is_array(example_inputs):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
         raise TypeError(
             f"example_inputs must be {kind}, a tuple or a mapping of arguments, got "
             f"{type(example_inputs)!r}"
         )
-    return tuple(example_inputs), {}
+    for name, x in (*enumerate(args), *kwargs.items()):
+        if is_array(x) and bool((x != x).any()):  # only NaN differs from itself
+            raise ValueError(f"example_inputs must hold no NaN, got some in argument {name!r}")
+    return args, kwargs
 
 
 @contextmanager
 def naming_inputs(
-    inputs: Sequence[Any], *, other: tuple[type[Exception], ...] = ()
+    inputs: Sequence[Any],
+    *,
+    other: tuple[type[Exception], ...] = (),
+    hint: str = "the first axis counts samples",
 ) -> Iterator[None]:
     """Raise what a model raises as an error of its example inputs.
 
@@ -51,6 +62,8 @@ def naming_inputs(
         The arguments of the model.
     other : tuple of types
         Errors that inputs do not cause.
+    hint : str
+        What the inputs must be, at the end of the message.
 
     Raises
     ------
@@ -76,6 +89,5 @@ must be 4; the first axis counts samples
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             "example_inputs must be inputs of the model, got "
-            f"{', '.join(shown) or 'no array'}: {lines[0].rstrip('.:')}; the first axis counts "
-            "samples"
+            f"{', '.join(shown) or 'no array'}: {lines[0].rstrip('.:')}; {hint}"
         ) from error

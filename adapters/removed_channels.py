@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from safe_core.finalization import listed
 
-__all__ = ["by_reason", "removed_text"]
+__all__ = ["by_reason", "counted", "removed_text"]
 
 
 def by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
@@ -15,6 +15,17 @@ def by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
     for name, reason in kept.items():
         found.setdefault(reason, []).append(name)
     return found
+
+
+def counted(channels: Mapping[str, int]) -> str:
+    """Return the numbers of channels of layers as a list.
+
+    Examples
+    --------
+    >>> counted({"layers/0": 1, "norm": 2})
+    "1 of 'layers/0', 2 of 'norm'"
+    """
+    return listed([f"{count} of {name!r}" for name, count in channels.items()])
 
 
 def removed_text(
@@ -40,11 +51,7 @@ def removed_text(
     """
     before, after = parameters
     lines = [f"{after:,} of {before:,} parameters are left"]
-    if removed:
-        counts = [f"{count} of {name!r}" for name, count in removed.items()]
-        lines.append(f"removed channels: {listed(counts)}")
-    else:
-        lines.append("no channel was removed")
+    lines.append(f"removed channels: {counted(removed)}" if removed else "no channel was removed")
     for reason, names in by_reason(kept).items():
         shown = listed(list(map(repr, names)))
         lines.append(f"kept channels that are zero of {shown}: {reason}")

@@ -53,9 +53,15 @@ BLOCKWISE: dict[str, Callable[[], Any]] = {
 TRAINED: dict[str, Callable[[Network, float, float], safe_core.Method]] = {
     "GMP": lambda network, s, _: safe_core.gmp(_in_tensors(_rising(network, s))),
     "ADMM, untuned": lambda network, s, _: safe_core.admm(_in_tensors(s), steps=network.steps),
-    "ELSA": lambda network, s, penalty: _elsa(network, s, penalty, "objective"),
-    "ELSA, magnitude": lambda network, s, penalty: _elsa(network, s, penalty, "magnitude"),
+    "ELSA": lambda network, s, penalty: _elsa(network, s, penalty),
+    "ELSA, magnitude": lambda network, s, penalty: _elsa(network, s, penalty, score="magnitude"),
+    "ELSA-L": lambda network, s, penalty: _elsa(network, s, penalty, **LITTLE),
+    "ELSA-L, 8-bit Adam": lambda network, s, penalty: _elsa(network, s, penalty, **LITTLE),
+    "ELSA-L, published": lambda network, s, penalty: _elsa(
+        network, s, penalty, state_dtype="float8_e4m3fn"
+    ),
 }
+LITTLE: dict[str, Any] = {"state_dtype": "bfloat16", "packed_support": True}
 DENSE = "Dense, fine-tuned"
 METHODS = (DENSE, *BLOCKWISE, *TRAINED)
 
@@ -69,9 +75,18 @@ def _rising(network: Network, sparsity: float) -> Any:
     return schedules.cubic(sparsity, steps=7 * network.steps // 10 // every * every, every=every)
 
 
-def _elsa(network: Network, sparsity: float, penalty: float, score: Any) -> safe_core.Method:
+def _elsa(network: Network, sparsity: float, penalty: float, **options: Any) -> safe_core.Method:
     every = network.interval
-    return safe_core.elsa(sparsity, penalty=penalty, dual_update_interval=every, score=score)
+    return safe_core.elsa(sparsity, penalty=penalty, dual_update_interval=every, **options)
+
+
+def _adam(method: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.95)}
+    if "8-bit" in method:
+        from torchao.optim import Adam8bit
+
+        return Adam8bit(model.parameters(), **options)
+    return torch.optim.Adam(model.parameters(), **options)
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def run(
     torch.manual_seed(seed)
     model = network.load()
     line = _line(network, method, sparsity, rate, penalty, seed)
-    base = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
+    base = _adam(method, model, rate)
     if sparsity is None:
         _fit(network, model, base)
         return line | {"found": measured(model, network)}

@@ -67,8 +67,8 @@ def shrink(
         If an argument is of another kind.
     ValueError
         If the model cannot take ``example_inputs``, cannot be traced, has channels that are
-        constant, or would compute something else, or if a buffer of the optimizer has another
-        shape than its parameter. Nothing has changed then.
+        constant, or would compute something else. If the optimizer holds no parameter of the
+        model, or a buffer has another shape than its parameter. Nothing has changed then.
 
     Examples
     --------
@@ -352,6 +352,12 @@ class _Buffers:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.optimizer = optimizer
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        groups = [] if optimizer is None else optimizer.param_groups
+        if groups and not any(p in self.names for group in groups for p in group["params"]):
+            raise ValueError(
+                "optimizer must hold parameters of the model, got none of them: was it created for "
+                "another model, or for a copy?"
+            )
         for p, held in self._held():
             for key, value in held.items():
                 if torch.is_tensor(value) and value.numel() > 1 and value.shape != p.shape:

@@ -24,6 +24,12 @@ class RemovedChannels(NamedTuple):
         Layers with channels that are zero and stay, and why.
     parameters : tuple of int
         Number of parameters before and after.
+
+    Examples
+    --------
+    >>> print(RemovedChannels(nn.Linear(4, 2), {"0": 1}, {}, (23, 16)))
+    16 of 23 parameters are left
+    removed channels: 1 of '0'
     """
 
     model: nn.Module

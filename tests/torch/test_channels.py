@@ -297,6 +297,7 @@ class Branching(nn.Module):
         ((nn.Linear(2, 2), 3), "example_inputs must be a tensor"),
         ((nn.Linear(2, 2), IMAGES, 3), "optimizer must be a torch.optim.Optimizer"),
         ((made(Branching, {"conv": [0]}), IMAGES), "torch-kirigami can cut: FX capture"),
+        ((nn.Linear(2, 2), (IMAGES, IMAGES * torch.nan)), "must hold no NaN, .* argument 1"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
@@ -311,6 +312,16 @@ def test_a_buffer_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got rows of shape \(10,\) for conv1.weight"):
         shrink(model, IMAGES, optimizer)
     assert model.conv1.out_channels == 10
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model = made(Residual, {"conv1": [1], "norm1": [1]})
+    optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the model, got none"):
+        shrink(model, IMAGES, optimizer)
+    optimizer.add_param_group({"params": [model.conv1.weight]})
+    assert shrink(model, IMAGES, optimizer).removed == {"conv1": 1}
+    assert optimizer.param_groups[1]["params"][0] is model.conv1.weight
 
 
 @pytest.mark.parametrize("function", [shrink, silence_channels])

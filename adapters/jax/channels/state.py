@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..state import SparseOptimizerState
@@ -42,7 +43,8 @@ def cut_state(state: PyTree, params: Mapping[str, Any], cut: Callable[[str, Any]
     Raises
     ------
     ValueError
-        If a copy has another shape than a parameter that is cut.
+        If a copy has another shape than a parameter that is cut, or if the state has arrays of
+        numbers, but no copy.
 
     Examples
     --------
@@ -72,7 +74,18 @@ def cut_state(state: PyTree, params: Mapping[str, Any], cut: Callable[[str, Any]
     def cut_node(node: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(cut_leaf, node) if is_copy(node) else node
 
+    nodes = jax.tree.leaves(state, is_leaf=is_copy)
+    if not any(map(is_copy, nodes)) and any(map(_is_vector, nodes)):
+        raise ValueError(
+            "state must be that of the optimizer of these parameters, got arrays, but no tree with "
+            f"the paths of the parameters, such as {next(iter(params))!r}"
+        )
     return jax.tree.map(cut_node, state, is_leaf=is_copy)
+
+
+def _is_vector(node: Any) -> bool:
+    """Return whether a leaf may follow parameters, as counts and random keys do not."""
+    return np.ndim(node) > 0 and jnp.issubdtype(jnp.result_type(node), jnp.inexact)
 
 
 def _is_sparse(node: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from safe_core.adapters.removed_channels import by_reason, removed_text
+from safe_core.adapters.removed_channels import by_reason, counted, removed_text
 
 __all__ = ["RemovedChannels", "SilentChannels"]
 
@@ -31,6 +31,13 @@ class RemovedChannels(NamedTuple):
         Layers with channels that are zero and stay, and why.
     parameters : tuple of int
         Number of parameters before and after.
+
+    Examples
+    --------
+    >>> found = RemovedChannels(None, {}, None, {"layers_0": 2}, {"layers_0": 1}, {}, (23, 16))
+    >>> print(found)
+    16 of 23 parameters are left
+    removed channels: 1 of 'layers_0'
     """
 
     model: Any
@@ -52,7 +59,7 @@ class RemovedChannels(NamedTuple):
 
 
 class SilentChannels(NamedTuple):
-    """Hold the result of `silence_channels`.
+    """Hold the result of `silence_channels`. Printed, it is a short text.
 
     Attributes
     ----------
@@ -62,8 +69,17 @@ class SilentChannels(NamedTuple):
         Those of a Linen module.
     silent : dict of str to int
         Number of channels that are silent now, by the path of the layer or the norm.
+
+    Examples
+    --------
+    >>> print(SilentChannels(None, {"params": {}}, {"layers_0": 1, "norm": 2}))
+    silenced channels: 1 of 'layers_0', 2 of 'norm'
     """
 
     model: Any
     variables: PyTree
     silent: dict[str, int]
+
+    def __str__(self) -> str:
+        """Return the numbers of channels that are silent now."""
+        return f"silenced channels: {counted(self.silent)}" if self.silent else "no channel changed"

