@@ -16,6 +16,7 @@ from array_backends import BFLOAT16, Backend, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import short_run
+from stochastic_rounding import rounded
 from torch import nn
 
 import safe_core
@@ -29,23 +30,6 @@ TARGETS = ArrayInfo(("x",), (None,))
 NARROW = [Backend.TORCH, Backend.JAX, Backend.JAX_JIT]
 narrow = pytest.mark.parametrize("xp", NARROW, ids=lambda xp: xp.value)
 EDGES = [0.0, -0.0, 1e-45, -1e-40, 1.0, -2.5, 3.4028235e38, -3.4028235e38, 1 + 2.0**-23]
-
-
-def mix(h: int) -> int:
-    """The finalizer of MurmurHash3, on one number."""
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) % 2**32
-    return h ^ (h >> 16)
-
-
-def rounded(x: np.ndarray, step: int) -> np.ndarray:
-    """One entry at a time, in Python's integers."""
-    bits = []
-    for value in x.view(np.uint32).tolist():
-        magnitude, sign = value & 0x7FFFFFFF, value >> 31
-        dithered = min(magnitude + (mix(magnitude ^ mix(step)) >> 16), 0x7F7FFFFF)
-        bits.append(sign << 15 | dithered >> 16)
-    return np.asarray(bits, np.uint16).view(BFLOAT16)
 
 
 def round_all(arrays: list[Any], step: Any) -> list[Any]:
