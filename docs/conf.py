@@ -40,6 +40,7 @@ exclude_patterns = [
     "litert_table.md",
     "pytorch/setup.md",
     "savings_table.md",
+    "smaller_networks_table.md",
     "smollm2_table.md",
     "untuned_ablations.md",
     "untuned_table.md",

@@ -260,13 +260,15 @@ class _Closure:
         while self.seeds:
             impact = self._impact()
             outputs = [impact.selection(ref) for ref in impact.interfaces]
-            alive = self._alive(impact)
-            if not outputs and not alive and impact.status == "resolved":
+            alive, unknown = self._alive(impact), self._unknown(impact)
+            if not outputs and not alive and not unknown and impact.status == "resolved":
                 break
-            before = sum(map(len, self.seeds.values()))
-            self._leave(outputs, _OUTPUT, kept)
-            self._leave(alive, _COUPLED, kept)
-            if sum(map(len, self.seeds.values())) == before:
+            # Outputs come later: together the seeds may cover all inputs of a layer, and then its
+            # outputs seem to go with them.
+            if self._leave_alive(alive, kept):
+                continue
+            left = self._leave(outputs, _OUTPUT, kept)
+            if not self._leave(unknown, _COUPLED, kept) and not left:
                 self._leave_layers(impact, kept)
         return kept
 
@@ -297,19 +299,24 @@ class _Closure:
             return self.graph.buffer(_join(name, "running_mean"))
         return self.graph.parameter(_join(name, "weight"))
 
-    def _alive(self, impact: Any) -> list[Any]:
-        """Return what an impact would remove although it is not zero."""
-        found = []
+    def _alive(self, impact: Any) -> dict[str, list[int]]:
+        """Return the channels that an impact would remove although they are not zero."""
+        found = {}
         for name in self.layers.modules:
             dead = self.dead.get(name)  # None for a module that is not called
             alive = [i for i in self._of(impact, name) if dead is not None and not dead[i]]
             if alive:
-                found.append(self._select(name, alive))
-        for chosen in impact.selections.values():
-            tensor = chosen.tensor
-            if tensor.kind in ("parameter", "buffer") and not self._is_known(tensor.paths[0]):
-                found.append(chosen)
+                found[name] = alive
         return found
+
+    def _unknown(self, impact: Any) -> list[Any]:
+        """Return what an impact would remove of modules that may not map zero to zero."""
+        tensors = ((chosen, chosen.tensor) for chosen in impact.selections.values())
+        return [
+            chosen
+            for chosen, tensor in tensors
+            if tensor.kind in ("parameter", "buffer") and not self._is_known(tensor.paths[0])
+        ]
 
     def _is_known(self, path: str) -> bool:
         """Return whether the module of a tensor maps channels that are zero to zero."""
@@ -318,24 +325,50 @@ class _Closure:
             self.layers.model.get_submodule(owner), nn.PReLU
         )
 
-    def _leave(self, causes: Sequence[Any], reason: str, kept: dict[str, str]) -> None:
-        """Keep the seeds that cannot go without ``causes``."""
+    def _leave_alive(self, alive: Mapping[str, list[int]], kept: dict[str, str]) -> bool:
+        """Keep the seeds that cannot go without channels that are not zero."""
+        indices = sorted(set().union(*alive.values()))
+        if not indices:
+            return False
+        back = self.graph.propagate(remove=[self._select(*entry) for entry in alive.items()])
+        if len(indices) == 1 or not self._empties_a_module(back):
+            return self._leave_with(back, _COUPLED, kept)
+        # A layer that loses all its inputs takes all its outputs along. Fewer channels do not.
+        middle = indices[len(indices) // 2]
+        halves = [
+            {name: part for name, own in alive.items() if (part := [i for i in own if belongs(i)])}
+            for belongs in (lambda i: i < middle, lambda i: i >= middle)
+        ]
+        low, high = (self._leave_alive(half, kept) for half in halves)
+        return low or high
+
+    def _empties_a_module(self, impact: Any) -> bool:
+        return any(len(self._of(impact, name)) == len(dead) > 1 for name, dead in self.dead.items())
+
+    def _leave(self, causes: Sequence[Any], reason: str, kept: dict[str, str]) -> bool:
+        """Keep the seeds that cannot go without ``causes``; return whether there are any."""
         if not causes:
-            return
-        back = self.graph.propagate(remove=causes)
+            return False
+        return self._leave_with(self.graph.propagate(remove=causes), reason, kept)
+
+    def _leave_with(self, impact: Any, reason: str, kept: dict[str, str]) -> bool:
+        """Keep the seeds that an impact removes; return whether there are any."""
+        before = sum(map(len, self.seeds.values()))
         for name in list(self.seeds):
-            left = self.seeds[name] - set(self._of(back, name))
+            left = self.seeds[name] - set(self._of(impact, name))
             if left != self.seeds[name]:
                 kept[name] = reason
                 self.seeds[name] = left
         self.seeds = {name: indices for name, indices in self.seeds.items() if indices}
+        return sum(map(len, self.seeds.values())) < before
 
     def _leave_layers(self, impact: Any, kept: dict[str, str]) -> None:
         """Keep the layers whose channels torch-kirigami cannot follow, or raise."""
         before = len(self.seeds)
         for name, indices in list(self.seeds.items()):
             own = self.graph.propagate(remove=[self._select(name, indices)])
-            if own.interfaces or self._alive(own) or own.status != "resolved":
+            bad = own.interfaces or self._alive(own) or self._unknown(own)
+            if bad or own.status != "resolved":
                 kept[name] = _messages(own) or _COUPLED
                 del self.seeds[name]
         if len(self.seeds) == before:

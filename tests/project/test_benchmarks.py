@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     peers,
     pruning_tables,
     savings,
+    smaller_networks,
     smollm2,
     steps,
 )
@@ -276,6 +277,16 @@ def test_a_run_of_pruning_that_has_results_is_left_out(
     assert len(found) == {"growth": 2 * 2, "first block": 2 * 3}[study]
     options.results.write_text("".join(json.dumps(line) + "\n" for line in found[1:]))
     assert list(runs(options)) == found[:1]
+
+
+def test_smaller_networks_are_timed_beside_the_networks_that_they_were() -> None:
+    name = "LeNet-300-100, digits"
+    rows = list(smaller_networks.measure(name, 2, 0.8, repeats=2, calls=1))
+    assert [(row.framework, row.parameters) for row in rows] == [("PyTorch", 5330), ("JAX", 5330)]
+    assert all(row.dense > 0 and row.speedup > 0 for row in rows)
+    row = smaller_networks.Row("A", "JAX", 8, 0.5, 3, 1.25, 2.0)
+    table = smaller_networks.markdown([row, row._replace(removed=0.8, dense=1.5, speedup=4.0)])
+    assert table.splitlines()[2] == "| A | JAX | 8 | 1.25 | 2.00 | 4.00 |"
 
 
 def test_the_savings_are_those_of_the_published_method(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,13 +92,27 @@ def assert_same_outputs(found: list[Tensor], wanted: list[Tensor]) -> None:
             {"stem": [2, 5], "norm": [2, 5], "conv2": [2, 5, 6], "norm2": [2, 5, 6]},
             {"stem": 2, "conv2": 2},
         ),
+        # Each channel of the stream is zero in one of its two layers, and two are in both.
+        (
+            Residual,
+            {"stem": [0, 1, 2, 3, 4], "norm": [0, 1, 2, 3, 4], "conv2": [3, 4, 5, 6, 7],
+             "norm2": [3, 4, 5, 6, 7], "conv1": [1, 4], "norm1": [1, 4]},
+            {"stem": 2, "conv1": 2, "conv2": 2},
+        ),
+        # No channel of the stream is zero in both.
+        (
+            Residual,
+            {"stem": [0, 1, 2, 3], "norm": [0, 1, 2, 3], "conv2": [4, 5, 6, 7],
+             "norm2": [4, 5, 6, 7], "conv1": [1, 4], "norm1": [1, 4]},
+            {"conv1": 2},
+        ),
         (Depthwise, {"a": [0, 3], "b": [1], "depthwise": [0, 3, 5]}, {"a": 2, "b": 1,
                                                                         "depthwise": 3}),
         (lambda: layers(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), {"0": [0, 3, 4, 6]}, {"0": 4}),
         (lambda: layers(nn.PReLU(8)), {"0": [7]}, {"0": 1}),
         (lambda: layers(nn.GELU(), nn.BatchNorm2d(8, affine=False)), {}, {}),
     ],
-    ids=["inner", "residual", "depthwise", "groups", "prelu", "nothing"],
+    ids=["inner", "residual", "covered", "apart", "depthwise", "groups", "prelu", "nothing"],
 )  # fmt: skip
 def test_outputs_stay_and_exactly_the_zero_channels_go(
     make: Any, zero: Any, removed: dict[str, int]
