@@ -46,6 +46,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "SAFE+, published": lambda: SafeReconstruction(importance="wanda", published=True),
     "SAFE+, dense start": lambda: SafeReconstruction(importance="wanda", start="dense"),
     "SAFE+, perturbed": lambda: SafeReconstruction(importance="wanda", rho=0.1),
+    "ALPS, damping 0.001": lambda: ALPS(damping=0.001),
+    "ALPS, damping 0.1": lambda: ALPS(damping=0.1),
 }
 
 

@@ -53,6 +53,7 @@ ALL_KEPT, LOW_RANK = TUNING = ("all kept weights", "low-rank change")
 RATES = {ALL_KEPT: 1e-4, LOW_RANK: 1e-3}
 DENSE = "Dense"
 METHODS = ("Magnitude", "Wanda", "SparseGPT", "ALPS", *_TRAINED)
+FIRST = ("Magnitude", "Wanda", "SparseGPT", "ALPS", "SAFE+")  # two hours on two cores
 
 
 def solver(method: str, epochs: int) -> Any:
@@ -248,7 +249,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_240, help="tokens to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(FIRST),
+        help=f"default: {', '.join(FIRST)}",
+    )
     parser.add_argument("--tune", action="store_true", help="fine-tune the pruned models instead")
     parser.add_argument("--steps", type=int, default=100, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4, help="windows in a step of fine-tuning")
