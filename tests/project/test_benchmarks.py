@@ -200,7 +200,7 @@ def test_ids_of_the_byte_tokenizer_are_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_second
-@pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ELSA", "ADMM, untuned"])
+@pytest.mark.parametrize("method", ["Wanda, fine-tuned", "GMP", "ELSA-L", "ADMM, untuned"])
 def test_every_kind_of_run_against_elsa_ends_sparse(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small_llama(256).save_pretrained(tmp_path)
