@@ -834,6 +834,18 @@ def test_elsa_on_smollm2() -> None:
     assert admm["distance"] < 1e-6
 
 
+def test_elsa_with_less_state() -> None:
+    text = page("docs/variants.md")
+    assert "All perplexities are within 0.02 of that of ELSA with its state in float32" in text
+    assert "trained anew, with a rate of 1e-3 and a penalty of 1e-2" in text
+    for sparsity in (0.6, 0.8):
+        runs = _runs_of_elsa("byte Llama, less state", sparsity)
+        assert len(runs) == 4
+        assert {(row["rate"], row["penalty"]) for row in runs.values()} == {(1e-3, 1e-2)}
+        plain = runs["ELSA"]["found"]["test"]
+        assert max(abs(row["found"]["test"] - plain) for row in runs.values()) < 0.02
+
+
 def _runs_of_elsa(
     network: str, sparsity: float, rate: float | None = None
 ) -> dict[str, dict[str, Any]]:
