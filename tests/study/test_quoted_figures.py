@@ -721,6 +721,12 @@ def test_blocks_where_safe_is_ahead_of_alps() -> None:
     text = page("docs/smollm2.md")
     assert "ahead of ALPS in all twelve cells, for both kinds of inputs" in text
     assert "With the published settings SAFE+ is behind in eight of them" in text
+    (means,) = (line.split("|") for line in blocks if line.startswith("| **geometric mean**"))
+    held_out = [
+        float(means[columns.index(f"ALPS, damping {d}")].split("/")[1]) for d in (0.001, 0.1)
+    ]
+    assert held_out == [1.01, 1.06]
+    assert "a tenth of it and ten times as much raise them by 1% and 6%, on average" in text
 
 
 def test_files_by_pattern() -> None:
