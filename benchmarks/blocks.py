@@ -45,7 +45,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "SAFE+": lambda: SafeReconstruction(importance="wanda"),
     "SAFE+, published": lambda: SafeReconstruction(importance="wanda", published=True),
     "SAFE+, dense start": lambda: SafeReconstruction(importance="wanda", start="dense"),
-    "SAFE+, perturbed": lambda: SafeReconstruction(importance="wanda", rho=0.1),
+    "SAFE+, radius 0.1": lambda: SafeReconstruction(importance="wanda", rho=0.1),
+    "SAFE+, radius 0.01": lambda: SafeReconstruction(importance="wanda", rho=0.01),
     "ALPS, damping 0.001": lambda: ALPS(damping=0.001),
     "ALPS, damping 0.1": lambda: ALPS(damping=0.1),
 }
@@ -150,12 +151,21 @@ def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Return a table of errors relative to ALPS, as geometric means over the blocks of a cell."""
+    """Return a table of errors relative to ALPS for each number of calibration samples.
+
+    The errors of a cell are geometric means over its blocks.
+    """
+    counts = sorted({r["samples"] for r in results}, reverse=True)
+    return "\n".join(_table([r for r in results if r["samples"] == count]) for count in counts)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
     found = {(r["model"], r["sparsity"], r["method"]): r for r in results}
     methods = [m for m in METHODS if m != "ALPS" and any(key[2] == m for key in found)]
     cells = list(dict.fromkeys(key[:2] for key in found))
+    head = f"model, {results[0]['samples']} samples"
     rows = [
-        f"| model | sparsity | ALPS, error | {' | '.join(methods)} |",
+        f"| {head} | sparsity | ALPS, error | {' | '.join(methods)} |",
         f"| --- | --- | ---: |{' ---: |' * len(methods)}",
     ]
     ratios: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}

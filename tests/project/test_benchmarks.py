@@ -117,13 +117,19 @@ def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
 
 
 def test_a_table_of_blocks_relates_errors_to_those_of_alps() -> None:
-    def run(method: str, *errors: float) -> dict[str, Any]:
-        cell = {"model": "a", "sparsity": "2:4", "method": method}
+    def run(method: str, *errors: float, samples: int = 8) -> dict[str, Any]:
+        cell = {"model": "a", "sparsity": "2:4", "method": method, "samples": samples}
         return cell | {"calibration": list(errors), "held out": [2 * e for e in errors]}
 
     text = blocks.markdown([run("ALPS", 0.1, 0.4), run("SAFE+", 0.05, 0.05)])
     assert "| a | 2:4 | 0.2 / 0.4 | 0.25 / 0.25 |" in text
     assert "| **geometric mean** | | | 0.25 / 0.25 |" in text
+    more = [run("ALPS", 0.2, samples=16), run("SAFE+", 0.1, samples=16)]
+    first, second = blocks.markdown([*more, run("ALPS", 0.1), run("SAFE+", 0.3)]).split("\n\n")
+    assert first.startswith("| model, 16 samples |")
+    assert "| a | 2:4 | 0.2 / 0.4 | 0.50 / 0.50 |" in first
+    assert second.startswith("| model, 8 samples |")
+    assert "| **geometric mean** | | | 3.00 / 3.00 |" in second
 
 
 def test_a_table_of_perplexities_marks_the_best_and_leaves_gaps() -> None:
