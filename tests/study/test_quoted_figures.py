@@ -707,7 +707,8 @@ def test_the_table_of_the_readme() -> None:
 
 
 def test_blocks_where_safe_is_ahead_of_alps() -> None:
-    blocks = (ROOT / "docs/blocks_table.md").read_text(encoding="utf-8").splitlines()
+    text = (ROOT / "docs/blocks_table.md").read_text(encoding="utf-8")
+    blocks = text.split("| model, 32 samples")[0].splitlines()
     (heads,) = (line for line in blocks if line.startswith("| model"))
     columns = [cell.strip() for cell in heads.split("|")]
     rows = [line.split("|") for line in blocks if line.startswith(("| GPT", "| Mini", "| byte"))]
@@ -727,6 +728,52 @@ def test_blocks_where_safe_is_ahead_of_alps() -> None:
     ]
     assert held_out == [1.01, 1.06]
     assert "a tenth of it and ten times as much raise them by 1% and 6%, on average" in text
+
+
+def test_settings_of_blocks_with_few_samples() -> None:
+    lines = (ROOT / "docs/blocks_results.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["samples"] == 32]
+    found = {(row["model"], row["sparsity"], row["method"]): row for row in rows}
+    cells = sorted({key[:2] for key in found})
+    assert len(cells) == 8
+
+    def changes(method: str, other: str, part: str, model: str) -> list[int]:
+        """The lowest and the highest change of the error in percent, of all sparsities."""
+        ratios = [
+            math.exp(
+                np.mean(np.log(found[*cell, method][part]) - np.log(found[*cell, other][part]))
+            )
+            for cell in cells
+            if cell[0] == model
+        ]
+        return [round(100 * (ratio - 1), 1) for ratio in (min(ratios), max(ratios))]
+
+    text = page("docs/smollm2.md")
+    fitted, held_out = (
+        [f"{-x:.0f}%" for x in changes("SAFE+", "ALPS", part, "MiniLM")[::-1]]
+        for part in ("calibration", "held out")
+    )
+    assert f"its errors are {fitted[0]} to {fitted[1]} below those of ALPS on the" in text
+    assert f"and {held_out[0]} to {held_out[1]} below on held-out inputs" in text
+    lowest, highest = changes("SAFE+, radius 0.1", "SAFE+", "held out", "MiniLM")
+    assert highest < 0
+    assert f"radius of 0.1 lowers held-out errors, by {-lowest}% at most" in text
+    large, small = (
+        [f"{x:.0f}%" for x in changes(f"SAFE+, radius {r}", "SAFE+", "held out", "GPT-2, random")]
+        for r in (0.1, 0.01)
+    )
+    assert f"raises them by {large[0]} to {large[1]}, and a tenth of the radius by" in text
+    assert f"by {small[0]} to {small[1]}. So nothing is perturbed by default" in text
+    dense = {
+        cell: math.prod(found[*cell, "SAFE+, dense start"]["held out"])
+        < math.prod(found[*cell, "SAFE+"]["held out"])
+        for cell in cells
+    }
+    assert [cell for cell, better in dense.items() if better] == [
+        ("MiniLM", "0.5"),
+        ("MiniLM", "0.7"),
+    ]
+    assert "on MiniLM with 50% and 70% zeros, by 14% and 12%, and worse in the other six" in text
 
 
 def test_files_by_pattern() -> None:
