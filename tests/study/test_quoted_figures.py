@@ -868,20 +868,28 @@ def test_elsa_on_smollm2() -> None:
         "rate of 3e-2 and a penalty of 1e-2 for ELSA, and at a rate of 3e-4 for the others" in text
     )
     assert (
-        f"SAFE+, fine-tuned, is ahead: its perplexity is {safe['found']['test']:.0f}, and that of "
-        f"ALPS, fine-tuned for as long, is {alps['found']['test']:.0f}. Before it is fine-tuned, "
-        f"it is {safe['pruned']['test']:.0f} and {alps['pruned']['test']:.0f}"
+        f"SAFE+, fine-tuned, is ahead. At 80% its perplexity is {safe['found']['test']:.0f}, and "
+        f"that of ALPS, fine-tuned for as long, is {alps['found']['test']:.0f}; before they are "
+        f"fine-tuned, {safe['pruned']['test']:.0f} and {alps['pruned']['test']:.0f}."
     ) in text
     assert safe["found"]["test"] == min(row["found"]["test"] for row in runs.values())
+    at_90 = _runs_of_elsa("SmolLM2-135M", 0.9)
+    tests = {name: row["found"]["test"] for name, row in at_90.items()}
+    assert min(tests, key=tests.get) == "SAFE+, fine-tuned"
     assert (
-        f"moves the weights by {elsa['distance']:.0%} of their norm, and by "
-        f"{magnitude['distance']:.0%} with the magnitude as the score"
+        f"At 90% they have {tests['SAFE+, fine-tuned']:.0f} and {tests['ALPS, fine-tuned']:.0f}, "
+        f"and Wanda {tests['Wanda, fine-tuned']:.0f}."
+    ) in text
+    assert (
+        f"at 80% the final projection still moves the weights by {elsa['distance']:.0%} of their "
+        f"norm, and by {magnitude['distance']:.0%} with the magnitude as the score"
     ) in text
     at_1e2 = [slower[name]["found"]["test"] for name in names[:2]]
     assert (
         f"perplexity is {elsa['found']['test']:,.0f} and {magnitude['found']['test']:,.0f}; at a "
-        f"rate of 1e-2 it is {at_1e2[0]:,.0f} and {at_1e2[1]:,.0f}. The untuned ADMM "
-        f"reaches the constraint, and a perplexity of {admm['found']['test']:.0f}. "
+        f"rate of 1e-2 it is {at_1e2[0]:,.0f} and {at_1e2[1]:,.0f}. At 90% it moves them by "
+        f"{at_90['ELSA']['distance']:.0%}, and the perplexity is {tests['ELSA']:,.0f}. The untuned "
+        f"ADMM reaches the constraint at 80%, and a perplexity of {admm['found']['test']:.0f}. "
         f"GMP has {runs['GMP']['found']['test']:.0f}."
     ) in text
     assert admm["distance"] < 1e-6
