@@ -353,6 +353,8 @@ def test_channels_are_removed_outside_of_jit_alone() -> None:
     variables = linen(Odd("relu"), {"first": [1]}, ROWS)
     with pytest.raises(TypeError, match=r"got traced ones: call this outside of jax\.jit"):
         jax.jit(lambda v: shrink(Odd("relu"), ROWS, variables=v).variables)(variables)
+    with pytest.raises(TypeError, match="example_inputs must hold arrays that can be read"):
+        jax.jit(lambda x: shrink(Odd("relu"), x, variables=variables).variables)(ROWS)
 
 
 def test_a_layer_keeps_one_channel() -> None:

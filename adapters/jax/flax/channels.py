@@ -171,13 +171,14 @@ class _Removable:
 
     def __init__(self, model: Any, example_inputs: Any, variables: PyTree) -> None:
         self.source: NnxChannels | LinenChannels = channel_model(model, variables)
-        if any(isinstance(x, jax.core.Tracer) for x in self.source.leaves):
+        held = [*self.source.leaves, *jax.tree.leaves(example_inputs)]
+        if any(isinstance(x, jax.core.Tracer) for x in held):
             raise TypeError(
-                "model and variables must hold arrays that can be read, because zeros decide the "
-                "shapes, got traced ones: call this outside of jax.jit"
+                "model, variables and example_inputs must hold arrays that can be read, because "
+                "zeros decide the shapes, got traced ones: call this outside of jax.jit"
             )
         given, self._structure = jax.tree.flatten(
-            read_arguments(example_inputs, _is_array, "an array")
+            read_arguments(example_inputs, _is_array, "an array", _has_nan)
         )
         # Flags and other arguments that are no arrays must stay known while tracing.
         self._arrays = [_is_array(x) for x in given]
@@ -288,6 +289,10 @@ class _Removable:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
+
+
+def _has_nan(x: Any) -> bool:
+    return bool((x != x).any())  # of random keys, too
 
 
 def _owner(name: str) -> str:
