@@ -98,10 +98,21 @@ def test_shipped_recipes_are_recipes(name: str) -> None:
     recipe = read_recipe(files("safe_core.study") / "recipes" / name)
     digits = name.endswith("-digits.toml")
     assert digits == (recipe.data.name == "digits")
-    assert digits or f"{name.removesuffix('.toml')}-digits.toml" in RECIPES or "cifar" in name
+    twin = f"{name.removesuffix('.toml').removesuffix('-mnist-5k')}-digits.toml"
+    assert digits or twin in RECIPES or "cifar" in name
     labels = {entry.label for entry in recipe.methods}
     measured_elsewhere = {"PBW", "MLPrune", "LTH"}
     assert {quote.method for quote in recipe.quoted} <= labels | measured_elsewhere
+
+
+@pytest.mark.parametrize("name", ["adasap", "sassha"])
+def test_settings_on_images_of_mnist_are_those_of_the_digits(name: str) -> None:
+    folder = files("safe_core.study") / "recipes"
+    digits, mnist = (read_recipe(folder / f"{name}-{data}.toml") for data in ("digits", "mnist-5k"))
+    assert replace(mnist.data, name="digits") == digits.data
+    assert mnist.frameworks == ("torch",)
+    own = {"title": digits.title, "data": digits.data, "frameworks": digits.frameworks}
+    assert replace(mnist, **own) == digits
 
 
 @pytest.mark.parametrize(
