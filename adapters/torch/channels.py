@@ -334,13 +334,13 @@ class _Closure:
         if len(indices) == 1 or not self._empties_a_module(back):
             return self._leave_with(back, _COUPLED, kept)
         # A layer that loses all its inputs takes all its outputs along. Fewer channels do not.
-        middle = indices[len(indices) // 2]
-        halves = [
-            {name: part for name, own in alive.items() if (part := [i for i in own if belongs(i)])}
-            for belongs in (lambda i: i < middle, lambda i: i >= middle)
-        ]
-        low, high = (self._leave_alive(half, kept) for half in halves)
-        return low or high
+        middle = len(indices) // 2
+        left = False
+        for half in map(set, (indices[:middle], indices[middle:])):
+            part = {name: [i for i in own if i in half] for name, own in alive.items()}
+            part = {name: own for name, own in part.items() if own}
+            left = self._leave_alive(part, kept) or left
+        return left
 
     def _empties_a_module(self, impact: Any) -> bool:
         return any(len(self._of(impact, name)) == len(dead) > 1 for name, dead in self.dead.items())
