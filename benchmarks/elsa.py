@@ -12,8 +12,7 @@ names. Every method takes the same number of steps on the same batches, with Ada
 linearly to 0, and gradients clipped to 1. Block-wise methods prune first and train under their
 zeros. The dense network is trained as long, too. The learning rate, and the penalty of ELSA, are
 chosen for each method and sparsity on one half of the held-out text; the table shows the other
-half. With another name for the Llama, a comparison has a table of its own, such as that of ELSA
-with less state. Adam in 8 bits needs ``pip install -c constraints.txt torchao``. Results are
+half. Runs with another ``--name`` get a table of their own, such as those with less state. Adam in 8 bits needs ``pip install -c constraints.txt torchao``. Results are
 appended to docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
 """
 
@@ -306,7 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSONL file")
     parser.add_argument("--llama", type=Path, help="folder of the Llama over bytes")
-    parser.add_argument("--name", default="byte Llama", help="of the Llama in the results")
+    parser.add_argument("--name", default="byte Llama", help="name of the Llama in the results")
     parser.add_argument("--smollm2", type=Path, help="folder of the GGUF file of SmolLM2-135M")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))

@@ -1,9 +1,9 @@
-"""Time networks from which `shrink` removed channels, beside the networks that they were.
+"""Time networks from which `shrink` removed channels against the original networks.
 
 The networks are those of the studies of AdaSAP. Half to nine tenths of the channels of each layer
 are zero, those with the smallest norms among random weights, so the smaller networks have the
-shapes of the studies. ResNet-20 also loses the channels of its residual stream that no layer writes
-to. One thread computes in PyTorch, and in JAX with the setting below.
+shapes of the studies. ResNet-20 also loses the channels of its residual stream that are zero in all
+layers that write to it. One thread computes in PyTorch, and in JAX with the setting below.
 
 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python -m benchmarks.smaller_networks --docs
 """
@@ -48,7 +48,8 @@ class Row(NamedTuple):
     Attributes
     ----------
     network : str
-    framework : str
+        Its name in `NETWORKS`.
+    framework : {"PyTorch", "JAX"}
     batch : int
         Images in a call.
     removed : float
@@ -58,7 +59,7 @@ class Row(NamedTuple):
     dense : float
         Median time of a call of the dense network, in ms.
     speedup : float
-        Median of the time of the dense network over that of the smaller one, in turns.
+        One over the median ratio of the smaller network's time to the dense one's, timed in turn.
     """
 
     network: str
@@ -103,7 +104,7 @@ def measure(name: str, batch: int, removed: float, *, repeats: int, calls: int) 
         return Row(name, framework, batch, removed, left, slow.value, 1 / fast.ratio)
 
     yield timed("PyTorch", {"dense": lambda: call(dense), "smaller": lambda: call(smaller)})
-    if "batch_stats" in variables:  # of a batch norm that is not Flax's
+    if "batch_stats" in variables:  # the study's batch norm is not Flax's, so `shrink` keeps it
         return
     network = Network(architecture)
     silent = in_flax.silence_channels(network, images, variables=variables).variables

@@ -15,7 +15,7 @@ from safe_core._installed import require
 from safe_core.adapters.model_calls import naming_inputs
 
 from .channel_layers import ChannelLayers
-from .example_inputs import arguments, compare, evaluation_mode
+from .example_inputs import arguments, compare, evaluation_mode, tensors
 from .optimizer import SparseOptimizer
 from .removed_channels import RemovedChannels
 
@@ -23,6 +23,7 @@ __all__ = ["shrink", "silence_channels"]
 
 _COUPLED = "they go together with channels that are not zero"
 _OUTPUT = "they are outputs of the network"
+_LAST = "each layer keeps at least one channel"
 
 
 @torch.no_grad()
@@ -67,8 +68,9 @@ def shrink(
         If an argument is of another kind.
     ValueError
         If the model cannot take ``example_inputs``, cannot be traced, has channels that are
-        constant, or would compute something else. If the optimizer holds no parameter of the
-        model, or a buffer has another shape than its parameter. Nothing has changed then.
+        constant, or would compute something else; if ``example_inputs`` hold NaN; or if the
+        optimizer holds no parameter of the model, or a buffer with another shape than its
+        parameter. Nothing has changed then.
 
     Examples
     --------
@@ -87,6 +89,7 @@ def shrink(
     require("shrink", "torch_kirigami", extra="channels")
     _check(model, optimizer)
     args, kwargs = arguments(example_inputs)
+    _check_numbers(args, kwargs)
     with evaluation_mode(model), _naming_the_model():
         with naming_inputs([*args, *kwargs.values()]):
             model(*args, **kwargs)
@@ -122,7 +125,7 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot take ``example_inputs``, or cannot be traced.
+        If the model cannot take ``example_inputs``, they hold NaN, or it cannot be traced.
 
     Examples
     --------
@@ -137,6 +140,7 @@ def silence_channels(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     require("silence_channels", "torch_kirigami", extra="channels")
     _check(model, None)
     args, kwargs = arguments(example_inputs)
+    _check_numbers(args, kwargs)
     with evaluation_mode(model), _naming_the_model():
         with naming_inputs([*args, *kwargs.values()]):
             model(*args, **kwargs)
@@ -257,15 +261,21 @@ class _Closure:
         """Leave the channels that can go without a change; return those that stay, and why."""
         self.seeds = {name: set(indices) for name, indices in zero.items()}
         kept: dict[str, str] = {}
+        for name, own in self.seeds.items():
+            if len(own) == len(self.dead[name]):
+                own.remove(min(own))
+                kept[name] = _LAST
+        self._drop_empty()
         while self.seeds:
             impact = self._impact()
             outputs = [impact.selection(ref) for ref in impact.interfaces]
             alive, unknown = self._alive(impact), self._unknown(impact)
             if not outputs and not alive and not unknown and impact.status == "resolved":
                 break
-            # Outputs come later: together the seeds may cover all inputs of a layer, and then its
-            # outputs seem to go with them.
-            if self._leave_alive(alive, kept):
+            # Network outputs are handled later. Seeds that cover all inputs of a layer together
+            # seem to remove all its outputs, and the layers after it as well.
+            if alive:
+                self._leave_alive(alive, impact, kept)
                 continue
             left = self._leave(outputs, _OUTPUT, kept)
             if not self._leave(unknown, _COUPLED, kept) and not left:
@@ -325,24 +335,44 @@ class _Closure:
             self.layers.model.get_submodule(owner), nn.PReLU
         )
 
-    def _leave_alive(self, alive: Mapping[str, list[int]], kept: dict[str, str]) -> bool:
-        """Keep the seeds that cannot go without channels that are not zero."""
-        indices = sorted(set().union(*alive.values()))
-        if not indices:
-            return False
-        back = self.graph.propagate(remove=[self._select(*entry) for entry in alive.items()])
-        if len(indices) == 1 or not self._empties_a_module(back):
+    def _leave_alive(
+        self, alive: Mapping[str, list[int]], impact: Any, kept: dict[str, str]
+    ) -> None:
+        """Keep at least one of the seeds that cannot go without channels that are not zero."""
+        pairs = [(name, i) for name, own in alive.items() for i in own]
+        if self._leave_pairs(pairs, kept) or self._leave_coupled_layers(kept):
+            return
+        causes = [self._select(*entry) for entry in alive.items()]
+        if not self._leave(causes, _COUPLED, kept):
+            self._leave_layers(impact, kept)
+
+    def _leave_pairs(self, pairs: Sequence[tuple[str, int]], kept: dict[str, str]) -> bool:
+        """Keep the seeds that cannot go without some channels; return whether there are any."""
+        causes: dict[str, list[int]] = {}
+        for name, i in pairs:
+            causes.setdefault(name, []).append(i)
+        back = self.graph.propagate(remove=[self._select(*entry) for entry in causes.items()])
+        if not self._empties_a_module(back):
             return self._leave_with(back, _COUPLED, kept)
-        # A layer that loses all its inputs takes all its outputs along. Fewer channels do not.
-        middle = len(indices) // 2
-        left = False
-        for half in map(set, (indices[:middle], indices[middle:])):
-            part = {name: [i for i in own if i in half] for name, own in alive.items()}
-            part = {name: own for name, own in part.items() if own}
-            left = self._leave_alive(part, kept) or left
-        return left
+        # A layer that loses all its inputs takes all its outputs along, so that seeds of other
+        # layers seem to depend on these channels. Fewer channels leave it some inputs.
+        if len(pairs) == 1:
+            return False
+        middle = len(pairs) // 2
+        first = self._leave_pairs(pairs[:middle], kept)
+        return self._leave_pairs(pairs[middle:], kept) or first
+
+    def _leave_coupled_layers(self, kept: dict[str, str]) -> bool:
+        """Keep the layers whose seeds alone need other channels; return whether there are any."""
+        before = len(self.seeds)
+        for name, indices in list(self.seeds.items()):
+            if self._alive(self.graph.propagate(remove=[self._select(name, indices)])):
+                kept[name] = _COUPLED
+                del self.seeds[name]
+        return len(self.seeds) < before
 
     def _empties_a_module(self, impact: Any) -> bool:
+        """Return whether an impact removes all of several channels of a module."""
         return any(len(self._of(impact, name)) == len(dead) > 1 for name, dead in self.dead.items())
 
     def _leave(self, causes: Sequence[Any], reason: str, kept: dict[str, str]) -> bool:
@@ -359,8 +389,11 @@ class _Closure:
             if left != self.seeds[name]:
                 kept[name] = reason
                 self.seeds[name] = left
-        self.seeds = {name: indices for name, indices in self.seeds.items() if indices}
+        self._drop_empty()
         return sum(map(len, self.seeds.values())) < before
+
+    def _drop_empty(self) -> None:
+        self.seeds = {name: indices for name, indices in self.seeds.items() if indices}
 
     def _leave_layers(self, impact: Any, kept: dict[str, str]) -> None:
         """Keep the layers whose channels torch-kirigami cannot follow, or raise."""
@@ -385,12 +418,6 @@ class _Buffers:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self.optimizer = optimizer
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        groups = [] if optimizer is None else optimizer.param_groups
-        if groups and not any(p in self.names for group in groups for p in group["params"]):
-            raise ValueError(
-                "optimizer must hold parameters of the model, got none of them: was it created for "
-                "another model, or for a copy?"
-            )
         for p, held in self._held():
             for key, value in held.items():
                 if torch.is_tensor(value) and value.numel() > 1 and value.shape != p.shape:
@@ -446,6 +473,21 @@ def _check(model: Any, optimizer: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer)!r}")
+    own = set(model.parameters())
+    groups = [] if optimizer is None else optimizer.param_groups
+    if groups and not any(p in own for group in groups for p in group["params"]):
+        raise ValueError(
+            "optimizer must hold parameters of the model, got none of them: was it created for "
+            "another model, or for a copy?"
+        )
+
+
+def _check_numbers(args: Any, kwargs: Any) -> None:
+    """Raise if a tensor holds NaN, since outputs that are NaN cannot be compared."""
+    for x in tensors((args, kwargs)):
+        read = x.is_floating_point() and x.layout == torch.strided and not x.is_nested
+        if read and not x.is_meta and bool(x.isnan().any()):
+            raise ValueError(f"example_inputs must hold no NaN, got some in shape {tuple(x.shape)}")
 
 
 def _join(*parts: str) -> str:

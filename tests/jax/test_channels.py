@@ -581,8 +581,13 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     base = optax.sgd(0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"no tree with the paths of .* such as 'first/"):
         shrink(Chain(), ROWS, variables=variables, state=base.init({"other": jnp.ones((2, 3))}))
+    with pytest.raises(ValueError, match=r"does a wrapper such as optax\.flatten hide them"):
+        shrink(
+            Chain(), ROWS, variables=variables, state=optax.flatten(base).init(variables["params"])
+        )
     held = optax.chain(optax.add_noise(0.1, 0.5, 0), optax.scale_by_schedule(lambda t: 1.0))
-    state = held.init(variables["params"])  # a key and counts, which follow no parameter
+    # A key, counts and a record, which follow no parameter
+    state = held.init(variables["params"]), {"losses": np.zeros(10)}
     found = shrink(Chain(), ROWS, variables=variables, state=state).state
     assert list(map(id, jax.tree.leaves(found))) == list(map(id, jax.tree.leaves(state)))
 
@@ -623,9 +628,9 @@ def test_adasap_continues_on_the_smaller_network() -> None:
         (Chain(), ROWS, {"first": {}}, "variables must be a mapping with the entry 'params'"),
         (module({}), ROWS, {}, "variables must be left out for an NNX module"),
         (module({}), 3, None, "example_inputs must be an array, a tuple or a mapping"),
-        (module({}), {"x": IMAGES * np.nan}, None, "must hold no NaN, .* argument 'x'"),
+        (module({}), {"x": IMAGES * np.nan}, None, r"must hold no NaN, .* \(4, 8, 8, 3\)"),
         (nn.BatchNorm(), ROWS, nn.BatchNorm(True).init(jax.random.key(0), ROWS) | {"params": {}},
-         'pass what the model takes in evaluation, such as {"x": x, "train": False}'),
+         'pass flags by name, such as {"x": x, "train": False}'),
         (module({}), ROWS, None, r"example_inputs must be .* got shape \(48, 16\) float32"),
         (nn.Sequential([lambda x: x if x.sum() > 0 else -x]), ROWS, {"params": {}},
          "model must be one that JAX can trace"),

@@ -20,13 +20,13 @@ IMAGES = torch.linspace(-1, 1, 4 * 3 * 8 * 8, dtype=torch.float64).sin().reshape
 class Residual(nn.Module):
     """A residual block between a stem and a classifier of flattened maps."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.conv1 = nn.Conv2d(8, 10, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(10)
-        self.conv2 = nn.Conv2d(10, 8, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(8, inner, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, 8, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(8)
         self.head = nn.Linear(8 * 4, 5)
 
@@ -48,6 +48,29 @@ class Depthwise(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = torch.cat([self.a(x), self.b(x)], dim=1).relu()
         return {"maps": self.last(self.depthwise(x).relu())}
+
+
+class Narrow(nn.Module):
+    """Two layers of one channel side by side, and a third that is added to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.side = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(3, 2, 1)
+        self.middle, self.last = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.a(x), self.b(x)], dim=1).relu() + self.side(x).relu()
+        return self.last(self.middle(y).relu())
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1)
+        self.last = nn.Conv2d(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).relu()).relu())
 
 
 def layers(activation: nn.Module, between: nn.Module | None = None) -> nn.Sequential:
@@ -92,7 +115,7 @@ def assert_same_outputs(found: list[Tensor], wanted: list[Tensor]) -> None:
             {"stem": [2, 5], "norm": [2, 5], "conv2": [2, 5, 6], "norm2": [2, 5, 6]},
             {"stem": 2, "conv2": 2},
         ),
-        # Each channel of the stream is zero in one of its two layers, and two are in both.
+        # Each channel of the stream is zero in at least one of its two layers, and two in both.
         (
             Residual,
             {"stem": [0, 1, 2, 3, 4], "norm": [0, 1, 2, 3, 4], "conv2": [3, 4, 5, 6, 7],
@@ -106,13 +129,20 @@ def assert_same_outputs(found: list[Tensor], wanted: list[Tensor]) -> None:
              "norm2": [4, 5, 6, 7], "conv1": [1, 4], "norm1": [1, 4]},
             {"conv1": 2},
         ),
+        # One inner layer is zero, and keeps a channel. Others lose theirs nevertheless.
+        (Chain, {"first": [1, 2, 3], "second": [0, 1, 2, 3, 4]}, {"first": 3, "second": 4}),
+        (lambda: Residual(inner=1), {"stem": [1, 2, 3, 4], "norm": [1, 2, 3, 4],
+                                     "conv2": [0, 4, 5], "norm2": [0, 4, 5]},
+         {"stem": 1, "conv2": 1}),
+        (Narrow, {"side": [0], "middle": [1, 2, 5]}, {"middle": 3}),
         (Depthwise, {"a": [0, 3], "b": [1], "depthwise": [0, 3, 5]}, {"a": 2, "b": 1,
                                                                         "depthwise": 3}),
         (lambda: layers(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), {"0": [0, 3, 4, 6]}, {"0": 4}),
         (lambda: layers(nn.PReLU(8)), {"0": [7]}, {"0": 1}),
         (lambda: layers(nn.GELU(), nn.BatchNorm2d(8, affine=False)), {}, {}),
     ],
-    ids=["inner", "residual", "covered", "apart", "depthwise", "groups", "prelu", "nothing"],
+    ids=["inner", "residual", "covered", "apart", "zero layer", "one inner channel", "narrow",
+         "depthwise", "groups", "prelu", "nothing"],
 )  # fmt: skip
 def test_outputs_stay_and_exactly_the_zero_channels_go(
     make: Any, zero: Any, removed: dict[str, int]
@@ -128,6 +158,12 @@ def test_outputs_stay_and_exactly_the_zero_channels_go(
         assert model.get_submodule(name).weight.shape[0] == widths[name] - count
     assert (sum(p.numel() for p in model.parameters()) < before) == bool(removed)
     assert_same_outputs(outputs(model), wanted)
+
+
+def test_a_layer_keeps_one_channel() -> None:
+    found = shrink(made(Chain, {"second": range(5)}), IMAGES)
+    assert found.removed == {"second": 4}
+    assert found.kept == {"second": "each layer keeps at least one channel"}
 
 
 def test_a_depthwise_convolution_goes_with_its_input() -> None:
@@ -147,9 +183,8 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
         (Depthwise, {"depthwise": [1]}, "channels that are not zero"),
         (lambda: layers(nn.ReLU(), nn.GroupNorm(2, 8)), {"0": [1]}, "channels that are not zero"),
         (lambda: layers(nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), {"0": [1]}, "Retained counts"),
-        (lambda: layers(nn.ReLU()), {"0": range(8)}, ""),
     ],
-    ids=["one branch", "outputs", "input of a depthwise", "group norm", "groups", "all"],
+    ids=["one branch", "outputs", "input of a depthwise", "group norm", "groups"],
 )
 def test_channels_that_cannot_go_stay_with_a_reason(make: Any, zero: Any, reason: str) -> None:
     model = made(make, zero)
@@ -311,7 +346,7 @@ class Branching(nn.Module):
         ((nn.Linear(2, 2), 3), "example_inputs must be a tensor"),
         ((nn.Linear(2, 2), IMAGES, 3), "optimizer must be a torch.optim.Optimizer"),
         ((made(Branching, {"conv": [0]}), IMAGES), "torch-kirigami can cut: FX capture"),
-        ((nn.Linear(2, 2), (IMAGES, IMAGES * torch.nan)), "must hold no NaN, .* argument 1"),
+        ((nn.Linear(2, 2), ({"x": IMAGES * torch.nan},)), r"must hold no NaN, .* \(4, 3, 8, 8\)"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: Any, message: str) -> None:
@@ -333,6 +368,9 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer must hold parameters of the model, got none"):
         shrink(model, IMAGES, optimizer)
+    dense = made(Residual, {})
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the model, got none"):
+        shrink(dense, IMAGES, optimizer)
     optimizer.add_param_group({"params": [model.conv1.weight]})
     assert shrink(model, IMAGES, optimizer).removed == {"conv1": 1}
     assert optimizer.param_groups[1]["params"][0] is model.conv1.weight

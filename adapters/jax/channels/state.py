@@ -43,8 +43,8 @@ def cut_state(state: PyTree, params: Mapping[str, Any], cut: Callable[[str, Any]
     Raises
     ------
     ValueError
-        If a copy has another shape than a parameter that is cut, or if the state has arrays of
-        numbers, but no copy.
+        If a copy has another shape than a parameter that is cut, or if the state has no copy, but
+        arrays that may follow parameters.
 
     Examples
     --------
@@ -75,17 +75,22 @@ def cut_state(state: PyTree, params: Mapping[str, Any], cut: Callable[[str, Any]
         return jax.tree_util.tree_map_with_path(cut_leaf, node) if is_copy(node) else node
 
     nodes = jax.tree.leaves(state, is_leaf=is_copy)
-    if not any(map(is_copy, nodes)) and any(map(_is_vector, nodes)):
+    if not any(map(is_copy, nodes)) and any(_may_follow(node, params) for node in nodes):
         raise ValueError(
             "state must be that of the optimizer of these parameters, got arrays, but no tree with "
-            f"the paths of the parameters, such as {next(iter(params))!r}"
+            f"the paths of the parameters, such as {next(iter(params), '')!r}: does a wrapper such "
+            "as optax.flatten hide them?"
         )
     return jax.tree.map(cut_node, state, is_leaf=is_copy)
 
 
-def _is_vector(node: Any) -> bool:
-    """Return whether a leaf may follow parameters, as counts and random keys do not."""
-    return np.ndim(node) > 0 and jnp.issubdtype(jnp.result_type(node), jnp.inexact)
+def _may_follow(node: Any, params: Mapping[str, Any]) -> bool:
+    """Return whether a leaf may belong to parameters, as counts and random keys do not."""
+    if not isinstance(node, (jax.Array, np.ndarray)) or not jnp.issubdtype(node.dtype, jnp.inexact):
+        return False
+    shapes, sizes = {p.shape for p in params.values()}, [p.size for p in params.values()]
+    # A vector of another size may be a record. That of all parameters is flattened.
+    return node.ndim > 1 or (node.ndim > 0 and (node.shape in shapes or node.size == sum(sizes)))
 
 
 def _is_sparse(node: Any) -> bool:

