@@ -12,8 +12,9 @@ names. Every method takes the same number of steps on the same batches, with Ada
 linearly to 0, and gradients clipped to 1. Block-wise methods prune first and train under their
 zeros. The dense network is trained as long, too. The learning rate, and the penalty of ELSA, are
 chosen for each method and sparsity on one half of the held-out text; the table shows the other
-half. Runs with another ``--name`` get a table of their own, such as those with less state. Adam in 8 bits needs ``pip install -c constraints.txt torchao``. Results are
-appended to docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
+half. Runs with another ``--name`` get a table of their own, such as those with less state. Adam in
+8 bits needs ``pip install -c constraints.txt torchao``. Results are appended to
+docs/elsa_results.jsonl as one line of JSON per run; finished runs are skipped.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def compare(wanted: Any, got: Any, message: str) -> None:
     """Raise a ValueError with a message unless the outputs of two networks agree up to rounding."""
     for a, b in zip(tensors(wanted), tensors(got), strict=True):
+        if a.is_floating_point() and bool(a.isnan().any()):
+            raise ValueError("model must give numbers for example_inputs, got outputs that are NaN")
         if a.shape == b.shape and not a.is_floating_point():
             same = torch.equal(a, b)
         else:

@@ -650,6 +650,14 @@ def test_an_optimizer_is_not_a_state() -> None:
         shrink(model, IMAGES, state=optimizer)
 
 
+def test_weights_that_are_nan_are_named() -> None:
+    variables = linen(Chain(), {"first": [1]})
+    last = variables["params"]["last"]
+    last["bias"] = last["bias"].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="model must give numbers for example_inputs, got outputs"):
+        shrink(Chain(), ROWS, variables=variables)
+
+
 # Labels
 
 

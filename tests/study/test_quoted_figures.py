@@ -887,8 +887,8 @@ def test_elsa_on_smollm2() -> None:
         f"perplexity is {elsa['found']['test']:,.0f} and {magnitude['found']['test']:,.0f}; at a "
         f"rate of 1e-2 it is {at_1e2[0]:,.0f} and {at_1e2[1]:,.0f}. At 90% the final "
         f"projection moves the weights by {at_90['ELSA']['distance']:.0%}, and the perplexity is "
-        f"{tests['ELSA']:,.0f}. The untuned ADMM reaches the constraint at 80%, and a perplexity of {admm['found']['test']:.0f}. "
-        f"GMP has {runs['GMP']['found']['test']:.0f}."
+        f"{tests['ELSA']:,.0f}. The untuned ADMM reaches the constraint at 80%, and a perplexity "
+        f"of {admm['found']['test']:.0f}. GMP has {runs['GMP']['found']['test']:.0f}."
     ) in text
     assert admm["distance"] < 1e-6
 

@@ -382,6 +382,14 @@ def test_wrong_inputs_are_named(function: Callable[..., Any]) -> None:
         function(layers(nn.ReLU()).double(), IMAGES[:, :2])
 
 
+def test_weights_that_are_nan_are_named() -> None:
+    model = made(lambda: layers(nn.ReLU()), {"0": [1]})
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="model must give numbers for example_inputs, got outputs"):
+        shrink(model, IMAGES)
+
+
 def test_a_result_is_a_short_text() -> None:
     model = made(lambda: layers(nn.ReLU()), {"0": [1, 2], "2": [0]})
     found = shrink(model, IMAGES)

@@ -78,8 +78,8 @@ def cut_state(state: PyTree, params: Mapping[str, Any], cut: Callable[[str, Any]
     if not any(map(is_copy, nodes)) and any(_may_follow(node, params) for node in nodes):
         raise ValueError(
             "state must be that of the optimizer of these parameters, got arrays, but no tree with "
-            f"the paths of the parameters, such as {next(iter(params), '')!r}: does a wrapper such "
-            "as optax.flatten hide them?"
+            f"the paths of the parameters, such as {next(iter(params), '')!r}: was it made for "
+            "other parameters, or does a wrapper such as optax.flatten hide them?"
         )
     return jax.tree.map(cut_node, state, is_leaf=is_copy)
 
