@@ -127,6 +127,7 @@ def test_selects_the_same_without_64_bit_numbers(pattern: Any) -> None:
     assert_same(weighted.support, Backend.NUMPY.run(projector(pattern), arrays, importance).support)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     ("piece", "summand", "sparsity"),
     [(2, 12, 0.4), (3, 12, 0), (5, 12, 0.4), (5, 100, 0.9), (12, 12, 0.4), (12, 12, 0.9)],

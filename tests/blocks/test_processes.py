@@ -137,10 +137,10 @@ FEWER = (
     "wanda", "alps", "safe+", "two passes", "safe-published", "one sample", "lengths", "sharded",
     "sharded in groups",
 )  # fmt: skip
-# Cases with other solvers, "one is worse" and "sharded", run the same code.
+# The other cases run the same code.
 REPEATED = (
-    "magnitude", "sparsegpt", "safe+-published", "experts by sparsegpt", "sharded in groups",
-    "sharded start is kept",
+    "magnitude", "sparsegpt", "safe", "two passes", "lengths", "dense targets", "safe+-published",
+    "experts by wanda", "experts by sparsegpt", "sharded in groups", "sharded start is kept",
 )  # fmt: skip
 FAULTS = ("disk", "solver", "argument", "batches", "progress", "unshared")
 
@@ -169,6 +169,7 @@ def test_more_processes_and_cases_prune_what_one_prunes(
     assert finished(processes, *kinds) == dict.fromkeys(kinds, "the same")
 
 
+@pytest.mark.long
 def test_an_error_in_one_process_ends_all() -> None:
     assert finished(3, *FAULTS) == {
         "disk": "no room | No block of blocks was pruned, all are dense",

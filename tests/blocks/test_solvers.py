@@ -250,6 +250,7 @@ def test_alps_leaves_little_to_a_refit_of_its_values(pattern: Any) -> None:
     assert error(w, damped, h) <= 1.1 * error(w, refit(w, h, damped != 0), h)
 
 
+@pytest.mark.every_second
 @pytest.mark.every_backend
 @pytest.mark.parametrize(
     ("solver", "outputs", "seed"),

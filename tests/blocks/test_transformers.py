@@ -699,6 +699,7 @@ def wide_llama() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | sizes))
 
 
+@pytest.mark.every_second
 @short_run
 @pytest.mark.parametrize(
     ("how", "target_inputs"),

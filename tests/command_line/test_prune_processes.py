@@ -77,6 +77,7 @@ def test_processes_write_and_print_once(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.long
 @launchers
 def test_an_error_in_one_process_is_printed_once(
     launcher: str, folder: Path, text: Path, tmp_path: Path

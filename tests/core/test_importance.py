@@ -152,6 +152,7 @@ def test_wanda_ranks_by_magnitude_times_the_norm_of_the_input(xp: Backend) -> No
     assert_same([xp.run(projector(NM(1, 3)), w, importance).support], [grouped.reshape(4, 6)])
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     ("importance", "full"),
     [

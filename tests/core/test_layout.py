@@ -39,6 +39,7 @@ STORAGES = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: type(pattern).__name__)
 def test_support_moves_with_the_storage(xp: Backend, pattern: Any, storage: Storage) -> None:

@@ -284,6 +284,7 @@ TIED = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("kind", TIED)
 @pytest.mark.parametrize("pattern", ENTRIES + UNITS, ids=str)
 def test_of_equal_scores_the_lowest_position_is_kept(xp: Backend, pattern: Any, kind: str) -> None:
@@ -321,6 +322,7 @@ def test_support_is_the_same_on_every_backend(xp: Backend, pattern: Any) -> None
 # Edge cases
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -105,6 +105,7 @@ def count_zeros(arrays):
 # The step
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("name", list(linear_problem.CASES))
 def test_every_step_is_the_one_written_out_in_numpy(name, double_precision):
     method, recipe = linear_problem.CASES[name]

@@ -223,8 +223,10 @@ for pattern in ("2:4", safe_core.Unstructured(0.5, scope="row")):
         pytest.param(TYPED, 6, ("0",), id="explicit axes"),
         pytest.param(TYPED, 5, ("1",), id="explicit axes, others", marks=pytest.mark.long),
         pytest.param(ENSEMBLE, 10, ("Auto",), id="ensemble", marks=pytest.mark.long),
-        pytest.param(ENSEMBLE, 10, ("Explicit",), id="ensemble over explicit axes"),
-        pytest.param(CHECKPOINT, 2, (), id="checkpoint"),
+        pytest.param(
+            ENSEMBLE, 10, ("Explicit",), id="ensemble over explicit axes", marks=pytest.mark.long
+        ),
+        pytest.param(CHECKPOINT, 2, (), id="checkpoint", marks=pytest.mark.long),
         pytest.param(PIPELINE, 2, (), id="pipeline"),
     ],
 )

@@ -45,6 +45,7 @@ def run(program: str, *blocked: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize(
     ("statement", "missing", "extra"),
     [
@@ -120,12 +121,9 @@ def test_a_broken_package_is_not_called_missing(
         require("this", "broken_package", extra="dev")
 
 
+@pytest.mark.long  # tests/study/test_demo.py runs the demo
 @pytest.mark.parametrize(
-    ("framework", "others"),
-    [
-        ("jax", ("torch",)),
-        pytest.param("torch", ("jax", "optax", "flax"), marks=pytest.mark.long),
-    ],
+    ("framework", "others"), [("jax", ("torch",)), ("torch", ("jax", "optax", "flax"))]
 )
 def test_the_demo_runs_with_one_framework(
     framework: str, others: tuple[str, ...], tmp_path: Path

@@ -171,6 +171,7 @@ def test_the_study_of_sassha_runs_for_an_epoch(framework: str) -> None:
         assert result["eigenvalue"] > 0
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sassha"])
 def test_eps_reaches_the_optimizer(optimizer: str, framework: str) -> None:

@@ -214,6 +214,7 @@ def test_one_sparsity_gives_points_by_method() -> None:
 HOSTILE = "<script>x</script> *a* [l](http://x) `c` $b$ a|b _u_ \\\\input{x} #1 & %"
 
 
+@pytest.mark.long
 def test_names_and_titles_are_shown_as_they_are(tmp_path: Path) -> None:
     source = changed(", 0.5]", "]")  # One noise has half the figures.
     source = source.replace('"SAFE"', f'"{HOSTILE}"').replace('"Tiny"', f'"{HOSTILE}"')

@@ -117,6 +117,7 @@ def test_frameworks_agree() -> None:
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("single_precision")
 def test_frameworks_measure_alike() -> None:
     recipe, made = small_plan(

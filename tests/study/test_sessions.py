@@ -373,6 +373,7 @@ def test_a_killed_process_costs_only_its_run(
     assert len(run_study(source, out, folder=tmp_path)) == 3
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the processes from /proc")
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"

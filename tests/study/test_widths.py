@@ -122,6 +122,7 @@ def test_snip_keeps_the_weights_of_largest_product_with_the_gradient(framework: 
         np.testing.assert_array_equal(kernel[kernel != 0], kept)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_random_weights_are_kept_in_every_layer_alike(framework: str) -> None:
     _, kernels = started("Random", framework, seeds=(0,))
@@ -182,6 +183,7 @@ def test_results_of_one_width_count_when_others_are_added(tmp_path: Path) -> Non
     assert (other.results, list(other.changed)) == ({}, ["model.width was 0.05 and is 0.1"])
 
 
+@pytest.mark.long
 def test_gains_by_width_in_the_report(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(WIDE)
     recipe = parse_recipe(WIDE)

@@ -67,6 +67,7 @@ def test_a_state_without_the_length_of_steps_is_refused() -> None:
         other.optimizer.load_state_dict(state)
 
 
+@pytest.mark.every_second
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("constraint", "base", "compiled"),

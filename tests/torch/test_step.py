@@ -150,6 +150,7 @@ BASES = {
 }
 
 
+@pytest.mark.every_second
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("base", "method"),

@@ -150,6 +150,7 @@ class Ordered(SparseTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+@pytest.mark.every_second
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_hugging_face_trainer_replays_accumulated_batches(tmp_path: Any, parts: int) -> None:
     model = Regression()
