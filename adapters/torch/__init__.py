@@ -1,9 +1,9 @@
 """Train sparse networks in PyTorch with any optimizer of torch.optim.
 
 `SparseOptimizer` wraps the optimizer of a training loop. The other names help the loop around
-it: they support trainers, recalibrate batch normalisation, replay random numbers, compute
-importances, change sparse models by low-rank matrices, remove channels, save LiteRT files, and
-measure flatness.
+it: they support trainers, replay steps as CUDA graphs, recalibrate batch normalisation, replay
+random numbers, compute importances, change sparse models by low-rank matrices, remove channels,
+save LiteRT files, and measure flatness.
 `safe_core.adapters.torch.blocks` prunes a trained model block by block.
 """
 
@@ -11,6 +11,7 @@ from safe_core._installed import require
 
 require(__name__, "torch", extra="torch")
 
+from .captured import CapturedStep
 from .channels import shrink, silence_channels
 from .compressed import load_compressed, save_compressed
 from .export_advice import advise
@@ -28,6 +29,7 @@ from .trainers import SparseTrainerMixin, perturbed, unwrap
 from .weights import prunable_weights
 
 __all__ = [
+    "CapturedStep",
     "RandomState",
     "RemovedChannels",
     "Sassha",

@@ -11,18 +11,18 @@ from torch import Tensor
 from safe_core._calls import level_of_caller
 from safe_core.direction import Direction, norm
 
-from .run import Run, by_value
+from .run import Run, Scalar, by_value
 
 __all__ = ["ascend"]
 
 
 @torch.no_grad()
-def ascend(run: Run, params: list[Tensor], loss_scale: float) -> list[Tensor]:
+def ascend(run: Run, params: list[Tensor], loss_scale: Scalar) -> list[Tensor]:
     """Move parameters along their gradients, and keep copies in `Run.moved` to restore them.
 
     Parameters
     ----------
-    loss_scale : float
+    loss_scale : float or scalar tensor
         The factor of the gradients, such as that of a `GradScaler`.
 
     Returns
@@ -42,8 +42,10 @@ def ascend(run: Run, params: list[Tensor], loss_scale: float) -> list[Tensor]:
     radii = run.signed("rho", params)
     if perturbation is not None and not perturbation.is_scale_free:
         # e is proportional to the gradient here, so it also carries the loss scale.
-        radii = [rho / loss_scale for rho in radii]
-    _warn_of_rounding(run, params, gradients, max(map(abs, radii)))
+        scaled = {rho: rho / loss_scale for rho in set(radii)}
+        radii = [scaled[rho] for rho in radii]
+    if run.scheduled is None:  # a step that is recorded can read no value
+        _warn_of_rounding(run, params, gradients, max(map(abs, radii)))
     direction = _direction(run, params, gradients)
     # The norm is shared by all groups; only the length differs.
     by_radius = {rho: direction._replace(rho=rho) for rho in set(radii)}

@@ -35,7 +35,7 @@ class CompiledStep:
         gradients: Sequence[Tensor],
         params: Sequence[Tensor],
         anchors: Sequence[Tensor],
-        penalties: Sequence[float],
+        penalties: Sequence[float | Tensor],
         copies: Sequence[Tensor | None] | None,
     ) -> None:
         """Restore x, add the gradient of the penalty and take a base step."""
@@ -75,7 +75,7 @@ def _is_bare(base: Optimizer) -> bool:
     return not any(hooks) and "step" not in vars(base) and not base.defaults.get("differentiable")
 
 
-def _scalars(values: Sequence[float], params: Sequence[Tensor]) -> list[Tensor]:
+def _scalars(values: Sequence[float | Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """Return numbers as tensors, so that a compiled program takes them as arguments.
 
     A Python number would be a constant of the program, and each new value would recompile it.
@@ -85,5 +85,8 @@ def _scalars(values: Sequence[float], params: Sequence[Tensor]) -> list[Tensor]:
     pairs = zip(values, params, strict=True)
     keys = [(value, wide_dtype(torch, [p]), p.device) for value, p in pairs]
     for value, dtype, device in dict.fromkeys(keys):
-        made[value, dtype, device] = torch.full((), value, dtype=dtype, device=device)
+        if torch.is_tensor(value):
+            made[value, dtype, device] = value.to(device, dtype)
+        else:
+            made[value, dtype, device] = torch.full((), value, dtype=dtype, device=device)
     return [made[key] for key in keys]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,10 @@ __all__ = [
 
 # Entries per foreach call. A foreach operation reads a whole list before the next one starts.
 # On the CPU a group must fit in cache, else each operation reads it from memory again. On an
-# accelerator large groups save kernel launches, and a limit bounds the temporary memory.
+# accelerator a group must keep the device busy for longer than its kernels take to start, and it
+# bounds the temporary memory, 64 MB in float32 for each temporary.
 _GROUP = 2**19
-_LARGE_GROUP = 2**26
+_LARGE_GROUP = 2**24
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -90,12 +92,17 @@ class MovedParameters:
         known = on_host(direction.length)
         # Reading a value from an accelerator would wait for all its pending work.
         scale = float(direction.factor) if known else 0.0
+        if not known:
+            copy_(copies, values)
+            self.mark_saved(params, copies)
+            values, vectors = _cut(values, vectors)
+            for i in _groups(values):
+                _add_rounded_(values[i], _written_out(vectors[i], direction))
+            return
         for i in _groups(values):
             torch._foreach_copy_(copies[i], values[i])
             self.mark_saved(params[i], copies[i])
-            if not known:
-                _add_rounded_(values[i], _written_out(vectors[i], direction))
-            elif scale:  # 0 marks an unusable gradient, and 0 * NaN would be NaN
+            if scale:  # 0 marks an unusable gradient, and 0 * NaN would be NaN
                 torch._foreach_add_(values[i], vectors[i], alpha=scale)
 
     def mark_saved(self, params: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -133,7 +140,7 @@ def add_penalty_(
     gradients: Sequence[Tensor],
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    penalty: float,
+    penalty: float | Tensor,
     copies: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Restore x from its copy, if any, then add the gradient of the penalty.
@@ -158,35 +165,35 @@ def pulls(
     """Return ``factor * (x - anchor)`` of the local shards, in float32 or wider."""
     params, anchors = local_shards(params), local_shards(anchors)
     differences = torch._foreach_sub(widened(params), widened(anchors))
-    torch._foreach_mul_(differences, factor)
+    _multiply_(differences, factor)
     return list(differences)
 
 
 def subtract_(params: Sequence[Tensor], pulled: Sequence[Tensor]) -> None:
     """Subtract the pulls, ``x <- x - pull``, computed in the dtype of the pull."""
-    lists = _without_small(lambda x, pull: _widened(x) - pull, local_shards(params), list(pulled))
-    for x, pull in zip(*lists, strict=True):
-        x.copy_(_widened(x) - pull)
+    params, pulled = _cut(local_shards(params), pulled)
+    for i in _groups(params):
+        _add_rounded_(params[i], pulled[i], -1.0)
 
 
-def pull_(params: Sequence[Tensor], split: SplitState, penalty: float) -> None:
+def pull_(params: Sequence[Tensor], split: SplitState, penalty: float | Tensor) -> None:
     """Move ``x <- x - (1 - exp(-penalty)) * (x - anchor)`` off the support.
 
     It computes in float32 or wider, see `safe_core.constraints.pull.pulled`.
     """
-    lists = _without_small(
-        partial(_pulled, penalty), *map(local_shards, (params, split.anchor, split.support))
-    )
+    factor = _pull_factor(penalty)
+    shards = map(local_shards, (params, split.anchor, split.support))
+    lists = _without_small(partial(_pulled, factor), *shards)
     params, anchors, supports = _cut(*lists)
     for i in _groups(params):
         wide = widened(params[i])
         gaps = torch._foreach_sub(wide, widened(anchors[i]))
         for gap, support in zip(gaps, supports[i], strict=True):
             gap.masked_fill_(support, 0)
-        torch._foreach_add_(wide, gaps, alpha=math.expm1(-penalty))
-        for x, moved in zip(params[i], wide, strict=True):
-            if moved is not x:
-                x.copy_(moved)
+        _add_multiple_(wide, gaps, factor)
+        rounded = [(x, moved) for x, moved in zip(params[i], wide, strict=True) if moved is not x]
+        if rounded:
+            torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
 
 
 def _without_small(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[list[Tensor]]:
@@ -202,10 +209,37 @@ def _without_small(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[
     return [[x for x, flag in zip(xs, joined, strict=True) if not flag] for xs in lists]
 
 
-def _pulled(penalty: float, x: Tensor, anchor: Tensor, support: Tensor) -> Tensor:
+def _pulled(factor: float | Tensor, x: Tensor, anchor: Tensor, support: Tensor) -> Tensor:
     wide = _widened(x)
-    moved = torch.add(wide, wide - anchor, alpha=math.expm1(-penalty))
-    return torch.where(support, wide, moved)
+    return torch.where(support, wide, _sum(wide, wide - anchor, factor))
+
+
+def _pull_factor(penalty: float | Tensor) -> float | Tensor:
+    return torch.expm1(-penalty) if torch.is_tensor(penalty) else math.expm1(-penalty)
+
+
+def _sum(x: Tensor, added: Tensor, factor: float | Tensor) -> Tensor:
+    """Return ``x + factor * added``."""
+    if torch.is_tensor(factor):
+        return x + factor.to(x.dtype) * added
+    return torch.add(x, added, alpha=factor)
+
+
+def _multiply_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors of one dtype in-place; a factor of another dtype is cast."""
+    if tensors:
+        scalar = factor.to(tensors[0].dtype) if torch.is_tensor(factor) else factor
+        torch._foreach_mul_(list(tensors), scalar)
+
+
+def _add_multiple_(
+    targets: Sequence[Tensor], added: Sequence[Tensor], factor: float | Tensor
+) -> None:
+    """Add ``factor * added`` in-place; if the factor is a tensor, ``added`` is overwritten."""
+    if torch.is_tensor(factor):
+        _multiply_(added, factor)
+        factor = 1.0
+    torch._foreach_add_(list(targets), list(added), alpha=factor)
 
 
 def add_(tensors: Sequence[Tensor], added: Sequence[Tensor]) -> None:
@@ -275,8 +309,12 @@ def mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     # Not a product with the mask, which would leave -0 and NaN.
     shards = local_shards(tensors), local_shards(masks)
     lists = _without_small(lambda x, mask: torch.where(mask, x, 0), *shards)
-    for tensor, mask in zip(*lists, strict=True):
-        tensor.masked_fill_(~mask, 0)
+    zeros: dict[Any, Tensor] = {}
+    for x, mask in zip(*lists, strict=True):
+        kind = x.dtype, x.device
+        if kind not in zeros:
+            zeros[kind] = x.new_zeros(())
+        torch.where(mask, x, zeros[kind], out=x)
 
 
 def count_filled(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[int]:
@@ -315,17 +353,22 @@ def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
 
 
-def _add_rounded_(targets: Sequence[Tensor], added: Sequence[Tensor], factor: float = 1.0) -> None:
-    """Add ``factor * added`` in-place, in the dtype of ``added``, and round the sums once."""
+def _add_rounded_(
+    targets: Sequence[Tensor], added: Sequence[Tensor], factor: float | Tensor = 1.0
+) -> None:
+    """Add ``factor * added`` in-place, in the dtype of ``added``, and round the sums once.
+
+    If the factor is a tensor, ``added`` is overwritten.
+    """
     targets, added = list(targets), list(added)
     same = all(x.dtype == y.dtype for x, y in zip(targets, added, strict=True))
     if same or any(map(on_host, targets)):
-        torch._foreach_add_(targets, added, alpha=factor)
+        _add_multiple_(targets, added, factor)
         return
     # An accelerator has no foreach kernel for lists of two dtypes, except for copying.
     sums = [torch.empty_like(x, dtype=y.dtype) for x, y in zip(targets, added, strict=True)]
     torch._foreach_copy_(sums, targets)
-    torch._foreach_add_(sums, added, alpha=factor)
+    _add_multiple_(sums, added, factor)
     torch._foreach_copy_(targets, sums)
 
 
@@ -334,16 +377,20 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
-    """Cut large CPU tensors into views that fit in cache, alike in every list."""
+    """Cut large tensors into views of the size of a group, alike in every list."""
     cut: list[list[Tensor]] = [[] for _ in lists]
     for tensors in zip(*lists, strict=True):
         pieces: Sequence[Sequence[Tensor]] = [[x] for x in tensors]
-        large = tensors[0].numel() > _GROUP and on_host(tensors[0])
-        if large and all(x.is_contiguous() for x in tensors):
-            pieces = [x.view(-1).split(_GROUP) for x in tensors]
+        size = _group_size(tensors[0])
+        if tensors[0].numel() > size and all(x.is_contiguous() for x in tensors):
+            pieces = [x.view(-1).split(size) for x in tensors]
         for found, more in zip(cut, pieces, strict=True):
             found += more
     return cut
+
+
+def _group_size(x: Tensor) -> int:
+    return _GROUP if on_host(x) else _LARGE_GROUP
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
@@ -351,7 +398,7 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[slice]:
     start, size = 0, 0
     for stop, tensor in enumerate(tensors, 1):
         size += tensor.numel()
-        if size >= (_GROUP if on_host(tensor) else _LARGE_GROUP):
+        if size >= _group_size(tensor):
             yield slice(start, stop)
             start, size = stop, 0
     if start < len(tensors):

@@ -12,7 +12,7 @@ from torch import Tensor
 from safe_core._calls import level_of_caller
 from safe_core.backends.torch_sharding import local
 
-from .run import Run
+from .run import Run, known_rate
 from .watching import is_capturing
 
 __all__ = ["begin_window", "end_window"]
@@ -57,7 +57,7 @@ def begin_window(run: Run, sparse: Sequence[Tensor]) -> None:
     if window is not None and window.samples is not None and not rises:
         return
     own = {id(p) for p in sparse if p.is_floating_point() and p.element_size() == 2}
-    rates = [_rate(group) for group in run.groups]
+    rates = [known_rate(group) for group in run.groups]
     known = [rate for rate in rates if rate is not None]
     resumed = window is None and run.steps
     if not own or resumed or len(known) < len(rates) or any(map(is_capturing, sparse[:1])):
@@ -109,16 +109,8 @@ def end_window(run: Run) -> None:
 
 def _rises(groups: Sequence[dict[str, Any]], before: Sequence[float]) -> bool:
     """Return whether a learning rate is higher than before."""
-    pairs = zip(map(_rate, groups), before, strict=False)
+    pairs = zip(map(known_rate, groups), before, strict=False)
     return any(now is not None and now > then for now, then in pairs)
-
-
-def _rate(group: dict[str, Any]) -> float | None:
-    """Return a learning rate, or None where the host would have to wait for it."""
-    rate = group.get("lr")
-    if rate is None or (torch.is_tensor(rate) and rate.device.type != "cpu"):
-        return None
-    return float(rate)
 
 
 def _entries(x: Tensor) -> Tensor:

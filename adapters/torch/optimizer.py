@@ -217,6 +217,14 @@ class SparseOptimizer(Optimizer):
         return self._run.finalized
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` skips a step with overflow by itself, which `GradScaler` asks.
+
+        Only while a `CapturedStep` records it, because the host must not read the overflow then.
+        """
+        return self._run.scheduled is not None
+
+    @property
     def allow_unperturbed(self) -> bool:
         """Whether `step` may run without the gradients of `perturbed` and `projected`."""
         return self._phases.allow_unperturbed
@@ -309,7 +317,7 @@ class SparseOptimizer(Optimizer):
 
     @contextmanager
     def perturbed(
-        self, replay: RandomState | None = None, *, loss_scale: float = 1.0
+        self, replay: RandomState | None = None, *, loss_scale: float | Tensor = 1.0
     ) -> Iterator[None]:
         """Move the parameters to ``x + e`` within the block; restore x bit for bit on exit.
 
@@ -324,9 +332,10 @@ class SparseOptimizer(Optimizer):
         replay : RandomState, optional
             From `RandomState.record` before the first forward pass. The block then draws
             the same random numbers, such as dropout masks.
-        loss_scale : float
+        loss_scale : float or scalar tensor
             The factor of loss scaling, such as ``scaler.get_scale()``. It matters only if e
-            depends on the gradient's norm, as in `safe_core.cram` but not `safe_core.safe`.
+            depends on the gradient's norm, as in `safe_core.cram` but not `safe_core.safe`. A
+            tensor is not checked, because the host would wait for it.
 
         Raises
         ------
@@ -337,7 +346,7 @@ class SparseOptimizer(Optimizer):
         """
         phases = self._phases
         phases.check_block("perturbed()", replay)
-        if not _checks.real("loss_scale", loss_scale) > 0:
+        if not torch.is_tensor(loss_scale) and not _checks.real("loss_scale", loss_scale) > 0:
             raise ValueError(f"loss_scale must be positive, got {loss_scale!r}")
         phases.refuse_stale_gradients("perturbed()")
         phases.refuse_second_block()
@@ -419,6 +428,8 @@ class SparseOptimizer(Optimizer):
                 self.state.update({p: {} for p in self._run.trainable() if p not in self.state})
                 return None
             phases.check_step()
+            if self._run.scheduled is not None and hasattr(self, "found_inf"):  # of a `GradScaler`
+                self._run.scheduled.take_overflow(self.found_inf, getattr(self, "grad_scale", None))
             take_step(self._run, *phases.take())
             phases.count_step()
             return None

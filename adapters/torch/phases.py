@@ -21,7 +21,7 @@ from . import kernels
 from .ascent import ascend
 from .closures import ClosureProbe
 from .modules import RandomState, statistics_kept
-from .run import Run, fill_gradients, gradients_of
+from .run import Run, Scalar, fill_gradients, gradients_of
 from .watching import Found, GradientWatch
 
 __all__ = ["Phase", "Phases"]
@@ -195,7 +195,7 @@ class Phases:
 
     @contextmanager
     def at_perturbed_point(
-        self, replay: RandomState | None, loss_scale: float = 1.0
+        self, replay: RandomState | None, loss_scale: Scalar = 1.0
     ) -> Iterator[None]:
         """Implement `SparseOptimizer.perturbed`; the caller restores x."""
         run = self.run
@@ -235,7 +235,7 @@ class Phases:
         evaluation: Evaluation,
         sparse: list[Tensor],
         params: list[Tensor],
-        loss_scale: float,
+        loss_scale: Scalar,
     ) -> tuple[list[Tensor], dict[Tensor, Tensor]]:
         """Move to the perturbed point; return what moved, and gradients to add afterwards."""
         run = self.run

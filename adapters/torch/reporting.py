@@ -31,7 +31,7 @@ def report(run: Run, steps: int | None) -> Report:
     with run.as_started() as sparse:
         state = run.parameters
         for pattern, members in state.pools(sparse):
-            penalties = list(map(abs, run.signed("penalty", members)))
+            penalties = run.magnitudes("penalty", members)
             rows = _tensor_reports(
                 state, run.method, run.source, pattern, members, run.steps, penalties
             )

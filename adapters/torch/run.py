@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from safe_core import Coverage, Evaluation, FixedZeros, Importance, Method, StepPlan
 from safe_core._dtypes import wide_dtype
+from safe_core.backends.torch_accelerator import on_host
 from safe_core.backends.torch_sharding import is_sharded
 from safe_core.constraints.base import select_support
 from safe_core.finalization import Finalized
@@ -24,13 +25,15 @@ from .idle import GradientRecord
 from .importance import importance_in_use
 from .low_bit import mask_states
 from .modules import forget_copies
+from .scheduled import Scheduled
 from .selection import Selected, Selection
 from .state import ParameterState
 from .weights import is_pruned
 
-__all__ = ["Run", "by_value", "fill_gradients", "gradients_of"]
+__all__ = ["Run", "by_value", "fill_gradients", "gradients_of", "known_rate"]
 
 LAST = "last"
+Scalar = Any  # a number, or a scalar tensor while a step is recorded
 
 
 class Run:
@@ -48,8 +51,6 @@ class Run:
     state : dict of parameter to entries
         The state of the `SparseOptimizer`, changed in-place. It is not ``base.state``, whose
         optimizer takes a parameter with any entry there for initialised.
-    steps : int
-        Number of base steps taken.
     frozen : bool
         Whether the support is final.
     switched : (str, int) or None
@@ -67,6 +68,8 @@ class Run:
     moved : kernels.MovedParameters
         Copies of the parameters that are not at x.
     compiled : CompiledStep or None
+    scheduled : Scheduled or None
+        The values of schedules, while a `CapturedStep` records a step.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Run:
         self.layout = layout
         self.handed = importance
         self.compile = compile
-        self.steps = 0
+        self._steps = 0
         self.frozen = False
         self.switched: tuple[str, int] | None = None
         self.finalized: Finalized | None = None
@@ -111,10 +114,22 @@ class Run:
         self.moved = kernels.MovedParameters()
         self.compiled = CompiledStep(self.base) if self.compile else None
         self._plans: dict[tuple[bool, bool], StepPlan] = {}
+        self.scheduled: Scheduled | None = None
+        self._read_steps: Callable[[], int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.steps = self.steps  # read the number if it is still to be read
         # `_seen` holds ids of parameters, which differ in a copy.
-        left_out = ("_rules", "moved", "compiled", "_plans", "_seen", "window")
+        left_out = (
+            "_rules",
+            "moved",
+            "compiled",
+            "_plans",
+            "_seen",
+            "window",
+            "scheduled",
+            "_read_steps",
+        )
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,6 +146,21 @@ class Run:
         reference cycle would keep the tensors of a finished run until garbage collection.
         """
         return importance_in_use(self.handed, self.method, lambda: self.parameters)
+
+    @property
+    def steps(self) -> int:
+        """Number of base steps taken."""
+        if self._read_steps is not None:
+            self.steps = self._read_steps()
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._steps, self._read_steps = steps, None
+
+    def count_later(self, read: Callable[[], int]) -> None:
+        """Let ``read`` return the number of steps when it is needed, for which the host waits."""
+        self._read_steps = read
 
     # The plan
 
@@ -167,20 +197,48 @@ class Run:
         settings = settings_of(group, self.base)
         return GroupRules.read(settings, self.method) if settings else self._rules
 
-    def signed(self, setting: str, params: Sequence[Tensor]) -> list[float]:
+    def signed(self, setting: str, params: Sequence[Tensor]) -> list[Scalar]:
         """Return rho or penalty of each parameter, negative in groups with ``maximize``.
 
-        Such a group steps along its gradient, so ascent and penalty need the opposite sign.
+        Such a group steps along its gradient, so ascent and penalty need the opposite sign. While
+        a step is recorded, each value is a scalar tensor that parameters of a group share.
         """
-        values = [self.rules_of(group).at(setting, self.steps) for group in self.groups]
+        return self._spread(self._now(setting), params)
+
+    def magnitudes(self, setting: str, params: Sequence[Tensor]) -> list[Scalar]:
+        """Return rho or penalty of each parameter as `signed` does, but never negative."""
+        return self._spread([abs(value) for value in self._now(setting)], params)
+
+    def _now(self, setting: str) -> list[Scalar]:
+        if self.scheduled is None:
+            return self.values_of_groups(setting, self.steps)
+        return self.scheduled.of_groups(setting)
+
+    def values_of_groups(self, setting: str, step: int) -> list[Scalar]:
+        """Return rho or penalty of each param group at a step, signed as in `signed`."""
+        values = [self.rules_of(group).at(setting, step) for group in self.groups]
         pairs = zip(values, self.groups, strict=True)
-        values = [-value if group.get("maximize") else value for value, group in pairs]
+        return [-value if group.get("maximize") else value for value, group in pairs]
+
+    def _spread(self, values: list[Scalar], params: Sequence[Tensor]) -> list[Scalar]:
+        """Return the value of the param group of each parameter."""
         if len(set(values)) == 1:
             return values[:1] * len(params)
-        found: dict[Tensor, float] = {}
+        found: dict[Tensor, Scalar] = {}
         for value, group in zip(values, self.groups, strict=True):
             found.update(dict.fromkeys(group["params"], value))
         return [found[p] for p in params]
+
+    def due(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters whose constraint state the next step updates."""
+        constraint = self.method.constraint
+        found = {
+            p
+            for pattern, members in self.parameters.pools(params)
+            if constraint.is_due(pattern, self.steps)
+            for p in members
+        }
+        return [p for p in params if p in found]
 
     # Parameters
 
@@ -455,8 +513,11 @@ class Run:
             self.mask([p.grad for p in known if p.grad is not None], known)
 
     def has_zero_rates(self) -> bool:
-        """Return whether every group has a learning rate of 0."""
-        return all("lr" in group and float(group["lr"]) == 0 for group in self.groups)
+        """Return whether every group has a learning rate that is known to be 0.
+
+        One on an accelerator is not known, because the host would wait for it at every step.
+        """
+        return all(known_rate(group) == 0 for group in self.groups)
 
     def final_support(self, sparse: list[Tensor], importance: Any) -> list[Tensor]:
         """Return the support of the final projection."""
@@ -483,9 +544,17 @@ class Run:
         return select_support(values, pattern, self.parameters.info(members), metric, step=step)
 
 
-def by_value(values: Iterable[float], items: Iterable[Any]) -> dict[float, list[Any]]:
+def known_rate(group: Mapping[str, Any]) -> float | None:
+    """Return the learning rate of a param group, or None where the host would wait for it."""
+    rate = group.get("lr")
+    if rate is None or (torch.is_tensor(rate) and not on_host(rate)):
+        return None
+    return float(rate)
+
+
+def by_value(values: Iterable[Scalar], items: Iterable[Any]) -> dict[Scalar, list[Any]]:
     """Return lists of the items that have the same value."""
-    found: dict[float, list[Any]] = {}
+    found: dict[Scalar, list[Any]] = {}
     for value, item in zip(values, items, strict=True):
         found.setdefault(value, []).append(item)
     return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from safe_core import Operation
 from safe_core._calls import level_of_caller
+from safe_core.constraints.splitting import rescale_dual
 from safe_core.finalization import LONG_RUN, FinalizeWarning, other_length, planned_steps
 from safe_core.motion import is_measured, next_shrinkage, with_lengths, with_shrinkage
 
@@ -17,9 +19,9 @@ from . import kernels
 from .after_finalize import warn_of_moved_zeros
 from .importance import second_moments
 from .lost_steps import begin_window, end_window
-from .run import Run, by_value, fill_gradients, gradients_of
+from .run import Run, Scalar, by_value, fill_gradients, gradients_of
 
-__all__ = ["take_step"]
+__all__ = ["take_step", "warn_of_long_run"]
 
 
 @torch.no_grad()
@@ -35,11 +37,14 @@ def take_step(run: Run, first: dict[Tensor, Tensor], norms: Sequence[Tensor] = (
     run.gradients.note(run.active())
     _Step(run, norms).take(first)
     run.steps += 1
-    _warn_of_long_run(run)
+    warn_of_long_run(run)
 
 
-def _warn_of_long_run(run: Run) -> None:
-    """Warn once if a run exceeds 1.5 times the steps of its method, which may be epochs."""
+def warn_of_long_run(run: Run) -> None:
+    """Warn once, after a step, if a run exceeds 1.5 times the steps of its method.
+
+    The number may have been one of epochs.
+    """
     constraint = run.method.constraint
     planned = planned_steps(constraint, constraint.penalty)
     if planned is None or run.frozen or run.finalized_at is not None:
@@ -60,8 +65,8 @@ class _Step:
         self.norms = norms
         self.plan = run.plan
         self.sparse = run.sparse()
-        self.due = self._due()
-        self.penalties: list[float] = []  # what a compiled base step is to add
+        self.due = run.due(self.sparse)
+        self.penalties: list[Scalar] = []  # what a compiled base step is to add
         self.pulls: dict[Tensor, Tensor] = {}
         self.before: list[Tensor] = []  # local shards of x before a base step that is measured
 
@@ -72,23 +77,13 @@ class _Step:
         for operation in self.plan.operations:
             getattr(self, operation.name.lower())()
 
-    def _due(self) -> list[Tensor]:
-        """Return the parameters whose constraint state this step updates."""
-        run = self.run
-        constraint, parameters = run.method.constraint, run.parameters
-        found = {
-            p
-            for pattern, members in parameters.pools(self.sparse)
-            if constraint.is_due(pattern, run.steps)
-            for p in members
-        }
-        return [p for p in self.sparse if p in found]
-
     def _reuse_direction(self, first: dict[Tensor, Tensor]) -> None:
         """Store the direction of a perturbed gradient, or add the stored one to the gradient."""
         run, method = self.run, self.run.method
         if first:
             flat = method.flat_direction(list(first.values()), gradients_of(first))
+            if run.scheduled is not None:
+                flat = run.scheduled.kept(flat, [run.state[p]["flat_direction"] for p in first])
             for p, direction in zip(first, flat, strict=True):
                 run.state[p]["flat_direction"] = direction
             return
@@ -109,7 +104,11 @@ class _Step:
 
     def rescale_dual(self) -> None:
         run, parameters = self.run, self.run.parameters
-        split = run.method.constraint.rescale(parameters.split(self.sparse), run.steps)
+        split = parameters.split(self.sparse)
+        if run.scheduled is None:
+            split = run.method.constraint.rescale(split, run.steps)
+        else:
+            split = rescale_dual(split, run.scheduled.dual_ratio)
         parameters.store(self.sparse, split)
 
     def add_penalty(self) -> None:
@@ -134,13 +133,13 @@ class _Step:
         # Measure at x, before the base step changes it.
         fill_gradients(self.sparse)
         run.moved.restore()
-        penalties = dict(zip(self.sparse, run.signed("penalty", self.sparse), strict=True))
+        penalties = dict(zip(self.sparse, run.magnitudes("penalty", self.sparse), strict=True))
         for group in run.groups:
             mine = [p for p in group["params"] if p in selected and p.requires_grad]
             if mine:
                 rate = group["lr"]  # torch accepts a tensor with one entry and any shape
                 rate = rate.reshape(()) if torch.is_tensor(rate) else rate
-                factor = rate * abs(penalties[mine[0]])
+                factor = rate * penalties[mine[0]]
                 found = kernels.pulls(mine, run.parameters.anchors(mine), factor)
                 self.pulls.update(zip(mine, found, strict=True))
 
@@ -154,6 +153,11 @@ class _Step:
 
     def _descend(self) -> None:
         """Restore x where it is perturbed, and take the step of the base."""
+        run = self.run
+        with nullcontext() if run.scheduled is None else run.scheduled.skipping_base():
+            self._descend_within()
+
+    def _descend_within(self) -> None:
         run = self.run
         if run.compiled is None or run.frozen:
             run.moved.restore()
@@ -192,7 +196,10 @@ class _Step:
             perturbation = run.method.perturbation
             assert perturbation is not None
             first, second = self.norms
-            now = next_shrinkage(found[:, 2].amax(), first, second, perturbation.max_growth)
+            before = found[:, 2].amax()
+            now = next_shrinkage(before, first, second, perturbation.max_growth)
+            if run.scheduled is not None:
+                (now,) = run.scheduled.kept([now], [before])
             found = with_shrinkage(found, now)
         if self._measures:
             lengths = kernels.step_lengths(self.sparse, self.before)
@@ -205,7 +212,7 @@ class _Step:
 
     def pull(self) -> None:
         run = self.run
-        penalties = map(abs, run.signed("penalty", self.sparse))
+        penalties = run.magnitudes("penalty", self.sparse)
         for penalty, mine in by_value(penalties, self.sparse).items():
             kernels.pull_(mine, run.parameters.split(mine), penalty)
 

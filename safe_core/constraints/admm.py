@@ -153,14 +153,20 @@ class ADMM(DualUpdates):
 
     def rescale(self, split: SplitState, step: int | Array) -> SplitState:
         """Return the state with u rescaled for the penalty of ``step``."""
-        # Step 0 has no penalty before it; its schedule may even start at 0.
         if not self.rescale_dual:
             return split
-        if isinstance(step, int):
-            return split if step == 0 else splitting.rescale_dual(split, self._ratio(step))
-        xp = array_namespace(step)
+        return splitting.rescale_dual(split, self.dual_ratio(step))
+
+    def dual_ratio(self, step: int | Array) -> float | Array:
+        """Return ``penalty(t - 1) / penalty(t)``, and 1 without `rescale_dual`."""
+        # Step 0 has no penalty before it; its schedule may even start at 0.
+        if not self.rescale_dual or (isinstance(step, int) and step == 0):
+            return 1.0
         ratio = self._ratio(step)
-        return splitting.rescale_dual(split, xp.where(step > 0, ratio, xp.ones_like(ratio)))
+        if isinstance(step, int):
+            return ratio
+        xp = array_namespace(step)
+        return xp.where(step > 0, ratio, xp.ones_like(ratio))
 
     def _ratio(self, step: int | Array) -> float | Array:
         before, now = self.penalty(step - 1), self.penalty(step)

@@ -187,6 +187,10 @@ class Constraint:
         """Return the state for the penalty of ``step``; see `Operation.RESCALE_DUAL`."""
         return split
 
+    def dual_ratio(self, step: int | Array) -> float | Array:
+        """Return the factor by which `rescale` multiplies u."""
+        return 1.0
+
 
 def select_support(
     params: Sequence[Array],

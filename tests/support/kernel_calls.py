@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safe_core.adapters.torch import kernels
+from safe_core.adapters.torch import captured, kernels, run
 from safe_core.backends import torch_accelerator
 
-__all__ = ["KernelCalls", "on_an_accelerator"]
+__all__ = ["NO_KERNEL", "KernelCalls", "on_an_accelerator"]
 
 # They only make or describe memory.
-_NO_KERNEL = ("empty", "detach", "alias", "_unsafe_view", "_reshape_alias", "is_same_size")
+NO_KERNEL = ("empty", "detach", "alias", "_unsafe_view", "_reshape_alias", "is_same_size")
 
 
 @pytest.fixture
 def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat tensors in the memory of the host as those of an accelerator."""
-    for module in (torch_accelerator, kernels):
+    for module in (torch_accelerator, kernels, run, captured):
         monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
@@ -81,6 +81,6 @@ class KernelCalls(TorchDispatchMode):
         indices = args[1] if name in ("index", "index_put_") else ()
         by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
         self.reads += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
-        if not (func.is_view or name.startswith(_NO_KERNEL)):
+        if not (func.is_view or name.startswith(NO_KERNEL)):
             self.counts[name] += _kernels(name, args)
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,288 @@
+"""Take the steps between dual updates by replaying a CUDA graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safe_core.backends.torch_accelerator import on_host
+from safe_core.motion import is_measured
+
+from .optimizer import SparseOptimizer
+from .run import Run
+from .scheduled import Scheduled
+from .step import warn_of_long_run
+
+__all__ = ["CapturedStep"]
+
+# Steps of a kind that run as usual before one is recorded. They create the state of the base
+# optimizer, and let libraries choose their kernels.
+_WARM_UP = 3
+
+
+class CapturedStep:
+    """A training step that is replayed as a CUDA graph wherever its work is the same.
+
+    A graph holds the forward and backward passes, the perturbation, the base step and the pull. It
+    starts hundreds of kernels at once, which pays where they are short. Call the object once in
+    each step, with new data in the same tensors::
+
+        def step():
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            with optimizer.perturbed():
+                loss = loss_fn(model(x), y)
+                loss.backward()
+            optimizer.step()
+            return loss
+
+        captured = CapturedStep(optimizer, step)
+        for inputs, targets in batches:
+            x.copy_(inputs)
+            y.copy_(targets)
+            loss = captured()
+
+    ``step`` is called as it is for the first three steps, for those with a dual update, and for
+    those that measure the length of a step. Otherwise it is called once to record a graph, and then
+    the graph is replayed. Steps that perturb and steps that do not have graphs of their own. The
+    results are those of calling ``step`` itself.
+
+    The radius and the penalty follow their schedules. Everything else in the graph is what it was
+    when it was recorded: Python code does not run again, and a number of Python does not change. So
+    hold a learning rate that changes in a tensor of the device, and give a base that has it
+    ``capturable=True``. ``step`` must read no value on the host.
+
+    With fp16, ``step`` may call ``scaler.step(optimizer)`` and ``scaler.update()`` of a
+    `torch.amp.GradScaler`. The base must skip the steps with overflow by itself, as
+    ``Adam(fused=True)`` does. Before the next step the host then reads whether the step was
+    skipped, as the scaler does without a graph. Otherwise it waits for nothing.
+
+    Parameters
+    ----------
+    optimizer : SparseOptimizer
+        Its parameters must lie on one CUDA device and must not be sharded.
+    step : callable
+        Takes one whole step of ``optimizer``, without arguments. What it returns is memory of the
+        graph, which the next replay overwrites: clone tensors to keep them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit. Calling the object raises a ValueError if ``step`` did not take
+        one step, if an option of a param group that is a number has changed since the recording,
+        or if the base cannot skip steps with overflow.
+    """
+
+    def __init__(self, optimizer: SparseOptimizer, step: Callable[[], Any]) -> None:
+        if not isinstance(optimizer, SparseOptimizer):
+            raise TypeError(f"optimizer must be a SparseOptimizer, got {type(optimizer)!r}")
+        if not callable(step):
+            raise TypeError(f"step must be a function without arguments, got {type(step)!r}")
+        self._optimizer = optimizer
+        self._run: Run = optimizer._run
+        self._function = step
+        _refuse_unfit(self._run, optimizer)
+        device = self._run.trainable()[0].device
+        self._graphs = Graphs(device)
+        self._scheduled = Scheduled(self._run, device)
+        self._state = _StateInPlace(self._run)
+        self._recorded: dict[Hashable, _Recording] = {}
+        self._seen: Counter[Hashable] = Counter()
+
+    def __call__(self) -> Any:
+        """Take one step, and return what ``step`` returns."""
+        kind, run = self._kind(), self._run
+        if kind is None or self._seen[kind] < _WARM_UP:
+            self._seen[kind] += 1
+            return self._take_as_usual()
+        if kind in self._recorded:
+            self._refuse_other_options(self._recorded[kind])
+        self._state.put_back()
+        self._scheduled.prepare()
+        if kind in self._recorded:
+            run.steps += 1
+        else:  # recording counts its step
+            self._recorded[kind] = self._record()
+        recording = self._recorded[kind]
+        recording.replay()
+        if recording.can_skip:
+            run.count_later(self._scheduled.read_steps)
+        for p, gradient in recording.gradients:
+            p.grad = gradient
+        warn_of_long_run(run)
+        return recording.result
+
+    def _kind(self) -> Hashable:
+        """Return what steps with the same graph share; None for a step that runs as usual."""
+        run = self._run
+        sparse = run.sparse()
+        if run.due(sparse) or (run.method.measures_steps and is_measured(run.steps)):
+            return None
+        return run.plan, run.perturbed is not None, tuple(map(id, run.trainable()))
+
+    def _take_as_usual(self) -> Any:
+        before = self._run.steps
+        with self._graphs.beside():
+            result = self._function()
+        self._check_count(before, least=0)  # a gradient scaler may skip the step
+        return result
+
+    def _record(self) -> _Recording:
+        run, before = self._run, self._run.steps
+        for p in run.trainable():
+            p.grad = None  # the graph allocates its own
+        run.scheduled = self._scheduled
+
+        def whole() -> Any:
+            self._scheduled.look_up()
+            result = self._function()
+            self._state.put_back()
+            self._scheduled.count()
+            return result
+
+        try:
+            replay, result = self._graphs.record(whole)
+        finally:
+            run.scheduled = None
+            can_skip = self._scheduled.end()
+        self._check_count(before, least=1)
+        gradients = [(p, p.grad) for p in run.trainable()]
+        return _Recording(replay, result, gradients, _numbers(run), can_skip)
+
+    def _check_count(self, before: int, least: int) -> None:
+        taken = self._run.steps - before
+        if not least <= taken <= 1:
+            raise ValueError(
+                f"step must take one step of the optimizer in each call, got {taken} steps"
+            )
+
+    def _refuse_other_options(self, recording: _Recording) -> None:
+        for (name, old), (_, new) in zip(recording.numbers, _numbers(self._run), strict=True):
+            if old != new:
+                raise ValueError(
+                    f"{name} of a param group must stay {old!r}, which the CUDA graph holds, got "
+                    f"{new!r}: hold an option that changes in a tensor, or make a new CapturedStep"
+                )
+
+
+class _Recording(NamedTuple):
+    """A graph, and what `CapturedStep` needs to replay it.
+
+    Attributes
+    ----------
+    replay : callable
+    result : object
+        What the recorded step returned.
+    gradients : list of (parameter, tensor or None)
+        The gradients that a replay leaves, so that a user can read them.
+    numbers : list of (str, object)
+        The options of the param groups that are constants of the graph.
+    can_skip : bool
+        Whether a gradient scaler skips the step where there is overflow.
+    """
+
+    replay: Callable[[], None]
+    result: Any
+    gradients: list[tuple[Tensor, Tensor | None]]
+    numbers: list[tuple[str, Any]]
+    can_skip: bool
+
+
+class Graphs:
+    """Record and replay CUDA graphs on a stream of their own, with one pool of memory.
+
+    The graphs share the pool, because no two of them run at once and none reads what another left
+    in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run on the stream that records, so that what is created there belongs to it."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record the kernels of a function, which do not run; return a replay and its result."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = function()
+        return graph.replay, result
+
+
+class _StateInPlace:
+    """Keep the tensors of the state at the addresses that the graphs know.
+
+    A step may put a new tensor in the place of another, and loading a state does so for all of
+    them and for the options of the param groups. The values are copied to the old tensor.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._held: dict[Hashable, Tensor] = {}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Copy new tensors to the places of those that were first seen."""
+        run = self._run
+        for part in (run.state, run.base.state, dict(enumerate(run.groups))):
+            for owner, entries in part.items():
+                for key, value in entries.items():
+                    if torch.is_tensor(value):
+                        entries[key] = self._placed((part is run.state, owner, key), value)
+
+    def _placed(self, place: Hashable, value: Tensor) -> Tensor:
+        held = self._held.setdefault(place, value)
+        if held is not value:
+            held.copy_(value)
+        return held
+
+
+def _refuse_unfit(run: Run, optimizer: SparseOptimizer) -> None:
+    """Raise unless the parameters can be those of a graph."""
+    params = run.trainable()
+    devices = sorted({str(p.device) for p in params})
+    if run.sharded or len(devices) > 1 or any(map(on_host, params)):
+        kind = "sharded parameters" if run.sharded else f"parameters on {', '.join(devices)}"
+        raise ValueError(f"optimizer must hold plain parameters on one CUDA device, got {kind}")
+    if any(evaluation.point.is_projected for evaluation in run.plan.evaluations):
+        raise ValueError(
+            "method must not take gradients at a projected point, because the host waits for each "
+            f"projection, got {run.method!r}"
+        )
+    if optimizer._phases.replay_rng:
+        raise ValueError(
+            "replay_rng of the optimizer must be False, because a CUDA graph cannot set the "
+            "states of random number generators, got True"
+        )
+
+
+def _numbers(run: Run) -> list[tuple[str, Any]]:
+    """Return the options of the param groups that a graph holds as constants."""
+    return [
+        (name, _plain(value))
+        for group in run.groups
+        for name, value in group.items()
+        if name != "params" and _plain(value) is not None
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(_plain, value))
+    is_constant = isinstance(value, bool | int | float | str) or callable(value)  # a schedule
+    return value if is_constant else None
