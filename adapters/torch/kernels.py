@@ -193,7 +193,7 @@ def pull_(params: Sequence[Tensor], split: SplitState, penalty: float | Tensor) 
         _add_multiple_(wide, gaps, factor)
         rounded = [(x, moved) for x, moved in zip(params[i], wide, strict=True) if moved is not x]
         if rounded:
-            torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
+            torch._foreach_copy_([x for x, _ in rounded], [moved for _, moved in rounded])
 
 
 def _without_small(fn: Callable[..., Tensor], *lists: list[Tensor]) -> Sequence[list[Tensor]]:

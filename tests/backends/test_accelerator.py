@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from array_backends import BFLOAT16, Backend, assert_same, forget_programs, projector
 from kernel_calls import KernelCalls, on_an_accelerator  # noqa: F401
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import safe_core
 import safe_core.backends.jax as jax_backend
@@ -33,6 +37,7 @@ from safe_core.patterns import FractionPattern, Units
 
 pytestmark = pytest.mark.usefixtures("on_an_accelerator")
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SHAPES = ((8, 32), (), (4, 64), (0, 3), (5,), (16, 4, 3))
 
 
@@ -462,3 +467,75 @@ def test_the_memory_of_a_step_is_a_copy_and_some_groups(
             layers.step()
         if not is_due:
             assert counted.peak <= held + 12 * 4 * group
+
+
+# Launches that CUDA splits, and what a profiler sees
+
+
+class MinimalSAM:
+    """The shortest SAM by foreach kernels, which restores x by a subtraction."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers, self.base = layers, layers.optimizer.base
+
+    @torch.no_grad()
+    def step(self) -> None:
+        params = self.layers.params
+        self.layers.backward()
+        gradients = [p.grad for p in params]
+        length = torch.stack(torch._foreach_norm(gradients)).norm()
+        moves = torch._foreach_mul(gradients, 0.05 / length)
+        torch._foreach_add_(params, moves)
+        self.layers.backward()
+        torch._foreach_sub_(params, moves)
+        self.base.step()
+
+
+@pytest.mark.parametrize("name", ["penalty", "decoupled", "gradual", "adaptive"])
+def test_launches_stay_near_those_of_a_minimal_sam(name: str) -> None:
+    layers = Layers(METHODS[name], 81)  # about as many tensors as ResNet-50 has
+    minimal = MinimalSAM(layers)
+    for step in (layers.step, minimal.step):
+        step()
+    with KernelCalls() as wanted:
+        minimal.step()
+    for _ in range(5):
+        is_due = layers.is_due
+        with KernelCalls() as calls:
+            layers.step()
+        if not is_due:
+            assert calls.total < calls.launches < 3 * wanted.launches
+
+
+VIEWS = {"detach", "narrow", "reshape", "slice", "split", "split_with_sizes", "unsqueeze", "view"}
+
+
+def profiled(function: Callable[[], Any], device: str) -> tuple[int, int]:
+    """Return the number of kernels, and of copies to the host, that a profiler sees.
+
+    On the CPU, operations stand for kernels.
+    """
+    kinds = [ProfilerActivity.CUDA] * (device == "cuda") + [ProfilerActivity.CPU]
+    with profile(activities=kinds) as seen:
+        function()
+    events = seen.events()
+    copies = sum("DtoH" in event.name or event.name == "aten::item" for event in events)
+    if device == "cuda":
+        found = [event for event in events if event.device_type == DeviceType.CUDA]
+        return sum(not event.name.startswith("Mem") for event in found), copies
+    own = [event for event in events if event.name.startswith("aten::")]
+    outer = [e for e in own if not (e.cpu_parent and e.cpu_parent.name.startswith("aten::"))]
+    return sum(e.name.removeprefix("aten::") not in VIEWS for e in outer), copies
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_a_profiler_sees_as_many_kernels_for_many_tensors(device: str) -> None:
+    found = []
+    for tensors in (100, 1000):
+        arrays = [torch.from_numpy(x).to(device) for x in drawn(*[(20, 24)] * tensors)]
+        project(arrays, 0.9)  # the first call loads kernels
+        found.append(profiled(partial(project, arrays, 0.9), device))
+    (few, _), (many, copies) = found
+    # CUDA splits an operation on many tensors. Whether the bracket is open costs an operation.
+    assert many < 3 * few if device == "cuda" else abs(many - few) <= 1
+    assert copies <= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ __all__ = ["NO_KERNEL", "KernelCalls", "on_an_accelerator"]
 
 # They only make or describe memory.
 NO_KERNEL = ("empty", "detach", "alias", "_unsafe_view", "_reshape_alias", "is_same_size")
+NO_KERNEL += ("_record_function",)  # only marks a range for profilers
 
 
 @pytest.fixture
@@ -29,28 +31,51 @@ def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
+# A foreach kernel of CUDA takes this many tensors at most, by the number of lists. Their addresses
+# must fit into its arguments. A concatenation takes up to 128.
+_FOREACH_LIMITS = (110, 64, 48, 36)
+_JOINED_LIMIT = 128
+
+
+def _launches(name: str, args: Any, result: Any) -> int:
+    """Return how often CUDA starts a kernel for an operation, split by its limits."""
+    lists = [found for found in (*args, result) if _is_list_of_tensors(found)]
+    if name == "cat":
+        return math.ceil(len(lists[0]) / _JOINED_LIMIT)
+    if not (name.startswith("_foreach") and lists):
+        return _kernels(name, args)
+    limit = _FOREACH_LIMITS[min(len(lists), len(_FOREACH_LIMITS)) - 1]
+    return max(_kernels(name, args), math.ceil(len(lists[0]) / limit))
+
+
+def _is_list_of_tensors(found: Any) -> bool:
+    return isinstance(found, list | tuple) and len(found) > 0 and isinstance(found[0], Tensor)
+
+
 def _kernels(name: str, args: Any) -> int:
     """Return the number of kernels of an operation."""
-    lists = [found for found in args if isinstance(found, list | tuple) and len(found)]
-    lists = [found for found in lists if isinstance(found[0], Tensor)]
+    lists = [found for found in args if _is_list_of_tensors(found)]
     dtypes = {x.dtype for found in lists for x in found}
     apart = name.startswith("_foreach") and "copy" not in name and len(dtypes) > 1
     return len(lists[0]) if apart else 1
 
 
 class KernelCalls(TorchDispatchMode):
-    """Count operations that compute, and reads by the host.
+    """Count operations that compute, launches of kernels, and reads by the host.
 
     An operation on lists counts once. It counts once for every tensor where the dtypes of the lists
     differ, because CUDA has no foreach kernel for them, except for copying.
 
     The host reads values by `Tensor.item`, `tolist` or `cpu`, and a number of entries where a mask
     selects them. A tensor of the host itself counts, too.
+
+    `launches` counts an operation on lists as often as CUDA splits it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.launches = 0
         self.reads = 0
 
     @property
@@ -81,6 +106,8 @@ class KernelCalls(TorchDispatchMode):
         indices = args[1] if name in ("index", "index_put_") else ()
         by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
         self.reads += by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        result = func(*args, **(kwargs or {}))
         if not (func.is_view or name.startswith(NO_KERNEL)):
             self.counts[name] += _kernels(name, args)
-        return func(*args, **(kwargs or {}))
+            self.launches += _launches(name, args, result)
+        return result
