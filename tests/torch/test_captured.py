@@ -347,3 +347,13 @@ def test_graphs_of_a_gpu_train_as_steps_do(name: str, scaled: bool) -> None:
         return training.run(training.captured() if capture else training.step)
 
     assert_same(trained(True), trained(False), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long  # compiling takes most of it
+@recorded
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_compiled_steps_are_captured() -> None:
+    wanted, got = Training(METHODS["scheduled"]), Training(METHODS["scheduled"], compile=True)
+    wanted.run(wanted.step)
+    got.run(got.captured())
+    assert_same(got, wanted)
