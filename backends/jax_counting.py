@@ -32,6 +32,8 @@ __all__ = ["joins", "keep_largest", "keep_largest_per_row"]
 _UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 # Entries of arrays that are joined to one, 128 MB in float32.
 _CHUNK = 2**25
+# Entries of an array that is joined. Copying more takes longer than starting a kernel.
+_SMALL = 2**20
 # The most entries of a piece. Its counts, its row-major indices and the bounds of the search
 # that cuts ties then all fit uint32.
 _PIECE = 2**31 - 1
@@ -69,13 +71,13 @@ def joins(arrays: list[Array]) -> bool:
 def _chunks(scores: list[Array]) -> list[list[Array]]:
     """Return lists of neighbours with up to `_CHUNK` entries together; large arrays stay alone."""
     chunks: list[list[Array]] = []
-    size = 0
+    size = 0  # of the last list
     for x in scores:
-        if not chunks or size + x.size > _CHUNK:
+        if not chunks or x.size > _SMALL or size + x.size > _CHUNK:
             chunks.append([])
             size = 0
         chunks[-1].append(x)
-        size += x.size
+        size += _CHUNK if x.size > _SMALL else x.size  # nothing joins a large array
     return chunks
 
 

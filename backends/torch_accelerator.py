@@ -1,6 +1,7 @@
 """Work on an accelerator, where starting a kernel costs more than reading a small tensor.
 
-Small tensors are joined, so that many of them take as few kernels as one.
+Small tensors are joined, so that many of them take as few kernels as one. Large ones stay alone,
+because they keep the device busy, and joining them would copy them.
 
 To select, a sample brackets the threshold. The few percent of all entries inside the bracket
 are sorted, and two comparisons classify the others. The host waits for the device once, to learn
@@ -22,7 +23,7 @@ __all__ = ["elementwise", "is_small", "keep_largest", "on_host", "widened"]
 
 # Entries that are joined at most, and selected from at once, 128 MB in float32.
 _CHUNK = 2**25
-# Entries of a tensor that is joined to others for elementwise functions.
+# Entries of a tensor that is joined to others. Copying more takes longer than starting a kernel.
 _SMALL = 2**20
 # Entries of the sample that brackets the threshold.
 _SAMPLE = 2**17
@@ -111,9 +112,14 @@ def keep_largest(scores: Sequence[Tensor], *, k: int) -> list[Tensor] | None:
     # The level of an entry is 0 below the bracket, 1 in it and 2 above it.
     levels = torch.empty(n, dtype=torch.uint8, device=flat[0].device)
     chunks = _chunks(flat, levels)
+    # They are read twice, so joined chunks are kept if they fit into one together.
+    keeps = sum(level.numel() for parts, level in chunks if len(parts) > 1) <= _CHUNK
     sums = []
     for parts, level in chunks:
-        keys = ordering_key(_joined(parts))
+        joined = _joined(parts)
+        if keeps:
+            parts[:] = [joined]
+        keys = ordering_key(joined)
         torch.ge(keys, low, out=level.view(torch.bool))
         above = keys >= high
         sums += [level.sum(), above.sum()]
@@ -142,16 +148,21 @@ def keep_largest(scores: Sequence[Tensor], *, k: int) -> list[Tensor] | None:
 
 
 def _chunks(flat: Sequence[Tensor], levels: Tensor) -> list[tuple[list[Tensor], Tensor]]:
-    """Return parts of the vectors with up to `_CHUNK` entries together, and their levels."""
-    found: list[tuple[list[Tensor], int]] = []
+    """Return parts of the vectors with up to `_CHUNK` entries together, and their levels.
+
+    Neighbours are together if they are small.
+    """
+    found: list[list[Tensor]] = []
+    size = 0  # of the last list
     for x in flat:
         for part in torch.split(x, _CHUNK):
-            if not found or found[-1][1] + part.numel() > _CHUNK:
-                found.append(([], 0))
-            parts, size = found[-1]
-            found[-1] = ([*parts, part], size + part.numel())
-    own = torch.split(levels, [size for _, size in found])
-    return [(parts, level) for (parts, _), level in zip(found, own, strict=True)]
+            if not found or not is_small(part) or size + part.numel() > _CHUNK:
+                found.append([])
+                size = 0
+            found[-1].append(part)
+            size += part.numel() if is_small(part) else _CHUNK  # nothing joins a large tensor
+    own = torch.split(levels, [sum(x.numel() for x in parts) for parts in found])
+    return list(zip(found, own, strict=True))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

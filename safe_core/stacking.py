@@ -16,8 +16,9 @@ from .layout import Layout
 
 __all__ = ["alike", "apart", "stacked", "with_batch_axis", "without_batch_axis"]
 
-# Larger arrays keep an accelerator busy by themselves, and a stack is a copy.
-_SMALL = 2**18
+# Larger arrays keep an accelerator busy by themselves for the time that several kernels take to
+# start, and a stack is a copy.
+_SMALL = 2**22
 # Entries of a stack at most.
 _TOGETHER = 2**25
 

@@ -132,6 +132,14 @@ def test_arrays_that_are_alike_are_pruned_together(
     assert len(stacks) == 1
 
 
+@pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.9)], ids=str)
+def test_kernels_do_not_grow_with_the_number_of_tensors_of_a_layer(pattern: Any) -> None:
+    # Linear layers of 516 x 512 and larger are stacked, too.
+    few, many = (count_projection(n, pattern, False, shape=(516, 528)) for n in (2, 5))
+    assert abs(few.total - many.total) <= 1
+    assert many.reads == pattern.joint
+
+
 def test_stacks_do_not_grow_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacking, "_TOGETHER", 130)
     monkeypatch.setattr(stacking, "_SMALL", 100)
@@ -206,9 +214,11 @@ def test_stacks_do_not_change_which_of_equal_units_are_kept() -> None:
         assert [int(mask[:, 0].sum()) for mask in support] == [2, 3, 0]
 
 
-def count_projection(tensors: int, pattern: Any, weighted: bool) -> KernelCalls:
-    arrays = [torch.from_numpy(x) for x in drawn(*[(20, 24)] * tensors)]
-    importance = [torch.ones(1, 24) if weighted else None] * tensors
+def count_projection(
+    tensors: int, pattern: Any, weighted: bool, shape: tuple[int, int] = (20, 24)
+) -> KernelCalls:
+    arrays = [torch.from_numpy(x) for x in drawn(*[shape] * tensors)]
+    importance = [torch.ones(1, shape[1]) if weighted else None] * tensors
     layouts, names = [safe_core.Layout((1,), (0,))] * tensors, [str(i) for i in range(tensors)]
     with KernelCalls() as calls:
         projection.select(arrays, pattern, importance=importance, layouts=layouts, names=names)
@@ -239,6 +249,37 @@ def test_a_threshold_that_is_counted_is_read_a_few_times(monkeypatch: pytest.Mon
     # The check for NaN, the bracket, two digits of the threshold, the numbers of ties, and a digit
     # of an index. Each digit reads a histogram, and two numbers of it that lie on the host.
     assert reads == [1 + 1 + 2 * 3 + 1 + 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "small", "wanted"),
+    [([(80, 50)] * 200, 2**20, 66), ([(1000, 400)] * 2, 2**15, 48), ([(1000, 800)], 2**15, 48)],
+    ids=["small", "large", "one"],
+)
+def test_bytes_that_a_projection_moves(
+    monkeypatch: pytest.MonkeyPatch, shapes: Any, small: int, wanted: int
+) -> None:
+    monkeypatch.setattr(torch_accelerator, "_SMALL", small)
+    monkeypatch.setattr(torch_accelerator, "_SAMPLE", 2**13)
+    arrays = [torch.from_numpy(x) for x in drawn(*shapes)]
+    with KernelCalls() as calls:
+        project(arrays, 0.9)
+    assert calls.bytes <= wanted * sum(x.numel() for x in arrays)
+
+
+def test_the_memory_of_a_projection_is_its_result_and_some_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunk = 2**12
+    for name, size in (("_CHUNK", chunk), ("_SMALL", 2**10), ("_SAMPLE", 2**10)):
+        monkeypatch.setattr(torch_accelerator, name, size)
+    for n in (20, 60):
+        arrays = [torch.from_numpy(x) for x in drawn(*[(30, 30)] * n, *[(100, 60)] * n)]
+        with TensorBytes(arrays) as counted:
+            project(arrays, 0.9)
+        entries = sum(x.numel() for x in arrays)
+        result = entries * (4 + 1)  # the values and the support
+        assert counted.peak <= result + entries + 12 * 4 * chunk  # with a level for each entry
 
 
 def test_large_tensors_are_not_copied_to_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,7 @@ def test_arrays_that_are_joined_give_the_same(
 ) -> None:
     monkeypatch.setattr(jax_counting, "_CHUNK", chunk)
     monkeypatch.setattr(jax_counting, "joins", lambda arrays: True)
+    monkeypatch.setattr(jax_counting, "_digit_bits", lambda: 4)  # as on an accelerator
     forget_programs()  # JAX would reuse programs that do not join
     chunked, chunks = jax_counting._chunks, []
     monkeypatch.setattr(
@@ -162,6 +163,15 @@ def test_arrays_that_are_joined_give_the_same(
     got = Backend.JAX.run(projector(Unstructured(sparsity)), arrays)
     assert_same(got.support, reference.select(arrays, Unstructured(sparsity)))
     assert [len(found) for found in chunks] == [{2**25: 1, 40: 2, 7: 4}[chunk]]
+
+
+def test_large_arrays_are_not_copied_to_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_counting, "_SMALL", 6)
+    monkeypatch.setattr(jax_counting, "_CHUNK", 10)
+    arrays = [jnp.ones(size) for size in (7, 3, 6, 2, 0, 8, 9, 1, 0, 20, 5)]
+    chunks = [[x.size for x in chunk] for chunk in jax_counting._chunks(arrays)]
+    assert chunks == [[7], [3, 6], [2, 0], [8], [9], [1, 0], [20], [5]]
+    assert jax_counting._chunks([]) == []
 
 
 def test_arrays_of_an_explicit_mesh_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:

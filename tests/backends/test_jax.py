@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from array_backends import Backend, assert_same, projector
+from array_backends import Backend, assert_same, forget_programs, projector
 
 import safe_core
 import safe_core.backends.jax_counting as jax_counting
@@ -253,18 +253,23 @@ MOVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
+def collectives(program: str) -> list[str]:
+    """The lines of an HLO program that move data between devices."""
+    lines = program.splitlines()
+    return [line for line in lines if any(f"{m}(" in line or f"{m}-start(" in line for m in MOVES)]
+
+
 def moved_bytes(program: str) -> int:
     """The size of what collectives and host transfers of an HLO program return."""
     assert "infeed" not in program
     assert "outfeed" not in program
     assert 'custom-call-target="xla_ffi_python' not in program
     total = 0
-    for line in program.splitlines():
-        if any(f"{name}(" in line or f"{name}-start(" in line for name in MOVES):
-            result = line.partition(" = ")[2]
-            result = result[: min(result.index(f"{name}") for name in MOVES if name in result)]
-            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
-                total += WIDTHS[kind] * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    for line in collectives(program):
+        result = line.partition(" = ")[2]
+        result = result[: min(result.index(f"{name}") for name in MOVES if name in result)]
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            total += WIDTHS[kind] * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
     return total
 
 
@@ -278,3 +283,33 @@ def test_what_a_sharded_projection_moves_does_not_grow_and_the_host_refuses_shar
     moved = [moved_bytes(program) for program in programs]
     assert len(moved) == 2
     assert 0 < moved[0] == moved[1] < 16_384, moved
+    # Three counts for each of two arrays, in the search of the threshold and in that of ties. A
+    # GPU combines them.
+    assert [len(collectives(program)) for program in programs] == [12, 12]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_each_stage_of_a_selection_is_exact_in_float64(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    monkeypatch.setattr(jax_counting, "_digit_bits", lambda: bits)
+    forget_programs()  # JAX would reuse programs with other digits
+    x = 1 + np.arange(200)[::-1] * 2.0**-52  # neighbours, which float32 cannot tell apart
+    x[::3] *= -1
+    weighted = np.asarray(jax.jit(lambda x, p: jnp.sqrt(p) * jnp.abs(x))(x, np.ones(200)))
+    np.testing.assert_array_equal(weighted, np.abs(x), err_msg="scores")
+    keys = np.asarray(jax.jit(jax_counting._unsigned_key)(x))
+    np.testing.assert_array_equal(keys, np.abs(x).view(np.uint64), err_msg="keys")
+
+    @jax.jit
+    def counted(keys: Any) -> Any:
+        return jnp.stack(jax_counting._reduced([keys >= t for t in (keys[0], keys[99], keys[199])]))
+
+    np.testing.assert_array_equal(counted(keys), [1, 100, 200], err_msg="counts")
+    for k in (1, 77, 200):
+        (mask,) = jax_counting.keep_largest([jnp.asarray(x)], counts=(k,), stage=0)
+        np.testing.assert_array_equal(mask, np.arange(200) < k, err_msg=f"mask of {k}")
+        rows = jnp.asarray(np.stack([x, x[::-1]]))
+        mask = jax_counting.keep_largest_per_row(rows, counts=(k,), stage=0)
+        wanted = np.stack([np.arange(200) < k, np.arange(200) >= 200 - k])
+        np.testing.assert_array_equal(mask, wanted, err_msg=f"mask of {k} in each row")

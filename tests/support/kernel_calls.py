@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safe_core.adapters.torch import captured, kernels, run
 from safe_core.backends import torch_accelerator
@@ -69,13 +70,15 @@ class KernelCalls(TorchDispatchMode):
     The host reads values by `Tensor.item`, `tolist` or `cpu`, and a number of entries where a mask
     selects them. A tensor of the host itself counts, too.
 
-    `launches` counts an operation on lists as often as CUDA splits it.
+    `launches` counts an operation on lists as often as CUDA splits it. `bytes` adds up the sizes of
+    all tensors that an operation takes and returns.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.launches = 0
+        self.bytes = 0
         self.reads = 0
 
     @property
@@ -110,4 +113,6 @@ class KernelCalls(TorchDispatchMode):
         if not (func.is_view or name.startswith(NO_KERNEL)):
             self.counts[name] += _kernels(name, args)
             self.launches += _launches(name, args, result)
+            touched = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.nbytes for x in {id(x): x for x in touched}.values())
         return result
