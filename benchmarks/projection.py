@@ -81,17 +81,51 @@ def scaling(*, sizes: list[int], repeats: int) -> list[Result]:
     return results
 
 
-def reading(*, size: int, repeats: int) -> list[Result]:
-    """Time the selection against reading the scores four times, on an accelerator."""
-    if not torch.cuda.is_available():
-        return []
-    tensors = [torch.randn(size // 100, device="cuda") for _ in range(100)]
+def reading(*, sizes: list[int], repeats: int) -> list[Result]:
+    """Time projections against reading and writing the arrays once, and against sorts.
+
+    All run on the device of each library, of which the first of PyTorch is CUDA if there is one.
+    Sizes for which the memory of the device is too small are left out. JAX has cases of its own,
+    because its arrays lie beside those of PyTorch.
+    """
+    results = []
+    for size in sizes:
+        kept = size // 100 * 100 // 20
+        try:
+            tensors = [torch.randn(size // 100, device=_device()) for _ in range(100)]
+            case = f"projection of {size:,} float32 in 100 tensors where they lie, PyTorch"
+            results += interleaved(
+                case,
+                {
+                    "reading and writing once": lambda x=tensors: [t + 1 for t in x],
+                    "safe_core": lambda x=tensors: project(x, SPARSITY).values,
+                    "torch.sort threshold": lambda x=tensors, k=kept: peers.by_sort(x, k),
+                    "torch.topk threshold": lambda x=tensors, k=kept: peers.by_topk(x, k),
+                },
+                repeats=repeats,
+                budgets={"safe_core": 4.0} if size >= 10**7 else None,
+            )
+            del tensors
+            arrays = [jnp.asarray(x) for x in _arrays(size)]
+            results += _reading_jax(arrays, size, kept, repeats)
+        except (torch.OutOfMemoryError, jax.errors.JaxRuntimeError) as error:
+            print(f"left out {size:,} entries: {str(error).splitlines()[0]}", flush=True)
+    return results
+
+
+def _reading_jax(arrays: list[Any], size: int, kept: int, repeats: int) -> list[Result]:
+    once = jax.jit(lambda xs: [x + 1 for x in xs])
+    ours = jax.jit(lambda xs: project(xs, SPARSITY).values)
+    by_sort = jax.jit(partial(peers.by_sort_jax, kept=kept))
+    by_top_k = jax.jit(partial(peers.by_top_k_jax, kept=kept))
     return interleaved(
-        f"selection among {size:,} float32 on the accelerator",
+        f"projection of {size:,} float32 in 100 arrays where they lie, JAX",
         {
-            "reading four times": lambda: [x.sum() for _ in range(4) for x in tensors],
-            "safe_core, PyTorch": lambda: project(tensors, SPARSITY).support,
+            "reading and writing once": lambda: once(arrays),
+            "safe_core": lambda: ours(arrays),
+            "jnp.sort threshold": lambda: by_sort(arrays),
+            "jax.lax.top_k threshold": lambda: by_top_k(arrays),
         },
         repeats=repeats,
-        budgets={"safe_core, PyTorch": 2.0},
+        budgets={"safe_core": 4.0} if size >= 10**7 else None,
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import torch
 
 from .timing import Result
@@ -33,6 +34,7 @@ def machine() -> dict[str, str]:
         "SIMD": ", ".join(simd) or "unknown",
         "cores": f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "JAX runs on": jax.devices()[0].device_kind,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "libraries": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,19 @@ def check_real_floating(xp: Any, x: Any, name: str) -> None:
     widths.
     """
     _check_readable(xp, x, name)
-    if not xp.isdtype(x.dtype, "real floating"):
+    if not _is_real_floating(xp, x.dtype):
         raise TypeError(f"{name} must be real floating, got dtype {x.dtype}")
     _check_width(xp, x, name)
+
+
+@lru_cache(maxsize=64)  # asked for every array, and slow in some libraries
+def _is_real_floating(xp: Any, dtype: Any) -> bool:
+    return bool(xp.isdtype(dtype, "real floating"))
+
+
+@lru_cache(maxsize=64)
+def _bits(xp: Any, dtype: Any) -> int:
+    return int(xp.finfo(dtype).bits)
 
 
 def check_real(xp: Any, x: Any, name: str) -> None:
@@ -86,7 +97,7 @@ def _check_readable(xp: Any, x: Any, name: str) -> None:
 
 
 def _check_width(xp: Any, x: Any, name: str) -> None:
-    if xp.finfo(x.dtype).bits not in (16, 32, 64):
+    if _bits(xp, x.dtype) not in (16, 32, 64):
         raise TypeError(f"{name} must be of 16, 32 or 64 bits, got dtype {x.dtype}")
 
 

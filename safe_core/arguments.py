@@ -43,14 +43,17 @@ class Arguments(NamedTuple):
 def read_arguments(arrays: Any, importance: Any, layout: Any) -> Arguments:
     """Check the arguments of `project` and give importance the axes of its array."""
     listed, names, rebuild = _listed(arrays)
+    first = None
     for x, name in zip(listed, names, strict=True):
         if not is_array_api_obj(x):
             raise TypeError(f"{name} must be an array, got {type(x)!r}")
-        if array_namespace(x) is not array_namespace(listed[0]):
+        xp = array_namespace(x)
+        first = xp if first is None else first
+        if xp is not first:
             raise TypeError(
                 f"arrays must be of one library, got {type(listed[0])!r} and {type(x)!r}"
             )
-        check_real_floating(array_namespace(x), x, name)
+        check_real_floating(xp, x, name)
     layouts = [
         default_layout(x.ndim) if given is None else given
         for x, given in zip(listed, _matched("layout", layout, arrays, names), strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -87,21 +88,28 @@ def default_layout(ndim: int) -> Layout | None:
 
 def resolve(layout: Layout, ndim: int, name: str) -> Layout:
     """Return ``layout`` with non-negative axes, checked against an array of ``ndim`` axes."""
+    found, rule = _resolved(layout, ndim)
+    if found is None:
+        raise ValueError(rule.format(name=name))
+    return found
 
-    def resolved(role: str) -> tuple[int, ...]:
+
+@lru_cache(maxsize=1024)  # a model has many arrays and few layouts
+def _resolved(layout: Layout, ndim: int) -> tuple[Layout | None, str]:
+    """Return ``layout`` with non-negative axes; or None, and the message of the error."""
+    roles: list[tuple[int, ...]] = []
+    for role in ("input_axes", "output_axes", "batch_axes"):
         axes = getattr(layout, role)
         if any(not -ndim <= axis < ndim for axis in axes):
-            raise ValueError(f"{role} of {name} must lie in an array of {ndim} axes, got {axes!r}")
-        positive = tuple(axis % ndim for axis in axes)
+            return None, f"{role} of {{name}} must lie in an array of {ndim} axes, got {axes!r}"
+        roles.append(tuple(axis % ndim for axis in axes))
         # Reshapes merge the axes of a role, and a reshape follows the storage order.
-        if list(positive) != sorted(positive):
-            raise ValueError(f"{role} of {name} must be in storage order, got {axes!r}")
-        return positive
-
-    roles = resolved("input_axes"), resolved("output_axes"), resolved("batch_axes")
+        if list(roles[-1]) != sorted(roles[-1]):
+            return None, f"{role} of {{name}} must be in storage order, got {axes!r}"
     if len(set(sum(roles, ()))) != sum(map(len, roles)):
-        raise ValueError(f"layout of {name} must name each of {ndim} axes once, got {layout!r}")
-    return Layout(*roles)
+        rule = f"layout of {{name}} must name each of {ndim} axes once, got {layout!r}"
+        return None, rule
+    return Layout(*roles), ""
 
 
 def merge(shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> tuple[tuple[int, ...], int]:
