@@ -49,6 +49,19 @@ def _launches(name: str, args: Any, result: Any) -> int:
     return max(_kernels(name, args), math.ceil(len(lists[0]) / limit))
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _read_and_written(func: Any, args: Any) -> list[Tensor]:
+    """Return the tensors that an operation changes in place, unless it only writes them."""
+    if "copy" in func.overloadpacket.__name__ or "fill" in func.overloadpacket.__name__:
+        return []
+    pairs = zip(args, func._schema.arguments, strict=False)
+    changed = [arg for arg, spec in pairs if spec.alias_info and spec.alias_info.is_write]
+    return _tensors(changed)
+
+
 def _is_list_of_tensors(found: Any) -> bool:
     return isinstance(found, list | tuple) and len(found) > 0 and isinstance(found[0], Tensor)
 
@@ -71,7 +84,7 @@ class KernelCalls(TorchDispatchMode):
     selects them. A tensor of the host itself counts, too.
 
     `launches` counts an operation on lists as often as CUDA splits it. `bytes` adds up the sizes of
-    all tensors that an operation takes and returns.
+    all tensors that an operation reads and writes.
     """
 
     def __init__(self) -> None:
@@ -113,6 +126,7 @@ class KernelCalls(TorchDispatchMode):
         if not (func.is_view or name.startswith(NO_KERNEL)):
             self.counts[name] += _kernels(name, args)
             self.launches += _launches(name, args, result)
-            touched = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.bytes += sum(x.nbytes for x in {id(x): x for x in touched}.values())
+            touched = {id(x): x for x in _tensors((args, kwargs, result))}
+            self.bytes += sum(x.nbytes for x in touched.values())
+            self.bytes += sum(x.nbytes for x in _read_and_written(func, args))
         return result
