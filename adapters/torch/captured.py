@@ -13,6 +13,7 @@ from torch import Tensor
 from safe_core.backends.torch_accelerator import on_host
 from safe_core.motion import is_measured
 
+from .after_finalize import warn_of_moved_zeros
 from .optimizer import SparseOptimizer
 from .run import Run
 from .scheduled import Scheduled
@@ -109,6 +110,7 @@ class CapturedStep:
         else:  # recording counts its step
             self._recorded[kind] = self._record()
         recording = self._recorded[kind]
+        warn_of_moved_zeros(run)
         recording.replay()
         if recording.can_skip:
             run.count_later(self._scheduled.read_steps)
@@ -121,7 +123,8 @@ class CapturedStep:
         """Return what steps with the same graph share; None for a step that runs as usual."""
         run = self._run
         sparse = run.sparse()
-        if run.due(sparse) or (run.method.measures_steps and is_measured(run.steps)):
+        updates = not run.frozen and run.due(sparse)
+        if updates or (run.method.measures_steps and is_measured(run.steps)):
             return None
         return run.plan, run.perturbed is not None, tuple(map(id, run.trainable()))
 
@@ -147,10 +150,15 @@ class CapturedStep:
 
         try:
             replay, result = self._graphs.record(whole)
+            self._check_count(before, least=1)
+        except BaseException:
+            # Nothing of the step has run: its new tensors hold no values.
+            self._state.put_back(discard=True)
+            run.steps = before
+            raise
         finally:
             run.scheduled = None
             can_skip = self._scheduled.end()
-        self._check_count(before, least=1)
         gradients = [(p, p.grad) for p in run.trainable()]
         return _Recording(replay, result, gradients, _numbers(run), can_skip)
 
@@ -219,7 +227,9 @@ class Graphs:
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Record the kernels of a function, which do not run; return a replay and its result."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Threads of the user, such as those that pin memory of batches, may go on meanwhile.
+        own = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self._pool, **own):
             result = function()
         return graph.replay, result
 
@@ -236,20 +246,17 @@ class _StateInPlace:
         self._held: dict[Hashable, Tensor] = {}
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Copy new tensors to the places of those that were first seen."""
+    def put_back(self, *, discard: bool = False) -> None:
+        """Copy new tensors to the places of those that were first seen, or discard them."""
         run = self._run
         for part in (run.state, run.base.state, dict(enumerate(run.groups))):
             for owner, entries in part.items():
                 for key, value in entries.items():
                     if torch.is_tensor(value):
-                        entries[key] = self._placed((part is run.state, owner, key), value)
-
-    def _placed(self, place: Hashable, value: Tensor) -> Tensor:
-        held = self._held.setdefault(place, value)
-        if held is not value:
-            held.copy_(value)
-        return held
+                        held = self._held.setdefault((part is run.state, owner, key), value)
+                        if held is not value and not discard:
+                            held.copy_(value)
+                        entries[key] = held
 
 
 def _refuse_unfit(run: Run, optimizer: SparseOptimizer) -> None:
@@ -284,5 +291,7 @@ def _numbers(run: Run) -> list[tuple[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(map(_plain, value))
+    if torch.is_tensor(value):  # a graph reads its memory only if it lies on the device
+        return value.tolist() if on_host(value) else None
     is_constant = isinstance(value, bool | int | float | str) or callable(value)  # a schedule
     return value if is_constant else None

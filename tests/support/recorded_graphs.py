@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ class _Recorder(KernelCalls):
     """Record operations without lasting effect, and refuse reads by the host.
 
     A CUDA graph does not run what it records. These operations run, because the code needs tensors,
-    so the memory that they change is restored on exit.
+    so the memory that they change is restored on exit, and their results become NaN.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,11 @@ class _Recorder(KernelCalls):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        with torch.no_grad():
+            for *_, result in self._operations:
+                for x in _tensors(result):
+                    if x.is_floating_point() and x.untyped_storage().data_ptr() in self._own:
+                        x.detach().fill_(math.nan)
         for whole, values in self._before.values():
             whole.copy_(values)
 

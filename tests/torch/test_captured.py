@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import safe_core
 from safe_core import NM, Block, schedules
 from safe_core.adapters.torch import CapturedStep, SparseOptimizer
+from safe_core.adapters.torch import captured as graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*penalty:UserWarning")
 recorded = pytest.mark.usefixtures("recorded_graphs")
@@ -357,3 +358,51 @@ def test_compiled_steps_are_captured() -> None:
     wanted.run(wanted.step)
     got.run(got.captured())
     assert_same(got, wanted)
+
+
+@recorded
+@pytest.mark.parametrize("name", ["rescaled", "reuse"])  # they put new tensors into the state
+def test_a_recording_that_fails_changes_nothing(name: str) -> None:
+    training, fails = Training(METHODS[name]), False
+
+    def step() -> Tensor:
+        loss = training.step()
+        if fails:
+            raise RuntimeError("out of memory")
+        return loss
+
+    captured = CapturedStep(training.optimizer, step)
+    training.run(captured, range(20))
+    other = Training(METHODS[name])
+    other.run(other.step, range(20))
+    captured._recorded.clear()  # record anew
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        training.run(captured, range(20, 21))
+    assert_same(training, other)
+    fails = False
+    training.run(captured, range(20, STEPS))
+    other.run(other.step, range(20, STEPS))
+    assert_same(training, other)
+
+
+@recorded
+def test_replays_after_finalize_warn_of_lost_zeros() -> None:
+    training = Training(METHODS["constant"])
+    captured = training.captured()
+    training.run(captured, range(10))
+    training.optimizer.finalize()
+    with pytest.warns(safe_core.FinalizeWarning, match="moves the zeros"):
+        training.run(captured, range(10, 11))
+
+
+@recorded
+def test_a_tensor_of_the_host_is_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The learning rate alone lies on the host.
+    monkeypatch.setattr(graphs, "on_host", lambda x: x.ndim == 0)
+    training = Training(METHODS["constant"], adam)
+    captured = training.captured()
+    training.run(captured, range(8))
+    training.optimizer.param_groups[0]["lr"].fill_(0.5)
+    with pytest.raises(ValueError, match=r"lr of a param group must stay 0\.0\d+.*got 0\.5"):
+        training.run(captured, range(8, 9))
