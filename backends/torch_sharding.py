@@ -35,10 +35,14 @@ __all__ = [
 ]
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_sharded(x: Any) -> bool:
     """Return whether ``x`` is a `torch.distributed.tensor.DTensor`."""
-    # By attribute, so that programs on one process never import torch.distributed.tensor.
-    return hasattr(x, "device_mesh")
+    # By attribute, so that programs on one process never import torch.distributed.tensor. Asked of
+    # a plain tensor, it would raise and catch an error, and a step asks a thousand times.
+    return type(x) not in _PLAIN and hasattr(x, "device_mesh")
 
 
 def whole(x: Any) -> Tensor:

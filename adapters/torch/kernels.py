@@ -283,7 +283,10 @@ def move_traced_(
 def _written_out(vectors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
     """Return e on an accelerator; e is zero if the direction is not usable."""
     factor = direction.factor
-    steps = torch._foreach_mul([v.to(factor.dtype) for v in widened(vectors)], factor)
+    wide = widened(vectors)
+    if any(v.dtype != factor.dtype for v in wide):
+        wide = [v.to(factor.dtype) for v in wide]
+    steps = torch._foreach_mul(wide, factor)
     # NaN * 0 is NaN, but the bits of NaN, read as an integer, times 0 are 0. This needs no
     # branch on a value that the host would have to read.
     bits = [step.view(_INTEGER[step.element_size()]) for step in steps]
@@ -378,6 +381,8 @@ def _widened(x: Tensor) -> Tensor:
 
 def _cut(*lists: Sequence[Tensor]) -> Sequence[list[Tensor]]:
     """Cut large tensors into views of the size of a group, alike in every list."""
+    if all(x.numel() <= _group_size(x) for x in lists[0]):
+        return [list(tensors) for tensors in lists]
     cut: list[list[Tensor]] = [[] for _ in lists]
     for tensors in zip(*lists, strict=True):
         pieces: Sequence[Sequence[Tensor]] = [[x] for x in tensors]
