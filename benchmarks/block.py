@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 import safe_core
 from safe_core.adapters.torch import SparseOptimizer
 
+from .devices import torch_device
 from .peers import MinimalSAM, TwoArrayADMM
 from .steps import give
 from .timing import Result, interleaved
@@ -78,7 +79,7 @@ def block_step(*, hidden: int, tokens: int, repeats: int) -> list[Result]:
 
 def _block(hidden: int, tokens: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Return a block and a closure that computes its reconstruction error."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 43 // 16,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ __all__ = [
     "by_kthvalue",
     "by_sort",
     "by_sort_jax",
-    "by_top_k_jax",
     "by_topk",
 ]
 
@@ -47,13 +45,6 @@ def by_sort_jax(arrays: list[Any], kept: int) -> list[Any]:
     """Project as published, in JAX."""
     flat = jnp.concatenate([jnp.abs(x).reshape(-1) for x in arrays])
     threshold = jnp.sort(flat)[flat.size - kept]
-    return [x * (jnp.abs(x) >= threshold) for x in arrays]
-
-
-def by_top_k_jax(arrays: list[Any], kept: int) -> list[Any]:
-    """Project with `jax.lax.top_k` instead of a sort."""
-    flat = jnp.concatenate([jnp.abs(x).reshape(-1) for x in arrays])
-    threshold = jax.lax.top_k(flat, kept)[0][-1]
     return [x * (jnp.abs(x) >= threshold) for x in arrays]
 
 

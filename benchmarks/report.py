@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import torch
 
+from .devices import gpu_name, jax_device
 from .timing import Result
 
 __all__ = ["machine", "machine_table", "plot", "tables", "write_below_machine"]
@@ -33,8 +33,8 @@ def machine() -> dict[str, str]:
         "CPU": f"{field('model name')}, family {field('cpu family')}, model {field('model')}",
         "SIMD": ", ".join(simd) or "unknown",
         "cores": f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "JAX runs on": jax.devices()[0].device_kind,
+        "GPU": gpu_name(),
+        "device of JAX": jax_device(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "libraries": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
     }
@@ -64,22 +64,26 @@ def tables(results: Sequence[Result], described: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(results: Sequence[Result], path: Path, described: dict[str, str]) -> None:
-    """Plot the time of a projection against its size."""
+def plot(results: Sequence[Result], path: Path, described: dict[str, str]) -> bool:
+    """Plot the time of a projection against its size. Return False if no size was measured."""
+    sizes = [(re.match(r"size (\d+)", result.case), result) for result in results]
+    points = [(int(size[1]), result) for size, result in sizes if size]
+    if not points:
+        return False
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    points = [(int(r.case.split()[1]), r) for r in results if r.case.startswith("size ")]
     for name in dict.fromkeys(result.name for _, result in points):
         mine = [(size, result.value) for size, result in points if result.name == name]
         axes.loglog(*zip(*mine, strict=True), marker="o", label=name)
-    axes.set(
-        xlabel="entries, float32", ylabel="ms", title=f"Projection, 95% global\n{described['CPU']}"
-    )
+    device = described.get("GPU", "none")
+    name = described["CPU"] if device == "none" else device
+    axes.set(xlabel="entries, float32", ylabel="ms", title=f"Projection, 95% global\n{name}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    return True

@@ -13,6 +13,7 @@ from torch import nn
 from safe_core.adapters.optax import report, sparse_optimizer
 from safe_core.adapters.torch import SparseOptimizer
 
+from .devices import torch_device
 from .steps import METHOD, SmallResNet, give, resnet50_shapes
 from .timing import Result, interleaved
 
@@ -25,7 +26,7 @@ def reports(*, width: int, batch: int, repeats: int) -> list[Result]:
 
 
 def _small_resnet(batch: int, repeats: int) -> list[Result]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     inputs = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
     model = SmallResNet().to(device)
@@ -47,7 +48,7 @@ def _small_resnet(batch: int, repeats: int) -> list[Result]:
 
 
 def _torch(width: int, repeats: int) -> list[Result]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     params = [nn.Parameter(torch.randn(s, device=device) / 50) for s in resnet50_shapes(width)]
     gradients = [torch.randn_like(p) / 100 for p in params]
     base = torch.optim.SGD(params, lr=1e-5, momentum=0.9)

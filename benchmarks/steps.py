@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,11 +19,12 @@ from safe_core.adapters.optax import sparse_optimizer
 from safe_core.adapters.torch import CapturedStep, SparseOptimizer, kernels, run
 from safe_core.backends import torch_accelerator
 
+from .devices import on_gpu, torch_device
 from .peers import ForeachSAM, MinimalSAM, TwoArrayADMM
 from .timing import Result, interleaved
 
 __all__ = [
-    "captured_step",
+    "bytes_step",
     "give",
     "host_step",
     "jax_step",
@@ -57,14 +59,13 @@ def resnet50_shapes(width: int = 64) -> list[tuple[int, ...]]:
     return [*shapes, (1000, inputs), (1000,)]
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+Draw = Callable[[], tuple[list[nn.Parameter], list[Tensor]]]
+"""Returns parameters and gradients."""
 
 
 def _parameters(
-    shapes: list[tuple[int, ...]], device: str | None = None
+    shapes: Sequence[tuple[int, ...]], device: str
 ) -> tuple[list[nn.Parameter], list[Tensor]]:
-    device = device or _device()
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(s, generator=generator).to(device) / 50) for s in shapes]
     gradients = [torch.randn(s, generator=generator).to(device) / 100 for s in shapes]
@@ -81,10 +82,8 @@ def give(params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         p.grad = g.detach()
 
 
-def _plain(
-    shapes: Any, base: Any, options: Any, *, device: str | None = None
-) -> Callable[[], None]:
-    params, gradients = _parameters(shapes, device)
+def _plain(draw: Draw, base: Any, options: Any) -> Callable[[], None]:
+    params, gradients = draw()
     optimizer = base(params, **options)
 
     def step() -> None:
@@ -95,15 +94,14 @@ def _plain(
 
 
 def _sam(
-    shapes: Any,
+    draw: Draw,
     base: Any,
     options: Any,
     *,
     kind: type[MinimalSAM] = MinimalSAM,
     compiled: bool = False,
-    device: str | None = None,
 ) -> Callable[[], None]:
-    params, gradients = _parameters(shapes, device)
+    params, gradients = draw()
     optimizer = kind(params, base, rho=1e-3, **options)
     first, second = optimizer.first_step, optimizer.second_step
     if compiled:
@@ -118,8 +116,8 @@ def _sam(
     return step
 
 
-def _admm(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
-    params, gradients = _parameters(shapes)
+def _admm(draw: Draw, base: Any, options: Any) -> Callable[[], None]:
+    params, gradients = draw()
     inner = base(params, **options)
     optimizer = TwoArrayADMM(params, inner, sparsity=0.95, penalty=1e-3, interval=INTERVAL)
 
@@ -131,15 +129,14 @@ def _admm(shapes: Any, base: Any, options: Any) -> Callable[[], None]:
 
 
 def _ours(
-    shapes: Any,
+    draw: Draw,
     base: Any,
     options: Any,
     *,
     method: safe_core.Method = METHOD,
     compiled: bool = False,
-    device: str | None = None,
 ) -> Callable[[], None]:
-    params, gradients = _parameters(shapes, device)
+    params, gradients = draw()
     optimizer = SparseOptimizer(
         base(params, **options), method, where=lambda name, p: p.ndim > 1, compile=compiled
     )
@@ -150,74 +147,87 @@ def _ours(
     return step
 
 
-def torch_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
+def _captured(draw: Draw, base: Any, options: Any) -> Callable[[], Any]:
+    params, gradients = draw()
+    settings = options if base is torch.optim.SGD else {**options, "capturable": True}
+    inner = base(params, **settings)
+    optimizer = SparseOptimizer(inner, METHOD, where=lambda name, p: p.ndim > 1)
+    return CapturedStep(optimizer, lambda: optimizer.step(lambda: give(params, gradients)))
+
+
+def torch_step(*, width: int, repeats: int, compiled: bool, gpu: bool) -> list[Result]:
     """Time the optimizer alone, in runs of 32 steps that include a dual update.
 
-    The baseline is SAM tensor by tensor on the CPU, and SAM by foreach kernels on a GPU.
+    On a GPU the baseline is SAM with foreach kernels: starting kernels for each tensor takes most
+    of the time of the minimal SAM there.
     """
-    shapes, results = resnet50_shapes(width), []
-    on_gpu = torch.cuda.is_available()
+    draw, results = partial(_parameters, resnet50_shapes(width), torch_device()), []
     for name, (base, options) in BASES.items():
         sams = {
-            f"minimal SAM + {name}": _sam(shapes, base, options),
-            f"foreach SAM + {name}": _sam(shapes, base, options, kind=ForeachSAM),
+            f"minimal SAM + {name}": _sam(draw, base, options),
+            f"foreach SAM + {name}": _sam(draw, base, options, kind=ForeachSAM),
         }
         candidates = {
-            **dict(sorted(sams.items(), reverse=not on_gpu)),
-            f"safe_core + {name}": _ours(shapes, base, options),
-            f"safe_core, steps=T + {name}": _ours(shapes, base, options, method=DERIVED),
-            f"plain {name}": _plain(shapes, base, options),
-            f"two-array ADMM + {name}": _admm(shapes, base, options),
+            **(dict(reversed(sams.items())) if gpu else sams),
+            f"safe_core + {name}": _ours(draw, base, options),
+            f"safe_core, steps=T + {name}": _ours(draw, base, options, method=DERIVED),
+            f"plain {name}": _plain(draw, base, options),
+            f"two-array ADMM + {name}": _admm(draw, base, options),
         }
-        budgets = {f"safe_core + {name}": 1.0 if on_gpu else 1.15}
+        budgets = {f"safe_core + {name}": 1.0 if gpu else 1.15}
         if compiled:
-            candidates[f"minimal SAM + {name}, compiled"] = _sam(
-                shapes, base, options, compiled=True
-            )
-            candidates[f"safe_core + {name}, compiled"] = _ours(
-                shapes, base, options, compiled=True
-            )
-            budgets[f"safe_core + {name}, compiled"] = 1.0
+            sam = f"minimal SAM + {name}, compiled"
+            candidates[sam] = _sam(draw, base, options, compiled=True)
+            candidates[f"safe_core + {name}, compiled"] = _ours(draw, base, options, compiled=True)
+            if not gpu:  # there `bytes_step` has the budget of the compiled step
+                budgets[f"safe_core + {name}, compiled"] = 1.0
         case = "the optimizer's own time per step in PyTorch, shapes of ResNet-50"
         results += interleaved(case, candidates, repeats=repeats, calls=INTERVAL, budgets=budgets)
     return results
 
 
-def captured_step(*, width: int, repeats: int) -> list[Result]:
-    """Time a step on a GPU as a CUDA graph and compiled, against moving its bytes once.
+# Float32 arrays that a step reads or writes at least. To perturb, it reads g for the norm, then x
+# and g, and writes x + e and a copy of x. To step, SGD with momentum reads the copy, g and the
+# momentum, and writes x and the momentum; Adam has one more array of state.
+_PASSES = {"SGD": 5 + 5, "Adam": 5 + 7}
 
-    The baseline copies as many bytes as a step must read and write: with SGD and momentum, each
-    entry is read for the norm (4 bytes), for the perturbation (x and the gradient are read, x + e
-    and a copy of x written, 16 bytes), and for the rest (the copy, the gradient, the anchor and
-    the momentum are read, x and the momentum written, 24 bytes).
+
+def step_bytes(shapes: Sequence[tuple[int, ...]], base: str) -> int:
+    """Return the bytes that a step must read or write, with a dual update every 32 steps.
+
+    The penalty reads the anchor of the sparse parameters. A dual update reads x, the anchor and the
+    support, and writes the anchor and the support; a support has one byte per entry.
     """
-    if not torch.cuda.is_available():
-        return []
-    shapes = resnet50_shapes(width)
-    base, options = BASES["SGD"]
-    entries = sum(math.prod(s) for s in shapes)
-    source = torch.empty(entries * 44 // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+    entries = sum(math.prod(shape) for shape in shapes)
+    sparse = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    return 4 * (_PASSES[base] * entries + sparse) + (3 * 4 + 2) * sparse // INTERVAL
 
-    def captured() -> Callable[[], Any]:
-        params, gradients = _parameters(shapes)
-        inner = base(params, **options)
-        optimizer = SparseOptimizer(inner, METHOD, where=lambda name, p: p.ndim > 1)
-        return CapturedStep(optimizer, lambda: optimizer.step(lambda: give(params, gradients)))
 
-    return interleaved(
-        "the optimizer's own time per step on a GPU, shapes of ResNet-50, SGD",
-        {
-            "moving the bytes of a step": lambda: target.copy_(source),
-            "foreach SAM": _sam(shapes, base, options, kind=ForeachSAM),
-            "safe_core": _ours(shapes, base, options),
-            "safe_core, a CUDA graph": captured(),
-            "safe_core, compiled": _ours(shapes, base, options, compiled=True),
-        },
-        repeats=repeats,
-        calls=INTERVAL,
-        budgets={"safe_core, a CUDA graph": 1.5, "safe_core, compiled": 1.5},
-    )
+def bytes_step(*, width: int, repeats: int, compiled: bool) -> list[Result]:
+    """Time a step against copying as many bytes on the same device, in the same run."""
+    shapes, results = resnet50_shapes(width), []
+    draw = partial(_parameters, shapes, torch_device())
+    for name, (base, options) in BASES.items():
+        moved = step_bytes(shapes, name)
+        source = torch.zeros(moved // 2, dtype=torch.uint8, device=torch_device())
+        copy = f"a copy that reads and writes {moved / 1e6:.4g} MB in all, the bytes of a step"
+        candidates: dict[str, Callable[[], Any]] = {
+            f"{copy} with {name}": partial(torch.empty_like(source).copy_, source),
+            f"safe_core + {name}": _ours(draw, base, options),
+        }
+        ours, graph = f"safe_core + {name}, compiled", f"safe_core + {name}, a CUDA graph"
+        if on_gpu():
+            candidates[graph] = _captured(draw, base, options)
+        if compiled:
+            candidates[ours] = _ours(draw, base, options, compiled=True)
+        found = interleaved(
+            "a step in PyTorch against its bytes over the bandwidth, shapes of ResNet-50",
+            candidates, repeats=repeats, calls=INTERVAL, budgets={ours: 1.5, graph: 1.5},
+        )  # fmt: skip
+        bandwidth = moved / found[0].value / 1e6
+        case = "bandwidth of a copy, bytes read and written"
+        results += [*found, Result(case, f"copy of {moved / 2e6:.4g} MB", bandwidth, "GB/s", 1.0)]
+    return results
 
 
 def _never(x: Tensor) -> bool:
@@ -238,17 +248,15 @@ def host_step(*, repeats: int) -> list[Result]:
 
 
 def _host_steps(repeats: int) -> list[Result]:
-    shapes, results = resnet50_shapes(1), []
+    draw, results = partial(_parameters, resnet50_shapes(1), "cpu"), []
     for name, (base, options) in BASES.items():
         options = {**options, "foreach": True}
         candidates = {
-            f"foreach SAM + {name}": _sam(shapes, base, options, kind=ForeachSAM, device="cpu"),
-            f"minimal SAM + {name}": _sam(shapes, base, options, device="cpu"),
-            f"safe_core + {name}": _ours(shapes, base, options, device="cpu"),
-            f"safe_core, steps=T + {name}": _ours(
-                shapes, base, options, method=DERIVED, device="cpu"
-            ),
-            f"plain {name}": _plain(shapes, base, options, device="cpu"),
+            f"foreach SAM + {name}": _sam(draw, base, options, kind=ForeachSAM),
+            f"minimal SAM + {name}": _sam(draw, base, options),
+            f"safe_core + {name}": _ours(draw, base, options),
+            f"safe_core, steps=T + {name}": _ours(draw, base, options, method=DERIVED),
+            f"plain {name}": _plain(draw, base, options),
         }
         case = "the host's part of a step in PyTorch: 161 tensors with few entries"
         elsewhere = {"on_host": _never}  # a mock would take longer than what is timed
@@ -261,7 +269,7 @@ def _host_steps(repeats: int) -> list[Result]:
     return results
 
 
-def jax_step(*, width: int, repeats: int) -> list[Result]:
+def jax_step(*, width: int, repeats: int, gpu: bool) -> list[Result]:
     """Time the optimizer alone in JAX: one compiled program per step, with donated buffers."""
     # Flax kernels have the input and output axes last.
     shapes = [(*s[2:], *s[1::-1]) for s in resnet50_shapes(width)]
@@ -302,7 +310,7 @@ def jax_step(*, width: int, repeats: int) -> list[Result]:
         },
         repeats=repeats,
         calls=INTERVAL,
-        budgets={"safe_core + sgd": 1.1} if jax.default_backend() != "cpu" else None,
+        budgets={"safe_core + sgd": 1.1} if gpu else None,
     )
 
 
@@ -336,7 +344,7 @@ class SmallResNet(nn.Module):
 
 def whole_step(*, batch: int, repeats: int) -> list[Result]:
     """Time a whole training step of a small ResNet, with both passes."""
-    device = _device()
+    device = torch_device()
     inputs = torch.randn(batch, 3, 32, 32, device=device)
     labels = torch.randint(10, (batch,), device=device)
 

@@ -30,7 +30,7 @@ extensions = [
 exclude_patterns = [
     "_build",
     "benchmarks_table.md",
-    "benchmarks_table_gpu.md",
+    "benchmarks_gpu_table.md",
     "blocks_table.md",
     "demo_table.md",
     "digits_tables.md",
