@@ -94,7 +94,8 @@ def _tensors(size: int) -> list[torch.Tensor]:
 
 
 def _jax_arrays(size: int) -> list[jax.Array]:
-    return [jax.random.normal(key, size // 100) for key in jax.random.split(jax.random.key(0), 100)]
+    keys = jax.random.split(jax.random.key(0), 100)
+    return [jax.random.normal(key, size // 100, jnp.float32) for key in keys]
 
 
 def against_sorts(*, sizes: list[int], repeats: int) -> list[Result]:

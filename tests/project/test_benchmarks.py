@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,18 +22,26 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import safe_core
 from safe_core import ADMM, project
-from safe_core.adapters.torch.blocks import prune_blocks
+from safe_core.adapters.torch.blocks import SafeReconstruction, plan_pruning, prune_blocks
+from safe_core.solvers import named_solvers
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    __main__ as command_line,
+)
+from benchmarks import (  # noqa: E402
     blocks,
     byte_llama,
     corpus,
+    devices,
     elsa,
     litert,
+    llama_block,
+    memory,
     peers,
+    projection,
     pruning_tables,
     savings,
     smaller_networks,
@@ -39,7 +49,7 @@ from benchmarks import (  # noqa: E402
     steps,
 )
 from benchmarks.iterative import IterativeSAM  # noqa: E402
-from benchmarks.report import plot, tables  # noqa: E402
+from benchmarks.report import machine, plot, tables  # noqa: E402
 from benchmarks.timing import Result, interleaved  # noqa: E402
 
 
@@ -98,6 +108,225 @@ def test_tables_name_the_machine_and_the_plot_is_drawn(tmp_path: Path) -> None:
     assert "| ours | 10 | 1.50 | 2 |" in text
     plot(results, tmp_path / "plot.png", {"CPU": "a processor"})
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def few_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks of steps take one step of two parameters."""
+    for module in (steps, memory):
+        monkeypatch.setattr(module, "resnet50_shapes", lambda width: [(8, 4, 3, 3), (8,)])
+    monkeypatch.setattr(steps, "INTERVAL", 1)
+
+
+def test_on_a_gpu_a_projection_competes_with_sorts_of_its_framework() -> None:
+    found = projection.against_sorts(sizes=[1000, 2000], repeats=1)
+    names: dict[str, list[str]] = {}
+    for result in found:
+        names.setdefault(result.case, []).append(result.name)
+    flat = [f"torch.{name} of the flat array" for name in ("sort", "topk", "kthvalue")]
+    for size in (1000, 2000):
+        ours = ["safe_core, PyTorch", "safe_core, PyTorch bfloat16"]
+        assert names[f"size {size}, PyTorch"] == flat + ours
+        assert names[f"size {size}, JAX"] == [
+            "jnp.sort of the flat array",
+            "jax.lax.top_k of the flat array",
+            "safe_core, JAX jit, counting",
+        ]
+    budgets = {r.name: r.budget for r in found if r.budget}
+    assert budgets == {"safe_core, PyTorch": 1, "safe_core, JAX jit, counting": 1}
+    assert [10**n for n in range(5, 10)] == command_line.GPU_SIZES
+
+
+def test_sizes_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "free_bytes", lambda framework: 60_000)
+    for timed in (projection.against_sorts, projection.one_pass):
+        found = timed(sizes=[1000, 2000], repeats=1)
+        assert found
+        assert not [r for r in found if "2000" in r.case or "2,000" in r.case]
+    assert projection.reading(size=2000, repeats=1) == []
+    assert len(projection.reading(size=1000, repeats=1)) == 2
+
+
+def test_a_projection_is_compared_with_one_pass_in_each_framework() -> None:
+    found = projection.one_pass(sizes=[1000], repeats=1)
+    once = projection.ONCE
+    names = [once, "safe_core, PyTorch", once, "safe_core, JAX jit"]
+    assert [r.name for r in found] == names
+    assert [r.budget for r in found] == [None] * 4
+    large = projection._once(10**7, "X", lambda: None, lambda: None, 1)
+    assert [r.budget for r in large] == [None, 4]
+
+
+@pytest.mark.usefixtures("few_parameters")
+@pytest.mark.parametrize(("gpu", "baseline", "budget"), [
+    (False, "minimal SAM", 1.15), (True, "foreach SAM", 1.0)
+])  # fmt: skip
+def test_a_step_competes_with_the_sam_of_its_device(
+    gpu: bool, baseline: str, budget: float
+) -> None:
+    found = steps.torch_step(width=1, repeats=1, compiled=False, gpu=gpu)
+    assert next(r.name for r in found[:6]) == f"{baseline} + SGD"
+    assert {r.name: r.budget for r in found if r.budget} == {
+        "safe_core + SGD": budget, "safe_core + Adam": budget
+    }  # fmt: skip
+    assert len(found) == 12
+    in_jax = steps.jax_step(width=1, repeats=1, gpu=gpu)
+    assert [r.name for r in in_jax][:2] == ["optax.contrib.sam + sgd", "safe_core + sgd"]
+    assert in_jax[1].budget == (1.1 if gpu else None)
+
+
+def test_the_bytes_of_a_step_are_those_of_its_passes() -> None:
+    # One sparse array of 32 entries, and a dense one of 4. Ten passes over all of 36 and one over
+    # the anchor; and in one of 32 steps x, the anchor twice, and a byte of support twice.
+    assert steps.step_bytes([(8, 4), (4,)], "SGD") == 4 * (10 * 36 + 32) + 14
+    assert steps.step_bytes([(8, 4), (4,)], "Adam") == 4 * (12 * 36 + 32) + 14
+
+
+@pytest.mark.usefixtures("few_parameters")
+def test_a_step_is_compared_with_a_copy_of_its_bytes() -> None:
+    copy, ours, bandwidth, *_ = steps.bytes_step(width=1, repeats=1, compiled=False)
+    moved = steps.step_bytes([(8, 4, 3, 3), (8,)], "SGD")
+    assert copy.name.startswith(f"a copy that reads and writes {moved / 1e6:.4g} MB in all")
+    assert (ours.name, ours.budget) == ("safe_core + SGD", None)
+    assert bandwidth.unit == "GB/s"
+    assert bandwidth.value == pytest.approx(moved / 1e9 / (copy.value / 1e3))
+
+
+def test_the_part_of_the_host_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "torch_device", lambda: "meta")  # a device that is not the CPU
+    seen = []
+
+    def parameters(shapes: Any, device: str) -> Any:
+        seen.append(device)
+        return [torch.nn.Parameter(torch.ones(2, 2))], [torch.ones(2, 2)]
+
+    monkeypatch.setattr(steps, "_parameters", parameters)
+    monkeypatch.setattr(steps, "INTERVAL", 1)
+    steps.host_step(repeats=1)
+    assert set(seen) == {"cpu"}
+
+
+@pytest.mark.usefixtures("few_parameters")
+def test_the_peak_of_a_step_is_measured_with_and_without_a_dual_update() -> None:
+    without, dual = memory.step_peaks(width=1)
+    assert (without.name, dual.name) == (
+        "a step without a dual update", "a step with a dual update"
+    )  # fmt: skip
+    assert 4 < without.value < dual.value  # the copy of x, and temporary arrays
+    assert dual.ratio == dual.value / without.value
+
+
+@pytest.fixture
+def kind_of_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(devices, "_hidden", False)
+    before = jax.config.jax_default_device
+    yield monkeypatch
+    jax.config.update("jax_default_device", before)
+
+
+def test_a_gpu_is_measured_only_if_both_frameworks_see_it(kind_of_device: Any) -> None:
+    kind_of_device.setattr(devices, "without_gpu", lambda: ["JAX"])
+    with pytest.raises(ValueError, match=r"got no GPU in \['JAX'\]"):
+        devices.choose("gpu")
+    devices.choose(None)
+    assert (devices.on_gpu(), devices.torch_device()) == (False, "cpu")
+    kind_of_device.setattr(devices, "without_gpu", list)
+    for kind, gpu in (("cpu", False), ("gpu", True), (None, True)):
+        devices.choose(kind)  # type: ignore[arg-type]
+        assert (devices.on_gpu(), devices.torch_device()) == (gpu, "cuda" if gpu else "cpu")
+        assert (jax.config.jax_default_device is None) == gpu
+
+
+def test_the_machine_is_described_with_its_devices(kind_of_device: Any) -> None:
+    found = machine()
+    assert found["device of JAX"] == devices.jax_device()
+    card = Namespace(platform="gpu", device_kind="NVIDIA X")
+    kind_of_device.setattr(devices.jax, "devices", lambda *kind: [card])
+    jax.config.update("jax_default_device", None)
+    kind_of_device.setattr(torch.cuda, "is_available", lambda: True)
+    properties = Namespace(name="NVIDIA X", total_memory=80 * 2**30)
+    kind_of_device.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    kind_of_device.setattr(torch.version, "cuda", "13.0")
+    assert devices.gpu_name() == "NVIDIA X, 80 GiB, CUDA 13.0"
+    assert devices.jax_device() == "NVIDIA X (gpu)"
+
+
+def test_each_kind_of_device_has_its_table_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "_static").mkdir()
+    for gpu in (False, True):
+        results = [Result("size 10, X", "gpu" if gpu else "cpu", 1.0, "ms", 1.0)]
+        described = {"CPU": "a processor", "GPU": "a card" if gpu else "none"}
+        command_line.write_docs(results, described, tmp_path, gpu=gpu)
+    files = {kind: f"benchmarks{kind}_table.md" for kind in ("", "_gpu")}
+    page = (ROOT / "docs/performance.md").read_text()
+    for (kind, file), name in zip(files.items(), ("cpu", "gpu"), strict=True):
+        text = (tmp_path / file).read_text()
+        assert f"| {name} | 1 |" in text
+        assert f"(_static/scaling{kind}.png)" in text
+        assert (tmp_path / f"_static/scaling{kind}.png").exists()
+        assert f"```{{include}} {file}\n" in page
+        assert f"nox --no-venv -s benchmarks -- --device {name} --compile --docs\n" in page
+    command_line.write_docs([Result("c", "x", 1.0, "ms", 1.0)], described, tmp_path, gpu=True)
+    assert "scaling" not in (tmp_path / files["_gpu"]).read_text()
+
+
+def test_cases_are_those_of_the_device() -> None:
+    on_cpu = command_line.cases(True, 1, False, False)
+    on_gpu = command_line.cases(True, 1, False, True)
+    assert {"loading", "selection"} == on_cpu.keys() - on_gpu.keys()
+    assert {"reading", "bytes"} == on_gpu.keys() - on_cpu.keys()
+
+
+def test_every_method_prunes_a_llama_block_in_the_memory_that_is_predicted() -> None:
+    found = llama_block.pruning(llama_block.TINY, compiled=False)
+    names = set(named_solvers())
+    times, peaks = found[: len(names)], found[len(names) :]
+    assert {r.name for r in times} == names
+    assert {r.name.split(";")[0] for r in peaks} == names
+    assert next(r.name for r in times) == "magnitude"
+    for result in peaks:
+        predicted = float(re.search(r"predicted ([\d.]+) MB", result.name)[1])  # type: ignore[index]
+        larger = max(result.value / predicted, predicted / result.value)
+        assert result.ratio == pytest.approx(larger, rel=1e-2)
+        assert result.ratio < 1.5  # the sizes are so small that small arrays count
+        assert result.budget == 1.2
+    compiled = {name for name, _ in llama_block.methods(llama_block.TINY, compiled=True)}
+    assert compiled - names == {f"{name}, compiled" for name in names if "safe" in name}
+
+
+def test_the_block_has_the_shapes_of_llama_2_7b(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = llama_block.LLAMA_2_7B
+    with torch.device("meta"):
+        block = llama_block.model(sizes).model.layers[0]
+    shapes = {tuple(p.shape) for p in block.parameters()}
+    assert shapes == {(4096, 4096), (11008, 4096), (4096, 11008), (4096,)}
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert sum(p.numel() for p in block.parameters()) == 202_383_360
+    assert block.self_attn.config.num_attention_heads == 32
+    assert (sizes.samples, sizes.length) == (128, 2048)
+
+
+def test_the_memory_estimate_on_the_page_is_that_of_a_plan(tmp_path: Path) -> None:
+    rows = llama_block.training_bytes(llama_block.LLAMA_2_7B)
+    page = (ROOT / "docs/transformers.md").read_text()
+    table = page.split("## Memory and time for a large model", 1)[1].split("**sum**", 1)[0]
+    shown = re.findall(r"^\| .* \| ([\d.]+) \|$", table, re.MULTILINE)
+    assert shown == [f"{value / 1e9:.2f}" for value in rows.values()]
+    assert f"| **sum** | | **{sum(rows.values()) / 1e9:.1f}** |" in page
+    # The same sum for a smaller block of the same proportions, against a plan. On a GPU, autocast
+    # is the default and the activations of all samples are not on the device.
+    small = llama_block.Sizes(512, 1376, 4, 16, 256)
+    plan = plan_pruning(
+        llama_block.model(small),
+        torch.zeros(small.samples, small.length, dtype=torch.long),
+        SafeReconstruction(importance="wanda", autocast=True),
+        0.5,
+        offload="disk",
+        work_dir=tmp_path / "work",
+    )
+    assert plan.memory.device == pytest.approx(
+        sum(llama_block.training_bytes(small).values()), rel=0.03
+    )
 
 
 def test_tables_of_pruning_average_over_seeds_and_mark_the_best() -> None:
@@ -315,13 +544,24 @@ def test_the_savings_are_those_of_the_published_method(monkeypatch: pytest.Monke
 
 @pytest.mark.long
 def test_the_command_runs_and_writes_its_results(tmp_path: Path) -> None:
-    named = ["--case", "selection", "--case", "memory", "--case", "reading", "--case", "torch"]
+    named = ["--case", "selection", "--case", "memory", "--case", "pass", "--case", "torch"]
     named += ["--case", "block", "--case", "report", "--case", "loading"]
-    command = [sys.executable, "-m", "benchmarks", "--quick", *named, "--json", tmp_path / "r.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--quick",
+        "--device",
+        "cpu",
+        *named,
+        "--json",
+        tmp_path / "r.json",
+    ]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     found = json.loads((tmp_path / "r.json").read_text())
     assert "| CPU |" in finished.stdout
+    assert found["machine"]["device of JAX"] == "CPU"
     assert len(found["results"]) > 15
     for result in found["results"]:
         assert 0 < result["ratio"] < math.inf, result
