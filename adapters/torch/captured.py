@@ -24,6 +24,8 @@ __all__ = ["CapturedStep"]
 # Steps of a kind that run as usual before one is recorded. They create the state of the base
 # optimizer, and let libraries choose their kernels.
 _WARM_UP = 3
+# Options that no kernel of a recorded step reads. A new sparsity acts at the next dual update.
+_NOT_IN_A_GRAPH = ("params", "name", "sparsity", "sparsify")
 
 
 class CapturedStep:
@@ -50,18 +52,20 @@ class CapturedStep:
 
     ``step`` is called as it is for the first three steps, for those with a dual update, and for
     those that measure the length of a step. Otherwise it is called once to record a graph, and then
-    the graph is replayed. Steps that perturb and steps that do not have graphs of their own. The
-    results are those of calling ``step`` itself.
+    the graph is replayed. Steps that perturb and steps that do not have graphs of their own, and
+    new ones are recorded after three more steps where parameters are frozen, moved or replaced. The
+    results are those of calling ``step`` itself, also in turns with it.
 
     The radius and the penalty follow their schedules. Everything else in the graph is what it was
-    when it was recorded: Python code does not run again, and a number of Python does not change. So
-    hold a learning rate that changes in a tensor of the device, and give a base that has it
-    ``capturable=True``. ``step`` must read no value on the host.
+    when it was recorded: Python code does not run again, and a number of Python does not change. A
+    tensor that takes the place of ``x`` is never read. So hold a learning rate that changes in a
+    tensor of the device, call its scheduler outside of ``step``, and clear the gradients within it.
+    A base that has the option needs ``capturable=True``. ``step`` must read no value on the host.
 
     With fp16, ``step`` may call ``scaler.step(optimizer)`` and ``scaler.update()`` of a
     `torch.amp.GradScaler`. The base must skip the steps with overflow by itself, as
-    ``Adam(fused=True)`` does. Before the next step the host then reads whether the step was
-    skipped, as the scaler does without a graph. Otherwise it waits for nothing.
+    ``Adam(fused=True, capturable=True)`` does. Before the next step the host then reads whether
+    the step was skipped, as the scaler does without a graph. Otherwise it waits for nothing.
 
     Parameters
     ----------
@@ -88,16 +92,21 @@ class CapturedStep:
         self._run: Run = optimizer._run
         self._function = step
         _refuse_unfit(self._run, optimizer)
-        device = self._run.trainable()[0].device
-        self._graphs = Graphs(device)
-        self._scheduled = Scheduled(self._run, device)
+        self._device = self._run.trainable()[0].device
+        self._graphs = Graphs(self._device)
+        self._scheduled = Scheduled(self._run, self._device)
         self._state = _StateInPlace(self._run)
         self._recorded: dict[Hashable, _Recording] = {}
         self._seen: Counter[Hashable] = Counter()
 
     def __call__(self) -> Any:
         """Take one step, and return what ``step`` returns."""
-        kind, run = self._kind(), self._run
+        run = self._run
+        self._optimizer._phases.refuse_within_block("a captured step")
+        kind = self._kind()
+        if self._state.has_lost() or self._has_other_constants(kind):
+            # What the graphs read is gone, as after loading a state from before the first step.
+            self._forget()
         if kind is None or self._seen[kind] < _WARM_UP:
             self._seen[kind] += 1
             return self._take_as_usual()
@@ -116,6 +125,7 @@ class CapturedStep:
             run.count_later(self._scheduled.read_steps)
         for p, gradient in recording.gradients:
             p.grad = gradient
+        run.gradients.note(run.active())
         warn_of_long_run(run)
         return recording.result
 
@@ -126,7 +136,18 @@ class CapturedStep:
         updates = not run.frozen and run.due(sparse)
         if updates or (run.method.measures_steps and is_measured(run.steps)):
             return None
-        return run.plan, run.perturbed is not None, tuple(map(id, run.trainable()))
+        params = run.trainable()
+        buffers = [] if run.model is None else list(run.model.buffers())
+        # A graph reads and writes addresses, which change where a model moves to other memory.
+        places = tuple((id(x), x.data_ptr()) for x in (*params, *buffers))
+        return run.plan, run.perturbed is not None, places
+
+    def _forget(self) -> None:
+        """Drop all graphs, so that steps run as usual before others are recorded."""
+        self._recorded.clear()
+        self._seen.clear()
+        self._state = _StateInPlace(self._run)
+        self._scheduled = Scheduled(self._run, self._device)
 
     def _take_as_usual(self) -> Any:
         before = self._run.steps
@@ -137,6 +158,7 @@ class CapturedStep:
 
     def _record(self) -> _Recording:
         run, before = self._run, self._run.steps
+        versions = _versions(run)
         for p in run.trainable():
             p.grad = None  # the graph allocates its own
         run.scheduled = self._scheduled
@@ -151,6 +173,7 @@ class CapturedStep:
         try:
             replay, result = self._graphs.record(whole)
             self._check_count(before, least=1)
+            _refuse_changed(versions, _versions(run))
         except BaseException:
             # Nothing of the step has run: its new tensors hold no values.
             self._state.put_back(discard=True)
@@ -160,21 +183,29 @@ class CapturedStep:
             run.scheduled = None
             can_skip = self._scheduled.end()
         gradients = [(p, p.grad) for p in run.trainable()]
-        return _Recording(replay, result, gradients, _numbers(run), can_skip)
+        return _Recording(replay, result, gradients, _constants(run), can_skip)
 
     def _check_count(self, before: int, least: int) -> None:
         taken = self._run.steps - before
         if not least <= taken <= 1:
             raise ValueError(
-                f"step must take one step of the optimizer in each call, got {taken} steps"
+                f"step must take one step of the optimizer in each call, got {taken} steps; a "
+                "closure goes into it, as lambda: optimizer.step(closure)"
             )
 
+    def _has_other_constants(self, kind: Hashable) -> bool:
+        """Return whether a group has gained or lost a constant, such as a tensor for a number."""
+        known = self._recorded.get(kind)
+        return known is not None and known.constants.keys() != _constants(self._run).keys()
+
     def _refuse_other_options(self, recording: _Recording) -> None:
-        for (name, old), (_, new) in zip(recording.numbers, _numbers(self._run), strict=True):
-            if old != new:
+        now = _constants(self._run)
+        for (group, name), old in recording.constants.items():
+            if now[group, name] != old:
                 raise ValueError(
                     f"{name} of a param group must stay {old!r}, which the CUDA graph holds, got "
-                    f"{new!r}: hold an option that changes in a tensor, or make a new CapturedStep"
+                    f"{now[group, name]!r}: hold an option of the base that changes in a tensor of "
+                    "the device, make rho or penalty a schedule, or make a new CapturedStep"
                 )
 
 
@@ -188,7 +219,7 @@ class _Recording(NamedTuple):
         What the recorded step returned.
     gradients : list of (parameter, tensor or None)
         The gradients that a replay leaves, so that a user can read them.
-    numbers : list of (str, object)
+    constants : dict of (int, str) to object
         The options of the param groups that are constants of the graph.
     can_skip : bool
         Whether a gradient scaler skips the step where there is overflow.
@@ -197,7 +228,7 @@ class _Recording(NamedTuple):
     replay: Callable[[], None]
     result: Any
     gradients: list[tuple[Tensor, Tensor | None]]
-    numbers: list[tuple[str, Any]]
+    constants: dict[tuple[int, str], Any]
     can_skip: bool
 
 
@@ -228,8 +259,9 @@ class Graphs:
         """Record the kernels of a function, which do not run; return a replay and its result."""
         graph = torch.cuda.CUDAGraph()
         # Threads of the user, such as those that pin memory of batches, may go on meanwhile.
-        own = {"stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, pool=self._pool, **own):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             result = function()
         return graph.replay, result
 
@@ -243,7 +275,18 @@ class _StateInPlace:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._held: dict[Hashable, Tensor] = {}
+        self._held: dict[tuple[bool, Any, str], Tensor] = {}
+
+    def has_lost(self) -> bool:
+        """Whether an entry is gone that was there before."""
+        run = self._run
+        states = {True: run.state, False: run.base.state}
+        groups = dict(enumerate(run.groups))
+        for is_ours, owner, key in self._held:
+            part = groups if isinstance(owner, int) else states[is_ours]
+            if not torch.is_tensor(part.get(owner, {}).get(key)):
+                return True
+        return False
 
     @torch.no_grad()
     def put_back(self, *, discard: bool = False) -> None:
@@ -262,14 +305,22 @@ class _StateInPlace:
 def _refuse_unfit(run: Run, optimizer: SparseOptimizer) -> None:
     """Raise unless the parameters can be those of a graph."""
     params = run.trainable()
+    if not params:
+        raise ValueError("optimizer must hold a parameter that requires gradients, got none")
     devices = sorted({str(p.device) for p in params})
-    if run.sharded or len(devices) > 1 or any(map(on_host, params)):
+    elsewhere = any(on_host(p) or p.is_meta for p in params)
+    if run.sharded or len(devices) > 1 or elsewhere:
         kind = "sharded parameters" if run.sharded else f"parameters on {', '.join(devices)}"
         raise ValueError(f"optimizer must hold plain parameters on one CUDA device, got {kind}")
     if any(evaluation.point.is_projected for evaluation in run.plan.evaluations):
         raise ValueError(
             "method must not take gradients at a projected point, because the host waits for each "
             f"projection, got {run.method!r}"
+        )
+    if not all(group.get("capturable", True) for group in run.groups):
+        raise ValueError(
+            f"base must be made with capturable=True, which {type(run.base).__name__} needs in a "
+            "CUDA graph, got False"
         )
     if optimizer._phases.replay_rng:
         raise ValueError(
@@ -278,14 +329,32 @@ def _refuse_unfit(run: Run, optimizer: SparseOptimizer) -> None:
         )
 
 
-def _numbers(run: Run) -> list[tuple[str, Any]]:
+def _constants(run: Run) -> dict[tuple[int, str], Any]:
     """Return the options of the param groups that a graph holds as constants."""
-    return [
-        (name, _plain(value))
-        for group in run.groups
+    found = {
+        (i, name): _plain(value)
+        for i, group in enumerate(run.groups)
         for name, value in group.items()
-        if name != "params" and _plain(value) is not None
-    ]
+        if name not in _NOT_IN_A_GRAPH
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _versions(run: Run) -> dict[tuple[int, str], int]:
+    """Return how often each tensor of the param groups was changed."""
+    groups = enumerate(run.groups)
+    options = [((i, name), value) for i, group in groups for name, value in group.items()]
+    return {key: value._version for key, value in options if torch.is_tensor(value)}
+
+
+def _refuse_changed(before: dict[tuple[int, str], int], after: dict[tuple[int, str], int]) -> None:
+    """Raise if recording a step changed an option, which a replay could not do in Python."""
+    for (group, name), version in before.items():
+        if after.get((group, name)) != version:
+            raise ValueError(
+                f"step must not change {name} of a param group, got another value after it: call "
+                "the scheduler after the captured step, not within it"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -182,6 +182,11 @@ class Phases:
             raise ValueError(f"{call} must not be entered within {self.block}()")
         if replay is not None and not isinstance(replay, RandomState):
             raise TypeError(f"replay must be a RandomState or None, got {replay!r}")
+        if replay is not None and self.run.scheduled is not None:
+            raise ValueError(
+                "replay must be None within a CapturedStep, because a CUDA graph cannot set the "
+                "states of random number generators"
+            )
 
     @contextmanager
     def restoring(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ A stand-in records and replays the operations on the CPU. A test at the end uses
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import safe_core
 from safe_core import NM, Block, schedules
-from safe_core.adapters.torch import CapturedStep, SparseOptimizer
+from safe_core.adapters.torch import CapturedStep, RandomState, SparseOptimizer
 from safe_core.adapters.torch import captured as graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*penalty:UserWarning")
@@ -59,7 +60,7 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 
 def adam(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=torch.tensor(0.01), fused=True)
+    return torch.optim.AdamW(params, lr=torch.tensor(0.01), fused=True, capturable=True)
 
 
 class Training:
@@ -340,7 +341,8 @@ def test_arguments_are_checked() -> None:
 )
 def test_graphs_of_a_gpu_train_as_steps_do(name: str, scaled: bool) -> None:
     def base(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=torch.tensor(0.01, device="cuda"), fused=True)
+        rate = torch.tensor(0.01, device="cuda")
+        return torch.optim.AdamW(params, lr=rate, fused=True, capturable=True)
 
     def trained(capture: bool) -> Training:
         scaler = torch.amp.GradScaler("cuda", init_scale=64.0) if scaled else None
@@ -406,3 +408,116 @@ def test_a_tensor_of_the_host_is_a_constant(monkeypatch: pytest.MonkeyPatch) -> 
     training.optimizer.param_groups[0]["lr"].fill_(0.5)
     with pytest.raises(ValueError, match=r"lr of a param group must stay 0\.0\d+.*got 0\.5"):
         training.run(captured, range(8, 9))
+
+
+@recorded
+@pytest.mark.parametrize("base", [sgd, adam])
+def test_a_state_from_before_the_first_step_starts_anew(base: Any) -> None:
+    training, other = Training(METHODS["constant"], base), Training(METHODS["constant"], base)
+    model = {key: value.clone() for key, value in training.model.state_dict().items()}
+    state = copy.deepcopy(training.optimizer.state_dict())
+    captured = training.captured()
+    training.run(captured, range(10))
+    training.model.load_state_dict(model)
+    training.optimizer.load_state_dict(state)
+    training.losses = []
+    training.run(captured)
+    assert_same(training, other.run(other.step))
+
+
+@recorded
+def test_parameters_that_move_are_recorded_anew() -> None:
+    training, other = Training(METHODS["constant"]), Training(METHODS["constant"])
+    captured = training.captured()
+    for i in range(STEPS):
+        training.run(captured, range(i, i + 1))
+        if i == 12:
+            kept = [p.data for p in training.model.parameters()]  # not freed, so that p moves
+            for p in training.model.parameters():
+                p.data = p.data.clone()
+    assert_same(training, other.run(other.step))
+    assert kept[0].data_ptr() != training.model[0].weight.data_ptr()
+    assert training.calls < STEPS / 2
+
+
+@recorded
+def test_options_that_come_or_become_tensors_are_recorded_anew() -> None:
+    def fused(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05, momentum=0.9, fused=True)
+
+    def trained(capture: bool) -> Training:
+        training = Training(METHODS["constant"], fused)
+        take: Any = training.captured() if capture else training.step
+        (group,) = training.optimizer.param_groups
+        training.run(take, range(10))
+        group["lr"], group["name"] = torch.tensor(0.02), "weights"
+        training.run(take, range(10, 20))
+        group["rho"] = 0.02
+        return training.run(take, range(20, STEPS))
+
+    wanted, got = trained(False), trained(True)
+    assert_same(got, wanted)
+    assert got.calls < STEPS * 0.6
+
+
+@recorded
+def test_a_scheduler_within_the_step_is_refused() -> None:
+    training = Training(METHODS["constant"], adam)
+    scheduler = torch.optim.lr_scheduler.LinearLR(training.optimizer, 1.0, 0.0, total_iters=20)
+
+    def step() -> Tensor:
+        loss = training.step()
+        scheduler.step()
+        return loss
+
+    with pytest.raises(ValueError, match="step must not change lr of a param group"):
+        training.run(CapturedStep(training.optimizer, step), range(8))
+
+
+@recorded
+def test_a_step_within_a_block_is_refused() -> None:
+    training = Training(METHODS["constant"])
+    captured = training.captured()
+    training.run(captured, range(6))
+    with (
+        training.optimizer.sparse_weights(),
+        pytest.raises(ValueError, match="a captured step must come after the sparse_weights"),
+    ):
+        captured()
+
+
+@recorded
+def test_random_states_are_refused_while_recording() -> None:
+    training = Training(METHODS["constant"])
+
+    def step() -> Tensor:
+        training.optimizer.zero_grad()
+        replay = RandomState.record()
+        training.backward()
+        with training.optimizer.perturbed(replay):
+            loss = training.backward()
+        training.optimizer.step()
+        return loss.detach()
+
+    with pytest.raises(ValueError, match="replay must be None within a CapturedStep"):
+        training.run(CapturedStep(training.optimizer, step), range(8))
+
+
+@recorded
+def test_a_base_that_is_not_capturable_is_refused() -> None:
+    def base(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, fused=True)
+
+    with pytest.raises(ValueError, match="capturable=True, which AdamW needs"):
+        Training(METHODS["constant"], base).captured()
+
+
+@recorded
+def test_layers_without_a_gradient_are_named_after_replays() -> None:
+    training = Training(METHODS["constant"])
+    both = nn.ModuleDict({"used": training.model, "unused": nn.Linear(8, 8)})
+    optimizer = SparseOptimizer(sgd(both.parameters()), METHODS["constant"], model=both)
+    training.optimizer = optimizer
+    training.run(CapturedStep(optimizer, training.step))
+    with pytest.warns(safe_core.FinalizeWarning, match="unused.weight"):
+        optimizer.finalize()
