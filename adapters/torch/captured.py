@@ -174,7 +174,11 @@ class CapturedStep:
             replay, result = self._graphs.record(whole)
             self._check_count(before, least=1)
             _refuse_changed(versions, _versions(run))
-        except BaseException:
+        except BaseException as error:
+            error.add_note(
+                "This happened while CapturedStep recorded the step as a CUDA graph, where neither "
+                "the step nor the base may read a value on the host."
+            )
             # Nothing of the step has run: its new tensors hold no values.
             self._state.put_back(discard=True)
             run.steps = before

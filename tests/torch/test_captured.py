@@ -521,3 +521,13 @@ def test_layers_without_a_gradient_are_named_after_replays() -> None:
     training.run(CapturedStep(optimizer, training.step))
     with pytest.warns(safe_core.FinalizeWarning, match="unused.weight"):
         optimizer.finalize()
+
+
+@recorded
+def test_an_error_while_recording_says_so() -> None:
+    training = Training(METHODS["constant"])
+    captured = CapturedStep(training.optimizer, lambda: training.step().item())
+    training.run(captured, range(3))
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing") as caught:
+        captured()
+    assert "while CapturedStep recorded the step" in caught.value.__notes__[0]
