@@ -108,8 +108,10 @@ class CapturedStep:
             # What the graphs read is gone, as after loading a state from before the first step.
             self._forget()
         if kind is None or self._seen[kind] < _WARM_UP:
-            self._seen[kind] += 1
-            return self._take_as_usual()
+            before = run.steps
+            result = self._take_as_usual()
+            self._seen[kind] += run.steps - before  # a step that was skipped creates no state
+            return result
         if kind in self._recorded:
             self._refuse_other_options(self._recorded[kind])
         self._state.put_back()
